@@ -1,0 +1,56 @@
+# Everything is set up in .venv, once; it is redone when pyproject.toml changes.
+# The recipes keep to what GNU make 3.81 knows, which macOS ships.
+
+PYTHON ?= python3
+# Used for torch only, on Linux without a GPU, when pip offers no CPU build of itself.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TEST_WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := $(VENV)/.core-installed
+DEV := $(VENV)/.dev-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint report clean
+
+help:  ## show this list
+	@echo "make quickstart   install into .venv and run the guided tour; the report lands in quickstart-report/"
+	@echo "make test         install the development tools too, then ruff, mypy and the tests that need no GPU"
+	@echo "make lint         ruff and mypy only"
+	@echo "make report       redraw every committed figure from the committed numbers"
+	@echo "make clean        delete .venv, caches, build output and quickstart-report/"
+	@echo "Options: PYTHON=python3.12 (3.10 to 3.13), TORCH_INDEX=URL, TEST_WORKERS=2"
+
+quickstart: $(CORE)
+	$(BIN)/hsa quickstart -o quickstart-report
+
+test: lint
+	@echo "tests: everything that needs neither a GPU nor much time"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -m "not gpu and not slow" -n $(TEST_WORKERS)
+
+lint: $(DEV)
+	@echo "ruff: style and common mistakes"
+	@$(BIN)/ruff check .
+	@echo "mypy: types of the library (the first run takes a minute or two)"
+	@$(BIN)/mypy
+
+report: $(CORE)
+	$(BIN)/hsa plot --all
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info quickstart-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hsa_ultralong tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(CORE): pyproject.toml scripts/bootstrap.py
+	@$(CHECK_PYTHON)
+	@"$(PYTHON)" scripts/bootstrap.py --venv $(VENV) --torch-index "$(TORCH_INDEX)"
+	@touch $@
+
+$(DEV): pyproject.toml scripts/bootstrap.py
+	@$(CHECK_PYTHON)
+	@"$(PYTHON)" scripts/bootstrap.py --venv $(VENV) --torch-index "$(TORCH_INDEX)" --extras dev
+	@touch $(CORE) $@
+
+CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	{ echo "Python 3.10 to 3.13 is needed; '$(PYTHON)' is not one. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }

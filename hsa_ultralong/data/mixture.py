@@ -1,0 +1,234 @@
+"""Mixtures of training rows as a dataset whose item i depends on (seed, split, i) and nothing else.
+
+So resuming is a start index, and the numbers of workers and ranks do not change the data.
+Called by ``train/`` and ``recipes/``; tested in ``tests/data/test_mixture.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerFast
+
+from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
+from hsa_ultralong.data.needles import MIN_WORDS
+from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, self_copy_row, text_row
+from hsa_ultralong.data.sampler import DocumentSampler
+from hsa_ultralong.data.seeds import namespaced_rng
+from hsa_ultralong.data.shards import SPLITS, TokenShards
+from hsa_ultralong.data.tokenizer import PieceTokenizer, special_token_ids, tokenizer_fingerprint
+
+# The smallest T, in chunks, of each kind of row.
+_MIN_CHUNKS = {"text": 1, "self_copy": 2, "needles": 4}
+ROW_KINDS: tuple[str, ...] = tuple(_MIN_CHUNKS)
+DEFAULT_NUM_ROWS = 1 << 40
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """What rows a dataset makes.
+
+    Attributes:
+        weights: relative share of each kind of row, by number of rows; kinds are text, self_copy and needles.
+        seq_len: T, tokens of a row, a multiple of ``chunk_size``.
+        chunk_size: S, tokens of a chunk.
+        seed: non-negative; another seed gives other rows.
+        long_documents: take text from documents of at least ``seq_len`` tokens only.
+        max_needles: most needles of a row; default seq_len / 170, within 4..64.
+        max_questions: most questions of a row; default seq_len / 256, within 4..32.
+        p_hard: probability that a needle shares a key word with another one of its row.
+        inline_fraction: share of needle rows whose questions continue the haystack's document.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    weights: Mapping[str, float]
+    seq_len: int
+    chunk_size: int = 64
+    seed: int = 0
+    long_documents: bool = False
+    max_needles: int | None = None
+    max_questions: int | None = None
+    p_hard: float = 0.25
+    inline_fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check_weights(self.weights)
+        if self.chunk_size < 2:
+            raise ValueError(f"chunk_size must be at least 2, got {self.chunk_size}")
+        if self.seq_len < 1 or self.seq_len % self.chunk_size:
+            raise ValueError(f"seq_len must be a multiple of chunk_size={self.chunk_size}, got {self.seq_len}")
+        for kind in self.weights:
+            if self.seq_len < _MIN_CHUNKS[kind] * self.chunk_size:
+                raise ValueError(
+                    f"{kind} rows need at least {_MIN_CHUNKS[kind]} chunks: seq_len must be at least "
+                    f"{_MIN_CHUNKS[kind] * self.chunk_size}, got {self.seq_len}"
+                )
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        for name in ("max_needles", "max_questions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}; for no needles leave them out of weights")
+        for name in ("p_hard", "inline_fraction"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+
+    def needle_options(self) -> NeedleOptions:
+        """Return the needle options with defaults that grow with ``seq_len``."""
+        return NeedleOptions(
+            max_needles=self.max_needles or min(max(self.seq_len // 170, 4), 64),
+            max_questions=self.max_questions or min(max(self.seq_len // 256, 4), 32),
+            p_hard=self.p_hard,
+            inline_fraction=self.inline_fraction,
+        )
+
+
+class MixtureDataset(Dataset[Row]):
+    """Map-style dataset of training rows; item i is a function of (seed, split, i).
+
+    Args:
+        shards: opened token shards.
+        tokenizer: the tokenizer they were built with.
+        config: the mixture.
+        split: ``"train"`` or ``"validation"``.
+        num_rows: its length; rows are made when asked for, so the default is as good as endless.
+
+    Raises:
+        ValueError: the tokenizer is not the shards' own, the split has no document (long enough), the word bank is too
+            small or holds evaluation words, or rows are too short for needles.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        tokenizer: PreTrainedTokenizerFast,
+        config: MixtureConfig,
+        *,
+        split: str = "train",
+        num_rows: int = DEFAULT_NUM_ROWS,
+    ) -> None:
+        if num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
+        if tokenizer_fingerprint(tokenizer) != shards.manifest["tokenizer_fingerprint"]:
+            raise ValueError(
+                f"the shards in {shards.path} were built with another tokenizer; build them again with this one"
+            )
+        if "needles" in config.weights:
+            _check_words(shards)
+        self.config = config
+        self.split = split
+        self._num_rows = num_rows
+        self._words = shards.words
+        self._layout = RowLayout(config.seq_len, config.chunk_size, *special_token_ids(tokenizer))
+        self._sampler = DocumentSampler(shards, split, long_tokens=config.seq_len if config.long_documents else 0)
+        self._pieces = PieceTokenizer(tokenizer, shards.words if "needles" in config.weights else ())
+        self._options = config.needle_options()
+        self._kinds = tuple(config.weights)
+        self._bounds = np.cumsum([config.weights[kind] for kind in self._kinds])
+        # One row of each kind, so that a mixture that cannot work fails here and not in a worker.
+        for kind in self._kinds:
+            self._row(kind, namespaced_rng("probe", config.seed))
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < self._num_rows:
+            raise IndexError(f"row index must be within 0..{self._num_rows - 1}, got {index}")
+        rng = namespaced_rng("mixture", self.config.seed, SPLITS.index(self.split), index)
+        kind = int(np.searchsorted(self._bounds, rng.random() * self._bounds[-1], side="right"))
+        return self._row(self._kinds[min(kind, len(self._kinds) - 1)], rng)
+
+    def _row(self, kind: str, rng: np.random.Generator) -> Row:
+        if kind == "text":
+            return text_row(rng, self._layout, self._sampler)
+        if kind == "self_copy":
+            return self_copy_row(rng, self._layout, self._sampler)
+        return needles_row(rng, self._layout, self._sampler, self._pieces, self._words, self._options)
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of row indices by training step, for ``DataLoader(batch_sampler=...)``.
+
+    Step s takes rows s * B .. s * B + B - 1, B = batch_size * world_size, of which every rank takes its own
+    ``batch_size``: start again at any step, with any number of ranks of the same B, and the rows are the same.
+
+    Args:
+        batch_size: rows of a batch of one rank.
+        start_step: first step.
+        num_steps: number of steps from there.
+        rank: this process' rank.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self, batch_size: int, *, start_step: int = 0, num_steps: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 1 or num_steps < 0 or start_step < 0:
+            raise ValueError(
+                f"batch_size must be at least 1, start_step and num_steps at least 0, "
+                f"got {batch_size}, {start_step}, {num_steps}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be within 0..world_size-1, got rank {rank} of {world_size}")
+        self._batch_size = batch_size
+        self._steps = range(start_step, start_step + num_steps)
+        self._rank = rank
+        self._world_size = world_size
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps:
+            first = (step * self._world_size + self._rank) * self._batch_size
+            yield list(range(first, first + self._batch_size))
+
+
+def collate(rows: Sequence[Row]) -> dict[str, Any]:
+    """Stack rows into a batch.
+
+    Returns:
+        ``input_ids`` and ``labels`` int64, ``segment_ids`` int32, ``answer_mask`` bool, all (B, T), and ``kind``, a list of
+        B strings.
+    """
+    return {
+        "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows]).astype(np.int64)),  # (B, T)
+        "labels": torch.from_numpy(np.stack([row.labels for row in rows]).astype(np.int64)),  # (B, T)
+        "segment_ids": torch.from_numpy(np.stack([row.segment_ids for row in rows])),  # (B, T)
+        "answer_mask": torch.from_numpy(np.stack([row.answer_mask for row in rows])),  # (B, T)
+        "kind": [row.kind for row in rows],
+    }
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    if not weights:
+        raise ValueError(f"weights is empty; give at least one of {', '.join(ROW_KINDS)} a positive weight")
+    for kind, weight in weights.items():
+        if kind not in _MIN_CHUNKS:
+            raise ValueError(f"unknown kind of row {kind!r} in weights; known are {', '.join(ROW_KINDS)}")
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(
+                f"the weight of {kind} must be positive and finite, got {weight}; leave out a kind to have none"
+            )
+
+
+def _check_words(shards: TokenShards) -> None:
+    if len(shards.words) < MIN_WORDS:
+        raise ValueError(
+            f"the word bank of {shards.path} has {len(shards.words)} words, needle rows need {MIN_WORDS}; "
+            f"build the shards from more text or leave needles out of weights"
+        )
+    shared = sorted(EVALUATION_WORDS.intersection(shards.words))
+    if shared:
+        raise ValueError(
+            f"the word bank of {shards.path} holds evaluation words ({shared[0]}, ...); build the shards again"
+        )

@@ -1,0 +1,5 @@
+from hsa_ultralong.models.cache_hsa import HSACache
+from hsa_ultralong.models.configuration_hsa import HSAConfig
+from hsa_ultralong.models.modeling_hsa import HSAForCausalLM, HSAModel
+
+__all__ = ["HSACache", "HSAConfig", "HSAForCausalLM", "HSAModel"]

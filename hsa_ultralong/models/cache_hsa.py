@@ -1,0 +1,154 @@
+"""HSACache: all that a sequence needs to go on. Windows of every layer, the open chunk, its own chunks, a library.
+
+A transformers Cache, so generate() can reorder, repeat, select, crop and reset it. What differs between training,
+reading and decoding lives here; the model code is the same. tests/models/test_generation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from hsa_ultralong.models.configuration_hsa import HSAConfig
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors
+from hsa_ultralong.nn.window_attention import WindowState
+
+# tokens that crop() can take back: kept beyond what the windows and the open chunk need
+REWIND = 64
+
+
+class WindowCacheLayer(CacheLayerMixin):
+    """transformers' view of the WindowState of one layer."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.state = WindowState(max(window - 1, 0) + REWIND)
+        self.seen = 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        raise RuntimeError("HSAModel updates its windows through WindowState")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state.keys = self.state.values = None
+        self.seen = 0
+
+
+class HSACache(Cache):
+    """State of a batch of sequences.
+
+    Attributes:
+        memory: chunks of the sequences themselves, or None before the first.
+        library: a memorised ChunkMemory (batch 1) that every sequence may read, or None.
+        pending: (B, n, M) lower outputs of the last tokens: the open chunk and REWIND more.
+        padding: left padding of every row, on the host.
+        num_seen: tokens of the rows' own chunk grid so far, left padding included.
+    """
+
+    def __init__(self, config: HSAConfig, library: ChunkMemory | None = None) -> None:
+        self.chunk_size = config.chunk_size
+        windows = [config.sliding_window] * config.num_lower_layers
+        upper = [config.hsa_sliding_window, *[config.sliding_window] * (config.num_layers_per_group - 1)]
+        super().__init__(layers=[WindowCacheLayer(window) for window in windows + upper * config.num_upper_groups])
+        self.library = library
+        self._clear()
+
+    def _clear(self) -> None:
+        self.memory: ChunkMemory | None = None
+        self.pending: torch.Tensor | None = None
+        self.padding: list[int] | None = None
+        self.num_seen = 0
+
+    def state(self, layer: int) -> WindowState:
+        return self.layers[layer].state
+
+    @property
+    def keep_pending(self) -> int:
+        return self.chunk_size - 1 + REWIND
+
+    def advance(self, num_tokens: int) -> None:
+        """Count tokens as seen, after the model has processed them."""
+        self.num_seen += num_tokens
+        for layer in self.layers:
+            layer.seen = self.num_seen
+
+    def append_chunks(self, slots: torch.Tensor, chunks: ChunkTensors, total: int, empty: Callable[[], ChunkMemory]) -> None:
+        """Put new chunks at slots (B, n) of the rows' own memory, which then holds `total`."""
+        if self.memory is None:
+            self.memory = empty()
+        self.memory.reserve(max(total, int(slots.max()) + 1 if slots.device.type == "cpu" else total + slots.shape[1]))
+        self.memory.write_rows(slots, chunks)
+        self.memory.num_chunks = total
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_seen
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[int] | None) -> None:
+        for layer in self.layers:
+            if layer.state.keys is not None:
+                layer.state.keys, layer.state.values = function(layer.state.keys), function(layer.state.values)
+        if self.pending is not None:
+            self.pending = function(self.pending)
+        if self.memory is not None:
+            self.memory.map_batch(function)
+        if self.padding is not None and rows is not None:
+            self.padding = [self.padding[row] for row in rows]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        rows = beam_idx.tolist() if self.padding is not None else None
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)), rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = None if self.padding is None else [row for row in range(len(self.padding)) for _ in range(repeats)]
+        self._map(lambda x: x.repeat_interleave(repeats, 0), rows)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        rows = torch.arange(len(self.padding))[indices.cpu()].tolist() if self.padding is not None else None
+        self._map(lambda x: x[indices.to(x.device)], rows)
+
+    def crop(self, max_length: int) -> None:
+        """Forget the newest tokens; `max_length` <= 0 is how many (transformers 5), > 0 the length to keep."""
+        remove = -max_length if max_length <= 0 else self.num_seen - max_length
+        if remove <= 0:
+            return
+        if remove > min(REWIND, self.num_seen):
+            raise ValueError(f"an HSACache can take back at most {REWIND} tokens at once, asked for {remove}")
+        for layer in self.layers:
+            state = layer.state
+            if state.keys is not None and state.values is not None:
+                if state.length - remove < min(self.num_seen - remove, state.keep - REWIND):
+                    raise ValueError(f"the windows no longer hold the keys needed to take back {remove} tokens")
+                state.keys, state.values = state.keys[:, :-remove], state.values[:, :-remove]
+        if self.pending is not None:
+            self.pending = self.pending[:, :-remove]
+        self.num_seen -= remove
+        self.advance(0)
+        if self.memory is not None:
+            self.memory.num_chunks = min(self.memory.num_chunks, self.num_seen // self.chunk_size)
+
+    def reset(self) -> None:
+        for layer in self.layers:
+            layer.reset()
+        self._clear()

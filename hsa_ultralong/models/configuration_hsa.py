@@ -1,0 +1,177 @@
+"""Every option of the model, declared, documented and validated in one place (docs/architecture.md, Letters)."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+_CHOICES = {
+    "landmark_source": ("cls", "mean"),
+    "hsa_residual": ("standard", "bypass"),
+    "fusion": ("softmax", "stick_breaking"),
+}
+# keys that transformers itself passes through a configuration
+_FOREIGN_KEYS = {
+    "_commit_hash",
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+}
+
+
+@strict
+class HSAConfig(PreTrainedConfig):
+    """Configuration of HSAModel and HSAForCausalLM.
+
+    Size
+        vocab_size (V), hidden_size (M), intermediate_size (width of the dense SwiGLU),
+        num_lower_layers: sliding-window layers below the memory.
+        num_upper_groups, num_layers_per_group: each upper group is one HSA layer and num_layers_per_group - 1
+            sliding-window layers.
+        num_attention_heads (Hq), num_key_value_heads (of the windows), head_dim (D; default hidden / heads).
+        tie_word_embeddings: head = embedding.
+    Window
+        sliding_window (W): number of keys including the token's own.
+        hsa_sliding_window: window inside the HSA layer; 0 leaves it out (HSA only).
+        rope_theta, use_qk_norm, rms_norm_eps, initializer_range.
+    Memory
+        chunk_size (S), num_encoder_layers, encoder_intermediate_size (default intermediate_size),
+        num_memory_heads (Hkv of the memory), landmark_source: "cls" or "mean".
+    Retrieval
+        chunk_topk (K), retrieval_dim (Hr * R), num_retrieval_heads (Hr): 1 or num_memory_heads.
+        normalize_retrieval: RMS-normalise queries and landmarks; learned_temperature: one per retrieval head and group.
+        fusion: "softmax" or "stick_breaking"; position_decay: learned slope on the recency rank (breaks fact 4).
+        gumbel_noise: noise on the selection in training.
+        hsa_residual: "standard" or "bypass" (HSA output feeds the feed-forward block only).
+    Mixture of experts
+        num_experts: 0 = dense. num_experts_per_token, num_shared_experts, moe_intermediate_size,
+        num_dense_layers: first layers that stay dense (paper: 1), router_bias_update_rate.
+    """
+
+    model_type = "hsa_ultralong"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_lower_layers: int = 4
+    num_upper_groups: int = 2
+    num_layers_per_group: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int | None = None
+    tie_word_embeddings: bool = True
+    sliding_window: int = 128
+    hsa_sliding_window: int = 128
+    rope_theta: float = 10_000.0
+    use_qk_norm: bool = True
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    chunk_size: int = 64
+    num_encoder_layers: int = 1
+    encoder_intermediate_size: int | None = None
+    num_memory_heads: int = 1
+    landmark_source: str = "cls"
+    chunk_topk: int = 32
+    retrieval_dim: int = 256
+    num_retrieval_heads: int = 1
+    normalize_retrieval: bool = True
+    learned_temperature: bool = True
+    fusion: str = "softmax"
+    position_decay: bool = False
+    gumbel_noise: bool = False
+    hsa_residual: str = "standard"
+    num_experts: int = 0
+    num_experts_per_token: int = 2
+    num_shared_experts: int = 1
+    moe_intermediate_size: int | None = None
+    num_dense_layers: int = 1
+    router_bias_update_rate: float = 1e-3
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        unknown = sorted(set(kwargs) - _FOREIGN_KEYS)
+        if unknown:
+            close = get_close_matches(unknown[0], config_fields(), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "; see HSAConfig for the list"
+            raise ValueError(f"unknown configuration key {unknown[0]!r}{hint}")
+        if self.head_dim is None and self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.encoder_intermediate_size is None:
+            self.encoder_intermediate_size = self.intermediate_size
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        self._check()
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Decoder layers, the encoder not counted."""
+        return self.num_lower_layers + self.num_upper_groups * self.num_layers_per_group
+
+    @property
+    def lower_reach(self) -> int:
+        """Tokens before a chunk that its memory depends on: sum over lower layers of (W - 1), fact 6."""
+        return self.num_lower_layers * (self.sliding_window - 1)
+
+    @property
+    def upper_reach(self) -> int:
+        """U of fact 5: sum over upper layers with a window of (W - 1)."""
+        per_group = (self.num_layers_per_group - 1) * (self.sliding_window - 1)
+        per_group += max(self.hsa_sliding_window - 1, 0)
+        return self.num_upper_groups * per_group
+
+    @property
+    def is_composable(self) -> bool:
+        """True if chunks may be reordered and merged (fact 4)."""
+        return self.fusion == "softmax" and not self.position_decay
+
+    def _check(self) -> None:
+        at_least = {
+            "vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "num_lower_layers": 1, "num_upper_groups": 1,
+            "num_layers_per_group": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2,
+            "sliding_window": 1, "hsa_sliding_window": 0, "chunk_size": 1, "num_encoder_layers": 1,
+            "num_memory_heads": 1, "chunk_topk": 1, "retrieval_dim": 1, "num_retrieval_heads": 1, "num_experts": 0,
+            "num_experts_per_token": 1, "num_shared_experts": 0, "num_dense_layers": 0,
+        }  # fmt: skip
+        for name, minimum in at_least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for heads in ("num_key_value_heads", "num_memory_heads"):
+            if self.num_attention_heads % getattr(self, heads):
+                raise ValueError(
+                    f"num_attention_heads={self.num_attention_heads} must be a multiple of {heads}={getattr(self, heads)}"
+                )
+        if self.num_retrieval_heads not in (1, self.num_memory_heads):
+            raise ValueError(
+                f"num_retrieval_heads must be 1 or num_memory_heads={self.num_memory_heads}, got {self.num_retrieval_heads}"
+            )
+        if self.retrieval_dim % self.num_retrieval_heads:
+            raise ValueError(
+                f"retrieval_dim={self.retrieval_dim} must be a multiple of num_retrieval_heads={self.num_retrieval_heads}"
+            )
+        assert self.head_dim is not None
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.num_experts and self.num_experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token={self.num_experts_per_token} exceeds num_experts={self.num_experts}"
+            )
+
+
+def config_fields() -> list[str]:
+    """Names of the options declared by HSAConfig itself."""
+    return [name for name in HSAConfig.__annotations__ if name not in ("model_type", "keys_to_ignore_at_inference")]

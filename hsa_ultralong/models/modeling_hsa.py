@@ -1,0 +1,424 @@
+"""HSAModel and HSAForCausalLM: from tokens to logits in the eight steps of docs/architecture.md (paper sec. 3.1).
+
+One forward serves training, segment-wise reading and decoding; what differs lives in HSACache. The reader in
+`inference` calls the same pieces (`read_lower`, `chunk_encoder`, `decode_upper`). Tests: tests/models/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from hsa_ultralong.models.build import build_encoder, build_group, build_lower_layer
+from hsa_ultralong.models.cache_hsa import HSACache
+from hsa_ultralong.models.configuration_hsa import HSAConfig
+from hsa_ultralong.nn.chunk_encoder import ChunkEncoder
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
+from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
+from hsa_ultralong.nn.moe import MixtureOfExperts
+from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
+from hsa_ultralong.ops import ChunkVisibility, linear_cross_entropy
+from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
+
+_NEVER = 2**31 - 1
+
+
+class Layout(NamedTuple):
+    """Where each token of a call stands. segments and positions (B, T) int32: document (-1 = padding) and position in
+    it; window_segments (B, n + T): documents of cached and new tokens, None for one document per row; is_packed: the
+    caller gave documents."""
+
+    segments: torch.Tensor
+    positions: torch.Tensor
+    window_segments: torch.Tensor | None
+    is_packed: bool
+
+
+class HSAPreTrainedModel(PreTrainedModel):
+    config_class = HSAConfig
+    config: HSAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer", "HSALayer", "EncoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, ChunkEncoder):
+            init.normal_(module.cls, mean=0.0, std=std)
+            init.zeros_(module.landmark_center)
+        elif isinstance(module, ChunkRetriever):
+            for parameter in (module.log_temperature, module.position_decay):
+                if parameter is not None:
+                    init.zeros_(parameter)
+        elif isinstance(module, MixtureOfExperts):
+            init.normal_(module.gate_up, mean=0.0, std=std)
+            init.normal_(module.down, mean=0.0, std=std)
+            init.zeros_(module.router_bias)
+            init.zeros_(module.expert_load)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any):
+        """As in transformers; only the non-reentrant form, because gradients also flow through the shared memory."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError("HSA-UltraLong needs gradient checkpointing with use_reentrant=False")
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+
+
+class HSAModel(HSAPreTrainedModel):
+    """Token ids -> hidden states after the final norm, (B, T, M)."""
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.lower_layers = nn.ModuleList(build_lower_layer(config, i) for i in range(config.num_lower_layers))
+        self.chunk_encoder = build_encoder(config)
+        self.groups = nn.ModuleList(build_group(config, i) for i in range(config.num_upper_groups))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: HSACache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_ids: torch.Tensor | None = None,
+        pool_memory: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T). inputs_embeds: (B, T, M) instead.
+            attention_mask: (B, n + T), 0 at padding (left or right), n = tokens in the cache.
+            position_ids: accepted for transformers' sake; positions follow from the mask and the cache.
+            past_key_values: HSACache to continue; built when `use_cache`.
+            segment_ids: (B, T) int32 packed documents, each starting at a multiple of the chunk size, numbered
+                upwards along the row, -1 on padding. Windows stay inside a document; retrieval also reaches the
+                documents before it in the row.
+            pool_memory: every row may also retrieve the chunks of all other rows ("pooled memory").
+
+        Raises:
+            ValueError: on inputs that do not fit together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, M)
+        cache = self._cache(past_key_values, use_cache)
+        layout = self._layout(x, attention_mask, segment_ids, cache)
+        rotary = self.rotary(x, cache)
+        x = self.read_lower(x, rotary, layout.window_segments, cache)
+        views = self._views(x, layout, cache, pool_memory)
+        x = self.decode_upper(x, rotary, views, layout.window_segments, cache)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+
+    def rotary(self, x: torch.Tensor, cache: HSACache | None) -> RotaryTable:
+        past = 0 if cache is None else max(layer.state.length for layer in cache.layers)
+        assert self.config.head_dim is not None
+        return rotary_table(past + x.shape[1], self.config.head_dim, self.config.rope_theta, x.device, x.dtype)
+
+    def read_lower(
+        self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None = None, cache: HSACache | None = None
+    ) -> torch.Tensor:
+        """Step 2, the lower decoder: (B, T, M) -> (B, T, M)."""
+        for number, layer in enumerate(self.lower_layers):
+            state = None if cache is None else cache.state(number)
+            x = self._run(layer, x, rotary, segments, state)
+        return x
+
+    def decode_upper(
+        self,
+        x: torch.Tensor,
+        rotary: RotaryTable,
+        views: Sequence[MemoryView],
+        segments: torch.Tensor | None = None,
+        cache: HSACache | None = None,
+    ) -> torch.Tensor:
+        """Steps 5 to 7, the upper decoder over the given memories: (B, T, M) -> (B, T, M)."""
+        seed = None
+        if self.training and self.config.gumbel_noise:
+            # one draw on the host generator: reproducible, and the same again when a layer is recomputed
+            seed = int(torch.randint(2**31, ()))
+        number = self.config.num_lower_layers
+        for index, group in enumerate(self.groups):
+            states = None
+            if cache is not None:
+                states = [cache.state(number + i) for i in range(self.config.num_layers_per_group)]
+            number += self.config.num_layers_per_group
+            noise_seed = None if seed is None else seed + 7919 * index
+            x = self._run(group, x, views, rotary, segments, states, self.config.chunk_topk, noise_seed)
+        return x
+
+    def _run(self, layer: nn.Module, *args: Any) -> torch.Tensor:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(layer.__call__, *args)
+        return layer(*args)
+
+    def _cache(self, cache: HSACache | None, use_cache: bool | None) -> HSACache | None:
+        if cache is not None and not isinstance(cache, HSACache):
+            raise ValueError(f"past_key_values must be an HSACache, got {type(cache).__name__}")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return HSACache(self.config) if cache is None and use_cache else cache
+
+    def _layout(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        cache: HSACache | None,
+    ) -> Layout:
+        batch, num_tokens, _ = x.shape
+        seen = 0 if cache is None else cache.num_seen
+        index = torch.arange(num_tokens, dtype=torch.int32, device=x.device)
+        if segment_ids is not None:
+            if cache is not None and seen or attention_mask is not None or num_tokens % self.config.chunk_size:
+                raise ValueError(
+                    "segment_ids go with a whole row of a multiple of chunk_size tokens, without cache or "
+                    f"attention_mask; got {num_tokens} tokens and chunk_size={self.config.chunk_size}"
+                )
+            segments = segment_ids.to(torch.int32)
+            starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T)
+            positions = index - (starts * index).cummax(1).values.to(torch.int32)
+            return Layout(segments, positions, segments, True)
+        padding = cache.padding if cache is not None else None
+        if attention_mask is not None:
+            if attention_mask.shape != (batch, seen + num_tokens):
+                raise ValueError(
+                    f"attention_mask must be ({batch}, {seen + num_tokens}) for {seen} cached and {num_tokens} new "
+                    f"tokens, got {tuple(attention_mask.shape)}"
+                )
+            if seen == 0 and not bool(attention_mask.all()):
+                padding = (attention_mask.cumsum(1) == 0).sum(1).tolist()
+                if cache is not None:
+                    cache.padding = padding
+        if padding is None:
+            return Layout(x.new_zeros((batch, num_tokens), dtype=torch.int32), (index + seen).expand(batch, -1), None, False)
+        left = torch.tensor(padding, dtype=torch.int32, device=x.device)[:, None]  # (B, 1)
+        past = 0 if cache is None else max(layer.state.length for layer in cache.layers)
+        all_index = torch.arange(seen - past, seen + num_tokens, dtype=torch.int32, device=x.device)
+        window_segments = torch.where(all_index < left, -1, 0).to(torch.int32)  # (B, past + T)
+        if attention_mask is not None and past == seen:
+            window_segments = torch.where(attention_mask == 0, -1, 0).to(torch.int32)
+        return Layout(window_segments[:, past:], index + seen - left, window_segments, False)
+
+    def _views(
+        self, x: torch.Tensor, layout: Layout, cache: HSACache | None, pool_memory: bool
+    ) -> list[MemoryView]:
+        """Steps 3 and 4: encode the chunks that are complete now and say who may see what."""
+        views = []
+        if cache is not None and cache.library is not None:
+            views.append(library_view(cache.library, layout.segments, layout.positions))
+        if cache is None or (layout.is_packed and cache.num_seen == 0):
+            own = self._encode_row(x, layout, None if cache is None else cache.padding)
+        else:
+            own = self._encode_step(x, cache)
+        if own is None:
+            return views
+        if pool_memory:
+            views.append(_pooled_view(own, layout.segments))
+        visible = ChunkVisibility(
+            layout.segments, layout.positions, own.segments, own.ends, "earlier" if layout.is_packed else "hidden"
+        )
+        views.append(MemoryView(own, visible, is_causal=cache is None))
+        return views
+
+    def _encode_row(self, x: torch.Tensor, layout: Layout, padding: list[int] | None) -> ChunkTensors | None:
+        """Chunks of whole rows (no cache), kept in the autograd graph."""
+        size = self.config.chunk_size
+        batch, num_tokens, _ = x.shape
+        num_chunks = num_tokens // size
+        if num_chunks == 0:
+            return None
+        slots = torch.arange(num_chunks, dtype=torch.int32, device=x.device)
+        if layout.is_packed:
+            by_chunk = layout.segments.unflatten(1, (num_chunks, size))  # (B, C, S)
+            segments = by_chunk[..., 0]
+            lengths = ((by_chunk == segments[..., None]) & (by_chunk >= 0)).sum(-1).to(torch.int32)
+            segments = torch.where(segments < 0, UNUSED, segments).to(torch.int32)
+            ends = layout.positions[:, ::size] + size
+            k, v, landmarks = self.chunk_encoder(x.unflatten(1, (num_chunks, size)), lengths)
+            return ChunkTensors(k, v, landmarks, lengths.clamp_min(1), segments, ends)
+        if layout.window_segments is not None:
+            # rows start at their first real token, so that padding never moves the chunk grid
+            first = -layout.positions[:, :1]  # (B, 1)
+            index = (torch.arange(num_tokens, device=x.device) + first).clamp_max(num_tokens - 1)
+            x = x.gather(1, index.long()[..., None].expand_as(x))
+        k, v, landmarks = self.chunk_encoder(x[:, : num_chunks * size].unflatten(1, (num_chunks, size)))
+        ends = ((slots + 1) * size).expand(batch, -1)
+        full = torch.full_like(ends, size)
+        return ChunkTensors(k, v, landmarks, full, torch.zeros_like(ends), ends)
+
+    def _encode_step(self, x: torch.Tensor, cache: HSACache) -> ChunkTensors | None:
+        """Chunks that the new tokens complete go to the cache; returns all chunks of the rows."""
+        size, seen = self.config.chunk_size, cache.num_seen
+        batch, num_tokens, _ = x.shape
+        hidden = x if cache.pending is None else torch.cat((cache.pending, x), dim=1)
+        first_token = seen + num_tokens - hidden.shape[1]
+        padding = cache.padding or [0] * batch
+        firsts = [max(seen - pad, 0) // size for pad in padding]
+        count = max((seen + num_tokens - pad) // size - first for pad, first in zip(padding, firsts, strict=True))
+        if count > 0:
+            slots = torch.tensor(firsts, device=x.device)[:, None] + torch.arange(count, device=x.device)  # (B, n)
+            left = torch.tensor(padding, device=x.device)[:, None] - first_token
+            index = (slots * size + left)[..., None] + torch.arange(size, device=x.device)  # (B, n, S)
+            index = index.clamp(0, hidden.shape[1] - 1).flatten(1)
+            chunks = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2])).unflatten(1, (count, size))
+            k, v, landmarks = self.chunk_encoder(chunks)
+            ends = ((slots + 1) * size).to(torch.int32)
+            new = ChunkTensors(k, v, landmarks, torch.full_like(ends, size), torch.zeros_like(ends), ends)
+            total = max((seen + num_tokens - pad) // size for pad in padding)
+            cache.append_chunks(slots, new, total, lambda: self.empty_memory(batch, k.dtype, k.device))
+        cache.pending = hidden[:, max(0, hidden.shape[1] - cache.keep_pending) :].detach().clone()
+        return None if cache.memory is None or cache.memory.num_chunks == 0 else cache.memory.tensors
+
+    def empty_memory(
+        self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int = 0, fingerprint: str = ""
+    ) -> ChunkMemory:
+        """A ChunkMemory of this model's shape without chunks."""
+        config = self.config
+        assert config.head_dim is not None
+        return ChunkMemory.empty(
+            batch=batch,
+            chunk_size=config.chunk_size,
+            num_memory_heads=config.num_memory_heads,
+            head_dim=config.head_dim,
+            num_retrieval_heads=config.num_retrieval_heads,
+            retrieval_dim=config.retrieval_dim,
+            dtype=dtype,
+            device=device,
+            capacity=capacity,
+            fingerprint=fingerprint,
+            is_composable=config.is_composable,
+        )
+
+
+def library_view(library: ChunkMemory, segments: torch.Tensor, positions: torch.Tensor) -> MemoryView:
+    """A loaded memory that every real token may read; segments and positions (B, T) of the queries."""
+    tensors = library.tensors
+    everyone = torch.full_like(tensors.segments, READABLE_BY_ALL)
+    return MemoryView(tensors, ChunkVisibility(segments, positions, everyone, torch.zeros_like(everyone)))
+
+
+def _pooled_view(own: ChunkTensors, segments: torch.Tensor) -> MemoryView:
+    """The chunks of all rows as one memory of which each row sees the others' part (its own comes separately)."""
+    batch, num_tokens = segments.shape
+    rows = torch.arange(batch, dtype=torch.int32, device=segments.device)[:, None]
+    chunk_rows = torch.where(own.segments == UNUSED, UNUSED, rows).to(torch.int32)  # (B, C)
+    pooled = ChunkTensors(*(part.flatten(0, 1)[None] for part in own))
+    owner = chunk_rows.reshape(1, -1)
+    query_rows = torch.where(segments < 0, -1, rows).to(torch.int32)  # (B, T)
+    visible = ChunkVisibility(
+        query_rows, torch.zeros_like(query_rows), owner, torch.full_like(owner, _NEVER), foreign="past"
+    )
+    return MemoryView(pooled, visible)
+
+
+class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
+    """HSAModel with a language-modelling head; `memorize` and `generate(memory=...)` make it remember."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__(config)
+        self.model = HSAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: HSACache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        segment_ids: torch.Tensor | None = None,
+        pool_memory: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As HSAModel.forward, and:
+
+        Args:
+            labels: (B, T) int64, the tokens themselves (shifted inside), -100 = not counted.
+            logits_to_keep: number of last positions (or index tensor) whose logits are wanted; 0 = all.
+            num_items_in_batch: divisor of the summed loss instead of the number of labels here.
+
+        Returns:
+            loss (mean over labels) and logits (B, T, V); in training with labels, logits is None and never computed.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segment_ids=segment_ids,
+            pool_memory=pool_memory,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            total = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten())
+            counted = (labels[:, 1:] != -100).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+            loss = total / counted
+        if labels is None or not self.training:
+            kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
+            logits = self.lm_head(kept)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def memorize(self, tokens: Any, **options: Any) -> ChunkMemory:
+        """Read any amount of text into a ChunkMemory in linear time: see inference.reader.memorize."""
+        from hsa_ultralong.inference import memorize
+
+        return memorize(self, tokens, **options)
+
+    def generate(self, input_ids: torch.Tensor | None = None, *args: Any, memory: ChunkMemory | None = None, **kwargs: Any):
+        """transformers' generate; with `memory`, the input is a new document that may read all of it.
+
+        With `continue_document=True` the input continues the memory's open document instead, exactly.
+        """
+        if memory is None:
+            return super().generate(input_ids, *args, **kwargs)
+        from hsa_ultralong.inference import generate_with_memory
+
+        return generate_with_memory(self, super().generate, input_ids, memory, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any):
+        """generate() would otherwise build a cache of its own kind."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation is not None:
+                raise ValueError("HSA-UltraLong has its own cache; leave cache_implementation unset")
+            model_kwargs["past_key_values"] = HSACache(self.config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+AutoConfig.register("hsa_ultralong", HSAConfig, exist_ok=True)
+AutoModel.register(HSAConfig, HSAModel, exist_ok=True)
+AutoModelForCausalLM.register(HSAConfig, HSAForCausalLM, exist_ok=True)

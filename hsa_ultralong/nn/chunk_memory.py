@@ -1,0 +1,238 @@
+"""ChunkMemory: keys, values and landmarks of chunks, with their lengths and documents. No files, no model.
+
+Grows by doubling, so appending never copies what is there more than O(1) times a chunk. One class serves a training
+row (batch B), a generation cache and a memorised library (batch 1, with document records). Facts 4, 6 and 7 of
+docs/architecture.md; tests/nn/test_chunk_memory.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from hsa_ultralong.ops import ChunkVisibility
+from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
+
+
+@dataclass
+class Document:
+    """One memorised document: token ids (n,) int32, where its chunks lie, and how to go on if it is open."""
+
+    tokens: torch.Tensor
+    first_chunk: int
+    num_chunks: int
+    is_open: bool = False
+    continuation: Any = None
+    name: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[0]
+
+
+class ChunkTensors(NamedTuple):
+    """The tensors of some chunks, batch first; see ChunkMemory for the shapes."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    landmarks: torch.Tensor
+    lengths: torch.Tensor
+    segments: torch.Tensor
+    ends: torch.Tensor
+
+
+@dataclass
+class ChunkMemory:
+    """Chunks that a model can retrieve.
+
+    Attributes (B is 1 for a memorised library):
+        k, v: (B, C*S, Hkv, D). landmarks: (B, C, Hr, R). lengths: (B, C) int32, tokens in each chunk, 1..S.
+        segments: (B, C) int32 document number. ends: (B, C) int32, position in the document after the last slot.
+        documents: records of a memorised library, empty inside a forward.
+        fingerprint: of the parameters that the memory depends on; a reader with another one refuses it.
+        is_composable: False if the model's fusion depends on the order of chunks (fact 4): merging is refused then.
+    """
+
+    chunk_size: int
+    storage: ChunkTensors
+    num_chunks: int
+    documents: list[Document] = field(default_factory=list)
+    fingerprint: str = ""
+    is_composable: bool = True
+
+    @staticmethod
+    def empty(
+        *,
+        batch: int,
+        chunk_size: int,
+        num_memory_heads: int,
+        head_dim: int,
+        num_retrieval_heads: int,
+        retrieval_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        capacity: int = 0,
+        fingerprint: str = "",
+        is_composable: bool = True,
+    ) -> ChunkMemory:
+        """A memory of no chunks with room for `capacity`; `retrieval_dim` counts all retrieval heads."""
+
+        def room(*shape: int, kind: torch.dtype = dtype, fill: int = 0) -> torch.Tensor:
+            return torch.full((batch, *shape), fill, dtype=kind, device=device)
+
+        storage = ChunkTensors(
+            room(capacity * chunk_size, num_memory_heads, head_dim),
+            room(capacity * chunk_size, num_memory_heads, head_dim),
+            room(capacity, num_retrieval_heads, retrieval_dim // num_retrieval_heads),
+            room(capacity, kind=torch.int32),
+            room(capacity, kind=torch.int32, fill=UNUSED),
+            room(capacity, kind=torch.int32),
+        )
+        return ChunkMemory(chunk_size, storage, 0, fingerprint=fingerprint, is_composable=is_composable)
+
+    @staticmethod
+    def of(tensors: ChunkTensors, chunk_size: int) -> ChunkMemory:
+        """A memory of exactly these chunks (kept in the autograd graph)."""
+        return ChunkMemory(chunk_size, tensors, tensors.landmarks.shape[1])
+
+    @property
+    def tensors(self) -> ChunkTensors:
+        """Views of the chunks in use."""
+        slots = self.num_chunks * self.chunk_size
+        k, v, *rest = self.storage
+        return ChunkTensors(k[:, :slots], v[:, :slots], *(part[:, : self.num_chunks] for part in rest))
+
+    k = property(lambda self: self.tensors.k)
+    v = property(lambda self: self.tensors.v)
+    landmarks = property(lambda self: self.tensors.landmarks)
+    lengths = property(lambda self: self.tensors.lengths)
+    segments = property(lambda self: self.tensors.segments)
+    ends = property(lambda self: self.tensors.ends)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, the unfinished tail of an open one included."""
+        return sum(document.num_tokens for document in self.documents)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys, values, landmarks and bookkeeping in use (token ids not counted)."""
+        return sum(part.numel() * part.element_size() for part in self.tensors)
+
+    @property
+    def open_document(self) -> Document | None:
+        """The one document that may still grow: always the last."""
+        return self.documents[-1] if self.documents and self.documents[-1].is_open else None
+
+    def reserve(self, num_chunks: int) -> None:
+        """Make room for `num_chunks` in all, at least doubling when the storage grows."""
+        capacity = self.storage.landmarks.shape[1]
+        if num_chunks <= capacity:
+            return
+        capacity = max(num_chunks, 2 * capacity)
+
+        def grow(part: torch.Tensor, length: int, fill: int = 0) -> torch.Tensor:
+            bigger = part.new_full((part.shape[0], length, *part.shape[2:]), fill)
+            bigger[:, : part.shape[1]] = part
+            return bigger
+
+        k, v, landmarks, lengths, segments, ends = self.storage
+        slots = capacity * self.chunk_size
+        self.storage = ChunkTensors(
+            grow(k, slots),
+            grow(v, slots),
+            grow(landmarks, capacity),
+            grow(lengths, capacity),
+            grow(segments, capacity, UNUSED),
+            grow(ends, capacity),
+        )
+
+    def write(self, first: int, chunks: ChunkTensors) -> None:
+        """Put `chunks` at chunk index `first` and following, growing as needed."""
+        count = chunks.landmarks.shape[1]
+        self.reserve(first + count)
+        self.num_chunks = max(self.num_chunks, first + count)
+        for name, target, source in zip(ChunkTensors._fields, self.storage, chunks, strict=True):
+            unit = self.chunk_size if name in ("k", "v") else 1
+            target[:, first * unit : (first + count) * unit] = source.detach()
+
+    def write_rows(self, slots: torch.Tensor, chunks: ChunkTensors) -> None:
+        """Put chunk j of row b at index slots[b, j], (B, n) int64; the caller has reserved the room."""
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        for name, target, source in zip(ChunkTensors._fields, self.storage, chunks, strict=True):
+            if name in ("k", "v"):
+                target.unflatten(1, (-1, self.chunk_size))[rows, slots] = source.unflatten(1, (-1, self.chunk_size))
+            else:
+                target[rows, slots] = source
+
+    def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor by function(tensor): reorder, repeat or select rows of the batch."""
+        self.storage = ChunkTensors(*(function(part) for part in self.storage))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ChunkMemory:
+        """A copy on another device or in another float dtype; document records are shared."""
+        moved = ChunkTensors(
+            *(part.to(device=device, dtype=dtype if part.is_floating_point() else None) for part in self.tensors)
+        )
+        return replace(self, storage=moved)
+
+    @staticmethod
+    def concat(memories: Sequence[ChunkMemory]) -> ChunkMemory:
+        """One memory of all documents, in the given order (fact 4: the order does not matter to the model).
+
+        Raises:
+            ValueError: if a memory holds an open document, was built by another model, or has order-dependent fusion.
+        """
+        if not memories:
+            raise ValueError("concat needs at least one memory")
+        first = memories[0]
+        for number, memory in enumerate(memories):
+            if memory.open_document is not None:
+                raise ValueError(f"memory {number} holds an open document; close it with close_document() first")
+            if memory.fingerprint != first.fingerprint:
+                raise ValueError(f"memory {number} was built by another model: {memory.fingerprint[:12]!r}, not {first.fingerprint[:12]!r}")
+            if not memory.is_composable:
+                raise ValueError(
+                    "this model's fusion depends on the order of chunks (stick-breaking or position decay), so "
+                    "memories cannot be merged; use a softmax-fusion model without position decay"
+                )
+        parts, documents, chunk_offset = [], [], 0
+        for memory in memories:
+            shifted = [replace(doc, first_chunk=doc.first_chunk + chunk_offset) for doc in memory.documents]
+            parts.append(memory.tensors._replace(segments=memory.segments + len(documents)))
+            documents += shifted
+            chunk_offset += memory.num_chunks
+        merged = ChunkTensors(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
+        return replace(first, storage=merged, num_chunks=chunk_offset, documents=documents)
+
+    def select(self, documents: Sequence[int]) -> ChunkMemory:
+        """A memory of only these documents (by number), in the given order.
+
+        Raises:
+            ValueError: for an unknown document number or an order-dependent model.
+        """
+        return ChunkMemory.concat([self._single(number) for number in documents])
+
+    def _single(self, number: int) -> ChunkMemory:
+        if not 0 <= number < len(self.documents):
+            raise ValueError(f"document {number} does not exist; the memory holds {len(self.documents)}")
+        document = self.documents[number]
+        first, last = document.first_chunk, document.first_chunk + document.num_chunks
+        k, v, *rest = self.tensors
+        slots = slice(first * self.chunk_size, last * self.chunk_size)
+        part = ChunkTensors(k[:, slots], v[:, slots], *(x[:, first:last] for x in rest))
+        part = part._replace(segments=torch.zeros_like(part.segments))
+        return replace(
+            self, storage=part, num_chunks=document.num_chunks, documents=[replace(document, first_chunk=0)]
+        )
+
+
+class MemoryView(NamedTuple):
+    """A memory and who may see which of its chunks in the current call."""
+
+    memory: ChunkTensors
+    visible: ChunkVisibility
+    is_causal: bool = False

@@ -1,0 +1,105 @@
+"""Retrieval: each token scores all visible landmarks, keeps the top K and turns the scores into fusion weights.
+
+Paper sec. 2.2 (equations 1, 2, 4) and paper facts A.2. Several memories (a loaded library, then the row's own chunks)
+are ranked together. Scores are fp32 from the accumulator on (fact 10). Called by models/modeling_hsa.py;
+tests/nn/test_chunk_retriever.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hsa_ultralong.nn.chunk_encoder import rms_normalize
+from hsa_ultralong.nn.chunk_memory import MemoryView
+from hsa_ultralong.ops import chunk_topk
+
+
+class Retrieval(NamedTuple):
+    """Chunks each token reads. Indices count through the views in order, descending (most recent first), -1 = empty.
+
+    indices (B, T, Hr, K) int32; weights and scores (B, T, Hr, K) fp32; offsets: first index of every view.
+    """
+
+    indices: torch.Tensor
+    weights: torch.Tensor
+    scores: torch.Tensor
+    offsets: tuple[int, ...]
+
+
+def softmax_fusion(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the kept chunks; all zero where there are none (fact 1)."""
+    empty = scores == -torch.inf
+    return scores.masked_fill(empty.all(-1, keepdim=True), 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def stick_breaking_fusion(scores: torch.Tensor) -> torch.Tensor:
+    """w_k = sigmoid(s_k) * prod over more recent j < k of (1 - sigmoid(s_j)); the sum is at most 1."""
+    empty = scores == -torch.inf
+    softplus = F.softplus(scores.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
+    return (scores.masked_fill(empty, 0.0) - softplus.cumsum(-1)).exp().masked_fill(empty, 0.0)
+
+
+class ChunkRetriever(nn.Module):
+    """(B, T, M) and memories -> Retrieval."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        retrieval_dim: int,
+        num_retrieval_heads: int,
+        fusion: str,
+        normalize_queries: bool,
+        learned_temperature: bool,
+        position_decay: bool,
+        gumbel_noise: bool,
+        rms_norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.num_retrieval_heads, self.fusion = num_retrieval_heads, fusion
+        self.normalize_queries, self.gumbel_noise = normalize_queries, gumbel_noise
+        self.norm = nn.RMSNorm(hidden_size, eps=rms_norm_eps)
+        self.query_proj = nn.Linear(hidden_size, retrieval_dim, bias=False)
+        self.log_temperature = nn.Parameter(torch.zeros(num_retrieval_heads)) if learned_temperature else None
+        self.position_decay = nn.Parameter(torch.zeros(())) if position_decay else None
+
+    def forward(
+        self, x: torch.Tensor, views: Sequence[MemoryView], *, topk: int, noise_seed: int | None = None
+    ) -> Retrieval:
+        """x (B, T, M); views in order of age; noise is added only in training of a model configured for it."""
+        query = self.query_proj(self.norm(x)).unflatten(-1, (self.num_retrieval_heads, -1))  # (B, T, Hr, R)
+        if self.normalize_queries:
+            query = rms_normalize(query).to(query.dtype)
+        temperature = None if self.log_temperature is None else self.log_temperature.exp()
+        use_noise = self.training and self.gumbel_noise and noise_seed is not None
+        found, offsets, offset = [], [], 0
+        for number, view in enumerate(views):
+            landmarks = view.memory.landmarks.to(query.dtype)
+            seed = noise_seed + number if use_noise and noise_seed is not None else None
+            indices, scores = chunk_topk(
+                query, landmarks, view.visible, topk=topk, temperature=temperature, noise_seed=seed
+            )
+            found.append((torch.where(indices < 0, indices, indices + offset), scores))
+            offsets.append(offset)
+            offset += landmarks.shape[1]
+        indices, scores = found[0] if len(found) == 1 else _merge(found, topk)
+        if self.position_decay is not None:
+            rank = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
+            scores = scores + rank * self.position_decay
+        weights = softmax_fusion(scores) if self.fusion == "softmax" else stick_breaking_fusion(scores)
+        return Retrieval(indices, weights, scores, tuple(offsets))
+
+
+def _merge(found: list[tuple[torch.Tensor, torch.Tensor]], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top K of several lists, descending index, empty slots last."""
+    indices = torch.cat([part for part, _ in found], -1)
+    scores = torch.cat([part for _, part in found], -1)
+    kept = scores.detach().topk(min(topk, scores.shape[-1]), dim=-1).indices
+    indices, scores = indices.gather(-1, kept), scores.gather(-1, kept)
+    indices, order = indices.sort(dim=-1, descending=True)
+    return indices, scores.gather(-1, order)

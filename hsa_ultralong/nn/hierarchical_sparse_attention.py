@@ -1,0 +1,121 @@
+"""The HSA layer: optional short window, attention inside the retrieved chunks, feed-forward (paper sec. 2.2, 3.1).
+
+No positions enter the HSA part. Residual "standard" adds the HSA output to the stream; "bypass" feeds it to the
+feed-forward block only, as in the authors' released code (paper facts A.2). Called by models/modeling_hsa.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hsa_ultralong.nn.chunk_memory import MemoryView
+from hsa_ultralong.nn.chunk_retriever import Retrieval
+from hsa_ultralong.nn.rotary import RotaryTable
+from hsa_ultralong.nn.window_attention import WindowAttention, WindowState
+from hsa_ultralong.ops import hsa_attention
+
+
+class HierarchicalSparseAttention(nn.Module):
+    """Pre-normed input (B, T, M) + Retrieval + memories -> (B, T, M)."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_attention_heads: int,
+        head_dim: int,
+        chunk_size: int,
+        use_qk_norm: bool,
+        rms_norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.chunk_size = head_dim, chunk_size
+        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()
+        self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, retrieval: Retrieval, views: Sequence[MemoryView]) -> torch.Tensor:
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (B, T, Hq, D)
+        out = torch.zeros_like(q)
+        for view, offset in zip(views, retrieval.offsets, strict=True):
+            memory = view.memory
+            num_chunks = memory.landmarks.shape[1]
+            if num_chunks == 0:
+                continue
+            indices = retrieval.indices - offset
+            if len(views) > 1:
+                indices = torch.where((indices >= 0) & (indices < num_chunks), indices, -1)
+            # outputs of several memories add up: the fusion weights are already normalised over all of them
+            out = out + hsa_attention(
+                q.to(memory.v.dtype),
+                memory.k,
+                memory.v,
+                indices,
+                retrieval.weights,
+                chunk_size=self.chunk_size,
+                chunk_lengths=memory.lengths,
+                causal=view.is_causal,
+            )
+        return self.o_proj(out.flatten(-2).to(x.dtype))
+
+
+class HSALayer(nn.Module):
+    """(B, T, M) -> (B, T, M): [x + SWA], then HSA with a standard or bypass residual, then the feed-forward block."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        window_attention: WindowAttention | None,
+        hsa: HierarchicalSparseAttention,
+        mlp: nn.Module,
+        residual: str,
+        rms_norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.window_attention = window_attention
+        self.window_norm = nn.RMSNorm(hidden_size, eps=rms_norm_eps) if window_attention is not None else None
+        self.hsa_norm = nn.RMSNorm(hidden_size, eps=rms_norm_eps)
+        self.hsa = hsa
+        self.mlp_norm = nn.RMSNorm(hidden_size, eps=rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        retrieval: Retrieval,
+        views: Sequence[MemoryView],
+        rotary: RotaryTable,
+        segments: torch.Tensor | None = None,
+        state: WindowState | None = None,
+    ) -> torch.Tensor:
+        x = self._window(x, rotary, segments, state)
+        return self._feed_forward(x, self.hsa(self.hsa_norm(x), retrieval, views))
+
+    def without_memory(
+        self,
+        x: torch.Tensor,
+        rotary: RotaryTable,
+        segments: torch.Tensor | None = None,
+        state: WindowState | None = None,
+    ) -> torch.Tensor:
+        """The layer where no chunk exists yet: the HSA output is exactly 0 (fact 1)."""
+        x = self._window(x, rotary, segments, state)
+        return self._feed_forward(x, torch.zeros_like(x))
+
+    def _window(
+        self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None, state: WindowState | None
+    ) -> torch.Tensor:
+        if self.window_attention is None or self.window_norm is None:
+            return x
+        return x + self.window_attention(self.window_norm(x), rotary, segments, state)
+
+    def _feed_forward(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        if self.residual == "bypass":
+            return x + self.mlp(self.mlp_norm(x + read))
+        x = x + read
+        return x + self.mlp(self.mlp_norm(x))

@@ -1,0 +1,88 @@
+"""Mixture of experts with a shared expert and auxiliary-loss-free balancing (paper sec. 3.1; DeepSeek-V3, Ling-2.0).
+
+Each token goes to the experts of highest sigmoid affinity + bias; the bias only steers the choice and is moved after
+every optimiser step toward equal load (`update_router_bias`). Routing is dropless, so a token's output never depends
+on the rest of the batch, which exact reading needs (fact 5). Tested in tests/nn/test_moe.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hsa_ultralong.nn.mlp import SwiGLU
+
+
+class MixtureOfExperts(nn.Module):
+    """(..., M) -> (..., M): shared expert + sum over the chosen experts of affinity-weighted SwiGLU outputs."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        num_experts_per_token: int,
+        num_shared_experts: int,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.num_experts_per_token = num_experts, num_experts_per_token
+        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * intermediate_size))
+        self.down = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.shared = (
+            SwiGLU(hidden_size=hidden_size, intermediate_size=intermediate_size * num_shared_experts)
+            if num_shared_experts
+            else None
+        )
+        self.register_buffer("router_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("expert_load", torch.zeros(num_experts, dtype=torch.float32), persistent=False)
+        for weight in (self.gate_up, self.down):
+            nn.init.normal_(weight, std=0.02)
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and their weights for tokens x (N, M): both (N, k); weights fp32 (fp64 kept), sum 1."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            affinity = (x.to(wide) @ self.router.weight.to(wide).T).sigmoid()  # (N, E)
+        chosen = (affinity.detach() + self.router_bias).topk(self.num_experts_per_token, dim=-1).indices  # (N, k)
+        weights = affinity.gather(-1, chosen)
+        return chosen, weights / weights.sum(-1, keepdim=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(0, -2)  # (N, M)
+        chosen, weights = self.route(tokens)
+        order = chosen.flatten().argsort(stable=True)  # (N*k,) pairs grouped by expert
+        load = torch.bincount(chosen.flatten(), minlength=self.num_experts)  # (E,)
+        if self.training:
+            self.expert_load += load
+        source = order // self.num_experts_per_token
+        inner = self._experts(tokens[source], load)  # (N*k, M)
+        inner = inner * weights.flatten()[order, None].to(inner.dtype)
+        out = torch.zeros(tokens.shape, dtype=inner.dtype, device=x.device).index_add(0, source, inner).view(x.shape)
+        return out if self.shared is None else out + self.shared(x)
+
+    def _experts(self, rows: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+        """SwiGLU of every row by its expert; rows (N*k, M) sorted by expert, `load` rows each."""
+        if rows.is_cuda and (rows.dtype == torch.bfloat16 or torch.is_autocast_enabled("cuda")):
+            ends = load.cumsum(0).to(torch.int32)
+            gate, up = F.grouped_mm(rows.bfloat16(), self.gate_up.bfloat16(), offs=ends).chunk(2, dim=-1)
+            return F.grouped_mm(F.silu(gate) * up, self.down.bfloat16(), offs=ends)
+        parts = []
+        for expert, part in enumerate(rows.split(load.tolist())):
+            gate, up = (part @ self.gate_up[expert]).chunk(2, dim=-1)
+            parts.append((F.silu(gate) * up) @ self.down[expert])
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def update_router_bias(self, rate: float) -> torch.Tensor:
+        """Raise the bias of experts below the mean load of the last steps by `rate`, lower the others; reset the load.
+
+        Returns the imbalance max / mean load (fp32 scalar), 1 when perfectly even.
+        """
+        mean = self.expert_load.mean().clamp_min(1e-9)
+        imbalance = self.expert_load.max() / mean
+        self.router_bias += rate * torch.sign(mean - self.expert_load)
+        self.expert_load.zero_()
+        return imbalance

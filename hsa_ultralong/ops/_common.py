@@ -1,0 +1,51 @@
+"""Small helpers shared by the operators: accumulation dtype, matmul with a wide result, choice of backend."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+
+logger = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64; everything else accumulates in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Batched product (N, I, J) @ (N, J, L) whose result is never rounded to 16 bits: fp32 (or fp64) out."""
+    wide = accumulation_dtype(a.dtype)
+    with torch.autocast(device_type=a.device.type, enabled=False):
+        if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and a.dtype == b.dtype:
+            return torch.bmm(a, b, out_dtype=wide)
+        return torch.bmm(a.to(wide), b.to(wide))
+
+
+def blocks(length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of at most `size` that cover 0..length."""
+    for start in range(0, length, size):
+        yield start, min(start + size, length)
+
+
+def choose_impl(op: str, impl: str, supported: Sequence[str], auto: str) -> str:
+    """Resolve `impl`: "auto" picks and logs its choice once; anything else must be supported, never a silent fallback."""
+    if impl == "auto":
+        if op not in _announced:
+            _announced.add(op)
+            logger.info("%s: impl='auto' uses %r", op, auto)
+        return auto
+    if impl not in supported:
+        raise ValueError(f"{op}: impl={impl!r} is not available; choose one of {['auto', *supported]}")
+    return impl
+
+
+def require_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | None]) -> None:
+    """Raise a ValueError naming what was required and what came; None matches any size."""
+    actual = tuple(tensor.shape)
+    if len(actual) != len(expected) or any(e is not None and e != a for e, a in zip(expected, actual, strict=False)):
+        wanted = "(" + ", ".join("any" if e is None else str(e) for e in expected) + ")"
+        raise ValueError(f"{name} must have shape {wanted}, got {actual}")

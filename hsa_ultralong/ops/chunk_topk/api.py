@@ -1,0 +1,64 @@
+"""Retrieval: which chunks does each token read, and with what score (paper sec. 2.2, equations 1 and 2)."""
+
+from __future__ import annotations
+
+import torch
+
+from hsa_ultralong.ops._common import accumulation_dtype, choose_impl, require_shape
+from hsa_ultralong.ops.chunk_topk.reference import chunk_topk_reference
+from hsa_ultralong.ops.chunk_topk.torch_blocked import chunk_topk_torch
+from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
+
+_BACKENDS = {"reference": chunk_topk_reference, "torch": chunk_topk_torch}
+
+
+def chunk_topk(
+    query: torch.Tensor,
+    landmarks: torch.Tensor,
+    visible: ChunkVisibility,
+    *,
+    topk: int,
+    scale: float | None = None,
+    temperature: torch.Tensor | float | None = None,
+    noise_seed: int | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Select the `topk` visible chunks of highest score s = scale / temperature * <query, landmark>.
+
+    Args:
+        query: (B, T, Hr, R), any float dtype.
+        landmarks: (1 or B, C, Hr, R); batch 1 is one memory shared by the whole batch.
+        visible: who may see what, see ChunkVisibility.
+        topk: K >= 1; K >= C means full coverage.
+        scale: default 1 / sqrt(R).
+        temperature: positive scalar or (Hr,); a tensor receives its gradient.
+        noise_seed: adds counter-based Gumbel noise to the scores for the choice only (training).
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        indices (B, T, Hr, min(K, C)) int32 in descending chunk index (most recent first), empty slots last as -1;
+        scores of the same shape, fp32 (fp64 for fp64 inputs), -inf in empty slots, without the noise. Ties go to the
+        lower chunk index. Gradients reach query, landmarks and temperature through the kept pairs only.
+
+    Raises:
+        ValueError: on shapes that do not fit, topk < 1 or an unknown impl.
+    """
+    if query.dim() != 4:
+        raise ValueError(f"query must be (B, T, Hr, R), got {tuple(query.shape)}")
+    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+        raise ValueError(f"topk must be an integer >= 1, got {topk!r}")
+    batch, num_tokens, heads, dim = query.shape
+    require_shape("landmarks", landmarks, (None, None, heads, dim))
+    if landmarks.shape[0] not in (1, batch):
+        raise ValueError(f"landmarks have batch {landmarks.shape[0]}, required 1 or {batch}")
+    require_shape("visible.query_segment", visible.query_segment, (batch, num_tokens))
+    require_shape("visible.chunk_segment", visible.chunk_segment, (None, landmarks.shape[1]))
+    factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
+    if temperature is not None:
+        factor = factor / temperature
+    if isinstance(factor, torch.Tensor):
+        factor = factor.to(accumulation_dtype(query.dtype))
+        if factor.dim() == 1:
+            factor = factor[:, None]  # (Hr, 1)
+    backend = _BACKENDS[choose_impl("chunk_topk", impl, tuple(_BACKENDS), "torch")]
+    return backend(query, landmarks, visible, topk=topk, factor=factor, noise_seed=noise_seed)

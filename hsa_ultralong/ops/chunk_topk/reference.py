@@ -1,0 +1,39 @@
+"""The specification of chunk_topk: scores, mask, noise and selection written out, fp64-capable, O(T * C) memory."""
+
+from __future__ import annotations
+
+import torch
+
+from hsa_ultralong.ops._common import accumulation_dtype
+from hsa_ultralong.ops.chunk_topk.noise import gumbel_noise
+from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
+
+
+def chunk_topk_reference(
+    query: torch.Tensor,
+    landmarks: torch.Tensor,
+    visible: ChunkVisibility,
+    *,
+    topk: int,
+    factor: torch.Tensor | float,
+    noise_seed: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """s[t, i] = factor * <query_t, landmark_i>; keep the K visible chunks of highest s (+ noise); newest first."""
+    dtype = accumulation_dtype(query.dtype)
+    batch, num_tokens, heads, _ = query.shape
+    num_chunks = landmarks.shape[1]
+    keep = min(topk, num_chunks)
+    landmarks = landmarks.expand(batch, -1, -1, -1)
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        scores = torch.einsum("bthr,bchr->bthc", query.to(dtype), landmarks.to(dtype)) * factor  # (B, T, Hr, C)
+    hidden = ~visible.mask()[:, :, None]  # (B, T, 1, C)
+    ranking = scores.detach()
+    if noise_seed is not None:
+        ranking = ranking + gumbel_noise(noise_seed, batch, 0, num_tokens, heads, num_chunks, query.device)
+    ranking = ranking.masked_fill(hidden, -torch.inf)
+    # a stable sort prefers the lower index among equal scores
+    chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[..., :keep]  # (B, T, Hr, K)
+    chosen = torch.where(ranking.gather(-1, chosen) == -torch.inf, -1, chosen)
+    chosen = chosen.sort(dim=-1, descending=True).values
+    scores = scores.gather(-1, chosen.clamp_min(0)).masked_fill(chosen < 0, -torch.inf)
+    return chosen.to(torch.int32), scores

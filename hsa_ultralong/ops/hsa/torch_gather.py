@@ -1,0 +1,141 @@
+"""hsa_attention in plain torch by gathering the selected chunks, blockwise in T, recomputed in the backward.
+
+Cost per token is K * S keys whatever the number of chunks: the path for decoding and for sparse selections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide
+
+# gathered keys of one block of tokens, in elements
+_BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+
+def _rows(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """(Bk, C*S, Hkv, D) -> (Bk*Hkv*C, S*D), one row per chunk and head."""
+    return tensor.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 2)
+
+
+def _row_index(indices: torch.Tensor, kv_batch: int, kv_heads: int, num_chunks: int) -> torch.Tensor:
+    """Row of each selected chunk in `_rows`, (B, t, Hkv, K) int64; empty slots point at chunk 0 (their weight is 0)."""
+    index = indices.long().clamp_min(0).expand(-1, -1, kv_heads, -1)
+    batch = torch.arange(indices.shape[0], device=indices.device).view(-1, 1, 1, 1)
+    if kv_batch == 1:
+        batch = torch.zeros_like(batch)
+    head = torch.arange(kv_heads, device=indices.device).view(1, 1, -1, 1)
+    return (batch * kv_heads + head) * num_chunks + index
+
+
+def _attention(queries, keys, absent, scale, shape):
+    """Softmax inside every gathered chunk, (N, G, K, S) in the accumulation dtype; N = B * t * Hkv."""
+    slots, chunk_size = shape
+    logits = matmul_wide(queries, keys.transpose(1, 2)).mul_(scale).unflatten(-1, (slots, chunk_size))
+    if absent is not None:
+        logits = logits.masked_fill(absent[:, None], -torch.inf)
+    return logits.softmax(-1)
+
+
+def _absent(chunk_lengths, row_index, kv_heads, num_chunks, chunk_size):
+    """True where a gathered key slot holds no token (short chunks), (N, K, S), or None."""
+    if chunk_lengths is None:
+        return None
+    lengths = chunk_lengths[:, None].expand(-1, kv_heads, -1).reshape(-1)[row_index].flatten(0, 2)  # (N, K)
+    return torch.arange(chunk_size, device=lengths.device) >= lengths[..., None]
+
+
+class _Problem(NamedTuple):
+    """The operands of one call; shapes as in api.hsa_attention."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
+    chunk_lengths: torch.Tensor | None
+    chunk_size: int
+    scale: float
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        budget = _BLOCK_ELEMENTS.get(self.q.device.type, 1 << 24)
+        per_token = self.q.shape[0] * self.k.shape[2] * self.indices.shape[-1] * self.chunk_size * self.q.shape[-1]
+        return blocks(self.q.shape[1], max(1, budget // max(1, per_token)))
+
+
+class _Block:
+    """The gathered operands of tokens start..stop: N = B * t * Hkv problems of G queries against K chunks."""
+
+    def __init__(self, problem: _Problem, start: int, stop: int) -> None:
+        q, k, v, indices, weights, chunk_lengths, size, scale = problem
+        kv_heads, slots, dim = k.shape[2], indices.shape[-1], q.shape[-1]
+        num_chunks = k.shape[1] // size
+        index = indices[:, start:stop]
+        self.row_index = _row_index(index, k.shape[0], kv_heads, num_chunks)  # (B, t, Hkv, K)
+        flat = self.row_index.flatten()
+        self.keys = _rows(k, size).index_select(0, flat).view(-1, slots * size, dim)  # (N, K*S, D)
+        self.values = _rows(v, size).index_select(0, flat).view(-1, slots * size, dim)
+        self.queries = q[:, start:stop].unflatten(2, (kv_heads, -1)).flatten(0, 2)  # (N, G, D)
+        wide = accumulation_dtype(q.dtype)
+        fused = weights[:, start:stop].to(wide).masked_fill(index < 0, 0.0).expand(-1, -1, kv_heads, -1)
+        self.fused = fused.reshape(-1, slots)  # (N, K)
+        absent = _absent(chunk_lengths, self.row_index, kv_heads, num_chunks, size)
+        self.attention = _attention(self.queries, self.keys, absent, scale, (slots, size))
+
+    def mixed(self) -> torch.Tensor:
+        """Attention times fusion weight in the dtype of the values, (N, G, K*S)."""
+        return (self.attention * self.fused[:, None, :, None]).flatten(2).to(self.values.dtype)
+
+
+class _GatherAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, indices, weights, chunk_size, chunk_lengths, scale):
+        ctx.save_for_backward(q, k, v, indices, weights, chunk_lengths)
+        ctx.chunk_size, ctx.scale = chunk_size, scale
+        problem = _Problem(q, k, v, indices, weights, chunk_lengths, chunk_size, scale)
+        out = torch.empty_like(q)
+        for start, stop in problem.blocks():
+            block = _Block(problem, start, stop)
+            out[:, start:stop] = matmul_wide(block.mixed(), block.values).view(out[:, start:stop].shape)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        problem = _Problem(*ctx.saved_tensors, ctx.chunk_size, ctx.scale)
+        q, k, v, weights = problem.q, problem.k, problem.v, problem.weights
+        wide = accumulation_dtype(q.dtype)
+        grad_keys = torch.zeros(_rows(k, ctx.chunk_size).shape, dtype=wide, device=q.device)
+        grad_values = torch.zeros_like(grad_keys)
+        grad_q, grad_weights = torch.empty_like(q), torch.zeros_like(weights)
+        for start, stop in problem.blocks():
+            block = _Block(problem, start, stop)
+            grad = grad_out[:, start:stop].reshape(block.queries.shape)  # (N, G, D)
+            row = block.row_index.flatten()
+            flat = (row.numel(), grad_keys.shape[1])
+            grad_values.index_add_(0, row, matmul_wide(block.mixed().transpose(1, 2), grad).view(flat))
+            grad_attention = matmul_wide(grad, block.values.transpose(1, 2)).view_as(block.attention)  # (N, G, K, S)
+            delta = (block.attention * grad_attention).sum(-1, keepdim=True)  # (N, G, K, 1)
+            grad_fused = delta.sum((1, 3)).view(block.row_index.shape)  # (B, t, Hkv, K)
+            if weights.shape[2] == 1:
+                grad_fused = grad_fused.sum(2, keepdim=True)
+            grad_weights[:, start:stop] = grad_fused.masked_fill(problem.indices[:, start:stop] < 0, 0.0)
+            grad_logits = block.attention * (grad_attention - delta) * block.fused[:, None, :, None] * ctx.scale
+            grad_logits = grad_logits.flatten(2).to(q.dtype)  # (N, G, K*S)
+            grad_q[:, start:stop] = matmul_wide(grad_logits, block.keys).view(grad_q[:, start:stop].shape)
+            grad_keys.index_add_(0, row, matmul_wide(grad_logits.transpose(1, 2), block.queries).view(flat))
+        grad_k, grad_v = _unrows(grad_keys, k, ctx.chunk_size), _unrows(grad_values, v, ctx.chunk_size)
+        return grad_q, grad_k, grad_v, None, grad_weights, None, None, None
+
+
+def _unrows(rows: torch.Tensor, like: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """Inverse of `_rows`."""
+    kv_batch, _, kv_heads, dim = like.shape
+    return rows.view(kv_batch, kv_heads, -1, chunk_size, dim).permute(0, 2, 3, 1, 4).reshape(like.shape).to(like.dtype)
+
+
+def hsa_attention_gather(q, k, v, indices, weights, *, chunk_size, chunk_lengths, scale, causal=False):
+    """Same result as hsa_attention_reference; extra memory is one block of gathered chunks."""
+    return _GatherAttention.apply(q, k, v, indices, weights, chunk_size, chunk_lengths, scale)

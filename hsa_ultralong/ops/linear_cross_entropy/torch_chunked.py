@@ -1,0 +1,62 @@
+"""Head and loss in slices of tokens: the gradient is formed beside the loss, so logits live for one slice only."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide
+
+# logits of one slice, in elements
+_SLICE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+def _loss_and_slope(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, dtype: torch.dtype):
+    """Summed loss of a slice and d loss / d logits in `dtype`."""
+    kept = labels != ignore_index
+    target = labels.clamp_min(0)[:, None]
+    norm = logits.logsumexp(-1, keepdim=True)
+    loss = ((norm - logits.gather(-1, target)).squeeze(-1) * kept).sum()
+    hit = torch.arange(logits.shape[-1], device=logits.device) == target
+    slope = ((logits - norm).exp() - hit.to(logits.dtype)) * kept[:, None]
+    return loss, slope.to(dtype)
+
+
+@lru_cache(maxsize=1)
+def _compiled():
+    return torch.compile(_loss_and_slope, dynamic=True)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, ignore_index):
+        wide = accumulation_dtype(hidden.dtype)
+        step = _compiled() if hidden.is_cuda else _loss_and_slope
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_gradient else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_gradient else None
+        size = max(1, _SLICE_ELEMENTS.get(hidden.device.type, 1 << 24) // weight.shape[0])
+        for start, stop in blocks(hidden.shape[0], size):
+            rows = hidden[start:stop]
+            logits = matmul_wide(rows[None], weight.to(hidden.dtype).T[None])[0]  # (n, V)
+            loss, slope = step(logits, labels[start:stop], ignore_index, hidden.dtype)
+            total += loss
+            if grad_hidden is not None and grad_weight is not None:
+                grad_hidden[start:stop] = slope @ weight.to(hidden.dtype)
+                grad_weight += matmul_wide(slope.T[None], rows[None])[0]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None
+
+
+def linear_cross_entropy_chunked(hidden, weight, labels, *, ignore_index):
+    """Same result as linear_cross_entropy_reference."""
+    with torch.autocast(device_type=hidden.device.type, enabled=False):
+        return _ChunkedLoss.apply(hidden, weight, labels, ignore_index)

@@ -1,0 +1,27 @@
+"""The specification of sliding_window_attention: one dense masked softmax, fp64-capable."""
+
+from __future__ import annotations
+
+import torch
+
+from hsa_ultralong.ops._common import accumulation_dtype
+
+
+def window_mask(num_queries: int, num_keys: int, window: int, query_segments, key_segments, device) -> torch.Tensor:
+    """(1 or B, Tq, Tk) bool: the last `window` keys up to the token's own, of its own segment."""
+    query = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
+    distance = query - torch.arange(num_keys, device=device)[None]  # (Tq, Tk)
+    mask = ((distance >= 0) & (distance < window))[None]
+    if query_segments is not None:
+        mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
+    return mask
+
+
+def sliding_window_reference(q, k, v, *, window, query_segments, key_segments, scale):
+    dtype = accumulation_dtype(q.dtype)
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))  # (B, Tk, Hq, D)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), keys) * scale
+    mask = window_mask(q.shape[1], k.shape[1], window, query_segments, key_segments, q.device)
+    attention = logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", attention, values).to(q.dtype)

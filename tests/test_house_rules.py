@@ -1,0 +1,267 @@
+"""The rules of docs/architecture.md and CONTRIBUTING.md that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "hsa_ultralong"
+FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
+
+# What each part of the package may import from the others. Itself is always allowed.
+ALLOWED: dict[str, set[str]] = {
+    "ops": set(),
+    "nn": {"ops"},
+    "models": {"nn", "ops"},
+    "memory": {"nn", "ops"},
+    "inference": {"models", "memory", "nn", "ops", "distributed"},
+    "baselines": {"nn", "ops"},
+    "data": set(),
+    "distributed": set(),
+    "train": {"models", "baselines", "data", "distributed"},
+    "eval": {"inference", "memory", "models", "baselines", "data"},
+    "recipes": {"train", "eval", "models", "data"},
+    "testing": {"ops", "nn", "models"},
+}
+ANYTHING_BUT_CLI = set(ALLOWED) | {"serve"}
+ALLOWED["serve"] = ANYTHING_BUT_CLI
+ALLOWED["cli"] = ANYTHING_BUT_CLI
+ALLOWED["__init__"] = ANYTHING_BUT_CLI  # the package's own __init__.py
+ALLOWED["__main__"] = {"cli"}
+
+# (file, enclosing class and function, part): imported inside these two methods, nowhere else.
+EXCEPTIONS = {
+    ("models/modeling_hsa.py", "HSAForCausalLM.memorize", "inference"),
+    ("models/modeling_hsa.py", "HSAForCausalLM.generate", "inference"),
+}
+# (importing file, imported file), both backends of one operator.
+BACKEND_EXCEPTIONS = {
+    ("ops/sliding_window/torch_banded.py", "ops/sliding_window/reference.py"),  # window_mask, the definition of W
+}
+
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 90
+MAX_KERNEL_LINES = 150
+MIB = 2**20
+
+
+class Import(NamedTuple):
+    file: str  # relative to the package
+    line: int
+    scope: str  # enclosing classes and functions, "A.f", "" at module level
+    target: str  # dotted path below the package, "" for the package itself
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT / PACKAGE).as_posix()
+
+
+def part_of(dotted: str) -> str:
+    return dotted.split(".")[0]
+
+
+def imported_modules(node: ast.AST, path: Path) -> Iterator[str]:
+    """Yield the full dotted names that one import statement or import_module("...") call may bind."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parents = path.relative_to(ROOT).with_suffix("").parts[: -node.level]
+            base = ".".join([*parents, *filter(None, [base])])
+        # `from package.a import b` may mean the module package.a.b or a name inside package.a.
+        yield from (f"{base}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+            yield node.args[0].value
+
+
+def imports_of(path: Path, source: str | None = None) -> Iterator[Import]:
+    """Yield the imports of our own modules in one file, with the scope in which they stand."""
+
+    def walk(node: ast.AST, scope: tuple[str, ...]) -> Iterator[Import]:
+        for name in imported_modules(node, path):
+            if name.split(".")[0] == PACKAGE:
+                yield Import(relative(path), getattr(node, "lineno", 0), ".".join(scope), name[len(PACKAGE) + 1 :])
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            scope = (*scope, node.name)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, scope)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8") if source is None else source), ())
+
+
+def breaks_direction(item: Import) -> bool:
+    part = item.file.split("/")[0].removesuffix(".py")
+    target = part_of(item.target)
+    if target in ("", "__version__") or target == part or (item.file, item.scope, target) in EXCEPTIONS:
+        return False
+    return target not in ALLOWED.get(part, set())
+
+
+def is_backend(file: str) -> bool:
+    stem = file.rsplit("/", 1)[-1].removesuffix(".py")
+    return stem == "reference" or stem.startswith(("torch_", "triton_"))
+
+
+def breaks_backend_rule(item: Import) -> bool:
+    """A backend imports no other backend and no api.py, of its own or another operator."""
+    if not (item.file.startswith("ops/") and is_backend(item.file)):
+        return False
+    parts = item.target.split(".")
+    for depth in (len(parts), len(parts) - 1):
+        target = "/".join(parts[:depth]) + ".py"
+        if (ROOT / PACKAGE / target).is_file() and target != item.file and target.startswith("ops/"):
+            is_forbidden = is_backend(target) or target.endswith("/api.py")
+            return is_forbidden and (item.file, target) not in BACKEND_EXCEPTIONS
+    # A package, such as `from hsa_ultralong.ops import hsa_attention`, leads to its api.
+    return (ROOT / PACKAGE / "/".join(parts[:-1])).is_dir() and parts[:2] != ["ops", "_common"]
+
+
+def test_every_part_of_the_package_has_a_row_in_the_table():
+    # Folders without Python files are leftovers of another checkout.
+    parts = {relative(path).split("/")[0].removesuffix(".py") for path in FILES}
+    assert parts <= set(ALLOWED), f"add to the table of allowed imports: {sorted(parts - set(ALLOWED))}"
+
+
+def test_imports_point_one_way():
+    broken = [item for path in FILES for item in imports_of(path) if breaks_direction(item)]
+    assert not broken, "\n".join(f"{i.file}:{i.line} imports {i.target}" for i in broken)
+
+
+def test_backends_of_an_operator_never_import_each_other():
+    broken = [item for path in FILES for item in imports_of(path) if breaks_backend_rule(item)]
+    assert not broken, "\n".join(f"{i.file}:{i.line} imports {i.target}" for i in broken)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "is_broken"),
+    [
+        ("ops/hsa/api.py", "from hsa_ultralong.ops.hsa.reference import f", False),
+        ("ops/hsa/api.py", "from hsa_ultralong import nn", True),
+        ("ops/hsa/api.py", "from ...nn import x", True),
+        ("ops/hsa/api.py", "def f():\n    import hsa_ultralong.models.presets", True),
+        ("nn/__init__.py", "import importlib\nimportlib.import_module('hsa_ultralong.train')", True),
+        ("nn/__init__.py", "from hsa_ultralong import __version__", False),
+        ("nn/__init__.py", "from hsa_ultralong.ops import hsa", False),
+        ("serve/app.py", "from hsa_ultralong.cli.main import main", True),
+        ("cli/main.py", "from hsa_ultralong.serve import app", False),
+        ("models/modeling_hsa.py", "from hsa_ultralong.inference import read", True),
+        (
+            "models/modeling_hsa.py",
+            "class HSAForCausalLM:\n    def memorize(self):\n        from hsa_ultralong.inference import read",
+            False,
+        ),
+    ],
+)
+def test_the_import_rule_sees_every_form_of_import(file, source, is_broken):
+    found = [breaks_direction(item) for item in imports_of(ROOT / PACKAGE / file, source)]
+    assert any(found) == is_broken
+
+
+@pytest.mark.parametrize(
+    ("source", "is_broken"),
+    [
+        ("from hsa_ultralong.ops._common import blocks", False),
+        ("from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility", False),
+        ("from hsa_ultralong.ops.hsa.reference import hsa_attention_reference", True),
+        ("from .reference import hsa_attention_reference", True),
+        ("from . import reference", True),
+        ("from hsa_ultralong.ops.hsa.api import hsa_attention", True),
+        ("from hsa_ultralong.ops import hsa_attention", True),
+    ],
+)
+def test_the_backend_rule_sees_every_form_of_import(source, is_broken):
+    found = [breaks_backend_rule(item) for item in imports_of(ROOT / PACKAGE / "ops/hsa/torch_other.py", source)]
+    assert any(found) == is_broken
+
+
+def test_the_library_prints_only_in_the_command_line():
+    broken = [
+        f"{relative(path)}:{node.lineno}"
+        for path in FILES
+        if not relative(path).startswith("cli/")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not broken, f"use logging instead of print: {broken}"
+
+
+def test_files_and_functions_stay_short():
+    broken = []
+    for path in FILES:
+        source = path.read_text(encoding="utf-8")
+        if (lines := len(source.splitlines())) > MAX_FILE_LINES:
+            broken.append(f"{relative(path)}: {lines} lines, at most {MAX_FILE_LINES}")
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            is_kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            limit = MAX_KERNEL_LINES if is_kernel else MAX_FUNCTION_LINES
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > limit:
+                broken.append(f"{relative(path)}:{node.lineno} {node.name}: {lines} lines, at most {limit}")
+    assert not broken, "split by idea:\n" + "\n".join(broken)
+
+
+def test_tracked_files_stay_small():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+    large = {name: size for name, size in sizes.items() if size > 20 * MIB}
+    assert not large, f"above 20 MiB: {large}"
+    top = sorted(sizes, key=lambda name: -sizes[name])[:5]
+    assert sum(sizes.values()) < 28 * MIB, f"{sum(sizes.values()) / MIB:.1f} MiB tracked; the largest: {top}"
+
+
+def readme_code() -> list[str]:
+    """Return the lines of README.md's shell blocks and its inline code, without prompts and paths to programs."""
+    path = ROOT / "README.md"
+    if not path.is_file():
+        pytest.skip("README.md does not exist yet")
+    text = path.read_text(encoding="utf-8")
+    fence = re.compile(r"^[ ]*```(\w*)[^\n]*\n(.*?)^[ ]*```", re.MULTILINE | re.DOTALL)
+    blocks = [body for language, body in fence.findall(text) if language in ("", "bash", "console", "sh", "shell")]
+    inline = re.findall(r"`([^`\n]+)`", fence.sub("", text))
+    lines = [line for block in blocks for line in block.splitlines()] + inline
+    # `a && b; c | d` holds several commands.
+    commands = [command.strip() for line in lines for command in re.split(r"&&|;|\|", line)]
+    return [re.sub(r"^(\$ )?(\.venv/bin/)?", "", command) for command in commands]
+
+
+def test_readme_names_only_existing_make_targets():
+    named = {match[1] for code in readme_code() if (match := re.match(r"make ([a-z][\w-]*)", code))}
+    targets = re.findall(r"^([a-z][\w-]*)\s*:(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert named <= set(targets), f"README.md shows unknown targets: {sorted(named - set(targets))}"
+
+
+def run_help(monkeypatch: pytest.MonkeyPatch, command: str) -> object:
+    """Return the exit code of `hsa COMMAND --help`, run in this process."""
+    main = importlib.import_module(f"{PACKAGE}.cli.main").main
+    monkeypatch.setattr(sys, "argv", ["hsa", command, "--help"])
+    try:
+        code = main()
+    except SystemExit as stop:
+        code = stop.code
+    return code or 0
+
+
+def test_readme_names_only_existing_commands(monkeypatch, capsys):
+    named = sorted({match[1] for code in readme_code() if (match := re.match(r"hsa ([a-z][\w-]*)", code))})
+    if not named:
+        return
+    assert run_help(monkeypatch, "no-such-command") != 0, "`hsa` accepts any word, so the check below proves nothing"
+    unknown = [command for command in named if run_help(monkeypatch, command) != 0]
+    capsys.readouterr()
+    assert not unknown, f"README.md shows unknown commands: {unknown}"
