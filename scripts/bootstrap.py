@@ -29,7 +29,8 @@ def succeeds(*command: str) -> bool:
 def pip(python: str, *arguments: str) -> None:
     """Run pip in the environment, with progress bars in a terminal only; stop with one line if it fails."""
     flags = [] if sys.stdout.isatty() else ["--quiet"]
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    # setuptools warns about every editable install of a package that lies beside its pyproject.toml.
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONWARNINGS": "ignore"}
     if subprocess.run([python, "-m", "pip", *arguments, *flags], env=environment).returncode:
         sys.exit(f"pip {' '.join(arguments)} failed; the lines above say why")
 

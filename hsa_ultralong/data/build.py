@@ -57,9 +57,9 @@ def build_shards(
 ) -> TokenShards:
     """Tokenise text files into a new directory of token shards.
 
-    Documents are those of ``iter_documents(paths)``. A document belongs to validation if the hash of its text falls into
-    the fraction, so a text keeps its side when the corpus grows, and duplicates stay together. At least one document is
-    validation and at least one training, if there are two different ones and the fraction is above 0.
+    Documents are those of ``iter_documents(paths)``. A document belongs to validation if the hash of its text falls
+    into the fraction, so a text keeps its side when the corpus grows, and duplicates stay together. At least one
+    document is validation and at least one training, if there are two different ones and the fraction is above 0.
 
     Args:
         paths: text files and folders.

@@ -6,20 +6,19 @@ Tested in ``tests/data/test_needles.py``.
 
 from __future__ import annotations
 
-EVALUATION_ADJECTIVES: tuple[str, ...] = tuple(
-    """
+_ADJECTIVES = """
     amber azure brave bright bronze calm clever copper coral cosmic crimson crystal curious daring eager early
     elegant emerald fearless fluffy frosty gentle gilded golden graceful hidden humble indigo ivory jolly lively lucky
     lunar marble mellow merry misty mighty noble nimble olive opal patient pearly playful polished proud purple
     quiet radiant rosy royal rustic scarlet shiny silent silver snowy solar stormy sunny velvet violet wandering
-    """.split()
-)
-EVALUATION_NOUNS: tuple[str, ...] = tuple(
-    """
+"""
+_NOUNS = """
     acorn anchor badger beacon beetle blossom canyon castle cedar comet cricket dolphin dragon eagle falcon feather
     ferry forest fountain fox garden glacier harbor hawk hedgehog heron island jaguar kettle koala lagoon lantern
     lemon lighthouse lizard maple meadow mirror mountain needle ocean orchard otter owl panther parrot pebble penguin
     pepper piano pigeon planet puffin rabbit raven river rocket sailor sparrow squirrel thunder tiger turtle walrus
-    """.split()
-)
+"""
+
+EVALUATION_ADJECTIVES: tuple[str, ...] = tuple(_ADJECTIVES.split())
+EVALUATION_NOUNS: tuple[str, ...] = tuple(_NOUNS.split())
 EVALUATION_WORDS: frozenset[str] = frozenset(EVALUATION_ADJECTIVES + EVALUATION_NOUNS)

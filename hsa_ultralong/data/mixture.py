@@ -197,8 +197,8 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
     """Stack rows into a batch.
 
     Returns:
-        ``input_ids`` and ``labels`` int64, ``segment_ids`` int32, ``answer_mask`` bool, all (B, T), and ``kind``, a list of
-        B strings.
+        ``input_ids`` and ``labels`` int64, ``segment_ids`` int32, ``answer_mask`` bool, all (B, T), and ``kind``,
+        a list of B strings.
     """
     return {
         "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows]).astype(np.int64)),  # (B, T)

@@ -1,7 +1,7 @@
 """Needles: stated facts and the questions about them, one grammar for training and evaluation.
 
-A needle says that an attribute of a two-word key has a value; the model is asked for the value later. Training keys come
-from the corpus' word bank, evaluation keys from words the bank never holds (``evaluation_words.py``).
+A needle says that an attribute of a two-word key has a value; the model is asked for the value later. Training keys
+come from the corpus' word bank, evaluation keys from words the bank never holds (``evaluation_words.py``).
 Called by ``rows.py``, ``eval/`` and ``hsa quickstart``; tested in ``tests/data/test_needles.py``.
 """
 
@@ -66,7 +66,7 @@ class Needle:
     Attributes:
         key: the two words that identify it, ``"amber falcon"``.
         value: what is asked for, ``"4821937"``.
-        statement: sentence to hide in a text, with a leading space, ``" The secret code of the amber falcon is 4821937."``
+        statement: sentence to hide in a text, ``" The secret code of the amber falcon is 4821937."`` (leading space).
         question: prompt in question style, ``"Question: What is the secret code of the amber falcon?\\nAnswer:"``
         answer: what follows either prompt, ``" 4821937"`` (leading space and value).
         completion: prompt in completion style, ``"The secret code of the amber falcon is"``

@@ -56,10 +56,10 @@ class RowWriter:
 
     def __init__(self, layout: RowLayout) -> None:
         self._layout = layout
-        self._input_ids = np.full(layout.seq_len, layout.pad, dtype=np.int32)
-        self._labels = np.full(layout.seq_len, IGNORE_INDEX, dtype=np.int32)
-        self._segment_ids = np.full(layout.seq_len, PADDING_SEGMENT, dtype=np.int32)
-        self._answer_mask = np.zeros(layout.seq_len, dtype=np.bool_)
+        self._input_ids: np.ndarray = np.full(layout.seq_len, layout.pad, dtype=np.int32)
+        self._labels: np.ndarray = np.full(layout.seq_len, IGNORE_INDEX, dtype=np.int32)
+        self._segment_ids: np.ndarray = np.full(layout.seq_len, PADDING_SEGMENT, dtype=np.int32)
+        self._answer_mask: np.ndarray = np.zeros(layout.seq_len, dtype=np.bool_)
         self._num_documents = 0
         self.end = 0
 
@@ -159,9 +159,9 @@ def needles_row(
 ) -> Row:
     """Hide needles in a haystack of text, then ask for some of them.
 
-    Statements overwrite as many tokens at uniform places, never each other; they may straddle chunks. Questions follow in
-    random order, half in question and half in completion style, as documents of their own or inline. Questions beyond
-    half of the row and statements beyond the haystack are left out.
+    Statements overwrite as many tokens at uniform places, never each other; they may straddle chunks. Questions follow
+    in random order, half in question and half in completion style, as documents of their own or inline. Questions
+    beyond half of the row and statements beyond the haystack are left out.
 
     Raises:
         ValueError: not one question fits into half of the row, or not one statement into the haystack.
@@ -201,8 +201,8 @@ class _Question:
 
 def _too_short(layout: RowLayout, what: str) -> str:
     return (
-        f"a needle's {what}: seq_len={layout.seq_len} is too short for chunk_size={layout.chunk_size} and this tokenizer; "
-        f"use a larger seq_len"
+        f"a needle's {what}: seq_len={layout.seq_len} is too short for chunk_size={layout.chunk_size} "
+        f"and this tokenizer; use a larger seq_len"
     )
 
 
@@ -233,7 +233,7 @@ def _question_cost(layout: RowLayout, question: _Question, is_inline: bool) -> i
 def _haystack(
     rng: np.random.Generator, layout: RowLayout, sampler: DocumentSampler, num_tokens: int, max_documents: int
 ) -> list[np.ndarray]:
-    """Draw the texts of one or several documents that take ``num_tokens`` of a row, bos included, the last one cut freely."""
+    """Draw the texts of one or several documents that take ``num_tokens`` of a row, bos included."""
     num_chunks = num_tokens // layout.chunk_size
     num_documents = 1
     if max_documents > 1 and rng.random() < 0.5:
@@ -252,11 +252,13 @@ def _hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Seq
     """
     lengths = [len(document) for document in documents]
     bounds = np.cumsum(lengths)
-    draws = np.searchsorted(bounds, rng.integers(0, bounds[-1], size=len(statements)), side="right").tolist()
+    places = rng.integers(0, bounds[-1], size=len(statements))
+    draws: list[int] = np.searchsorted(bounds, places, side="right").tolist()
     free = list(lengths)
     placed: list[list[list[int]]] = [[] for _ in documents]
     num_hidden = 0
-    for statement, document in zip(statements, draws, strict=True):
+    for i, statement in enumerate(statements):
+        document = draws[i]
         if len(statement) > free[document]:
             document = max(range(len(free)), key=free.__getitem__)
         if len(statement) > free[document]:
@@ -264,15 +266,13 @@ def _hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Seq
         free[document] -= len(statement)
         placed[document].append(statement)
         num_hidden += 1
-    for document, members, gap in zip(documents, placed, free, strict=True):
-        if not members:
-            continue
+    for tokens, members, gap in zip(documents, placed, free, strict=True):
         gaps = np.sort(rng.integers(0, gap + 1, size=len(members))).tolist()
         shift = 0
-        for i, before in zip(rng.permutation(len(members)).tolist(), gaps, strict=True):
+        for member, before in zip(rng.permutation(len(members)).tolist(), gaps, strict=True):
             start = before + shift
-            document[start : start + len(members[i])] = members[i]
-            shift += len(members[i])
+            tokens[start : start + len(members[member])] = members[member]
+            shift += len(members[member])
     return num_hidden
 
 

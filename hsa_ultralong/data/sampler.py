@@ -37,8 +37,8 @@ class DocumentSampler:
         keep = lengths >= max(long_tokens, 1)
         if not keep.any():
             raise ValueError(
-                f"no {split} document has {max(long_tokens, 1):,} tokens (the longest has {longest:,}); use a shorter seq_len, "
-                f"long_documents=False, or text with longer documents"
+                f"no {split} document has {max(long_tokens, 1):,} tokens (the longest has {longest:,}); use a shorter "
+                f"seq_len, long_documents=False, or text with longer documents"
             )
         self._data = shards.data
         self._starts: np.ndarray = starts[keep]
@@ -65,8 +65,8 @@ class DocumentSampler:
         return self._data[start : start + min(num_tokens, length - offset)]
 
     def fill(self, rng: np.random.Generator, num_tokens: int) -> np.ndarray:
-        """Draw exactly ``num_tokens`` tokens: one slice, or several joined where a document ends too early, (n,) int32."""
-        out = np.empty(num_tokens, dtype=np.int32)
+        """Draw exactly ``num_tokens`` tokens: one slice, or several joined where documents end early, (n,) int32."""
+        out: np.ndarray = np.empty(num_tokens, dtype=np.int32)
         filled = 0
         while filled < num_tokens:
             part = self.slice(rng, num_tokens - filled, min_tokens=num_tokens - filled)

@@ -5,8 +5,8 @@ The namespace's hash is part of the seed, so training and evaluation draw differ
 
 from __future__ import annotations
 
-import hashlib
 import functools
+import hashlib
 
 import numpy as np
 

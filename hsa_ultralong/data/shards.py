@@ -1,7 +1,7 @@
 """Token shards: a corpus tokenised once, memory-mapped ever after.
 
-A directory holds ``tokens.bin`` (every document as bos, tokens, eos), ``documents.npy`` (offsets), ``words.txt`` (the word
-bank for needle keys) and ``manifest.json``. It appears at its place complete or not at all.
+A directory holds ``tokens.bin`` (every document as bos, tokens, eos), ``documents.npy`` (offsets), ``words.txt`` (the
+word bank for needle keys) and ``manifest.json``. It appears at its place complete or not at all.
 Called by ``hsa data`` and ``MixtureDataset``; tested in ``tests/data/test_shards.py``.
 """
 

@@ -122,8 +122,7 @@ def _document(lines: list[bytes], path: Path, start: int) -> Iterator[str]:
 
 def _iter_lines(path: Path) -> Iterator[bytes]:
     try:
-        opened = lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
-        with cast(BinaryIO, opened) as file:
+        with _open(path) as file:
             yield from file
     except (lzma.LZMAError, EOFError) as error:
         raise ValueError(
@@ -131,6 +130,10 @@ def _iter_lines(path: Path) -> Iterator[bytes]:
         ) from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb"))
 
 
 def _decode(data: bytes, path: Path, start: int) -> str:

@@ -30,7 +30,7 @@ _MAX_CACHED_PIECES = 200_000
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer in which every digit is its own token.
 
-    ``<|bos|>`` = 0, ``<|eos|>`` = 1, ``<|pad|>`` = 2; encoding with ``add_special_tokens=True`` puts ``<|bos|>`` in front.
+    ``<|bos|>`` = 0, ``<|eos|>`` = 1, ``<|pad|>`` = 2; ``add_special_tokens=True`` puts ``<|bos|>`` in front.
 
     Args:
         texts: strings to learn merges from, read once.

@@ -102,6 +102,7 @@ class _SelectedProducts(torch.autograd.Function):
         return grad_query, grad_landmarks.to(landmarks.dtype), None, None, None, None
 
 
+@torch.compiler.disable
 def chunk_topk_torch(
     query: torch.Tensor,
     landmarks: torch.Tensor,

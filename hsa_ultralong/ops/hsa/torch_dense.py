@@ -166,6 +166,7 @@ def spread_weights(indices: torch.Tensor, weights: torch.Tensor, num_chunks: int
     return dense.scatter_add(-1, indices.long().clamp_min(0), kept)
 
 
+@torch.compiler.disable
 def hsa_attention_dense(q, k, v, indices, weights, *, chunk_size, chunk_lengths, scale, causal=False):
     """Same result as hsa_attention_reference at a cost of T * C * S whatever K; memory O(T * C + tile)."""
     dense = spread_weights(indices, weights, k.shape[1] // chunk_size)

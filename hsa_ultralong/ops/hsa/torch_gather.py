@@ -136,6 +136,7 @@ def _unrows(rows: torch.Tensor, like: torch.Tensor, chunk_size: int) -> torch.Te
     return rows.view(kv_batch, kv_heads, -1, chunk_size, dim).permute(0, 2, 3, 1, 4).reshape(like.shape).to(like.dtype)
 
 
+@torch.compiler.disable
 def hsa_attention_gather(q, k, v, indices, weights, *, chunk_size, chunk_lengths, scale, causal=False):
     """Same result as hsa_attention_reference; extra memory is one block of gathered chunks."""
     return _GatherAttention.apply(q, k, v, indices, weights, chunk_size, chunk_lengths, scale)

@@ -56,6 +56,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None
 
 
+@torch.compiler.disable
 def linear_cross_entropy_chunked(hidden, weight, labels, *, ignore_index):
     """Same result as linear_cross_entropy_reference."""
     with torch.autocast(device_type=hidden.device.type, enabled=False):

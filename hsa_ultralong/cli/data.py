@@ -1,0 +1,52 @@
+"""`hsa data`: plain text to tokenizer and token shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("data")(data)
+
+
+def data(
+    paths: Annotated[list[Path], typer.Argument(help="Text files (.txt, .txt.xz, .md) or folders of them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the shards; must not exist yet.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer folder instead of training one.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary of a newly trained tokenizer.")] = 8192,
+    sample_mb: Annotated[int, typer.Option(help="Text, in MB, that a new tokenizer is trained on.")] = 30,
+    validation_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.005,
+) -> None:
+    """Tokenise text into memory-mapped shards for training. Documents end at a line holding only U+001E.
+
+    Examples:
+
+      hsa data corpus.txt -o .data/shards
+
+      hsa data books/ notes.md -o .data/shards --tokenizer checkpoints/nano
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from hsa_ultralong.data import build_shards, load_tokenizer, train_tokenizer
+    from hsa_ultralong.data.text import sample_text
+
+    if output.exists():
+        raise ValueError(f"{output} exists already; remove it or choose another folder")
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()) as bar:
+        task = bar.add_task("tokenising", total=None, note="")
+        if tokenizer is None:
+            bar.update(task, description="training the tokenizer")
+            tokens = train_tokenizer(sample_text(paths, sample_mb * 1_000_000), vocab_size)
+        else:
+            tokens = load_tokenizer(tokenizer)
+        bar.update(task, description="tokenising")
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, note=f"{done / 1e6:,.0f} MB")
+
+        shards = build_shards(paths, tokens, output, validation_fraction=validation_fraction, progress=progress)
+    tokens.save_pretrained(output / "tokenizer")
+    typer.echo(f"{shards.num_tokens:,} tokens of {len(shards.documents('train')):,} documents for training in {output}")

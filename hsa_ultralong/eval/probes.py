@@ -1,0 +1,58 @@
+"""In-training probes: does the model answer held-out needle questions, teacher-forced, at the stage's own length?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards, collate
+from hsa_ultralong.models import HSAForCausalLM
+
+_PROBE_TOKENS = 1 << 18
+
+
+def answer_accuracy(
+    model: HSAForCausalLM, batch: dict[str, Any], device: torch.device | str
+) -> tuple[int, int, float, int]:
+    """Exact answers, all answers, summed loss and number of answer tokens of one collated batch of needle rows."""
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "segment_ids")}
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    mask = batch["answer_mask"].to(device)[:, 1:]  # (B, T - 1)
+    logits = model.lm_head(hidden[:, :-1][mask]).float()  # (n, V)
+    target = inputs["input_ids"][:, 1:][mask]
+    loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
+    # answers are runs of the mask; a run starts where the mask does
+    starts = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0))
+    run = starts.flatten().cumsum(0)[mask.flatten()] - 1
+    count = int(starts.sum())
+    wrong = torch.zeros(count, device=run.device).index_add_(0, run, (logits.argmax(-1) != target).float())
+    return int((wrong == 0).sum()), count, loss, int(mask.sum())
+
+
+def needle_probe(
+    shards: TokenShards, tokenizer: Any, *, rows: int, device: torch.device | str
+) -> Callable[[HSAForCausalLM, Any], dict[str, float]]:
+    """A probe for train.Trainer: held-out documents and needle seeds, rows of the stage's length."""
+    cache: dict[int, list[dict[str, Any]]] = {}
+
+    def probe(model: HSAForCausalLM, stage: Any) -> dict[str, float]:
+        if stage.seq_len not in cache:
+            config = MixtureConfig(
+                weights={"needles": 1.0}, seq_len=stage.seq_len, chunk_size=model.config.chunk_size, seed=1
+            )
+            dataset = MixtureDataset(shards, tokenizer, config, split="validation")
+            count = max(2, min(rows, _PROBE_TOKENS // stage.seq_len))
+            group = max(1, min(count, 65_536 // stage.seq_len))
+            cache[stage.seq_len] = [
+                collate([dataset[i] for i in range(start, min(start + group, count))]) for start in range(0, count, group)
+            ]
+        right = total = tokens = 0
+        loss = 0.0
+        for batch in cache[stage.seq_len]:
+            part = answer_accuracy(model, batch, device)
+            right, total, loss, tokens = right + part[0], total + part[1], loss + part[2], tokens + part[3]
+        return {"length": stage.seq_len, "needle_accuracy": right / max(1, total), "answer_loss": loss / max(1, tokens)}
+
+    return probe

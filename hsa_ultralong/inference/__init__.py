@@ -1,0 +1,19 @@
+"""Reading into a memory, editing it, generating and asking with it."""
+
+from hsa_ultralong.inference.ask import Answer, ask
+from hsa_ultralong.inference.editor import edit
+from hsa_ultralong.inference.fingerprint import memory_fingerprint
+from hsa_ultralong.inference.generation import generate_with_memory
+from hsa_ultralong.inference.reader import append, close_document, last_logits, memorize
+
+__all__ = [
+    "Answer",
+    "append",
+    "ask",
+    "close_document",
+    "edit",
+    "generate_with_memory",
+    "last_logits",
+    "memorize",
+    "memory_fingerprint",
+]

@@ -1,0 +1,109 @@
+"""Asking a memory: greedy answer, the chunks it was read from, and how sure the retrieval was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hsa_ultralong.inference.reader import evaluating
+from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.nn.chunk_memory import ChunkMemory
+from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
+
+# below this weight on its best chunk the answer of the shipped model is a guess: docs/log.md, "Retrieval weight"
+LOW_WEIGHT = 0.2
+
+
+@dataclass(frozen=True)
+class Source:
+    """A retrieved chunk: document number and name, token range in it, and its largest fusion weight."""
+
+    document: int
+    name: str
+    start: int
+    stop: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated text and where it came from; `weight` is the largest fusion weight on one chunk of the memory."""
+
+    text: str
+    tokens: list[int]
+    weight: float
+    sources: list[Source] = field(default_factory=list)
+
+    @property
+    def is_uncertain(self) -> bool:
+        return self.weight < LOW_WEIGHT
+
+
+class _Recorder:
+    """Collects, over all retrieval layers and steps, the fusion weight of every chunk of the library."""
+
+    def __init__(self, model: HSAForCausalLM, num_chunks: int) -> None:
+        self.num_chunks = num_chunks
+        self.best: dict[int, float] = {}
+        retrievers = [module for module in model.modules() if isinstance(module, ChunkRetriever)]
+        self.handles = [module.register_forward_hook(self._record) for module in retrievers]
+
+    def _record(self, module: torch.nn.Module, inputs: Any, retrieval: Retrieval) -> None:
+        # the last position is the one that predicts the next answer token
+        indices, weights = retrieval.indices[0, -1].flatten(), retrieval.weights[0, -1].flatten()
+        for index, weight in zip(indices.tolist(), weights.tolist(), strict=True):
+            if 0 <= index < self.num_chunks:
+                self.best[index] = max(self.best.get(index, 0.0), weight)
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def ask(
+    model: HSAForCausalLM,
+    tokenizer: Any,
+    memory: ChunkMemory,
+    prompt: str,
+    *,
+    max_new_tokens: int = 24,
+    num_sources: int = 3,
+    **generate_options: Any,
+) -> Answer:
+    """Answer `prompt`, a new document that reads the whole memory; greedy, up to the end token or a line break.
+
+    Raises:
+        ValueError: for an empty prompt or another model's memory.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; ask something like 'The secret code of the amber falcon is'")
+    device = model.model.embed_tokens.weight.device
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
+    with evaluating(model), _Recorder(model, memory.num_chunks) as recorder:
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            memory=memory,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **generate_options,
+        )
+    tokens = out[0, ids.shape[1] :].tolist()
+    text = tokenizer.decode(tokens, skip_special_tokens=True).split("\n")[0]
+    ranked = sorted(recorder.best.items(), key=lambda item: -item[1])[:num_sources]
+    sources = [_source(memory, index, weight) for index, weight in ranked]
+    return Answer(text, tokens, sources[0].weight if sources else 0.0, sources)
+
+
+def _source(memory: ChunkMemory, chunk: int, weight: float) -> Source:
+    for number, document in enumerate(memory.documents):
+        inside = chunk - document.first_chunk
+        if 0 <= inside < document.num_chunks:
+            start = inside * memory.chunk_size
+            return Source(number, document.name, start, min(start + memory.chunk_size, document.num_tokens), weight)
+    raise AssertionError(f"chunk {chunk} belongs to no document")

@@ -1,0 +1,40 @@
+"""A fingerprint of exactly the parameters that a memory depends on: embedding, lower decoder, encoder (fact 5)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.nn.chunk_memory import ChunkMemory
+
+_CONFIG_KEYS = ("chunk_size", "sliding_window", "rope_theta", "rms_norm_eps", "landmark_source", "normalize_retrieval")
+
+
+def memory_fingerprint(model: HSAForCausalLM) -> str:
+    """SHA-256 (hex) of the configuration and parameters below the upper decoder; kept until a parameter changes."""
+    inner = model.model
+    parts: list[tuple[str, torch.Tensor]] = [("embed_tokens", inner.embed_tokens.weight)]
+    for prefix, module in (("lower", inner.lower_layers), ("encoder", inner.chunk_encoder)):
+        parts += [(f"{prefix}.{name}", tensor) for name, tensor in module.state_dict(keep_vars=True).items()]
+    key: Any = tuple((tensor.data_ptr(), tensor._version) for _, tensor in parts)
+    known = getattr(model, "_known_fingerprint", None)
+    if known is not None and known[0] == key:
+        return known[1]
+    digest = hashlib.sha256(repr([getattr(model.config, name) for name in _CONFIG_KEYS]).encode())
+    for name, tensor in parts:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    model._known_fingerprint = (key, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def require_same_model(model: HSAForCausalLM, memory: ChunkMemory) -> None:
+    """Refuse a memory that another model built."""
+    if memory.fingerprint != memory_fingerprint(model):
+        raise ValueError(
+            "this memory was built by another model (or by this one before its lower half changed, or in another "
+            "dtype); memorise the text again with the model at hand"
+        )

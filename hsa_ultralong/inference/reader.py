@@ -1,0 +1,325 @@
+"""Exact reading of any length in segments: the lower decoder and the encoder only (fact 5 of docs/architecture.md).
+
+Memory is O(segment) beside the chunk memory itself; time is linear. The upper decoder runs on the last U + m tokens
+alone (`last_logits`), from kept lower outputs. Used by HSAForCausalLM.memorize; tests/inference/test_reader.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hsa_ultralong.inference.fingerprint import memory_fingerprint, require_same_model
+from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Document, MemoryView
+from hsa_ultralong.ops import ChunkVisibility
+
+_SEGMENT_TOKENS = {"cpu": 4096, "cuda": 65_536}
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass
+class Continuation:
+    """How to go on with an open document: windows of the lower layers and the last lower outputs, (1, n, M)."""
+
+    windows: list[tuple[torch.Tensor, torch.Tensor]]
+    lower: torch.Tensor
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the former mode comes back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def kept_lower_outputs(model: HSAForCausalLM) -> int:
+    """Lower outputs kept of an open document: U + S, so that any of its last S tokens' logits can be had."""
+    return model.config.upper_reach + model.config.chunk_size
+
+
+class DocumentReader:
+    """Reads one document into a memory, piece by piece.
+
+    `lower` holds the lower outputs of the last tokens; chunks are written as they fill. Reading can begin inside a
+    document (`first_token`) with empty windows: outputs are exact `lower_reach` tokens later (fact 6).
+    """
+
+    def __init__(self, model: HSAForCausalLM, *, keep: int) -> None:
+        self.model, self.inner, self.size, self.keep = model, model.model, model.config.chunk_size, keep
+        self.cache = HSACache(model.config)
+        self.lower: torch.Tensor | None = None
+
+    def resume(self, continuation: Continuation) -> None:
+        for number, (keys, values) in enumerate(continuation.windows):
+            state = self.cache.state(number)
+            state.keys, state.values = keys, values
+        self.lower = continuation.lower
+
+    def continuation(self) -> Continuation:
+        windows = []
+        for number in range(self.model.config.num_lower_layers):
+            state = self.cache.state(number)
+            assert state.keys is not None and state.values is not None
+            windows.append((state.keys, state.values))
+        assert self.lower is not None
+        return Continuation(windows, self.lower[:, max(0, self.lower.shape[1] - self.keep) :].clone())
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Lower outputs of the next tokens (n,), (1, n, M); the last `keep` of all stay in `self.lower`."""
+        x = self.inner.embed_tokens(tokens[None].long())
+        x = self.inner.read_lower(x, self.inner.rotary(x, self.cache), None, self.cache)
+        joined = x if self.lower is None else torch.cat((self.lower, x), dim=1)
+        self.lower = joined[:, max(0, joined.shape[1] - self.keep) :]
+        return joined
+
+    def encode(self, hidden: torch.Tensor, first_chunk: int, segment: int, length: int | None = None) -> ChunkTensors:
+        """Chunks of lower outputs (1, n*S, M), the first being chunk `first_chunk` of document number `segment`."""
+        chunks = hidden.unflatten(1, (-1, self.size))  # (1, n, S, M)
+        count = chunks.shape[1]
+        lengths = torch.full((1, count), self.size, dtype=torch.int32, device=hidden.device)
+        if length is not None:
+            lengths[:, -1] = length
+        k, v, landmarks = self.inner.chunk_encoder(chunks, None if length is None else lengths)
+        index = torch.arange(first_chunk, first_chunk + count, dtype=torch.int32, device=hidden.device)[None]
+        return ChunkTensors(k, v, landmarks, lengths, torch.full_like(index, segment), (index + 1) * self.size)
+
+    def encode_short(self, hidden: torch.Tensor, chunk: int, segment: int) -> ChunkTensors:
+        """The short chunk of a closed document's last m < S lower outputs, (1, m, M)."""
+        length = hidden.shape[1]
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, self.size - length))
+        return self.encode(padded, chunk, segment, length)
+
+
+def _as_tokens(tokens: Any) -> torch.Tensor:
+    """(n,) int32 on the host.
+
+    Raises:
+        ValueError: if it is no one-dimensional sequence of token ids.
+    """
+    result = torch.as_tensor(np.asarray(tokens) if not isinstance(tokens, torch.Tensor) else tokens)
+    if result.dim() == 2 and result.shape[0] == 1:
+        result = result[0]
+    if result.dim() != 1 or result.is_floating_point():
+        raise ValueError(f"a document must be a 1-D sequence of token ids, got shape {tuple(result.shape)} {result.dtype}")
+    return result.to(device="cpu", dtype=torch.int32)
+
+
+def _as_documents(tokens: Any) -> list[Iterable[torch.Tensor]]:
+    """Documents, each as an iterable of pieces (n,) int32."""
+    if isinstance(tokens, (torch.Tensor, np.ndarray)):
+        return [[_as_tokens(tokens)]]
+    if isinstance(tokens, Sequence):
+        if len(tokens) == 0:
+            raise ValueError("nothing to memorise: no tokens were given")
+        if isinstance(tokens[0], (int, np.integer)):
+            return [[_as_tokens(tokens)]]
+        return [[_as_tokens(document)] for document in tokens]
+    if isinstance(tokens, Iterable):
+        return [(_as_tokens(piece) for piece in tokens)]
+    raise ValueError(f"memorize takes token ids, a list of documents or a stream of pieces, got {type(tokens).__name__}")
+
+
+def memorize(
+    model: HSAForCausalLM,
+    tokens: Any,
+    *,
+    names: Sequence[str] | None = None,
+    close: bool = True,
+    segment_tokens: int | None = None,
+    store: str = "device",
+    progress: bool | Progress = False,
+) -> ChunkMemory:
+    """Read documents into a new ChunkMemory; linear time, activation memory of one segment.
+
+    Args:
+        tokens: token ids of one document (1-D tensor, array, list), a list of such documents, or an iterator of
+            pieces of one document.
+        names: a name per document.
+        close: close the last document (its tail becomes a short chunk); False leaves it open for `append`,
+            `last_logits` and `generate(continue_document=True)`.
+        segment_tokens: tokens per forward; default 4,096 on a CPU, 65,536 on a GPU.
+        store: "device".
+        progress: True for a progress bar, or a callable (tokens done, total or None).
+
+    Raises:
+        ValueError: empty or malformed input, or an unknown store.
+    """
+    if store != "device":
+        raise ValueError(f"store={store!r} is not available in this version; use store='device'")
+    documents = _as_documents(tokens)
+    if names is not None and len(names) != len(documents):
+        raise ValueError(f"{len(names)} names for {len(documents)} documents")
+    known = [len(part) for document in documents if isinstance(document, list) for part in document]
+    total = sum(known) if len(known) == len(documents) else None
+    size = model.config.chunk_size
+    weight = model.model.chunk_encoder.v_proj.weight
+    memory = model.model.empty_memory(
+        1, weight.dtype, weight.device, sum(-(-n // size) for n in known), fingerprint=memory_fingerprint(model)
+    )
+    with _progress(progress, total) as report:
+        for number, pieces in enumerate(documents):
+            last = number == len(documents) - 1
+            _read_document(model, memory, pieces, names[number] if names else "", close or not last, segment_tokens, report)
+    return memory
+
+
+def append(
+    model: HSAForCausalLM,
+    memory: ChunkMemory,
+    tokens: Any,
+    *,
+    document: int | None = None,
+    name: str = "",
+    close: bool = True,
+    segment_tokens: int | None = None,
+    progress: bool | Progress = False,
+) -> None:
+    """Add a new document (default), or go on with the open one (`document` = its number), in place.
+
+    Raises:
+        ValueError: if the memory is another model's, `document` is not the open one, or the input is empty.
+    """
+    require_same_model(model, memory)
+    pieces = [_as_tokens(tokens)]
+    if document is None:
+        close_document(model, memory)
+    elif memory.open_document is None or document != len(memory.documents) - 1:
+        raise ValueError(f"document {document} is not open; only the last document of a memory can be open")
+    with _progress(progress, len(pieces[0])) as report:
+        _read_document(model, memory, pieces, name, close, segment_tokens, report, resume=document is not None)
+
+
+def _read_document(
+    model: HSAForCausalLM,
+    memory: ChunkMemory,
+    pieces: Iterable[torch.Tensor],
+    name: str,
+    close: bool,
+    segment_tokens: int | None,
+    report: Progress,
+    resume: bool = False,
+) -> None:
+    device = model.model.embed_tokens.weight.device
+    step = segment_tokens or _SEGMENT_TOKENS.get(device.type, 4096)
+    if step < 1:
+        raise ValueError(f"segment_tokens must be >= 1, got {segment_tokens}")
+    reader = DocumentReader(model, keep=kept_lower_outputs(model))
+    size = reader.size
+    if resume:
+        document = memory.documents[-1]
+        reader.resume(document.continuation)
+    else:
+        empty = torch.empty(0, dtype=torch.int32)
+        document = Document(empty, memory.num_chunks, 0, is_open=True, name=name)
+    segment = len(memory.documents) - (1 if resume else 0)
+    parts, count, done = [document.tokens], document.num_tokens, 0
+    with evaluating(model):
+        for piece in pieces:
+            _check_range(piece, model.config.vocab_size)
+            for start in range(0, len(piece), step):
+                part = piece[start : start + step]
+                joined = reader.read(part.to(device))
+                first, count = document.num_chunks, count + len(part)
+                complete = count // size - first
+                if complete:
+                    begin = joined.shape[1] - (count - first * size)
+                    chunks = reader.encode(joined[:, begin : begin + complete * size], first, segment)
+                    memory.write(document.first_chunk + first, chunks)
+                    document.num_chunks += complete
+                parts.append(part)
+                done += len(part)
+                report(done, None)
+    if count == 0:
+        raise ValueError(f"document {name or segment} is empty: nothing to memorise")
+    document.tokens = torch.cat(parts)
+    document.continuation = reader.continuation()
+    if not resume:
+        memory.documents.append(document)
+    if close:
+        close_document(model, memory)
+
+
+def _check_range(tokens: torch.Tensor, vocab_size: int) -> None:
+    if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+        raise ValueError(f"token ids must be 0..{vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}")
+
+
+def close_document(model: HSAForCausalLM, memory: ChunkMemory) -> None:
+    """Close the open document, if any: its last m < S tokens become a short chunk, visible to other documents."""
+    document = memory.open_document
+    if document is None:
+        return
+    reader = DocumentReader(model, keep=0)
+    rest = document.num_tokens - document.num_chunks * reader.size
+    if rest:
+        with evaluating(model):
+            hidden = document.continuation.lower[:, -rest:]
+            short = reader.encode_short(hidden, document.num_chunks, len(memory.documents) - 1)
+        memory.write(document.first_chunk + document.num_chunks, short)
+        document.num_chunks += 1
+    document.is_open, document.continuation = False, None
+
+
+def document_view(memory: ChunkMemory, document: int, positions: torch.Tensor) -> MemoryView:
+    """The memory as tokens at `positions` (1, T) of one of its documents see it: their own past, all of the others."""
+    segments = torch.full_like(positions, document)
+    tensors = memory.tensors
+    return MemoryView(tensors, ChunkVisibility(segments, positions, tensors.segments, tensors.ends, "past"))
+
+
+def replay_upper(model: HSAForCausalLM, memory: ChunkMemory, cache: HSACache | None) -> torch.Tensor:
+    """Run the upper decoder over the kept lower outputs of the open document, (1, n, M) after the final norm.
+
+    The last n - U positions are exact; with `cache`, the upper windows afterwards are those of the document's end.
+    """
+    document = memory.open_document
+    assert document is not None
+    lower = document.continuation.lower
+    positions = torch.arange(
+        document.num_tokens - lower.shape[1], document.num_tokens, dtype=torch.int32, device=lower.device
+    )[None]
+    views = [document_view(memory, len(memory.documents) - 1, positions)] if memory.num_chunks else []
+    inner = model.model
+    return inner.norm(inner.decode_upper(lower, inner.rotary(lower, None), views, None, cache))
+
+
+def last_logits(model: HSAForCausalLM, memory: ChunkMemory, num_logits: int = 1) -> torch.Tensor:
+    """Logits (num_logits, V) of the last tokens of the memory's open document, equal to one full forward's.
+
+    Raises:
+        ValueError: without an open document, or for more than chunk_size logits.
+    """
+    require_same_model(model, memory)
+    if memory.open_document is None:
+        raise ValueError("the memory has no open document; memorise with close=False")
+    if not 1 <= num_logits <= model.config.chunk_size:
+        raise ValueError(f"num_logits must be 1..{model.config.chunk_size}, got {num_logits}")
+    with evaluating(model):
+        hidden = replay_upper(model, memory, None)
+        return model.lm_head(hidden[0, -num_logits:])
+
+
+@contextmanager
+def _progress(progress: bool | Progress, total: int | None) -> Iterator[Progress]:
+    if callable(progress):
+        yield lambda done, _: progress(done, total)
+        return
+    if not progress:
+        yield lambda done, _: None
+        return
+    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+    with Bar(TextColumn("memorising"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, _: bar.update(task, completed=done)

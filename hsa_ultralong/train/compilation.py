@@ -1,0 +1,21 @@
+"""torch.compile layer by layer on a GPU: graphs stay small and the operators' own loops stay out of them."""
+
+from __future__ import annotations
+
+import torch
+
+from hsa_ultralong.models import HSAForCausalLM
+
+
+def compile_layers(model: HSAForCausalLM) -> None:
+    """Compile the pointwise-heavy parts in place; attention over the memory keeps its own compiled kernels."""
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for layer in model.model.lower_layers:
+        layer.compile(dynamic=False)
+    for layer in model.model.chunk_encoder.layers:
+        layer.compile(dynamic=False)
+    for group in model.model.groups:
+        group.hsa_layer._window = torch.compile(group.hsa_layer._window, dynamic=False)
+        group.hsa_layer._feed_forward = torch.compile(group.hsa_layer._feed_forward, dynamic=False)
+        for layer in group.layers:
+            layer.compile(dynamic=False)

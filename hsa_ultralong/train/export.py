@@ -1,0 +1,28 @@
+"""Write a trained model as a Hugging Face folder: config, bf16 safetensors, tokenizer; whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsa_ultralong.models import HSAForCausalLM
+
+
+def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: int) -> None:
+    """Save `model` in bf16 with `chunk_topk = topk` and its tokenizer; other files of an existing folder stay."""
+    config = copy.deepcopy(model.config)
+    config.chunk_topk = topk
+    plain = HSAForCausalLM(config)
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    plain.to(torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in partial.iterdir():
+        file.replace(folder / file.name)
+    partial.rmdir()

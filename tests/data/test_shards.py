@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from hsa_ultralong.data import EVALUATION_WORDS, TokenShards, build_shards, train_tokenizer
+from hsa_ultralong.data.build import _validation_documents, split_pieces
+
+
+def test_every_document_is_stored_as_bos_tokens_eos(shards, tokenizer, documents):
+    assert shards.num_documents == len(documents)
+    for i, document in enumerate(documents):
+        assert shards.tokens(i).tolist() == [*tokenizer.encode(document), tokenizer.eos_token_id]
+    assert shards.num_tokens == sum(len(shards.tokens(i)) for i in range(len(documents)))
+    assert shards.data.dtype == np.uint16
+
+
+def test_tokens_of_pieces_are_tokens_of_the_whole(tokenizer, documents):
+    text = documents[1] + "\n\n  é漢 don't  1 a\n\tb " * 50
+    pieces = split_pieces(text, 100)
+    assert len(pieces) > 50 and "".join(pieces) == text
+    joined = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
+    assert joined == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_splits_are_disjoint_cover_all_and_follow_the_text(shards, corpus_file, tokenizer, documents, tmp_path):
+    train, validation = shards.documents("train"), shards.documents("validation")
+    assert sorted([*train, *validation]) == list(range(len(documents))) and len(validation) >= 1
+    turned = tmp_path / "turned.txt"
+    turned.write_text("\x1e\n".join(reversed(documents)), encoding="utf-8")
+    again = build_shards(turned, tokenizer, tmp_path / "out", validation_fraction=0.2)
+    held_out = {documents[i] for i in validation}
+    assert {documents[::-1][i] for i in again.documents("validation")} == held_out
+
+
+def test_either_split_has_a_document_if_two_differ():
+    hashes = np.array([1 << 60, 1 << 63, 1 << 63], dtype=np.uint64)
+    assert _validation_documents(hashes, 0.001) == [0]
+    assert _validation_documents(hashes, 0.99) == [0]
+    assert _validation_documents(hashes, 0.0) == []
+    assert _validation_documents(hashes[1:], 0.5) == []
+
+
+def test_word_bank_has_plain_words_and_no_evaluation_word(shards, documents):
+    assert len(shards.words) > 50
+    assert all(word.isalpha() and word.islower() and 4 <= len(word) <= 10 for word in shards.words)
+    assert "amber" in documents[0] and not EVALUATION_WORDS.intersection(shards.words)
+
+
+def test_interrupted_build_leaves_nothing(corpus_file, tokenizer, tmp_path):
+    def interrupt(num_bytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(corpus_file, tokenizer, tmp_path / "out", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_counts_the_bytes_of_the_text(corpus_file, tokenizer, documents, tmp_path):
+    seen: list[int] = []
+    build_shards(corpus_file, tokenizer, tmp_path / "out", progress=seen.append)
+    assert seen == sorted(seen) and seen[-1] == sum(len(document.encode()) for document in documents)
+
+
+def test_build_refuses_an_occupied_directory_and_a_wrong_fraction(corpus_file, tokenizer, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="exists already"):
+        build_shards(corpus_file, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="below 1"):
+        build_shards(corpus_file, tokenizer, tmp_path / "out", validation_fraction=1.0)
+
+
+def test_open_refuses_damage_and_another_tokenizer(shards, tokenizer, documents, tmp_path):
+    TokenShards.open(shards.path, tokenizer)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        TokenShards.open(shards.path, train_tokenizer(documents[:2], 300))
+    with pytest.raises(ValueError, match="manifest.json is missing"):
+        TokenShards.open(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(shards.path, copy)
+    with (copy / "tokens.bin").open("ab") as file:
+        file.write(b"xx")
+    with pytest.raises(ValueError, match=r"tokens.bin has .* build the shards again"):
+        TokenShards.open(copy)
+    (copy / "manifest.json").write_text(json.dumps({**shards.manifest, "format_version": 99}))
+    with pytest.raises(ValueError, match="format version 99"):
+        TokenShards.open(copy)
+
+
+def test_shards_pickle_as_their_path(shards):
+    data = pickle.dumps(shards)
+    assert len(data) < 1000
+    assert np.array_equal(pickle.loads(data).tokens(0), shards.tokens(0))
+
+
+def test_wrong_split_and_index_are_refused(shards):
+    with pytest.raises(ValueError, match="split must be one of"):
+        shards.documents("test")
+    with pytest.raises(ValueError, match="document index"):
+        shards.tokens(99)
