@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
@@ -31,7 +32,7 @@ from hsa_ultralong.data.shards import (
     TokenShards,
 )
 from hsa_ultralong.data.text import PathLike, iter_documents
-from hsa_ultralong.data.tokenizer import special_token_ids, tokenizer_fingerprint
+from hsa_ultralong.data.tokenizer import plain_backend, special_token_ids, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -142,23 +143,15 @@ def _write_shards(
 def _iter_tokens(documents: Iterator[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[np.ndarray]:
     """Yield every document as bos, tokens, eos, (length,) int64, tokenising pieces of several documents in parallel."""
     bos, eos, _ = special_token_ids(tokenizer)
-    backend = tokenizer.backend_tokenizer
-    # Text that spells a special token stays text.
-    previous, backend.encode_special_tokens = backend.encode_special_tokens, True
-    try:
-        can_cut = _can_cut(tokenizer)
-        for batch in _batches(documents):
-            pieces = [split_pieces(document) if can_cut else [document] for document in batch]
-            encodings = iter(
-                backend.encode_batch_fast(
-                    [piece for document in pieces for piece in document], add_special_tokens=False
-                )
-            )
-            for document in pieces:
-                parts = [np.array(next(encodings).ids, dtype=np.int64) for _ in document]
-                yield np.concatenate([np.array([bos]), *parts, np.array([eos])])
-    finally:
-        backend.encode_special_tokens = previous
+    backend = plain_backend(tokenizer)
+    can_cut = _can_cut(backend)
+    for batch in _batches(documents):
+        pieces = [split_pieces(document) if can_cut else [document] for document in batch]
+        flat = [piece for document in pieces for piece in document]
+        encodings = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
+        for document in pieces:
+            parts = [np.array(next(encodings).ids, dtype=np.int64) for _ in document]
+            yield np.concatenate([np.array([bos]), *parts, np.array([eos])])
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
@@ -191,9 +184,8 @@ def split_pieces(text: str, num_characters: int = _PIECE_CHARACTERS) -> list[str
     return pieces
 
 
-def _can_cut(tokenizer: PreTrainedTokenizerFast) -> bool:
+def _can_cut(backend: Tokenizer) -> bool:
     """Tell whether tokens of pieces are tokens of the whole, which holds for byte-level tokenizers."""
-    backend = tokenizer.backend_tokenizer
     left, blank, line = "It was the 12th old.", " mill in town", "\nThe end of it"
     whole: list[int] = backend.encode(left + blank + line, add_special_tokens=False).ids
     parts: list[int] = [

@@ -121,11 +121,8 @@ def sample_needles(rng: np.random.Generator, n: int, words: Sequence[str], *, p_
     """
     if not 0.0 <= p_hard <= 1.0:
         raise ValueError(f"p_hard must be between 0 and 1, got {p_hard}")
-    if len(words) < max(MIN_WORDS, n):
-        raise ValueError(
-            f"{n} needles need a word bank of at least {max(MIN_WORDS, n)} words, got {len(words)}; build the shards "
-            f"from more text"
-        )
+    if len(words) < MIN_WORDS or 4 * n > len(words) ** 2:
+        raise ValueError(f"too few words for {n} needles, got {len(words)}; build the shards from more text")
     keys = _sample_keys(rng, n, words, p_hard)
     values = _sample_values(rng, n, words)
     choices = rng.integers(0, 1 << 30, size=(n, 4)).tolist()

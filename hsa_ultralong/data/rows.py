@@ -252,19 +252,19 @@ def _hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Seq
     """
     lengths = [len(document) for document in documents]
     bounds = np.cumsum(lengths)
-    places = rng.integers(0, bounds[-1], size=len(statements))
-    draws: list[int] = np.searchsorted(bounds, places, side="right").tolist()
+    places = rng.integers(0, int(bounds[-1]), size=len(statements))
+    draws = bounds.searchsorted(places, side="right").tolist()
     free = list(lengths)
     placed: list[list[list[int]]] = [[] for _ in documents]
     num_hidden = 0
     for i, statement in enumerate(statements):
-        document = draws[i]
-        if len(statement) > free[document]:
-            document = max(range(len(free)), key=free.__getitem__)
-        if len(statement) > free[document]:
+        chosen = int(draws[i])
+        if len(statement) > free[chosen]:
+            chosen = max(range(len(free)), key=free.__getitem__)
+        if len(statement) > free[chosen]:
             break
-        free[document] -= len(statement)
-        placed[document].append(statement)
+        free[chosen] -= len(statement)
+        placed[chosen].append(statement)
         num_hidden += 1
     for tokens, members, gap in zip(documents, placed, free, strict=True):
         gaps = np.sort(rng.integers(0, gap + 1, size=len(members))).tolist()

@@ -131,6 +131,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy of the backend that neither pads nor truncates and reads special tokens in a text as text.
+
+    The tokenizer's own backend keeps padding and truncation from whoever called it last.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
+
+
 class PieceTokenizer:
     """Fast tokenisation of short generated sentences, by a cache of their words.
 
@@ -145,7 +157,7 @@ class PieceTokenizer:
     _PROBE = ("The code of the old-mill 12 red x9Kf fox is 4821937.", "\nQuestion: What is a b?\nAnswer: K7Q4 lane.\n")
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, words: Sequence[str] = ()) -> None:
-        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._backend = plain_backend(tokenizer)
         self._cache: dict[str, list[int]] = {}
         self.is_exact = True
         for probe in self._PROBE:

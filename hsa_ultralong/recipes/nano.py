@@ -9,8 +9,9 @@ def nano() -> TrainConfig:
     """`hsa train nano --data SHARDS -o runs/nano --device cuda`, one H200, about 20 minutes in all, resumable.
 
     warmup: short window (128) and full coverage make retrieval emerge; 30% self-copy and 40% needle rows give it a
-    reason. long: full coverage at 32K with long documents, learning rate falling to zero: length generalisation is
-    decided by the longest effective context in training. Expected numbers: checkpoints/nano/README.md.
+    reason. long and longer: full coverage at 32K and 128K with long documents, learning rate falling to zero:
+    length generalisation is decided by the longest effective context in training. Expected numbers:
+    checkpoints/nano/README.md.
     """
     return TrainConfig(
         preset="nano",
@@ -18,7 +19,7 @@ def nano() -> TrainConfig:
             StageConfig(
                 name="warmup",
                 seq_len=2048,
-                tokens=420_000_000,
+                tokens=210_000_000,
                 batch_tokens=65_536,
                 learning_rate=2e-3,
                 mixture={"text": 0.3, "self_copy": 0.3, "needles": 0.4},
@@ -30,9 +31,21 @@ def nano() -> TrainConfig:
                 tokens=60_000_000,
                 batch_tokens=131_072,
                 micro_batch_rows=2,
-                learning_rate=6e-4,
+                learning_rate=1e-3,
                 mixture={"text": 0.4, "self_copy": 0.2, "needles": 0.4},
                 warmup_steps=20,
+                schedule="linear",
+                final_learning_rate=0.3,
+                long_documents=True,
+            ),
+            StageConfig(
+                name="longer",
+                seq_len=131_072,
+                tokens=13_000_000,
+                batch_tokens=131_072,
+                learning_rate=3e-4,
+                mixture={"text": 0.4, "self_copy": 0.1, "needles": 0.5},
+                warmup_steps=5,
                 schedule="linear",
                 long_documents=True,
             ),

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data import TokenShards, build_shards, train_tokenizer
 
-SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ha", "je", "ki", "lo", "mu", "na", "pe", "qi", "ro", "su", "ta", "ve", "wi", "xo", "zu"]
+SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ha", "je", "ki", "lo", "mu", "na", "pe", "qi", "ro", "su", "ta", "ve", "wi")
 
 
 def make_text(rng: np.random.Generator, num_words: int) -> str:

@@ -80,7 +80,7 @@ def test_evaluation_is_a_function_of_its_seed_and_has_its_own_namespace():
 
 def test_wrong_arguments_are_refused():
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="word bank of at least"):
+    with pytest.raises(ValueError, match="too few words"):
         sample_needles(rng, 3, WORDS[:5])
     with pytest.raises(ValueError, match="between 0 and 1"):
         sample_needles(rng, 3, WORDS, p_hard=1.5)

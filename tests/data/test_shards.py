@@ -27,6 +27,12 @@ def test_tokens_of_pieces_are_tokens_of_the_whole(tokenizer, documents):
     assert joined == tokenizer.encode(text, add_special_tokens=False)
 
 
+def test_padding_and_truncation_left_behind_by_others_do_not_reach_the_shards(shards, corpus_file, tokenizer, tmp_path):
+    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    again = build_shards(corpus_file, tokenizer, tmp_path / "out")
+    assert np.array_equal(again.data, shards.data)
+
+
 def test_splits_are_disjoint_cover_all_and_follow_the_text(shards, corpus_file, tokenizer, documents, tmp_path):
     train, validation = shards.documents("train"), shards.documents("validation")
     assert sorted([*train, *validation]) == list(range(len(documents))) and len(validation) >= 1
@@ -78,7 +84,7 @@ def test_open_refuses_damage_and_another_tokenizer(shards, tokenizer, documents,
     TokenShards.open(shards.path, tokenizer)
     with pytest.raises(ValueError, match="another tokenizer"):
         TokenShards.open(shards.path, train_tokenizer(documents[:2], 300))
-    with pytest.raises(ValueError, match="manifest.json is missing"):
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
         TokenShards.open(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(shards.path, copy)

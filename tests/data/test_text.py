@@ -41,7 +41,7 @@ def test_missing_paths_fail_at_once(tmp_path):
 def test_empty_files_and_wrong_bytes_are_named(tmp_path, read):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
-    with pytest.raises(ValueError, match="empty.txt is empty"):
+    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
         read(empty)
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"fine\n\x1e\ncaf\xe9 noir")

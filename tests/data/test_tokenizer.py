@@ -67,7 +67,7 @@ def test_training_refuses_a_small_vocabulary_and_no_text():
 def test_loading_names_what_is_missing(tmp_path: Path):
     with pytest.raises(ValueError, match="no tokenizer directory"):
         load_tokenizer(tmp_path / "absent")
-    with pytest.raises(ValueError, match="holds no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -1,7 +1,7 @@
 """Counter-based Gumbel noise: a pure function of (seed; batch, token, head, chunk), the same in every backend.
 
 Each coordinate is folded into a 32-bit state by one multiply-xorshift round (the "lowbias32" mixer of C. Wellons);
-24 bits of the result make a uniform in (0, 1) and the noise is -log(-log(u)). No generator state, so blocks,
+23 bits of the result make a uniform in (0, 1) and the noise is -log(-log(u)). No generator state, so blocks,
 recomputation in the backward and other devices see the same numbers. Training only (paper facts A.2).
 """
 
@@ -31,5 +31,6 @@ def gumbel_noise(
     state = _mix((state + axis(start, stop, 1, -1, 1, 1)) & _MASK)
     state = _mix((state + axis(0, num_heads, 1, 1, -1, 1)) & _MASK)
     state = _mix((state + axis(0, num_chunks, 1, 1, 1, -1)) & _MASK)
-    uniform = ((state >> 8).to(torch.float32) + 0.5) * 2.0**-24
+    # 23 bits: with 24, the half added to the largest value rounds up to u = 1, whose noise is infinite
+    uniform = ((state >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))

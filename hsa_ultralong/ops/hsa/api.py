@@ -77,6 +77,8 @@ def hsa_attention(
     num_chunks = k.shape[1] // chunk_size
     if chunk_lengths is not None:
         require_shape("chunk_lengths", chunk_lengths, (None, num_chunks))
+        if chunk_lengths.shape[0] not in (1, batch):
+            raise ValueError(f"chunk_lengths have batch {chunk_lengths.shape[0]}, required 1 or {batch}")
     if indices.shape[-1] == 0 or num_chunks == 0 or num_tokens == 0:
         return q * 0
     backend = _BACKENDS[choose_impl("hsa_attention", impl, tuple(_BACKENDS), "by cost")] if impl != "auto" else None

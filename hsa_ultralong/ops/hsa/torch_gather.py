@@ -40,11 +40,13 @@ def _attention(queries, keys, absent, scale, shape):
     return logits.softmax(-1)
 
 
-def _absent(chunk_lengths, row_index, kv_heads, num_chunks, chunk_size):
-    """True where a gathered key slot holds no token (short chunks), (N, K, S), or None."""
+def _absent(chunk_lengths, indices, kv_heads, chunk_size):
+    """True where a gathered key slot holds no token (short chunks), (N, K, S), or None; indices (B, t, Hr, K)."""
     if chunk_lengths is None:
         return None
-    lengths = chunk_lengths[:, None].expand(-1, kv_heads, -1).reshape(-1)[row_index].flatten(0, 2)  # (N, K)
+    index = indices.long().clamp_min(0)
+    lengths = chunk_lengths.expand(index.shape[0], -1).gather(1, index.flatten(1)).view_as(index)  # (B, t, Hr, K)
+    lengths = lengths.expand(-1, -1, kv_heads, -1).flatten(0, 2)  # (N, K)
     return torch.arange(chunk_size, device=lengths.device) >= lengths[..., None]
 
 
@@ -82,7 +84,7 @@ class _Block:
         wide = accumulation_dtype(q.dtype)
         fused = weights[:, start:stop].to(wide).masked_fill(index < 0, 0.0).expand(-1, -1, kv_heads, -1)
         self.fused = fused.reshape(-1, slots)  # (N, K)
-        absent = _absent(chunk_lengths, self.row_index, kv_heads, num_chunks, size)
+        absent = _absent(chunk_lengths, index, kv_heads, size)
         self.attention = _attention(self.queries, self.keys, absent, scale, (slots, size))
 
     def mixed(self) -> torch.Tensor:

@@ -1,0 +1,156 @@
+"""`hsa plan`: what a model size costs at a context length, before anything is built (models/accounting.py)."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hsa_ultralong.models import HSAConfig
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "B": 2**30, "G": 2**30}
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan")(plan)
+
+
+def parse_size(text: str) -> int:
+    """Number of tokens: "4096", "32K", "16M", "1B" (or "1G"), in binary multiples: 16M = 16 * 2^20 = 16,777,216.
+
+    Raises:
+        ValueError: for anything else, and for fractions of a token.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\d{1,3}(?:[,_]\d{3})+)([KMBG]?)", text.strip().upper())
+    if match is None:
+        raise ValueError(f"expected a number of tokens such as 4096, 32K, 16M or 1B, got {text!r}")
+    number, unit = match[1].replace(",", "").replace("_", ""), _UNITS[match[2]]
+    tokens = float(number) * unit if "." in number else int(number) * unit
+    if tokens != int(tokens):
+        raise ValueError(f"{text!r} is not a whole number of tokens")
+    return int(tokens)
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.4g} {unit}" if count < 1024 else f"{count:,.0f} {unit}"
+
+
+def format_count(count: float) -> str:
+    """9231938 -> "9.23M", decimal multiples."""
+    for unit in ("", "K", "M", "B", "T"):
+        if count < 999.5 or unit == "T":
+            break
+        count /= 1000
+    return f"{count:.3g}{unit}" if count < 999.5 else f"{count:,.0f}{unit}"
+
+
+def plan(
+    name: Annotated[str, typer.Argument(metavar="PRESET", help="debug, nano, small_345m, dense_0_5b or moe_8b_a1b.")],
+    context: Annotated[
+        str, typer.Option(help="Tokens: 4096, 32K, 16M, 1B; binary multiples, 16M is 16,777,216.")
+    ] = "16M",
+    dtype: Annotated[str, typer.Option(help=f"Type of weights and memory: {', '.join(DTYPE_BYTES)}.")] = "bf16",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one option; may be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What a model costs at a context: parameters, FLOP per token, bytes of memory. Nothing is built.
+
+    The memory holds one closed document of that many tokens.
+
+    Full attention: as many layers and key-value heads, all cached.
+
+    Examples:
+
+      hsa plan nano
+
+      hsa plan small_345m --context 1M --set chunk_topk=64 --set retrieval_dim=256
+
+      hsa plan moe_8b_a1b --context 32K --json
+    """
+    from hsa_ultralong.models.presets import preset, set_options
+
+    tokens = parse_size(context)
+    if tokens < 1:
+        raise ValueError("--context must be at least 1 token")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+    config = set_options(preset(name), changes or [])
+    costs = {"preset": name, "set": changes or [], "dtype": dtype, **plan_costs(config, tokens, DTYPE_BYTES[dtype])}
+    if as_json:
+        typer.echo(json.dumps(costs, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(_table(costs))
+
+
+def plan_costs(config: HSAConfig, tokens: int, dtype_bytes: int) -> dict[str, Any]:
+    """All numbers of `hsa plan` for one configuration; FLOP and bytes, as docs/results.md names units."""
+    from dataclasses import asdict
+
+    from hsa_ultralong.models import accounting
+
+    parameters = accounting.count_parameters(config)
+    memory = accounting.memory_bytes(config, tokens, dtype_bytes)
+    full = accounting.full_attention_cache_bytes(config, tokens, dtype_bytes)
+    return {
+        "context": tokens,
+        "parameters": asdict(parameters),
+        "weight_bytes": parameters.total * dtype_bytes,
+        "flops_per_token": {
+            "forward": accounting.flops_per_token(config, tokens),
+            "training": accounting.flops_per_token(config, tokens, training=True),
+            "reading": accounting.reading_flops_per_token(config),
+        },
+        "memory": {
+            "bytes_per_token": accounting.memory_bytes_per_token(config, dtype_bytes),
+            **asdict(memory),
+            "landmark_share": memory.landmark_share,
+            "total": memory.total,
+        },
+        "open_document_bytes": accounting.continuation_bytes(config, dtype_bytes),
+        "full_attention_cache_bytes": full,
+    }
+
+
+def _table(costs: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    parameters, flops, memory = costs["parameters"], costs["flops_per_token"], costs["memory"]
+    full, tokens = costs["full_attention_cache_bytes"], f"{costs['context']:,} tokens"
+    title = " ".join([costs["preset"], *costs["set"]])
+    table = Table(title=f"{title}: {tokens}, {costs['dtype']}", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("note", style="dim")
+    split = ", ".join(f"{part} {format_count(parameters[part])}" for part in ("embedding", "lower", "encoder", "upper"))
+    table.add_row("parameters", format_count(parameters["total"]), split)
+    table.add_row("active parameters", format_count(parameters["active"]), "used by one token, embedding included")
+    table.add_row("weights", format_bytes(costs["weight_bytes"]), costs["dtype"], end_section=True)
+    table.add_row("FLOP per token, forward", format_count(flops["forward"]), f"the next token after {tokens}")
+    table.add_row("FLOP per token, training", format_count(flops["training"]), f"mean over a sequence of {tokens}")
+    table.add_row(
+        "FLOP per token, memorising", format_count(flops["reading"]), "lower half and encoder", end_section=True
+    )
+    table.add_row("memory per token", f"{memory['bytes_per_token']:,.5g} B", "all HSA layers together")
+    note = f"keys, values {format_bytes(memory['keys_values'])}, landmarks {format_bytes(memory['landmarks'])}"
+    note += f", token ids {format_bytes(memory['token_ids'])}"
+    table.add_row("memory", format_bytes(memory["total"]), note)
+    table.add_row("landmark share", f"{memory['landmark_share']:.1%}", "of the memory: what every token scans")
+    table.add_row("open document", format_bytes(costs["open_document_bytes"]), "fixed state to go on, at most")
+    ratio = f"{full / memory['total']:.3g} times the memory"
+    table.add_row("full attention's cache", format_bytes(full), ratio)
+    return table

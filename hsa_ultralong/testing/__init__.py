@@ -1,0 +1,1 @@
+"""Input factories and fp64 oracles, imported by tests and benchmarks only."""
