@@ -44,9 +44,7 @@ EXCEPTIONS = {
     ("models/modeling_hsa.py", "HSAForCausalLM.generate", "inference"),
 }
 # (importing file, imported file), both backends of one operator.
-BACKEND_EXCEPTIONS = {
-    ("ops/sliding_window/torch_banded.py", "ops/sliding_window/reference.py"),  # window_mask, the definition of W
-}
+BACKEND_EXCEPTIONS: set[tuple[str, str]] = set()
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 90

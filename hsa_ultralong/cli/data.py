@@ -35,7 +35,9 @@ def data(
 
     if output.exists():
         raise ValueError(f"{output} exists already; remove it or choose another folder")
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()) as bar:
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
+    ) as bar:
         task = bar.add_task("tokenising", total=None, note="")
         if tokenizer is None:
             bar.update(task, description="training the tokenizer")
@@ -44,8 +46,8 @@ def data(
             tokens = load_tokenizer(tokenizer)
         bar.update(task, description="tokenising")
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, note=f"{done / 1e6:,.0f} MB")
+        def progress(done: int) -> None:
+            bar.update(task, note=f"{done / 1e6:,.0f} MB")
 
         shards = build_shards(paths, tokens, output, validation_fraction=validation_fraction, progress=progress)
     tokens.save_pretrained(output / "tokenizer")

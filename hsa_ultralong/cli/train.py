@@ -16,14 +16,18 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe: nano, debug.")],
     data: Annotated[Path | None, typer.Option("--data", help="Folder of token shards made by `hsa data`.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder [default: DATA/tokenizer].")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run [default: runs/RECIPE].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run [default: runs/RECIPE].")
+    ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Override: seed=3, warmup.tokens=1000000, model.chunk_topk=16.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     max_minutes: Annotated[float, typer.Option(help="Save and stop after so many minutes; run again to go on.")] = 1e9,
-    init_from: Annotated[Path | None, typer.Option(help="Start from the weights of this exported model folder.")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Start from the weights of this exported model folder.")
+    ] = None,
     export: Annotated[Path | None, typer.Option(help="When done, write a bf16 Hugging Face model folder here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run as JSON and stop.")] = False,
 ) -> None:
@@ -52,13 +56,14 @@ def train(
         return
     if data is None:
         raise ValueError("training needs --data SHARDS; make them with `hsa data corpus.txt -o SHARDS`")
+    from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.data import TokenShards, load_tokenizer
     from hsa_ultralong.eval.probes import needle_probe
     from hsa_ultralong.train import Trainer
 
     tokens = load_tokenizer(tokenizer or data / "tokenizer")
     shards = TokenShards.open(data, tokens)
-    place = _device(device)
+    place = choose_device(device)
     probe = needle_probe(shards, tokens, rows=config.probe_rows, device=place)
     run = output or Path("runs") / recipe
     with _Display(config) as display:
@@ -69,24 +74,15 @@ def train(
             trainer.initialize_from(HSAForCausalLM.from_pretrained(init_from).state_dict())
         display.start(trainer)
         done = trainer.train(max_minutes=max_minutes, last_stage=until)
-    typer.echo(f"{'finished' if done else 'stopped'} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; run folder: {run}")
+    typer.echo(
+        f"{'finished' if done else 'stopped'} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; "
+        f"run folder: {run}"
+    )
     if export is not None and done:
         from hsa_ultralong.train.export import export_model
 
         export_model(trainer.model, tokens, export, topk=trainer.topk)
         typer.echo(f"model written to {export}")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or auto, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    return name
 
 
 class _Display:
@@ -96,7 +92,13 @@ class _Display:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.config = config
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         self.progress = Progress(*columns)
         self.task = self.progress.add_task("training", total=sum(stage.num_steps for stage in config.stages), note="")
         self.needles = ""
@@ -122,7 +124,9 @@ class _Display:
     def show(self, record: dict[str, Any]) -> None:
         if "probe" in record:
             self.needles = f"needles@{record['probe']['length']} {record['probe']['needle_accuracy']:.2f}"
-            self.progress.console.print(f"step {record['global_step']}: {self.needles}, answer loss {record['probe']['answer_loss']:.3f}")
+            self.progress.console.print(
+                f"step {record['global_step']}: {self.needles}, answer loss {record['probe']['answer_loss']:.3f}"
+            )
             return
         note = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tok/s  {self.needles}"
         self.progress.update(self.task, completed=record["global_step"], description=record["stage"], note=note)

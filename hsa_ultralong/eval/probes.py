@@ -46,7 +46,8 @@ def needle_probe(
             count = max(2, min(rows, _PROBE_TOKENS // stage.seq_len))
             group = max(1, min(count, 65_536 // stage.seq_len))
             cache[stage.seq_len] = [
-                collate([dataset[i] for i in range(start, min(start + group, count))]) for start in range(0, count, group)
+                collate([dataset[i] for i in range(start, min(start + group, count))])
+                for start in range(0, count, group)
             ]
         right = total = tokens = 0
         loss = 0.0

@@ -17,9 +17,7 @@ def affected_chunks(model: HSAForCausalLM, memory: ChunkMemory, start: int, stop
     return range(start // size, min(memory.documents[document].num_chunks, last + 1))
 
 
-def edit(
-    model: HSAForCausalLM, memory: ChunkMemory, start: int, stop: int, tokens: Any, *, document: int = 0
-) -> range:
+def edit(model: HSAForCausalLM, memory: ChunkMemory, start: int, stop: int, tokens: Any, *, document: int = 0) -> range:
     """Replace tokens start..stop of a document by as many others, in place; equals rebuilding the memory.
 
     Args:

@@ -111,7 +111,9 @@ def _as_tokens(tokens: Any) -> torch.Tensor:
     if result.dim() == 2 and result.shape[0] == 1:
         result = result[0]
     if result.dim() != 1 or result.is_floating_point():
-        raise ValueError(f"a document must be a 1-D sequence of token ids, got shape {tuple(result.shape)} {result.dtype}")
+        raise ValueError(
+            f"a document must be a 1-D sequence of token ids, got shape {tuple(result.shape)} {result.dtype}"
+        )
     return result.to(device="cpu", dtype=torch.int32)
 
 
@@ -127,7 +129,9 @@ def _as_documents(tokens: Any) -> list[Iterable[torch.Tensor]]:
         return [[_as_tokens(document)] for document in tokens]
     if isinstance(tokens, Iterable):
         return [(_as_tokens(piece) for piece in tokens)]
-    raise ValueError(f"memorize takes token ids, a list of documents or a stream of pieces, got {type(tokens).__name__}")
+    raise ValueError(
+        f"memorize takes token ids, a list of documents or a stream of pieces, got {type(tokens).__name__}"
+    )
 
 
 def memorize(
@@ -170,7 +174,9 @@ def memorize(
     with _progress(progress, total) as report:
         for number, pieces in enumerate(documents):
             last = number == len(documents) - 1
-            _read_document(model, memory, pieces, names[number] if names else "", close or not last, segment_tokens, report)
+            _read_document(
+                model, memory, pieces, names[number] if names else "", close or not last, segment_tokens, report
+            )
     return memory
 
 
@@ -318,8 +324,11 @@ def _progress(progress: bool | Progress, total: int | None) -> Iterator[Progress
     if not progress:
         yield lambda done, _: None
         return
-    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
-    with Bar(TextColumn("memorising"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn()) as bar:
+    with Bar(
+        TextColumn("memorising"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn()
+    ) as bar:
         task = bar.add_task("", total=total)
         yield lambda done, _: bar.update(task, completed=done)

@@ -36,7 +36,8 @@ class UpperGroup(nn.Module):
         topk: int,
         noise_seed: int | None,
     ) -> torch.Tensor:
-        first, *rest = states or [None] * (1 + len(self.layers))
+        empty: list[WindowState | None] = [None] * (1 + len(self.layers))
+        first, *rest = states or empty
         if views:
             retrieval = self.retriever(x, views, topk=topk, noise_seed=noise_seed)
             x = self.hsa_layer(x, retrieval, views, rotary, segments, first)

@@ -94,7 +94,9 @@ class HSACache(Cache):
         for layer in self.layers:
             layer.seen = self.num_seen
 
-    def append_chunks(self, slots: torch.Tensor, chunks: ChunkTensors, total: int, empty: Callable[[], ChunkMemory]) -> None:
+    def append_chunks(
+        self, slots: torch.Tensor, chunks: ChunkTensors, total: int, empty: Callable[[], ChunkMemory]
+    ) -> None:
         """Put new chunks at slots (B, n) of the rows' own memory, which then holds `total`."""
         if self.memory is None:
             self.memory = empty()

@@ -1,7 +1,5 @@
 """Every option of the model, declared, documented and validated in one place (docs/architecture.md, Letters)."""
 
-from __future__ import annotations
-
 from difflib import get_close_matches
 from typing import Any
 
@@ -56,7 +54,7 @@ class HSAConfig(PreTrainedConfig):
     """
 
     model_type = "hsa_ultralong"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 8192
     hidden_size: int = 256
@@ -70,10 +68,10 @@ class HSAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     sliding_window: int = 128
     hsa_sliding_window: int = 128
-    rope_theta: float = 10_000.0
+    rope_theta: float | int = 10_000.0
     use_qk_norm: bool = True
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     chunk_size: int = 64
     num_encoder_layers: int = 1
     encoder_intermediate_size: int | None = None
@@ -93,7 +91,7 @@ class HSAConfig(PreTrainedConfig):
     num_shared_experts: int = 1
     moe_intermediate_size: int | None = None
     num_dense_layers: int = 1
-    router_bias_update_rate: float = 1e-3
+    router_bias_update_rate: float | int = 1e-3
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -141,27 +139,37 @@ class HSAConfig(PreTrainedConfig):
             "vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "num_lower_layers": 1, "num_upper_groups": 1,
             "num_layers_per_group": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2,
             "sliding_window": 1, "hsa_sliding_window": 0, "chunk_size": 1, "num_encoder_layers": 1,
-            "num_memory_heads": 1, "chunk_topk": 1, "retrieval_dim": 1, "num_retrieval_heads": 1, "num_experts": 0,
+            "encoder_intermediate_size": 1,
+            "moe_intermediate_size": 1, "num_memory_heads": 1, "chunk_topk": 1, "retrieval_dim": 1, "num_retrieval_heads": 1, "num_experts": 0,
             "num_experts_per_token": 1, "num_shared_experts": 0, "num_dense_layers": 0,
         }  # fmt: skip
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        for name in ("initializer_range", "router_bias_update_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for heads in ("num_key_value_heads", "num_memory_heads"):
             if self.num_attention_heads % getattr(self, heads):
                 raise ValueError(
-                    f"num_attention_heads={self.num_attention_heads} must be a multiple of {heads}={getattr(self, heads)}"
+                    f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                    f"{heads}={getattr(self, heads)}"
                 )
         if self.num_retrieval_heads not in (1, self.num_memory_heads):
             raise ValueError(
-                f"num_retrieval_heads must be 1 or num_memory_heads={self.num_memory_heads}, got {self.num_retrieval_heads}"
+                f"num_retrieval_heads must be 1 or num_memory_heads={self.num_memory_heads}, "
+                f"got {self.num_retrieval_heads}"
             )
         if self.retrieval_dim % self.num_retrieval_heads:
             raise ValueError(
-                f"retrieval_dim={self.retrieval_dim} must be a multiple of num_retrieval_heads={self.num_retrieval_heads}"
+                f"retrieval_dim={self.retrieval_dim} must be a multiple of "
+                f"num_retrieval_heads={self.num_retrieval_heads}"
             )
         assert self.head_dim is not None
         if self.head_dim % 2:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from hsa_ultralong.models.build import build_encoder, build_group, build_lower_layer
+from hsa_ultralong.models.build import UpperGroup, build_encoder, build_group, build_lower_layer
 from hsa_ultralong.models.cache_hsa import HSACache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder
@@ -46,8 +46,8 @@ class HSAPreTrainedModel(PreTrainedModel):
     config: HSAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer", "HSALayer", "EncoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["DecoderLayer", "HSALayer", "EncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -91,6 +91,10 @@ class HSAModel(HSAPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
+
+    def upper_groups(self) -> list[UpperGroup]:
+        """The groups, from the memory up."""
+        return [group for group in self.groups if isinstance(group, UpperGroup)]
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
@@ -194,7 +198,7 @@ class HSAModel(HSAPreTrainedModel):
         seen = 0 if cache is None else cache.num_seen
         index = torch.arange(num_tokens, dtype=torch.int32, device=x.device)
         if segment_ids is not None:
-            if cache is not None and seen or attention_mask is not None or num_tokens % self.config.chunk_size:
+            if (cache is not None and seen) or attention_mask is not None or num_tokens % self.config.chunk_size:
                 raise ValueError(
                     "segment_ids go with a whole row of a multiple of chunk_size tokens, without cache or "
                     f"attention_mask; got {num_tokens} tokens and chunk_size={self.config.chunk_size}"
@@ -215,7 +219,9 @@ class HSAModel(HSAPreTrainedModel):
                 if cache is not None:
                     cache.padding = padding
         if padding is None:
-            return Layout(x.new_zeros((batch, num_tokens), dtype=torch.int32), (index + seen).expand(batch, -1), None, False)
+            return Layout(
+                x.new_zeros((batch, num_tokens), dtype=torch.int32), (index + seen).expand(batch, -1), None, False
+            )
         left = torch.tensor(padding, dtype=torch.int32, device=x.device)[:, None]  # (B, 1)
         past = 0 if cache is None else max(layer.state.length for layer in cache.layers)
         all_index = torch.arange(seen - past, seen + num_tokens, dtype=torch.int32, device=x.device)
@@ -224,9 +230,7 @@ class HSAModel(HSAPreTrainedModel):
             window_segments = torch.where(attention_mask == 0, -1, 0).to(torch.int32)
         return Layout(window_segments[:, past:], index + seen - left, window_segments, False)
 
-    def _views(
-        self, x: torch.Tensor, layout: Layout, cache: HSACache | None, pool_memory: bool
-    ) -> list[MemoryView]:
+    def _views(self, x: torch.Tensor, layout: Layout, cache: HSACache | None, pool_memory: bool) -> list[MemoryView]:
         """Steps 3 and 4: encode the chunks that are complete now and say who may see what."""
         views = []
         if cache is not None and cache.library is not None:
@@ -339,7 +343,7 @@ def _pooled_view(own: ChunkTensors, segments: torch.Tensor) -> MemoryView:
 class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
     """HSAModel with a language-modelling head; `memorize` and `generate(memory=...)` make it remember."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__(config)
@@ -392,13 +396,20 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
             logits = self.lm_head(kept)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
+    def update_router_bias(self) -> list[torch.Tensor]:
+        """After an optimiser step: balance every mixture of experts; returns their imbalance (max / mean load)."""
+        rate = self.config.router_bias_update_rate
+        return [part.update_router_bias(rate) for part in self.modules() if isinstance(part, MixtureOfExperts)]
+
     def memorize(self, tokens: Any, **options: Any) -> ChunkMemory:
         """Read any amount of text into a ChunkMemory in linear time: see inference.reader.memorize."""
         from hsa_ultralong.inference import memorize
 
         return memorize(self, tokens, **options)
 
-    def generate(self, input_ids: torch.Tensor | None = None, *args: Any, memory: ChunkMemory | None = None, **kwargs: Any):
+    def generate(
+        self, input_ids: torch.Tensor | None = None, *args: Any, memory: ChunkMemory | None = None, **kwargs: Any
+    ):
         """transformers' generate; with `memory`, the input is a new document that may read all of it.
 
         With `continue_document=True` the input continues the memory's open document instead, exactly.
@@ -409,7 +420,9 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
 
         return generate_with_memory(self, super().generate, input_ids, memory, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any):
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ):
         """generate() would otherwise build a cache of its own kind."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:

@@ -66,6 +66,8 @@ class EncoderLayer(nn.Module):
 class ChunkEncoder(nn.Module):
     """Lower-decoder outputs of whole chunks -> keys, values, landmarks."""
 
+    landmark_center: torch.Tensor
+
     def __init__(
         self,
         *,
@@ -124,11 +126,12 @@ class ChunkEncoder(nn.Module):
         tokens = x[:, :size]  # (N, S, M)
         heads = (batch, num_chunks * size, -1, self.head_dim)
         k, v = self.k_norm(self.k_proj(tokens).view(heads)), self.v_proj(tokens).view(heads)
-        landmarks = self._landmarks(x, present).view(batch, num_chunks, self.num_retrieval_heads, -1)
+        counted = None if lengths is None else lengths.reshape(-1) > 0
+        landmarks = self._landmarks(x, present, counted).view(batch, num_chunks, self.num_retrieval_heads, -1)
         return k.to(v.dtype), v, landmarks.to(v.dtype)
 
-    def _landmarks(self, x: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
-        """(N, S + 1, M) -> (N, Hr, R) fp32, normalised and centred as configured."""
+    def _landmarks(self, x: torch.Tensor, present: torch.Tensor | None, counted: torch.Tensor | None) -> torch.Tensor:
+        """(N, S + 1, M) -> (N, Hr, R) fp32, normalised and centred; only chunks `counted` (N,) move the centre."""
         if self.landmark_source == "cls":
             summary = x[:, -1]
         elif present is None:
@@ -142,6 +145,7 @@ class ChunkEncoder(nn.Module):
             return landmarks
         if self.training and landmarks.shape[0]:
             with torch.no_grad():
-                mean = landmarks.detach().mean(0).to(self.landmark_center.dtype)
-                self.landmark_center.lerp_(mean, 1 - _CENTER_MOMENTUM)
+                share = torch.ones_like(landmarks[:, 0, 0]) if counted is None else counted.to(landmarks.dtype)
+                mean = (landmarks * share[:, None, None]).sum(0) / share.sum().clamp_min(1)
+                self.landmark_center.lerp_(mean.to(self.landmark_center.dtype), 1 - _CENTER_MOMENTUM)
         return landmarks - self.landmark_center

@@ -193,13 +193,18 @@ class ChunkMemory:
             if memory.open_document is not None:
                 raise ValueError(f"memory {number} holds an open document; close it with close_document() first")
             if memory.fingerprint != first.fingerprint:
-                raise ValueError(f"memory {number} was built by another model: {memory.fingerprint[:12]!r}, not {first.fingerprint[:12]!r}")
+                raise ValueError(
+                    f"memory {number} was built by another model: {memory.fingerprint[:12]!r}, "
+                    f"not {first.fingerprint[:12]!r}"
+                )
             if not memory.is_composable:
                 raise ValueError(
                     "this model's fusion depends on the order of chunks (stick-breaking or position decay), so "
                     "memories cannot be merged; use a softmax-fusion model without position decay"
                 )
-        parts, documents, chunk_offset = [], [], 0
+        parts: list[ChunkTensors] = []
+        documents: list[Document] = []
+        chunk_offset = 0
         for memory in memories:
             shifted = [replace(doc, first_chunk=doc.first_chunk + chunk_offset) for doc in memory.documents]
             parts.append(memory.tensors._replace(segments=memory.segments + len(documents)))
@@ -225,9 +230,7 @@ class ChunkMemory:
         slots = slice(first * self.chunk_size, last * self.chunk_size)
         part = ChunkTensors(k[:, slots], v[:, slots], *(x[:, first:last] for x in rest))
         part = part._replace(segments=torch.zeros_like(part.segments))
-        return replace(
-            self, storage=part, num_chunks=document.num_chunks, documents=[replace(document, first_chunk=0)]
-        )
+        return replace(self, storage=part, num_chunks=document.num_chunks, documents=[replace(document, first_chunk=0)])
 
 
 class MemoryView(NamedTuple):

@@ -17,6 +17,9 @@ from hsa_ultralong.nn.mlp import SwiGLU
 class MixtureOfExperts(nn.Module):
     """(..., M) -> (..., M): shared expert + sum over the chosen experts of affinity-weighted SwiGLU outputs."""
 
+    router_bias: torch.Tensor
+    expert_load: torch.Tensor
+
     def __init__(
         self,
         *,

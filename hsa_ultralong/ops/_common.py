@@ -32,7 +32,7 @@ def blocks(length: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def choose_impl(op: str, impl: str, supported: Sequence[str], auto: str) -> str:
-    """Resolve `impl`: "auto" picks and logs its choice once; anything else must be supported, never a silent fallback."""
+    """Resolve `impl`: "auto" picks and logs its choice once; anything else must be supported, no silent fallback."""
     if impl == "auto":
         if op not in _announced:
             _announced.add(op)

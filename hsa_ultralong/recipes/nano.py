@@ -1,4 +1,4 @@
-"""The shipped checkpoint: nano, warm-up with self-copy at 2K, then longer and longer context (paper sec. 3.2, nano scale)."""
+"""The shipped checkpoint: nano, warm-up with self-copy at 2K, then longer and longer context (paper sec. 3.2)."""
 
 from __future__ import annotations
 

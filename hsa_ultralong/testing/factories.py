@@ -179,7 +179,7 @@ def random_chunks(
 
 @torch.no_grad()
 def encode_documents(model: HSAForCausalLM, documents: Sequence[torch.Tensor], *, is_open: bool = False) -> ChunkMemory:
-    """The memory of closed documents (n,), read one by one by the lower half; `is_open` drops their unfinished chunks."""
+    """The memory of closed documents (n,), read one by one by the lower half; `is_open` drops unfinished chunks."""
     size = model.config.chunk_size
     memory = model.model.empty_memory(1, model.dtype, model.device)
     for number, tokens in enumerate(documents):

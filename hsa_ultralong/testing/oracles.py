@@ -54,7 +54,12 @@ def chunk_logsumexp(q: torch.Tensor, k: torch.Tensor, chunk_size: int) -> torch.
 
 
 def dense_chunk_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, chunk_size: int, bias: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    chunk_size: int,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One softmax over all keys of the visible chunks (B, T, C), plus `bias` (B, T, Hq, C); 0 where none is visible."""
     group = q.shape[2] // k.shape[2]

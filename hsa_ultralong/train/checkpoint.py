@@ -21,7 +21,11 @@ _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_slow(stream)
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest_slow(stream)
+        )
 
 
 def _digest_slow(stream: Any) -> str:
@@ -64,7 +68,9 @@ def save_checkpoint(
     partial.mkdir()
     for name, tensors in zip(_TENSOR_FILES, (model_tensors(model), optimizer_tensors(model, optimizer)), strict=True):
         save_file(tensors, partial / name)
-    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)} for name in _TENSOR_FILES}
+    files = {
+        name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)} for name in _TENSOR_FILES
+    }
     (partial / "state.json").write_text(json.dumps({"format": FORMAT_VERSION, "files": files, **state}, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -94,7 +100,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torc
     for name, expected in state["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != expected["bytes"] or _digest(file) != expected["sha256"]:
-            raise ValueError(f"checkpoint file {file} is missing, truncated or corrupt; delete {path} to use an older one")
+            raise ValueError(
+                f"checkpoint file {file} is missing, truncated or corrupt; delete {path} to use an older one"
+            )
     model, optimizer = (load_file(path / name) for name in _TENSOR_FILES)
     return model, optimizer, state
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hsa_ultralong.models import HSAForCausalLM
@@ -14,8 +16,9 @@ def compile_layers(model: HSAForCausalLM) -> None:
         layer.compile(dynamic=False)
     for layer in model.model.chunk_encoder.layers:
         layer.compile(dynamic=False)
-    for group in model.model.groups:
-        group.hsa_layer._window = torch.compile(group.hsa_layer._window, dynamic=False)
-        group.hsa_layer._feed_forward = torch.compile(group.hsa_layer._feed_forward, dynamic=False)
+    for group in model.model.upper_groups():
+        layer: Any = group.hsa_layer
+        layer._window = torch.compile(layer._window, dynamic=False)
+        layer._feed_forward = torch.compile(layer._feed_forward, dynamic=False)
         for layer in group.layers:
             layer.compile(dynamic=False)

@@ -1,8 +1,10 @@
-"""Write a trained model as a Hugging Face folder: config, bf16 safetensors, tokenizer; whole or not at all."""
+"""Write a trained model as a Hugging Face folder (config, bf16 weights, tokenizer, checksums), whole or not at all."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: i
     shutil.rmtree(partial, ignore_errors=True)
     plain.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    table = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(partial.iterdir())}
+    (partial / "checksums.json").write_text(json.dumps(table, indent=1) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     for file in partial.iterdir():
         file.replace(folder / file.name)

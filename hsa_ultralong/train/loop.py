@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Subset
 from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards, collate
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
-from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.train import checkpoint
 from hsa_ultralong.train.compilation import compile_layers
 from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig, as_dict
@@ -75,7 +74,10 @@ class Trainer:
     def _optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         return torch.optim.AdamW(groups, betas=self.config.betas, lr=0.0, fused=self.device.type == "cuda")
 
     def _resume(self) -> None:
@@ -146,7 +148,9 @@ class Trainer:
 
     def _train_stage(self, stage: StageConfig, deadline: float) -> bool:
         model, config = self.model, self.model.config
-        config.chunk_topk = stage.seq_len // config.chunk_size * stage.rows if stage.chunk_topk == FULL_COVERAGE else stage.chunk_topk
+        config.chunk_topk = (
+            stage.seq_len // config.chunk_size * stage.rows if stage.chunk_topk == FULL_COVERAGE else stage.chunk_topk
+        )
         if stage.sliding_window and stage.sliding_window != config.sliding_window:
             set_window(model, stage.sliding_window)
         batches = self._batches(stage)
@@ -179,7 +183,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for _ in range(parts):
             batch = next(batches)
-            inputs = {name: batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "labels", "segment_ids")}
+            inputs = {
+                name: batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "labels", "segment_ids")
+            }
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 loss = self.model(**inputs, pool_memory=stage.pool_memory).loss
             (loss / parts).backward()
@@ -187,9 +193,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for module in self.model.modules():
-            if isinstance(module, MixtureOfExperts):
-                module.update_router_bias(self.model.config.router_bias_update_rate)
+        self.model.update_router_bias()
         return total, norm
 
     def _log(self, stage: StageConfig, meter: _Meter, rate: float) -> None:
@@ -219,7 +223,9 @@ class Trainer:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             measured = self.probe(self.model, stage)
         self.model.train()
-        self._write({"stage": stage.name, "global_step": self.global_step, "tokens": self.tokens_seen, "probe": measured})
+        self._write(
+            {"stage": stage.name, "global_step": self.global_step, "tokens": self.tokens_seen, "probe": measured}
+        )
 
     def _write(self, record: dict[str, Any]) -> None:
         with (self.run / "log.jsonl").open("a") as stream:
@@ -256,6 +262,9 @@ class _Meter:
 def set_window(model: HSAForCausalLM, window: int) -> None:
     """Change the sliding window of every layer that has the configuration's (stages change it, paper sec. 3.2)."""
     config = model.config
-    for layer in [*model.model.lower_layers, *(layer for group in model.model.groups for layer in group.layers)]:
+    for layer in [
+        *model.model.lower_layers,
+        *(layer for group in model.model.upper_groups() for layer in group.layers),
+    ]:
         layer.attention.window = window
     config.sliding_window = window

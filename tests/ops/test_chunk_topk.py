@@ -231,7 +231,9 @@ def test_token_64_is_the_first_to_see_chunk_0():
 def test_one_memory_shared_by_the_batch_equals_its_copies(impl):
     query, landmarks = inputs(shared=True)
     one = random_visibility(1, 9, 7)
-    visible = ChunkVisibility(one.query_segment.expand(2, -1), one.query_position.expand(2, -1), one.chunk_segment, one.chunk_end, "earlier")
+    visible = ChunkVisibility(
+        one.query_segment.expand(2, -1), one.query_position.expand(2, -1), one.chunk_segment, one.chunk_end, "earlier"
+    )
     shared = chunk_topk(query, landmarks, visible, topk=3, impl=impl)
     copied = chunk_topk(query, landmarks.expand(2, -1, -1, -1), visible, topk=3, impl=impl)
     assert torch.equal(shared[0], copied[0])

@@ -70,9 +70,7 @@ def test_reference_equals_a_loop_over_tokens_heads_and_chunks(shape):
     inputs, size = random_attention(**SHAPES[shape]), SHAPES[shape].get("chunk_size", 4)
     q, k, v, indices, weights, lengths = inputs
     expected = naive_hsa(q, k, v, indices, weights, chunk_size=size, chunk_lengths=lengths)
-    actual = hsa_attention(
-        q, k, v, indices, weights, chunk_size=size, chunk_lengths=lengths, impl="reference"
-    )
+    actual = hsa_attention(q, k, v, indices, weights, chunk_size=size, chunk_lengths=lengths, impl="reference")
     torch.testing.assert_close(actual, expected, **EXACT)
 
 
@@ -80,7 +78,9 @@ def test_reference_equals_a_loop_over_tokens_heads_and_chunks(shape):
     st.integers(1, 3), st.integers(1, 9), st.sampled_from([1, 2, 4]), st.integers(1, 2), st.booleans(),
     st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 10**6),
 )  # fmt: skip
-def test_backends_equal_reference_for_any_shape(batch, tokens, group, kv, per_head, chunks, slots, size, shared, short, seed):
+def test_backends_equal_reference_for_any_shape(
+    batch, tokens, group, kv, per_head, chunks, slots, size, shared, short, seed
+):
     inputs = random_attention(
         batch=batch, num_tokens=tokens, group=group, kv_heads=kv, heads=kv if per_head else 1, num_chunks=chunks,
         slots=slots, chunk_size=size, kv_batch=1 if shared else None, is_short=short, seed=seed,

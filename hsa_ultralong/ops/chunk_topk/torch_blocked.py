@@ -17,7 +17,7 @@ _BLOCK_ELEMENTS = 1 << 24
 
 
 def _products(query: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
-    """<query, landmark> of a block, (B, t, Hr, C) fp32; a shared memory (batch 1) is one product for the whole batch."""
+    """<query, landmark> of a block, (B, t, Hr, C) fp32; a shared memory (batch 1) is one product for all rows."""
     batch, num_tokens, heads, dim = query.shape
     if landmarks.shape[0] == 1:
         rows = query.permute(2, 0, 1, 3).reshape(heads, batch * num_tokens, dim)  # (Hr, B*t, R)
@@ -32,7 +32,7 @@ def _topk_lowest_index(ranking: torch.Tensor, keep: int) -> torch.Tensor:
     """Indices of the `keep` largest values, ties to the lower index: torch.topk alone leaves ties open."""
     if ranking.dtype != torch.float32:
         return ranking.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
-    # order-preserving map of fp32 to int32 in the high word, complemented index in the low word; + 0.0 turns -0.0 into 0.0
+    # order-preserving map of fp32 to int32 in the high word, complemented index in the low word; + 0.0 removes -0.0
     bits = (ranking + 0.0).view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64) << 32
     index = torch.arange(ranking.shape[-1], device=ranking.device, dtype=torch.int64)

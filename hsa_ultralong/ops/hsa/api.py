@@ -85,4 +85,6 @@ def hsa_attention(
     if backend is None:
         backend = _BACKENDS[_automatic(q, num_chunks, indices.shape[-1])]
     scale = dim**-0.5 if scale is None else scale
-    return backend(q, k, v, indices, weights, chunk_size=chunk_size, chunk_lengths=chunk_lengths, scale=scale, causal=causal)
+    return backend(
+        q, k, v, indices, weights, chunk_size=chunk_size, chunk_lengths=chunk_lengths, scale=scale, causal=causal
+    )

@@ -106,8 +106,8 @@ class _GatherAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        problem = _Problem(*ctx.saved_tensors, ctx.chunk_size, ctx.scale)
-        q, k, v, weights = problem.q, problem.k, problem.v, problem.weights
+        q, k, v, indices, weights, chunk_lengths = ctx.saved_tensors
+        problem = _Problem(q, k, v, indices, weights, chunk_lengths, ctx.chunk_size, ctx.scale)
         wide = accumulation_dtype(q.dtype)
         grad_keys = torch.zeros(_rows(k, ctx.chunk_size).shape, dtype=wide, device=q.device)
         grad_values = torch.zeros_like(grad_keys)

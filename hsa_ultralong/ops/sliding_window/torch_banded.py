@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from hsa_ultralong.ops.sliding_window.reference import window_mask
+from hsa_ultralong.ops.sliding_window.mask import window_mask
 
 _MIN_BLOCK = 64
 _MAX_BLOCK = 1024

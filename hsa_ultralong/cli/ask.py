@@ -1,0 +1,100 @@
+"""`hsa ask`: memorise a text and ask it one question; says so when the retrieval is unsure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("ask")(ask)
+
+
+def ask(
+    prompt: Annotated[str, typer.Argument(help="A question ending in '?', or the beginning of a sentence.")],
+    text: Annotated[list[Path], typer.Option("--text", "-t", help="Text file to memorise; repeat for more.")],
+    hide: Annotated[str | None, typer.Option(help="Hide this sentence in the first text before memorising.")] = None,
+    depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where to hide it, 0 = start, 1 = end.")] = 0.5,
+    model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 24,
+    sources: Annotated[int, typer.Option(min=0, help="Show so many retrieved passages.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Memorise text files and answer one question from them.
+
+    The shipped nano model (9M parameters) recalls facts stated in one sentence, in forms like those it was trained on
+    ("The secret code of the X Y is 1234567."); it does not summarise, reason or converse.
+
+    Examples:
+
+      hsa ask --text book.txt --hide "The secret code of the silver lantern is 4821937."
+      "What is the secret code of the silver lantern?"
+
+      hsa ask --text notes.md "The locker number of the old library is"
+    """
+    from hsa_ultralong.cli.common import encode_prompt, load_model
+    from hsa_ultralong.data import read_text
+
+    contents = [read_text(path) for path in text]
+    if hide is not None:
+        contents[0] = _hide(contents[0], hide, depth)
+    network, tokenizer = load_model(model, device, dtype)
+    question = as_question(prompt)
+    encode_prompt(tokenizer, question)
+    import torch
+
+    from hsa_ultralong.inference import ask as ask_memory
+    from hsa_ultralong.inference import memorize
+
+    documents = [torch.tensor(tokenizer(part)["input_ids"], dtype=torch.int32) for part in contents]
+    memory = memorize(network, documents, names=[str(path) for path in text], progress=not as_json)
+    answer = ask_memory(
+        network, tokenizer, memory, question, max_new_tokens=max_new_tokens, num_sources=max(1, sources)
+    )
+    _show(answer, memory, tokenizer, sources, as_json)
+
+
+def as_question(prompt: str) -> str:
+    """A bare question in the form that the model was trained on; anything else stays."""
+    prompt = prompt.strip()
+    return f"Question: {prompt}\nAnswer:" if prompt.endswith("?") else prompt
+
+
+def _hide(text: str, sentence: str, depth: float) -> str:
+    """Put a sentence between two words of the text."""
+    at = round(depth * len(text))
+    space = text.find(" ", at)
+    at = len(text) if space < 0 else space
+    return f"{text[:at]} {sentence.strip()}{text[at:]}"
+
+
+def _show(answer: Any, memory: Any, tokenizer: Any, sources: int, as_json: bool) -> None:
+    passages = []
+    for source in answer.sources[:sources]:
+        tokens = memory.documents[source.document].tokens[source.start : source.stop]
+        passages.append({**source.__dict__, "passage": tokenizer.decode(tokens.tolist(), skip_special_tokens=True)})
+    if as_json:
+        import json
+
+        value = {
+            "answer": answer.text.strip(),
+            "weight": answer.weight,
+            "is_uncertain": answer.is_uncertain,
+            "memorised_tokens": memory.num_tokens,
+            "sources": passages,
+        }
+        typer.echo(json.dumps(value, indent=1))
+        return
+    typer.echo(answer.text.strip() or "(no answer)")
+    for passage in passages:
+        where = f"{passage['name']}, tokens {passage['start']:,}-{passage['stop']:,}, weight {passage['weight']:.2f}"
+        typer.echo(f"\nfrom {where}:\n  {' '.join(passage['passage'].split())}")
+    if answer.is_uncertain:
+        typer.echo(
+            f"\nUnsure: no passage stood out (best retrieval weight {answer.weight:.2f}), so this may be a guess. "
+            "Is it stated in the text, in a form like the question?"
+        )

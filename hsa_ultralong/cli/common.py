@@ -1,0 +1,113 @@
+"""What several commands share: finding and loading a checkpoint, choosing device and dtype."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+CHECKSUMS = "checksums.json"
+MAX_PROMPT_TOKENS = 4096
+
+
+def choose_device(name: str) -> str:
+    """ "auto" prefers a GPU; an unusable choice is refused."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or auto, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no usable CUDA device; use --device cpu")
+    return name
+
+
+def choose_dtype(name: str, device: str) -> Any:
+    """ "auto" is bf16 where the hardware multiplies it fast, fp32 elsewhere."""
+    import torch
+
+    if name == "auto":
+        fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    known = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if name not in known:
+        raise ValueError(f"--dtype must be bf16, fp32 or auto, got {name!r}")
+    return known[name]
+
+
+def default_checkpoint() -> Path:
+    """checkpoints/nano of the current folder or of the checkout that holds this package."""
+    places = [Path("checkpoints/nano"), Path(__file__).resolve().parents[2] / "checkpoints" / "nano"]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise ValueError("no checkpoint found at checkpoints/nano; run inside the project's folder or give --model FOLDER")
+
+
+def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """Model in eval mode and tokenizer of a checkpoint folder, checked against its checksums.
+
+    Raises:
+        ValueError: if the folder is no checkpoint, is damaged, or lacks weights.
+    """
+    folder = folder or default_checkpoint()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model folder: it has no config.json")
+    verify_checksums(folder)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    from hsa_ultralong.data import load_tokenizer
+    from hsa_ultralong.models import HSAForCausalLM
+
+    place = choose_device(device)
+    if json.loads((folder / "config.json").read_text()).get("model_type") != "hsa_ultralong":
+        raise ValueError(f"{folder} holds another kind of model, not hsa_ultralong")
+    model, info = HSAForCausalLM.from_pretrained(folder, dtype=choose_dtype(dtype, place), output_loading_info=True)
+    missing = [*info["missing_keys"], *info.get("mismatched_keys", [])]
+    if missing:
+        raise ValueError(f"checkpoint {folder} lacks weights, e.g. {missing[0]}; export the model again")
+    return model.to(place).eval(), load_tokenizer(folder)
+
+
+def file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_checksums(folder: Path) -> None:
+    """Compare every file named in checksums.json; a folder without one is taken as it is."""
+    table = folder / CHECKSUMS
+    if not table.is_file():
+        return
+    for name, expected in json.loads(table.read_text()).items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"checkpoint {folder} is incomplete: {name} is missing")
+        if file_digest(file) != expected:
+            raise ValueError(
+                f"checkpoint file {file} is corrupt (its SHA-256 is not that of {CHECKSUMS}); get it again"
+            )
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt.
+
+    Raises:
+        ValueError: if it is empty or longer than MAX_PROMPT_TOKENS.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    tokens = tokenizer(prompt)["input_ids"]
+    if len(tokens) > MAX_PROMPT_TOKENS:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens, at most {MAX_PROMPT_TOKENS} are allowed; "
+            "memorise long text with --text FILE"
+        )
+    return tokens

@@ -1,0 +1,131 @@
+"""`hsa quickstart`: memorise a real book on this machine, hide sentences anywhere in it, ask for them, draw the map."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hsa_ultralong.cli.plan import parse_size
+
+
+def register(app: typer.Typer) -> None:
+    app.command("quickstart")(quickstart)
+
+
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.json and needles.png.")] = Path(
+        "quickstart-report"
+    ),
+    model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens, e.g. 4K,32K,256K (K = 1,024).")] = "4K,32K,256K",
+    needles: Annotated[int, typer.Option(min=1, help="Hidden sentences per length.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the hidden sentences.")] = 0,
+    topk: Annotated[int | None, typer.Option(min=1, help="Chunks kept per token [default: the model's].")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
+) -> None:
+    """Memorise Newton's Opticks and recall sentences hidden anywhere in it: a table, report.json and needles.png.
+
+    Each length is memorised once; every sentence is written in by an exact edit, asked for, and taken out again.
+
+    Examples:
+
+      hsa quickstart
+
+      hsa quickstart -o report --lengths 4K,64K --needles 50
+    """
+    wanted = [parse_size(part) for part in lengths.split(",")]
+    from hsa_ultralong.cli.common import load_model
+    from hsa_ultralong.eval.haystack import opticks
+
+    typer.echo("Loading the model and the book (Isaac Newton, Opticks, 1730) ...")
+    network, tokenizer = load_model(model, device, dtype)
+    if topk is not None:
+        network.config.chunk_topk = topk
+    import torch
+
+    text = torch.tensor(tokenizer(opticks())["input_ids"], dtype=torch.int32)
+    if max(wanted) > len(text):
+        raise ValueError(f"the book has {len(text):,} tokens, {max(wanted):,} wanted; choose smaller --lengths")
+    study = _run(network, tokenizer, text, wanted, needles, seed)
+    _finish(study, output, seed, network)
+
+
+def _run(network: Any, tokenizer: Any, text: Any, lengths: list[int], needles: int, seed: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from hsa_ultralong.eval.needles import run_needles
+    from hsa_ultralong.eval.plots import human_tokens
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(), transient=False) as bar:
+        reading = {n: bar.add_task(f"memorise {human_tokens(n):>5}", total=n, start=False, note="") for n in lengths}
+        asking = {
+            n: bar.add_task(f"ask at   {human_tokens(n):>5}", total=needles, start=False, note="") for n in lengths
+        }
+
+        def progress(length: int, done: int, total: int, tokens: int) -> None:
+            if done == 0:
+                bar.start_task(reading[length])
+                bar.update(reading[length], completed=tokens, note=f"{tokens:,} tokens")
+                if tokens == length:
+                    bar.stop_task(reading[length])
+                    bar.start_task(asking[length])
+            else:
+                bar.update(asking[length], completed=done, note=f"{done}/{total} sentences")
+                if done == total:
+                    bar.stop_task(asking[length])
+
+        return run_needles(network, tokenizer, text, lengths=lengths, samples=needles, seed=seed, progress=progress)
+
+
+def _finish(study: Any, output: Path, seed: int, network: Any) -> None:
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from hsa_ultralong.eval.metadata import run_metadata
+    from hsa_ultralong.eval.needles import wilson_interval
+    from hsa_ultralong.eval.plots import human_tokens, plot_needles
+    from hsa_ultralong.eval.report import write_study
+
+    meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, dtype=str(network.dtype).removeprefix("torch."))
+    write_study(output, study, "nano", meta)
+    samples = [dataclasses.asdict(sample) for result in study.results for sample in result.samples]
+    plot_needles(samples, output / "needles.png", f"Sentences hidden in Opticks, nano, K={study.topk}")
+    table = Table(title="Sentences hidden in a book, asked for after memorising it")
+    for name in ("tokens", "sentences", "exact", "95% interval", "memorised in", "tokens/s", "memory"):
+        table.add_column(name, justify="right")
+    for result in study.results:
+        right = sum(sample.correct for sample in result.samples)
+        low, high = wilson_interval(right, len(result.samples))
+        table.add_row(
+            human_tokens(result.length),
+            str(len(result.samples)),
+            f"{result.accuracy:.1%}",
+            f"{low:.0%} to {high:.0%}",
+            f"{result.read_seconds:.1f} s",
+            f"{result.length / result.read_seconds:,.0f}",
+            f"{result.memory_bytes / 2**20:.1f} MiB",
+        )
+    Console().print(table)
+    example = study.results[-1].samples[0]
+    asked, told = example.prompt.splitlines()[0], example.answered.strip()
+    typer.echo(f'For example, asked "{asked}" it answered "{told}" (hidden: {example.expected}).')
+    typer.echo(
+        f"Peak memory {study.peak_host_bytes / 2**30:.2f} GiB. "
+        f"Written: {output}/report.json, records.jsonl, needles.png"
+    )
+    typer.echo("\nThe same with your own text and your own sentence:\n")
+    typer.echo(
+        '  hsa ask --text YOUR.txt --hide "The secret code of the silver lantern is 4821937." '
+        '"What is the secret code of the silver lantern?"\n'
+    )
+    typer.echo(
+        "This model has 9 million parameters: it recalls stated facts of this kind, and does not converse or reason."
+    )

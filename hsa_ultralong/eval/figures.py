@@ -1,0 +1,32 @@
+"""Every committed figure and the committed file it is drawn from: `make report` redraws them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl
+
+# source, figure, kind, title
+FIGURES = (
+    (
+        "results/needles-nano/records.jsonl",
+        "docs/images/needles-nano.png",
+        "needles",
+        "nano: sentences hidden in Opticks",
+    ),
+    ("results/training-nano/log.jsonl", "docs/images/training-nano.png", "training", "nano: training"),
+)
+
+
+def draw(source: Path, figure: Path, kind: str, title: str) -> None:
+    """Draw one figure from its file."""
+    if not source.is_file():
+        raise ValueError(f"{source} does not exist: nothing to draw {figure} from")
+    (plot_needles if kind == "needles" else plot_training)(read_jsonl(source), figure, title)
+
+
+def draw_all(root: Path) -> list[Path]:
+    """Redraw every figure of FIGURES below `root`; returns the files written."""
+    for source, figure, kind, title in FIGURES:
+        draw(root / source, root / figure, kind, title)
+    return [root / figure for _, figure, _, _ in FIGURES]

@@ -1,0 +1,54 @@
+"""A NeedleStudy as the files of docs/results.md: report.json (accuracy form) and records.jsonl (one line a sample)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from hsa_ultralong.eval.metadata import write_json
+from hsa_ultralong.eval.needles import NeedleStudy, wilson_interval
+
+
+def study_records(study: NeedleStudy, model: str) -> list[dict[str, Any]]:
+    """Flat accuracy records per length, then one for each reading speed and the peak memory."""
+    records: list[dict[str, Any]] = []
+    for result in study.results:
+        right = sum(sample.correct for sample in result.samples)
+        low, high = wilson_interval(right, len(result.samples))
+        shared = {"model": model, "length": result.length, "topk": study.topk, "samples": len(result.samples)}
+        records.append(
+            {
+                **shared,
+                "task": "s_niah",
+                "depth": None,
+                "value": result.accuracy,
+                "ci_low": low,
+                "ci_high": high,
+                "distinct_chunks": result.distinct_chunks,
+            }
+        )
+    for result in study.results:
+        speed = result.length / result.read_seconds
+        records.append(
+            {"metric": "read_tokens_per_s", "preset": model, "tokens": result.length, "batch": 1, "value": speed}
+        )
+        records.append(
+            {"metric": "read_s", "preset": model, "tokens": result.length, "batch": 1, "value": result.read_seconds}
+        )
+    records.append({"metric": "peak_host_bytes", "preset": model, "value": study.peak_host_bytes})
+    return records
+
+
+def write_study(
+    folder: Path, study: NeedleStudy, model: str, meta: dict[str, Any], summary: str = "report.json"
+) -> None:
+    """Write `summary` and records.jsonl into `folder`."""
+    write_json(folder / summary, {"meta": meta, "records": study_records(study, model)})
+    lines = [
+        json.dumps({"model": model, "task": "s_niah", "topk": study.topk, **dataclasses.asdict(sample)})
+        for result in study.results
+        for sample in result.samples
+    ]
+    (folder / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

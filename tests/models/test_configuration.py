@@ -1,0 +1,108 @@
+"""HSAConfig: every bad value is one clear error, and the derived numbers are those of the facts."""
+
+from __future__ import annotations
+
+import pytest
+
+from hsa_ultralong.models import HSAConfig
+from hsa_ultralong.models.configuration_hsa import config_fields
+from hsa_ultralong.testing.factories import MODEL_OPTIONS, tiny_config
+
+COUNTS = [
+    "vocab_size", "hidden_size", "intermediate_size", "num_lower_layers", "num_upper_groups", "num_layers_per_group",
+    "num_attention_heads", "num_key_value_heads", "sliding_window", "chunk_size", "num_encoder_layers",
+    "num_memory_heads", "chunk_topk", "retrieval_dim", "num_retrieval_heads", "num_experts_per_token",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [0, -3])
+def test_a_count_below_one_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be >= 1, got {value}"):
+        tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["hsa_sliding_window", "num_experts", "num_shared_experts", "num_dense_layers"])
+def test_a_negative_count_is_refused(name):
+    with pytest.raises(ValueError, match=f"^{name} must be >= 0, got -1"):
+        tiny_config(**{name: -1})
+
+
+@pytest.mark.parametrize("name", ["landmark_source", "hsa_residual", "fusion"])
+def test_an_unknown_choice_is_refused_with_the_choices(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*got 'other'"):
+        tiny_config(**{name: "other"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
+        ({"num_memory_heads": 3}, "num_attention_heads=4 must be a multiple of num_memory_heads=3"),
+        ({"num_memory_heads": 4, "num_retrieval_heads": 2}, "num_retrieval_heads must be 1 or num_memory_heads=4"),
+        ({"num_memory_heads": 2, "num_retrieval_heads": 2, "retrieval_dim": 7}, "retrieval_dim=7 must be a multiple"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"head_dim": 1}, "head_dim must be >= 2"),
+        ({"num_experts": 2, "num_experts_per_token": 3}, "num_experts_per_token=3 exceeds num_experts=2"),
+        ({"top_k": 5}, "unknown configuration key 'top_k'"),
+        ({"chunk_topkk": 5}, "did you mean 'chunk_topk'"),
+        ({"nonsense_xyz": 5}, "see HSAConfig for the list"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"hidden_size": "x"}, {"chunk_size": 4.5}, {"tie_word_embeddings": "yes"}, {"fusion": 3}, {"chunk_topk": None}],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(options):
+    with pytest.raises(Exception, match=next(iter(options))):
+        tiny_config(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_theta": 0.0}, {"rope_theta": -1.0}, {"rms_norm_eps": -1e-6}, {"initializer_range": -0.1},
+        {"encoder_intermediate_size": 0}, {"moe_intermediate_size": 0}, {"router_bias_update_rate": -1.0},
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_refused_by_name(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        tiny_config(**options)
+
+
+@pytest.mark.parametrize("options", MODEL_OPTIONS)
+def test_a_configuration_equals_itself_after_a_round_trip(options):
+    config = tiny_config(**MODEL_OPTIONS[options])
+    again = HSAConfig.from_dict(config.to_dict())
+    assert {name: getattr(again, name) for name in config_fields()} == {
+        name: getattr(config, name) for name in config_fields()
+    }
+
+
+def test_defaults_follow_from_other_fields():
+    config = HSAConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, intermediate_size=100)
+    assert (config.head_dim, config.encoder_intermediate_size, config.moe_intermediate_size) == (16, 100, 100)
+    assert config.num_hidden_layers == 4 + 2 * 2
+
+
+def test_reaches_are_the_sums_of_the_windows():
+    config = tiny_config(num_lower_layers=3, num_upper_groups=2, num_layers_per_group=3)
+    assert config.lower_reach == 3 * (5 - 1)
+    assert config.upper_reach == 2 * (2 * (5 - 1) + (3 - 1))
+    assert tiny_config(hsa_sliding_window=0, num_layers_per_group=1).upper_reach == 0
+
+
+def test_only_plain_softmax_fusion_is_composable():
+    assert tiny_config().is_composable
+    assert not tiny_config(fusion="stick_breaking").is_composable
+    assert not tiny_config(position_decay=True).is_composable
+
+
+def test_every_option_is_documented():
+    missing = [name for name in config_fields() if name not in HSAConfig.__doc__ and not name.endswith("token_id")]
+    assert set(missing) <= {"use_cache"}

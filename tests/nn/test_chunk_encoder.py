@@ -1,0 +1,136 @@
+"""The chunk encoder: masking of short chunks, independence of chunks, landmarks and their centre."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hsa_ultralong.nn.chunk_encoder import rms_normalize
+from hsa_ultralong.ops import ChunkVisibility, chunk_topk
+from hsa_ultralong.testing.factories import random_tensor, tiny_model
+
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
+OPTIONS = [{}, {"landmark_source": "mean"}, {"num_encoder_layers": 2}, {"fusion": "stick_breaking"},
+           {"num_memory_heads": 2, "num_retrieval_heads": 2}, {"normalize_retrieval": False, "use_qk_norm": False}]  # fmt: skip
+
+
+def encoder(**options):
+    return tiny_model(**options).model.chunk_encoder
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@torch.no_grad()
+def test_masked_slots_of_a_short_chunk_do_not_matter(options):
+    module = encoder(**options)
+    hidden = random_tensor(2, 3, 4, 16)
+    lengths = torch.tensor([[4, 1, 3], [2, 4, 4]], dtype=torch.int32)
+    absent = torch.arange(4) >= lengths[..., None]
+    noisy = hidden.masked_fill(absent[..., None], 7.0)
+    present = ~absent.flatten(1)
+    for left, right in zip(module(hidden, lengths)[:2], module(noisy, lengths)[:2]):
+        torch.testing.assert_close(right[present], left[present], **EXACT)
+    torch.testing.assert_close(module(noisy, lengths)[2], module(hidden, lengths)[2], **EXACT)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@torch.no_grad()
+def test_full_lengths_equal_no_lengths(options):
+    module = encoder(**options)
+    hidden = random_tensor(2, 3, 4, 16)
+    for left, right in zip(module(hidden), module(hidden, torch.full((2, 3), 4, dtype=torch.int32))):
+        torch.testing.assert_close(right, left, **EXACT)
+
+
+@torch.no_grad()
+def test_a_short_chunk_differs_from_the_full_one():
+    module = encoder()
+    hidden = random_tensor(1, 1, 4, 16)
+    short = module(hidden, torch.tensor([[3]], dtype=torch.int32))
+    assert float((short[2] - module(hidden)[2]).abs().max()) > 1e-4
+
+
+@torch.no_grad()
+def test_chunks_are_encoded_independently():
+    module = encoder()
+    hidden = random_tensor(2, 3, 4, 16)
+    k, v, landmarks = module(hidden)
+    for b in range(2):
+        for i in range(3):
+            one = module(hidden[b : b + 1, i : i + 1])
+            torch.testing.assert_close(one[0], k[b : b + 1, 4 * i : 4 * i + 4], **EXACT)
+            torch.testing.assert_close(one[1], v[b : b + 1, 4 * i : 4 * i + 4], **EXACT)
+            torch.testing.assert_close(one[2], landmarks[b : b + 1, i : i + 1], **EXACT)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_shapes_follow_the_heads(heads):
+    k, v, landmarks = encoder(num_memory_heads=2, num_retrieval_heads=heads)(random_tensor(2, 3, 4, 16))
+    assert k.shape == v.shape == (2, 12, 2, 4)
+    assert landmarks.shape == (2, 3, heads, 8 // heads)
+
+
+@torch.no_grad()
+def test_landmarks_plus_centre_are_rms_normalised():
+    module = encoder()
+    landmarks = module(random_tensor(2, 3, 4, 16))[2] + module.landmark_center
+    torch.testing.assert_close(
+        landmarks.pow(2).mean(-1), torch.ones(2, 3, 1, dtype=torch.float64), rtol=1e-4, atol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_the_centre_changes_neither_selection_nor_softmax_weights():
+    module = encoder()
+    hidden, query = random_tensor(2, 9, 4, 16), random_tensor(2, 40, 1, 8, seed=1)
+    visible = ChunkVisibility.causal(2, 40, 9, 4)
+    results = []
+    for scale in (1.0, 0.0, 30.0):
+        module.landmark_center.copy_(random_tensor(1, 8, seed=2) * scale)
+        indices, scores = chunk_topk(query, module(hidden)[2], visible, topk=3)
+        results.append((indices[:, 4:], scores[:, 4:].softmax(-1)))
+    for indices, weights in results[1:]:
+        assert torch.equal(indices, results[0][0])
+        torch.testing.assert_close(weights, results[0][1], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_centre_follows_the_mean_landmark_in_training_only():
+    module = encoder()
+    module.landmark_center.zero_()
+    hidden = random_tensor(2, 9, 4, 16)
+    mean = module(hidden)[2].mean((0, 1))
+    assert float(module.landmark_center.abs().max()) == 0
+    module.train()
+    module(hidden)
+    torch.testing.assert_close(module.landmark_center, mean * 0.01, **EXACT)
+    for _ in range(800):
+        module(hidden[:1])
+    torch.testing.assert_close(module.landmark_center, module.eval()(hidden[:1])[2].mean((0, 1)) + module.landmark_center,
+                               rtol=1e-2, atol=1e-2)  # fmt: skip
+
+
+@torch.no_grad()
+def test_stick_breaking_takes_no_centre():
+    module = encoder(fusion="stick_breaking")
+    hidden = random_tensor(2, 3, 4, 16)
+    before = module(hidden)[2]
+    module.landmark_center.fill_(5.0)
+    assert torch.equal(module.train()(hidden)[2], before)
+    assert bool((module.landmark_center == 5.0).all())
+
+
+def test_every_parameter_and_the_input_receive_a_gradient():
+    module = encoder(num_encoder_layers=2)
+    hidden = random_tensor(2, 3, 4, 16).requires_grad_()
+    sum(part.square().sum() for part in module(hidden)).backward()
+    assert float(hidden.grad.abs().max()) > 0
+    missing = [name for name, p in module.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    assert not missing
+
+
+def test_rms_normalize_keeps_fp64_and_widens_bf16():
+    x = random_tensor(3, 8)
+    assert rms_normalize(x).dtype == torch.float64 and rms_normalize(x.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(
+        rms_normalize(x).pow(2).mean(-1), torch.ones(3, dtype=torch.float64), rtol=1e-4, atol=1e-4
+    )

@@ -1,0 +1,138 @@
+"""Mixture of experts: dropless, equal to its formula, balanced by the router bias."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hsa_ultralong.nn.moe import MixtureOfExperts
+from hsa_ultralong.testing.factories import random_tensor, randomize
+
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
+
+
+def mixture(**options):
+    fields = {
+        "hidden_size": 8,
+        "intermediate_size": 6,
+        "num_experts": 5,
+        "num_experts_per_token": 2,
+        "num_shared_experts": 1,
+    }
+    module = MixtureOfExperts(**{**fields, **options}).double()
+    randomize(module, std=0.5)
+    return module.eval()
+
+
+def by_formula(module, x):
+    """Every expert on every token, weighted by its normalised sigmoid affinity where chosen."""
+    affinity = (x @ module.router.weight.T).sigmoid()
+    out = torch.zeros_like(x) if module.shared is None else module.shared(x)
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:-1])).view(-1, x.dim() - 1).tolist():
+        place = tuple(index)
+        order = sorted(
+            range(module.num_experts), key=lambda e, at=place: -float(affinity[at][e] + module.router_bias[e])
+        )
+        chosen = order[: module.num_experts_per_token]
+        total = sum(affinity[place][e] for e in chosen)
+        for e in chosen:
+            gate, up = (x[place] @ module.gate_up[e]).chunk(2)
+            out[place] = out[place] + affinity[place][e] / total * ((F.silu(gate) * up) @ module.down[e])
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"num_experts_per_token": 1}, {"num_experts_per_token": 5}, {"num_shared_experts": 0},
+                                     {"num_shared_experts": 2}])  # fmt: skip
+@torch.no_grad()
+def test_output_equals_the_formula(options):
+    module, x = mixture(**options), random_tensor(2, 7, 8)
+    torch.testing.assert_close(module(x), by_formula(module, x), **EXACT)
+
+
+@torch.no_grad()
+def test_a_token_does_not_depend_on_the_rest_of_the_batch():
+    module, x = mixture(), random_tensor(40, 8)
+    whole = module(x)
+    # all tokens alike: one expert gets everything and nothing is dropped
+    crowd = module(torch.cat((x[:1].expand(100, -1), x)))
+    torch.testing.assert_close(crowd[100:], whole, **EXACT)
+    for t in (0, 17, 39):
+        torch.testing.assert_close(module(x[t : t + 1]), whole[t : t + 1], **EXACT)
+
+
+@torch.no_grad()
+def test_weights_sum_to_one_and_the_bias_only_steers_the_choice():
+    module, x = mixture(), random_tensor(30, 8)
+    module.router_bias.zero_()
+    plain, weights = module.route(x)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(30, dtype=torch.float64), **EXACT)
+    module.router_bias[3] = 10.0
+    chosen, weights = module.route(x)
+    assert bool((chosen == 3).any(-1).all()) and not bool((plain == 3).any(-1).all())
+    affinity = (x @ module.router.weight.T).sigmoid().gather(-1, chosen)
+    torch.testing.assert_close(weights, affinity / affinity.sum(-1, keepdim=True), **EXACT)
+
+
+@torch.no_grad()
+def test_bias_updates_move_the_load_toward_even():
+    module, x = mixture(), random_tensor(400, 8)
+    module.router_bias.copy_(torch.tensor([2.0, 1.0, 0.0, 0.0, -1.0]))
+    module.train()
+    module(x)
+    first = module.update_router_bias(0.02)
+    for _ in range(200):
+        module(x)
+        last = module.update_router_bias(0.02)
+    assert float(first) > 2 and float(last) < 1.25
+
+
+@torch.no_grad()
+def test_one_bias_update_raises_starved_experts_and_lowers_crowded_ones():
+    module = mixture()
+    module.router_bias.zero_()
+    module.expert_load.copy_(torch.tensor([10.0, 0.0, 4.0, 4.0, 2.0]))
+    imbalance = module.update_router_bias(0.5)
+    assert float(imbalance) == 2.5
+    assert module.router_bias.tolist() == [-0.5, 0.5, 0.0, 0.0, 0.5]
+    assert not bool(module.expert_load.any())
+
+
+@torch.no_grad()
+def test_load_is_counted_in_training_only():
+    module, x = mixture(), random_tensor(3, 10, 8)
+    module(x)
+    assert not bool(module.expert_load.any())
+    module.train()(x)
+    assert float(module.expert_load.sum()) == 60
+
+
+def test_gradients_reach_the_router_every_used_expert_and_the_input():
+    module, x = mixture(), random_tensor(40, 8).requires_grad_()
+    module(x).square().sum().backward()
+    assert float(x.grad.abs().max()) > 0
+    missing = [name for name, p in module.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    assert not missing
+
+
+def test_router_gradient_equals_that_of_the_formula():
+    grads = []
+    for compute in (lambda m, x: m(x), by_formula):
+        module, x = mixture(), random_tensor(9, 8)
+        (compute(module, x) * random_tensor(9, 8, seed=4)).sum().backward()
+        grads.append((module.router.weight.grad, module.gate_up.grad, module.down.grad))
+    for actual, expected in zip(*grads):
+        torch.testing.assert_close(actual, expected, **EXACT)
+
+
+@torch.no_grad()
+def test_routing_in_bf16_scores_in_fp32():
+    module, x = mixture().bfloat16(), random_tensor(20, 8).bfloat16()
+    _, weights = module.route(x)
+    assert weights.dtype == torch.float32
+    assert module(x).dtype == torch.bfloat16
+
+
+def test_the_learned_bias_is_saved_and_the_load_is_not():
+    names = mixture().state_dict().keys()
+    assert "router_bias" in names and "expert_load" not in names
