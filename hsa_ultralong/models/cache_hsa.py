@@ -65,6 +65,7 @@ class HSACache(Cache):
         pending: (B, n, M) lower outputs of the last tokens: the open chunk and REWIND more.
         padding: left padding of every row, on the host.
         num_seen: tokens of the rows' own chunk grid so far, left padding included.
+        is_packed: it went through a packed row, whose chunks it does not hold; it cannot be continued.
     """
 
     def __init__(self, config: HSAConfig, library: ChunkMemory | None = None) -> None:
@@ -80,6 +81,7 @@ class HSACache(Cache):
         self.pending: torch.Tensor | None = None
         self.padding: list[int] | None = None
         self.num_seen = 0
+        self.is_packed = False
 
     def state(self, layer: int) -> WindowState:
         return self.layers[layer].state
@@ -137,11 +139,12 @@ class HSACache(Cache):
             return
         if remove > min(REWIND, self.num_seen):
             raise ValueError(f"an HSACache can take back at most {REWIND} tokens at once, asked for {remove}")
-        for layer in self.layers:
-            state = layer.state
+        states = [layer.state for layer in self.layers]
+        for state in states:
+            if state.keys is not None and state.length - remove < min(self.num_seen - remove, state.keep - REWIND):
+                raise ValueError(f"the windows no longer hold the keys needed to take back {remove} tokens")
+        for state in states:
             if state.keys is not None and state.values is not None:
-                if state.length - remove < min(self.num_seen - remove, state.keep - REWIND):
-                    raise ValueError(f"the windows no longer hold the keys needed to take back {remove} tokens")
                 state.keys, state.values = state.keys[:, :-remove], state.values[:, :-remove]
         if self.pending is not None:
             self.pending = self.pending[:, :-remove]

@@ -140,7 +140,8 @@ class HSAConfig(PreTrainedConfig):
             "num_layers_per_group": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2,
             "sliding_window": 1, "hsa_sliding_window": 0, "chunk_size": 1, "num_encoder_layers": 1,
             "encoder_intermediate_size": 1,
-            "moe_intermediate_size": 1, "num_memory_heads": 1, "chunk_topk": 1, "retrieval_dim": 1, "num_retrieval_heads": 1, "num_experts": 0,
+            "moe_intermediate_size": 1, "num_memory_heads": 1, "chunk_topk": 1,
+            "retrieval_dim": 1, "num_retrieval_heads": 1, "num_experts": 0,
             "num_experts_per_token": 1, "num_shared_experts": 0, "num_dense_layers": 0,
         }  # fmt: skip
         for name, minimum in at_least.items():

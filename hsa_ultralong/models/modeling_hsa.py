@@ -197,12 +197,16 @@ class HSAModel(HSAPreTrainedModel):
         batch, num_tokens, _ = x.shape
         seen = 0 if cache is None else cache.num_seen
         index = torch.arange(num_tokens, dtype=torch.int32, device=x.device)
+        if cache is not None and cache.is_packed:
+            raise ValueError("this cache comes from a packed row (segment_ids), which nothing can continue")
         if segment_ids is not None:
             if (cache is not None and seen) or attention_mask is not None or num_tokens % self.config.chunk_size:
                 raise ValueError(
                     "segment_ids go with a whole row of a multiple of chunk_size tokens, without cache or "
                     f"attention_mask; got {num_tokens} tokens and chunk_size={self.config.chunk_size}"
                 )
+            if cache is not None:
+                cache.is_packed = True
             segments = segment_ids.to(torch.int32)
             starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T)
             positions = index - (starts * index).cummax(1).values.to(torch.int32)
@@ -214,7 +218,8 @@ class HSAModel(HSAPreTrainedModel):
                     f"attention_mask must be ({batch}, {seen + num_tokens}) for {seen} cached and {num_tokens} new "
                     f"tokens, got {tuple(attention_mask.shape)}"
                 )
-            if seen == 0 and not bool(attention_mask.all()):
+            # left padding is known once every row has a real token; until then each call looks again
+            if (seen == 0 or max(padding or [0]) >= seen) and not bool(attention_mask.all()):
                 padding = (attention_mask.cumsum(1) == 0).sum(1).tolist()
                 if cache is not None:
                     cache.padding = padding
@@ -273,7 +278,10 @@ class HSAModel(HSAPreTrainedModel):
         k, v, landmarks = self.chunk_encoder(x[:, : num_chunks * size].unflatten(1, (num_chunks, size)))
         ends = ((slots + 1) * size).expand(batch, -1)
         full = torch.full_like(ends, size)
-        return ChunkTensors(k, v, landmarks, full, torch.zeros_like(ends), ends)
+        # chunks that padding leaves incomplete: their own row never reaches them, but a pool would
+        real = (layout.segments >= 0).sum(1, keepdim=True)
+        segments = torch.where(ends <= real, 0, UNUSED).to(torch.int32)
+        return ChunkTensors(k, v, landmarks, full, segments, ends)
 
     def _encode_step(self, x: torch.Tensor, cache: HSACache) -> ChunkTensors | None:
         """Chunks that the new tokens complete go to the cache; returns all chunks of the rows."""

@@ -17,8 +17,8 @@ def compile_layers(model: HSAForCausalLM) -> None:
     for layer in model.model.chunk_encoder.layers:
         layer.compile(dynamic=False)
     for group in model.model.upper_groups():
-        layer: Any = group.hsa_layer
-        layer._window = torch.compile(layer._window, dynamic=False)
-        layer._feed_forward = torch.compile(layer._feed_forward, dynamic=False)
+        hsa_layer: Any = group.hsa_layer
+        hsa_layer._window = torch.compile(hsa_layer._window, dynamic=False)
+        hsa_layer._feed_forward = torch.compile(hsa_layer._feed_forward, dynamic=False)
         for layer in group.layers:
             layer.compile(dynamic=False)

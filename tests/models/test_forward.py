@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hsa_ultralong.models import HSACache
@@ -81,7 +81,7 @@ def test_no_token_sees_the_future(options):
     assert float((logits[0, 1:] - expected[0, 1:]).abs().min(0).values.max()) > 0
 
 
-@settings(max_examples=12)
+@settings(max_examples=10, phases=[Phase.generate])
 @given(st.data())
 def test_any_cut_of_any_padded_batch_matches_parallel(data):
     model = tiny_model()
@@ -173,9 +173,13 @@ def test_inputs_embeds_equal_input_ids():
 @pytest.mark.parametrize("keep", [1, 3])
 def test_logits_to_keep_returns_the_last_ones(keep):
     model, tokens = tiny_model(), random_tokens(2, 11)
-    assert torch.equal(parallel(model, tokens, logits_to_keep=keep), parallel(model, tokens)[:, -keep:])
+    torch.testing.assert_close(
+        parallel(model, tokens, logits_to_keep=keep), parallel(model, tokens)[:, -keep:], **EXACT
+    )
     chosen = torch.tensor([2, 7])
-    assert torch.equal(parallel(model, tokens, logits_to_keep=chosen), parallel(model, tokens)[:, chosen])
+    torch.testing.assert_close(
+        parallel(model, tokens, logits_to_keep=chosen), parallel(model, tokens)[:, chosen], **EXACT
+    )
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_next_token():
@@ -196,7 +200,9 @@ def test_the_order_of_a_librarys_documents_does_not_matter():
     model, tokens = tiny_model(), random_tokens(2, 9)
     documents = [random_tokens(1, n, seed=n)[0] for n in (7, 12, 2)]
     logits = [
-        in_pieces(model, tokens, [5], cache=HSACache(model.config, encode_documents(model, [documents[i] for i in order])))
+        in_pieces(
+            model, tokens, [5], cache=HSACache(model.config, encode_documents(model, [documents[i] for i in order]))
+        )
         for order in ([0, 1, 2], [2, 0, 1])
     ]
     torch.testing.assert_close(logits[0], logits[1], **EXACT)
@@ -239,7 +245,10 @@ def test_low_precision_decode_stays_close_to_fp64(dtype):
     ("arguments", "message"),
     [
         ({}, "either input_ids or inputs_embeds"),
-        ({"input_ids": random_tokens(1, 3), "inputs_embeds": torch.zeros(1, 3, 16)}, "either input_ids or inputs_embeds"),
+        (
+            {"input_ids": random_tokens(1, 3), "inputs_embeds": torch.zeros(1, 3, 16)},
+            "either input_ids or inputs_embeds",
+        ),
         ({"input_ids": random_tokens(1, 3), "attention_mask": torch.ones(1, 4)}, "attention_mask must be"),
         ({"input_ids": random_tokens(1, 3), "past_key_values": object()}, "must be an HSACache"),
         ({"input_ids": random_tokens(1, 5), "segment_ids": torch.zeros(1, 5)}, "multiple of chunk_size"),

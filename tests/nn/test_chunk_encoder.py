@@ -103,10 +103,10 @@ def test_the_centre_follows_the_mean_landmark_in_training_only():
     module.train()
     module(hidden)
     torch.testing.assert_close(module.landmark_center, mean * 0.01, **EXACT)
-    for _ in range(800):
-        module(hidden[:1])
-    torch.testing.assert_close(module.landmark_center, module.eval()(hidden[:1])[2].mean((0, 1)) + module.landmark_center,
-                               rtol=1e-2, atol=1e-2)  # fmt: skip
+    # the mean of chunks that stay the same is reached in the end
+    for _ in range(400):
+        module(hidden)
+    assert float((module.landmark_center - mean).abs().max()) < 0.03 * float(mean.abs().max())
 
 
 @torch.no_grad()

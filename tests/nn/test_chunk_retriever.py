@@ -28,7 +28,9 @@ def retriever(**options):
 
 def scores_with_gaps(seed=0):
     scores = random_tensor(3, 5, 2, 4, seed=seed) * 3
-    return scores.masked_fill(random_tensor(3, 5, 2, 4, seed=seed + 1) > 0.5, -torch.inf)
+    scores = scores.masked_fill(random_tensor(3, 5, 2, 4, seed=seed + 1) > 0.5, -torch.inf)
+    scores[0] = -torch.inf
+    return scores
 
 
 def visibility_of(chunks, tokens, foreign="hidden"):
