@@ -300,7 +300,10 @@ class HSAModel(HSAPreTrainedModel):
             chunks = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2])).unflatten(1, (count, size))
             k, v, landmarks = self.chunk_encoder(chunks)
             ends = ((slots + 1) * size).to(torch.int32)
-            new = ChunkTensors(k, v, landmarks, torch.full_like(ends, size), torch.zeros_like(ends), ends)
+            # a row with more padding than others completes fewer chunks: its last slots are written again later
+            real = seen + num_tokens - torch.tensor(padding, device=x.device)[:, None]  # (B, 1)
+            segments = torch.where(ends <= real, 0, UNUSED).to(torch.int32)
+            new = ChunkTensors(k, v, landmarks, torch.full_like(ends, size), segments, ends)
             total = max((seen + num_tokens - pad) // size for pad in padding)
             cache.append_chunks(slots, new, total, lambda: self.empty_memory(batch, k.dtype, k.device))
         cache.pending = hidden[:, max(0, hidden.shape[1] - cache.keep_pending) :].detach().clone()

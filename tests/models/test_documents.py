@@ -158,15 +158,15 @@ def test_pooled_packed_rows_see_all_documents_of_the_other_rows():
             torch.testing.assert_close(logits[b][segments[b] == number], alone(model, part, library), **EXACT)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_never_enters_the_pool(side):
+@pytest.mark.parametrize(("side", "use_cache"), [("left", False), ("left", True), ("right", False)])
+def test_padding_never_enters_the_pool(side, use_cache):
     model, rows = tiny_model(), [random_tokens(1, n, seed=n)[0] for n in (14, 6, 3)]
     tokens, mask = torch.full((3, 14), 5), torch.zeros(3, 14, dtype=torch.long)
     for b, row in enumerate(rows):
         part = slice(14 - len(row), 14) if side == "left" else slice(0, len(row))
         tokens[b, part], mask[b, part] = row, 1
     with torch.no_grad():
-        logits = model(tokens, attention_mask=mask, pool_memory=True, use_cache=False).logits
+        logits = model(tokens, attention_mask=mask, pool_memory=True, use_cache=use_cache).logits
     for b, row in enumerate(rows):
         expected = alone(model, row, rows_as_library(model, rows, b))
         torch.testing.assert_close(logits[b][mask[b] == 1], expected, **EXACT)

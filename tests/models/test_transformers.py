@@ -181,6 +181,9 @@ def test_gradient_checkpointing_repeats_the_selection_noise():
 def test_gradient_checkpointing_refuses_the_reentrant_form():
     with pytest.raises(ValueError, match="use_reentrant=False"):
         tiny_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    if hasattr(HSAModel, "activation_checkpointing_enable"):
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            tiny_model().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
 
 
 @pytest.mark.parametrize("options", ["default", "all_at_once", "no_shared_expert", "two_retrieval_heads"])

@@ -31,9 +31,8 @@ def by_formula(module, x):
     out = torch.zeros_like(x) if module.shared is None else module.shared(x)
     for index in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:-1])).view(-1, x.dim() - 1).tolist():
         place = tuple(index)
-        order = sorted(
-            range(module.num_experts), key=lambda e, at=place: -float(affinity[at][e] + module.router_bias[e])
-        )
+        preference = (affinity[place].detach() + module.router_bias).tolist()
+        order = sorted(range(module.num_experts), key=lambda e, preference=preference: -preference[e])
         chosen = order[: module.num_experts_per_token]
         total = sum(affinity[place][e] for e in chosen)
         for e in chosen:
@@ -42,8 +41,16 @@ def by_formula(module, x):
     return out
 
 
-@pytest.mark.parametrize("options", [{}, {"num_experts_per_token": 1}, {"num_experts_per_token": 5}, {"num_shared_experts": 0},
-                                     {"num_shared_experts": 2}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_experts_per_token": 1},
+        {"num_experts_per_token": 5},
+        {"num_shared_experts": 0},
+        {"num_shared_experts": 2},
+    ],
+)
 @torch.no_grad()
 def test_output_equals_the_formula(options):
     module, x = mixture(**options), random_tensor(2, 7, 8)

@@ -48,8 +48,8 @@ def test_torch_equals_reference(topk, shared, heads, dtype):
 
 
 @given(
-    st.integers(1, 3), st.integers(1, 12), st.integers(0, 9), st.integers(1, 10), st.sampled_from(["hidden", "past", "earlier"]),
-    st.integers(0, 10**6),
+    st.integers(1, 3), st.integers(1, 12), st.integers(0, 9), st.integers(1, 10),
+    st.sampled_from(["hidden", "past", "earlier"]), st.integers(0, 10**6),
 )  # fmt: skip
 def test_torch_equals_reference_for_any_shape(batch, tokens, chunks, topk, foreign, seed):
     query, landmarks = inputs(batch, tokens, chunks, seed=seed)
@@ -296,7 +296,7 @@ def test_visibility_refuses_shapes_that_do_not_fit():
         (good, good, good, good[:, :2]),
         (good, good, torch.cat((good, good)), torch.cat((good, good))),
     ):
-        with pytest.raises(ValueError, match="must both be|has batch"):
+        with pytest.raises(ValueError, match=r"must both be|has batch"):
             ChunkVisibility(*bad)
     with pytest.raises(ValueError, match="foreign must be one of"):
         ChunkVisibility(good, good, good, good, "all")

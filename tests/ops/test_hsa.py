@@ -23,6 +23,7 @@ SHAPES = {
     "short_chunks": {"is_short": True},
     "short_chunks_per_head": {"is_short": True, "kv_heads": 2, "heads": 2},
     "shared_memory": {"kv_batch": 1},
+    "shared_memory_retrieval_per_head": {"kv_batch": 1, "is_short": True, "kv_heads": 2, "heads": 2},
     "shared_memory_short": {"kv_batch": 1, "is_short": True},
     "fewer_tokens_than_a_chunk": {"num_tokens": 2},
     "batch_1": {"batch": 1},

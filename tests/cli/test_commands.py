@@ -1,0 +1,170 @@
+"""The commands on a tiny random model: what they write, and that bad input ends in one line and exit code 2."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli.ask import _hide, as_question
+from hsa_ultralong.cli.common import MAX_PROMPT_TOKENS
+from hsa_ultralong.cli.main import app
+
+
+def hsa(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("It was a bright cold day in April, and the clocks were striking. " * 40, encoding="utf-8")
+    return path
+
+
+def assert_one_clear_line(result, *words):
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ") and "Traceback" not in result.output
+    for word in words:
+        assert word in lines[0]
+
+
+def test_quickstart_writes_report_records_and_map(checkpoint, tmp_path):
+    out = tmp_path / "report"
+    result = hsa("quickstart", "--model", checkpoint, "-o", out, "--lengths", "1K,2K", "--needles", 2, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) == {"meta", "records"}
+    assert {"command", "commit", "date", "hardware", "versions", "seed"} <= set(report["meta"])
+    accuracy = [record for record in report["records"] if record.get("task") == "s_niah"]
+    assert [record["length"] for record in accuracy] == [1024, 2048]
+    assert all(record["samples"] == 2 and 0 <= record["ci_low"] <= record["ci_high"] <= 1 for record in accuracy)
+    assert {"read_tokens_per_s", "peak_host_bytes"} <= {record.get("metric") for record in report["records"]}
+    assert len((out / "records.jsonl").read_text().splitlines()) == 4
+    assert (out / "needles.png").read_bytes().startswith(b"\x89PNG")
+    assert "hsa ask --text" in result.stdout and "not converse" in result.stdout
+
+
+def test_ask_answers_with_source_and_says_when_it_is_unsure(checkpoint, book):
+    result = hsa("ask", "--text", book, "--model", checkpoint, "--json", "--sources", 2, "What is it?")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert 1 <= len(answer["sources"]) <= 2 and answer["sources"][0]["name"] == str(book)
+    assert answer["weight"] == answer["sources"][0]["weight"]
+    shown = hsa("ask", "--text", book, "--model", checkpoint, "What is it?")
+    assert ("Unsure" in shown.stdout) == answer["is_uncertain"]
+
+
+def test_generate_with_and_without_a_text(checkpoint, book):
+    for extra in (["def main():"], ["--text", book, "--continue"], ["--text", book, "A word"]):
+        result = hsa("generate", "--model", checkpoint, "--max-new-tokens", 4, "--temperature", 0, *extra)
+        assert result.exit_code == 0, result.output
+
+
+def test_generate_is_reproducible_by_seed(checkpoint):
+    runs = [hsa("generate", "x", "--model", checkpoint, "--max-new-tokens", 8, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_data_train_and_plot_run_end_to_end(tmp_path):
+    words = ["alpha", "bravo", "delta", "gamma", "omega", "sigma", "theta", "kappa", "lambda", "zeta", "north", "south"]
+    words += ["eastern", "western", "river", "mountain", "valley", "forest", "island", "bridge", "harbour", "castle"]
+    text = "\n\x1e\n".join(" ".join(words[(i * j + j) % len(words)] for j in range(4000)) for i in range(4))
+    corpus, shards, run = tmp_path / "corpus.txt", tmp_path / "shards", tmp_path / "run"
+    corpus.write_text(text, encoding="utf-8")
+    result = hsa("data", corpus, "-o", shards, "--vocab-size", 300, "--validation-fraction", 0.3)
+    assert result.exit_code == 0, result.output
+    small = ["--set", "warmup.tokens=4096", "--set", "long.tokens=2048", "--set", "probe_rows=1"]
+    trained = hsa("train", "debug", "--data", shards, "-o", run, "--device", "cpu", *small, "--export", tmp_path / "model")
+    assert trained.exit_code == 0, trained.output
+    assert (tmp_path / "model" / "checksums.json").is_file()
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert any("loss" in record for record in records) and any("probe" in record for record in records)
+    again = hsa("train", "debug", "--data", shards, "-o", run, "--device", "cpu", *small)
+    assert "finished at step 3" in again.stdout
+    assert hsa("plot", run).exit_code == 0
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    answer = hsa("ask", "--text", corpus, "--model", tmp_path / "model", "The river")
+    assert answer.exit_code == 0, answer.output
+
+
+def test_dry_run_prints_the_resolved_recipe():
+    result = hsa("train", "nano", "--set", "warmup.tokens=1000000", "--set", "model.chunk_topk=16", "--dry-run")
+    resolved = json.loads(result.stdout)
+    assert resolved["stages"][0]["tokens"] == 1_000_000 and resolved["model"] == {"chunk_topk": 16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nanoo", "--dry-run"], ["nanoo", "nano"]),
+        (["train", "nano", "--set", "warmup.token=3", "--dry-run"], ["warmup.token", "tokens"]),
+        (["train", "nano", "--set", "warmup.tokens=many", "--dry-run"], ["warmup.tokens", "int"]),
+        (["train", "nano", "--set", "model.chunk_topk=0", "--data", "nowhere"], []),
+        (["train", "nano"], ["--data"]),
+        (["train", "nano", "--until", "end", "--dry-run"], ["end", "warmup"]),
+        (["plan", "nanoo"], ["nanoo"]),
+        (["plan", "nano", "--set", "chunk_top=3"], ["chunk_top"]),
+        (["plan", "nano", "--set", "chunk_topk=0"], ["chunk_topk"]),
+        (["plan", "nano", "--set", "num_attention_heads=3"], ["num_attention_heads"]),
+        (["plot"], ["--all"]),
+        (["plot", "nowhere"], ["nowhere"]),
+        (["generate"], ["prompt"]),
+        (["generate", "--continue"], ["--text"]),
+        (["quickstart", "--lengths", "4Q"], ["4Q"]),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, words):
+    assert_one_clear_line(hsa(*arguments), *words)
+
+
+def test_bad_files_end_in_one_line(checkpoint, tmp_path, book):
+    latin, empty = tmp_path / "latin.txt", tmp_path / "empty.txt"
+    latin.write_bytes("caf\xe9 ".encode("latin-1") * 50)
+    empty.write_text("")
+    question = "What is it?"
+    assert_one_clear_line(hsa("ask", "--text", tmp_path / "no.txt", "--model", checkpoint, question), "no.txt")
+    assert_one_clear_line(hsa("ask", "--text", empty, "--model", checkpoint, question), "empty")
+    assert_one_clear_line(hsa("ask", "--text", latin, "--model", checkpoint, question), "UTF-8")
+    assert_one_clear_line(hsa("ask", "--text", book, "--model", tmp_path, question), "config.json")
+    assert_one_clear_line(hsa("ask", "--text", book, "--model", checkpoint, " "), "empty")
+    long = "word " * (MAX_PROMPT_TOKENS + 1)
+    assert_one_clear_line(hsa("ask", "--text", book, "--model", checkpoint, long), str(MAX_PROMPT_TOKENS))
+    assert_one_clear_line(hsa("ask", "--text", book, "--model", checkpoint, "--dtype", "int4", question), "--dtype")
+    assert_one_clear_line(hsa("data", empty, "-o", tmp_path / "shards"), "empty")
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path, book, damage):
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        weights.unlink()
+    else:
+        weights.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    assert_one_clear_line(hsa("ask", "--text", book, "--model", folder, "What is it?"), "model.safetensors")
+
+
+def test_a_checkpoint_without_a_weight_is_refused(checkpoint, tmp_path, book):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "partial"
+    shutil.copytree(checkpoint, folder)
+    (folder / "checksums.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if "query_proj" in name))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_one_clear_line(hsa("ask", "--text", book, "--model", folder, "What is it?"), "query_proj")
+
+
+def test_hiding_keeps_words_whole_and_questions_get_their_form():
+    assert _hide("one two three", "X.", 0.5) == "one two X. three"
+    assert _hide("one", "X.", 1.0) == "one X."
+    assert as_question("Where?") == "Question: Where?\nAnswer:"
+    assert as_question("The code is") == "The code is"
