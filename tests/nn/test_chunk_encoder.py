@@ -10,8 +10,14 @@ from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 from hsa_ultralong.testing.factories import random_tensor, tiny_model
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
-OPTIONS = [{}, {"landmark_source": "mean"}, {"num_encoder_layers": 2}, {"fusion": "stick_breaking"},
-           {"num_memory_heads": 2, "num_retrieval_heads": 2}, {"normalize_retrieval": False, "use_qk_norm": False}]  # fmt: skip
+OPTIONS = [
+    {},
+    {"landmark_source": "mean"},
+    {"num_encoder_layers": 2},
+    {"fusion": "stick_breaking"},
+    {"num_memory_heads": 2, "num_retrieval_heads": 2},
+    {"normalize_retrieval": False, "use_qk_norm": False},
+]
 
 
 def encoder(**options):
