@@ -31,7 +31,8 @@ def apply_rotary(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     length = x.shape[-3]
     cos, sin = (part[:length, None] for part in table)  # (T, 1, D / 2)
     left, right = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    turned = (torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin))
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def tail(table: RotaryTable, start: int) -> RotaryTable:
