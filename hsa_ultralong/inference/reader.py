@@ -19,7 +19,7 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Document, MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 
-_SEGMENT_TOKENS = {"cpu": 4096, "cuda": 65_536}
+_SEGMENT_TOKENS = {"cpu": 2048, "cuda": 65_536}
 Progress = Callable[[int, int | None], None]
 
 
@@ -152,7 +152,7 @@ def memorize(
         names: a name per document.
         close: close the last document (its tail becomes a short chunk); False leaves it open for `append`,
             `last_logits` and `generate(continue_document=True)`.
-        segment_tokens: tokens per forward; default 4,096 on a CPU, 65,536 on a GPU.
+        segment_tokens: tokens per forward; default 2,048 on a CPU, 65,536 on a GPU.
         store: "device".
         progress: True for a progress bar, or a callable (tokens done, total or None).
 
@@ -217,7 +217,7 @@ def _read_document(
     resume: bool = False,
 ) -> None:
     device = model.model.embed_tokens.weight.device
-    step = segment_tokens or _SEGMENT_TOKENS.get(device.type, 4096)
+    step = segment_tokens or _SEGMENT_TOKENS.get(device.type, 2048)
     if step < 1:
         raise ValueError(f"segment_tokens must be >= 1, got {segment_tokens}")
     reader = DocumentReader(model, keep=kept_lower_outputs(model))

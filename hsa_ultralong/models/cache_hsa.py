@@ -65,7 +65,7 @@ class HSACache(Cache):
         pending: (B, n, M) lower outputs of the last tokens: the open chunk and REWIND more.
         padding: left padding of every row, on the host.
         num_seen: tokens of the rows' own chunk grid so far, left padding included.
-        is_packed: it went through a packed row, whose chunks it does not hold; it cannot be continued.
+        dead_end: why the cache cannot be continued (packed row, right padding), or None.
     """
 
     def __init__(self, config: HSAConfig, library: ChunkMemory | None = None) -> None:
@@ -73,6 +73,10 @@ class HSACache(Cache):
         windows = [config.sliding_window] * config.num_lower_layers
         upper = [config.hsa_sliding_window, *[config.sliding_window] * (config.num_layers_per_group - 1)]
         super().__init__(layers=[WindowCacheLayer(window) for window in windows + upper * config.num_upper_groups])
+        if library is not None and library.chunk_size != config.chunk_size:
+            raise ValueError(f"the library has chunks of {library.chunk_size} tokens, the model of {config.chunk_size}")
+        if library is not None and library.is_composable != config.is_composable:
+            raise ValueError("the library was built by a model with another kind of fusion; memorise the text again")
         self.library = library
         self._clear()
 
@@ -81,7 +85,7 @@ class HSACache(Cache):
         self.pending: torch.Tensor | None = None
         self.padding: list[int] | None = None
         self.num_seen = 0
-        self.is_packed = False
+        self.dead_end: str | None = None
 
     def state(self, layer: int) -> WindowState:
         return self.layers[layer].state

@@ -13,6 +13,7 @@ _CHOICES = {
 }
 # keys that transformers itself passes through a configuration
 _FOREIGN_KEYS = {
+    "_name_or_path",
     "_commit_hash",
     "attn_implementation",
     "experts_implementation",

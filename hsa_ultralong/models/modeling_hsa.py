@@ -128,6 +128,8 @@ class HSAModel(HSAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, M)
+        if pool_memory and not self.config.is_composable:
+            raise ValueError("pool_memory needs softmax fusion without position decay: a pool has no order (fact 4)")
         cache = self._cache(past_key_values, use_cache)
         layout = self._layout(x, attention_mask, segment_ids, cache)
         rotary = self.rotary(x, cache)
@@ -185,6 +187,9 @@ class HSAModel(HSAPreTrainedModel):
             raise ValueError(f"past_key_values must be an HSACache, got {type(cache).__name__}")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if self.training and self.gradient_checkpointing:
+            # a layer that runs again in the backward would extend the cache twice
+            use_cache, cache = False, None
         return HSACache(self.config) if cache is None and use_cache else cache
 
     def _layout(
@@ -197,8 +202,8 @@ class HSAModel(HSAPreTrainedModel):
         batch, num_tokens, _ = x.shape
         seen = 0 if cache is None else cache.num_seen
         index = torch.arange(num_tokens, dtype=torch.int32, device=x.device)
-        if cache is not None and cache.is_packed:
-            raise ValueError("this cache comes from a packed row (segment_ids), which nothing can continue")
+        if cache is not None and cache.dead_end is not None:
+            raise ValueError(f"this cache cannot be continued: it comes from {cache.dead_end}")
         if segment_ids is not None:
             if (cache is not None and seen) or attention_mask is not None or num_tokens % self.config.chunk_size:
                 raise ValueError(
@@ -206,7 +211,7 @@ class HSAModel(HSAPreTrainedModel):
                     f"attention_mask; got {num_tokens} tokens and chunk_size={self.config.chunk_size}"
                 )
             if cache is not None:
-                cache.is_packed = True
+                cache.dead_end = "a packed row (segment_ids), whose chunks it does not hold"
             segments = segment_ids.to(torch.int32)
             starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T)
             positions = index - (starts * index).cummax(1).values.to(torch.int32)
@@ -223,6 +228,8 @@ class HSAModel(HSAPreTrainedModel):
                 padding = (attention_mask.cumsum(1) == 0).sum(1).tolist()
                 if cache is not None:
                     cache.padding = padding
+                    if bool((attention_mask[:, -1] < attention_mask.amax(1)).any()):
+                        cache.dead_end = "right-padded rows; pad on the left to continue them"
         if padding is None:
             return Layout(
                 x.new_zeros((batch, num_tokens), dtype=torch.int32), (index + seen).expand(batch, -1), None, False

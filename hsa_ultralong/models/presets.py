@@ -263,10 +263,10 @@ def _parse(key: str, text: str) -> Any:
             return [int(item) for item in text.split(",")]
         if "bool" in kinds:
             return _WORDS[text.lower()]
-        if "int" in kinds:
-            return int(text)
         if "float" in kinds:
             return float(text)
+        if "int" in kinds:
+            return int(text)
     except (KeyError, ValueError):
         raise _mismatch(key, text) from None
     return text

@@ -197,6 +197,10 @@ class ChunkMemory:
                     f"memory {number} was built by another model: {memory.fingerprint[:12]!r}, "
                     f"not {first.fingerprint[:12]!r}"
                 )
+            if memory.chunk_size != first.chunk_size:
+                raise ValueError(
+                    f"memory {number} has chunks of {memory.chunk_size} tokens, the first of {first.chunk_size}"
+                )
             if not memory.is_composable:
                 raise ValueError(
                     "this model's fusion depends on the order of chunks (stick-breaking or position decay), so "

@@ -17,6 +17,7 @@ from torch import nn
 from hsa_ultralong.nn.chunk_encoder import rms_normalize
 from hsa_ultralong.nn.chunk_memory import MemoryView
 from hsa_ultralong.ops import chunk_topk
+from hsa_ultralong.ops.chunk_topk.noise import gumbel_noise
 
 
 class Retrieval(NamedTuple):
@@ -84,10 +85,14 @@ class ChunkRetriever(nn.Module):
             indices, scores = chunk_topk(
                 query, landmarks, view.visible, topk=topk, temperature=temperature, noise_seed=seed
             )
-            found.append((torch.where(indices < 0, indices, indices + offset), scores))
+            ranking = scores.detach()
+            if seed is not None and len(views) > 1:
+                batch, length, heads, _ = indices.shape
+                ranking = ranking + gumbel_noise(seed, batch, 0, length, heads, indices, indices.device)
+            found.append((torch.where(indices < 0, indices, indices + offset), scores, ranking))
             offsets.append(offset)
             offset += landmarks.shape[1]
-        indices, scores = found[0] if len(found) == 1 else _merge(found, topk)
+        indices, scores = found[0][:2] if len(found) == 1 else _merge(found, topk)
         if self.position_decay is not None:
             rank = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
             scores = scores + rank * self.position_decay
@@ -95,11 +100,12 @@ class ChunkRetriever(nn.Module):
         return Retrieval(indices, weights, scores, tuple(offsets))
 
 
-def _merge(found: list[tuple[torch.Tensor, torch.Tensor]], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top K of several lists, descending index, empty slots last."""
-    indices = torch.cat([part for part, _ in found], -1)
-    scores = torch.cat([part for _, part in found], -1)
-    kept = scores.detach().topk(min(topk, scores.shape[-1]), dim=-1).indices
+def _merge(
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], topk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top K of several (indices, scores, ranking), by ranking; descending index, empty slots last."""
+    indices, scores, ranking = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    kept = ranking.topk(min(topk, ranking.shape[-1]), dim=-1).indices
     indices, scores = indices.gather(-1, kept), scores.gather(-1, kept)
     indices, order = indices.sort(dim=-1, descending=True)
     return indices, scores.gather(-1, order)

@@ -40,7 +40,7 @@ class MixtureOfExperts(nn.Module):
             else None
         )
         self.register_buffer("router_bias", torch.zeros(num_experts, dtype=torch.float32))
-        self.register_buffer("expert_load", torch.zeros(num_experts, dtype=torch.float32), persistent=False)
+        self.register_buffer("expert_load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=0.02)
 
@@ -84,8 +84,9 @@ class MixtureOfExperts(nn.Module):
 
         Returns the imbalance max / mean load (fp32 scalar), 1 when perfectly even.
         """
-        mean = self.expert_load.mean().clamp_min(1e-9)
-        imbalance = self.expert_load.max() / mean
-        self.router_bias += rate * torch.sign(mean - self.expert_load)
+        load = self.expert_load.to(torch.float32)
+        mean = load.mean().clamp_min(1e-9)
+        imbalance = load.max() / mean
+        self.router_bias += rate * torch.sign(mean - load)
         self.expert_load.zero_()
         return imbalance

@@ -33,7 +33,9 @@ def assert_one_clear_line(result, *words):
 
 def test_quickstart_writes_report_records_and_map(checkpoint, tmp_path):
     out = tmp_path / "report"
-    result = hsa("quickstart", "--model", checkpoint, "-o", out, "--lengths", "1K,2K", "--needles", 2, "--device", "cpu")
+    result = hsa(
+        "quickstart", "--model", checkpoint, "-o", out, "--lengths", "1K,2K", "--needles", 2, "--device", "cpu"
+    )
     assert result.exit_code == 0, result.output
     report = json.loads((out / "report.json").read_text())
     assert set(report) == {"meta", "records"}
@@ -64,7 +66,9 @@ def test_generate_with_and_without_a_text(checkpoint, book):
 
 
 def test_generate_is_reproducible_by_seed(checkpoint):
-    runs = [hsa("generate", "x", "--model", checkpoint, "--max-new-tokens", 8, "--seed", seed).stdout for seed in (1, 1, 2)]
+    runs = [
+        hsa("generate", "x", "--model", checkpoint, "--max-new-tokens", 8, "--seed", seed).stdout for seed in (1, 1, 2)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -77,7 +81,9 @@ def test_data_train_and_plot_run_end_to_end(tmp_path):
     result = hsa("data", corpus, "-o", shards, "--vocab-size", 300, "--validation-fraction", 0.3)
     assert result.exit_code == 0, result.output
     small = ["--set", "warmup.tokens=4096", "--set", "long.tokens=2048", "--set", "probe_rows=1"]
-    trained = hsa("train", "debug", "--data", shards, "-o", run, "--device", "cpu", *small, "--export", tmp_path / "model")
+    trained = hsa(
+        "train", "debug", "--data", shards, "-o", run, "--device", "cpu", *small, "--export", tmp_path / "model"
+    )
     assert trained.exit_code == 0, trained.output
     assert (tmp_path / "model" / "checksums.json").is_file()
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

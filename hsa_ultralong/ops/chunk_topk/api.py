@@ -54,6 +54,10 @@ def chunk_topk(
     require_shape("visible.query_segment", visible.query_segment, (batch, num_tokens))
     require_shape("visible.chunk_segment", visible.chunk_segment, (None, landmarks.shape[1]))
     factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
+    if isinstance(temperature, float | int) and temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if isinstance(temperature, torch.Tensor) and tuple(temperature.shape) not in ((), (1,), (heads,)):
+        raise ValueError(f"temperature must be a scalar or ({heads},), got {tuple(temperature.shape)}")
     if temperature is not None:
         factor = factor / temperature
     if isinstance(factor, torch.Tensor):

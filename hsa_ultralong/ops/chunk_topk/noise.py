@@ -20,9 +20,16 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(
-    seed: int, batch: int, start: int, stop: int, num_heads: int, num_chunks: int, device: torch.device | str
+    seed: int,
+    batch: int,
+    start: int,
+    stop: int,
+    num_heads: int,
+    chunks: int | torch.Tensor,
+    device: torch.device | str,
 ) -> torch.Tensor:
-    """Standard Gumbel noise for tokens start..stop, (batch, stop - start, num_heads, num_chunks) fp32."""
+    """Standard Gumbel noise for tokens start..stop and chunks 0..chunks, (batch, stop - start, num_heads, chunks) fp32;
+    or for the chunk indices of a tensor (batch, stop - start, num_heads, K)."""
 
     def axis(first: int, last: int, *shape: int) -> torch.Tensor:
         return torch.arange(first, last, dtype=torch.int64, device=device).view(shape)
@@ -30,7 +37,8 @@ def gumbel_noise(
     state = _mix(axis(0, batch, -1, 1, 1, 1) + (seed & _MASK))
     state = _mix((state + axis(start, stop, 1, -1, 1, 1)) & _MASK)
     state = _mix((state + axis(0, num_heads, 1, 1, -1, 1)) & _MASK)
-    state = _mix((state + axis(0, num_chunks, 1, 1, 1, -1)) & _MASK)
+    chunk = axis(0, chunks, 1, 1, 1, -1) if isinstance(chunks, int) else chunks.long().clamp_min(0)
+    state = _mix((state + chunk) & _MASK)
     # 23 bits: with 24, the half added to the largest value rounds up to u = 1, whose noise is infinite
     uniform = ((state >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
