@@ -51,4 +51,8 @@ def data(
 
         shards = build_shards(paths, tokens, output, validation_fraction=validation_fraction, progress=progress)
     tokens.save_pretrained(output / "tokenizer")
-    typer.echo(f"{shards.num_tokens:,} tokens of {len(shards.documents('train')):,} documents for training in {output}")
+    held_out = len(shards.documents("validation"))
+    typer.echo(
+        f"{shards.num_tokens:,} tokens of {shards.num_documents:,} documents in {output}; "
+        f"{held_out:,} of the documents are held out for validation"
+    )

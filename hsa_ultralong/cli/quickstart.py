@@ -22,6 +22,7 @@ def quickstart(
     model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, e.g. 4K,32K,256K (K = 1,024).")] = "4K,32K,256K",
     needles: Annotated[int, typer.Option(min=1, help="Hidden sentences per length.")] = 30,
+    controls: Annotated[int, typer.Option(min=0, help="Questions per length about sentences never hidden.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the hidden sentences.")] = 0,
     topk: Annotated[int | None, typer.Option(min=1, help="Chunks kept per token [default: the model's].")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
@@ -50,11 +51,11 @@ def quickstart(
     text = torch.tensor(tokenizer(opticks())["input_ids"], dtype=torch.int32)
     if max(wanted) > len(text):
         raise ValueError(f"the book has {len(text):,} tokens, {max(wanted):,} wanted; choose smaller --lengths")
-    study = _run(network, tokenizer, text, wanted, needles, seed)
+    study = _run(network, tokenizer, text, wanted, needles, controls, seed)
     _finish(study, output, seed, network)
 
 
-def _run(network: Any, tokenizer: Any, text: Any, lengths: list[int], needles: int, seed: int) -> Any:
+def _run(network: Any, tokenizer: Any, text: Any, lengths: list[int], needles: int, controls: int, seed: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -80,7 +81,9 @@ def _run(network: Any, tokenizer: Any, text: Any, lengths: list[int], needles: i
                 if done == total:
                     bar.stop_task(asking[length])
 
-        return run_needles(network, tokenizer, text, lengths=lengths, samples=needles, seed=seed, progress=progress)
+        return run_needles(
+            network, tokenizer, text, lengths=lengths, samples=needles, controls=controls, seed=seed, progress=progress
+        )
 
 
 def _finish(study: Any, output: Path, seed: int, network: Any) -> None:
@@ -93,6 +96,7 @@ def _finish(study: Any, output: Path, seed: int, network: Any) -> None:
     from hsa_ultralong.eval.needles import wilson_interval
     from hsa_ultralong.eval.plots import human_tokens, plot_needles
     from hsa_ultralong.eval.report import write_study
+    from hsa_ultralong.inference.ask import LOW_WEIGHT
 
     meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, dtype=str(network.dtype).removeprefix("torch."))
     write_study(output, study, "nano", meta)
@@ -114,6 +118,10 @@ def _finish(study: Any, output: Path, seed: int, network: Any) -> None:
             f"{result.memory_bytes / 2**20:.1f} MiB",
         )
     Console().print(table)
+    weights = [weight for result in study.results for weight in result.control_weights]
+    if weights:
+        unsure = sum(weight < LOW_WEIGHT for weight in weights)
+        typer.echo(f"Asked about sentences that were never hidden, it was unsure {unsure} of {len(weights)} times.")
     example = study.results[-1].samples[0]
     asked, told = example.prompt.splitlines()[0], example.answered.strip()
     typer.echo(f'For example, asked "{asked}" it answered "{told}" (hidden: {example.expected}).')

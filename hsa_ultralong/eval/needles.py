@@ -40,7 +40,7 @@ class NeedleSample:
 
 @dataclass(frozen=True)
 class LengthResult:
-    """All needles of one length, and what reading it cost."""
+    """All needles of one length, what reading it cost, and the retrieval weights of questions without an answer."""
 
     length: int
     samples: list[NeedleSample]
@@ -48,6 +48,7 @@ class LengthResult:
     ask_seconds: float
     distinct_chunks: int
     memory_bytes: int
+    control_weights: list[float] = field(default_factory=list)
 
     @property
     def accuracy(self) -> float:
@@ -93,6 +94,7 @@ def run_needles(
     *,
     lengths: Sequence[int],
     samples: int,
+    controls: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> NeedleStudy:
@@ -100,7 +102,8 @@ def run_needles(
 
     Args:
         haystack: (n,) token ids, at least max(lengths), never repeated. samples: needles per length, depths
-            (i + 1/2) / samples. seed: of the evaluation needles, whose key words no training needle has.
+            (i + 1/2) / samples. controls: questions per length about sentences that were never hidden. seed: of the
+            evaluation needles, whose key words no training needle has.
 
     Raises:
         ValueError: if the haystack is shorter than a length or a length too short for its needle.
@@ -110,12 +113,12 @@ def run_needles(
     for length in lengths:
         if length > len(haystack):
             raise ValueError(f"the haystack has {len(haystack)} tokens, {length} wanted; add more text")
-        results.append(_one_length(model, tokenizer, haystack[:length], samples, seed, report))
+        results.append(_one_length(model, tokenizer, haystack[:length], samples, controls, seed, report))
     return NeedleStudy(results, model.config.chunk_topk, seed, peak_host_bytes())
 
 
 def _one_length(
-    model: HSAForCausalLM, tokenizer: Any, text: torch.Tensor, samples: int, seed: int, report: Progress
+    model: HSAForCausalLM, tokenizer: Any, text: torch.Tensor, samples: int, controls: int, seed: int, report: Progress
 ) -> LengthResult:
     length = len(text)
     started = time.monotonic()
@@ -125,7 +128,8 @@ def _one_length(
     read_seconds = time.monotonic() - started
     done = []
     started = time.monotonic()
-    for number, needle in enumerate(evaluation_needles(seed + length, samples)):
+    needles = evaluation_needles(seed + length, samples + controls)
+    for number, needle in enumerate(needles[:samples]):
         statement = tokenizer(needle.statement, add_special_tokens=False)["input_ids"]
         depth = (number + 0.5) / samples
         start = 1 + round(depth * (length - len(statement) - 1))
@@ -140,8 +144,10 @@ def _one_length(
         correct = is_right(answer.text, expected)
         done.append(NeedleSample(length, depth, needle.question, expected, answer.text, correct, answer.weight, found))
         report(length, number + 1, samples, length)
+    ask_seconds = time.monotonic() - started
+    absent = [ask(model, tokenizer, memory, needle.question, max_new_tokens=16).weight for needle in needles[samples:]]
     distinct = len(_distinct(text, memory.chunk_size))
-    return LengthResult(length, done, read_seconds, time.monotonic() - started, distinct, memory.num_bytes)
+    return LengthResult(length, done, read_seconds, ask_seconds, distinct, memory.num_bytes, absent)
 
 
 def _distinct(text: torch.Tensor, chunk_size: int) -> set[bytes]:

@@ -30,6 +30,8 @@ def study_records(study: NeedleStudy, model: str) -> list[dict[str, Any]]:
             }
         )
     for result in study.results:
+        for weight in result.control_weights:
+            records.append({"metric": "control_weight", "preset": model, "tokens": result.length, "value": weight})
         speed = result.length / result.read_seconds
         records.append(
             {"metric": "read_tokens_per_s", "preset": model, "tokens": result.length, "batch": 1, "value": speed}

@@ -10,7 +10,24 @@ import torch
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
-_CONFIG_KEYS = ("chunk_size", "sliding_window", "rope_theta", "rms_norm_eps", "landmark_source", "normalize_retrieval")
+# what changes the memory beside the parameters themselves
+_CONFIG_KEYS = (
+    "chunk_size",
+    "fusion",
+    "head_dim",
+    "landmark_source",
+    "normalize_retrieval",
+    "num_attention_heads",
+    "num_experts_per_token",
+    "num_key_value_heads",
+    "num_memory_heads",
+    "num_retrieval_heads",
+    "position_decay",
+    "rms_norm_eps",
+    "rope_theta",
+    "sliding_window",
+    "use_qk_norm",
+)
 
 
 def memory_fingerprint(model: HSAForCausalLM) -> str:

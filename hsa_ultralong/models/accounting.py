@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hsa_ultralong.models.cache_hsa import REWIND
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 
 _INT32 = 4
@@ -239,11 +240,13 @@ def memory_bytes(
 def continuation_bytes(config: HSAConfig, dtype_bytes: int = 2) -> int:
     """Bytes that an open document needs to go on, at most: a fixed state, whatever its length.
 
-    The last W - 1 inputs of every lower layer, and the lower outputs of the last max(U, S - 1) tokens, which contain
-    the unfinished chunk (docs/architecture.md, "Documents, and what a memory is").
+    Keys and values of the last W - 1 + REWIND tokens of every lower layer, and the lower outputs of the last U + S
+    tokens, which contain the unfinished chunk (docs/architecture.md, "Documents, and what a memory is").
     """
-    outputs = max(config.upper_reach, config.chunk_size - 1)
-    return (config.lower_reach + outputs) * config.hidden_size * dtype_bytes
+    kept = config.num_lower_layers * (config.sliding_window - 1 + REWIND)
+    windows = kept * 2 * config.num_key_value_heads * _head_dim(config)
+    outputs = (config.upper_reach + config.chunk_size) * config.hidden_size
+    return (windows + outputs) * dtype_bytes
 
 
 def full_attention_cache_bytes(config: HSAConfig, tokens: int, dtype_bytes: int = 2) -> int:

@@ -19,15 +19,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from hsa_ultralong.models.build import UpperGroup, build_encoder, build_group, build_lower_layer
 from hsa_ultralong.models.cache_hsa import HSACache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
+from hsa_ultralong.models.views import library_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
 from hsa_ultralong.ops import ChunkVisibility, linear_cross_entropy
-from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
-
-_NEVER = 2**31 - 1
+from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
 
 class Layout(NamedTuple):
@@ -254,7 +253,7 @@ class HSAModel(HSAPreTrainedModel):
         if own is None:
             return views
         if pool_memory:
-            views.append(_pooled_view(own, layout.segments))
+            views.append(pooled_view(own, layout.segments))
         visible = ChunkVisibility(
             layout.segments, layout.positions, own.segments, own.ends, "earlier" if layout.is_packed else "hidden"
         )
@@ -335,27 +334,6 @@ class HSAModel(HSAPreTrainedModel):
             fingerprint=fingerprint,
             is_composable=config.is_composable,
         )
-
-
-def library_view(library: ChunkMemory, segments: torch.Tensor, positions: torch.Tensor) -> MemoryView:
-    """A loaded memory that every real token may read; segments and positions (B, T) of the queries."""
-    tensors = library.tensors
-    everyone = torch.full_like(tensors.segments, READABLE_BY_ALL)
-    return MemoryView(tensors, ChunkVisibility(segments, positions, everyone, torch.zeros_like(everyone)))
-
-
-def _pooled_view(own: ChunkTensors, segments: torch.Tensor) -> MemoryView:
-    """The chunks of all rows as one memory of which each row sees the others' part (its own comes separately)."""
-    batch, num_tokens = segments.shape
-    rows = torch.arange(batch, dtype=torch.int32, device=segments.device)[:, None]
-    chunk_rows = torch.where(own.segments == UNUSED, UNUSED, rows).to(torch.int32)  # (B, C)
-    pooled = ChunkTensors(*(part.flatten(0, 1)[None] for part in own))
-    owner = chunk_rows.reshape(1, -1)
-    query_rows = torch.where(segments < 0, -1, rows).to(torch.int32)  # (B, T)
-    visible = ChunkVisibility(
-        query_rows, torch.zeros_like(query_rows), owner, torch.full_like(owner, _NEVER), foreign="past"
-    )
-    return MemoryView(pooled, visible)
 
 
 class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):

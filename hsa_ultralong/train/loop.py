@@ -65,6 +65,7 @@ class Trainer:
         self.topk = self.model.config.chunk_topk
         self.optimizer = self._optimizer()
         self.stage_index, self.step, self.global_step, self.tokens_seen = 0, 0, 0, 0
+        self.last_loss: torch.Tensor | None = None
         run.mkdir(parents=True, exist_ok=True)
         self._resume()
         (run / "config.json").write_text(json.dumps(as_dict(config), indent=1))
@@ -97,6 +98,13 @@ class Trainer:
             checkpoint.restore(self.model, None, weights, {})
 
     def save(self) -> Path:
+        """Write a checkpoint of this moment.
+
+        Raises:
+            TrainingDiverged: if the last loss is not finite; nothing is written then.
+        """
+        if self.last_loss is not None and not math.isfinite(self.last_loss.item()):
+            raise TrainingDiverged(self._advice(f"loss {self.last_loss.item()}"))
         state = {
             "stage_index": self.stage_index,
             "step": self.step,
@@ -151,14 +159,18 @@ class Trainer:
         config.chunk_topk = (
             stage.seq_len // config.chunk_size * stage.rows if stage.chunk_topk == FULL_COVERAGE else stage.chunk_topk
         )
-        if stage.sliding_window and stage.sliding_window != config.sliding_window:
-            set_window(model, stage.sliding_window)
+        # a stage without a window of its own keeps that of the last stage that had one, also after a resume
+        windows = [earlier.sliding_window for earlier in self.config.stages[: self.stage_index + 1]]
+        window = next((size for size in reversed(windows) if size), config.sliding_window)
+        if window != config.sliding_window:
+            set_window(model, window)
         batches = self._batches(stage)
         meter = _Meter()
         saved = time.monotonic()
         while self.step < stage.num_steps:
             rate = learning_rate(stage, self.step)
             loss, norm = self._optimizer_step(stage, batches, rate)
+            self.last_loss = loss
             self.step, self.global_step = self.step + 1, self.global_step + 1
             self.tokens_seen += stage.batch_tokens
             meter.add(loss, norm, stage.batch_tokens)
@@ -212,10 +224,13 @@ class Trainer:
             record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._write(record)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainingDiverged(
-                f"loss {loss} or gradient norm {norm} is not finite at step {self.global_step}; the last checkpoint in "
-                f"{self.run} is intact: lower the learning rate and run again"
-            )
+            raise TrainingDiverged(self._advice(f"loss {loss}, gradient norm {norm}"))
+
+    def _advice(self, what: str) -> str:
+        return (
+            f"{what} at step {self.global_step} is not finite; the last checkpoint in {self.run} is intact: lower the "
+            "learning rate and run again"
+        )
 
     def _probe(self, stage: StageConfig) -> None:
         assert self.probe is not None

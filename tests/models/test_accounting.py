@@ -125,13 +125,14 @@ def test_a_closed_tail_takes_a_chunk_and_an_open_one_a_fixed_state():
     assert memory_bytes(config, 0).total == 0
 
 
-def test_continuation_holds_lower_inputs_and_upper_reach():
-    config = preset("debug")
-    # 2 lower layers and 2 groups of 2 upper layers, all with a window of 16, width 32, two bytes
-    assert continuation_bytes(config) == (2 * 15 + 4 * 15) * 32 * 2
-    # without upper windows the unfinished chunk remains
-    bare = preset("debug", hsa_sliding_window=0, num_layers_per_group=1)
-    assert continuation_bytes(bare) == (2 * 15 + 15) * 32 * 2
+def test_continuation_is_that_of_a_really_opened_document():
+    for options in ({}, {"hsa_sliding_window": 0, "num_layers_per_group": 1}, {"num_key_value_heads": 1}):
+        config = preset("debug", **options)
+        model = HSAForCausalLM(config).eval()
+        document = model.memorize(torch.arange(400) % 100, close=False).open_document
+        tensors = [part for window in document.continuation.windows for part in window]
+        held = sum(part.numel() for part in (*tensors, document.continuation.lower))
+        assert continuation_bytes(config, 4) == 4 * held
 
 
 def attention_at(config, position: int) -> int:

@@ -157,7 +157,7 @@ def train_once(checkpointing, **options):
         model.gradient_checkpointing_enable()
         assert model.model.gradient_checkpointing
     torch.manual_seed(5)
-    loss = model(tokens, labels=tokens, pool_memory=True).loss
+    loss = model(tokens, labels=tokens, pool_memory=model.config.is_composable).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 

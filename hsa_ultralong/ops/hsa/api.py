@@ -81,9 +81,8 @@ def hsa_attention(
             raise ValueError(f"chunk_lengths have batch {chunk_lengths.shape[0]}, required 1 or {batch}")
     if indices.shape[-1] == 0 or num_chunks == 0 or num_tokens == 0:
         return q * 0
-    backend = _BACKENDS[choose_impl("hsa_attention", impl, tuple(_BACKENDS), "by cost")] if impl != "auto" else None
-    if backend is None:
-        backend = _BACKENDS[_automatic(q, num_chunks, indices.shape[-1])]
+    auto = _automatic(q, num_chunks, indices.shape[-1])
+    backend = _BACKENDS[choose_impl("hsa_attention", impl, tuple(_BACKENDS), auto)]
     scale = dim**-0.5 if scale is None else scale
     return backend(
         q, k, v, indices, weights, chunk_size=chunk_size, chunk_lengths=chunk_lengths, scale=scale, causal=causal

@@ -50,6 +50,20 @@ def _absent(chunk_lengths, indices, kv_heads, chunk_size):
     return torch.arange(chunk_size, device=lengths.device) >= lengths[..., None]
 
 
+def _gather(tensor: torch.Tensor, chunk_size: int, row_index: torch.Tensor) -> torch.Tensor:
+    """Chunks of (1 or B, C*S, Hkv, D) at row_index (B, t, Hkv, K) of `_rows`, (B*t*Hkv, K*S, D), copying no others."""
+    kv_heads, dim = tensor.shape[2:]
+    slots = row_index.shape[-1]
+    if kv_heads == 1:
+        picked = _rows(tensor, chunk_size).index_select(0, row_index.flatten())  # (B*t*K, S*D)
+    else:
+        by_chunk = tensor.unflatten(1, (-1, chunk_size))  # (1 or B, C, S, Hkv, D)
+        num_chunks = by_chunk.shape[1]
+        row, chunk = row_index // num_chunks, row_index % num_chunks
+        picked = by_chunk[row // kv_heads, chunk, :, row % kv_heads]  # (B, t, Hkv, K, S, D)
+    return picked.reshape(-1, slots * chunk_size, dim)
+
+
 class _Problem(NamedTuple):
     """The operands of one call; shapes as in api.hsa_attention."""
 
@@ -73,13 +87,11 @@ class _Block:
 
     def __init__(self, problem: _Problem, start: int, stop: int) -> None:
         q, k, v, indices, weights, chunk_lengths, size, scale = problem
-        kv_heads, slots, dim = k.shape[2], indices.shape[-1], q.shape[-1]
+        kv_heads, slots = k.shape[2], indices.shape[-1]
         num_chunks = k.shape[1] // size
         index = indices[:, start:stop]
         self.row_index = _row_index(index, k.shape[0], kv_heads, num_chunks)  # (B, t, Hkv, K)
-        flat = self.row_index.flatten()
-        self.keys = _rows(k, size).index_select(0, flat).view(-1, slots * size, dim)  # (N, K*S, D)
-        self.values = _rows(v, size).index_select(0, flat).view(-1, slots * size, dim)
+        self.keys, self.values = (_gather(x, size, self.row_index) for x in (k, v))  # (N, K*S, D)
         self.queries = q[:, start:stop].unflatten(2, (kv_heads, -1)).flatten(0, 2)  # (N, G, D)
         wide = accumulation_dtype(q.dtype)
         fused = weights[:, start:stop].to(wide).masked_fill(index < 0, 0.0).expand(-1, -1, kv_heads, -1)
