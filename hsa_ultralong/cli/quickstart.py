@@ -96,15 +96,15 @@ def _finish(study: Any, output: Path, seed: int, network: Any) -> None:
     from hsa_ultralong.eval.needles import wilson_interval
     from hsa_ultralong.eval.plots import human_tokens, plot_needles
     from hsa_ultralong.eval.report import write_study
-    from hsa_ultralong.inference.ask import LOW_WEIGHT
+    from hsa_ultralong.inference.ask import low_weight
 
     meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, dtype=str(network.dtype).removeprefix("torch."))
     write_study(output, study, "nano", meta)
     samples = [dataclasses.asdict(sample) for result in study.results for sample in result.samples]
     plot_needles(samples, output / "needles.png", f"Sentences hidden in Opticks, nano, K={study.topk}")
     table = Table(title="Sentences hidden in a book, asked for after memorising it")
-    for name in ("tokens", "sentences", "exact", "95% interval", "memorised in", "tokens/s", "memory"):
-        table.add_column(name, justify="right")
+    for name in ("tokens", "hidden", "exact", "95% interval", "memorised", "tokens/s", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in study.results:
         right = sum(sample.correct for sample in result.samples)
         low, high = wilson_interval(right, len(result.samples))
@@ -112,16 +112,21 @@ def _finish(study: Any, output: Path, seed: int, network: Any) -> None:
             human_tokens(result.length),
             str(len(result.samples)),
             f"{result.accuracy:.1%}",
-            f"{low:.0%} to {high:.0%}",
+            f"{low:.0%}-{high:.0%}",
             f"{result.read_seconds:.1f} s",
             f"{result.length / result.read_seconds:,.0f}",
             f"{result.memory_bytes / 2**20:.1f} MiB",
         )
     Console().print(table)
-    weights = [weight for result in study.results for weight in result.control_weights]
-    if weights:
-        unsure = sum(weight < LOW_WEIGHT for weight in weights)
-        typer.echo(f"Asked about sentences that were never hidden, it was unsure {unsure} of {len(weights)} times.")
+    controls = [
+        weight < low_weight(-(-result.length // network.config.chunk_size))
+        for result in study.results
+        for weight in result.control_weights
+    ]
+    if controls:
+        typer.echo(
+            f"Asked about sentences never hidden, it said it was unsure {sum(controls)} of {len(controls)} times."
+        )
     example = study.results[-1].samples[0]
     asked, told = example.prompt.splitlines()[0], example.answered.strip()
     typer.echo(f'For example, asked "{asked}" it answered "{told}" (hidden: {example.expected}).')

@@ -58,7 +58,8 @@ def plot_needles(samples: Sequence[dict[str, Any]], path: Path, title: str) -> N
     for row, column in np.ndindex(*share.shape):
         if count[row, column]:
             label = f"{int(right[row, column])}/{int(count[row, column])}"
-            axes.text(column, row, label, ha="center", va="center", fontsize=8, color=_INK)
+            ink = "white" if abs(share[row, column] - 0.5) > 0.38 else _INK
+            axes.text(column, row, label, ha="center", va="center", fontsize=8, color=ink)
     means = [np.nansum(right[:, i]) / count[:, i].sum() for i in range(len(lengths))]
     axes.set_xticks(range(len(lengths)), [f"{human_tokens(n)}\n{m:.0%}" for n, m in zip(lengths, means, strict=True)])
     axes.set_yticks(range(_DEPTH_BINS), [f"{(i + 0.5) / _DEPTH_BINS:.0%}" for i in range(_DEPTH_BINS)])
@@ -101,11 +102,12 @@ def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str) -> None
         axes.axvspan(start, inside[-1], color="#22313f", alpha=0.03 + 0.05 * (number % 2))
         axes.text(
             (start + inside[-1]) / 2,
-            0.97,
+            0.55,
             name,
             transform=axes.get_xaxis_transform(),
             ha="center",
-            va="top",
+            va="center",
+            rotation=90,
             fontsize=9,
         )
         previous = inside[-1]
