@@ -128,6 +128,8 @@ class Trainer:
             self.stage_index, self.step = self.stage_index + 1, 0
             self.optimizer = self._optimizer()
             self.save()
+            if self.stage_index <= final and (self.should_stop or time.monotonic() > deadline):
+                return False
         return True
 
     def _batches(self, stage: StageConfig) -> Iterator[dict[str, Any]]:
@@ -151,6 +153,8 @@ class Trainer:
                 num_workers=workers,
                 pin_memory=self.device.type == "cuda",
                 prefetch_factor=4 if workers else None,
+                # its own generator: starting a loader must not move the run's random state
+                generator=torch.Generator(),
             )
         )
 

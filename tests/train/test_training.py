@@ -1,0 +1,278 @@
+"""Training: it learns, resumes exactly, stops safely, and its checkpoints are whole or absent."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from hsa_ultralong.data import TokenShards, build_shards, train_tokenizer
+from hsa_ultralong.eval.probes import answer_accuracy, needle_probe
+from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.recipes import RECIPES, recipe
+from hsa_ultralong.train import (
+    StageConfig,
+    TrainConfig,
+    Trainer,
+    TrainingDiverged,
+    apply_overrides,
+    as_dict,
+    checkpoint,
+)
+from hsa_ultralong.train.export import export_model
+from hsa_ultralong.train.loop import set_window
+from hsa_ultralong.train.schedule import learning_rate
+
+WORDS = [
+    a + b + c
+    for a in ("ba", "ce", "di", "fo", "gu", "ha")
+    for b in ("lo", "mu", "na", "pe", "ro")
+    for c in ("nd", "rs")
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 1500)) for _ in range(5)]
+    (folder / "corpus.txt").write_text("\n\x1e\n".join(texts), encoding="utf-8")
+    facts = ["Question: What is the secret code of the one?\nAnswer: The access number for serial locker magic."] * 20
+    tokenizer = train_tokenizer(texts + facts, vocab_size=500)
+    build_shards(folder / "corpus.txt", tokenizer, folder / "shards", validation_fraction=0.3)
+    return TokenShards.open(folder / "shards", tokenizer), tokenizer
+
+
+def stage(name="warmup", **options):
+    fields = {"seq_len": 256, "tokens": 3072, "batch_tokens": 512, "learning_rate": 2e-3, "warmup_steps": 1}
+    mixture = {"text": 0.4, "self_copy": 0.3, "needles": 0.3}
+    return StageConfig(name=name, mixture=mixture, **{**fields, **options})
+
+
+def run_config(*stages, **options):
+    return TrainConfig(preset="debug", stages=list(stages or [stage()]), compile=False, log_every=1, **options)
+
+
+def trainer(corpus, folder, config=None, **options):
+    shards, tokenizer = corpus
+    return Trainer(config or run_config(), folder, shards, tokenizer, **options)
+
+
+def weights(one):
+    return {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def assert_equal_weights(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_loss_falls(corpus, tmp_path):
+    one = trainer(corpus, tmp_path, run_config(stage(tokens=20_480, learning_rate=1e-2)))
+    assert one.train()
+    seen = losses(tmp_path)
+    assert len(seen) == 40 and sum(seen[-5:]) < sum(seen[:5]) - 2.5
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6, 7])
+def test_resuming_continues_bit_for_bit(corpus, tmp_path, stop_at):
+    config = run_config(
+        stage(),
+        stage("long", seq_len=512, tokens=1536, schedule="linear"),
+        model={"gumbel_noise": True, "chunk_topk": 2},
+    )
+    config.stages[0].chunk_topk = 2
+    whole = trainer(corpus, tmp_path / "whole", config)
+    assert whole.train()
+    interrupted = trainer(corpus, tmp_path / "cut", config)
+
+    def stop(record):
+        interrupted.should_stop = interrupted.should_stop or record.get("global_step") == stop_at
+
+    interrupted.listener = stop
+    interrupted.train()
+    assert interrupted.global_step == stop_at
+    resumed = trainer(corpus, tmp_path / "cut", config)
+    assert resumed.global_step == stop_at
+    assert resumed.train()
+    assert_equal_weights(weights(whole), weights(resumed))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_finished_run_has_nothing_left_to_do(corpus, tmp_path):
+    trainer(corpus, tmp_path).train()
+    again = trainer(corpus, tmp_path)
+    before = weights(again)
+    assert again.train() and again.global_step == 6
+    assert_equal_weights(before, weights(again))
+
+
+def test_only_the_newest_checkpoints_are_kept(corpus, tmp_path):
+    one = trainer(corpus, tmp_path, run_config(checkpoint_minutes=0.0, keep_checkpoints=2))
+    one.train()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "format", "state"])
+def test_a_damaged_checkpoint_is_refused_and_the_older_one_works(corpus, tmp_path, damage):
+    one = trainer(corpus, tmp_path, run_config(checkpoint_minutes=0.0))
+    one.train()
+    newest = checkpoint.list_checkpoints(tmp_path)[-1]
+    file = newest / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "state":
+        (newest / "state.json").write_text("{")
+    elif damage == "format":
+        (newest / "state.json").write_text('{"format": 99}')
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if damage == "flip" else content[:100])
+    with pytest.raises(ValueError, match="checkpoint"):
+        trainer(corpus, tmp_path)
+    shutil.rmtree(newest)
+    assert trainer(corpus, tmp_path).global_step == 5
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(corpus, tmp_path, monkeypatch):
+    one = trainer(corpus, tmp_path)
+    one.train()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        one.save()
+    monkeypatch.undo()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000006"]
+    assert trainer(corpus, tmp_path).global_step == 6
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_intact(corpus, tmp_path):
+    trainer(corpus, tmp_path, run_config(stage(tokens=1024))).train()
+    one = trainer(corpus, tmp_path, run_config(stage(tokens=1024), stage("next")))
+    with torch.no_grad():
+        one.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(TrainingDiverged, match="intact"):
+        one.train()
+    with pytest.raises(TrainingDiverged):
+        one.save()
+    assert all(
+        torch.isfinite(x).all()
+        for x in checkpoint.load_checkpoint(checkpoint.list_checkpoints(tmp_path)[-1])[0].values()
+    )
+
+
+def test_micro_batches_take_the_same_step_as_the_whole_batch(corpus, tmp_path):
+    results = []
+    for rows in (0, 1):
+        config = run_config(stage(tokens=512, micro_batch_rows=rows))
+        config.stages[0].mixture = {"text": 1.0}
+        one = trainer(corpus, tmp_path / str(rows), config)
+        one.train()
+        results.append(losses(tmp_path / str(rows))[0])
+    # rows hold nearly equally many labels, so the mean of means is near the mean
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
+def test_windows_change_between_stages_and_survive_a_resume(corpus, tmp_path):
+    config = run_config(stage(tokens=512, sliding_window=8), stage("long", tokens=1024))
+    one = trainer(corpus, tmp_path, config)
+    one.train(last_stage="warmup")
+    again = trainer(corpus, tmp_path, config)
+    again.train()
+    assert again.model.config.sliding_window == 8
+    assert all(layer.attention.window == 8 for layer in again.model.model.lower_layers)
+
+
+def test_set_window_changes_every_ordinary_layer(corpus, tmp_path):
+    model = trainer(corpus, tmp_path).model
+    set_window(model, 5)
+    upper = [layer for group in model.model.upper_groups() for layer in group.layers]
+    assert {layer.attention.window for layer in [*model.model.lower_layers, *upper]} == {5}
+
+
+def test_experts_are_balanced_after_every_step(corpus, tmp_path):
+    options = {"num_experts": 4, "moe_intermediate_size": 16}
+    one = trainer(corpus, tmp_path, run_config(stage(tokens=1024), model=options))
+    one.train()
+    biases = [tensor for name, tensor in one.model.named_buffers() if name.endswith("router_bias")]
+    assert biases and any(bias.abs().max() > 0 for bias in biases)
+
+
+def test_export_loads_in_bf16_with_its_topk(corpus, tmp_path):
+    one = trainer(corpus, tmp_path / "run")
+    one.train()
+    export_model(one.model, corpus[1], tmp_path / "model", topk=3)
+    loaded = HSAForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.dtype == torch.bfloat16 and loaded.config.chunk_topk == 3
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, one.model.state_dict()[name].bfloat16()), name
+
+
+def test_a_run_can_start_from_other_weights(corpus, tmp_path):
+    one, other = trainer(corpus, tmp_path / "one"), trainer(corpus, tmp_path / "two", run_config(seed=3))
+    other.initialize_from(one.model.state_dict())
+    assert_equal_weights(weights(one), weights(other))
+
+
+def test_the_probe_counts_exact_answers(corpus, tmp_path):
+    shards, tokenizer = corpus
+    model = trainer(corpus, tmp_path).model.eval()
+    measured = needle_probe(shards, tokenizer, rows=2, device="cpu")(model, stage(seq_len=512))
+    assert measured["length"] == 512 and 0 <= measured["needle_accuracy"] <= 1 and measured["answer_loss"] > 0
+    tokens = torch.randint(3, 300, (1, 64))
+    guess = model(tokens, use_cache=False).logits.argmax(-1)
+    answer = torch.zeros(1, 64, dtype=torch.bool)
+    answer[0, 10:12] = answer[0, 20] = True
+    tokens[0, 20] = guess[0, 19]
+    batch = {"input_ids": tokens, "segment_ids": torch.zeros(1, 64, dtype=torch.int32), "answer_mask": answer}
+    right, count, _, length = answer_accuracy(model, batch, "cpu")
+    assert (right, count, length) == (1, 2, 3)
+
+
+def test_learning_rates_warm_up_and_fall_as_declared():
+    base = {"tokens": 512 * 110, "warmup_steps": 10, "learning_rate": 1.0}
+    assert [learning_rate(stage(**base), step) for step in (0, 4, 9, 50, 109)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    linear = stage(**base, schedule="linear", final_learning_rate=0.2)
+    assert learning_rate(linear, 60) == pytest.approx(0.6) and learning_rate(linear, 110) == pytest.approx(0.2)
+    cosine = stage(**base, schedule="cosine")
+    assert learning_rate(cosine, 60) == pytest.approx(0.5) and learning_rate(cosine, 110) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "step"}, "schedule"),
+        ({"tokens": 0}, "tokens"),
+        ({"batch_tokens": 500}, "multiple of seq_len"),
+        ({"micro_batch_rows": 3, "batch_tokens": 1024}, "micro_batch_rows"),
+    ],
+)
+def test_bad_stages_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        stage(**options)
+
+
+@pytest.mark.parametrize("text", ["seed", "sed=1", "warmup.x=1", "nowhere.tokens=1", "seed=a", "warmup.tokens=1.5"])
+def test_bad_overrides_are_refused(text):
+    with pytest.raises(ValueError, match=r"key|stage|type"):
+        apply_overrides(run_config(), [text])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_resolves_to_json(name):
+    config = recipe(name)
+    assert config.stages and len({part.name for part in config.stages}) == len(config.stages)
+    assert json.loads(json.dumps(as_dict(config)))["preset"] == config.preset
+    assert all(part.num_steps >= 1 and math.isclose(sum(part.mixture.values()), 1.0) for part in config.stages)
