@@ -95,6 +95,7 @@ def _show(answer: Any, memory: Any, tokenizer: Any, sources: int, as_json: bool)
         typer.echo(f"\nfrom {where}:\n  {' '.join(passage['passage'].split())}")
     if answer.is_uncertain:
         typer.echo(
-            f"\nUnsure: no passage stood out (best retrieval weight {answer.weight:.2f} < {answer.threshold:.2f}), so this may be a guess. "
+            f"\nUnsure: no passage stood out (best retrieval weight {answer.weight:.2f} < {answer.threshold:.2f}), "
+            "so this may be a guess. "
             "Is it stated in the text, in a form like the question?"
         )
