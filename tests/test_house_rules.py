@@ -263,3 +263,14 @@ def test_readme_names_only_existing_commands(monkeypatch, capsys):
     unknown = [command for command in named if run_help(monkeypatch, command) != 0]
     capsys.readouterr()
     assert not unknown, f"README.md shows unknown commands: {unknown}"
+
+
+def test_documents_name_tests_that_exist():
+    named = set()
+    for page in [*ROOT.glob("docs/*.md"), *ROOT.glob("hsa_ultralong/**/*.md"), *ROOT.glob("hsa_ultralong/**/*.py")]:
+        named |= set(re.findall(r"\btest_[a-z0-9_]+", page.read_text(encoding="utf-8")))
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    known = {file.stem for file in files}
+    for file in files:
+        known |= set(re.findall(r"def (test_[a-z0-9_]+)", file.read_text(encoding="utf-8")))
+    assert named <= known, f"no such test: {sorted(named - known)}"

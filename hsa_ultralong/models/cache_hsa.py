@@ -1,7 +1,7 @@
 """HSACache: all that a sequence needs to go on. Windows of every layer, the open chunk, its own chunks, a library.
 
 A transformers Cache, so generate() can reorder, repeat, select, crop and reset it. What differs between training,
-reading and decoding lives here; the model code is the same. tests/models/test_generation.py.
+reading and decoding lives here; the model code is the same. tests/models/test_cache.py.
 """
 
 from __future__ import annotations

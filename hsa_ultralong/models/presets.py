@@ -42,9 +42,9 @@ def nano() -> HSAConfig:
     """The shipped model and the one to train first: 9,231,938 parameters, 17.6 MiB in bf16.
 
     The defaults of HSAConfig are this model. Layout, window 128, R = 256, chunks of 64, SwiGLU of 2.75 widths, tied
-    8,192-word vocabulary and normed heads of 64 are those of the 31M prototype (docs/training.md) at half its
+    8,192-word vocabulary and normed heads of 64 are those of a 31M prototype at half its
     width; K = 32 and 4 query heads to a memory head instead of 16:1 follow C1 and the prototype's 8:1 as far as
-    four heads allow. Retrieval is normalised, with a learned temperature, as lesson 3 of that page asks.
+    four heads allow. Retrieval is normalised, with a learned temperature, because flat scores were what failed there at long range.
     """
     return HSAConfig()
 
