@@ -78,11 +78,22 @@ def train(
         f"{'finished' if done else 'stopped'} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; "
         f"run folder: {run}"
     )
+    _draw(run)
     if export is not None and done:
         from hsa_ultralong.train.export import export_model
 
         export_model(trainer.model, tokens, export, topk=trainer.topk)
         typer.echo(f"model written to {export}")
+
+
+def _draw(run: Path) -> None:
+    """Loss and needle accuracy so far as loss.png in the run folder."""
+    from hsa_ultralong.eval.plots import plot_training, read_jsonl
+
+    log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    if any("loss" in record for record in log):
+        plot_training(log, run / "loss.png", f"{run.resolve().name}: training")
+        typer.echo(f"curves drawn to {run / 'loss.png'}")
 
 
 class _Display:

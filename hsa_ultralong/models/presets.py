@@ -44,7 +44,8 @@ def nano() -> HSAConfig:
     The defaults of HSAConfig are this model. Layout, window 128, R = 256, chunks of 64, SwiGLU of 2.75 widths, tied
     8,192-word vocabulary and normed heads of 64 are those of a 31M prototype at half its
     width; K = 32 and 4 query heads to a memory head instead of 16:1 follow C1 and the prototype's 8:1 as far as
-    four heads allow. Retrieval is normalised, with a learned temperature, because flat scores were what failed there at long range.
+    four heads allow. Retrieval is normalised, with a learned temperature: flat scores were what failed there at
+    long range.
     """
     return HSAConfig()
 
