@@ -12,13 +12,14 @@ CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint report clean
+.PHONY: help quickstart test lint report clean results/needles-nano
 
 help:  ## show this list
 	@echo "make quickstart   install into .venv and run the guided tour; the report lands in quickstart-report/"
 	@echo "make test         install the development tools too, then ruff, mypy and the tests that need no GPU"
 	@echo "make lint         ruff and mypy only"
 	@echo "make report       redraw every committed figure from the committed numbers"
+	@echo "make results/needles-nano   measure the needle study again (4 minutes)"
 	@echo "make clean        delete .venv, caches, build output and quickstart-report/"
 	@echo "Options: PYTHON=python3.12 (3.10 to 3.13), TORCH_INDEX=URL, TEST_WORKERS=2"
 
@@ -37,6 +38,10 @@ lint: $(DEV)
 
 report: $(CORE)
 	$(BIN)/hsa plot --all
+
+results/needles-nano: $(CORE)
+	$(BIN)/hsa quickstart -o $@ --needles 100 --controls 40
+	mv $@/report.json $@/summary.json && rm $@/needles.png
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quickstart-report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -106,7 +106,8 @@ def ask(
     text = tokenizer.decode(tokens, skip_special_tokens=True).split("\n")[0]
     ranked = sorted(recorder.best.items(), key=lambda item: -item[1])[:num_sources]
     sources = [_source(memory, index, weight) for index, weight in ranked]
-    return Answer(text, tokens, sources[0].weight if sources else 0.0, low_weight(memory.num_chunks), sources)
+    weight = max(recorder.best.values(), default=0.0)
+    return Answer(text, tokens, weight, low_weight(memory.num_chunks), sources)
 
 
 def _source(memory: ChunkMemory, chunk: int, weight: float) -> Source:

@@ -31,16 +31,17 @@ _CONFIG_KEYS = (
 
 
 def memory_fingerprint(model: HSAForCausalLM) -> str:
-    """SHA-256 (hex) of the configuration and parameters below the upper decoder; kept until a parameter changes."""
+    """SHA-256 (hex) of the configuration and parameters below the upper decoder; kept until one of them changes."""
     inner = model.model
     parts: list[tuple[str, torch.Tensor]] = [("embed_tokens", inner.embed_tokens.weight)]
     for prefix, module in (("lower", inner.lower_layers), ("encoder", inner.chunk_encoder)):
         parts += [(f"{prefix}.{name}", tensor) for name, tensor in module.state_dict(keep_vars=True).items()]
-    key: Any = tuple((tensor.data_ptr(), tensor._version) for _, tensor in parts)
+    options = repr([getattr(model.config, name) for name in _CONFIG_KEYS])
+    key: Any = (options, *((tensor.data_ptr(), tensor._version, tensor.dtype) for _, tensor in parts))
     known = getattr(model, "_known_fingerprint", None)
     if known is not None and known[0] == key:
         return known[1]
-    digest = hashlib.sha256(repr([getattr(model.config, name) for name in _CONFIG_KEYS]).encode())
+    digest = hashlib.sha256(options.encode())
     for name, tensor in parts:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

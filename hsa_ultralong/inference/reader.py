@@ -20,6 +20,7 @@ from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Document, M
 from hsa_ultralong.ops import ChunkVisibility
 
 _SEGMENT_TOKENS = {"cpu": 2048, "cuda": 65_536}
+_TOKEN_TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
 Progress = Callable[[int, int | None], None]
 
 
@@ -107,14 +108,17 @@ def _as_tokens(tokens: Any) -> torch.Tensor:
     Raises:
         ValueError: if it is no one-dimensional sequence of token ids.
     """
-    result = torch.as_tensor(np.asarray(tokens) if not isinstance(tokens, torch.Tensor) else tokens)
-    if result.dim() == 2 and result.shape[0] == 1:
+    result: Any = tokens if isinstance(tokens, torch.Tensor) else np.asarray(tokens)
+    if isinstance(result, np.ndarray) and (result.dtype.kind in "iu" or result.size == 0):
+        result = torch.from_numpy(result.astype(np.int64))
+    if result.ndim == 2 and result.shape[0] == 1:
         result = result[0]
-    if result.dim() != 1 or result.is_floating_point():
+    if result.ndim != 1 or result.dtype not in _TOKEN_TYPES:
         raise ValueError(
             f"a document must be a 1-D sequence of token ids, got shape {tuple(result.shape)} {result.dtype}"
         )
-    return result.to(device="cpu", dtype=torch.int32)
+    # what does not fit into 32 bits must not wrap around to a valid id
+    return result.to(device="cpu", dtype=torch.int64).clamp(-1, 2**31 - 1).to(torch.int32)
 
 
 def _as_documents(tokens: Any) -> list[Iterable[torch.Tensor]]:
@@ -198,6 +202,11 @@ def append(
     """
     require_same_model(model, memory)
     pieces = [_as_tokens(tokens)]
+    # all refusals come before the first change of the memory
+    _check_range(pieces[0], model.config.vocab_size)
+    _segment_length(model, segment_tokens)
+    if len(pieces[0]) == 0:
+        raise ValueError("nothing to append: no tokens were given")
     if document is None:
         close_document(model, memory)
     elif memory.open_document is None or document != len(memory.documents) - 1:
@@ -217,9 +226,7 @@ def _read_document(
     resume: bool = False,
 ) -> None:
     device = model.model.embed_tokens.weight.device
-    step = segment_tokens or _SEGMENT_TOKENS.get(device.type, 2048)
-    if step < 1:
-        raise ValueError(f"segment_tokens must be >= 1, got {segment_tokens}")
+    step = _segment_length(model, segment_tokens)
     reader = DocumentReader(model, keep=kept_lower_outputs(model))
     size = reader.size
     if resume:
@@ -230,7 +237,7 @@ def _read_document(
         document = Document(empty, memory.num_chunks, 0, is_open=True, name=name)
     segment = len(memory.documents) - (1 if resume else 0)
     parts, count, done = [document.tokens], document.num_tokens, 0
-    with evaluating(model):
+    with evaluating(model), _undone_on_error(memory, document):
         for piece in pieces:
             _check_range(piece, model.config.vocab_size)
             for start in range(0, len(piece), step):
@@ -254,6 +261,25 @@ def _read_document(
         memory.documents.append(document)
     if close:
         close_document(model, memory)
+
+
+def _segment_length(model: HSAForCausalLM, segment_tokens: int | None) -> int:
+    if segment_tokens is None:
+        return _SEGMENT_TOKENS.get(model.model.embed_tokens.weight.device.type, 2048)
+    if segment_tokens < 1:
+        raise ValueError(f"segment_tokens must be >= 1, got {segment_tokens}")
+    return segment_tokens
+
+
+@contextmanager
+def _undone_on_error(memory: ChunkMemory, document: Document) -> Iterator[None]:
+    """Forget the chunks of a reading that fails or is interrupted: no document would own them."""
+    total, own = memory.num_chunks, document.num_chunks
+    try:
+        yield
+    except BaseException:
+        memory.num_chunks, document.num_chunks = total, own
+        raise
 
 
 def _check_range(tokens: torch.Tensor, vocab_size: int) -> None:

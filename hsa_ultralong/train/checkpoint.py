@@ -106,6 +106,11 @@ def restore(
     optimizer_state: dict[str, torch.Tensor],
 ) -> None:
     """Load tensors back into a model and, by parameter name, into its optimiser."""
+    own = model.state_dict()
+    for name, tensor in model_state.items():
+        if name in own and own[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+            raise ValueError(f"checkpoint does not fit the model: {name} is {shapes}")
     missing, unexpected = model.load_state_dict(model_state, strict=False)
     tied = {"lm_head.weight", "model.embed_tokens.weight"}
     if unexpected or set(missing) - tied:

@@ -51,6 +51,9 @@ class StageConfig:
         for name in ("seq_len", "tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage {self.name!r}: {name} must be >= 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "micro_batch_rows", "chunk_topk", "sliding_window", "learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"stage {self.name!r}: {name} must be >= 0, got {getattr(self, name)}")
         if self.batch_tokens % self.seq_len:
             raise ValueError(
                 f"stage {self.name!r}: batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len}"
@@ -98,6 +101,17 @@ class TrainConfig:
     probe_every: int = 250
     probe_rows: int = 32
 
+    def __post_init__(self) -> None:
+        for name in ("keep_checkpoints", "log_every", "probe_every", "probe_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be > 0, got {self.clip_norm}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+
     def stage(self, name: str) -> int:
         """Index of the stage called `name`."""
         names = [stage.name for stage in self.stages]
@@ -131,9 +145,10 @@ def apply_overrides(config: TrainConfig, assignments: Sequence[str]) -> TrainCon
         value = _parse(text)
         if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if not isinstance(value, type(old)):
+        if not isinstance(value, type(old)) or isinstance(value, bool) != isinstance(old, bool):
             raise ValueError(f"{path} must be of type {type(old).__name__}, got {text!r}")
         setattr(target, name, value)
+    config.__post_init__()
     for stage in config.stages:
         stage.__post_init__()
     return config

@@ -66,8 +66,13 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.stage_index, self.step, self.global_step, self.tokens_seen = 0, 0, 0, 0
         self.last_loss: torch.Tensor | None = None
+        self.last_norm: torch.Tensor | None = None
+        for index in range(len(config.stages)):
+            # a stage that cannot run must not come to light after hours of the ones before it
+            self._mixture(index)
         run.mkdir(parents=True, exist_ok=True)
         self._resume()
+        self._forget_later_records()
         (run / "config.json").write_text(json.dumps(as_dict(config), indent=1))
         if config.compile and self.device.type == "cuda":
             compile_layers(self.model)
@@ -92,6 +97,20 @@ class Trainer:
         torch.set_rng_state(torch.tensor(state["rng_state"], dtype=torch.uint8))
         logger.info("resumed from %s", saved[-1])
 
+    def _forget_later_records(self) -> None:
+        """Drop log records of steps after the checkpoint: a run that died takes these steps again."""
+        log = self.run / "log.jsonl"
+        if not log.is_file():
+            return
+        lines = log.read_text().splitlines(keepends=True)
+        # a line without its end was cut off while it was written
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["global_step"] <= self.global_step]
+        if kept != lines:
+            partial = log.with_name(".partial-log.jsonl")
+            partial.write_text("".join(kept))
+            partial.replace(log)
+
     def initialize_from(self, weights: dict[str, torch.Tensor]) -> None:
         """Start from the weights of another run (ignored when this run has a checkpoint of its own)."""
         if self.global_step == 0:
@@ -101,10 +120,11 @@ class Trainer:
         """Write a checkpoint of this moment.
 
         Raises:
-            TrainingDiverged: if the last loss is not finite; nothing is written then.
+            TrainingDiverged: if the last loss or gradient norm is not finite; nothing is written then.
         """
-        if self.last_loss is not None and not math.isfinite(self.last_loss.item()):
-            raise TrainingDiverged(self._advice(f"loss {self.last_loss.item()}"))
+        for what, value in (("loss", self.last_loss), ("gradient norm", self.last_norm)):
+            if value is not None and not math.isfinite(value.item()):
+                raise TrainingDiverged(self._advice(f"{what} {value.item()}"))
         state = {
             "stage_index": self.stage_index,
             "step": self.step,
@@ -132,14 +152,21 @@ class Trainer:
                 return False
         return True
 
+    def _mixture(self, index: int) -> MixtureConfig:
+        stage = self.config.stages[index]
+        try:
+            return MixtureConfig(
+                weights=stage.mixture,
+                seq_len=stage.seq_len,
+                chunk_size=self.model.config.chunk_size,
+                seed=self.config.seed + 1000 * index,
+                long_documents=stage.long_documents,
+            )
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from error
+
     def _batches(self, stage: StageConfig) -> Iterator[dict[str, Any]]:
-        config = MixtureConfig(
-            weights=stage.mixture,
-            seq_len=stage.seq_len,
-            chunk_size=self.model.config.chunk_size,
-            seed=self.config.seed + 1000 * self.stage_index,
-            long_documents=stage.long_documents,
-        )
+        config = self._mixture(self.stage_index)
         num_rows = stage.num_steps * stage.rows
         dataset = MixtureDataset(self.shards, self.tokenizer, config, split="train", num_rows=num_rows)
         rest = Subset(dataset, range(self.step * stage.rows, num_rows))
@@ -174,7 +201,7 @@ class Trainer:
         while self.step < stage.num_steps:
             rate = learning_rate(stage, self.step)
             loss, norm = self._optimizer_step(stage, batches, rate)
-            self.last_loss = loss
+            self.last_loss, self.last_norm = loss, norm
             self.step, self.global_step = self.step + 1, self.global_step + 1
             self.tokens_seen += stage.batch_tokens
             meter.add(loss, norm, stage.batch_tokens)

@@ -53,6 +53,10 @@ def sliding_window_banded(q, k, v, *, window, query_segments, key_segments, scal
     keys, values = (_band(x, left, num_blocks, block, reach, 0.0) for x in (k, v))  # (B, nb, block + reach, Hkv, D)
     distance = torch.arange(block, device=q.device)[:, None] + reach - torch.arange(block + reach, device=q.device)
     mask = (distance >= 0) & (distance < window)  # (block, block + reach)
+    if query_segments is None and left <= 0:
+        # every band is full of real keys (a later segment of a long reading): one mask serves them all
+        out = _sdpa(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask[None], scale)
+        return out.unflatten(0, (batch, num_blocks)).flatten(1, 2)[:, :num_queries]
     if query_segments is None:
         query_segments = torch.zeros(1, num_queries, dtype=torch.int32, device=q.device)
         key_segments = torch.zeros(1, num_keys, dtype=torch.int32, device=q.device)
