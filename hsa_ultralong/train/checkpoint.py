@@ -56,7 +56,9 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state['global_step']:08d}"
     partial = folder / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    # what an interrupted save left behind would keep its room on a full disk
+    for stale in folder.glob(".partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir()
     for name, tensors in zip(_TENSOR_FILES, (model_tensors(model), optimizer_tensors(model, optimizer)), strict=True):
         save_file(tensors, partial / name)

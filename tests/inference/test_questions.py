@@ -1,4 +1,4 @@
-"""Questions, continuations and `ask`: logits equal the parallel forward of the same chunks, sources are the true ones."""
+"""Questions, continuations and `ask`: logits equal the parallel forward of the same chunks, sources are true."""
 
 import pytest
 import torch
@@ -126,9 +126,7 @@ def test_a_batch_of_questions_equals_single_ones(beams):
         for part in questions
     ]
     rows = torch.cat([torch.nn.functional.pad(part, (10 - part.shape[1], 0)) for part in questions])
-    mask = torch.cat(
-        [torch.nn.functional.pad(torch.ones_like(part), (10 - part.shape[1], 0)) for part in questions]
-    )
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(part), (10 - part.shape[1], 0)) for part in questions])
     together = model.generate(rows, memory=memory, attention_mask=mask, **options)[:, 10:]
     assert torch.equal(together, torch.stack(single))
 

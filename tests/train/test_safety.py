@@ -1,0 +1,345 @@
+"""What can go wrong in a run: stops, crashes, broken numbers, half-written files, options that cannot work."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hsa_ultralong.data import TokenShards, build_shards, train_tokenizer
+from hsa_ultralong.eval.probes import needle_probe
+from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.train import (
+    StageConfig,
+    TrainConfig,
+    Trainer,
+    TrainingDiverged,
+    apply_overrides,
+    checkpoint,
+)
+from hsa_ultralong.train.export import export_model
+from hsa_ultralong.train.loop import set_window
+from hsa_ultralong.train.schedule import learning_rate
+
+WORDS = [a + b + c for a in ("ba", "ce", "di", "fo") for b in ("lo", "mu", "na", "pe", "ro") for c in ("nd", "rs")]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 900)) for _ in range(4)]
+    (folder / "corpus.txt").write_text("\n\x1e\n".join(texts), encoding="utf-8")
+    facts = ["Question: What is the secret code of the one?\nAnswer: The access number for serial locker magic."] * 20
+    tokenizer = train_tokenizer(texts + facts, vocab_size=400)
+    build_shards(folder / "corpus.txt", tokenizer, folder / "shards", validation_fraction=0.3)
+    return TokenShards.open(folder / "shards", tokenizer), tokenizer
+
+
+def stage(name="warmup", **options):
+    fields = {"seq_len": 128, "tokens": 768, "batch_tokens": 256, "learning_rate": 2e-3, "warmup_steps": 1}
+    return StageConfig(name=name, **{**fields, "mixture": {"text": 0.5, "self_copy": 0.5}, **options})
+
+
+def run_config(*stages, **options):
+    options = {"log_every": 1, **options}
+    return TrainConfig(preset="debug", stages=list(stages or [stage()]), compile=False, **options)
+
+
+def trainer(corpus, folder, config=None, **options):
+    return Trainer(config or run_config(), folder, *corpus, **options)
+
+
+def weights(one):
+    return {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_equal_weights(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def stop_of(record):
+    return record["stage"], record["step"], record["loss"], record["grad_norm"], record["learning_rate"]
+
+
+def test_a_run_cut_after_every_step_equals_one_run(corpus, tmp_path):
+    config = run_config(stage(), stage("long", tokens=512, schedule="cosine"), model={"gumbel_noise": True})
+    whole = trainer(corpus, tmp_path / "whole", config)
+    assert whole.train()
+    pieces = 0
+    while True:
+        # the state of the random generator must come from the checkpoint
+        torch.manual_seed(pieces + 99)
+        part = trainer(corpus, tmp_path / "cut", config)
+        if part.train(max_minutes=0):
+            break
+        pieces += 1
+        assert part.global_step == pieces
+    assert pieces == 4
+    assert_equal_weights(weights(whole), weights(part))
+    assert [stop_of(one) for one in records(tmp_path / "whole")] == [stop_of(one) for one in records(tmp_path / "cut")]
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_a_run_that_died_takes_its_lost_steps_again_and_logs_them_once(corpus, tmp_path, has_checkpoint):
+    config = run_config(stage(tokens=1024))
+    whole = trainer(corpus, tmp_path / "whole", config)
+    whole.train()
+    died = trainer(corpus, tmp_path / "died", config)
+
+    def die(record):
+        if record["global_step"] == 1 and has_checkpoint:
+            died.save()
+        if record["global_step"] == 3:
+            raise KeyboardInterrupt
+
+    died.listener = die
+    with pytest.raises(KeyboardInterrupt):
+        died.train()
+    with (tmp_path / "died" / "log.jsonl").open("a") as stream:
+        stream.write('{"stage": "war')
+    resumed = trainer(corpus, tmp_path / "died", config)
+    assert resumed.global_step == int(has_checkpoint)
+    assert resumed.train()
+    assert [one["global_step"] for one in records(tmp_path / "died")] == [1, 2, 3, 4]
+    assert [one["loss"] for one in records(tmp_path / "died")] == [one["loss"] for one in records(tmp_path / "whole")]
+    assert_equal_weights(weights(whole), weights(resumed))
+
+
+def test_the_last_stage_wanted_is_the_last_one_run(corpus, tmp_path):
+    config = run_config(stage(), stage("long"))
+    assert trainer(corpus, tmp_path, config).train(last_stage="warmup")
+    resumed = trainer(corpus, tmp_path, config)
+    assert (resumed.stage_index, resumed.step, resumed.global_step) == (1, 0, 3)
+    with pytest.raises(ValueError, match="unknown stage 'lang'"):
+        resumed.train(last_stage="lang")
+
+
+@pytest.mark.parametrize("failing_file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_save_that_fails_at_any_file_leaves_the_old_checkpoint_alone(corpus, tmp_path, monkeypatch, failing_file):
+    one = trainer(corpus, tmp_path)
+    one.train(max_minutes=0)
+    (before,) = checkpoint.list_checkpoints(tmp_path)
+    content = {file.name: file.read_bytes() for file in before.iterdir()}
+    real = checkpoint.save_file
+
+    def fail(tensors, path):
+        if path.name == failing_file:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    def no_json(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    if failing_file == "state.json":
+        monkeypatch.setattr(checkpoint.json, "dumps", no_json)
+    one.global_step += 7
+    with pytest.raises(OSError, match="No space"):
+        one.save()
+    monkeypatch.undo()
+    assert checkpoint.list_checkpoints(tmp_path) == [before]
+    assert {file.name: file.read_bytes() for file in before.iterdir()} == content
+    resumed = trainer(corpus, tmp_path)
+    assert resumed.global_step == 1 and resumed.train()
+    assert not list((tmp_path / "checkpoints").glob(".partial-*"))
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_gradient_that_is_not_finite_is_never_saved(corpus, tmp_path, log_every):
+    trainer(corpus, tmp_path).train(max_minutes=0)
+    one = trainer(corpus, tmp_path, run_config(log_every=log_every))
+    one.model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(TrainingDiverged, match="lower the learning rate"):
+        one.train(max_minutes=0)
+    (saved,) = checkpoint.list_checkpoints(tmp_path)
+    assert saved.name == "step-00000001"
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load_checkpoint(saved)[0].values())
+
+
+def test_a_checkpoint_of_another_model_is_refused(corpus, tmp_path):
+    trainer(corpus, tmp_path).train(max_minutes=0)
+    for options in ({"hidden_size": 64}, {"num_lower_layers": 3}):
+        with pytest.raises(ValueError, match="does not fit the model"):
+            trainer(corpus, tmp_path, run_config(model=options))
+
+
+def test_initial_weights_are_ignored_once_the_run_has_a_checkpoint(corpus, tmp_path):
+    trainer(corpus, tmp_path).train(max_minutes=0)
+    resumed = trainer(corpus, tmp_path)
+    before = weights(resumed)
+    resumed.initialize_from({name: torch.zeros_like(tensor) for name, tensor in before.items()})
+    assert_equal_weights(before, weights(resumed))
+
+
+def test_stages_that_cannot_run_are_refused_before_the_first_step(corpus, tmp_path):
+    for options in ({"seq_len": 100, "batch_tokens": 200}, {"mixture": {"poems": 1.0}}, {"mixture": {}}):
+        with pytest.raises(ValueError, match="stage 'long'"):
+            trainer(corpus, tmp_path, run_config(stage(), stage("long", **options)))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_micro_batches_have_the_loss_and_the_gradient_of_the_whole_batch(corpus, tmp_path):
+    seen = []
+    for rows in (0, 1, 2):
+        one = stage(tokens=512, batch_tokens=512, micro_batch_rows=rows, mixture={"text": 1.0})
+        trainer(corpus, tmp_path / str(rows), run_config(one)).train()
+        (record,) = records(tmp_path / str(rows))
+        seen.append((record["loss"], record["grad_norm"]))
+    for other in seen[1:]:
+        # rows hold nearly equally many labels, so the mean of means is near the mean
+        assert other == pytest.approx(seen[0], rel=2e-3)
+
+
+def test_rows_that_pool_their_memory_train(corpus, tmp_path):
+    one = trainer(corpus, tmp_path, run_config(stage(pool_memory=True)))
+    before = weights(one)
+    assert one.train() and one.model.config.chunk_topk == 128 // 16 * 2
+    retrieval = [name for name in before if "retriever" in name and name.endswith("weight")]
+    assert retrieval and all(not torch.equal(before[name], weights(one)[name]) for name in retrieval)
+    with pytest.raises(ValueError, match="pool_memory"):
+        trainer(corpus, tmp_path / "x", run_config(stage(pool_memory=True), model={"fusion": "stick_breaking"})).train()
+
+
+def test_router_biases_move_against_the_load_and_survive_a_resume(corpus, tmp_path):
+    options = {"num_experts": 4, "moe_intermediate_size": 8, "router_bias_update_rate": 0.25}
+    config = run_config(stage(), model=options)
+    one = trainer(corpus, tmp_path, config)
+    one.train(max_minutes=0)
+    biases = {name: tensor for name, tensor in weights(one).items() if name.endswith("router_bias")}
+    assert biases and all(bias.abs().max() == 0.25 for bias in biases.values())
+    again = weights(trainer(corpus, tmp_path, config))
+    assert all(torch.equal(bias, again[name]) for name, bias in biases.items())
+
+
+def test_a_probe_is_measured_in_evaluation_mode_and_changes_nothing(corpus, tmp_path):
+    modes = []
+
+    def probe(model, part):
+        modes.append((model.training, part.name, torch.is_grad_enabled()))
+        return {"needle_accuracy": 0.5}
+
+    plain, probed = (
+        trainer(corpus, tmp_path / name, run_config(probe_every=2), probe=function)
+        for name, function in (("plain", None), ("probed", probe))
+    )
+    assert plain.train() and probed.train()
+    assert modes == [(False, "warmup", False)] * 2
+    assert [one["global_step"] for one in records(tmp_path / "probed") if "probe" in one] == [2, 3]
+    assert_equal_weights(weights(plain), weights(probed))
+
+
+def test_the_needle_probe_asks_the_same_questions_every_time(corpus, tmp_path):
+    shards, tokenizer = corpus
+    model = trainer(corpus, tmp_path).model.eval()
+    probe = needle_probe(shards, tokenizer, rows=2, device="cpu")
+    with torch.no_grad():
+        first, again = (probe(model, stage(seq_len=256)) for _ in range(2))
+        fresh = needle_probe(shards, tokenizer, rows=2, device="cpu")(model, stage(seq_len=256))
+    assert first == again == fresh and first["length"] == 256
+    # an untrained model knows as much as a guess
+    assert first["answer_loss"] == pytest.approx(math.log(len(tokenizer)), rel=0.1)
+
+
+def test_an_exported_model_computes_what_the_trained_one_does(corpus, tmp_path):
+    one = trainer(corpus, tmp_path / "run", run_config(stage(sliding_window=8), model={"chunk_topk": 3}))
+    one.train()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("mine")
+    export_model(one.model, corpus[1], tmp_path / "model", topk=one.topk)
+    loaded = HSAForCausalLM.from_pretrained(tmp_path / "model").float().eval()
+    assert (loaded.config.chunk_topk, loaded.config.sliding_window) == (3, 8)
+    assert (tmp_path / "model" / "README.md").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
+    tokens = torch.arange(3, 83)[None]
+    with torch.no_grad():
+        one.model.eval()
+        one.model.config.chunk_topk = 3
+        difference = one.model(tokens).logits - loaded(tokens).logits
+    assert difference.abs().max() < 0.02 * loaded(tokens).logits.abs().max() + 1e-3
+
+
+def test_a_smaller_window_changes_what_is_computed_and_its_own_size_does_not(corpus, tmp_path):
+    model = trainer(corpus, tmp_path).model.eval()
+    tokens = torch.arange(3, 63)[None]
+    with torch.no_grad():
+        before = model(tokens).logits
+        set_window(model, 16)
+        assert torch.equal(model(tokens).logits, before)
+        set_window(model, 4)
+        assert not torch.allclose(model(tokens).logits, before)
+    assert model.model.upper_groups()[0].hsa_layer.window_attention.window == 16
+
+
+def test_a_falling_rate_ends_at_its_final_fraction():
+    base = {"tokens": 256 * 100, "learning_rate": 0.5, "warmup_steps": 20, "final_learning_rate": 0.1}
+    for schedule in ("linear", "cosine"):
+        one = stage(**base, schedule=schedule)
+        rates = [learning_rate(one, step) for step in range(one.num_steps)]
+        assert rates[:20] == pytest.approx([0.5 * (step + 1) / 20 for step in range(20)])
+        assert max(rates) == 0.5 and rates[20:] == sorted(rates[20:], reverse=True)
+        assert rates[60] == pytest.approx(0.275) and learning_rate(one, 100) == pytest.approx(0.05)
+    flat = stage(tokens=256 * 3, warmup_steps=0, learning_rate=0.5)
+    assert [learning_rate(flat, step) for step in range(3)] == [0.5] * 3
+
+
+def test_overrides_reach_the_run_its_model_and_its_stages():
+    config = apply_overrides(
+        run_config(stage(), stage("long")),
+        ["seed=3", "weight_decay=0", "betas=(0.8, 0.9)", "compile=true", "model.chunk_topk=16", "model.fusion=softmax",
+         "long.tokens=512", "warmup.schedule=cosine", "long.learning_rate=1", "long.long_documents=True",
+         "warmup.mixture={'text': 1.0}"],
+    )  # fmt: skip
+    assert (config.seed, config.weight_decay, config.betas, config.compile) == (3, 0.0, (0.8, 0.9), True)
+    assert config.model == {"chunk_topk": 16, "fusion": "softmax"}
+    warmup, long = config.stages
+    assert (warmup.schedule, warmup.mixture, warmup.tokens) == ("cosine", {"text": 1.0}, 768)
+    assert (long.tokens, long.learning_rate, long.long_documents, long.num_steps) == (512, 1.0, True, 2)
+    assert isinstance(long.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("seed", "key=value"),
+        ("sed=3", "unknown key 'sed'; choose one of preset, seed"),
+        ("model=debug", "unknown key"),
+        ("stages=[]", "unknown key"),
+        ("long.tokens=3", "unknown stage 'long'; this recipe has warmup"),
+        ("warmup.token=3", "unknown key 'warmup.token'"),
+        ("seed=true", "must be of type int"),
+        ("seed=1.5", "must be of type int"),
+        ("compile=1", "must be of type bool"),
+        ("betas=0.9", "must be of type tuple"),
+        ("betas=(0.9,)", "two numbers"),
+        ("betas=(0.9, 1.0)", "two numbers"),
+        ("seed=-1", "seed must be >= 0"),
+        ("clip_norm=0", "clip_norm must be > 0"),
+        ("log_every=0", "log_every must be >= 1"),
+        ("probe_every=0", "probe_every must be >= 1"),
+        ("keep_checkpoints=0", "keep_checkpoints must be >= 1"),
+        ("warmup.tokens=0", "tokens must be >= 1"),
+        ("warmup.seq_len=100", "multiple of seq_len"),
+        ("warmup.micro_batch_rows=-1", "micro_batch_rows must be >= 0"),
+        ("warmup.sliding_window=-1", "sliding_window must be >= 0"),
+        ("warmup.learning_rate=-1", "learning_rate must be >= 0"),
+        ("warmup.schedule=step", "schedule must be one of"),
+    ],
+)
+def test_overrides_that_cannot_work_say_why(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        apply_overrides(run_config(), [assignment])
+
+
+def test_unknown_model_options_are_refused_before_anything_is_written(corpus, tmp_path):
+    with pytest.raises(ValueError, match="chunk_topk"):
+        trainer(corpus, tmp_path / "run", run_config(model={"chunk_top_k": 3}))
+    assert not (tmp_path / "run").exists()
