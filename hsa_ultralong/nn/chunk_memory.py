@@ -173,11 +173,11 @@ class ChunkMemory:
         self.storage = ChunkTensors(*(function(part) for part in self.storage))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ChunkMemory:
-        """A copy on another device or in another float dtype; document records are shared."""
+        """A copy on another device or in another float dtype, with document records of its own."""
         moved = ChunkTensors(
             *(part.to(device=device, dtype=dtype if part.is_floating_point() else None) for part in self.tensors)
         )
-        return replace(self, storage=moved)
+        return replace(self, storage=moved, documents=[replace(document) for document in self.documents])
 
     @staticmethod
     def concat(memories: Sequence[ChunkMemory]) -> ChunkMemory:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Document
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
-from hsa_ultralong.testing.factories import random_chunks, random_tokens
+from hsa_ultralong.testing.factories import random_chunks, random_tokens, tiny_model
 
 
 def empty(batch=1, capacity=0, **options):
@@ -198,3 +198,11 @@ def test_bytes_per_token_follow_the_formula():
     memory = document_memory(64)
     per_token = 8 * (2 * 1 * 4 + 8 / 4) + 3 * 4 / 4
     assert memory.num_bytes == 64 * per_token
+
+
+def test_a_moved_copy_has_document_records_of_its_own():
+    memory = tiny_model().memorize(random_tokens(1, 9)[0])
+    copy = memory.to(dtype=torch.float32)
+    copy.documents[0].tokens = copy.documents[0].tokens + 1
+    assert not torch.equal(copy.documents[0].tokens, memory.documents[0].tokens)
+    assert copy.k.dtype == torch.float32 and memory.k.dtype == torch.float64
