@@ -49,9 +49,11 @@ def test_any_length_is_read_exactly(length):
 
 def test_reading_never_runs_the_upper_decoder():
     model = tiny_model()
+    ran = []
     for group in model.model.groups:
-        group.register_forward_hook(lambda *_: pytest.fail("the upper decoder ran"))
+        group.register_forward_hook(lambda *_: ran.append(True))
     model.memorize(document(50))
+    assert not ran
 
 
 def test_memory_and_fingerprint_do_not_depend_on_the_upper_decoder():
