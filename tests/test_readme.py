@@ -37,6 +37,16 @@ def hsa(line, folder):
     return result.stdout
 
 
+def test_the_text_of_the_examples_does_not_hold_the_answers_itself():
+    texts = set(
+        re.findall(r"docs/[a-z_]+\.md", " ".join(COMMANDS) + "".join(re.findall(r"```python\n(.*?)```", README, re.S)))
+    )
+    assert texts
+    for name in texts:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert "4821937" not in text and "7301954" not in text
+
+
 def test_the_readme_shows_the_main_commands():
     assert {line.split()[0] for line in COMMANDS} >= {"ask", "generate", "plan", "data", "train", "plot"}
     assert {"make quickstart", "make test"} <= set(SHELL)
