@@ -11,6 +11,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+
+# before any kernel is defined: without a GPU the Triton kernels run under the interpreter
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=15)

@@ -43,8 +43,8 @@ def test_hsa_error_is_at_most_twice_that_of_the_reference_in_bf16(impl, slots):
     upward = random_inputs((2, tokens, 4, 64), seed=2)[0]
 
     def run(backend, device, dtype):
-        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
-        fused = weights.to(device, torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+        leaves = [x.detach().clone().to(device, dtype).requires_grad_() for x in inputs]
+        fused = weights.clone().to(device, torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
         out = hsa_attention(*leaves, indices.to(device), fused, chunk_size=size, causal=True, impl=backend)
         out.backward(upward.to(device, dtype))
         return [out.detach(), *(x.grad for x in leaves), fused.grad]
@@ -80,7 +80,7 @@ def test_window_error_is_at_most_twice_that_of_the_reference_in_bf16():
     segments = (torch.arange(1500) // 700).int().expand(2, -1)
 
     def run(backend, device, dtype):
-        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+        leaves = [x.detach().clone().to(device, dtype).requires_grad_() for x in inputs]
         mine = segments.to(device)
         out = sliding_window_attention(*leaves, window=128, query_segments=mine, key_segments=mine, impl=backend)
         out.square().sum().backward()
@@ -95,7 +95,7 @@ def test_loss_error_is_at_most_twice_that_of_the_reference_in_bf16():
     labels = torch.randint(0, 8192, (3000,), generator=torch.Generator().manual_seed(3))
 
     def run(backend, device, dtype):
-        leaves = [hidden.to(device, dtype).requires_grad_(), (0.05 * weight).to(device, dtype).requires_grad_()]
+        leaves = [x.clone().to(device, dtype).requires_grad_() for x in (hidden, 0.05 * weight)]
         loss = linear_cross_entropy(*leaves, labels.to(device), impl=backend)
         loss.backward()
         return [loss.detach(), *(x.grad for x in leaves)]

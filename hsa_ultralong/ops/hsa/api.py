@@ -5,21 +5,35 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.ops._common import choose_impl, require_shape
+from hsa_ultralong.ops._triton import triton_runs_on
 from hsa_ultralong.ops.hsa.reference import hsa_attention_reference
 from hsa_ultralong.ops.hsa.torch_dense import hsa_attention_dense
 from hsa_ultralong.ops.hsa.torch_gather import hsa_attention_gather
+
+
+def _triton(*args, **options) -> torch.Tensor:
+    from hsa_ultralong.ops.hsa.triton_attention import hsa_attention_triton  # imports triton, which may be missing
+
+    return hsa_attention_triton(*args, **options)
+
 
 _BACKENDS = {
     "reference": hsa_attention_reference,
     "torch_gather": hsa_attention_gather,
     "torch_dense": hsa_attention_dense,
+    "triton": _triton,
 }
+KERNEL_SIZES = (16, 32, 64, 128)
 # the dense path does C / K times the arithmetic of the gathering path, at matmul speed: see README.md
 _DENSE_RATIO = {"cpu": 2, "cuda": 8}
 _DENSE_MIN_TOKENS = 16
 
 
-def _automatic(q: torch.Tensor, num_chunks: int, slots: int) -> str:
+def _automatic(q, k, v, num_chunks: int, slots: int, chunk_size: int, scale: float) -> str:
+    is_plain = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.shape[-1] in KERNEL_SIZES and chunk_size in KERNEL_SIZES and scale > 0
+    if is_plain and fits and triton_runs_on(q):
+        return "triton"
     ratio = _DENSE_RATIO.get(q.device.type, 4)
     return "torch_dense" if q.shape[1] >= _DENSE_MIN_TOKENS and num_chunks <= ratio * slots else "torch_gather"
 
@@ -47,16 +61,18 @@ def hsa_attention(
         chunk_size: S.
         chunk_lengths: (1 or B, C) int32, tokens in each chunk (1..S); None means all full.
         scale: default 1 / sqrt(D).
-        causal: promise that token t selects no chunk beyond t // S (T tokens beside their own chunks); lets the
-            dense path skip tiles.
-        impl: "auto", "torch_gather", "torch_dense" or "reference". "auto" compares the cost of gathering K chunks
-            with that of reading all C (README.md of this folder).
+        causal: promise that token t selects only chunks i with (i + 1) * S <= t (T tokens beside their own chunks,
+            fact 1); lets the paths for full coverage skip tiles.
+        impl: "auto", "triton", "torch_gather", "torch_dense" or "reference". "auto" is "triton" on an NVIDIA GPU for
+            bf16 and fp16; elsewhere it compares the cost of gathering K chunks with that of reading all C
+            (README.md of this folder).
 
     Returns:
         (B, T, Hq, D) in the dtype of q; exactly 0 for a token with no selected chunk.
 
     Raises:
-        ValueError: on shapes that do not fit or an unknown impl.
+        ValueError: on shapes that do not fit, an unknown impl, or shapes or dtypes that impl="triton" does not take.
+        RuntimeError: impl="triton" without an NVIDIA GPU or without the triton package.
     """
     if q.dim() != 4:
         raise ValueError(f"q must be (B, T, Hq, D), got {tuple(q.shape)}")
@@ -81,9 +97,9 @@ def hsa_attention(
             raise ValueError(f"chunk_lengths have batch {chunk_lengths.shape[0]}, required 1 or {batch}")
     if indices.shape[-1] == 0 or num_chunks == 0 or num_tokens == 0:
         return q * 0
-    auto = _automatic(q, num_chunks, indices.shape[-1])
-    backend = _BACKENDS[choose_impl("hsa_attention", impl, tuple(_BACKENDS), auto)]
     scale = dim**-0.5 if scale is None else scale
+    auto = _automatic(q, k, v, num_chunks, indices.shape[-1], chunk_size, scale)
+    backend = _BACKENDS[choose_impl("hsa_attention", impl, tuple(_BACKENDS), auto)]
     return backend(
         q, k, v, indices, weights, chunk_size=chunk_size, chunk_lengths=chunk_lengths, scale=scale, causal=causal
     )

@@ -1,0 +1,63 @@
+"""When the Triton backends can run, and the small helpers that their host code shares. Imports no triton itself."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def is_interpreted() -> bool:
+    """True under TRITON_INTERPRET=1: kernels then run on the CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def _is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=8)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@lru_cache(maxsize=8)
+def num_processors(index: int | None) -> int:
+    """Streaming multiprocessors of a CUDA device; a small number where kernels are interpreted."""
+    if index is None or not torch.cuda.is_available():
+        return 4
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def triton_runs_on(tensor: torch.Tensor) -> bool:
+    """Whether impl="auto" may choose a Triton kernel for this tensor: an NVIDIA GPU from Ampere on."""
+    return tensor.is_cuda and _is_installed() and torch.version.hip is None and _capability(tensor.device.index)[0] >= 8
+
+
+def require_triton(op: str, tensor: torch.Tensor) -> None:
+    """Raise one clear RuntimeError where impl="triton" cannot run."""
+    if not _is_installed():
+        raise RuntimeError(f'{op}: impl="triton" needs the triton package: pip install "hsa-ultralong[kernels]"')
+    if not tensor.is_cuda and not is_interpreted():
+        raise RuntimeError(
+            f'{op}: impl="triton" needs tensors on an NVIDIA GPU, got device {str(tensor.device)!r}; use impl="auto", '
+            "or set TRITON_INTERPRET=1 before Python starts to run the kernels on the CPU, slowly, for tests"
+        )
+    if tensor.is_cuda and _capability(tensor.device.index)[0] < 8:
+        raise RuntimeError(f'{op}: impl="triton" needs compute capability 8.0 or newer; use impl="auto"')
+
+
+def require_kernel_dtype(op: str, tensor: torch.Tensor) -> None:
+    """Raise a ValueError naming the dtypes that the kernels take."""
+    if tensor.dtype not in KERNEL_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
+        raise ValueError(f'{op}: impl="triton" takes {names}, got {tensor.dtype}; use impl="auto"')
+
+
+def next_power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

@@ -1,0 +1,182 @@
+"""Triton kernels in the order of chunks: one chunk against the tokens that selected it (kernel_lists.InverseLists).
+
+A unit is a part of a chunk's list; its sums go to a workspace in fp32 and are added in order by a second kernel, so
+results repeat bit for bit. For full coverage the tokens follow from the position of the chunk and no list exists.
+Derivation: README.md of this folder.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hsa_ultralong.ops.hsa.kernel_tiles import _dot, chunk_softmax
+
+
+@triton.jit
+def _accumulate(
+    grad_k, grad_v, keys, values, row_offset, is_real, w,
+    q, grad_out, lengths, chunk, columns, dims, scale,
+    D: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of rows (token, head) to the sums of one chunk."""
+    operand = row_offset[:, None] * D + dims[None, :]
+    queries = tl.load(q + operand, mask=is_real[:, None], other=0.0)
+    upward = tl.load(grad_out + operand, mask=is_real[:, None], other=0.0)
+    logits = _dot(queries, tl.trans(keys), None, PRECISION)
+    slope = _dot(upward, tl.trans(values), None, PRECISION)
+    p, inverse = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
+    delta = tl.sum(p * slope, 1) * inverse
+    p = p * (w * inverse)[:, None]
+    dz = p * (slope - delta[:, None])
+    grad_v = _dot(tl.trans(p.to(values.dtype)), upward, grad_v, PRECISION)
+    grad_k = _dot(tl.trans(dz.to(keys.dtype)), queries, grad_k, PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit
+def listed_memory_gradient_kernel(
+    q, k, v, weights, lengths, grad_out, pairs, pair_starts, unit_ends, unit_lists, partial,
+    C, K, lists, unit_pairs, scale,
+    HKV, HR, LENGTH_BATCH: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one chunk over the pairs of one unit, into partial (units, Hkv / Hr, 2, S, D) fp32."""
+    unit = tl.program_id(0).to(tl.int64)
+    number = tl.load(unit_lists + unit)  # (memory row, retrieval head, chunk)
+    if number >= lists:
+        return
+    chunk = number % C
+    hr = (number // C) % HR
+    row = (number // C // HR).to(tl.int64)
+    kv_head = hr + tl.program_id(1) * HR
+    first_unit = tl.load(unit_ends + number - 1, mask=number > 0, other=0)
+    first = tl.load(pair_starts + number) + (unit - first_unit) * unit_pairs
+    stop = tl.minimum(first + unit_pairs, tl.load(pair_starts + number + 1))
+    rows = tl.arange(0, BT * GP)
+    columns = tl.arange(0, S)
+    dims = tl.arange(0, D)
+    tile_kv = ((row * C + chunk) * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
+    keys = tl.load(k + tile_kv)
+    values = tl.load(v + tile_kv)
+    if LENGTH_BATCH:
+        lengths += row * C
+    grad_k = tl.zeros((S, D), tl.float32)
+    grad_v = tl.zeros((S, D), tl.float32)
+    head = kv_head * G + rows % GP
+    for start in tl.range(first, stop, BT, num_stages=STAGES):
+        place = start + rows // GP
+        is_real = (place < stop) & (rows % GP < G)
+        pair = tl.load(pairs + place, mask=is_real, other=0)
+        w = tl.load(weights + pair, mask=is_real, other=0.0).to(tl.float32)
+        row_offset = (pair // (K * HR)).to(tl.int64) * (HKV * G) + head
+        grad_k, grad_v = _accumulate(
+            grad_k, grad_v, keys, values, row_offset, is_real, w,
+            q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
+        )  # fmt: skip
+    place = (unit * tl.num_programs(1) + tl.program_id(1)) * (2 * S * D)
+    target = partial + place + columns[:, None] * D + dims[None, :]
+    tl.store(target, grad_k)
+    tl.store(target + S * D, grad_v)
+
+
+@triton.jit
+def covered_memory_gradient_kernel(
+    q, k, v, weights, lengths, grad_out, slot_map, partial,
+    T, C, K, splits, unit_tokens, scale,
+    HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one chunk over tokens split * unit_tokens .. of row b, into partial (B, Hkv, C, splits, 2, S, D)."""
+    chunk = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    kv_head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    hr = kv_head % HR
+    first = split * unit_tokens
+    stop = tl.minimum(first + unit_tokens, T)
+    if CAUSAL:
+        first = tl.maximum(first, (chunk + 1) * S // BT * BT)
+    rows = tl.arange(0, BT * GP)
+    columns = tl.arange(0, S)
+    dims = tl.arange(0, D)
+    kv_row = b if KV_BATCH else b * 0
+    tile_kv = ((kv_row * C + chunk) * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
+    keys = tl.load(k + tile_kv)
+    values = tl.load(v + tile_kv)
+    if LENGTH_BATCH:
+        lengths += b * C
+    slot_map += ((b * HR + hr) * C + chunk) * T
+    grad_k = tl.zeros((S, D), tl.float32)
+    grad_v = tl.zeros((S, D), tl.float32)
+    head = kv_head * G + rows % GP
+    for start in tl.range(first, stop, BT, num_stages=STAGES):
+        token = start + rows // GP
+        is_real = (token < stop) & (rows % GP < G)
+        slot = tl.load(slot_map + token, mask=is_real, other=-1)
+        w = tl.load(weights + ((b * T + token) * HR + hr) * K + slot, mask=slot >= 0, other=0.0).to(tl.float32)
+        row_offset = (b * T + token) * (HKV * G) + head
+        grad_k, grad_v = _accumulate(
+            grad_k, grad_v, keys, values, row_offset, is_real, w,
+            q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
+        )  # fmt: skip
+    place = (((b * HKV + kv_head) * C + chunk) * splits + split) * (2 * S * D)
+    target = partial + place + columns[:, None] * D + dims[None, :]
+    tl.store(target, grad_k)
+    tl.store(target + S * D, grad_v)
+
+
+@triton.jit
+def listed_sum_kernel(
+    partial, unit_ends, grad_k, grad_v, C, logit_scale, HKV, HR, D: tl.constexpr, S: tl.constexpr
+):
+    """dK and dV of one chunk: the sum of its units, in order."""
+    number = tl.program_id(0)
+    share = tl.program_id(1)
+    chunk = number % C
+    hr = (number // C) % HR
+    row = (number // C // HR).to(tl.int64)
+    first = tl.load(unit_ends + number - 1, mask=number > 0, other=0)
+    stop = tl.load(unit_ends + number)
+    columns = tl.arange(0, S)
+    dims = tl.arange(0, D)
+    tile = columns[:, None] * D + dims[None, :]
+    sum_k = tl.zeros((S, D), tl.float32)
+    sum_v = tl.zeros((S, D), tl.float32)
+    place = partial + (first.to(tl.int64) * tl.num_programs(1) + share) * (2 * S * D) + tile
+    for _ in range(first, stop):
+        sum_k += tl.load(place)
+        sum_v += tl.load(place + S * D)
+        place += tl.num_programs(1) * (2 * S * D)
+    target = ((row * C + chunk) * S + columns[:, None]) * (HKV * D) + (hr + share * HR) * D + dims[None, :]
+    tl.store(grad_k + target, (sum_k * logit_scale).to(grad_k.dtype.element_ty))
+    tl.store(grad_v + target, sum_v.to(grad_v.dtype.element_ty))
+
+
+@triton.jit
+def covered_sum_kernel(
+    partial, grad_k, grad_v, B, C, splits, unit_tokens, logit_scale,
+    HKV, KV_BATCH: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one chunk: the sum over rows (for a shared memory) and splits, in order."""
+    chunk = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    rows = 1 if KV_BATCH else B
+    first = (chunk + 1) * S // BT * BT // unit_tokens if CAUSAL else 0
+    columns = tl.arange(0, S)
+    dims = tl.arange(0, D)
+    tile = columns[:, None] * D + dims[None, :]
+    sum_k = tl.zeros((S, D), tl.float32)
+    sum_v = tl.zeros((S, D), tl.float32)
+    place = partial + (((row * HKV + kv_head) * C + chunk) * splits + first) * (2 * S * D) + tile
+    row_step = row * 0 + HKV * C * splits * (2 * S * D)  # int64
+    for b in range(rows):
+        for split in range(splits - first):
+            sum_k += tl.load(place + b * row_step + split * (2 * S * D))
+            sum_v += tl.load(place + b * row_step + split * (2 * S * D) + S * D)
+    target = ((row * C + chunk) * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
+    tl.store(grad_k + target, (sum_k * logit_scale).to(grad_k.dtype.element_ty))
+    tl.store(grad_v + target, sum_v.to(grad_v.dtype.element_ty))

@@ -1,0 +1,195 @@
+"""hsa_attention's Triton kernels against the reference; without a GPU they run under the interpreter, in fp32."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hsa_ultralong.ops import ChunkVisibility, hsa_attention
+from hsa_ultralong.testing.factories import AttentionInputs, random_attention, random_tensor
+
+triton = pytest.importorskip("triton")
+from hsa_ultralong.ops.hsa import kernel_lists, triton_attention  # noqa: E402
+from hsa_ultralong.ops.hsa.kernel_lists import inverse_lists, tile_lists  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE = 16
+# sparse lists, then full coverage (K >= 0.6 C)
+SHAPES = {
+    "group_1": {"group": 1, "kv_heads": 1},
+    "group_3": {"group": 3, "kv_heads": 1, "num_tokens": 9},
+    "group_16": {"group": 16, "kv_heads": 1, "num_tokens": 5},
+    "short_chunks": {"is_short": True, "group": 4, "kv_heads": 1},
+    "two_memory_heads": {"kv_heads": 2, "group": 2, "num_tokens": 9},
+    "retrieval_per_head": {"kv_heads": 2, "heads": 2, "group": 2, "num_tokens": 9},
+    "shared_memory": {"kv_batch": 1, "kv_heads": 1, "is_short": True},
+    "one_slot": {"slots": 1, "kv_heads": 1},
+    "all_empty": {"empty": 1.1, "kv_heads": 1},
+    "one_chunk": {"num_chunks": 1, "slots": 1, "kv_heads": 1},
+    "coverage": {"num_chunks": 3, "slots": 3, "kv_heads": 1, "group": 4, "is_short": True},
+    "coverage_per_head": {"num_chunks": 3, "slots": 2, "kv_heads": 2, "heads": 2, "num_tokens": 9},
+    "coverage_shared_memory": {"num_chunks": 3, "slots": 5, "kv_batch": 1, "kv_heads": 2, "num_tokens": 9},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_launches(monkeypatch):
+    """Tiles of 16 rows, so that a few tokens make several tiles; no path for few tokens unless a test asks for it."""
+    monkeypatch.setattr(triton_attention, "launch_options", lambda *_: triton_attention.LaunchOptions(16, 4, 1))
+    monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 0)
+    monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 32)
+    monkeypatch.setattr(kernel_lists, "_COUNTED_SHARE", 1000)
+
+
+def problem(**options) -> AttentionInputs:
+    inputs = random_attention(**{"num_tokens": 20, "num_chunks": 7, "chunk_size": SIZE, "dim": 16, **options})
+    return AttentionInputs(*(None if x is None else x.to(DEVICE) for x in inputs))
+
+
+def run(inputs, impl, dtype, *, causal=False, chunk_size=SIZE):
+    """Output and the gradients of q, k, v, weights."""
+    leaves = [x.detach().clone().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.weights)]
+    q, k, v, weights = leaves
+    out = hsa_attention(
+        q, k, v, inputs.indices, weights,
+        chunk_size=chunk_size, chunk_lengths=inputs.chunk_lengths, causal=causal, impl=impl,
+    )  # fmt: skip
+    out.backward(random_tensor(*out.shape, seed=77).to(out))
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def assert_close(actual, expected):
+    for left, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(left.double(), right.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_equal_reference_in_output_and_every_gradient(shape):
+    inputs = problem(**SHAPES[shape])
+    assert_close(run(inputs, "triton", torch.float32), run(inputs, "reference", torch.float64))
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+@pytest.mark.parametrize("num_tokens", [31, 70])
+def test_the_causal_promise_changes_nothing_for_a_causal_selection(slots, num_tokens):
+    chunks = 4
+    inputs = problem(num_tokens=num_tokens, num_chunks=chunks, slots=slots, kv_heads=1, batch=1, empty=0.1)
+    seen = ChunkVisibility.causal(1, num_tokens, chunks, SIZE, device=DEVICE).mask()[:, :, None]
+    kept = seen.gather(-1, inputs.indices.long().clamp_min(0)) & (inputs.indices >= 0)
+    inputs = inputs._replace(indices=torch.where(kept, inputs.indices, -1))
+    assert_close(run(inputs, "triton", torch.float32, causal=True), run(inputs, "reference", torch.float64))
+
+
+@pytest.mark.parametrize("shape", ["short_chunks", "retrieval_per_head", "shared_memory", "all_empty", "coverage"])
+def test_few_tokens_without_gradient_take_the_decoding_kernel(monkeypatch, shape):
+    monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 64)
+    monkeypatch.setattr(triton_attention._Problem, "forward", None)
+    inputs = problem(**{**SHAPES[shape], "num_tokens": 3})
+    operands = [x.float() for x in (inputs.q, inputs.k, inputs.v)]
+    arguments = {"chunk_size": SIZE, "chunk_lengths": inputs.chunk_lengths}
+    out = hsa_attention(*operands, inputs.indices, inputs.weights.float(), **arguments, impl="triton")
+    exact = hsa_attention(*inputs[:3], inputs.indices, inputs.weights, **arguments, impl="reference")
+    assert_close([out], [exact])
+
+
+def test_segments_of_tokens_change_nothing(monkeypatch):
+    inputs = problem(kv_heads=1, group=4)
+    whole = run(inputs, "triton", torch.float32)
+    monkeypatch.setattr(triton_attention, "_SEGMENT_BYTES", 1)
+    for left, right in zip(whole, run(inputs, "triton", torch.float32), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_long_slot_lists_shrink_the_tile_to_what_one_program_can_sort(monkeypatch):
+    inputs = problem(kv_heads=1, group=2, slots=3, batch=1)
+    expected = run(inputs, "reference", torch.float64)
+    monkeypatch.setattr(triton_attention, "_SORT_LIMIT", 8)
+    assert_close(run(inputs, "triton", torch.float32), expected)
+
+
+def test_repeats_are_bit_identical_and_every_element_is_written(monkeypatch):
+    inputs = problem(kv_heads=1, group=4)
+    expected = run(inputs, "triton", torch.float32)
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(12345)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+    for left, right in zip(expected, run(inputs, "triton", torch.float32), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_chunks_that_nobody_selected_are_never_read():
+    inputs = problem(kv_heads=1, num_chunks=9)
+    indices = torch.where(inputs.indices == 4, -1, inputs.indices)
+    poisoned = [x.clone() for x in (inputs.k, inputs.v)]
+    for tensor in poisoned:
+        tensor[:, 4 * SIZE : 5 * SIZE] = torch.nan
+    clean = run(inputs._replace(indices=indices), "triton", torch.float32)
+    again = run(inputs._replace(indices=indices, k=poisoned[0], v=poisoned[1]), "triton", torch.float32)
+    for left, right in zip(clean, again, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_tile_lists_hold_the_union_of_their_tokens_and_every_slot():
+    indices = problem(num_tokens=11, num_chunks=6, kv_heads=1, batch=2).indices
+    lists = tile_lists(indices, 4, 6, 1, 2)
+    for b in range(2):
+        for tile in range(2):
+            tokens = indices[b, 4 * (tile + 1) : 4 * (tile + 2), 0].tolist()
+            count = int(lists.counts[b, 0, tile])
+            chunks = lists.chunks[b, 0, tile, :count].tolist()
+            assert chunks == sorted({chunk for row in tokens for chunk in row if chunk >= 0})
+            for u, chunk in enumerate(chunks):
+                expected = [row.index(chunk) if chunk in row else -1 for row in tokens]
+                found = lists.slots[b, 0, tile, u, : len(tokens)].tolist()
+                assert found == expected
+
+
+@pytest.mark.parametrize("by_counting", [True, False])
+@pytest.mark.parametrize(("memory_batch", "heads"), [(1, 1), (2, 1), (2, 2)])
+def test_inverse_lists_hold_every_pair_once_in_order(monkeypatch, memory_batch, heads, by_counting):
+    monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 16)
+    monkeypatch.setattr(kernel_lists, "_COUNTED_SHARE", 1000 if by_counting else 0)
+    indices = problem(kv_heads=heads, heads=heads, num_chunks=5, num_tokens=13).indices
+    lists = inverse_lists(indices, memory_batch, 5, 4)
+    flat = indices.flatten().tolist()
+    number = 0
+    for row in range(memory_batch):
+        for head in range(heads):
+            for chunk in range(5):
+                mine = [
+                    i for i, found in enumerate(flat)
+                    if found == chunk
+                    and (i // indices.shape[3]) % heads == head
+                    and (memory_batch == 1 or i // (indices[0].numel()) == row)
+                ]  # fmt: skip
+                start, stop = lists.pair_starts[number : number + 2].tolist()
+                assert lists.pairs[start:stop].tolist() == mine
+                units = (lists.unit_lists == number).nonzero().flatten().tolist()
+                assert len(units) == -(-len(mine) // 4)
+                number += 1
+
+
+def test_unsupported_operands_are_named():
+    inputs = problem(kv_heads=1, dim=4)
+    with pytest.raises(ValueError, match="head dimension and chunk size in"):
+        run(inputs, "triton", torch.float32)
+    with pytest.raises(ValueError, match="bfloat16, float16, float32"):
+        run(problem(kv_heads=1), "triton", torch.float64)
+
+
+def test_without_a_gpu_one_error_says_so():
+    code = (
+        "import torch; from hsa_ultralong.ops import hsa_attention as f; x = torch.zeros(1, 16, 1, 16)\n"
+        "f(x, x, x, torch.zeros(1, 16, 1, 1).int(), torch.ones(1, 16, 1, 1), chunk_size=16, impl='triton')"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "needs tensors on an NVIDIA GPU, got device 'cpu'" in done.stderr
