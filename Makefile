@@ -12,7 +12,7 @@ CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint report clean results/needles-nano
+.PHONY: help quickstart test lint report clean kernels-aot results/needles-nano
 
 help:  ## show this list
 	@echo "make quickstart   install into .venv and run the guided tour; the report lands in quickstart-report/"
@@ -20,6 +20,7 @@ help:  ## show this list
 	@echo "make lint         ruff and mypy only"
 	@echo "make report       redraw every committed figure from the committed numbers"
 	@echo "make results/needles-nano   measure the needle study again (4 minutes)"
+	@echo "make kernels-aot  compile every variant of the Triton kernels for sm_90; needs no GPU, but the extra \"kernels\""
 	@echo "make clean        delete .venv, caches, build output and quickstart-report/"
 	@echo "Options: PYTHON=python3.12 (3.10 to 3.13), TORCH_INDEX=URL, TEST_WORKERS=2"
 
@@ -42,6 +43,9 @@ report: $(CORE)
 results/needles-nano: $(CORE)
 	$(BIN)/hsa quickstart -o $@ --needles 100 --controls 40
 	mv $@/report.json $@/summary.json && rm $@/needles.png
+
+kernels-aot: $(CORE)
+	TRITON_INTERPRET=0 $(BIN)/python -m hsa_ultralong.testing.aot --all --jobs $(TEST_WORKERS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quickstart-report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""`hsa plot`: draw a training run or needle records; `--all` redraws the project's committed figures."""
+"""`hsa plot`: draw a training run, needle records or operator times; `--all` redraws all committed figures."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ def register(app: typer.Typer) -> None:
 
 def plot(
     source: Annotated[
-        Path | None, typer.Argument(help="A run folder, a report folder, a log.jsonl or records.jsonl.")
+        Path | None, typer.Argument(help="A run folder, a report folder, a log.jsonl, records.jsonl or ops-*.json.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG to write [default: beside the source].")
     ] = None,
-    all_figures: Annotated[bool, typer.Option("--all", help="Redraw every committed figure from results/.")] = False,
+    all_figures: Annotated[bool, typer.Option("--all", help="Redraw every committed figure from its numbers.")] = False,
 ) -> None:
-    """Draw loss and needle accuracy of a run, or the needle map of a report.
+    """Draw loss and needle accuracy of a run, the needle map of a report, or the times of `hsa bench ops`.
 
     Examples:
 
       hsa plot runs/nano
 
       hsa plot quickstart-report -o map.png
+
+      hsa plot benchmarks/results/ops-h200.json
 
       hsa plot --all
     """
@@ -40,14 +42,17 @@ def plot(
             typer.echo(f"written {path}")
         return
     file, kind = _find(source)
-    target = output or file.with_name("needles.png" if kind == "needles" else "loss.png")
-    draw(file, target, kind, f"{source.resolve().name}")
+    name = {"needles": "needles.png", "training": "loss.png", "ops": f"{file.stem}.png"}[kind]
+    target = output or file.with_name(name)
+    draw(file, target, kind, "" if kind == "ops" else f"{source.resolve().name}")
     typer.echo(f"written {target}")
 
 
 def _find(source: Path) -> tuple[Path, str]:
     candidates = [source] if source.is_file() else [source / "log.jsonl", source / "records.jsonl"]
     for file in candidates:
+        if file.is_file() and file.suffix == ".json":
+            return file, "ops"
         if file.is_file():
             return file, "training" if file.name.startswith("log") else "needles"
     raise ValueError(f"{source} holds neither log.jsonl (a run) nor records.jsonl (a needle report)")

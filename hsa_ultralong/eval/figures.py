@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, read_benchmark
 from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl
 
 # source, figure, kind, title
@@ -22,11 +23,21 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
     """Draw one figure from its file."""
     if not source.is_file():
         raise ValueError(f"{source} does not exist: nothing to draw {figure} from")
+    if kind == "ops":
+        plot_ops(read_benchmark(source), figure, title)
+        return
     (plot_needles if kind == "needles" else plot_training)(read_jsonl(source), figure, title)
 
 
+def benchmark_figures(root: Path) -> list[tuple[str, str, str, str]]:
+    """One figure beside each benchmarks/results/ops-<hardware>.json, in the form of FIGURES; titled by its meta."""
+    sources = [path.relative_to(root) for path in sorted(root.glob("benchmarks/results/ops-*.json"))]
+    return [(str(source), str(source.with_suffix(".png")), "ops", "") for source in sources]
+
+
 def draw_all(root: Path) -> list[Path]:
-    """Redraw every figure of FIGURES below `root`; returns the files written."""
-    for source, figure, kind, title in FIGURES:
+    """Redraw every figure of FIGURES and of the benchmarks below `root`; returns the files written."""
+    figures = [*FIGURES, *benchmark_figures(root)]
+    for source, figure, kind, title in figures:
         draw(root / source, root / figure, kind, title)
-    return [root / figure for _, figure, _, _ in FIGURES]
+    return [root / figure for _, figure, _, _ in figures]

@@ -1,0 +1,167 @@
+"""`hsa bench`: measure speed on this machine; `hsa bench ops` puts every operator beside its baselines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsa_ultralong.cli.plan import parse_size
+
+if TYPE_CHECKING:
+    from hsa_ultralong.eval.benchmarks.points import Settings
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+
+_MILLION = 2**20
+_QUICK = {"lengths": (4096, 16_384), "topks": (32,), "decode_chunks": (65_536,), "budget_s": 0.05}
+_ON_CPU = {"lengths": (1024, 4096), "topks": (32,), "decode_chunks": (1024,)}
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(bench, name="bench")
+
+
+@bench.command("ops")
+def bench_ops(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the JSON and the figure.")] = Path(
+        "benchmarks/results"
+    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    lengths: Annotated[str | None, typer.Option(help="Tokens [default: 4K to 256K by doubling].")] = None,
+    longest: Annotated[bool, typer.Option("--max", help="Also 1M tokens, where they fit.")] = False,
+    topk: Annotated[str | None, typer.Option(help="Chunks kept per token [default: 32,16,64].")] = None,
+    ops: Annotated[
+        str | None, typer.Option(help="Some of hsa, full_attention, window, chunk_topk, decode [default: all].")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few sizes, short repeats.")] = False,
+    full_max: Annotated[str, typer.Option(help="Full attention up to this length; it is quadratic.")] = "128K",
+    text: Annotated[Path | None, typer.Option(help="Text for recorded selections [default: Opticks].")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model that reads it [default: checkpoints/nano].")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Name in the file [default: such as h200, cpu2].")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of inputs and selections.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
+) -> None:
+    """Time HSA, retrieval, windows and decoding beside full attention, in one run on one card.
+
+    Writes ops-HARDWARE.json after every operator and draws ops-HARDWARE.png from it. A Triton operator is checked
+    against its reference first and is not timed if it is wrong.
+
+    Examples:
+
+      hsa bench ops --quick
+
+      hsa bench ops --max
+
+      hsa bench ops --ops hsa,full_attention --lengths 32K,64K --topk 32 -o /tmp/bench
+
+      hsa bench ops --device cpu --lengths 256,512 --topk 4
+    """
+    from hsa_ultralong import ops as operators
+    from hsa_ultralong.cli.common import choose_device
+    from hsa_ultralong.eval.benchmarks.ops import OPS, run_ops
+    from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, short_hardware
+    from hsa_ultralong.eval.metadata import hardware as measured_on
+    from hsa_ultralong.eval.metadata import run_metadata
+
+    place = choose_device(device)
+    settings = _settings(place, lengths, topk, full_max, quick, longest, seed)
+    if text is not None and not text.is_file():
+        raise ValueError(f"{text} is no file: give --text a text that the model shall read")
+    name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
+    meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, hardware_name=name, device=place)
+    wanted = tuple(part.strip() for part in ops.split(",")) if ops else OPS
+    path = output / f"ops-{name}.json"
+    result = run_ops(
+        operators, settings, meta, ops=wanted, recorder=_recorder(settings, model, text), path=path,
+        progress=_show,
+    )  # fmt: skip
+    if any(record["op"] in ("hsa", "full_attention", "window") for record in result["records"]):
+        plot_ops(result, path.with_suffix(".png"))
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    _print_tables(result, path)
+
+
+def _settings(
+    device: str, lengths: str | None, topk: str | None, full_max: str, quick: bool, longest: bool, seed: int
+) -> Settings:
+    import torch
+
+    from hsa_ultralong.eval.benchmarks.points import Settings
+
+    fields: dict[str, Any] = {"device": device, "seed": seed, "full_max": parse_size(full_max)}
+    if device == "cpu":
+        fields |= {**_ON_CPU, "dtype": torch.float32}
+    elif quick:
+        fields |= _QUICK
+    if lengths:
+        fields["lengths"] = tuple(parse_size(part) for part in lengths.split(","))
+    if topk:
+        fields["topks"] = tuple(_count(part) for part in topk.split(","))
+    if quick:
+        fields["budget_s"] = _QUICK["budget_s"]
+    if longest:
+        fields["lengths"] = (*fields.get("lengths", Settings.lengths), _MILLION)
+    fields |= {key: tuple(dict.fromkeys(fields[key])) for key in ("lengths", "topks") if key in fields}
+    return Settings(**fields)
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(f"--topk must be whole numbers above 0 such as 16,32, got {text!r}")
+    return int(text)
+
+
+def _processor_name() -> str:
+    import os
+
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"cpu{count}"
+
+
+def _recorder(settings: Settings, folder: Path | None, text: Path | None) -> Any:
+    """Loads model and text when a recorded selection is first wanted; what fails then is noted as a failure."""
+
+    def record(topk: int) -> Any:
+        import torch
+
+        from hsa_ultralong.cli.common import load_model
+        from hsa_ultralong.eval.benchmarks.selections import recorded_lists
+        from hsa_ultralong.eval.haystack import opticks
+
+        network, tokenizer = load_model(folder, settings.device)
+        source = text.read_text(encoding="utf-8") if text else opticks()
+        longest = min(settings.recorded_max, max(settings.lengths))
+        # no token is shorter than a character
+        tokens = torch.tensor(tokenizer(source[: 16 * longest])["input_ids"][:longest])
+        return recorded_lists(network, tokens, topk)
+
+    return record
+
+
+def _show(found: dict[str, Any]) -> None:
+    """One line a point on standard error."""
+    size = (
+        f"T={found['T']:,}" + (f" C={found['C']:,}" if found["C"] else "") + (f" K={found['K']}" if found["K"] else "")
+    )
+    kind = "" if found["selection"] == "none" else f" {found['selection']}"
+    outcome = f"failed: {found['error']}" if "error" in found else f"{found['ms']:.3f} ms"
+    typer.echo(f"{found['op']} {found['impl']} {found['direction']}{kind} {size}: {outcome}", err=True)
+
+
+def _print_tables(result: dict[str, Any], path: Path) -> None:
+    from rich.console import Console
+
+    from hsa_ultralong.eval.benchmarks.ops_report import tables
+
+    console = Console()
+    for table in tables(result):
+        console.print(table)
+    if failures := result["meta"]["failures"]:
+        typer.echo(f'{len(failures)} points failed, see meta["failures"].')
+    typer.echo(f"Written: {path} and {path.with_suffix('.png').name}")

@@ -1,0 +1,153 @@
+"""The suite `ops`: every operator against its baselines, in one run on one card. Called by `hsa bench ops`.
+
+Each point is guarded: what fails is kept under meta["failures"] and the run goes on. The file is written after every
+operator, so a run that is stopped keeps what it measured. tests/eval/test_benchmarks.py.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hsa_ultralong.eval.benchmarks.attention import full_points, hsa_points, window_points
+from hsa_ultralong.eval.benchmarks.guard import Guard
+from hsa_ultralong.eval.benchmarks.points import Point, Settings, one_line
+from hsa_ultralong.eval.benchmarks.retrieval import decode_points, topk_points
+from hsa_ultralong.eval.benchmarks.selections import mean_union, random_lists, shared_lists
+from hsa_ultralong.eval.benchmarks.timing import time_call
+from hsa_ultralong.eval.metadata import write_json
+
+OPS = ("hsa", "full_attention", "window", "chunk_topk", "decode")
+NEIGHBOURS = (4, 8, 16)
+_UNION_TOKENS = 16_384
+
+# K -> lists (T, K) recorded from a model, T as long as the text allows
+Recorder = Callable[[int], np.ndarray]
+# one finished or failed point: a record, or a failure with "error"
+Progress = Callable[[dict[str, Any]], None]
+
+
+class ListStore:
+    """Lists of every selection and K, drawn once for the longest T; shorter ones are prefixes."""
+
+    def __init__(self, settings: Settings, recorder: Recorder | None) -> None:
+        self.settings, self.recorder = settings, recorder
+        self.longest = max(settings.lengths)
+        self.lists: dict[tuple[str, int], np.ndarray] = {}
+        self.failures: list[dict[str, Any]] = []
+        self._unions: dict[str, dict[str, float]] = {}
+
+    def __call__(self, selection: str, num_tokens: int, topk: int) -> np.ndarray | None:
+        if selection == "recorded" and (self.recorder is None or num_tokens > self.settings.recorded_max):
+            return None
+        if (selection, topk) not in self.lists:
+            self.lists[selection, topk] = self._draw(selection, topk)
+        lists = self.lists[selection, topk]
+        return lists[:num_tokens] if len(lists) >= num_tokens else None
+
+    def _draw(self, selection: str, topk: int) -> np.ndarray:
+        settings = self.settings
+        if selection != "recorded":
+            draw = shared_lists if selection == "shared" else random_lists
+            return draw(self.longest, topk, settings.S, settings.seed)
+        assert self.recorder is not None
+        try:
+            return self.recorder(topk)
+        except Exception as error:
+            self.failures.append({"op": "hsa", "selection": "recorded", "K": topk, "error": one_line(error)})
+            return np.empty((0, topk), dtype=np.int32)
+
+    def unions(self) -> dict[str, dict[str, float]]:
+        """Mean union of neighbouring lists per selection and K, over the last _UNION_TOKENS of those that are full."""
+        for (selection, topk), lists in self.lists.items():
+            name, late = f"{selection} K={topk}", lists[-_UNION_TOKENS:]
+            full = late[(late >= 0).all(-1)]
+            if name not in self._unions and len(full) >= max(NEIGHBOURS):
+                self._unions[name] = {str(count): round(mean_union(full, count), 1) for count in NEIGHBOURS}
+        return self._unions
+
+
+def points_of(op: str, operators: Any, settings: Settings, lists: ListStore) -> Iterator[Point]:
+    """The points of one entry of OPS."""
+    if op == "hsa":
+        return hsa_points(operators, settings, lists)
+    if op == "full_attention":
+        return full_points(settings)
+    if op == "window":
+        return window_points(operators, settings)
+    return (topk_points if op == "chunk_topk" else decode_points)(operators, settings)
+
+
+def measure(point: Point, settings: Settings) -> dict[str, Any]:
+    """The record of one point, or its failure: a few fields and "error"."""
+    try:
+        call = point.prepare()
+        timing = time_call(call, settings.device, budget_s=settings.budget_s, use_graph=point.use_graph)
+        peak = timing.peak_bytes
+        return {
+            **point.record(settings), "ms": timing.ms, "ms_low": timing.ms_low, "ms_high": timing.ms_high,
+            "peak_bytes": peak, "repeats": timing.repeats,
+        }  # fmt: skip
+    except Exception as error:
+        return _failure(point, one_line(error))
+
+
+def _failure(point: Point, error: str) -> dict[str, Any]:
+    fields = ("op", "impl", "direction", "selection", "T", "K", "C")
+    return {**{name: getattr(point, name) for name in fields}, "error": error}
+
+
+def _clean_up(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def run_ops(
+    operators: Any,
+    settings: Settings,
+    meta: dict[str, Any],
+    *,
+    ops: tuple[str, ...] = OPS,
+    recorder: Recorder | None = None,
+    path: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure `ops` and return {"meta", "records"}, writing it to `path` after every operator.
+
+    Args:
+        operators: hsa_attention, chunk_topk, sliding_window_attention, ChunkVisibility: `hsa_ultralong.ops`.
+        meta: of eval/metadata.py; "failures" and "unions" are added to it.
+        recorder: gives recorded lists; without one that selection is left out.
+        progress: called with every record and failure.
+
+    Raises:
+        ValueError: for an unknown operator or impossible settings.
+    """
+    unknown = sorted(set(ops) - set(OPS))
+    if unknown or not ops:
+        raise ValueError(f"operators to measure are {', '.join(OPS)}; got {', '.join(unknown) or 'none'}")
+    if min(settings.lengths) < settings.S:
+        raise ValueError(f"lengths must be at least one chunk of {settings.S} tokens, got {min(settings.lengths)}")
+    lists = ListStore(settings, recorder)
+    records: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    guard = Guard(operators, settings)
+    result: dict[str, Any] = {"meta": meta, "records": records}
+    for op in ops:
+        for point in points_of(op, operators, settings, lists):
+            error = guard.refusal(point)
+            found = _failure(point, error) if error else measure(point, settings)
+            (failures if "error" in found else records).append(found)
+            if progress is not None:
+                progress(found)
+            _clean_up(settings.device)
+        meta["failures"], meta["unions"] = [*failures, *lists.failures], lists.unions()
+        if path is not None:
+            write_json(path, result)
+    return result

@@ -1,0 +1,359 @@
+"""Compile the Triton kernels for Hopper (sm_90) on a machine without a GPU and show what each costs the card.
+
+`record_launches()` lets the operators' own host code choose arguments, tiles and warps for CPU tensors and notes every
+launch instead of running it; `compile_for_hopper` compiles one launch and asks cuobjdump for its registers and memory.
+
+    TRITON_INTERPRET=0 python -m hsa_ultralong.testing.aot [--all] [--limit-stack BYTES] [--jobs N] [--only NAME]
+
+exits with code 1 if a kernel fails to compile, does not fit into shared memory, or spills more than the limit. The
+cases are those of aot_cases.py. Triton is imported only when used. tests/testing/test_aot.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+CAPABILITY = 90
+SHARED_LIMIT = 232_448  # bytes that one program may use on an H100 or H200
+_NUM_PROCESSORS = 132
+_DEVICE = -1  # a device number that no real launch uses, so Triton's caches stay apart
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as Triton specialises it: types, constexprs, divisibility and compile options."""
+
+    function: Any
+    signature: dict[str, str]
+    constexprs: dict[Any, Any]
+    attrs: dict[Any, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that share one compiled kernel."""
+        kernel = f"{getattr(self.function, 'module', '')}.{self.name}"
+        return repr((kernel, self.signature, sorted(map(repr, self.constexprs.items())), self.attrs, self.options))
+
+    @property
+    def num_warps(self) -> int:
+        return int(self.options.get("num_warps", 0))
+
+    @property
+    def num_stages(self) -> int:
+        return int(self.options.get("num_stages", 0))
+
+    def describe(self) -> str:
+        """Pointer types once, then the constexprs: "bf16,fp32 BLOCK_T=64 D=64"."""
+        types = [kind.lstrip("*") for kind in self.signature.values() if isinstance(kind, str) and kind.startswith("*")]
+        names = list(self.signature)
+        parts = [",".join(dict.fromkeys(types))]
+        for path, value in self.constexprs.items():
+            place = path[0] if isinstance(path, tuple) else path
+            name = names[place] if isinstance(place, int) else str(place)
+            if name.isupper() and not isinstance(value, str):
+                parts.append(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}")
+        return " ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes per thread (registers, stack and local bytes) and per program (shared bytes)."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+
+    @property
+    def spilled_bytes(self) -> int:
+        return self.stack_bytes + self.local_bytes
+
+
+def is_available() -> bool:
+    """Whether Triton with its NVIDIA tools is installed and its kernels are not interpreted."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return not _is_interpreting(triton) and _cuobjdump().is_file()
+
+
+def _is_interpreting(triton: Any) -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _cuobjdump() -> Path:
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if bundled.is_file():
+        return bundled
+    return Path(triton.knobs.nvidia.cuobjdump.path)
+
+
+def _target() -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", CAPABILITY, 32)
+
+
+def _hopper_driver() -> Any:
+    """Stands in for the CUDA driver as far as Triton's launcher asks it about the card."""
+    properties = {"multiprocessor_count": _NUM_PROCESSORS, "max_shared_mem": SHARED_LIMIT, "warpSize": 32}
+    return SimpleNamespace(
+        get_current_device=lambda: _DEVICE,
+        set_current_device=lambda device: None,
+        get_current_stream=lambda device=None: 0,
+        get_current_target=_target,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        get_device_interface=lambda: torch.cuda,
+        utils=SimpleNamespace(get_device_properties=lambda device=None: properties),
+    )
+
+
+@contextmanager
+def _replaced_functions() -> Iterator[None]:
+    """Let the operators' host code believe in a Hopper card, in every module that holds these functions."""
+    from hsa_ultralong.ops import _triton
+
+    replacements: dict[Any, Any] = {}
+    for name, new in (
+        ("require_triton", lambda op, tensor: None),
+        ("is_interpreted", lambda: False),
+        ("num_processors", lambda index=None: _NUM_PROCESSORS),
+    ):
+        if hasattr(_triton, name):
+            replacements[getattr(_triton, name)] = new
+
+    def swap(table: dict[Any, Any]) -> None:
+        for module in [m for key, m in list(sys.modules.items()) if key.startswith("hsa_ultralong.ops")]:
+            for name, value in list(vars(module).items()):
+                if callable(value) and getattr(value, "__hash__", None) and value in table:
+                    setattr(module, name, table[value])
+
+    swap(replacements)
+    try:
+        yield
+    finally:
+        # also modules that were first imported meanwhile
+        swap({new: old for old, new in replacements.items()})
+
+
+def _hopper_properties(device: Any = None) -> Any:
+    return SimpleNamespace(
+        multi_processor_count=_NUM_PROCESSORS, major=9, minor=0, shared_memory_per_block_optin=SHARED_LIMIT,
+        name="H200", total_memory=141 * 2**30, L2_cache_size=50 * 2**20,
+    )  # fmt: skip
+
+
+def _patches() -> list[Any]:
+    """torch.cuda's questions about the card, and tensors of zeros where a kernel would have written."""
+    cuda = torch.cuda
+    return [
+        mock.patch.object(cuda, "device", lambda device=None: contextlib.nullcontext()),
+        mock.patch.object(cuda, "device_of", lambda tensor=None: contextlib.nullcontext()),
+        mock.patch.object(cuda, "current_device", lambda: 0),
+        mock.patch.object(cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
+        mock.patch.object(cuda, "synchronize", lambda device=None: None),
+        mock.patch.object(cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(cuda, "get_device_capability", lambda device=None: (9, 0)),
+        mock.patch.object(cuda, "get_device_properties", _hopper_properties),
+        mock.patch.object(torch, "empty", torch.zeros),
+        mock.patch.object(torch, "empty_like", torch.zeros_like),
+        mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+    ]
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Note every launch of a Triton kernel on CPU tensors instead of running it; each distinct launch once.
+
+    Outputs of kernels stay zero, so values computed from them mean nothing.
+
+    Raises:
+        RuntimeError: if the kernels are interpreted (TRITON_INTERPRET=1), for then there is nothing to compile.
+    """
+    import triton
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    if _is_interpreting(triton):
+        raise RuntimeError("launches can be recorded only with TRITON_INTERPRET=0: interpreted kernels have no code")
+    found: dict[str, Launch] = {}
+    run = JITFunction.run
+    order = list(inspect.signature(JITFunction._do_compile).parameters)
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(order[1:], args, strict=False)), **kwargs}
+        constexprs = given.get("constexprs", given.get("constants"))
+        options = {key: value for key, value in vars(given["options"]).items() if key != "extern_libs"}
+        launch = Launch(self, dict(given["signature"]), dict(constexprs or {}), dict(given["attrs"]), options)
+        found.setdefault(launch.key, launch)
+
+    def run_nothing(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    def run_every_configuration(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.prune_configs(kwargs):
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    result: list[Launch] = []
+    previous = driver._active
+    driver.set_active(_hopper_driver())
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(JITFunction, "run", run_nothing))
+            stack.enter_context(mock.patch.object(JITFunction, "_do_compile", note))
+            stack.enter_context(mock.patch.object(Autotuner, "run", run_every_configuration))
+            stack.enter_context(_replaced_functions())
+            for patch in _patches():
+                stack.enter_context(patch)
+            yield result
+    finally:
+        driver._active = previous
+        result.extend(found.values())
+
+
+def compile_for_hopper(launch: Launch) -> Resources:
+    """Compile one recorded launch for sm_90 and read its costs from the machine code."""
+    import triton
+    from triton.compiler import ASTSource
+
+    source = ASTSource(launch.function, launch.signature, launch.constexprs, launch.attrs)
+    kernel = triton.compile(source, target=_target(), options=dict(launch.options))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(kernel.asm["cubin"])
+        command = [str(_cuobjdump()), "--dump-resource-usage", str(file)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    usage = parse_resource_usage(text)
+    shared = max(int(getattr(kernel.metadata, "shared", 0)), usage.get("SHARED", 0))
+    return Resources(launch.name, usage["REG"], usage["STACK"], usage["LOCAL"], shared)
+
+
+def parse_resource_usage(text: str) -> dict[str, int]:
+    """cuobjdump's "REG:168 STACK:0 SHARED:0 LOCAL:0 ...", the largest where there are several functions.
+
+    Raises:
+        ValueError: if the text has no such line.
+    """
+    usage: dict[str, int] = {}
+    for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text):
+        usage[name] = max(usage.get(name, 0), int(value))
+    if not {"REG", "STACK", "LOCAL"} <= set(usage):
+        raise ValueError(f"cuobjdump reported no resource usage: {text.strip()[:200]!r}")
+    return usage
+
+
+def collect(cases: Sequence[tuple[str, Callable[[], None]]]) -> tuple[list[Launch], list[str], list[str]]:
+    """Distinct launches of all cases, then failures, then operators that have no Triton backend yet."""
+    launches: dict[str, Launch] = {}
+    failures: list[str] = []
+    absent: dict[str, None] = {}
+    for name, case in cases:
+        error: Exception | None = None
+        with record_launches() as found:
+            try:
+                case()
+            except Exception as raised:
+                error = raised
+        for launch in found:
+            launches.setdefault(launch.key, launch)
+        if error is not None and "impl='triton' is not available" in str(error):
+            absent[name.split(" ")[0]] = None
+        elif error is not None:
+            failures.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return list(launches.values()), failures, list(absent)
+
+
+_found: list[Launch] = []  # read by the processes that _compile_all forks
+
+
+def _compile_number(number: int) -> Resources | str:
+    try:
+        return compile_for_hopper(_found[number])
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _compile_all(launches: list[Launch], jobs: int) -> Iterator[tuple[Launch, Resources | str]]:
+    _found[:] = launches
+    if jobs == 1:
+        yield from ((launch, _compile_number(number)) for number, launch in enumerate(launches))
+        return
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from zip(launches, pool.imap(_compile_number, range(len(launches))), strict=True)
+
+
+def report(launches: list[Launch], limit_stack: int, jobs: int, write: Callable[[str], object]) -> int:
+    """Write one line per kernel; returns how many failed, did not fit or spilled more than `limit_stack` bytes."""
+    bad = 0
+    columns = ("warps", "stages", "registers", "stack", "local", "shared")
+    write(f"{'kernel':<32}" + "".join(f"{name:>10}" for name in columns) + "  constexprs\n")
+    for launch, resources in _compile_all(launches, jobs):
+        if isinstance(resources, str):
+            bad += 1
+            write(f"{launch.name:<32} FAILED  {launch.describe()}\n    {resources}\n")
+            continue
+        values = (launch.num_warps, launch.num_stages, resources.registers, resources.stack_bytes,
+                  resources.local_bytes, resources.shared_bytes)  # fmt: skip
+        verdict = ""
+        if resources.spilled_bytes > limit_stack:
+            verdict = f"  SPILLS more than {limit_stack} bytes"
+        if resources.shared_bytes > SHARED_LIMIT:
+            verdict += f"  SHARED memory above {SHARED_LIMIT} bytes"
+        bad += bool(verdict)
+        write(f"{launch.name:<32}" + "".join(f"{value:>10,}" for value in values))
+        write(f"  {launch.describe()}{verdict}\n")
+    return bad
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hsa_ultralong.testing.aot", description="Triton kernels on sm_90")
+    parser.add_argument("--all", action="store_true", help="every supported variant instead of three shapes")
+    parser.add_argument("--limit-stack", type=int, default=0, help="bytes a thread may spill (default 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="compile in this many processes")
+    parser.add_argument("--only", default="", help="cases or kernels whose name contains this")
+    options = parser.parse_args(arguments)
+    from hsa_ultralong.testing.aot_cases import operator_cases
+
+    cases = operator_cases(is_complete=options.all)
+    chosen = [case for case in cases if options.only in case[0]] or cases
+    launches, failures, absent = collect(chosen)
+    if chosen is cases:
+        launches = [launch for launch in launches if options.only in launch.name]
+    bad = report(launches, options.limit_stack, max(1, options.jobs), sys.stdout.write)
+    for failure in failures:
+        sys.stdout.write(f"FAILED before all launches were made: {failure}\n")
+    for name in absent:
+        sys.stdout.write(f'{name} has no impl="triton" yet\n')
+    sys.stdout.write(f"{len(launches)} kernels compiled for sm_{CAPABILITY}, {bad + len(failures)} failed\n")
+    return 1 if bad or failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

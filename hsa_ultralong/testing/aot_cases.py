@@ -1,0 +1,115 @@
+"""The operator calls whose Triton kernels aot.py compiles: forward and backward, training shapes and one query.
+
+The tensors are on the CPU and hold noise; only shapes, dtypes and alignment reach the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from hsa_ultralong.ops import ChunkVisibility, chunk_topk, hsa_attention, sliding_window_attention
+
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One setting of the operators; letters as in docs/architecture.md."""
+
+    T: int = 2048
+    Hq: int = 16
+    Hkv: int = 1
+    D: int = 64
+    S: int = 64
+    K: int = 32
+    R: int = 256
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"T={self.T} Hq={self.Hq} Hkv={self.Hkv} D={self.D} S={self.S} K={self.K} R={self.R} {dtype}"
+
+
+# the benchmark's shape first
+SHAPES = (
+    Shape(T=32_768),
+    Shape(Hq=2, Hkv=2, D=128, S=128, K=16, R=128, dtype=torch.float16),
+    Shape(D=32, S=32, K=16, R=64, dtype=torch.float16),
+)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def all_shapes() -> Iterator[Shape]:
+    """SHAPES and every group size, head dimension, chunk size and dtype that the kernels take."""
+    yield from SHAPES
+    for group, dim, size, dtype in product((1, 2, 4, 8, 16), (32, 64, 128), (32, 64, 128), _DTYPES):
+        yield Shape(Hq=group, D=dim, S=size, dtype=dtype)
+
+
+def _noise(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def _run_hsa(shape: Shape, num_queries: int, is_training: bool) -> None:
+    chunks = shape.T // shape.S
+    q = _noise(1, num_queries, shape.Hq, shape.D, dtype=shape.dtype, grad=is_training)
+    k, v = (_noise(1, shape.T, shape.Hkv, shape.D, dtype=shape.dtype, grad=is_training) for _ in range(2))
+    indices = torch.randint(chunks, (1, num_queries, 1, min(shape.K, chunks)), dtype=torch.int32)
+    indices = indices.sort(-1, descending=True).values
+    weights = torch.rand(indices.shape).requires_grad_(is_training)
+    out = hsa_attention(q, k, v, indices, weights, chunk_size=shape.S, causal=is_training, impl="triton")
+    if is_training:
+        out.backward(torch.ones_like(out))
+
+
+def _run_topk(shape: Shape, num_queries: int, is_training: bool, chunks: int, use_noise: bool = False) -> None:
+    query = _noise(1, num_queries, 1, shape.R, dtype=shape.dtype, grad=is_training)
+    landmarks = _noise(1, chunks, 1, shape.R, dtype=shape.dtype, grad=is_training)
+    visible = ChunkVisibility.causal(1, num_queries, chunks, shape.S)
+    temperature = torch.ones(1, requires_grad=is_training) if use_noise else None
+    _, scores = chunk_topk(
+        query, landmarks, visible, topk=shape.K, temperature=temperature, noise_seed=1 if use_noise else None,
+        impl="triton",
+    )  # fmt: skip
+    if is_training:
+        scores.backward(torch.ones_like(scores))
+
+
+def _run_window(shape: Shape, is_training: bool) -> None:
+    q = _noise(1, shape.T, shape.Hq, shape.D, dtype=shape.dtype, grad=is_training)
+    k, v = (_noise(1, shape.T, shape.Hkv, shape.D, dtype=shape.dtype, grad=is_training) for _ in range(2))
+    out = sliding_window_attention(q, k, v, window=WINDOW, impl="triton")
+    if is_training:
+        out.backward(torch.ones_like(out))
+
+
+def _with_shape(call: Callable[..., None], *arguments: object) -> Callable[[], None]:
+    return lambda: call(*arguments)
+
+
+def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], None]]]:
+    """Named calls of the public operators with impl="triton"; the name begins with the operator's."""
+    cases: list[tuple[str, Callable[[], None]]] = []
+    seen = set()
+    for shape in all_shapes() if is_complete else SHAPES:
+        cases += [
+            (f"hsa_attention training {shape}", _with_shape(_run_hsa, shape, shape.T, True)),
+            (f"hsa_attention forward {shape}", _with_shape(_run_hsa, shape, shape.T, False)),
+            (f"hsa_attention decode {shape}", _with_shape(_run_hsa, shape, 1, False)),
+            (f"sliding_window_attention training {shape}", _with_shape(_run_window, shape, True)),
+        ]
+        retrieval = (shape.K, shape.R, shape.dtype)
+        if retrieval in seen:
+            continue
+        seen.add(retrieval)
+        chunks = shape.T // shape.S
+        cases += [
+            (f"chunk_topk training {shape}", _with_shape(_run_topk, shape, shape.T, True, chunks)),
+            (f"chunk_topk noise {shape}", _with_shape(_run_topk, shape, shape.T, True, chunks, True)),
+            (f"chunk_topk decode {shape}", _with_shape(_run_topk, shape, 1, False, 16_384)),
+        ]
+    return cases

@@ -1,0 +1,59 @@
+"""`hsa bench ops` on a CPU with tiny sizes: the file, the figure, the printed JSON, and refusals in one line."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli.main import app
+
+
+def hsa(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+SMALL = ("bench", "ops", "--device", "cpu", "--quick", "--lengths", "64,128", "--topk", 2)
+
+
+def test_bench_ops_writes_json_and_figure_and_plot_draws_it_again(tmp_path):
+    result = hsa(*SMALL, "--ops", "hsa,full_attention", "-o", tmp_path, "--hardware", "test")
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "ops-test.json").read_text())
+    assert {"command", "commit", "date", "hardware", "versions", "seed", "failures"} <= set(written["meta"])
+    assert {record["T"] for record in written["records"]} == {64, 128}
+    figure = tmp_path / "ops-test.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert "ops-test.json" in result.stdout and "SDPA" in result.stdout
+    figure.unlink()
+    assert hsa("plot", tmp_path / "ops-test.json").exit_code == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_ops_prints_only_json_on_request(tmp_path):
+    result = hsa(*SMALL, "--ops", "full_attention", "-o", tmp_path, "--json", "--seed", 3)
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["meta"]["seed"] == 3 and len(printed["records"]) == 4
+    assert len(list(tmp_path.glob("ops-cpu*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--ops", "wrong"), "operators to measure are"),
+        (("--lengths", "ten"), "expected a number of tokens"),
+        (("--lengths", "32"), "at least one chunk of 64"),
+        (("--topk", "0"), "whole numbers above 0"),
+        (("--text", "no-such-file"), "is no file"),
+    ],
+)
+def test_bench_ops_refuses_bad_input_in_one_line(arguments, words, tmp_path):
+    result = hsa("bench", "ops", "--device", "cpu", "-o", tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and words in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_help_of_bench_shows_examples():
+    result = hsa("bench", "ops", "--help")
+    assert result.exit_code == 0 and "hsa bench ops --quick" in result.stdout
+    assert "ops" in hsa("bench", "--help").stdout
