@@ -103,3 +103,12 @@ def test_bad_arguments_raise_one_clear_error(change, message):
     arguments = {"hidden": hidden, "weight": weight, "labels": labels, **change}
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("labels"), **arguments)
+
+
+def test_under_autocast_the_operands_are_those_of_a_linear_layer():
+    hidden, weight = random_tensor(40, 8, dtype=torch.float32), random_tensor(11, 8, seed=1, dtype=torch.float32)
+    labels = torch.randint(11, (40,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, linear_cross_entropy(hidden.bfloat16(), weight, labels))

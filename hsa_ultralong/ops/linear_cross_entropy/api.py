@@ -22,7 +22,8 @@ def linear_cross_entropy(
     """Sum over tokens of -log softmax(hidden @ weight^T)[label].
 
     Args:
-        hidden: (N, M). weight: (V, M). labels: (N,) int64, already shifted; `ignore_index` counts nothing.
+        hidden: (N, M), under autocast taken in its dtype, as a linear layer would. weight: (V, M).
+        labels: (N,) int64, already shifted; `ignore_index` counts nothing.
         impl: "auto", "torch" or "reference".
 
     Returns:
@@ -34,5 +35,8 @@ def linear_cross_entropy(
     require_shape("hidden", hidden, (None, None))
     require_shape("weight", weight, (None, hidden.shape[1]))
     require_shape("labels", labels, (hidden.shape[0],))
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     backend = _BACKENDS[choose_impl("linear_cross_entropy", impl, tuple(_BACKENDS), "torch")]
     return backend(hidden, weight, labels, ignore_index=ignore_index)
