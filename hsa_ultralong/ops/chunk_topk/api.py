@@ -5,11 +5,27 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.ops._common import accumulation_dtype, choose_impl, require_shape
+from hsa_ultralong.ops._triton import triton_runs_on
 from hsa_ultralong.ops.chunk_topk.reference import chunk_topk_reference
 from hsa_ultralong.ops.chunk_topk.torch_blocked import chunk_topk_torch
 from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
 
-_BACKENDS = {"reference": chunk_topk_reference, "torch": chunk_topk_torch}
+
+def _triton(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    from hsa_ultralong.ops.chunk_topk.triton_topk import chunk_topk_triton  # imports triton, which may be missing
+
+    return chunk_topk_triton(*args, **options)
+
+
+_BACKENDS = {"reference": chunk_topk_reference, "torch": chunk_topk_torch, "triton": _triton}
+# what the kernels take
+_MOST_DIMENSIONS, _MOST_KEPT = 512, 256
+
+
+def _automatic(query: torch.Tensor, landmarks: torch.Tensor, topk: int) -> str:
+    is_plain = query.dtype == landmarks.dtype and query.dtype in (torch.bfloat16, torch.float16)
+    fits = query.shape[-1] <= _MOST_DIMENSIONS and (topk <= _MOST_KEPT or topk >= landmarks.shape[1])
+    return "triton" if is_plain and fits and triton_runs_on(query) else "torch"
 
 
 def chunk_topk(
@@ -33,7 +49,7 @@ def chunk_topk(
         scale: default 1 / sqrt(R).
         temperature: positive scalar or (Hr,); a tensor receives its gradient.
         noise_seed: adds counter-based Gumbel noise to the scores for the choice only (training).
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference". "auto" is "triton" on an NVIDIA GPU for bf16 and fp16.
 
     Returns:
         indices (B, T, Hr, min(K, C)) int32 in descending chunk index (most recent first), empty slots last as -1;
@@ -41,7 +57,8 @@ def chunk_topk(
         lower chunk index. Gradients reach query, landmarks and temperature through the kept pairs only.
 
     Raises:
-        ValueError: on shapes that do not fit, topk < 1 or an unknown impl.
+        ValueError: on shapes that do not fit, topk < 1, an unknown impl, or what impl="triton" does not take.
+        RuntimeError: impl="triton" without an NVIDIA GPU or without the triton package.
     """
     if query.dim() != 4:
         raise ValueError(f"query must be (B, T, Hr, R), got {tuple(query.shape)}")
@@ -64,5 +81,5 @@ def chunk_topk(
         factor = factor.to(accumulation_dtype(query.dtype))
         if factor.dim() == 1:
             factor = factor[:, None]  # (Hr, 1)
-    backend = _BACKENDS[choose_impl("chunk_topk", impl, tuple(_BACKENDS), "torch")]
+    backend = _BACKENDS[choose_impl("chunk_topk", impl, tuple(_BACKENDS), _automatic(query, landmarks, topk))]
     return backend(query, landmarks, visible, topk=topk, factor=factor, noise_seed=noise_seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide
+from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
 from hsa_ultralong.ops.chunk_topk.noise import gumbel_noise
 from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
 
@@ -78,28 +79,7 @@ class _SelectedProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, grad):
         query, landmarks, indices = ctx.saved_tensors
-        batch, num_tokens, heads, dim = query.shape
-        num_chunks = landmarks.shape[1]
-        dtype = accumulation_dtype(query.dtype)
-        grad_query = torch.empty_like(query)
-        grad_landmarks = torch.zeros(landmarks.shape, dtype=dtype, device=query.device)
-        shared = landmarks.shape[0] == 1
-        for start, stop in blocks(num_tokens, max(1, _BLOCK_ELEMENTS // max(1, batch * heads * num_chunks))):
-            index = indices[:, start:stop].long()
-            pairs = grad[:, start:stop].to(dtype).masked_fill(index < 0, 0.0)
-            # slots of one token hold different chunks (empty ones add zero), so this is a plain scatter
-            dense = pairs.new_zeros(*pairs.shape[:-1], num_chunks).scatter_add_(-1, index.clamp_min(0), pairs)
-            dense = dense.transpose(1, 2)  # (B, Hr, t, C)
-            rows = query[:, start:stop].transpose(1, 2).to(dtype)  # (B, Hr, t, R)
-            columns = landmarks.transpose(1, 2).to(dtype)  # (1 or B, Hr, C, R)
-            grad_query[:, start:stop] = (dense @ columns).transpose(1, 2)
-            if shared:
-                flat = dense.transpose(0, 1).reshape(heads, -1, num_chunks)  # (Hr, B*t, C)
-                update = flat.transpose(1, 2) @ rows.transpose(0, 1).reshape(heads, -1, dim)  # (Hr, C, R)
-                grad_landmarks += update.transpose(0, 1)[None]
-            else:
-                grad_landmarks += (dense.transpose(2, 3) @ rows).transpose(1, 2)  # (B, C, Hr, R)
-        return grad_query, grad_landmarks.to(landmarks.dtype), None, None, None, None
+        return *product_gradients(query, landmarks, indices, grad), None, None, None, None
 
 
 @torch.compiler.disable

@@ -1,0 +1,259 @@
+"""Triton kernels of chunk_topk: scores of a tile of queries against blocks of landmarks, masked, ranked and kept.
+
+A candidate is one int64: the fp32 ranking, mapped so that integers sort like it, above the complement of the chunk
+index; so larger is better and ties go to the lower index. Derivation: README.md of this folder.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FOREIGN_NUMBER = {"hidden": 0, "past": 1, "earlier": 2}
+_WORST = tl.constexpr(-(2**63))
+_INDEX_MASK = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _visible(segment, position, chunk_segment, chunk_end, FOREIGN: tl.constexpr):
+    """visibility.ChunkVisibility.mask: query values broadcast against chunk values."""
+    mask = (chunk_segment == segment) & (chunk_end <= position)
+    if FOREIGN == 1:
+        mask = mask | ((chunk_segment != segment) & (chunk_segment >= 0))
+    if FOREIGN == 2:
+        mask = mask | ((chunk_segment < segment) & (chunk_segment >= 0))
+    mask = mask | (chunk_segment == -1)
+    return mask & (segment != -1) & (chunk_segment != -2)
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _gumbel(seed, b, token, hr, chunk):
+    """noise.gumbel_noise: token and chunk broadcast."""
+    state = _mix(b.to(tl.uint32) + seed.to(tl.uint32, bitcast=True))
+    state = _mix(state + token.to(tl.uint32))
+    state = _mix(state + hr.to(tl.uint32))
+    state = _mix(state + chunk.to(tl.uint32))
+    uniform = ((state >> 9).to(tl.float32) + 0.5) * (2.0**-23)
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _pack(ranking, chunk, mask):
+    """Candidates; invisible chunks become the worst one."""
+    bits = (ranking + 0.0).to(tl.int32, bitcast=True)  # + 0.0 removes -0.0
+    ordered = tl.where(bits < 0, bits ^ _INDEX_MASK, bits).to(tl.int64)
+    return tl.where(mask, (ordered << 32) | (chunk ^ _INDEX_MASK).to(tl.int64), _WORST)
+
+
+@triton.jit
+def _newest_first(best, slot, K):
+    """The first K candidates (sorted) in descending chunk index: (index, ranking, whether there is one)."""
+    best = tl.where(slot < K, best, _WORST)
+    chunk = (best & _INDEX_MASK) ^ _INDEX_MASK
+    by_index = tl.sort(tl.where(best == _WORST, _WORST, (chunk << 32) | ((best >> 32) & 0xFFFFFFFF)), descending=True)
+    found = by_index != _WORST
+    ordered = by_index.to(tl.int32)
+    bits = tl.where(ordered < 0, ordered ^ _INDEX_MASK, ordered)
+    return (by_index >> 32).to(tl.int32), bits.to(tl.float32, bitcast=True), found
+
+
+@triton.jit(do_not_specialize=["seed"])
+def select_kernel(
+    query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
+    T, C, K, HR, seed,
+    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
+    FOREIGN: tl.constexpr, NOISE: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The K best visible chunks of BT tokens: blocks of landmarks stream past a sorted list of KP candidates."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tokens see more: start with them
+    hr = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    token = tile * BT + tl.arange(0, BT)
+    is_real = token < T
+    dims = tl.arange(0, RP)
+    scale = tl.load(factor + hr)
+    queries = tl.load(
+        query + ((b * T + token[:, None]) * HR + hr) * R + dims[None, :],
+        mask=is_real[:, None] & (dims < R)[None, :], other=0.0,
+    )  # fmt: skip
+    segment = tl.load(query_segment + b * T + token, mask=is_real, other=-1)
+    position = tl.load(query_position + b * T + token, mask=is_real, other=0)
+    if LANDMARK_ROWS:
+        landmarks += b * C * HR * R
+    if CHUNK_ROWS:
+        chunk_segment += b * C
+        chunk_end += b * C
+    landmarks += hr * R
+    best = tl.full((BT, KP), _WORST, tl.int64)
+    for start in range(0, C, BC):
+        chunk = start + tl.arange(0, BC)
+        exists = chunk < C
+        ends = tl.load(chunk_end + chunk, mask=exists, other=0)
+        owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
+        mask = _visible(segment[:, None], position[:, None], owners[None, :], ends[None, :], FOREIGN)
+        if tl.max(tl.max(mask.to(tl.int32), 1), 0) > 0:
+            block = tl.load(
+                landmarks + chunk.to(tl.int64)[:, None] * (HR * R) + dims[None, :],
+                mask=exists[:, None] & (dims < R)[None, :], other=0.0,
+            )  # fmt: skip
+            ranking = tl.dot(queries, tl.trans(block), input_precision=PRECISION) * scale
+            if NOISE:
+                ranking += _gumbel(seed, b, token[:, None], hr, chunk[None, :])
+            keys = _pack(ranking, chunk[None, :], mask)
+            # both lists descend: their larger halves, one reversed, are the KP best of all
+            best = tl.sort(tl.maximum(best, tl.flip(tl.topk(keys, KP), 1)), descending=True)
+    slot = tl.arange(0, KP)[None, :]
+    chosen, ranking, found = _newest_first(best, slot, K)
+    place = ((b * T + token[:, None]) * HR + hr) * K + slot
+    kept = is_real[:, None] & (slot < K)
+    tl.store(indices + place, tl.where(found, chosen, -1), mask=kept)
+    tl.store(scores + place, tl.where(found, ranking, float("-inf")), mask=kept)
+
+
+@triton.jit
+def kept_scores_kernel(
+    query, landmarks, factor, indices, scores, T, C, K, HR,
+    R: tl.constexpr, RP: tl.constexpr, BK: tl.constexpr, LANDMARK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """factor * <query, landmark> of the kept pairs of one token: the scores without the noise of the choice."""
+    row = tl.program_id(0).to(tl.int64)  # (b * T + t) * HR + hr
+    b = row // HR // T
+    hr = row % HR
+    dims = tl.arange(0, RP)
+    q = tl.load(query + row * R + dims, mask=dims < R, other=0.0).to(tl.float32)
+    if LANDMARK_ROWS:
+        landmarks += b * C * HR * R
+    scale = tl.load(factor + hr)
+    for start in range(0, K, BK):
+        slot = start + tl.arange(0, BK)
+        chunk = tl.load(indices + row * K + slot, mask=slot < K, other=-1)
+        found = chunk >= 0
+        block = tl.load(
+            landmarks + (chunk.to(tl.int64)[:, None] * HR + hr) * R + dims[None, :],
+            mask=found[:, None] & (dims < R)[None, :], other=0.0,
+        )  # fmt: skip
+        score = tl.sum(block.to(tl.float32) * q[None, :], 1) * scale
+        tl.store(scores + row * K + slot, tl.where(found, score, float("-inf")), mask=slot < K)
+
+
+@triton.jit
+def cover_kernel(
+    query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
+    T, C, K, HR,
+    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    FOREIGN: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Full coverage, K >= C: every visible chunk goes to the slot that the newer ones leave; nothing is ranked."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    hr = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    token = tile * BT + tl.arange(0, BT)
+    is_real = token < T
+    dims = tl.arange(0, RP)
+    scale = tl.load(factor + hr)
+    queries = tl.load(
+        query + ((b * T + token[:, None]) * HR + hr) * R + dims[None, :],
+        mask=is_real[:, None] & (dims < R)[None, :], other=0.0,
+    )  # fmt: skip
+    segment = tl.load(query_segment + b * T + token, mask=is_real, other=-1)
+    position = tl.load(query_position + b * T + token, mask=is_real, other=0)
+    if LANDMARK_ROWS:
+        landmarks += b * C * HR * R
+    if CHUNK_ROWS:
+        chunk_segment += b * C
+        chunk_end += b * C
+    landmarks += hr * R
+    row = ((b * T + token) * HR + hr) * K
+    filled = tl.zeros((BT,), tl.int32)
+    blocks = tl.cdiv(C, BC)
+    for number in range(0, blocks):
+        chunk = (blocks - 1 - number) * BC + tl.arange(0, BC)
+        exists = chunk < C
+        ends = tl.load(chunk_end + chunk, mask=exists, other=0)
+        owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
+        mask = _visible(segment[:, None], position[:, None], owners[None, :], ends[None, :], FOREIGN)
+        seen = mask.to(tl.int32)
+        if tl.max(tl.max(seen, 1), 0) > 0:
+            block = tl.load(
+                landmarks + chunk.to(tl.int64)[:, None] * (HR * R) + dims[None, :],
+                mask=exists[:, None] & (dims < R)[None, :], other=0.0,
+            )  # fmt: skip
+            score = tl.dot(queries, tl.trans(block), input_precision=PRECISION) * scale
+            total = tl.sum(seen, 1)
+            slot = filled[:, None] + total[:, None] - tl.cumsum(seen, 1)
+            filled += total
+            tl.store(indices + row[:, None] + slot, tl.broadcast_to(chunk[None, :], (BT, BC)), mask=mask)
+            tl.store(scores + row[:, None] + slot, score, mask=mask)
+    empty = tl.arange(0, BC)
+    for start in range(0, K, BC):
+        slot = start + empty[None, :]
+        place = row[:, None] + slot
+        is_empty = is_real[:, None] & (slot >= filled[:, None]) & (slot < K)
+        tl.store(indices + place, tl.full((BT, BC), -1, tl.int32), mask=is_empty)
+        tl.store(scores + place, tl.full((BT, BC), float("-inf"), tl.float32), mask=is_empty)
+
+
+@triton.jit
+def scan_kernel(
+    query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, keys, lists,
+    T, C, HR, padded_chunks,
+    R: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr, SHARE: tl.constexpr,
+    FOREIGN: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Decoding: the KP best of SHARE chunks for one query, candidates through `keys` (queries, padded_chunks)."""
+    split = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)  # (b * T + t) * HR + hr
+    b = row // HR // T
+    hr = row % HR
+    dims = tl.arange(0, RP)
+    q = tl.load(query + row * R + dims, mask=dims < R, other=0.0).to(tl.float32)
+    scale = tl.load(factor + hr)
+    segment = tl.load(query_segment + row // HR)
+    position = tl.load(query_position + row // HR)
+    if LANDMARK_ROWS:
+        landmarks += b * C * HR * R
+    if CHUNK_ROWS:
+        chunk_segment += b * C
+        chunk_end += b * C
+    keys += row * padded_chunks
+    lane = tl.arange(0, BC)
+    for start in tl.range(split * SHARE, split * SHARE + SHARE, BC, num_stages=STAGES):
+        chunk = start + lane
+        exists = chunk < C
+        block = tl.load(
+            landmarks + (chunk.to(tl.int64)[:, None] * HR + hr) * R + dims[None, :],
+            mask=exists[:, None] & (dims < R)[None, :], other=0.0,
+        )  # fmt: skip
+        ends = tl.load(chunk_end + chunk, mask=exists, other=0)
+        owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
+        ranking = tl.sum(block.to(tl.float32) * q[None, :], 1) * scale
+        tl.store(keys + chunk, _pack(ranking, chunk, _visible(segment, position, owners, ends, FOREIGN)))
+    tl.debug_barrier()
+    best = tl.topk(tl.load(keys + split * SHARE + tl.arange(0, SHARE)), KP)
+    tl.store(lists + (row * tl.num_programs(0) + split) * KP + tl.arange(0, KP), best)
+
+
+@triton.jit
+def merge_kernel(
+    lists, merged, indices, scores, number, K, KP: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr
+):
+    """The KP best of WIDTH / KP sorted lists of one query; the last round writes indices and scores."""
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    entry = part * WIDTH + tl.arange(0, WIDTH)
+    best = tl.topk(tl.load(lists + row * number * KP + entry, mask=entry < number * KP, other=_WORST), KP)
+    slot = tl.arange(0, KP)
+    if LAST:
+        chosen, ranking, found = _newest_first(best, slot, K)
+        tl.store(indices + row * K + slot, tl.where(found, chosen, -1), mask=slot < K)
+        tl.store(scores + row * K + slot, tl.where(found, ranking, float("-inf")), mask=slot < K)
+    else:
+        tl.store(merged + (row * tl.num_programs(0) + part) * KP + slot, best)

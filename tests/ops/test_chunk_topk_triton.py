@@ -1,0 +1,140 @@
+"""chunk_topk's Triton kernels against the reference; without a GPU they run under the interpreter, in fp32.
+
+Inputs are small integers where index sets must be equal: their scores are exact, ties included.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hsa_ultralong.ops import ChunkVisibility, chunk_topk
+from hsa_ultralong.testing.factories import generator, random_tensor, random_visibility
+
+pytest.importorskip("triton")
+from hsa_ultralong.ops.chunk_topk import triton_topk
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles and blocks from few tokens and chunks; no path for few queries unless a test asks for it."""
+    monkeypatch.setattr(triton_topk, "tile_options", lambda *_: triton_topk.TileOptions(16, 16, 4))
+    monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 0)
+
+
+def integers(*shape, seed=0):
+    return torch.randint(-3, 4, shape, generator=generator(seed)).to(DEVICE, torch.float32)
+
+
+def places(batch, tokens, chunks, foreign="earlier"):
+    visible = random_visibility(batch, tokens, chunks, foreign=foreign, seed=tokens)
+    parts = (visible.query_segment, visible.query_position, visible.chunk_segment, visible.chunk_end)
+    return ChunkVisibility(*(x.to(DEVICE) for x in parts), foreign)
+
+
+def run(impl, dtype, query, landmarks, visible, topk, noise_seed=None):
+    """Indices, scores, gradients of query, landmarks and temperature."""
+    temperature = 0.5 + torch.rand(query.shape[2], generator=generator(9))
+    leaves = [x.detach().clone().to(DEVICE, dtype).requires_grad_() for x in (query, landmarks, temperature)]
+    indices, scores = chunk_topk(
+        leaves[0], leaves[1], visible, topk=topk, temperature=leaves[2], noise_seed=noise_seed, impl=impl
+    )
+    slope = random_tensor(*scores.shape, seed=5).to(scores)
+    torch.where(indices >= 0, scores, 0.0).mul(slope).sum().backward()
+    return indices, scores, [x.grad for x in leaves]
+
+
+def assert_same(query, landmarks, visible, topk, **options):
+    expected = run("reference", torch.float64, query, landmarks, visible, topk, **options)
+    actual = run("triton", torch.float32, query, landmarks, visible, topk, **options)
+    assert actual[0].dtype == torch.int32 and actual[1].dtype == torch.float32
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1].double(), expected[1], rtol=1e-5, atol=1e-5)
+    for left, right in zip(actual[2], expected[2], strict=True):
+        torch.testing.assert_close(left.double(), right.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("foreign", ["hidden", "past", "earlier"])
+@pytest.mark.parametrize("topk", [1, 3, 8])
+def test_kernels_equal_reference(topk, foreign):
+    visible = places(2, 20, 40, foreign)
+    assert_same(random_tensor(2, 20, 1, 8), random_tensor(2, 40, 1, 8, seed=1), visible, topk)
+
+
+@pytest.mark.parametrize("topk", [23, 99])
+@pytest.mark.parametrize(("heads", "rows"), [(1, 2), (2, 1)])
+def test_full_coverage_equals_reference(topk, heads, rows):
+    visible = places(2, 20, 23)
+    assert_same(random_tensor(2, 20, heads, 8), random_tensor(rows, 23, heads, 8, seed=1), visible, topk)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_retrieval_heads_odd_sizes_and_a_shared_memory(rows):
+    visible = places(2, 9, 37)
+    assert_same(random_tensor(2, 9, 2, 24), random_tensor(rows, 37, 2, 24, seed=1), visible, 12)
+
+
+def test_ties_go_to_the_lower_index():
+    visible = ChunkVisibility.causal(1, 40, 60, 0, device=DEVICE)
+    query, landmarks = integers(1, 40, 1, 4), integers(1, 60, 1, 4, seed=1)
+    expected = chunk_topk(query, landmarks, visible, topk=8, impl="reference")
+    actual = chunk_topk(query, landmarks, visible, topk=8, impl="triton")
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+def test_noise_is_that_of_the_other_backends_and_stays_out_of_the_scores():
+    visible = places(2, 20, 40, "past")
+    query, landmarks = random_tensor(2, 20, 2, 8), random_tensor(2, 40, 2, 8, seed=1)
+    for seed in (7, 2**31 + 5):
+        assert_same(query, landmarks, visible, 4, noise_seed=seed)
+
+
+def test_the_set_is_that_of_topk_over_the_kernels_own_scores():
+    visible = ChunkVisibility.causal(1, 30, 40, 0, device=DEVICE)
+    query, landmarks = (random_tensor(1, n, 1, 16, seed=n).to(DEVICE, torch.bfloat16) for n in (30, 40))
+    indices, _ = chunk_topk(query, landmarks, visible, topk=5, impl="triton")
+    every, scores = chunk_topk(query, landmarks, visible, topk=40, impl="triton")  # full coverage, newest first
+    best = every.gather(-1, scores.topk(5).indices).sort(-1, descending=True).values
+    assert torch.equal(indices, best)
+
+
+@pytest.mark.parametrize(("rows", "heads", "topk"), [(1, 1, 5), (2, 2, 4), (1, 1, 32)])
+def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk):
+    monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
+    monkeypatch.setattr(triton_topk, "_SCAN_SHARE", 64)
+    monkeypatch.setattr(triton_topk._Problem, "stream", None)
+    visible = places(2, 2, 600, "past")
+    query, landmarks = integers(2, 2, heads, 8), integers(rows, 600, heads, 8, seed=1)
+    expected = chunk_topk(query, landmarks, visible, topk=topk, impl="reference")
+    actual = chunk_topk(query, landmarks, visible, topk=topk, impl="triton")
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("topk", [4, 40])
+def test_repeats_are_bit_identical_and_every_element_is_written(monkeypatch, topk):
+    visible = places(1, 20, 40)
+    arguments = (random_tensor(1, 20, 1, 8), random_tensor(1, 40, 1, 8, seed=1), visible, topk)
+    expected = run("triton", torch.float32, *arguments)
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 12345)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    again = run("triton", torch.float32, *arguments)
+    for left, right in zip([*expected[:2], *expected[2]], [*again[:2], *again[2]], strict=True):
+        assert torch.equal(left, right)
+
+
+def test_unsupported_operands_are_named():
+    visible = places(1, 3, 400)
+    query, landmarks = random_tensor(1, 3, 1, 4, dtype=torch.float32), random_tensor(1, 400, 1, 4, dtype=torch.float32)
+    query, landmarks = query.to(DEVICE), landmarks.to(DEVICE)
+    with pytest.raises(ValueError, match="K up to 256 or at least C"):
+        chunk_topk(query, landmarks, visible, topk=300, impl="triton")
+    with pytest.raises(ValueError, match="bfloat16, float16, float32"):
+        chunk_topk(query.double(), landmarks.double(), visible, topk=3, impl="triton")
