@@ -35,6 +35,7 @@ def product_gradients(
     multiply: Callable = matmul_wide if narrow != wide else torch.matmul
     grad_query = torch.empty_like(query)
     grad_landmarks = torch.zeros(heads * landmarks.shape[0], num_chunks, dim, dtype=wide, device=query.device)
+    width = -(-(num_chunks + 1) // 8) * 8  # rows of 16 bytes, which matrix products need to be fast
     columns = landmarks.to(narrow).expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1)  # (B*Hr, C, R)
     for start, stop in blocks(num_tokens, max(1, BLOCK_ELEMENTS // max(1, batch * heads * num_chunks))):
         index = indices[:, start:stop].long()
@@ -44,7 +45,7 @@ def product_gradients(
         rows = query[:, start:stop].to(narrow).transpose(1, 2)  # (B, Hr, t, R)
         found = torch.zeros(batch * heads, stop - start, dim, dtype=wide, device=query.device)
         for part in _parts(pairs, narrow):
-            dense = part.new_zeros(*part.shape[:-1], num_chunks + 1).scatter_(-1, index, part)[..., :num_chunks]
+            dense = part.new_zeros(*part.shape[:-1], width).scatter_(-1, index, part)[..., :num_chunks]
             dense = dense.transpose(1, 2)  # (B, Hr, t, C)
             found += multiply(dense.flatten(0, 1), columns)
             if is_shared:

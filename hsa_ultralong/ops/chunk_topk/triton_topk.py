@@ -21,6 +21,9 @@ _DECODE_QUERIES = 64
 _DECODE_CHUNKS = 512
 # chunks of one program of the decoding scan, at most
 _SCAN_SHARE = 1024
+# candidates that one merging program takes
+_MERGE_WIDTH = 512
+_MERGE_WARPS = 1
 
 
 class TileOptions(NamedTuple):
@@ -33,9 +36,9 @@ class TileOptions(NamedTuple):
 
 def tile_options(kind: str, kept: int) -> TileOptions:
     """Measured on an H200 (docs/kernels.md); kind is "cover" or "stream", kept the padded K of the latter."""
-    if kind == "cover" or kept <= 64:
-        return TileOptions(32, 64, 4)
-    return TileOptions(16, kept, 8)
+    if kind == "cover":
+        return TileOptions(16, 64, 4)
+    return TileOptions(64, 128, 4) if kept <= 64 else TileOptions(16, 2 * kept, 8)
 
 
 class _Problem:
@@ -78,7 +81,8 @@ class _Problem:
         seed = (0 if noise_seed is None else noise_seed) & 0xFFFFFFFF
         kernel_select.select_kernel[self.grid(options.tokens)](
             *self.operands(), self.indices, self.scores, self.tokens, self.chunks, self.keep, self.heads,
-            seed - (1 << 32) * (seed >> 31), BT=options.tokens, BC=max(options.chunks, kept), KP=kept,
+            seed - (1 << 32) * (seed >> 31), RS=min(64, self.constants["RP"]), BT=options.tokens,
+            BC=max(options.chunks, 2 * kept), KP=kept,
             NOISE=noise_seed is not None, PRECISION=self.precision, num_warps=options.warps, **self.constants,
         )  # fmt: skip
         if noise_seed is not None:
@@ -100,7 +104,7 @@ class _Problem:
             *self.operands(), keys, lists, self.tokens, self.chunks, self.heads, splits * share,
             BC=32 if self.constants["RP"] > 256 else 64, KP=kept, SHARE=share, STAGES=2, num_warps=8, **self.constants,
         )  # fmt: skip
-        fan = max(2, _SCAN_SHARE // kept)
+        fan = max(2, _MERGE_WIDTH // kept)
         while True:
             parts = -(-splits // fan)
             is_last = parts == 1
@@ -108,7 +112,7 @@ class _Problem:
             merged = lists if is_last else torch.empty((rows, parts, kept), dtype=torch.int64, device=device)
             kernel_select.merge_kernel[(parts, rows)](
                 lists, merged, self.indices, self.scores, splits, self.keep,
-                KP=kept, WIDTH=width, LAST=is_last, num_warps=4,
+                KP=kept, WIDTH=width, LAST=is_last, num_warps=_MERGE_WARPS,
             )  # fmt: skip
             if is_last:
                 return
