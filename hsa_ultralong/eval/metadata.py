@@ -31,7 +31,10 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Commit of the checkout that holds this package, with "+changes" if it is not clean; "unknown" outside one."""
+    """Commit of the checkout that holds this package, with "+changes" if it is not clean; "unknown" outside one.
+    The variable HSA_COMMIT names it for a copy that came without its history."""
+    if os.environ.get("HSA_COMMIT"):
+        return os.environ["HSA_COMMIT"]
     folder = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10)
