@@ -12,7 +12,6 @@ import triton.language as tl
 FOREIGN_NUMBER = {"hidden": 0, "past": 1, "earlier": 2}
 _WORST = tl.constexpr(-(2**63))
 _INDEX_MASK = tl.constexpr(0x7FFFFFFF)
-_NEVER = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -46,22 +45,11 @@ def _gumbel(seed, b, token, hr, chunk):
 
 
 @triton.jit
-def _ordered(ranking):
-    """fp32 -> int32 of the same order."""
-    bits = (ranking + 0.0).to(tl.int32, bitcast=True)  # + 0.0 removes -0.0
-    return tl.where(bits < 0, bits ^ _INDEX_MASK, bits)
-
-
-@triton.jit
-def _value(ordered):
-    """The inverse of _ordered."""
-    return tl.where(ordered < 0, ordered ^ _INDEX_MASK, ordered).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _pack(ranking, chunk, mask):
     """Candidates; invisible chunks become the worst one."""
-    return tl.where(mask, (_ordered(ranking).to(tl.int64) << 32) | (chunk ^ _INDEX_MASK).to(tl.int64), _WORST)
+    bits = (ranking + 0.0).to(tl.int32, bitcast=True)  # + 0.0 removes -0.0
+    ordered = tl.where(bits < 0, bits ^ _INDEX_MASK, bits).to(tl.int64)
+    return tl.where(mask, (ordered << 32) | (chunk ^ _INDEX_MASK).to(tl.int64), _WORST)
 
 
 @triton.jit
@@ -71,112 +59,63 @@ def _newest_first(best, slot, K):
     chunk = (best & _INDEX_MASK) ^ _INDEX_MASK
     by_index = tl.sort(tl.where(best == _WORST, _WORST, (chunk << 32) | ((best >> 32) & 0xFFFFFFFF)), descending=True)
     found = by_index != _WORST
-    return (by_index >> 32).to(tl.int32), _value(by_index.to(tl.int32)), found
-
-
-@triton.jit
-def _middle(low, high):
-    """Halfway between two int32, rounded up, without overflow."""
-    return (low >> 1) + (high >> 1) + ((low | high) & 1)
-
-
-@triton.jit
-def _kth_largest(keys, K, ROUNDS: tl.constexpr):
-    """The K-th largest of every row (_NEVER + 1 if fewer are visible), by bisection on the number of larger keys."""
-    low = tl.min(keys, 1) * 0 + (_NEVER + 1)
-    high = tl.maximum(tl.max(keys, 1), low)
-    go_on = tl.max((high != low).to(tl.int32), 0) != 0
-    while go_on:
-        for _ in tl.static_range(ROUNDS):
-            middle = _middle(low, high)
-            enough = tl.sum((keys >= middle[:, None]).to(tl.int32), 1) >= K
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, tl.maximum(middle - 1, low))
-        go_on = tl.max((high != low).to(tl.int32), 0) != 0
-    return low
+    ordered = by_index.to(tl.int32)
+    bits = tl.where(ordered < 0, ordered ^ _INDEX_MASK, ordered)
+    return (by_index >> 32).to(tl.int32), bits.to(tl.float32, bitcast=True), found
 
 
 @triton.jit(do_not_specialize=["seed"])
 def select_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
     T, C, K, HR, seed,
-    R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
     FOREIGN: tl.constexpr, NOISE: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The K best visible chunks of BT tokens. Columns of a round: the KP kept so far, then BC - KP new chunks, so all
-    in ascending chunk index; the kept ones wait in the output rows between rounds and are turned round at the end."""
+    """The K best visible chunks of BT tokens: blocks of landmarks stream past a sorted list of KP candidates."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tokens see more: start with them
     hr = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     token = tile * BT + tl.arange(0, BT)
     is_real = token < T
-    dims = tl.arange(0, RS)
-    column = tl.arange(0, BC)
+    dims = tl.arange(0, RP)
     scale = tl.load(factor + hr)
-    query += ((b * T + tile * BT) * HR + hr) * R
-    query_operand = tl.arange(0, BT)[:, None] * (HR * R) + dims[None, :]
+    queries = tl.load(
+        query + ((b * T + token[:, None]) * HR + hr) * R + dims[None, :],
+        mask=is_real[:, None] & (dims < R)[None, :], other=0.0,
+    )  # fmt: skip
     segment = tl.load(query_segment + b * T + token, mask=is_real, other=-1)
     position = tl.load(query_position + b * T + token, mask=is_real, other=0)
-    landmarks += hr * R
     if LANDMARK_ROWS:
         landmarks += b * C * HR * R
     if CHUNK_ROWS:
         chunk_segment += b * C
         chunk_end += b * C
-    # offsets inside a tile fit 32 bits, which keeps registers free
-    corner = ((b * T + tile * BT) * HR + hr) * K
-    indices += corner
-    scores += corner
-    row = tl.arange(0, BT) * (HR * K)
-    place = row[:, None] + column[None, :]
-    operand = (column - KP)[:, None] * (HR * R) + dims[None, :]
-    count = tl.zeros((BT,), tl.int32)
-    for start in range(0, C, BC - KP):
-        chunk = start + column - KP
-        exists = (column >= KP) & (chunk < C)
+    landmarks += hr * R
+    best = tl.full((BT, KP), _WORST, tl.int64)
+    for start in range(0, C, BC):
+        chunk = start + tl.arange(0, BC)
+        exists = chunk < C
         ends = tl.load(chunk_end + chunk, mask=exists, other=0)
         owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
         mask = _visible(segment[:, None], position[:, None], owners[None, :], ends[None, :], FOREIGN)
         if tl.max(tl.max(mask.to(tl.int32), 1), 0) > 0:
-            ranking = tl.zeros((BT, BC), tl.float32)
-            for part in tl.range(0, RP, RS, num_stages=2):
-                in_row = (part + dims < R)[None, :]
-                left = tl.load(query + part + query_operand, mask=is_real[:, None] & in_row, other=0.0)
-                right = tl.load(landmarks + part + operand, mask=exists[:, None] & in_row, other=0.0)
-                ranking = tl.dot(left, tl.trans(right), ranking, input_precision=PRECISION)
-            ranking *= scale
+            block = tl.load(
+                landmarks + chunk.to(tl.int64)[:, None] * (HR * R) + dims[None, :],
+                mask=exists[:, None] & (dims < R)[None, :], other=0.0,
+            )  # fmt: skip
+            ranking = tl.dot(queries, tl.trans(block), input_precision=PRECISION) * scale
             if NOISE:
                 ranking += _gumbel(seed, b, token[:, None], hr, chunk[None, :])
-            is_kept = column[None, :] < count[:, None]
-            ranking = tl.where(is_kept, tl.load(scores + place, mask=is_kept, other=0.0), ranking)
-            keys = tl.where(mask | is_kept, _ordered(ranking), _NEVER)
-            bound = _kth_largest(keys, K, 8)[:, None]
-            # one running sum counts both: larger ones in the high half, equal ones in the low half
-            is_tied = keys == bound
-            is_above = keys > bound
-            running = tl.cumsum(is_above.to(tl.int32) * 65536 + is_tied.to(tl.int32), 1)
-            room = K - tl.sum(is_above.to(tl.int32), 1)
-            tied = running & 0xFFFF
-            chosen = is_above | (is_tied & (tied <= room[:, None]))
-            target = row[:, None] + (running >> 16) + tl.minimum(tied, room[:, None]) - 1
-            name = tl.load(indices + place, mask=is_kept, other=0)
-            name = tl.where((column < KP)[None, :], name, chunk[None, :])
-            count = tl.sum(chosen.to(tl.int32), 1)
-            tl.debug_barrier()  # every kept entry has been read
-            tl.store(indices + target, name, mask=chosen)
-            tl.store(scores + target, _value(keys), mask=chosen)
-            tl.debug_barrier()
-        landmarks += (BC - KP) * (HR * R)
+            keys = _pack(ranking, chunk[None, :], mask)
+            # both lists descend: their larger halves, one reversed, are the KP best of all
+            best = tl.sort(tl.maximum(best, tl.flip(tl.topk(keys, KP), 1)), descending=True)
     slot = tl.arange(0, KP)[None, :]
-    found = slot < count[:, None]
-    source = row[:, None] + count[:, None] - 1 - slot
-    name = tl.load(indices + source, mask=found, other=-1)
-    score = tl.load(scores + source, mask=found, other=float("-inf"))
-    tl.debug_barrier()
-    written = is_real[:, None] & (slot < K)
-    tl.store(indices + row[:, None] + slot, name, mask=written)
-    tl.store(scores + row[:, None] + slot, score, mask=written)
+    chosen, ranking, found = _newest_first(best, slot, K)
+    place = ((b * T + token[:, None]) * HR + hr) * K + slot
+    kept = is_real[:, None] & (slot < K)
+    tl.store(indices + place, tl.where(found, chosen, -1), mask=kept)
+    tl.store(scores + place, tl.where(found, ranking, float("-inf")), mask=kept)
 
 
 @triton.jit

@@ -21,9 +21,6 @@ _DECODE_QUERIES = 64
 _DECODE_CHUNKS = 512
 # chunks of one program of the decoding scan, at most
 _SCAN_SHARE = 1024
-# candidates that one merging program takes
-_MERGE_WIDTH = 512
-_MERGE_WARPS = 1
 
 
 class TileOptions(NamedTuple):
@@ -34,11 +31,12 @@ class TileOptions(NamedTuple):
     warps: int
 
 
-def tile_options(kind: str, kept: int) -> TileOptions:
+def tile_options(kind: str, kept: int, queries: int) -> TileOptions:
     """Measured on an H200 (docs/kernels.md); kind is "cover" or "stream", kept the padded K of the latter."""
-    if kind == "cover":
-        return TileOptions(16, 64, 4)
-    return TileOptions(64, 128, 4) if kept <= 64 else TileOptions(16, 2 * kept, 8)
+    if kind == "stream" and kept > 64:
+        return TileOptions(16, kept, 8)
+    # few queries need small tiles to fill the device, many are faster in tiles that fit the wide matrix units
+    return TileOptions(64, 64, 8) if kind == "stream" and queries > 16_384 else TileOptions(16, 64, 4)
 
 
 class _Problem:
@@ -47,6 +45,7 @@ class _Problem:
     def __init__(self, query, landmarks, visible: ChunkVisibility, keep: int, factor: torch.Tensor) -> None:
         self.query, self.landmarks = query.contiguous(), landmarks.contiguous()
         self.batch, self.tokens, self.heads, self.dim = query.shape
+        self.queries = self.batch * self.tokens * self.heads
         self.chunks, self.keep = landmarks.shape[1], keep
         # (Hr,) fp32 on the device: reading it here would wait for the device
         self.factor = factor.expand(self.heads).contiguous()
@@ -69,7 +68,7 @@ class _Problem:
         return (-(-self.tokens // tile), self.heads, self.batch)
 
     def cover(self) -> None:
-        options = tile_options("cover", 0)
+        options = tile_options("cover", 0, self.queries)
         kernel_select.cover_kernel[self.grid(options.tokens)](
             *self.operands(), self.indices, self.scores, self.tokens, self.chunks, self.keep, self.heads,
             BT=options.tokens, BC=options.chunks, PRECISION=self.precision, num_warps=options.warps, **self.constants,
@@ -77,16 +76,15 @@ class _Problem:
 
     def stream(self, noise_seed: int | None) -> None:
         kept = next_power_of_two(self.keep)
-        options = tile_options("stream", kept)
+        options = tile_options("stream", kept, self.queries)
         seed = (0 if noise_seed is None else noise_seed) & 0xFFFFFFFF
         kernel_select.select_kernel[self.grid(options.tokens)](
             *self.operands(), self.indices, self.scores, self.tokens, self.chunks, self.keep, self.heads,
-            seed - (1 << 32) * (seed >> 31), RS=min(64, self.constants["RP"]), BT=options.tokens,
-            BC=max(options.chunks, 2 * kept), KP=kept,
+            seed - (1 << 32) * (seed >> 31), BT=options.tokens, BC=max(options.chunks, kept), KP=kept,
             NOISE=noise_seed is not None, PRECISION=self.precision, num_warps=options.warps, **self.constants,
         )  # fmt: skip
         if noise_seed is not None:
-            kernel_select.kept_scores_kernel[(self.batch * self.tokens * self.heads,)](
+            kernel_select.kept_scores_kernel[(self.queries,)](
                 self.query, self.landmarks, self.factor, self.indices, self.scores,
                 self.tokens, self.chunks, self.keep, self.heads, R=self.dim, RP=self.constants["RP"], BK=16,
                 LANDMARK_ROWS=self.constants["LANDMARK_ROWS"], num_warps=2,
@@ -94,7 +92,7 @@ class _Problem:
 
     def decode(self) -> None:
         kept = next_power_of_two(self.keep)
-        rows, device = self.batch * self.tokens * self.heads, self.query.device
+        rows, device = self.queries, self.query.device
         wanted = next_power_of_two(-(-self.chunks * rows // (2 * num_processors(device.index))))
         share = max(64, kept, min(_SCAN_SHARE, wanted))
         splits = -(-self.chunks // share)
@@ -104,7 +102,7 @@ class _Problem:
             *self.operands(), keys, lists, self.tokens, self.chunks, self.heads, splits * share,
             BC=32 if self.constants["RP"] > 256 else 64, KP=kept, SHARE=share, STAGES=2, num_warps=8, **self.constants,
         )  # fmt: skip
-        fan = max(2, _MERGE_WIDTH // kept)
+        fan = max(2, _SCAN_SHARE // kept)
         while True:
             parts = -(-splits // fan)
             is_last = parts == 1
@@ -112,7 +110,7 @@ class _Problem:
             merged = lists if is_last else torch.empty((rows, parts, kept), dtype=torch.int64, device=device)
             kernel_select.merge_kernel[(parts, rows)](
                 lists, merged, self.indices, self.scores, splits, self.keep,
-                KP=kept, WIDTH=width, LAST=is_last, num_warps=_MERGE_WARPS,
+                KP=kept, WIDTH=width, LAST=is_last, num_warps=4,
             )  # fmt: skip
             if is_last:
                 return
