@@ -17,10 +17,13 @@ from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
 def low_weight(num_chunks: int) -> float:
     """Best fusion weight below which an answer of the shipped model is a guess.
 
-    Fusion weights spread as the memory grows; the line separates hidden from never hidden sentences of
-    results/needles-nano at 64, 512 and 4,096 chunks (docs/log.md, "Retrieval weight").
+    Fusion weights spread as the memory grows. The line passes through three values chosen on the hidden and never
+    hidden sentences of results/needles-nano (docs/log.md, "Retrieval weight"); above 4,096 chunks it is a guess.
     """
-    return min(0.5, max(0.1, 0.66 - 0.033 * math.log2(max(1, num_chunks))))
+    size = math.log2(max(1, num_chunks))
+    if size > 12:
+        return max(0.1, 0.34 - 0.033 * (size - 12))
+    return min(0.58, 0.58 - 0.05 * (size - 6) / 3, 0.53 - 0.19 * (size - 9) / 3)
 
 
 @dataclass(frozen=True)
