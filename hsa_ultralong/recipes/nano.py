@@ -6,7 +6,7 @@ from hsa_ultralong.train import StageConfig, TrainConfig
 
 
 def nano() -> TrainConfig:
-    """`hsa train nano --data SHARDS -o runs/nano --device cuda`, one H200, about 20 minutes in all, resumable.
+    """`hsa train nano --data SHARDS -o runs/nano --device cuda`, one H200, about 7 minutes in all, resumable.
 
     warmup: short window (128) and full coverage make retrieval emerge; 30% self-copy and 40% needle rows give it a
     reason. long and longer: full coverage at 32K and 128K with long documents, learning rate falling to zero:

@@ -11,9 +11,7 @@ from itertools import product
 
 import torch
 
-from hsa_ultralong.ops import ChunkVisibility, chunk_topk, hsa_attention, sliding_window_attention
-
-WINDOW = 512
+from hsa_ultralong.ops import ChunkVisibility, chunk_topk, hsa_attention
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,6 @@ def _run_topk(shape: Shape, num_queries: int, is_training: bool, chunks: int, us
         scores.backward(torch.ones_like(scores))
 
 
-def _run_window(shape: Shape, is_training: bool) -> None:
-    q = _noise(1, shape.T, shape.Hq, shape.D, dtype=shape.dtype, grad=is_training)
-    k, v = (_noise(1, shape.T, shape.Hkv, shape.D, dtype=shape.dtype, grad=is_training) for _ in range(2))
-    out = sliding_window_attention(q, k, v, window=WINDOW, impl="triton")
-    if is_training:
-        out.backward(torch.ones_like(out))
-
-
 def _with_shape(call: Callable[..., None], *arguments: object) -> Callable[[], None]:
     return lambda: call(*arguments)
 
@@ -100,7 +90,6 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
             (f"hsa_attention training {shape}", _with_shape(_run_hsa, shape, shape.T, True)),
             (f"hsa_attention forward {shape}", _with_shape(_run_hsa, shape, shape.T, False)),
             (f"hsa_attention decode {shape}", _with_shape(_run_hsa, shape, 1, False)),
-            (f"sliding_window_attention training {shape}", _with_shape(_run_window, shape, True)),
         ]
         retrieval = (shape.K, shape.R, shape.dtype)
         if retrieval in seen:

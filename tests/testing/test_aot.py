@@ -1,6 +1,7 @@
 """Triton kernels are compiled for Hopper without a GPU: launches are recorded, compiled, and their costs read."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -87,6 +88,14 @@ def test_resource_usage_is_read_from_cuobjdumps_text():
     with pytest.raises(ValueError, match="no resource usage"):
         parse_resource_usage("cuobjdump info: no device code")
     assert Resources("k", 168, 16, 8, 0).spilled_bytes == 24
+
+
+@needs_triton
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_for_hopper_without_heavy_spills():
+    result = run("-m", "hsa_ultralong.testing.aot", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) kernels compiled for sm_90, 0 failed", result.stdout)[1]) >= 30
 
 
 def test_cases_cover_the_benchmark_shape_and_on_request_every_variant():

@@ -148,7 +148,7 @@ class _Problem:
         )  # fmt: skip
         kernel_chunks.listed_sum_kernel[(number, shares)](
             partial, lists.unit_ends, grad_k, grad_v, self.chunks, self.scale, self.kv_heads, self.list_heads,
-            D=self.dim, S=self.size, num_warps=4,
+            D=self.dim, S=self.size, num_warps=8,
         )  # fmt: skip
         return grad_k, grad_v
 
@@ -171,7 +171,7 @@ class _Problem:
         )  # fmt: skip
         kernel_chunks.covered_sum_kernel[(self.chunks, self.kv_heads, self.kv_batch)](
             partial, grad_k, grad_v, self.batch, self.chunks, splits, unit_tokens, self.scale, self.kv_heads,
-            KV_BATCH=self.kv_batch > 1, D=self.dim, S=self.size, BT=tile_tokens, CAUSAL=self.causal, num_warps=4,
+            KV_BATCH=self.kv_batch > 1, D=self.dim, S=self.size, BT=tile_tokens, CAUSAL=self.causal, num_warps=8,
         )  # fmt: skip
         return grad_k, grad_v
 
