@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hsa_ultralong.ops import (
     ChunkVisibility,
@@ -10,6 +12,7 @@ from hsa_ultralong.ops import (
     linear_cross_entropy,
     sliding_window_attention,
 )
+from hsa_ultralong.testing.factories import AttentionInputs, random_attention, random_tensor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +35,7 @@ def random_inputs(*shapes, seed=0):
 
 
 @pytest.mark.parametrize("slots", [5, 15])
-@pytest.mark.parametrize("impl", ["torch_gather", "torch_dense"])
+@pytest.mark.parametrize("impl", ["torch_gather", "torch_dense", "triton"])
 def test_hsa_error_is_at_most_twice_that_of_the_reference_in_bf16(impl, slots):
     size, chunks, tokens = 64, 15, 1000
     inputs = random_inputs((2, tokens, 4, 64), (2, chunks * size, 1, 64), (2, chunks * size, 1, 64))
@@ -51,6 +54,49 @@ def test_hsa_error_is_at_most_twice_that_of_the_reference_in_bf16(impl, slots):
 
     exact = run("reference", "cpu", torch.float64)
     assert_within_twice(run(impl, "cuda", torch.bfloat16), run("reference", "cuda", torch.bfloat16), exact)
+
+
+def run_kernels(inputs: AttentionInputs, impl, dtype, chunk_size):
+    """Output and the gradients of q, k, v, weights."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = [x.detach().clone().cuda().to(dtype).requires_grad_() for x in inputs[:3]]
+    leaves.append(inputs.weights.clone().cuda().to(wide).requires_grad_())
+    lengths = None if inputs.chunk_lengths is None else inputs.chunk_lengths.cuda()
+    out = hsa_attention(
+        *leaves[:3], inputs.indices.cuda(), leaves[3], chunk_size=chunk_size, chunk_lengths=lengths, impl=impl
+    )
+    out.backward(random_tensor(*out.shape, seed=77).to(out))
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 3), st.integers(1, 300), st.sampled_from([1, 2, 3, 4, 8, 16, 32]), st.integers(1, 2), st.booleans(),
+    st.integers(1, 40), st.integers(1, 20), st.sampled_from([32, 64, 128]), st.sampled_from([32, 64, 128]),
+    st.booleans(), st.booleans(), st.sampled_from([torch.bfloat16, torch.float16]), st.integers(0, 10**6),
+)  # fmt: skip
+def test_kernel_error_is_at_most_twice_the_references_for_any_shape(
+    batch, tokens, group, kv, per_head, chunks, slots, size, dim, shared, short, dtype, seed
+):
+    inputs = random_attention(
+        batch=batch, num_tokens=tokens, group=group, kv_heads=kv, heads=kv if per_head else 1, num_chunks=chunks,
+        slots=slots, chunk_size=size, dim=dim, kv_batch=1 if shared else None, is_short=short, seed=seed,
+    )  # fmt: skip
+    rounded = inputs._replace(**{name: getattr(inputs, name).to(dtype).double() for name in "qkv"})
+    exact = run_kernels(rounded, "reference", torch.float64, size)
+    budget = run_kernels(rounded, "reference", dtype, size)
+    for actual, allowed, truth in zip(run_kernels(rounded, "triton", dtype, size), budget, exact, strict=True):
+        error, limit = ((x.double() - truth).norm() for x in (actual, allowed))
+        assert error <= 2 * limit + 1e-6 * (1 + truth.norm())
+
+
+@pytest.mark.parametrize("slots", [6, 40])
+def test_a_hundred_repeats_are_bit_identical(slots):
+    inputs = random_attention(num_tokens=700, group=4, kv_heads=1, num_chunks=40, slots=slots, chunk_size=64, dim=64)
+    first = run_kernels(inputs, "triton", torch.bfloat16, 64)
+    for _ in range(100):
+        for left, right in zip(first, run_kernels(inputs, "triton", torch.bfloat16, 64), strict=True):
+            assert torch.equal(left, right)
 
 
 def test_topk_selects_like_the_reference_and_scores_stay_fp32():
