@@ -12,7 +12,8 @@ from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 from hsa_ultralong.testing.factories import generator, random_tensor, random_visibility
 
 pytest.importorskip("triton")
-from hsa_ultralong.ops.chunk_topk import triton_topk
+from hsa_ultralong.ops.chunk_topk import kernel_gradients, triton_topk
+from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -100,13 +101,14 @@ def test_the_set_is_that_of_topk_over_the_kernels_own_scores():
     assert torch.equal(indices, best)
 
 
-@pytest.mark.parametrize(("rows", "heads", "topk"), [(1, 1, 5), (2, 2, 4), (1, 1, 32)])
+@pytest.mark.parametrize(("rows", "heads", "topk"), [(1, 1, 5), (2, 2, 4), (1, 1, 32), (1, 1, 70)])
 def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk):
     monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
-    monkeypatch.setattr(triton_topk, "_SCAN_SHARE", 64)
+    monkeypatch.setattr(triton_topk, "_DECODE_CHUNKS", 16)
+    monkeypatch.setattr(triton_topk, "_DECODE", triton_topk.DecodeOptions(share=64))
     monkeypatch.setattr(triton_topk._Problem, "stream", None)
-    visible = places(2, 2, 600, "past")
-    query, landmarks = integers(2, 2, heads, 8), integers(rows, 600, heads, 8, seed=1)
+    visible = places(2, 2, 150, "past")
+    query, landmarks = integers(2, 2, heads, 8), integers(rows, 150, heads, 8, seed=1)
     expected = chunk_topk(query, landmarks, visible, topk=topk, impl="reference")
     actual = chunk_topk(query, landmarks, visible, topk=topk, impl="triton")
     assert torch.equal(actual[0], expected[0])
@@ -128,6 +130,21 @@ def test_repeats_are_bit_identical_and_every_element_is_written(monkeypatch, top
     again = run("triton", torch.float32, *arguments)
     for left, right in zip([*expected[:2], *expected[2]], [*again[:2], *again[2]], strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(("rows", "heads", "chunks"), [(1, 1, 40), (1, 2, 19), (2, 2, 37)])
+def test_gradients_in_two_parts_equal_exact_ones_of_the_same_inputs(monkeypatch, rows, heads, chunks):
+    monkeypatch.setattr(kernel_gradients, "BLOCK_ELEMENTS", 300 * heads)
+    query = random_tensor(2, 20, heads, 8).to(DEVICE, torch.bfloat16)
+    landmarks = (3 + random_tensor(rows, chunks, heads, 8, seed=1)).to(DEVICE, torch.bfloat16)
+    indices, scores = chunk_topk(query, landmarks, places(2, 20, chunks), topk=4, impl="torch")
+    grad = random_tensor(*scores.shape, seed=2).to(DEVICE, torch.float32)
+    factor = torch.arange(1, heads + 1, device=DEVICE, dtype=torch.float32)
+    found = kernel_gradients.spread_gradients(query, landmarks, indices, grad, factor)
+    slopes = grad.double().masked_fill(indices < 0, 0.0) * factor[:, None]
+    exact = product_gradients(query.double(), landmarks.double(), indices, slopes)
+    for actual, expected in zip(found, exact, strict=True):
+        assert (actual.double() - expected).norm() <= 3e-3 * expected.norm()
 
 
 def test_unsupported_operands_are_named():

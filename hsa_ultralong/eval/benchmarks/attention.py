@@ -166,35 +166,14 @@ def full_points(settings: Settings) -> Iterator[Point]:
                 yield point(impl, direction, T)
 
 
-def _flex_forward(settings: Settings, T: int) -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    window = settings.window
-
-    def is_visible(b: Any, h: Any, row: Any, column: Any) -> Any:
-        return (row >= column) & (row - column < window)
-
-    # one graph per length, or the limit of recompilations is reached
-    torch._dynamo.reset()
-    mask = create_block_mask(is_visible, None, None, T, T, device=settings.device, _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (1, H, T, D)
-        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)  # (1, T, Hq, D)
-
-    return forward
-
-
 def window_points(operators: Any, settings: Settings) -> Iterator[Point]:
-    """The sliding window through our operator and, on a GPU, through compiled flex_attention."""
+    """The sliding window through its backends: blocks of SDPA and, on a GPU, compiled flex_attention."""
 
     def point(impl: str, direction: str, T: int) -> Point:
         def prepare() -> Call:
-            def ours(q: Any, k: Any, v: Any) -> torch.Tensor:
+            def forward(q: Any, k: Any, v: Any) -> torch.Tensor:
                 return operators.sliding_window_attention(q, k, v, window=settings.window, impl=impl)
 
-            forward = _flex_forward(settings, T) if impl == "flex" else ours
             return directed(forward, _qkv(settings, T), direction)
 
         flops = passes(direction) * 4 * settings.Hq * settings.D * visible_keys(T, settings.window)
@@ -203,6 +182,8 @@ def window_points(operators: Any, settings: Settings) -> Iterator[Point]:
         return Point("window", impl, direction, T, prepare, flops=flops, bytes=size, more=more)
 
     for T in settings.lengths:
-        for impl in ("auto", "flex") if settings.device == "cuda" else ("auto",):
+        for impl in ("torch", "flex") if settings.device == "cuda" else ("torch",):
+            if impl == "flex" and settings.flex_max < T:
+                continue
             for direction in DIRECTIONS:
                 yield point(impl, direction, T)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 
 from hsa_ultralong.ops._common import accumulation_dtype, choose_impl, require_shape
@@ -11,10 +14,15 @@ from hsa_ultralong.ops.chunk_topk.torch_blocked import chunk_topk_torch
 from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
 
 
-def _triton(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
+@lru_cache(maxsize=1)
+def _kernels() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     from hsa_ultralong.ops.chunk_topk.triton_topk import chunk_topk_triton  # imports triton, which may be missing
 
-    return chunk_topk_triton(*args, **options)
+    return chunk_topk_triton
+
+
+def _triton(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    return _kernels()(*args, **options)
 
 
 _BACKENDS = {"reference": chunk_topk_reference, "torch": chunk_topk_torch, "triton": _triton}

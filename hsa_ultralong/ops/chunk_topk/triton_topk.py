@@ -5,13 +5,15 @@ Tested against reference.py under the interpreter and on a GPU; derivation: READ
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.ops._triton import next_power_of_two, num_processors, require_kernel_dtype, require_triton
-from hsa_ultralong.ops.chunk_topk import kernel_select
+from hsa_ultralong.ops._triton import next_power_of_two, require_kernel_dtype, require_triton
+from hsa_ultralong.ops.chunk_topk import kernel_decode, kernel_merge, kernel_select
 from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
+from hsa_ultralong.ops.chunk_topk.kernel_gradients import spread_gradients
 from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
 
 MOST_DIMENSIONS = 512
@@ -19,8 +21,10 @@ MOST_KEPT = 256
 # queries (tokens * heads * rows) up to which the landmarks are shared out over programs, and the chunks from which
 _DECODE_QUERIES = 64
 _DECODE_CHUNKS = 512
-# chunks of one program of the decoding scan, at most
-_SCAN_SHARE = 1024
+# K up to which blocks merge into sorted lists, and new candidates of a block that are inserted one by one
+_MOST_INSERTED, _FEW = 32, 6
+# shares of the landmarks that the last kernel of decoding chooses from
+_MOST_SHARES = 4096
 
 
 class TileOptions(NamedTuple):
@@ -31,8 +35,22 @@ class TileOptions(NamedTuple):
     warps: int
 
 
+class DecodeOptions(NamedTuple):
+    """Least number of chunks that a program of the scan scores, its stages and warps, warps of the last kernel."""
+
+    share: int = 512
+    stages: int = 4
+    scan_warps: int = 4
+    last_warps: int = 16
+
+
+_DECODE = DecodeOptions()
+
+
 def tile_options(kind: str, kept: int, queries: int) -> TileOptions:
     """Measured on an H200 (docs/kernels.md); kind is "cover" or "stream", kept the padded K of the latter."""
+    if kind == "merge":
+        return TileOptions(64, max(32, kept), 4)
     if kind == "stream" and kept > 64:
         return TileOptions(16, kept, 8)
     # few queries need small tiles to fill the device, many are faster in tiles that fit the wide matrix units
@@ -76,12 +94,17 @@ class _Problem:
 
     def stream(self, noise_seed: int | None) -> None:
         kept = next_power_of_two(self.keep)
-        options = tile_options("stream", kept, self.queries)
         seed = (0 if noise_seed is None else noise_seed) & 0xFFFFFFFF
-        kernel_select.select_kernel[self.grid(options.tokens)](
+        is_merged = kept <= _MOST_INSERTED
+        options = tile_options("merge" if is_merged else "stream", kept, self.queries)
+        kernel, more = kernel_select.select_kernel, {}
+        if is_merged:
+            kept, kernel = max(2, kept), kernel_merge.merge_select_kernel
+            more = {"RS": min(256, self.constants["RP"]), "FEW": _FEW, "STAGES": 2}
+        kernel[self.grid(options.tokens)](
             *self.operands(), self.indices, self.scores, self.tokens, self.chunks, self.keep, self.heads,
             seed - (1 << 32) * (seed >> 31), BT=options.tokens, BC=max(options.chunks, kept), KP=kept,
-            NOISE=noise_seed is not None, PRECISION=self.precision, num_warps=options.warps, **self.constants,
+            NOISE=noise_seed is not None, PRECISION=self.precision, num_warps=options.warps, **more, **self.constants,
         )  # fmt: skip
         if noise_seed is not None:
             kernel_select.kept_scores_kernel[(self.queries,)](
@@ -91,40 +114,47 @@ class _Problem:
             )  # fmt: skip
 
     def decode(self) -> None:
+        options, device = _DECODE, self.query.device
         kept = next_power_of_two(self.keep)
-        rows, device = self.queries, self.query.device
-        wanted = next_power_of_two(-(-self.chunks * rows // (2 * num_processors(device.index))))
-        share = max(64, kept, min(_SCAN_SHARE, wanted))
-        splits = -(-self.chunks // share)
-        keys = torch.empty((rows, splits * share), dtype=torch.int64, device=device)
-        lists = torch.empty((rows, splits, kept), dtype=torch.int64, device=device)
-        kernel_select.scan_kernel[(splits, rows)](
-            *self.operands(), keys, lists, self.tokens, self.chunks, self.heads, splits * share,
-            BC=32 if self.constants["RP"] > 256 else 64, KP=kept, SHARE=share, STAGES=2, num_warps=8, **self.constants,
+        tile = 64 if kept <= 64 else 32
+        # queries that read the same landmarks are scored together
+        is_shared = not (self.constants["LANDMARK_ROWS"] or self.constants["CHUNK_ROWS"])
+        rows, queries = (1, self.batch * self.tokens) if is_shared else (self.batch, self.tokens)
+        share = max(options.share, next_power_of_two(-(-self.chunks // _MOST_SHARES)))
+        shares = -(-self.chunks // share)
+        padded = shares * share
+        keys, lane_tops, share_tops = (
+            torch.empty((self.queries, width), dtype=torch.int64, device=device)
+            for width in (padded, shares * tile, shares)
+        )
+        kernel_decode.scan_kernel[(shares, rows * self.heads, -(-queries // 16))](
+            *self.operands(), keys, lane_tops, share_tops, self.chunks, self.heads, queries, padded,
+            BQ=16, TILE=tile, SHARE=share, STAGES=options.stages, PRECISION=self.precision,
+            num_warps=options.scan_warps, **self.constants,
         )  # fmt: skip
-        fan = max(2, _SCAN_SHARE // kept)
-        while True:
-            parts = -(-splits // fan)
-            is_last = parts == 1
-            width = next_power_of_two(min(splits, fan)) * kept
-            merged = lists if is_last else torch.empty((rows, parts, kept), dtype=torch.int64, device=device)
-            kernel_select.merge_kernel[(parts, rows)](
-                lists, merged, self.indices, self.scores, splits, self.keep,
-                KP=kept, WIDTH=width, LAST=is_last, num_warps=4,
-            )  # fmt: skip
-            if is_last:
-                return
-            lists, splits = merged, parts
+        all_shares = next_power_of_two(shares)
+        kept_shares = min(kept, all_shares)
+        kept_lanes = min(kept, kept_shares * tile)
+        kernel_decode.finish_kernel[(self.queries,)](
+            keys, lane_tops, share_tops, self.indices, self.scores, shares, padded, self.keep, queries, self.heads,
+            KP=min(kept, kept_lanes * (share // tile)), SHARES=all_shares, KS=kept_shares, KL=kept_lanes,
+            SHARE=share, TILE=tile, num_warps=options.last_warps,
+        )  # fmt: skip
+
+
+def _solve(query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed: int | None) -> _Problem:
+    problem = _Problem(query, landmarks, visible, keep, factor)
+    if keep == problem.chunks:
+        problem.cover()
+    else:
+        problem.stream(noise_seed)
+    return problem
 
 
 class _KeptScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed: int | None):
-        problem = _Problem(query, landmarks, visible, keep, factor)
-        if keep == problem.chunks:
-            problem.cover()
-        else:
-            problem.stream(noise_seed)
+        problem = _solve(query, landmarks, factor, visible, keep, noise_seed)
         ctx.save_for_backward(query, landmarks, factor, problem.indices, problem.scores)
         ctx.mark_non_differentiable(problem.indices)
         return problem.indices, problem.scores
@@ -132,17 +162,26 @@ class _KeptScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, grad):
         query, landmarks, factor, indices, scores = ctx.saved_tensors
-        kept = indices >= 0
-        grad = torch.where(kept, grad, 0.0)
-        by_head = factor.expand(query.shape[2])[:, None]  # (Hr, 1)
+        by_head = factor.expand(query.shape[2])  # (Hr,)
         grad_query = grad_landmarks = grad_factor = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            grad_query, grad_landmarks = product_gradients(query, landmarks, indices, grad * by_head)
+            if query.dtype == torch.bfloat16:
+                grad_query, grad_landmarks = spread_gradients(query, landmarks, indices, grad, by_head.contiguous())
+            else:
+                slopes = grad.masked_fill(indices < 0, 0.0) * by_head[:, None]
+                grad_query, grad_landmarks = product_gradients(query, landmarks, indices, slopes)
         if ctx.needs_input_grad[2]:
+            kept, by_head = indices >= 0, by_head[:, None]
+            grad = torch.where(kept, grad, 0.0)
             products = torch.where(kept, scores, 0.0) / by_head
             grad_factor = (grad * products).sum((0, 1, 3))  # (Hr,)
             grad_factor = grad_factor.sum_to_size(factor.shape)
         return grad_query, grad_landmarks, grad_factor, None, None, None
+
+
+@lru_cache(maxsize=16)
+def _constant(number: float, device: torch.device) -> torch.Tensor:
+    return torch.full((), number, dtype=torch.float32, device=device)
 
 
 @torch.compiler.disable
@@ -166,7 +205,7 @@ def chunk_topk_triton(
             f"{MOST_KEPT} or at least C; got {query.dtype}, {landmarks.dtype}, R={query.shape[-1]}, K={topk}, "
             f"C={num_chunks}"
         )
-    factors = factor if isinstance(factor, torch.Tensor) else torch.full((), factor, device=query.device)
+    factors = factor if isinstance(factor, torch.Tensor) else _constant(factor, query.device)
     factors = factors.to(torch.float32).reshape(-1)  # (1,) or (Hr,)
     if min(query.shape[:2]) == 0 or num_chunks == 0:
         shape = (*query.shape[:3], keep)
@@ -178,5 +217,8 @@ def chunk_topk_triton(
     if is_decoding and num_chunks >= max(_DECODE_CHUNKS, keep + 1):
         problem = _Problem(query, landmarks, visible, keep, factors)
         problem.decode()
+        return problem.indices, problem.scores
+    if not needs_gradient:
+        problem = _solve(query, landmarks, factors, visible, keep, noise_seed)
         return problem.indices, problem.scores
     return _KeptScores.apply(query, landmarks, factors, visible, keep, noise_seed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 
 from hsa_ultralong.ops._common import choose_impl, require_shape
@@ -11,10 +14,15 @@ from hsa_ultralong.ops.hsa.torch_dense import hsa_attention_dense
 from hsa_ultralong.ops.hsa.torch_gather import hsa_attention_gather
 
 
-def _triton(*args, **options) -> torch.Tensor:
+@lru_cache(maxsize=1)
+def _kernels() -> Callable[..., torch.Tensor]:
     from hsa_ultralong.ops.hsa.triton_attention import hsa_attention_triton  # imports triton, which may be missing
 
-    return hsa_attention_triton(*args, **options)
+    return hsa_attention_triton
+
+
+def _triton(*args, **options) -> torch.Tensor:
+    return _kernels()(*args, **options)
 
 
 _BACKENDS = {

@@ -129,9 +129,7 @@ def covered_memory_gradient_kernel(
 
 
 @triton.jit
-def listed_sum_kernel(
-    partial, unit_ends, grad_k, grad_v, C, logit_scale, HKV, HR, D: tl.constexpr, S: tl.constexpr
-):
+def listed_sum_kernel(partial, unit_ends, grad_k, grad_v, C, logit_scale, HKV, HR, D: tl.constexpr, S: tl.constexpr):
     """dK and dV of one chunk: the sum of its units, in order."""
     number = tl.program_id(0)
     share = tl.program_id(1)

@@ -157,9 +157,7 @@ def _slot_map_kernel(
     tl.store(target, value, mask=chunk >= 0)
 
 
-def tile_lists(
-    indices: torch.Tensor, tile_tokens: int, num_chunks: int, first_tile: int, num_tiles: int
-) -> TileLists:
+def tile_lists(indices: torch.Tensor, tile_tokens: int, num_chunks: int, first_tile: int, num_tiles: int) -> TileLists:
     """Lists of `num_tiles` tiles from `first_tile` on; indices (B, T, Hr, K) int32 below num_chunks = C."""
     batch, num_tokens, heads, slots = indices.shape
     shape = (batch, heads, num_tiles)

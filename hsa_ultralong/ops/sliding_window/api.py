@@ -8,7 +8,22 @@ from hsa_ultralong.ops._common import choose_impl, require_shape
 from hsa_ultralong.ops.sliding_window.reference import sliding_window_reference
 from hsa_ultralong.ops.sliding_window.torch_banded import sliding_window_banded
 
-_BACKENDS = {"reference": sliding_window_reference, "torch": sliding_window_banded}
+
+def _flex(*args, **options) -> torch.Tensor:
+    from hsa_ultralong.ops.sliding_window.torch_flex import sliding_window_flex  # imports torch's compiler
+
+    return sliding_window_flex(*args, **options)
+
+
+_BACKENDS = {"reference": sliding_window_reference, "torch": sliding_window_banded, "flex": _flex}
+# lengths for which one compilation pays, and for which flex_attention's table of T^2 / 2^14 blocks stays small
+_FLEX_TOKENS = range(1024, 2**18 + 1)
+
+
+def _automatic(q: torch.Tensor, k: torch.Tensor) -> str:
+    is_training = torch.is_grad_enabled() and q.requires_grad
+    fits = q.is_cuda and q.shape[1] in _FLEX_TOKENS and q.dtype in (torch.bfloat16, torch.float16)
+    return "flex" if fits and is_training and q.shape[-1] in (16, 32, 64, 128) else "torch"
 
 
 def sliding_window_attention(
@@ -31,7 +46,8 @@ def sliding_window_attention(
         query_segments (B, Tq), key_segments (B, Tk): int32 document numbers, both or neither; -1 is padding, which
             attends to itself and its like only.
         scale: default 1 / sqrt(D).
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "torch" (blocks of SDPA), "flex" (torch's compiled flex_attention, on a GPU) or "reference";
+            "auto" takes flex for training in 16 bit on a GPU.
 
     Returns:
         (B, Tq, Hq, D) in the dtype of q.
@@ -56,6 +72,6 @@ def sliding_window_attention(
     if query_segments is not None and key_segments is not None:
         require_shape("query_segments", query_segments, (batch, num_queries))
         require_shape("key_segments", key_segments, (batch, num_keys))
-    backend = _BACKENDS[choose_impl("sliding_window_attention", impl, tuple(_BACKENDS), "torch")]
+    backend = _BACKENDS[choose_impl("sliding_window_attention", impl, tuple(_BACKENDS), _automatic(q, k))]
     scale = dim**-0.5 if scale is None else scale
     return backend(q, k, v, window=window, query_segments=query_segments, key_segments=key_segments, scale=scale)

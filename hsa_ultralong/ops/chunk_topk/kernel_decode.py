@@ -1,0 +1,99 @@
+"""Triton kernels of chunk_topk for few queries: score all landmarks once for all queries, rank shares, merge.
+
+Candidates are the int64 keys of kernel_select.py. The landmarks stream past once for up to BQ queries of a head; the
+scan keeps every candidate, the best one of every program's share, and in each share the best one of every lane (chunks
+that are equal modulo TILE). Then one program a query goes down: the K best shares, in them the K best lanes, in them
+the K best candidates. Derivation: README.md of this folder.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hsa_ultralong.ops.chunk_topk.kernel_select import _INDEX_MASK, _WORST, _newest_first, _pack, _visible
+
+
+@triton.jit
+def scan_kernel(
+    query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, keys, lane_tops, share_tops,
+    C, HR, queries, padded_chunks,
+    R: tl.constexpr, RP: tl.constexpr, BQ: tl.constexpr, TILE: tl.constexpr, SHARE: tl.constexpr,
+    FOREIGN: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Candidates (rows of the landmarks, HR, queries, padded_chunks) of SHARE chunks for BQ of the `queries` tokens
+    that share the landmarks; the best of the share, and of its chunks at every lane (chunk modulo TILE)."""
+    split = tl.program_id(0)
+    part = tl.program_id(1).to(tl.int64)  # (row of the landmarks, head)
+    hr = part % HR
+    b = part // HR
+    number = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    is_real = number < queries
+    token = b * queries + number
+    dims = tl.arange(0, RP)
+    q = tl.load(
+        query + (token[:, None] * HR + hr) * R + dims[None, :], mask=is_real[:, None] & (dims < R)[None, :], other=0.0
+    )  # fmt: skip
+    scale = tl.load(factor + hr)
+    segment = tl.load(query_segment + token, mask=is_real, other=-1)
+    position = tl.load(query_position + token, mask=is_real, other=0)
+    if LANDMARK_ROWS:
+        landmarks += b * C * HR * R
+    if CHUNK_ROWS:
+        chunk_segment += b * C
+        chunk_end += b * C
+    row = part * queries + number
+    keys += (row * padded_chunks)[:, None]
+    best = tl.full((BQ, TILE), _WORST, tl.int64)
+    for start in tl.range(split * SHARE, split * SHARE + SHARE, TILE, num_stages=STAGES):
+        chunk = start + tl.arange(0, TILE)
+        exists = chunk < C
+        block = tl.load(
+            landmarks + (chunk.to(tl.int64)[:, None] * HR + hr) * R + dims[None, :],
+            mask=exists[:, None] & (dims < R)[None, :], other=0.0,
+        )  # fmt: skip
+        ends = tl.load(chunk_end + chunk, mask=exists, other=0)
+        owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
+        ranking = tl.dot(q, tl.trans(block), input_precision=PRECISION) * scale
+        mask = _visible(segment[:, None], position[:, None], owners[None, :], ends[None, :], FOREIGN)
+        found = _pack(ranking, chunk[None, :], mask)
+        tl.store(keys + chunk[None, :], found, mask=is_real[:, None])
+        best = tl.maximum(best, found)
+    lane = tl.arange(0, TILE)[None, :]
+    tl.store(lane_tops + ((row * tl.num_programs(0) + split) * TILE)[:, None] + lane, best, mask=is_real[:, None])
+    tl.store(share_tops + row * tl.num_programs(0) + split, tl.max(best, 1), mask=is_real)
+
+
+@triton.jit
+def finish_kernel(
+    keys, lane_tops, share_tops, indices, scores, shares, padded_chunks, K, rows_per_part, HR,
+    KP: tl.constexpr, SHARES: tl.constexpr, KS: tl.constexpr, KL: tl.constexpr,
+    SHARE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Indices and scores of one query: the K best shares by their best candidate hold the K best lanes, and these the
+    K best candidates; a candidate says where it comes from."""
+    row = tl.program_id(0).to(tl.int64)  # (row of the landmarks * HR + hr) * rows_per_part + query
+    entry = tl.arange(0, SHARES)
+    best = tl.topk(tl.load(share_tops + row * shares + entry, mask=entry < shares, other=_WORST), KS)
+    share = ((best & _INDEX_MASK) ^ _INDEX_MASK) // SHARE  # (KS,)
+    lane = tl.arange(0, TILE)
+    best = tl.load(
+        lane_tops + (row * shares + share)[:, None] * TILE + lane[None, :],
+        mask=(best != _WORST)[:, None] & (lane >= 0)[None, :], other=_WORST,
+    )  # fmt: skip
+    best = tl.topk(tl.reshape(best, (KS * TILE,)), KL)
+    chunk = (best & _INDEX_MASK) ^ _INDEX_MASK  # (KL,)
+    first = chunk // SHARE * SHARE + chunk % TILE
+    step = tl.arange(0, SHARE // TILE)
+    best = tl.load(
+        keys + row * padded_chunks + first[:, None] + step[None, :] * TILE,
+        mask=(best != _WORST)[:, None] & (step >= 0)[None, :], other=_WORST,
+    )  # fmt: skip
+    best = tl.topk(tl.reshape(best, (KL * (SHARE // TILE),)), KP)
+    slot = tl.arange(0, KP)
+    chunk, ranking, found = _newest_first(best, slot, K)
+    part = row // rows_per_part
+    place = ((part // HR) * rows_per_part + row % rows_per_part) * HR + part % HR
+    tl.store(indices + place * K + slot, tl.where(found, chunk, -1), mask=slot < K)
+    tl.store(scores + place * K + slot, tl.where(found, ranking, float("-inf")), mask=slot < K)

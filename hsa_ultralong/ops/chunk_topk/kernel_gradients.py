@@ -1,0 +1,83 @@
+"""Gradients of kept products on a GPU: the K slopes of a token spread into a row of zeros, then matrix products.
+
+A slope goes as the sum of two bf16 numbers, so that matrix units lose nothing that a plain rounding would lose: slopes
+of a softmax sum to zero, and a vector common to all landmarks must cancel. One launch writes a block of rows,
+(t, 2, C); blocks keep it bounded. No atomic additions. Derivation: README.md of this folder.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hsa_ultralong.ops._common import blocks, matmul_wide
+from hsa_ultralong.ops._triton import next_power_of_two
+
+# scores that one block of rows stands for: 4 bytes each
+BLOCK_ELEMENTS = 1 << 26
+
+
+@triton.jit
+def spread_kernel(
+    indices, grad, factor, dense, T, start, K, HR, W, KP: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Row (b * HR + hr, t) of dense (B * HR, t, 2, W): high and low parts of factor * grad at the kept chunks, 0."""
+    t = tl.program_id(0)
+    part = tl.program_id(1).to(tl.int64)
+    hr = part % HR
+    b = part // HR
+    row = dense + (part * tl.num_programs(0) + t) * (2 * W)
+    for first in range(0, 2 * W, BW):
+        place = first + tl.arange(0, BW)
+        tl.store(row + place, tl.zeros((BW,), dense.dtype.element_ty), mask=place < 2 * W)
+    slot = tl.arange(0, KP)
+    entry = ((b * T + start + t) * HR + hr) * K + slot
+    chunk = tl.load(indices + entry, mask=slot < K, other=-1)
+    slope = tl.load(grad + entry, mask=slot < K, other=0.0) * tl.load(factor + hr)
+    high = slope.to(dense.dtype.element_ty)
+    low = (slope - high.to(tl.float32)).to(dense.dtype.element_ty)
+    # other threads of this program wrote the zeros
+    tl.debug_barrier()
+    tl.store(row + chunk, high, mask=chunk >= 0)
+    tl.store(row + W + chunk, low, mask=chunk >= 0)
+
+
+def spread_gradients(
+    query: torch.Tensor, landmarks: torch.Tensor, indices: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of query (B, T, Hr, R) and landmarks (1 or B, C, Hr, R), both bf16, from those of the kept scores.
+
+    indices, grad: (B, T, Hr, K) int32 and fp32; -1 counts nothing. factor: (Hr,) fp32.
+    """
+    batch, num_tokens, heads, dim = query.shape
+    rows, num_chunks = landmarks.shape[:2]
+    indices, grad = indices.contiguous(), grad.contiguous()
+    slots, parts = indices.shape[-1], batch * heads
+    width = -(-num_chunks // 8) * 8  # rows of 16 bytes, which matrix products need to be fast
+    columns = landmarks.transpose(1, 2)  # (1 or B, Hr, C, R)
+    if width > num_chunks:
+        columns = torch.nn.functional.pad(columns, (0, 0, 0, width - num_chunks))
+    columns = torch.cat((columns, columns), dim=2).expand(batch, -1, -1, -1).reshape(parts, 2 * width, dim)
+    grad_query, grad_landmarks = torch.empty_like(query), None
+    for start, stop in blocks(num_tokens, max(1, BLOCK_ELEMENTS // (parts * width))):
+        count = stop - start
+        dense = torch.empty((parts, count, 2, width), dtype=query.dtype, device=query.device)
+        spread_kernel[(count, parts)](
+            indices, grad, factor, dense, num_tokens, start, slots, heads, width,
+            KP=next_power_of_two(slots), BW=1024, num_warps=1,
+        )  # fmt: skip
+        read = query[:, start:stop].transpose(1, 2).reshape(parts, count, dim)  # (B * Hr, t, R)
+        if parts == 1:
+            torch.mm(dense.view(count, 2 * width), columns[0], out=grad_query[0, start:stop, 0])
+        else:
+            found = torch.bmm(dense.flatten(2), columns)  # (B * Hr, t, R)
+            grad_query[:, start:stop] = found.unflatten(0, (batch, heads)).transpose(1, 2)
+        for part in (0, 1):
+            product = matmul_wide(dense[:, :, part, :num_chunks].transpose(1, 2), read)  # (B * Hr, C, R)
+            grad_landmarks = product if grad_landmarks is None else grad_landmarks.add_(product)
+    assert grad_landmarks is not None
+    by_row = grad_landmarks.unflatten(0, (batch, heads))
+    if rows < batch:
+        by_row = by_row.sum(0, keepdim=True)
+    return grad_query, by_row.transpose(1, 2).to(landmarks.dtype)
