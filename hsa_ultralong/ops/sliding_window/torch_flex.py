@@ -58,7 +58,6 @@ def _rule(offset: int, window: int, query_segments: torch.Tensor | None, key_seg
     return in_document
 
 
-@lru_cache(maxsize=32)
 def touched_blocks(
     num_queries: int, num_keys: int, window: int, has_documents: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,7 +85,7 @@ def touched_blocks(
     return (*listed(exists & ~is_whole), *listed(is_whole))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _plan(num_queries: int, num_keys: int, window: int, has_documents: bool, device: torch.device) -> BlockMask:
     lists = touched_blocks(num_queries, num_keys, window, has_documents, device)
     lengths = (num_queries, num_keys)
