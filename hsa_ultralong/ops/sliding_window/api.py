@@ -16,14 +16,15 @@ def _flex(*args, **options) -> torch.Tensor:
 
 
 _BACKENDS = {"reference": sliding_window_reference, "torch": sliding_window_banded, "flex": _flex}
-# lengths for which one compilation pays, and for which flex_attention's table of T^2 / 2^14 blocks stays small
-_FLEX_TOKENS = range(1024, 2**18 + 1)
+# lengths from which a compilation pays (steps of training are many, calls without gradients are not), and up to which
+# flex_attention's table of T^2 / 2^14 blocks stays small
+_FLEX_FROM, _FLEX_FROM_READING, _FLEX_MAX = 1024, 2**17, 2**18
 
 
 def _automatic(q: torch.Tensor, k: torch.Tensor) -> str:
-    is_training = torch.is_grad_enabled() and q.requires_grad
-    fits = q.is_cuda and q.shape[1] in _FLEX_TOKENS and q.dtype in (torch.bfloat16, torch.float16)
-    return "flex" if fits and is_training and q.shape[-1] in (16, 32, 64, 128) else "torch"
+    least = _FLEX_FROM if torch.is_grad_enabled() and q.requires_grad else _FLEX_FROM_READING
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in (16, 32, 64, 128)
+    return "flex" if q.is_cuda and fits and least <= q.shape[1] <= _FLEX_MAX else "torch"
 
 
 def sliding_window_attention(
@@ -47,7 +48,7 @@ def sliding_window_attention(
             attends to itself and its like only.
         scale: default 1 / sqrt(D).
         impl: "auto", "torch" (blocks of SDPA), "flex" (torch's compiled flex_attention, on a GPU) or "reference";
-            "auto" takes flex for training in 16 bit on a GPU.
+            "auto" takes flex in 16 bit on a GPU for training and for calls of 131,072 tokens and more.
 
     Returns:
         (B, Tq, Hq, D) in the dtype of q.
