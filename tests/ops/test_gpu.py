@@ -163,3 +163,41 @@ def test_nano_trains_at_32k_within_40_gb():
         model(tokens, labels=tokens).loss.backward()
     assert torch.isfinite(model.model.chunk_encoder.landmark_proj.weight.grad).all()
     assert torch.cuda.max_memory_allocated() < 40e9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.mem_get_info()[1] < 100 * 2**30, reason="needs 100 GiB on the device"
+)
+def test_addresses_past_two_to_the_31_elements():
+    """q, k and v of more than 2^31 elements: the last tokens get what they get alone, gradients land where they belong."""
+    size, dim, heads, kept = 64, 64, 16, 4
+    tokens, chunks = 2**21 + 640, 2**19 + 320
+    q = torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (
+        torch.randn(1, chunks * size, 1, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)
+    )
+    assert min(q.numel(), k.numel()) > 2**31
+    indices = torch.full((1, tokens, 1, kept), -1, dtype=torch.int32, device="cuda")
+    indices[:, -300:] = torch.arange(chunks - 1, chunks - 1 - kept, -1, dtype=torch.int32, device="cuda")
+    weights = torch.rand(indices.shape, device="cuda").masked_fill(indices < 0, 0.0)
+    out = hsa_attention(q, k, v, indices, weights, chunk_size=size, impl="triton")
+    last = [q[:, -300:].detach(), *(x[:, -kept * size :].detach() for x in (k, v))]
+    last = [x.clone().requires_grad_() for x in last]
+    own = torch.where(indices[:, -300:] < 0, -1, indices[:, -300:] - (chunks - kept))
+    alone = hsa_attention(*last, own, weights[:, -300:], chunk_size=size, impl="triton")
+    assert torch.equal(out[:, -300:], alone) and not out[:, :-300].any()
+    upward = torch.randn_like(alone)
+    alone.backward(upward)
+    out.backward(torch.cat((torch.zeros_like(out[:, :-300]), upward), 1))
+    for whole, part in zip((q, k, v), last, strict=True):
+        count = part.shape[1]
+        assert torch.equal(whole.grad[:, -count:], part.grad) and not whole.grad[:, :-count].any()
+    query, landmarks = (torch.randn(1, n, 1, 256, device="cuda", dtype=torch.bfloat16) for n in (3, 2**23 + 64))
+    zero = torch.zeros(1, 3, dtype=torch.int32, device="cuda")
+    everyone = torch.full((1, landmarks.shape[1]), -1, dtype=torch.int32, device="cuda")
+    visible = ChunkVisibility(zero, zero, everyone, torch.zeros_like(everyone))
+    found, scores = chunk_topk(query, landmarks, visible, topk=32, impl="triton")
+    exact = (query[0, :, 0].float() @ landmarks[0, :, 0].float().T) / 16  # (3, C)
+    assert torch.equal(found[0, :, 0], exact.topk(32).indices.sort(-1, descending=True).values.int())
+    torch.testing.assert_close(scores[0, :, 0], exact.gather(1, found[0, :, 0].long()), rtol=1e-4, atol=1e-4)
