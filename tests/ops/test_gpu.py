@@ -170,7 +170,7 @@ def test_nano_trains_at_32k_within_40_gb():
     not torch.cuda.is_available() or torch.cuda.mem_get_info()[1] < 100 * 2**30, reason="needs 100 GiB on the device"
 )
 def test_addresses_past_two_to_the_31_elements():
-    """q, k and v of more than 2^31 elements: the last tokens get what they get alone, gradients land where they belong."""
+    """The last tokens of more than 2^31 elements get what they get alone, and gradients land where they belong."""
     size, dim, heads, kept = 64, 64, 16, 4
     tokens, chunks = 2**21 + 640, 2**19 + 320
     q = torch.randn(1, tokens, heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
