@@ -31,7 +31,10 @@ _CONFIG_KEYS = (
 
 
 def memory_fingerprint(model: HSAForCausalLM) -> str:
-    """SHA-256 (hex) of the configuration and parameters below the upper decoder; kept until one of them changes."""
+    """SHA-256 (hex) of the configuration and parameters below the upper decoder; kept until one of them changes.
+
+    Values count, not dtypes: a bf16 checkpoint loaded in bf16 and in fp32 has one fingerprint, so both share memories.
+    """
     inner = model.model
     parts: list[tuple[str, torch.Tensor]] = [("embed_tokens", inner.embed_tokens.weight)]
     for prefix, module in (("lower", inner.lower_layers), ("encoder", inner.chunk_encoder)):
@@ -43,8 +46,12 @@ def memory_fingerprint(model: HSAForCausalLM) -> str:
         return known[1]
     digest = hashlib.sha256(options.encode())
     for name, tensor in parts:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        exact = tensor.detach().cpu()
+        narrow = exact.float()
+        if exact.dtype != torch.float64 or torch.equal(narrow.double(), exact):
+            exact = narrow
+        digest.update(exact.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     model._known_fingerprint = (key, digest.hexdigest())
     return digest.hexdigest()
 
@@ -53,6 +60,6 @@ def require_same_model(model: HSAForCausalLM, memory: ChunkMemory) -> None:
     """Refuse a memory that another model built."""
     if memory.fingerprint != memory_fingerprint(model):
         raise ValueError(
-            "this memory was built by another model (or by this one before its lower half changed, or in another "
-            "dtype); memorise the text again with the model at hand"
+            "this memory was built by another model (or by this one before its lower half changed); memorise the text "
+            "again with the model at hand"
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 
 from hsa_ultralong.inference.fingerprint import memory_fingerprint, require_same_model
 from hsa_ultralong.models import HSACache, HSAForCausalLM
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Document, MemoryView
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, MemoryView
 from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.window_attention import WindowState
 from hsa_ultralong.ops import ChunkVisibility
@@ -27,14 +26,6 @@ _SEGMENT_TOKENS = {"cpu": 2048, "cuda": 65_536}
 _COMPILED_SEGMENT, _COMPILED_FROM = 2**17, 2**26
 _TOKEN_TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
 Progress = Callable[[int, int | None], None]
-
-
-@dataclass
-class Continuation:
-    """How to go on with an open document: windows of the lower layers and the last lower outputs, (1, n, M)."""
-
-    windows: list[tuple[torch.Tensor, torch.Tensor]]
-    lower: torch.Tensor
 
 
 def run_layer(layer: torch.nn.Module, x: torch.Tensor, rotary: RotaryTable, state: WindowState) -> torch.Tensor:

@@ -15,7 +15,8 @@ def library_view(library: ChunkMemory, segments: torch.Tensor, positions: torch.
     """A loaded memory that every real token may read; segments and positions (B, T) of the queries."""
     tensors = library.tensors
     everyone = torch.full_like(tensors.segments, READABLE_BY_ALL)
-    return MemoryView(tensors, ChunkVisibility(segments, positions, everyone, torch.zeros_like(everyone)))
+    visible = ChunkVisibility(segments, positions, everyone, torch.zeros_like(everyone))
+    return MemoryView(tensors, visible, store=library.store)
 
 
 def pooled_view(own: ChunkTensors, segments: torch.Tensor) -> MemoryView:

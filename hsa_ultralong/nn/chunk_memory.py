@@ -9,12 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
+
+
+@dataclass
+class Continuation:
+    """How to go on with an open document: keys and values of the windows of the lower layers, (1, n, Hkv, D), and the
+    last lower outputs, (1, n, M)."""
+
+    windows: list[tuple[torch.Tensor, torch.Tensor]]
+    lower: torch.Tensor
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Continuation:
+        """A copy elsewhere."""
+        windows = [(keys.to(device, dtype), values.to(device, dtype)) for keys, values in self.windows]
+        return Continuation(windows, self.lower.to(device, dtype))
 
 
 @dataclass
@@ -25,12 +39,25 @@ class Document:
     first_chunk: int
     num_chunks: int
     is_open: bool = False
-    continuation: Any = None
+    continuation: Continuation | None = None
     name: str = ""
 
     @property
     def num_tokens(self) -> int:
         return self.tokens.shape[0]
+
+
+class KeyValueStore(Protocol):
+    """Keys and values that lie elsewhere than in ChunkMemory.storage: in host memory, in a file, on several tiers."""
+
+    def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v (n, S, Hkv, D) of chunk numbers (n,) int64, ascending, where and in the dtype that the model reads."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        ...
 
 
 class ChunkTensors(NamedTuple):
@@ -54,6 +81,7 @@ class ChunkMemory:
         documents: records of a memorised library, empty inside a forward.
         fingerprint: of the parameters that the memory depends on; a reader with another one refuses it.
         is_composable: False if the model's fusion depends on the order of chunks (fact 4): merging is refused then.
+        store: where k and v lie if not in `storage`, whose k and v then have no slots; such a memory is for reading.
     """
 
     chunk_size: int
@@ -62,6 +90,7 @@ class ChunkMemory:
     documents: list[Document] = field(default_factory=list)
     fingerprint: str = ""
     is_composable: bool = True
+    store: KeyValueStore | None = None
 
     @staticmethod
     def empty(
@@ -120,7 +149,8 @@ class ChunkMemory:
     @property
     def num_bytes(self) -> int:
         """Bytes of keys, values, landmarks and bookkeeping in use (token ids not counted)."""
-        return sum(part.numel() * part.element_size() for part in self.tensors)
+        stored = 0 if self.store is None else self.store.num_bytes
+        return stored + sum(part.numel() * part.element_size() for part in self.tensors)
 
     @property
     def open_document(self) -> Document | None:
@@ -151,13 +181,55 @@ class ChunkMemory:
         )
 
     def write(self, first: int, chunks: ChunkTensors) -> None:
-        """Put `chunks` at chunk index `first` and following, growing as needed."""
+        """Put `chunks` at chunk index `first` and following, growing as needed.
+
+        Raises:
+            ValueError: for a memory whose keys and values lie in a store.
+        """
+        self._require_own_storage("written to")
         count = chunks.landmarks.shape[1]
         self.reserve(first + count)
         self.num_chunks = max(self.num_chunks, first + count)
         for name, target, source in zip(ChunkTensors._fields, self.storage, chunks, strict=True):
             unit = self.chunk_size if name in ("k", "v") else 1
             target[:, first * unit : (first + count) * unit] = source.detach()
+
+    def splice(self, document: int, first: int, stop: int, chunks: ChunkTensors) -> None:
+        """Replace chunks first..stop of a document (counted inside it) by others, any number; later chunks move.
+
+        Raises:
+            ValueError: for a memory whose keys and values lie in a store.
+        """
+        self._require_own_storage("changed")
+        record, count = self.documents[document], chunks.landmarks.shape[1]
+        shift = count - (stop - first)
+        if shift:
+            old = self.tensors
+            place, end = record.first_chunk + stop, record.first_chunk + stop + shift
+            later = self._part(old, place, self.num_chunks)
+            # positions inside this document move with its chunks, those of other documents stay
+            mine = slice(0, record.num_chunks - stop)
+            later = ChunkTensors(*(part.clone() for part in later))
+            later.ends[:, mine] += shift * self.chunk_size
+            self.num_chunks += shift
+            self.write(end, later)
+            record.num_chunks += shift
+            for other in self.documents[document + 1 :]:
+                other.first_chunk += shift
+        if count:
+            self.write(record.first_chunk + first, chunks)
+
+    def _part(self, tensors: ChunkTensors, first: int, stop: int) -> ChunkTensors:
+        k, v, *rest = tensors
+        slots = slice(first * self.chunk_size, stop * self.chunk_size)
+        return ChunkTensors(k[:, slots], v[:, slots], *(x[:, first:stop] for x in rest))
+
+    def _require_own_storage(self, what: str) -> None:
+        if self.store is not None:
+            raise ValueError(
+                f"a memory opened from a file or on several tiers cannot be {what}; change the file with "
+                "hsa_ultralong.inference.Library and open it again"
+            )
 
     def write_rows(self, slots: torch.Tensor, chunks: ChunkTensors) -> None:
         """Put chunk j of row b at index slots[b, j], (B, n) int64; the caller has reserved the room."""
@@ -173,7 +245,12 @@ class ChunkMemory:
         self.storage = ChunkTensors(*(function(part) for part in self.storage))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ChunkMemory:
-        """A copy on another device or in another float dtype, with document records of its own."""
+        """A copy on another device or in another float dtype, with document records of its own.
+
+        Raises:
+            ValueError: for a memory whose keys and values lie in a store.
+        """
+        self._require_own_storage("moved")
         moved = ChunkTensors(
             *(part.to(device=device, dtype=dtype if part.is_floating_point() else None) for part in self.tensors)
         )
@@ -201,6 +278,7 @@ class ChunkMemory:
                 raise ValueError(
                     f"memory {number} has chunks of {memory.chunk_size} tokens, the first of {first.chunk_size}"
                 )
+            memory._require_own_storage("merged in memory")
             if not memory.is_composable:
                 raise ValueError(
                     "this model's fusion depends on the order of chunks (stick-breaking or position decay), so "
@@ -229,17 +307,17 @@ class ChunkMemory:
         if not 0 <= number < len(self.documents):
             raise ValueError(f"document {number} does not exist; the memory holds {len(self.documents)}")
         document = self.documents[number]
-        first, last = document.first_chunk, document.first_chunk + document.num_chunks
-        k, v, *rest = self.tensors
-        slots = slice(first * self.chunk_size, last * self.chunk_size)
-        part = ChunkTensors(k[:, slots], v[:, slots], *(x[:, first:last] for x in rest))
+        first = document.first_chunk
+        part = self._part(self.tensors, first, first + document.num_chunks)
         part = part._replace(segments=torch.zeros_like(part.segments))
         return replace(self, storage=part, num_chunks=document.num_chunks, documents=[replace(document, first_chunk=0)])
 
 
 class MemoryView(NamedTuple):
-    """A memory and who may see which of its chunks in the current call."""
+    """A memory and who may see which of its chunks in the current call; `store` holds its k and v if `memory` does
+    not."""
 
     memory: ChunkTensors
     visible: ChunkVisibility
     is_causal: bool = False
+    store: KeyValueStore | None = None

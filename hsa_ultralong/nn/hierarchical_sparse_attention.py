@@ -11,11 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hsa_ultralong.nn.chunk_memory import MemoryView
+from hsa_ultralong.nn.chunk_memory import ChunkTensors, KeyValueStore, MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.window_attention import WindowAttention, WindowState
 from hsa_ultralong.ops import hsa_attention
+from hsa_ultralong.ops._common import blocks
+
+# tokens whose chunks are fetched from a store together: at most this times K of them
+_TOKENS_PER_FETCH = 128
 
 
 class HierarchicalSparseAttention(nn.Module):
@@ -49,6 +53,9 @@ class HierarchicalSparseAttention(nn.Module):
             if len(views) > 1:
                 indices = torch.where((indices >= 0) & (indices < num_chunks), indices, -1)
             # outputs of several memories add up: the fusion weights are already normalised over all of them
+            if view.store is not None:
+                out = out + self._read_store(q, view.store, memory, indices, retrieval.weights)
+                continue
             out = out + hsa_attention(
                 q.to(memory.v.dtype),
                 memory.k,
@@ -60,6 +67,37 @@ class HierarchicalSparseAttention(nn.Module):
                 causal=view.is_causal,
             )
         return self.o_proj(out.flatten(-2).to(x.dtype))
+
+    def _read_store(
+        self,
+        q: torch.Tensor,
+        store: KeyValueStore,
+        memory: ChunkTensors,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same attention over chunks fetched for a few tokens at a time, numbered anew in ascending order."""
+        parts = []
+        for start, stop in blocks(q.shape[1], _TOKENS_PER_FETCH):
+            wanted = indices[:, start:stop]
+            chosen = wanted[wanted >= 0].long().unique()
+            if len(chosen) == 0:
+                parts.append(torch.zeros_like(q[:, start:stop]))
+                continue
+            k, v = (part.flatten(0, 1)[None] for part in store.fetch(chosen))  # (1, n*S, Hkv, D)
+            found = torch.searchsorted(chosen, wanted.clamp_min(0).long()).to(torch.int32)
+            parts.append(
+                hsa_attention(
+                    q[:, start:stop].to(v.dtype),
+                    k,
+                    v,
+                    torch.where(wanted < 0, -1, found),
+                    weights[:, start:stop],
+                    chunk_size=self.chunk_size,
+                    chunk_lengths=memory.lengths[:, chosen],
+                )
+            )
+        return torch.cat(parts, dim=1)
 
 
 class HSALayer(nn.Module):

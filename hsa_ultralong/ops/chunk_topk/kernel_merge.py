@@ -3,7 +3,7 @@
 The alternative to kernel_select.select_kernel where KP is at most 32. A tile of 64 queries on 4 warps keeps every row
 of scores inside one warp (wgmma), so sorting needs no shared memory; the landmarks to walk are bounded once per tile;
 and few new candidates are inserted one by one, which is what most blocks of a long memory bring.
-Tests: tests/ops/test_chunk_topk_pairs.py.
+Tests: tests/ops/test_chunk_topk_triton.py.
 """
 
 from __future__ import annotations
