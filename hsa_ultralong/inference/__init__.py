@@ -4,10 +4,12 @@ from hsa_ultralong.inference.ask import Answer, ask
 from hsa_ultralong.inference.editor import edit
 from hsa_ultralong.inference.fingerprint import memory_fingerprint
 from hsa_ultralong.inference.generation import generate_with_memory
+from hsa_ultralong.inference.library import Library
 from hsa_ultralong.inference.reader import append, close_document, last_logits, memorize
 
 __all__ = [
     "Answer",
+    "Library",
     "append",
     "ask",
     "close_document",

@@ -1,80 +1,126 @@
-"""Exact edits of a memory in place: only the chunks that a changed token can reach are read again (fact 6)."""
+"""Exact edits: replacing, inserting or deleting tokens reads again only the chunks that a changed token can reach.
+
+An edit that moves the chunk grid (a length change that is no multiple of S) reads the rest of its document again, other
+documents never (fact 6 of docs/architecture.md). Used on memories in place and, by library.py, on files.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
 
 from hsa_ultralong.inference.fingerprint import require_same_model
-from hsa_ultralong.inference.reader import DocumentReader, _as_tokens, _check_range, evaluating, kept_lower_outputs
-from hsa_ultralong.models import HSAForCausalLM
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
+from hsa_ultralong.inference.reader import (
+    DocumentReader,
+    as_tokens,
+    check_range,
+    evaluating,
+    kept_lower_outputs,
+    segment_length,
+)
+from hsa_ultralong.models import HSAConfig, HSAForCausalLM
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation
 
 
-def affected_chunks(model: HSAForCausalLM, memory: ChunkMemory, start: int, stop: int, document: int = 0) -> range:
-    """Chunks of the document (counted inside it) that replacing its tokens start..stop rewrites."""
-    size = model.config.chunk_size
-    last = (stop - 1 + model.config.lower_reach) // size
-    return range(start // size, min(memory.documents[document].num_chunks, last + 1))
+class EditPlan(NamedTuple):
+    """What an edit of a document costs: its chunks first..old_stop become first..new_stop, read again from the text."""
+
+    first: int
+    old_stop: int
+    new_stop: int
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks to read again."""
+        return self.new_stop - self.first
+
+
+def plan_edit(
+    config: HSAConfig, num_tokens: int, start: int, stop: int, num_new: int, *, is_open: bool = False
+) -> EditPlan:
+    """Chunks that replacing tokens start..stop of a document of `num_tokens` by `num_new` others touches.
+
+    Raises:
+        ValueError: a range outside the document, or an edit that would leave it empty.
+    """
+    if not 0 <= start <= stop <= num_tokens:
+        raise ValueError(f"tokens {start}..{stop} are not a range of the document (0..{num_tokens})")
+    growth = num_new - (stop - start)
+    if num_tokens + growth == 0:
+        raise ValueError("the edit would leave the document empty; delete the document instead")
+    size = config.chunk_size
+    old, new = (n // size if is_open else -(-n // size) for n in (num_tokens, num_tokens + growth))
+    first = min(start // size, old, new)
+    if start == stop and num_new == 0:
+        return EditPlan(first, first, first)
+    if growth % size:
+        return EditPlan(first, old, new)
+    last = start + num_new - 1 + config.lower_reach  # the last token, after the edit, that sees a changed one
+    new_stop = min(new, max(first, last // size + 1))
+    return EditPlan(first, new_stop - growth // size, new_stop)
+
+
+def recompute_chunks(
+    model: HSAForCausalLM, tokens: torch.Tensor, first: int, stop: int, segment: int, step: int | None = None
+) -> Iterator[ChunkTensors]:
+    """Chunks first..stop of a document of all these tokens (n,), in pieces; a last one that is not full is short."""
+    size, device = model.config.chunk_size, model.model.embed_tokens.weight.device
+    begin, end = first * size, min(stop * size, len(tokens))
+    lead = max(0, begin - model.config.lower_reach)
+    reader, step = DocumentReader(model, keep=0), segment_length(model, step)
+    pending, number = None, first
+    for start in range(lead, end, step):
+        part = reader.read(tokens[start : min(start + step, end)].to(device))
+        part = part[:, max(0, begin - start) :]
+        pending = part if pending is None else torch.cat((pending, part), 1)
+        whole = pending.shape[1] // size
+        if whole:
+            yield reader.encode(pending[:, : whole * size], number, segment)
+            number, pending = number + whole, pending[:, whole * size :].clone()
+    if pending is not None and pending.shape[1]:
+        yield reader.encode_short(pending, number, segment)
+
+
+def continuation_at_end(model: HSAForCausalLM, tokens: torch.Tensor) -> Continuation:
+    """How to go on after a document's tokens (n,), from reading its end again."""
+    keep = kept_lower_outputs(model)
+    length = keep + model.config.lower_reach + model.config.sliding_window
+    reader = DocumentReader(model, keep=keep)
+    reader.read(tokens[max(0, len(tokens) - length) :].to(model.model.embed_tokens.weight.device))
+    return reader.continuation()
 
 
 def edit(model: HSAForCausalLM, memory: ChunkMemory, start: int, stop: int, tokens: Any, *, document: int = 0) -> range:
-    """Replace tokens start..stop of a document by as many others, in place; equals rebuilding the memory.
+    """Replace tokens start..stop of a document by others, any number of them, in place; equals rebuilding the memory.
+
+    start == stop inserts, no tokens delete.
 
     Args:
-        start, stop: half-open range of token positions in the document. tokens: (stop - start,) token ids.
+        start, stop: half-open range of token positions in the document. tokens: token ids.
 
     Returns:
-        The rewritten chunks, counted inside the document.
+        The chunks that were read again, counted inside the document after the edit.
 
     Raises:
-        ValueError: for another model's memory, an unknown document, a range outside it, or another number of tokens.
+        ValueError: for another model's memory or one with a store, an unknown document, a range outside it, or an edit
+            that would leave it empty.
     """
     require_same_model(model, memory)
     if not 0 <= document < len(memory.documents):
         raise ValueError(f"document {document} does not exist; the memory holds {len(memory.documents)}")
     record = memory.documents[document]
-    new = _as_tokens(tokens)
-    if not 0 <= start < stop <= record.num_tokens:
-        raise ValueError(f"tokens {start}..{stop} are not a range of document {document} (0..{record.num_tokens})")
-    if len(new) != stop - start:
-        raise ValueError(
-            f"edit replaces {stop - start} tokens by as many others, got {len(new)}; memorise the document again to "
-            "change its length"
-        )
-    _check_range(new, model.config.vocab_size)
-    chunks = affected_chunks(model, memory, start, stop, document)
-    record.tokens = record.tokens.clone()
-    record.tokens[start:stop] = new
+    new = as_tokens(tokens)
+    plan = plan_edit(model.config, record.num_tokens, start, stop, len(new), is_open=record.is_open)
+    check_range(new, model.config.vocab_size)
+    changed = torch.cat((record.tokens[:start], new, record.tokens[stop:]))
     with evaluating(model):
-        if chunks:
-            _rewrite(model, memory, chunks, document)
-        if record.is_open:
-            _refresh_continuation(model, memory, document)
-    return chunks
-
-
-def _rewrite(model: HSAForCausalLM, memory: ChunkMemory, chunks: range, document: int) -> None:
-    record, size = memory.documents[document], model.config.chunk_size
-    first_token, last_token = chunks.start * size, min(chunks.stop * size, record.num_tokens)
-    lead = max(0, first_token - model.config.lower_reach)
-    reader = DocumentReader(model, keep=last_token - first_token)
-    reader.read(record.tokens[lead:last_token].to(memory.k.device))
-    hidden = reader.lower
-    assert hidden is not None
-    whole = hidden.shape[1] // size
-    if whole:
-        new = reader.encode(hidden[:, : whole * size], chunks.start, document)
-        memory.write(record.first_chunk + chunks.start, new)
-    if hidden.shape[1] > whole * size:
-        short = reader.encode_short(hidden[:, whole * size :], chunks.start + whole, document)
-        memory.write(record.first_chunk + chunks.start + whole, short)
-
-
-def _refresh_continuation(model: HSAForCausalLM, memory: ChunkMemory, document: int) -> None:
-    """Read the end of an open document again: its windows and kept lower outputs may have changed."""
-    record = memory.documents[document]
-    keep = kept_lower_outputs(model)
-    length = keep + model.config.lower_reach + model.config.sliding_window
-    reader = DocumentReader(model, keep=keep)
-    reader.read(record.tokens[max(0, record.num_tokens - length) :].to(memory.k.device))
-    record.continuation = reader.continuation()
+        parts = list(recompute_chunks(model, changed, plan.first, plan.new_stop, document)) if plan.num_chunks else []
+        chunks = ChunkTensors(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True))) if parts else None
+        state = continuation_at_end(model, changed) if record.is_open else None
+    if chunks is None:
+        chunks = ChunkTensors(*(part[:, :0] for part in memory.tensors))
+    memory.splice(document, plan.first, plan.old_stop, chunks)
+    record.tokens, record.continuation = changed, state
+    return range(plan.first, plan.new_stop)

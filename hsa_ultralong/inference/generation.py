@@ -29,6 +29,7 @@ def continuation_cache(model: HSAForCausalLM, memory: ChunkMemory) -> tuple[HSAC
     document = memory.open_document
     if document is None:
         raise ValueError("the memory has no open document to continue; memorise with close=False")
+    assert document.continuation is not None
     cache = HSACache(model.config, library=memory)
     for number, (keys, values) in enumerate(document.continuation.windows):
         state = cache.state(number)

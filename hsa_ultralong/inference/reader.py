@@ -105,6 +105,18 @@ class DocumentReader:
         self.lower = joined[:, max(0, joined.shape[1] - self.keep) :]
         return joined
 
+    def complete_chunks(
+        self, tokens: torch.Tensor, num_tokens: int, num_chunks: int, segment: int
+    ) -> ChunkTensors | None:
+        """Read tokens (n,) after `num_tokens` of its document; the chunks beyond `num_chunks` that are full now."""
+        joined = self.read(tokens)
+        count = num_tokens + len(tokens)
+        complete = count // self.size - num_chunks
+        if not complete:
+            return None
+        begin = joined.shape[1] - (count - num_chunks * self.size)
+        return self.encode(joined[:, begin : begin + complete * self.size], num_chunks, segment)
+
     def encode(self, hidden: torch.Tensor, first_chunk: int, segment: int, length: int | None = None) -> ChunkTensors:
         """Chunks of lower outputs (1, n*S, M), the first being chunk `first_chunk` of document number `segment`."""
         chunks = hidden.unflatten(1, (-1, self.size))  # (1, n, S, M)
@@ -126,7 +138,7 @@ class DocumentReader:
         return self.encode(padded, chunk, segment, length)
 
 
-def _as_tokens(tokens: Any) -> torch.Tensor:
+def as_tokens(tokens: Any) -> torch.Tensor:
     """(n,) int32 on the host.
 
     Raises:
@@ -148,15 +160,15 @@ def _as_tokens(tokens: Any) -> torch.Tensor:
 def _as_documents(tokens: Any) -> list[Iterable[torch.Tensor]]:
     """Documents, each as an iterable of pieces (n,) int32."""
     if isinstance(tokens, (torch.Tensor, np.ndarray)):
-        return [[_as_tokens(tokens)]]
+        return [[as_tokens(tokens)]]
     if isinstance(tokens, Sequence):
         if len(tokens) == 0:
             raise ValueError("nothing to memorise: no tokens were given")
         if isinstance(tokens[0], (int, np.integer)):
-            return [[_as_tokens(tokens)]]
-        return [[_as_tokens(document)] for document in tokens]
+            return [[as_tokens(tokens)]]
+        return [[as_tokens(document)] for document in tokens]
     if isinstance(tokens, Iterable):
-        return [(_as_tokens(piece) for piece in tokens)]
+        return [(as_tokens(piece) for piece in tokens)]
     raise ValueError(
         f"memorize takes token ids, a list of documents or a stream of pieces, got {type(tokens).__name__}"
     )
@@ -202,7 +214,7 @@ def memorize(
     memory = model.model.empty_memory(
         1, weight.dtype, weight.device, sum(-(-n // size) for n in known), fingerprint=memory_fingerprint(model)
     )
-    with _progress(progress, total) as report:
+    with show_progress(progress, total) as report:
         for number, pieces in enumerate(documents):
             last = number == len(documents) - 1
             _read_document(
@@ -228,17 +240,17 @@ def append(
         ValueError: if the memory is another model's, `document` is not the open one, or the input is empty.
     """
     require_same_model(model, memory)
-    pieces = [_as_tokens(tokens)]
+    pieces = [as_tokens(tokens)]
     # all refusals come before the first change of the memory
-    _check_range(pieces[0], model.config.vocab_size)
-    _segment_length(model, segment_tokens)
+    check_range(pieces[0], model.config.vocab_size)
+    segment_length(model, segment_tokens)
     if len(pieces[0]) == 0:
         raise ValueError("nothing to append: no tokens were given")
     if document is None:
         close_document(model, memory)
     elif memory.open_document is None or document != len(memory.documents) - 1:
         raise ValueError(f"document {document} is not open; only the last document of a memory can be open")
-    with _progress(progress, len(pieces[0])) as report:
+    with show_progress(progress, len(pieces[0])) as report:
         _read_document(model, memory, pieces, name, close, segment_tokens, report, resume=document is not None)
 
 
@@ -253,12 +265,12 @@ def _read_document(
     resume: bool = False,
 ) -> None:
     device = model.model.embed_tokens.weight.device
-    step = _segment_length(model, segment_tokens)
+    step = segment_length(model, segment_tokens)
     is_compiled = device.type == "cuda" and step == _COMPILED_SEGMENT
     reader = DocumentReader(model, keep=kept_lower_outputs(model), compiled_segment=step if is_compiled else None)
-    size = reader.size
     if resume:
         document = memory.documents[-1]
+        assert document.continuation is not None
         reader.resume(document.continuation)
     else:
         empty = torch.empty(0, dtype=torch.int32)
@@ -267,17 +279,14 @@ def _read_document(
     parts, count, done = [document.tokens], document.num_tokens, 0
     with evaluating(model), _undone_on_error(memory, document):
         for piece in pieces:
-            _check_range(piece, model.config.vocab_size)
+            check_range(piece, model.config.vocab_size)
             for start in range(0, len(piece), step):
                 part = piece[start : start + step]
-                joined = reader.read(part.to(device))
-                first, count = document.num_chunks, count + len(part)
-                complete = count // size - first
-                if complete:
-                    begin = joined.shape[1] - (count - first * size)
-                    chunks = reader.encode(joined[:, begin : begin + complete * size], first, segment)
-                    memory.write(document.first_chunk + first, chunks)
-                    document.num_chunks += complete
+                chunks = reader.complete_chunks(part.to(device), count, document.num_chunks, segment)
+                if chunks is not None:
+                    memory.write(document.first_chunk + document.num_chunks, chunks)
+                    document.num_chunks += chunks.landmarks.shape[1]
+                count += len(part)
                 parts.append(part)
                 done += len(part)
                 report(done, None)
@@ -291,7 +300,7 @@ def _read_document(
         close_document(model, memory)
 
 
-def _segment_length(model: HSAForCausalLM, segment_tokens: int | None) -> int:
+def segment_length(model: HSAForCausalLM, segment_tokens: int | None) -> int:
     if segment_tokens is None:
         return _SEGMENT_TOKENS.get(model.model.embed_tokens.weight.device.type, 2048)
     if segment_tokens < 1:
@@ -310,7 +319,7 @@ def _undone_on_error(memory: ChunkMemory, document: Document) -> Iterator[None]:
         raise
 
 
-def _check_range(tokens: torch.Tensor, vocab_size: int) -> None:
+def check_range(tokens: torch.Tensor, vocab_size: int) -> None:
     if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
         raise ValueError(f"token ids must be 0..{vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}")
 
@@ -323,6 +332,7 @@ def close_document(model: HSAForCausalLM, memory: ChunkMemory) -> None:
     reader = DocumentReader(model, keep=0)
     rest = document.num_tokens - document.num_chunks * reader.size
     if rest:
+        assert document.continuation is not None
         with evaluating(model):
             hidden = document.continuation.lower[:, -rest:]
             short = reader.encode_short(hidden, document.num_chunks, len(memory.documents) - 1)
@@ -335,7 +345,8 @@ def document_view(memory: ChunkMemory, document: int, positions: torch.Tensor) -
     """The memory as tokens at `positions` (1, T) of one of its documents see it: their own past, all of the others."""
     segments = torch.full_like(positions, document)
     tensors = memory.tensors
-    return MemoryView(tensors, ChunkVisibility(segments, positions, tensors.segments, tensors.ends, "past"))
+    visible = ChunkVisibility(segments, positions, tensors.segments, tensors.ends, "past")
+    return MemoryView(tensors, visible, store=memory.store)
 
 
 def replay_upper(model: HSAForCausalLM, memory: ChunkMemory, cache: HSACache | None) -> torch.Tensor:
@@ -344,7 +355,7 @@ def replay_upper(model: HSAForCausalLM, memory: ChunkMemory, cache: HSACache | N
     The last n - U positions are exact; with `cache`, the upper windows afterwards are those of the document's end.
     """
     document = memory.open_document
-    assert document is not None
+    assert document is not None and document.continuation is not None
     lower = document.continuation.lower
     positions = torch.arange(
         document.num_tokens - lower.shape[1], document.num_tokens, dtype=torch.int32, device=lower.device
@@ -371,7 +382,7 @@ def last_logits(model: HSAForCausalLM, memory: ChunkMemory, num_logits: int = 1)
 
 
 @contextmanager
-def _progress(progress: bool | Progress, total: int | None) -> Iterator[Progress]:
+def show_progress(progress: bool | Progress, total: int | None) -> Iterator[Progress]:
     if callable(progress):
         yield lambda done, _: progress(done, total)
         return

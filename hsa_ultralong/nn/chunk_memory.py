@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -51,7 +52,7 @@ class KeyValueStore(Protocol):
     """Keys and values that lie elsewhere than in ChunkMemory.storage: in host memory, in a file, on several tiers."""
 
     def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v (n, S, Hkv, D) of chunk numbers (n,) int64, ascending, where and in the dtype that the model reads."""
+        """k and v (n, S, Hkv, D) of chunks (n,) int64, ascending, where and in the dtype that the model reads."""
         ...
 
     @property
@@ -126,6 +127,19 @@ class ChunkMemory:
     def of(tensors: ChunkTensors, chunk_size: int) -> ChunkMemory:
         """A memory of exactly these chunks (kept in the autograd graph)."""
         return ChunkMemory(chunk_size, tensors, tensors.landmarks.shape[1])
+
+    def save(self, path: str | Path, **options: Any) -> None:
+        """Write the memory to a new folder: see memory.saving.save_memory."""
+        from hsa_ultralong.memory.saving import save_memory
+
+        save_memory(self, path, **options)
+
+    @staticmethod
+    def load(path: str | Path, **options: Any) -> ChunkMemory:
+        """Open a saved memory, on a device, in host memory or left on disk: see memory.saving.open_memory."""
+        from hsa_ultralong.memory.saving import open_memory
+
+        return open_memory(path, **options)
 
     @property
     def tensors(self) -> ChunkTensors:

@@ -1,0 +1,80 @@
+"""Checking every byte of a memory, also of one that is too damaged to be opened.
+
+Called by MemoryFile.verify, before merging and exporting, and by the command line; tests/memory/test_files_damage.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hsa_ultralong.memory.files.durable import clear_errors
+from hsa_ultralong.memory.files.manifest import FILE, Manifest, read_manifest
+from hsa_ultralong.memory.files.reader import MemoryFile, Progress, name_documents, open_snapshot
+from hsa_ultralong.memory.files.shard import PAGE_BYTES, Shard, ShardDamage
+from hsa_ultralong.memory.files.spec import Damage, MemoryFileError
+
+
+def verify_memory(path: str | Path, progress: Progress | None = None) -> list[Damage]:
+    """Check the manifest, the continuation, page tables, and every page of every shard of a memory folder.
+
+    Args:
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        All damaged places with the documents concerned; an empty list if there are none.
+
+    Raises:
+        MemoryFileError: the folder holds no memory at all.
+    """
+    folder = Path(path)
+    if not (folder / FILE).exists():
+        raise MemoryFileError(f"{folder} holds no memory ({FILE} is missing)")
+    found: list[Damage] = []
+    try:
+        with clear_errors(folder, "opening the memory"):
+            manifest, shards, _ = open_snapshot(folder, found.append)
+    except MemoryFileError as error:
+        return [Damage(FILE, None, str(error))]
+    return found + _check_pages(manifest, shards, progress)
+
+
+def verify_snapshot(
+    path: Path, manifest: Manifest, shards: Mapping[int, Shard], progress: Progress | None
+) -> list[Damage]:
+    """`verify_memory` for an open memory; a superseded one is checked through the shards that it holds open."""
+    try:
+        is_superseded = read_manifest(path).generation != manifest.generation
+    except MemoryFileError:
+        is_superseded = False
+    return _check_pages(manifest, shards, progress) if is_superseded else verify_memory(path, progress)
+
+
+def require_undamaged(file: MemoryFile, doing: str) -> None:
+    """Refuse to copy from a damaged memory.
+
+    Raises:
+        MemoryFileError: names the first damage and counts the others.
+    """
+    damages = file.verify()
+    if damages:
+        more = f" (and {len(damages) - 1} more damaged places)" if len(damages) > 1 else ""
+        raise MemoryFileError(f"{doing} refused, {file.path}/{damages[0]}{more}; restore the memory from a copy first")
+
+
+def _check_pages(manifest: Manifest, shards: Mapping[int, Shard], progress: Progress | None) -> list[Damage]:
+    found: list[Damage] = []
+    total = sum(record.num_bytes for record in manifest.shards)
+    done = 0
+    for record in manifest.shards:
+        shard = shards.get(record.number)
+        for page in range(record.num_pages):
+            try:
+                if shard is not None:
+                    shard.verify_page(page)
+            except ShardDamage as error:
+                found.append(name_documents(manifest, error))
+            done += min(PAGE_BYTES, record.num_bytes - page * PAGE_BYTES)
+            if progress is not None:
+                progress(done, total)
+    return found

@@ -1,0 +1,243 @@
+"""Faster lookup, optional: scan landmarks in few dimensions, then score the best candidates exactly.
+
+Trained landmarks fill few of their R dimensions (nano: 32 of 256 hold all but 4e-5 of the variance), the same ones for
+any text. The principal directions of the first chunks give a sketch of d numbers a chunk; a query scans the sketches
+and reads the full landmarks of the best `num_scored` only. Linear in C, with R / d times less to read. Lookup in
+clusters or groups of chunks reads less still but was measured to lose the answer: a sentence hidden in a text lies far
+from every centroid. Called by the stores of memory/ for large memories; chunk_topk stays the default and the
+specification. tests/memory/test_landmark_index.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hsa_ultralong.ops import ChunkVisibility, chunk_topk
+from hsa_ultralong.ops._common import blocks, matmul_wide, require_shape
+from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
+
+# directions come from at most so many chunks; with fewer in all, every search is exact
+_FIT_CHUNKS = 4096
+# share of the variance that the sketch may leave out (int8 rounding alone makes about 5e-5), and the step of d
+_LEFT_OUT, _STEP = 3e-4, 16
+# written landmarks of which the sketch leaves out more than this share bring new directions
+_NEW_DIRECTIONS = 10 * _LEFT_OUT
+# candidates scored exactly for every chunk kept
+_SCORED_PER_KEPT = 4
+# elements of one block of work: 64 MB in fp32
+_BLOCK_ELEMENTS = 1 << 24
+
+
+@dataclass
+class LandmarkIndex:
+    """Sketches of C landmarks, all of them visible to every query; no gradients.
+
+    The directions come from the first 4,096 chunks, however the index grew, so appending equals `build` of everything;
+    only landmarks outside of these directions make it fit again, to chunks evenly spread over all.
+
+    Attributes:
+        storage: (capacity, Hr, R) landmarks, any float dtype; the first num_chunks are in use.
+        basis: (Hr, R, d) fp32 orthonormal directions, or None while the index is an exact scan.
+        center: (Hr, 1, R) fp32, mean of the landmarks that the directions were fitted to.
+        sketches: (capacity, Hr, d) in the landmarks' dtype, landmarks times basis.
+        num_dims: d asked for, or None to choose it from the landmarks.
+    """
+
+    storage: torch.Tensor
+    num_chunks: int
+    num_dims: int | None
+    basis: torch.Tensor | None
+    center: torch.Tensor
+    sketches: torch.Tensor
+
+    @staticmethod
+    def build(landmarks: torch.Tensor, *, num_dims: int | None = None) -> LandmarkIndex:
+        """Index of landmarks (C, Hr, R), which are kept, not copied (an edit by `write` changes them); C may be 0.
+
+        Work memory is one block of 64 MB; nothing is random.
+
+        Args:
+            num_dims: d, 1..R. Default: the smallest multiple of 16 that leaves out at most 3e-4 of the variance of the
+                first 4,096 chunks, in every head; above R / 2 there is nothing to gain and searches stay exact.
+
+        Raises:
+            ValueError: for another shape or num_dims outside 1..R.
+        """
+        require_shape("landmarks", landmarks, (None, None, None))
+        num_chunks, heads, dim = landmarks.shape
+        if num_dims is not None and not 1 <= num_dims <= dim:
+            raise ValueError(f"num_dims must be within 1..{dim}, got {num_dims}")
+        nothing = landmarks.new_empty((0, heads, 0))
+        index = LandmarkIndex(landmarks.detach(), num_chunks, num_dims, None, nothing.float(), nothing)
+        if num_chunks >= _FIT_CHUNKS:
+            index._fit(_FIT_CHUNKS)
+            index._update(0, num_chunks)
+        return index
+
+    @property
+    def landmarks(self) -> torch.Tensor:
+        """(C, Hr, R), the landmarks in use."""
+        return self.storage[: self.num_chunks]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes beside the landmarks: d / R of theirs."""
+        return self.sketches[: self.num_chunks].numel() * self.sketches.element_size()
+
+    def append(self, landmarks: torch.Tensor) -> None:
+        """Add landmarks (n, Hr, R) of the next chunks: `write(num_chunks, landmarks)`."""
+        self.write(self.num_chunks, landmarks)
+
+    def write(self, first: int, landmarks: torch.Tensor) -> None:
+        """Put landmarks (n, Hr, R) at chunk `first` and following: new chunks, or an edit of old ones.
+
+        Costs n projections, and grows by doubling; a fit costs as much as `build`.
+
+        Raises:
+            ValueError: for another shape, or a first chunk outside 0..num_chunks.
+        """
+        require_shape("landmarks", landmarks, (None, *self.storage.shape[1:]))
+        if not 0 <= first <= self.num_chunks:
+            raise ValueError(f"first must be within 0..{self.num_chunks}, got {first}")
+        last, had_enough = first + landmarks.shape[0], self.num_chunks >= _FIT_CHUNKS
+        if last > self.storage.shape[0]:
+            capacity = max(last, 2 * self.storage.shape[0])
+            self.storage = _grown(self.storage, self.num_chunks, capacity)
+            if self.basis is not None:
+                self.sketches = _grown(self.sketches, self.num_chunks, capacity)
+        self.storage[first:last] = landmarks.detach().to(self.storage.dtype)
+        self.num_chunks = max(self.num_chunks, last)
+        if not had_enough and self.num_chunks >= _FIT_CHUNKS:
+            self._fit(_FIT_CHUNKS)
+            first, last = 0, self.num_chunks
+        self._update(first, last)
+
+    def _update(self, first: int, last: int) -> None:
+        """Sketch chunks first..last, and all of them in better directions if these leave out too much."""
+        if self.basis is not None and self._sketch(first, last) > _NEW_DIRECTIONS and self.num_dims is None:
+            self._fit(self.num_chunks)
+            if self.basis is not None:
+                self._sketch(0, self.num_chunks)
+
+    def _fit(self, num_chunks: int) -> None:
+        """Find directions from at most 4,096 chunks, evenly spread over the first `num_chunks`."""
+        _, heads, dim = self.storage.shape
+        picked = torch.arange(_FIT_CHUNKS, device=self.storage.device) * num_chunks // _FIT_CHUNKS
+        # on the host and in fp64: small, and the same everywhere
+        sample = self.storage[picked].transpose(0, 1).to(device="cpu", dtype=torch.float64)  # (Hr, n, R)
+        # a vector common to all landmarks moves all scores of a query alike
+        center = sample.mean(1, keepdim=True)
+        sample = sample - center
+        variance, directions = torch.linalg.eigh(sample.transpose(1, 2) @ sample)  # (Hr, R) ascending, (Hr, R, R)
+        num_dims = self.num_dims
+        if num_dims is None:
+            # share outside of the d largest directions, for d = 0..R-1
+            left_out = variance.clamp_min(0).cumsum(-1).flip(-1) / variance.sum(-1, keepdim=True).clamp_min(1e-300)
+            needed = int((left_out > _LEFT_OUT).sum(-1).max())
+            num_dims = max(1, -(-needed // _STEP)) * _STEP
+            if num_dims > dim // 2:
+                self.basis, self.sketches = None, self.storage.new_empty((0, heads, 0))
+                return
+        self.basis = directions[..., dim - num_dims :].to(device=self.storage.device, dtype=torch.float32)
+        self.center = center.to(device=self.storage.device, dtype=torch.float32)
+        self.sketches = self.storage.new_empty((self.storage.shape[0], heads, num_dims))
+
+    def _sketch(self, first: int, last: int) -> float:
+        """Write the sketches of chunks first..last; the share of their variance left out, the largest of the heads."""
+        assert self.basis is not None
+        _, heads, dim = self.storage.shape
+        inside, total = (torch.zeros(heads, device=self.storage.device) for _ in range(2))
+        for start, stop in blocks(last - first, max(1, _BLOCK_ELEMENTS // (heads * dim))):
+            part = self.storage[first + start : first + stop].float().transpose(0, 1)  # (Hr, n, R)
+            self.sketches[first + start : first + stop] = (part @ self.basis).transpose(0, 1)  # (n, Hr, d)
+            part = part - self.center
+            inside += (part @ self.basis).square().sum((1, 2))
+            total += part.square().sum((1, 2))
+        return float((1 - inside / total.clamp_min(1e-30)).where(total > 0, 0.0).max())
+
+    @torch.no_grad()
+    def search(
+        self,
+        query: torch.Tensor,
+        topk: int,
+        *,
+        num_scored: int | None = None,
+        scale: float | None = None,
+        temperature: torch.Tensor | float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of the candidates, in the order and format of chunk_topk.
+
+        Args:
+            query: (B, T, Hr, R), any float dtype. topk, scale, temperature: as in chunk_topk, the factor positive.
+            num_scored: candidates per query and head whose full landmarks are read, at least K; default 4 * K. C or
+                more makes the search exact.
+
+        Returns:
+            indices (B, T, Hr, min(K, C)) int32 in descending chunk index; scores of the same shape, fp32, exact for
+            the chunks found. Ties go to the lower chunk index, among the candidates.
+
+        Raises:
+            ValueError: on shapes that do not fit, topk < 1, num_scored < 1, or a scale or temperature <= 0.
+        """
+        heads, dim = self.storage.shape[1:]
+        require_shape("query", query, (None, None, heads, dim))
+        if topk < 1 or (num_scored is not None and num_scored < 1):
+            raise ValueError(f"topk and num_scored must be >= 1, got {topk} and {num_scored}")
+        for name, number in (("scale", scale), ("temperature", temperature)):
+            if isinstance(number, float | int) and number <= 0:
+                raise ValueError(f"{name} must be positive, got {number}")
+        wanted = min(self.num_chunks, max(topk, num_scored or _SCORED_PER_KEPT * topk))
+        if self.basis is None or wanted == self.num_chunks:
+            visible = _see_all(query, self.num_chunks)
+            return chunk_topk(query, self.landmarks[None], visible, topk=topk, scale=scale, temperature=temperature)
+        batch, num_tokens = query.shape[:2]
+        rows = query.permute(2, 0, 1, 3).reshape(heads, batch * num_tokens, dim)  # (Hr, B*T, R)
+        indices = torch.empty((heads, batch * num_tokens, topk), dtype=torch.int32, device=query.device)
+        products = torch.empty(indices.shape, device=query.device)
+        work = heads * max(self.num_chunks, wanted * dim)
+        for start, stop in blocks(batch * num_tokens, max(1, _BLOCK_ELEMENTS // work)):
+            candidates, exact = self._score(rows[:, start:stop], wanted)
+            indices[:, start:stop], products[:, start:stop] = _best(candidates, exact, topk)
+        shape = (heads, batch, num_tokens, topk)
+        factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
+        if temperature is not None:
+            factor = factor / temperature
+        if isinstance(factor, torch.Tensor):
+            factor = factor.float().reshape(-1, 1)  # (Hr or 1, 1)
+        scores = products.view(shape).permute(1, 2, 0, 3) * factor  # (B, T, Hr, K)
+        return indices.view(shape).permute(1, 2, 0, 3).contiguous(), scores.contiguous()
+
+    def _score(self, query: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidates (Hr, m, n) int64 of the rows (Hr, m, R), ascending, and their exact products, fp32."""
+        assert self.basis is not None
+        heads, num_rows, dim = query.shape
+        small = (query.float() @ self.basis).to(self.sketches.dtype)  # (Hr, m, d)
+        rough = matmul_wide(small, self.sketches[: self.num_chunks].permute(1, 2, 0))  # (Hr, m, C)
+        candidates = rough.topk(wanted, dim=-1, sorted=False).indices.sort(dim=-1).values  # (Hr, m, n)
+        head = torch.arange(heads, device=query.device)[:, None, None]
+        place = (candidates * heads + head).flatten()
+        read = self.storage.flatten(0, 1).index_select(0, place).to(query.dtype).view(heads * num_rows, wanted, dim)
+        exact = matmul_wide(read, query.reshape(heads * num_rows, dim, 1))  # (Hr*m, n, 1)
+        return candidates, exact.view(candidates.shape).float()
+
+
+def _see_all(query: torch.Tensor, num_chunks: int) -> ChunkVisibility:
+    nobody = torch.zeros(query.shape[:2], dtype=torch.int32, device=query.device)
+    chunks = torch.full((1, num_chunks), READABLE_BY_ALL, dtype=torch.int32, device=query.device)
+    return ChunkVisibility(nobody, nobody, chunks, torch.zeros_like(chunks))
+
+
+def _grown(part: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    bigger = part.new_empty((capacity, *part.shape[1:]))
+    bigger[:used] = part[:used]
+    return bigger
+
+
+def _best(candidates: torch.Tensor, products: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `keep` best of ascending candidates, ties to the lower chunk; in descending index."""
+    # stable: of equal products the first, lower chunk stays in front
+    kept = products.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    indices, order = candidates.gather(-1, kept).sort(dim=-1, descending=True)
+    return indices.to(torch.int32), products.gather(-1, kept).gather(-1, order)

@@ -1,0 +1,179 @@
+"""ChunkMemory to a memory file and back: all at once into device memory, or with keys and values left where they are.
+
+Called by ChunkMemory.save and ChunkMemory.load and by inference/library.py; tests/memory/test_saving.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsa_ultralong.memory.columns import from_payload, memory_spec, to_columns
+from hsa_ultralong.memory.files import MemoryFile, MemoryWriter
+from hsa_ultralong.memory.stores import CachedStore, FileStore, HostStore
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, KeyValueStore
+
+STORES = ("device", "host", "file")
+# chunks converted at a time
+_STEP = 4096
+
+
+class StoredDocument(Document):
+    """A document of a memory file; its token ids are read when first asked for."""
+
+    def __init__(self, file: MemoryFile, id: int, first_chunk: int, continuation: Continuation | None) -> None:
+        record = file.document(id)
+        self._file, self._id, self._num_tokens = file, id, record.num_tokens
+        self._tokens: torch.Tensor | None = None
+        self.first_chunk, self.num_chunks = first_chunk, record.num_chunks
+        self.is_open, self.continuation, self.name = record.is_open, continuation, record.name
+
+    @property
+    def tokens(self) -> torch.Tensor:  # type: ignore[override]
+        if self._tokens is None:
+            self._tokens = self._file.document_tokens(self._id)
+        return self._tokens
+
+    @tokens.setter
+    def tokens(self, value: torch.Tensor) -> None:
+        self._tokens, self._num_tokens = value, len(value)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
+    def loaded(self) -> Document:
+        """The same as an ordinary Document."""
+        return Document(self.tokens, self.first_chunk, self.num_chunks, self.is_open, self.continuation, self.name)
+
+
+def pack_continuation(state: Continuation, tail_tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors of the continuation file; tail_tokens: ids of the unfinished chunk."""
+    tensors = {"lower": state.lower, "tail_tokens": tail_tokens.to(torch.int32)}
+    for number, (keys, values) in enumerate(state.windows):
+        tensors[f"window_{number}_keys"], tensors[f"window_{number}_values"] = keys, values
+    return tensors
+
+
+def unpack_continuation(tensors: Mapping[str, torch.Tensor], device: Any, dtype: torch.dtype) -> Continuation:
+    """The state of `pack_continuation`; one written by a model in another dtype is rounded."""
+    count = sum(name.endswith("_keys") for name in tensors)
+    windows = [(tensors[f"window_{i}_keys"], tensors[f"window_{i}_values"]) for i in range(count)]
+    return Continuation(windows, tensors["lower"]).to(device, dtype)
+
+
+def save_memory(
+    memory: ChunkMemory,
+    path: str | Path,
+    *,
+    key_values: str | None = None,
+    landmarks: str | None = None,
+    tokenizer: str = "",
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a memory to a new folder; formats default to the memory's own dtype.
+
+    Raises:
+        MemoryFileError: the folder holds a memory, or cannot be written.
+        ValueError: unknown format, or a memory that is itself opened from a file.
+    """
+    memory._require_own_storage("saved again")
+    own = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}.get(memory.k.dtype, "fp32")
+    tensors, size = memory.tensors, memory.chunk_size
+    spec = memory_spec(
+        chunk_size=size,
+        num_memory_heads=tensors.k.shape[2],
+        head_dim=tensors.k.shape[3],
+        num_retrieval_heads=tensors.landmarks.shape[2],
+        retrieval_dim=tensors.landmarks.shape[2] * tensors.landmarks.shape[3],
+        key_values=key_values or own,  # type: ignore[arg-type]
+        landmarks=landmarks or own,  # type: ignore[arg-type]
+        fingerprint=memory.fingerprint,
+        tokenizer=tokenizer,
+        is_composable=memory.is_composable,
+        metadata=metadata,
+    )
+    with MemoryWriter.create(path, spec) as writer:
+        for document in memory.documents:
+            id = writer.begin_document(document.name)
+            for first in range(0, document.num_chunks, _STEP):
+                stop = min(first + _STEP, document.num_chunks)
+                part = memory._part(tensors, document.first_chunk + first, document.first_chunk + stop)
+                tokens = document.tokens[first * size : min(stop * size, document.num_tokens)]
+                writer.append_chunks(id, to_columns(spec, part, tokens), document.num_tokens)
+            if document.is_open:
+                assert document.continuation is not None
+                tail = document.tokens[document.num_chunks * size :]
+                writer.set_continuation(pack_continuation(document.continuation, tail))
+            else:
+                writer.close_document(id)
+        writer.commit()
+
+
+def open_memory(
+    path: str | Path,
+    *,
+    store: str = "file",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    cache_bytes: int = 256 * 2**20,
+    fingerprint: str | None = None,
+) -> ChunkMemory:
+    """Open a memory file.
+
+    Args:
+        store: "device" reads everything into one ordinary ChunkMemory; "host" keeps keys and values in host memory,
+            "file" on disk. Landmarks are on the device in all three.
+        dtype: that the model reads; default the file's, bf16 for 8-bit formats.
+        cache_bytes: of hot chunks kept ready on the device ("host" and "file").
+        fingerprint: refuse another model's memory.
+
+    Raises:
+        MemoryFileError: no memory, another model's, truncated or damaged.
+        ValueError: an unknown store.
+    """
+    if store not in STORES:
+        raise ValueError(f"store must be one of {', '.join(STORES)}, got {store!r}")
+    file = MemoryFile.open(path, fingerprint=fingerprint)
+    spec, size = file.spec, file.spec.chunk_size
+    kind = spec.columns["keys_values"]
+    if dtype is None:
+        dtype = kind.dtype if kind.dtype.itemsize > 1 else torch.bfloat16
+    scales = file.resident("landmarks_scale") if "landmarks_scale" in spec.columns else None
+    landmarks = from_payload(file.resident("landmarks"), scales, device, dtype)[None]  # (1, C, Hr, R)
+    counts = torch.tensor([document.num_chunks for document in file.documents], dtype=torch.int64)
+    firsts = counts.cumsum(0) - counts
+    segments = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (C,)
+    ends = (torch.arange(file.num_chunks) - firsts[segments] + 1) * size
+    state = file.continuation()
+    continuation = None if state is None else unpack_continuation(state[0], device, dtype)
+    documents: list[Document] = []
+    for record, first in zip(file.documents, firsts.tolist(), strict=True):
+        document = StoredDocument(file, record.id, first, continuation if record.is_open else None)
+        documents.append(document.loaded() if store == "device" else document)
+    below = (HostStore if store == "host" else FileStore)(file, device, dtype)
+    _, _, heads, dim = kind.shape
+    if store == "device":
+        k, v = _read_all(below, file.num_chunks)
+    else:
+        k = v = landmarks.new_empty((1, 0, heads, dim))
+    lengths, segments, ends = (x.to(device, torch.int32)[None] for x in (file.resident("lengths"), segments, ends))
+    tensors = ChunkTensors(k, v, landmarks, lengths, segments, ends)
+    memory = ChunkMemory(size, tensors, file.num_chunks, documents, spec.fingerprint, spec.is_composable)
+    if store != "device":
+        chunk_bytes = 2 * size * heads * dim * dtype.itemsize
+        memory.store = CachedStore(below, min(max(1, cache_bytes // chunk_bytes), max(1, file.num_chunks)))
+    return memory
+
+
+def _read_all(store: KeyValueStore, num_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v (1, C*S, Hkv, D) of a whole store."""
+    parts = [store.fetch(torch.arange(first, min(first + _STEP, num_chunks))) for first in range(0, num_chunks, _STEP)]
+    if not parts:
+        k, v = store.fetch(torch.empty(0, dtype=torch.int64))
+        return k.flatten(0, 1)[None], v.flatten(0, 1)[None]
+    k, v = (torch.cat(columns).flatten(0, 1)[None] for columns in zip(*parts, strict=True))
+    return k, v

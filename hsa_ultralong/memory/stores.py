@@ -1,0 +1,119 @@
+"""Where keys and values can lie besides device memory: host memory, a file, and a cache of hot chunks before either.
+
+All are KeyValueStores (nn/chunk_memory.py): the HSA layer fetches what a few tokens selected. A store of the same dtype
+gives the same logits as device memory. Made by saving.open_memory; tests/memory/test_stores.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from hsa_ultralong.memory.columns import from_payload
+from hsa_ultralong.memory.files import MemoryFile
+from hsa_ultralong.nn.chunk_memory import KeyValueStore
+
+_NAMES = ("keys_values", "keys_values_scale")
+
+
+class FileStore:
+    """Keys and values of a MemoryFile, read from disk at every fetch; pages are verified when first read."""
+
+    def __init__(self, file: MemoryFile, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.file, self.device, self.dtype = file, torch.device(device), dtype
+
+    def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        payload, scales = (self.file.fetch(name, chunks) if name in self.file.spec.columns else None for name in _NAMES)
+        assert payload is not None
+        pairs = from_payload(payload, scales, self.device, self.dtype)  # (n, 2, S, Hkv, D)
+        return pairs[:, 0], pairs[:, 1]
+
+    @property
+    def num_bytes(self) -> int:
+        columns = self.file.spec.columns
+        return self.file.num_chunks * sum(columns[name].row_bytes for name in _NAMES if name in columns)
+
+
+class HostStore:
+    """Keys and values of a MemoryFile in host memory, pinned where there is a GPU, in the file's own format."""
+
+    def __init__(self, file: MemoryFile, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        is_pinned = self.device.type == "cuda"
+        self.columns: dict[str, torch.Tensor] = {}
+        for name in _NAMES:
+            if name in file.spec.columns:
+                kind = file.spec.columns[name]
+                column = torch.empty((file.num_chunks, *kind.shape), dtype=kind.dtype, pin_memory=is_pinned)
+                for first in range(0, file.num_chunks, 4096):
+                    stop = min(first + 4096, file.num_chunks)
+                    file.fetch(name, torch.arange(first, stop), out=column[first:stop])
+                self.columns[name] = column
+
+    def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = chunks.cpu()
+        # as bytes: torch selects rows of some dtypes only
+        payload, scales = (
+            self.columns[name].flatten(1).view(torch.uint8)[rows].view(self.columns[name].dtype).view(
+                len(rows), *self.columns[name].shape[1:]
+            )
+            if name in self.columns
+            else None
+            for name in _NAMES
+        )  # fmt: skip
+        assert payload is not None
+        pairs = from_payload(payload, scales, self.device, self.dtype)
+        return pairs[:, 0], pairs[:, 1]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(column.numel() * column.element_size() for column in self.columns.values())
+
+
+class CachedStore:
+    """The most recently used chunks of a slower store, ready for the model; least recently used ones make room.
+
+    Attributes:
+        num_hits, num_misses: chunks asked for and found here, or fetched from below; their ratio is the hit rate.
+    """
+
+    def __init__(self, below: KeyValueStore, capacity: int) -> None:
+        """capacity: chunks to keep; fewer than a fetch asks for serves that fetch without keeping anything new."""
+        self.below, self.capacity = below, capacity
+        self.num_hits = self.num_misses = 0
+        self._slots: OrderedDict[int, int] = OrderedDict()
+        self._pairs: torch.Tensor | None = None
+
+    def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = chunks.tolist()
+        missing = [number for number in numbers if number not in self._slots]
+        self.num_hits, self.num_misses = self.num_hits + len(numbers) - len(missing), self.num_misses + len(missing)
+        if len(set(numbers)) > self.capacity:
+            return self.below.fetch(chunks)
+        for number in numbers:
+            if number in self._slots:
+                self._slots.move_to_end(number)
+        if missing:
+            self._take(missing)
+        assert self._pairs is not None
+        slots = torch.tensor([self._slots[number] for number in numbers], device=self._pairs.device)
+        pairs = self._pairs[slots]  # (n, 2, S, Hkv, D)
+        return pairs[:, 0], pairs[:, 1]
+
+    def _take(self, missing: list[int]) -> None:
+        k, v = self.below.fetch(torch.tensor(missing))
+        if self._pairs is None:
+            self._pairs = k.new_empty((self.capacity, 2, *k.shape[1:]))
+        places = []
+        for number in missing:
+            # what this fetch needs was just moved to the end, or comes after it
+            place = len(self._slots) if len(self._slots) < self.capacity else self._slots.popitem(last=False)[1]
+            self._slots[number] = place
+            places.append(place)
+        where = torch.tensor(places, device=k.device)
+        self._pairs[where, 0], self._pairs[where, 1] = k, v
+
+    @property
+    def num_bytes(self) -> int:
+        return self.below.num_bytes
