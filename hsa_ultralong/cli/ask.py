@@ -1,4 +1,4 @@
-"""`hsa ask`: memorise a text and ask it one question; says so when the retrieval is unsure."""
+"""`hsa ask`: ask a memory file, or a text memorised now, one question; says so when the retrieval is unsure."""
 
 from __future__ import annotations
 
@@ -14,17 +14,27 @@ def register(app: typer.Typer) -> None:
 
 def ask(
     prompt: Annotated[str, typer.Argument(help="A question ending in '?', or the beginning of a sentence.")],
-    text: Annotated[list[Path], typer.Option("--text", "-t", help="Text file to memorise; repeat for more.")],
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", "-t", help="Text file to memorise now; repeat for more.")
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option("--memory", "-m", help="Memory made by hsa memorize, instead of --text.")
+    ] = None,
     hide: Annotated[str | None, typer.Option(help="Hide this sentence in the first text before memorising.")] = None,
     depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where to hide it, 0 = start, 1 = end.")] = 0.5,
     model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 24,
-    sources: Annotated[int, typer.Option(min=0, help="Show so many retrieved passages.")] = 1,
+    sources: Annotated[
+        int, typer.Option("--sources", "--show-sources", min=0, help="Show so many retrieved passages.")
+    ] = 1,
+    store: Annotated[
+        str, typer.Option(help="Where the memory's keys and values lie while asking: file, host or device.")
+    ] = "file",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """Memorise text files and answer one question from them.
+    """Answer one question from a memory file, or from text files memorised now.
 
     The shipped nano model (9M parameters) recalls facts stated in one sentence, in forms like those it was trained on
     ("The secret code of the X Y is 1234567."); it does not summarise, reason or converse.
@@ -35,11 +45,17 @@ def ask(
       "What is the secret code of the silver lantern?"
 
       hsa ask --text notes.md "The locker number of the old library is"
+
+      hsa ask -m lib.hsa --show-sources 3 "What is the secret code of the silver lantern?"
     """
     from hsa_ultralong.cli.common import encode_prompt, load_model
     from hsa_ultralong.data import read_text
 
-    contents = [read_text(path) for path in text]
+    if (memory is None) == (not text):
+        raise ValueError("give --memory lib.hsa, or --text FILE to memorise now")
+    if hide is not None and memory is not None:
+        raise ValueError("--hide needs --text: a memory is changed with hsa memory edit")
+    contents = [read_text(path) for path in text or []]
     if hide is not None:
         contents[0] = _hide(contents[0], hide, depth)
     network, tokenizer = load_model(model, device, dtype)
@@ -50,12 +66,47 @@ def ask(
     from hsa_ultralong.inference import ask as ask_memory
     from hsa_ultralong.inference import memorize
 
-    documents = [torch.tensor(tokenizer(part)["input_ids"], dtype=torch.int32) for part in contents]
-    memory = memorize(network, documents, names=[str(path) for path in text], progress=not as_json)
+    if memory is not None:
+        library = open_library(network, tokenizer, memory, store)
+    else:
+        documents = [torch.tensor(tokenizer(part)["input_ids"], dtype=torch.int32) for part in contents]
+        names = [str(path) for path in text or []]
+        library = memorize(network, documents, names=names, progress=not as_json)
     answer = ask_memory(
-        network, tokenizer, memory, question, max_new_tokens=max_new_tokens, num_sources=max(1, sources)
+        network,
+        tokenizer,
+        library,
+        question,
+        max_new_tokens=max_new_tokens,
+        num_sources=max(1, sources),
+        on_text=None if as_json else _Writer(),
     )
-    _show(answer, memory, tokenizer, sources, as_json)
+    _show(answer, library, tokenizer, sources, as_json)
+
+
+class _Writer:
+    """Shows pieces of the answer as they come, without the space that it begins with."""
+
+    def __init__(self) -> None:
+        self.is_first = True
+
+    def __call__(self, piece: str) -> None:
+        piece = piece.lstrip() if self.is_first else piece
+        self.is_first = self.is_first and not piece
+        typer.echo(piece, nl=False)
+
+
+def open_library(network: Any, tokenizer: Any, path: Path, store: str) -> Any:
+    """A memory file for asking, checked against model and tokenizer."""
+    from hsa_ultralong.cli.memory import require_tokenizer
+    from hsa_ultralong.inference import memory_fingerprint
+    from hsa_ultralong.memory import MemoryFile
+    from hsa_ultralong.memory.saving import open_memory
+
+    with MemoryFile.open_unverified(path, memory_fingerprint(network)) as file:
+        require_tokenizer(file.spec, tokenizer)
+    weight = network.model.embed_tokens.weight
+    return open_memory(path, store=store, device=weight.device, dtype=weight.dtype)
 
 
 def as_question(prompt: str) -> str:
@@ -89,7 +140,8 @@ def _show(answer: Any, memory: Any, tokenizer: Any, sources: int, as_json: bool)
         }
         typer.echo(json.dumps(value, indent=1))
         return
-    typer.echo(answer.text.strip() or "(no answer)")
+    # the answer itself was shown while it came
+    typer.echo("" if answer.text.strip() else "(no answer)")
     for passage in passages:
         where = f"{passage['name']}, tokens {passage['start']:,}-{passage['stop']:,}, weight {passage['weight']:.2f}"
         typer.echo(f"\nfrom {where}:\n  {' '.join(passage['passage'].split())}")

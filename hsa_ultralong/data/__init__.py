@@ -8,6 +8,7 @@ from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, 
 from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.data.shards import TokenShards
+from hsa_ultralong.data.sources import Source, read_sources, source_files
 from hsa_ultralong.data.text import DOCUMENT_SEPARATOR, iter_documents, read_text, text_files
 from hsa_ultralong.data.tokenizer import (
     PieceTokenizer,
@@ -31,6 +32,7 @@ __all__ = [
     "PieceTokenizer",
     "Row",
     "RowLayout",
+    "Source",
     "StepSampler",
     "TokenShards",
     "build_shards",
@@ -42,8 +44,10 @@ __all__ = [
     "namespaced_rng",
     "needles_row",
     "read_text",
+    "read_sources",
     "sample_needles",
     "self_copy_row",
+    "source_files",
     "special_token_ids",
     "text_files",
     "text_row",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from hsa_ultralong.inference.reader import evaluating
 from hsa_ultralong.models import HSAForCausalLM
@@ -77,6 +79,30 @@ class _Recorder:
             handle.remove()
 
 
+class _Streamer(BaseStreamer):
+    """Passes on the first line of the answer, piece by piece; what decoding may still change is held back."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.tokens: list[int] = []
+        self.shown, self.has_prompt = "", False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.has_prompt:
+            # generate() begins with the prompt itself
+            self.has_prompt = True
+            return
+        self.tokens += value.flatten().tolist()
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        line = text.split("\n")[0].removesuffix("\ufffd")
+        if len(line) > len(self.shown):
+            self.on_text(line[len(self.shown) :])
+            self.shown = line
+
+    def end(self) -> None:
+        pass
+
+
 def ask(
     model: HSAForCausalLM,
     tokenizer: Any,
@@ -85,9 +111,13 @@ def ask(
     *,
     max_new_tokens: int = 24,
     num_sources: int = 3,
+    on_text: Callable[[str], None] | None = None,
     **generate_options: Any,
 ) -> Answer:
     """Answer `prompt`, a new document that reads the whole memory; greedy, up to the end token or a line break.
+
+    Args:
+        on_text: called with every new piece of the answer as soon as it is known.
 
     Raises:
         ValueError: for an empty prompt or another model's memory.
@@ -103,6 +133,7 @@ def ask(
             memory=memory,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            streamer=None if on_text is None else _Streamer(tokenizer, on_text),
             **generate_options,
         )
     tokens = out[0, ids.shape[1] :].tolist()

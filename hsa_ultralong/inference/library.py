@@ -164,7 +164,14 @@ class Library:
                 self._close(id)
         return id
 
-    def extend(self, tokens: Any, *, close: bool = False, segment_tokens: int | None = None) -> None:
+    def extend(
+        self,
+        tokens: Any,
+        *,
+        close: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        segment_tokens: int | None = None,
+    ) -> None:
         """Add text at the end of the last document, exactly as if it had been longer; a closed one is opened again.
 
         Raises:
@@ -177,6 +184,8 @@ class Library:
         whole = torch.cat((self.tokens(last.id), new))
         done, size = last.num_tokens, self.model.config.chunk_size
         with self._change():
+            if metadata is not None:
+                self.writer.describe_document(last.id, metadata)
             if last.is_open:
                 state = self._continuation()
             else:
@@ -245,7 +254,14 @@ class Library:
         self._rewrite(document, torch.cat((old[:start], new, old[stop:])), plan, progress)
         return plan
 
-    def replace(self, which: int | str, tokens: Any, *, progress: bool | Progress = False) -> EditPlan:
+    def replace(
+        self,
+        which: int | str,
+        tokens: Any,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        progress: bool | Progress = False,
+    ) -> EditPlan:
         """Give a document other text; what begins or ends like the old one is kept where the grid allows it.
 
         Raises:
@@ -258,7 +274,7 @@ class Library:
         old = self.tokens(document.id)
         start, stop, count = difference(old, new)
         plan = plan_edit(self.model.config, len(old), start, stop, count, is_open=document.is_open)
-        self._rewrite(document, new, plan, progress)
+        self._rewrite(document, new, plan, progress, metadata)
         return plan
 
     def delete(self, which: int | str) -> None:
@@ -352,10 +368,17 @@ class Library:
                 report(stop, None)
 
     def _rewrite(
-        self, document: MemoryDocument, tokens: torch.Tensor, plan: EditPlan, progress: bool | Progress
+        self,
+        document: MemoryDocument,
+        tokens: torch.Tensor,
+        plan: EditPlan,
+        progress: bool | Progress,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         spec, size, place, stop = self.writer.spec, self.model.config.chunk_size, plan.first, plan.old_stop
         with self._change(), evaluating(self.model), show_progress(progress, plan.num_chunks * size) as report:
+            if metadata is not None:
+                self.writer.describe_document(document.id, metadata)
             if not plan.num_chunks:
                 self.writer.splice_chunks(document.id, plan.first, plan.old_stop, None, len(tokens))
             for chunks in recompute_chunks(self.model, tokens, plan.first, plan.new_stop, 0):

@@ -200,6 +200,16 @@ class MemoryWriter:
                 new = self.staging.add(columns)
         self._put(replace(document, extents=splice(document.extents, first, stop, new), num_tokens=num_tokens))
 
+    def describe_document(self, id: int, metadata: Mapping[str, Any]) -> None:
+        """Replace the metadata of a document.
+
+        Raises:
+            ValueError: unknown document, or `metadata` is no JSON.
+        """
+        document = replace(self._document(id), metadata=as_json_object(metadata, "metadata"))
+        self._require_lock()
+        self._documents[id], self._is_changed = document, True
+
     def close_document(self, id: int) -> None:
         """Mark a document as complete; its continuation is dropped."""
         document = self._document(id)

@@ -1,0 +1,222 @@
+"""`hsa memorize`: read texts into a memory file; kill it at any point and run it again, it goes on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hsa_ultralong.data import Source
+    from hsa_ultralong.inference import Library
+
+FORMATS = ("bf16", "int8", "fp8", "fp16", "fp32")
+# characters of English text per token of the shipped tokenizer, for plans before reading
+_CHARACTERS_PER_TOKEN = 3.6
+
+
+def register(app: typer.Typer) -> None:
+    app.command("memorize")(memorize)
+
+
+def memorize(
+    paths: Annotated[list[str], typer.Argument(help="Files, folders (.txt .md .jsonl .parquet, .xz), - for stdin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the memory, such as lib.hsa.")],
+    model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
+    key_values: Annotated[str, typer.Option(help=f"Form of keys and values: {', '.join(FORMATS)}.")] = "bf16",
+    landmarks: Annotated[str, typer.Option(help="Form of landmarks: bf16, int8, fp16, fp32.")] = "bf16",
+    text_field: Annotated[
+        str, typer.Option(help="Field of .jsonl and column of .parquet that holds the text.")
+    ] = "text",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable summary, no progress bar.")] = False,
+) -> None:
+    """Memorise texts once, into a file that can be asked, extended, edited and merged for ever.
+
+    Run it again with the same texts after an interruption and it goes on; unchanged documents are passed over, changed
+    ones are read again where they differ, new ones are added. Nothing is removed: `hsa memory edit --delete` does that.
+
+    Examples:
+
+      hsa memorize books/ notes.md -o lib.hsa
+
+      hsa memorize corpus.jsonl --text-field body --key-values int8 -o lib.hsa
+
+      cat *.txt | hsa memorize - -o lib.hsa
+    """
+    from hsa_ultralong.cli.common import load_model
+    from hsa_ultralong.data import source_files
+
+    for name, value in (("--key-values", key_values), ("--landmarks", landmarks)):
+        if value not in FORMATS:
+            raise ValueError(f"{name} must be one of {', '.join(FORMATS)}, got {value!r}")
+    files = source_files(paths)
+    network, tokenizer = load_model(model, device, dtype)
+    _require_room(network.config, files, output, key_values, landmarks)
+    with open_or_create(network, tokenizer, output, key_values, landmarks) as library:
+        summary = memorize_files(library, tokenizer, files, text_field=text_field, is_quiet=as_json)
+    _show(output, summary, as_json)
+
+
+def open_or_create(network: Any, tokenizer: Any, path: Path, key_values: str, landmarks: str) -> Library:
+    """The library at `path`, made if it does not exist."""
+    from hsa_ultralong.data import tokenizer_fingerprint
+    from hsa_ultralong.inference import Library
+
+    return Library.create(
+        network,
+        path,
+        key_values=key_values,
+        landmarks=landmarks,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        metadata={"model": str(network.config.name_or_path)},
+        exist_ok=True,
+    )
+
+
+def _require_room(config: Any, files: list[Path | None], output: Path, key_values: str, landmarks: str) -> None:
+    """Refuse, with the plan, what the disk cannot hold; the number of tokens is estimated from the texts' sizes."""
+    import shutil
+
+    from hsa_ultralong.cli.plan import format_bytes
+    from hsa_ultralong.memory.quantization import bytes_per_token
+
+    known = [file for file in files if file is not None]
+    # packed text is about four times as long when unpacked
+    size = sum(file.stat().st_size * (4 if file.suffix in (".xz", ".parquet") else 1) for file in known)
+    tokens = size / _CHARACTERS_PER_TOKEN
+    per_token = 4 + bytes_per_token(
+        key_values,  # type: ignore[arg-type]
+        landmarks,  # type: ignore[arg-type]
+        chunk_size=config.chunk_size,
+        num_memory_heads=config.num_memory_heads,
+        head_dim=config.head_dim,
+        num_retrieval_heads=config.num_retrieval_heads,
+        retrieval_dim=config.retrieval_dim,
+    )
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if tokens * per_token > free:
+        raise ValueError(
+            f"about {tokens:,.0f} tokens at {per_token:.0f} bytes need {format_bytes(tokens * per_token)}, but "
+            f"{existing} has {format_bytes(free)} free; use --key-values int8, another disk, or fewer texts"
+        )
+
+
+def memorize_files(
+    library: Library, tokenizer: Any, files: list[Path | None], *, text_field: str = "text", is_quiet: bool = False
+) -> dict[str, Any]:
+    """Bring a library up to date with the documents of files; returns what was done."""
+    from hsa_ultralong.data import read_sources
+
+    counts = {"added": 0, "changed": 0, "unchanged": 0, "tokens_read": 0}
+    known = [file.stat().st_size if file is not None else 0 for file in files]
+    start = time.monotonic()
+    with _Bar(sum(known), is_quiet) as bar:
+        for file, size in zip(files, known, strict=True):
+            for source in read_sources(file, text_field=text_field):
+                _memorize_source(library, tokenizer, source, counts, bar)
+            bar.finish_file(size)
+    return {**counts, "seconds": time.monotonic() - start}
+
+
+def _memorize_source(library: Library, tokenizer: Any, source: Source, counts: dict[str, Any], bar: _Bar) -> None:
+    metadata = {"sha256": source.digest}
+    found = [document for document in library.documents if document.name == source.name]
+    if found and not found[0].is_open and found[0].metadata == metadata:
+        counts["unchanged"] += 1
+        return
+    tokens = tokenizer(source.text)["input_ids"]
+    # a document that a kill left open is complete only if this is its text: anything else is read anew
+    open_document = library.writer.open_document
+    is_other = open_document is not None and (open_document.name, open_document.metadata) != (source.name, metadata)
+    if open_document is not None and is_other and "sha256" in open_document.metadata:
+        bar.note(f"{open_document.name} was not read to its end by an earlier run and is not given now: removed")
+        library.delete(open_document.id)
+        found = [document for document in found if document.id != open_document.id]
+    if found and not found[0].is_open:
+        plan = library.replace(found[0].id, tokens, metadata=metadata)
+        counts["changed"] += 1
+        counts["tokens_read"] += plan.num_chunks * library.model.config.chunk_size
+        return
+    before = found[0].num_tokens if found else 0
+    bar.start(source.name, len(tokens), len(source.text), before)
+    library.add(tokens, name=source.name, metadata=metadata, progress=bar.report)
+    counts["added"] += 1
+    counts["tokens_read"] += len(tokens) - before
+
+
+class _Bar:
+    """Progress over all files in bytes, with tokens, tokens/s and the remaining time; silent where asked or piped."""
+
+    def __init__(self, total_bytes: int, is_quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("memorising {task.fields[name]}"),
+            BarColumn(),
+            TextColumn("{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=is_quiet,
+        )
+        self.task = self.bar.add_task("", total=total_bytes or None, name="", tokens=0, rate=0.0)
+        self.files_done = self.tokens = self.before = 0
+        self.characters_per_token, self.file_start, self.text_done = 1.0, 0, 0
+        self.began = time.monotonic()
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def note(self, text: str) -> None:
+        typer.echo(f"note: {text}", err=True)
+
+    def start(self, name: str, num_tokens: int, num_characters: int, before: int) -> None:
+        self.before, self.characters_per_token = before, num_characters / max(1, num_tokens)
+        self.bar.update(self.task, name=name if len(name) < 40 else f"...{name[-36:]}")
+
+    def report(self, done: int, _: int | None) -> None:
+        self.tokens += done - self.before
+        self.text_done += round((done - self.before) * self.characters_per_token)
+        self.before = done
+        rate = self.tokens / max(1e-9, time.monotonic() - self.began)
+        self.bar.update(self.task, completed=self.files_done + self.text_done, tokens=self.tokens, rate=rate)
+
+    def finish_file(self, size: int) -> None:
+        self.files_done, self.text_done = self.files_done + size, 0
+        self.bar.update(self.task, completed=self.files_done)
+
+
+def _show(path: Path, summary: dict[str, Any], as_json: bool) -> None:
+    import json
+
+    from hsa_ultralong.cli.plan import format_bytes
+    from hsa_ultralong.memory import MemoryFile
+
+    with MemoryFile.open(path) as file:
+        value = {
+            "path": str(path),
+            **summary,
+            "documents": len(file.documents),
+            "tokens": file.num_tokens,
+            "chunks": file.num_chunks,
+            "bytes": file.num_bytes,
+        }
+    if as_json:
+        typer.echo(json.dumps(value, indent=1))
+        return
+    rate = value["tokens_read"] / max(value["seconds"], 1e-9)
+    typer.echo(
+        f"{path}: {value['documents']:,} documents, {value['tokens']:,} tokens, {format_bytes(value['bytes'])}; "
+        f"{value['added']} added, {value['changed']} changed, {value['unchanged']} unchanged; "
+        f"{value['tokens_read']:,} tokens read in {value['seconds']:.1f} s ({rate:,.0f} tokens/s)"
+    )
+    typer.echo(f'Ask it: hsa ask -m {path} "..."')

@@ -1,0 +1,344 @@
+"""`hsa memory`: look at a memory file, change it, check it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+memory = typer.Typer(no_args_is_help=True, help="Look at a memory file, change it, check it.")
+
+MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of the memory, such as lib.hsa.")]
+Model = Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(memory, name="memory")
+
+
+@memory.command("info")
+def info(path: MemoryPath, as_json: AsJson = False) -> None:
+    """Documents, tokens, bytes and form of a memory.
+
+    Example:
+
+      hsa memory info lib.hsa
+    """
+    from hsa_ultralong.memory import MemoryFile
+
+    with MemoryFile.open(path) as file:
+        value: dict[str, Any] = {
+            "path": str(path),
+            "generation": file.generation,
+            "tokens": file.num_tokens,
+            "chunks": file.num_chunks,
+            "bytes": file.num_bytes,
+            "dead_bytes": file.dead_bytes,
+            "formats": file.spec.metadata.get("formats", {}),
+            "model": file.spec.metadata.get("model", ""),
+            "fingerprint": file.spec.fingerprint,
+            "documents": [
+                {
+                    "id": document.id,
+                    "name": document.name,
+                    "tokens": document.num_tokens,
+                    "chunks": document.num_chunks,
+                    "is_open": document.is_open,
+                }
+                for document in file.documents
+            ],
+        }
+    if as_json:
+        typer.echo(json.dumps(value, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from hsa_ultralong.cli.plan import format_bytes
+
+    table = Table("id", "document", "tokens", "chunks", "")
+    for column in table.columns[2:4]:
+        column.justify = "right"
+    for row in value["documents"]:
+        state = "open" if row["is_open"] else ""
+        table.add_row(str(row["id"]), row["name"], f"{row['tokens']:,}", f"{row['chunks']:,}", state)
+    Console().print(table)
+    formats = value["formats"]
+    typer.echo(
+        f"{value['tokens']:,} tokens in {value['chunks']:,} chunks, {format_bytes(value['bytes'])} "
+        f"({format_bytes(value['dead_bytes'])} of them deleted: hsa memory compact frees them); keys and values "
+        f"{formats.get('key_values')}, landmarks {formats.get('landmarks')}; model {value['fingerprint'][:12]}"
+    )
+
+
+@memory.command("append")
+def append(
+    path: MemoryPath,
+    texts: Annotated[list[str], typer.Argument(help="Files, folders, - for stdin.")],
+    to_last: Annotated[bool, typer.Option("--to-last", help="Go on with the last document instead.")] = False,
+    text_field: Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")] = "text",
+    model: Model = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Add documents, or text at the end of the last one, exactly as if it had been longer.
+
+    Examples:
+
+      hsa memory append lib.hsa new-book.txt
+
+      echo "Later that day it rained." | hsa memory append lib.hsa --to-last -
+    """
+    from hsa_ultralong.cli.memorize import _show, memorize_files
+    from hsa_ultralong.data import read_sources, source_files
+
+    files = source_files(texts)
+    with _open(path, model, device) as (library, tokenizer):
+        if to_last:
+            parts = [source.text for file in files for source in read_sources(file, text_field=text_field)]
+            tokens = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+            if not library.documents:
+                raise ValueError(f"{path} holds no document to go on with; leave --to-last away")
+            # its text is no longer that of its file
+            library.extend(tokens, close=True, metadata={**library.documents[-1].metadata, "sha256": "extended"})
+            summary = {"added": 0, "changed": 1, "unchanged": 0, "tokens_read": len(tokens), "seconds": 0.0}
+        else:
+            summary = memorize_files(library, tokenizer, files, text_field=text_field, is_quiet=as_json)
+    _show(path, summary, as_json)
+
+
+@memory.command("edit")
+def edit(
+    path: MemoryPath,
+    document: Annotated[str, typer.Argument(help="Name or id of the document.")],
+    find: Annotated[str | None, typer.Option(help="Passage to replace; it must occur once.")] = None,
+    replace: Annotated[str | None, typer.Option(help="What comes in its place; empty deletes the passage.")] = None,
+    text: Annotated[Path | None, typer.Option(help="File whose text replaces the whole document.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the document.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
+    model: Model = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Change or delete a document; says first how many chunks must be read again. The result equals memorising anew.
+
+    Examples:
+
+      hsa memory edit lib.hsa notes.md --find "on Monday" --replace "on Tuesday"
+
+      hsa memory edit lib.hsa notes.md --text notes-v2.md --dry-run
+
+      hsa memory edit lib.hsa 3 --delete
+    """
+    if sum((find is not None, text is not None, delete)) != 1 or (find is None) != (replace is None):
+        raise ValueError("give --find with --replace, or --text FILE, or --delete")
+    with _open(path, model, device) as (library, tokenizer):
+        chosen = library.document(int(document) if document.isdigit() else document)
+        if delete:
+            value = {"document": chosen.name, "chunks_to_read": 0, "chunks": chosen.num_chunks, "is_done": not dry_run}
+            if not dry_run:
+                library.delete(chosen.id)
+        else:
+            value = _change(library, tokenizer, chosen, find, replace, text, dry_run, as_json)
+    if as_json:
+        typer.echo(json.dumps(value, indent=1))
+    elif dry_run:
+        typer.echo("nothing was changed (--dry-run)")
+    else:
+        typer.echo("deleted; hsa memory compact frees its bytes" if delete else "done")
+
+
+def _change(
+    library: Any,
+    tokenizer: Any,
+    chosen: Any,
+    find: str | None,
+    replace: str | None,
+    text: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> dict[str, Any]:
+    from hsa_ultralong.data import read_text
+    from hsa_ultralong.inference.editor import plan_edit
+    from hsa_ultralong.inference.library import difference
+
+    old = library.tokens(chosen.id)
+    if text is not None:
+        content = read_text(text)
+    else:
+        assert find is not None and replace is not None
+        whole = tokenizer.decode(old.tolist(), skip_special_tokens=True)
+        count = whole.count(find)
+        if count != 1:
+            raise ValueError(f"the passage occurs {count} times in {chosen.label}; it must occur once")
+        content = whole.replace(find, replace)
+    import torch
+
+    new = torch.tensor(tokenizer(content)["input_ids"], dtype=torch.int32)
+    start, stop, num_new = difference(old, new)
+    plan = plan_edit(library.model.config, len(old), start, stop, num_new, is_open=chosen.is_open)
+    value = {
+        "document": chosen.name,
+        "tokens_replaced": stop - start,
+        "tokens_new": num_new,
+        "chunks_to_read": plan.num_chunks,
+        "chunks": chosen.num_chunks,
+        "is_done": not dry_run,
+    }
+    if not as_json:
+        typer.echo(
+            f"{chosen.label}: {stop - start:,} tokens become {num_new:,}; {plan.num_chunks:,} of {chosen.num_chunks:,} "
+            "chunks are read again"
+        )
+    if not dry_run:
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        library.replace(chosen.id, new, metadata={**chosen.metadata, "sha256": digest}, progress=not as_json)
+    return value
+
+
+@memory.command("merge")
+def merge(
+    path: MemoryPath,
+    others: Annotated[list[Path], typer.Argument(help="Memories whose documents are added.")],
+    as_json: AsJson = False,
+) -> None:
+    """Add all documents of other memories of the same model, after checking every byte of them. Needs no model.
+
+    Example: build parts in parallel, then join them.
+
+      hsa memory merge lib.hsa part-2.hsa part-3.hsa
+    """
+    from hsa_ultralong.memory import MemoryFile, MemoryWriter
+
+    with MemoryWriter.open(path) as writer:
+        files = [MemoryFile.open(other) for other in others]
+        with _bytes_bar("merging", as_json) as progress:
+            ids = writer.merge(files, progress)
+            writer.commit()
+    value = {"path": str(path), "added": len(ids)}
+    typer.echo(json.dumps(value) if as_json else f"{path}: {len(ids)} documents added")
+
+
+@memory.command("export")
+def export(
+    path: MemoryPath,
+    documents: Annotated[list[str], typer.Argument(help="Names or ids of the documents.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new memory.")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy some documents into a new memory. Needs no model.
+
+    Example:
+
+      hsa memory export lib.hsa notes.md 3 -o small.hsa
+    """
+    from hsa_ultralong.memory import MemoryFile, export_memory
+
+    with MemoryFile.open(path) as file:
+        ids = []
+        for wanted in documents:
+            found = [d.id for d in file.documents if wanted in (d.name, str(d.id))]
+            if len(found) != 1:
+                raise ValueError(f"{len(found)} documents of {path} are named {wanted!r}; hsa memory info lists them")
+            ids += found
+        with _bytes_bar("exporting", as_json) as progress:
+            export_memory(file, output, ids, progress=progress)
+    value = {"path": str(output), "documents": len(ids)}
+    typer.echo(json.dumps(value) if as_json else f"{output}: {len(ids)} documents")
+
+
+@memory.command("verify")
+def verify(path: MemoryPath, as_json: AsJson = False) -> None:
+    """Read and check every byte; exit code 1 if anything is damaged, with the documents concerned. Needs no model.
+
+    Example:
+
+      hsa memory verify lib.hsa
+    """
+    from hsa_ultralong.memory import verify_memory
+
+    with _bytes_bar("verifying", as_json) as progress:
+        damages = verify_memory(path, progress)
+    if as_json:
+        typer.echo(json.dumps([{**damage.__dict__, "text": str(damage)} for damage in damages], indent=1))
+    else:
+        for damage in damages:
+            typer.echo(str(damage))
+        typer.echo(f"{path}: {len(damages)} damaged places" if damages else f"{path}: all checksums are right")
+    if damages:
+        raise typer.Exit(1)
+
+
+@memory.command("compact")
+def compact(path: MemoryPath, as_json: AsJson = False) -> None:
+    """Free the bytes of deleted and replaced text for good. Needs no model.
+
+    Example:
+
+      hsa memory compact lib.hsa
+    """
+    from hsa_ultralong.cli.plan import format_bytes
+    from hsa_ultralong.memory import MemoryWriter
+
+    with MemoryWriter.open(path) as writer, _bytes_bar("compacting", as_json) as progress:
+        freed = writer.compact(progress)
+    typer.echo(json.dumps({"path": str(path), "freed": freed}) if as_json else f"{path}: {format_bytes(freed)} freed")
+
+
+class _open:
+    """The library at a path with its model and tokenizer; refuses another tokenizer's."""
+
+    def __init__(self, path: Path, model: Path | None, device: str) -> None:
+        self.path, self.model, self.device = path, model, device
+
+    def __enter__(self) -> tuple[Any, Any]:
+        from hsa_ultralong.cli.common import load_model
+        from hsa_ultralong.inference import Library
+
+        network, tokenizer = load_model(self.model, self.device)
+        self.library = Library.open(network, self.path)
+        try:
+            require_tokenizer(self.library.writer.spec, tokenizer)
+        except ValueError:
+            self.library.close()
+            raise
+        return self.library, tokenizer
+
+    def __exit__(self, *_: object) -> None:
+        self.library.close()
+
+
+def require_tokenizer(spec: Any, tokenizer: Any) -> None:
+    """Refuse a memory whose token ids are another tokenizer's."""
+    from hsa_ultralong.data import tokenizer_fingerprint
+
+    if spec.tokenizer and spec.tokenizer != tokenizer_fingerprint(tokenizer):
+        raise ValueError("this memory was built with another tokenizer; use the model folder that built it")
+
+
+class _bytes_bar:
+    """A progress bar over bytes as a callable (done, total); None where silent."""
+
+    def __init__(self, what: str, is_quiet: bool) -> None:
+        self.what, self.is_quiet = what, is_quiet
+
+    def __enter__(self) -> Any:
+        if self.is_quiet:
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(self.what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.bar.start()
+        task = self.bar.add_task("", total=None)
+        return lambda done, total: self.bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if not self.is_quiet:
+            self.bar.stop()
