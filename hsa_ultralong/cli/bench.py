@@ -87,6 +87,100 @@ def bench_ops(
     _print_tables(result, path)
 
 
+@bench.command("memory")
+def memory(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("benchmarks/results"),
+    preset_name: Annotated[
+        str | None, typer.Option("--preset", help="Preset with random weights instead of a trained model.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens to memorise: 8K,1M,16M; none: leave out.")] = "8K,64K,256K",
+    file: Annotated[Path | None, typer.Option(help="Existing memory file to open and decode on.")] = None,
+    stores: Annotated[str, typer.Option(help="Where opened files' keys and values lie.")] = "device,host,file",
+    formats: Annotated[str, typer.Option(help="Forms of keys and values in files.")] = "bf16,int8",
+    file_max: Annotated[str, typer.Option(help="Longest memory that is also written to a file.")] = "1M",
+    batches: Annotated[str, typer.Option(help="Sequences that share the memory while decoding.")] = "1",
+    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded and timed.")] = 32,
+    segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
+    hardware: Annotated[str | None, typer.Option(help="Name in the file [default: such as h200, cpu2].")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and weights.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of a table.")] = False,
+) -> None:
+    """Time reading and decoding against the length of the memory, its store and its form.
+
+    Writes memory-HARDWARE.json after every record, keeping what earlier runs measured besides (each record names its
+    run), and draws memory-HARDWARE.png.
+
+    Examples:
+
+      hsa bench memory --lengths 8K,64K
+
+      hsa bench memory --preset small_345m --lengths 8K,1M,16M --batches 1,8
+
+      hsa bench memory --lengths none --file lib.hsa --stores file
+    """
+    import torch
+
+    from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model
+    from hsa_ultralong.eval.benchmarks.memory import (
+        MemorySettings,
+        add_record,
+        continued,
+        file_records,
+        memory_records,
+    )
+    from hsa_ultralong.eval.benchmarks.memory_report import format_value, plot_memory, table
+    from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
+    from hsa_ultralong.eval.metadata import hardware as measured_on
+    from hsa_ultralong.eval.metadata import run_metadata, write_json
+
+    place = choose_device(device)
+    settings = MemorySettings(
+        lengths=() if lengths == "none" else tuple(parse_size(part) for part in lengths.split(",")),
+        stores=tuple(stores.split(",")),
+        formats=tuple(formats.split(",")),
+        file_max=parse_size(file_max),
+        batches=tuple(_count(part) for part in batches.split(",")),
+        steps=steps,
+        segment_tokens=None if segment is None else parse_size(segment),
+        seed=seed,
+    )
+    if preset_name is None:
+        network, _ = load_model(model, device, dtype)
+        label = "nano" if model is None else model.name
+    else:
+        from hsa_ultralong.models import HSAForCausalLM
+        from hsa_ultralong.models.presets import preset
+
+        torch.manual_seed(seed)
+        network, label = HSAForCausalLM(preset(preset_name)).to(place, choose_dtype(dtype, place)).eval(), preset_name
+    name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
+    path = output / f"memory-{name}.json"
+    meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, hardware_name=name, device=place)
+    result = continued(path, meta)
+
+    def keep(record: dict[str, Any]) -> None:
+        add_record(result, record)
+        write_json(path, result)
+        typer.echo(f"{record['metric']} {record['tokens']:,} {record['store']}: {format_value(record)}", err=True)
+
+    if settings.lengths:
+        memory_records(network, label, settings, keep)
+    if file is not None:
+        file_records(network, label, file, settings, keep)
+    if any(record["metric"] in ("read_tokens_per_s", "decode_ms") for record in result["records"]):
+        plot_memory(result, path.with_suffix(".png"))
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    from rich.console import Console
+
+    Console().print(table(result))
+    typer.echo(f"Written: {path} and {path.with_suffix('.png').name}")
+
+
 def _settings(
     device: str, lengths: str | None, topk: str | None, full_max: str, quick: bool, longest: bool, seed: int
 ) -> Settings:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from hsa_ultralong.inference import Library
 
 FORMATS = ("bf16", "int8", "fp8", "fp16", "fp32")
+# of small documents: a kill costs at most so many tokens
+_COMMIT_TOKENS = 2**18
 # characters of English text per token of the shipped tokenizer, for plans before reading
 _CHARACTERS_PER_TOKEN = 3.6
 
@@ -120,6 +122,7 @@ def memorize_files(
             for source in read_sources(file, text_field=text_field):
                 _memorize_source(library, tokenizer, source, counts, bar)
             bar.finish_file(size)
+        library.commit()
     return {**counts, "seconds": time.monotonic() - start}
 
 
@@ -144,7 +147,11 @@ def _memorize_source(library: Library, tokenizer: Any, source: Source, counts: d
         return
     before = found[0].num_tokens if found else 0
     bar.start(source.name, len(tokens), len(source.text), before)
-    library.add(tokens, name=source.name, metadata=metadata, progress=bar.report)
+    library.add(tokens, name=source.name, metadata=metadata, commit=False, progress=bar.report)
+    bar.uncommitted += len(tokens) - before
+    if bar.uncommitted >= _COMMIT_TOKENS:
+        library.commit()
+        bar.uncommitted = 0
     counts["added"] += 1
     counts["tokens_read"] += len(tokens) - before
 
@@ -165,7 +172,7 @@ class _Bar:
             disable=is_quiet,
         )
         self.task = self.bar.add_task("", total=total_bytes or None, name="", tokens=0, rate=0.0)
-        self.files_done = self.tokens = self.before = 0
+        self.files_done = self.tokens = self.before = self.uncommitted = 0
         self.characters_per_token, self.file_start, self.text_done = 1.0, 0, 0
         self.began = time.monotonic()
 

@@ -14,7 +14,8 @@ def register(app: typer.Typer) -> None:
 
 def plot(
     source: Annotated[
-        Path | None, typer.Argument(help="A run folder, a report folder, a log.jsonl, records.jsonl or ops-*.json.")
+        Path | None,
+        typer.Argument(help="A run or report folder, log.jsonl, records.jsonl, ops- or memory-*.json."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG to write [default: beside the source].")
@@ -42,9 +43,9 @@ def plot(
             typer.echo(f"written {path}")
         return
     file, kind = _find(source)
-    name = {"needles": "needles.png", "training": "loss.png", "ops": f"{file.stem}.png"}[kind]
+    name = {"needles": "needles.png", "training": "loss.png"}.get(kind, f"{file.stem}.png")
     target = output or file.with_name(name)
-    draw(file, target, kind, "" if kind == "ops" else f"{source.resolve().name}")
+    draw(file, target, kind, "" if kind in ("ops", "memory") else f"{source.resolve().name}")
     typer.echo(f"written {target}")
 
 
@@ -52,7 +53,7 @@ def _find(source: Path) -> tuple[Path, str]:
     candidates = [source] if source.is_file() else [source / "log.jsonl", source / "records.jsonl"]
     for file in candidates:
         if file.is_file() and file.suffix == ".json":
-            return file, "ops"
+            return file, "memory" if file.name.startswith("memory") else "ops"
         if file.is_file():
             return file, "training" if file.name.startswith("log") else "needles"
     raise ValueError(f"{source} holds neither log.jsonl (a run) nor records.jsonl (a needle report)")

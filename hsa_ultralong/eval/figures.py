@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
 from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, read_benchmark
 from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl
 
@@ -26,13 +27,19 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
     if kind == "ops":
         plot_ops(read_benchmark(source), figure, title)
         return
+    if kind == "memory":
+        plot_memory(read_benchmark(source), figure)
+        return
     (plot_needles if kind == "needles" else plot_training)(read_jsonl(source), figure, title)
 
 
 def benchmark_figures(root: Path) -> list[tuple[str, str, str, str]]:
-    """One figure beside each benchmarks/results/ops-<hardware>.json, in the form of FIGURES; titled by its meta."""
-    sources = [path.relative_to(root) for path in sorted(root.glob("benchmarks/results/ops-*.json"))]
-    return [(str(source), str(source.with_suffix(".png")), "ops", "") for source in sources]
+    """One figure beside each benchmarks/results/<suite>-<hardware>.json, in the form of FIGURES; titled by its meta."""
+    return [
+        (str(path.relative_to(root)), str(path.relative_to(root).with_suffix(".png")), suite, "")
+        for suite in ("ops", "memory")
+        for path in sorted(root.glob(f"benchmarks/results/{suite}-*.json"))
+    ]
 
 
 def draw_all(root: Path) -> list[Path]:

@@ -131,6 +131,7 @@ class Library:
         name: str = "",
         metadata: Mapping[str, Any] | None = None,
         close: bool = True,
+        commit: bool = True,
         segment_tokens: int | None = None,
         commit_tokens: int = COMMIT_TOKENS,
         progress: bool | Progress = False,
@@ -141,6 +142,8 @@ class Library:
 
         Args:
             tokens: all token ids. close: False leaves the document open for `extend`.
+            commit: False leaves a whole document staged for a later commit (`commit`, or that of any other change): for
+                many small documents.
             commit_tokens: commit about that often while reading.
 
         Raises:
@@ -154,7 +157,7 @@ class Library:
         started = self._started(tokens, name, metadata)
         if started is None:
             self.close_document()
-        with self._change(), show_progress(progress, len(tokens)) as report:
+        with self._change(commit), show_progress(progress, len(tokens)) as report:
             if started is None:
                 id, done, state = self.writer.begin_document(name, metadata), 0, None
             else:
@@ -217,13 +220,18 @@ class Library:
             self.writer.append_chunks(id, to_columns(self.writer.spec, short, tokens), document.num_tokens)
         self.writer.close_document(id)
 
+    def commit(self) -> None:
+        """Make documents visible that were added with commit=False."""
+        self.writer.commit()
+
     @contextmanager
-    def _change(self) -> Iterator[None]:
+    def _change(self, commit: bool = True) -> Iterator[None]:
         """Commit what the block staged, or drop it if the block fails."""
         self._staged = None
         try:
             yield
-            self.writer.commit()
+            if commit:
+                self.writer.commit()
         except BaseException:
             self.writer.discard()
             raise

@@ -1,0 +1,197 @@
+"""Points of the memory itself: reading speed against length, decoding latency against length, store and format.
+
+Records have the form of docs/results.md (suite memory). Tokens are random: no timing depends on what is read.
+Called by `hsa bench memory`; tests/eval/test_memory_benchmark.py.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsa_ultralong.memory import MemoryFile
+from hsa_ultralong.memory.saving import open_memory
+from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.nn.chunk_memory import ChunkMemory
+
+_PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """lengths: tokens memorised. stores and formats: of opened files. file_max: longest memory that is written to a
+    file. steps: tokens decoded and timed (the median counts). batches: sequences that share the memory."""
+
+    lengths: tuple[int, ...] = (8192, 65_536, 262_144)
+    stores: tuple[str, ...] = ("device", "host", "file")
+    formats: tuple[str, ...] = ("bf16", "int8")
+    file_max: int = 2**20
+    batches: tuple[int, ...] = (1,)
+    steps: int = 32
+    segment_tokens: int | None = None
+    seed: int = 0
+
+
+def continued(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """The results file at `path`, or an empty one, ready for a further run: meta is the newest run's, "runs" all."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"meta": {}, "records": []}
+    runs = [*earlier["meta"].get("runs", []), {key: meta[key] for key in ("command", "commit", "date")}]
+    return {"meta": {**meta, "runs": runs}, "records": earlier["records"]}
+
+
+def add_record(result: dict[str, Any], record: dict[str, Any]) -> None:
+    """Put a record of the newest run in the place of an older one of the same point."""
+    fields = ("metric", "preset", "store", "dtype", "tokens", "batch")
+    key = [record[name] for name in fields]
+    result["records"] = [old for old in result["records"] if [old[name] for name in fields] != key]
+    result["records"].append({**record, "run": len(result["meta"]["runs"]) - 1})
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_host_bytes() -> int:
+    """Most resident memory that this process had so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Recorder:
+    """Makes records of one model."""
+
+    def __init__(self, model: HSAForCausalLM, name: str, settings: MemorySettings) -> None:
+        self.model, self.name, self.settings = model, name, settings
+        weight = model.model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def record(
+        self, metric: str, value: float, tokens: int, *, store: str = "device", format: str = "", batch: int = 1
+    ) -> dict[str, Any]:
+        dtype = format or {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.dtype, "fp32")
+        return {
+            "metric": metric, "preset": self.name, "store": store, "dtype": dtype, "tokens": tokens, "batch": batch,
+            "value": value,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def reading(self, tokens: int) -> tuple[ChunkMemory, list[dict[str, Any]]]:
+        """Memorise random tokens; the memory and its records."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        ids = torch.randint(3, self.model.config.vocab_size, (tokens,), generator=generator, dtype=torch.int32)
+        is_gpu = self.device.type == "cuda"
+        before = 0
+        if is_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        start = time.perf_counter()
+        memory = self.model.memorize(ids, segment_tokens=self.settings.segment_tokens)
+        _synchronize(self.device)
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated(self.device) - before if is_gpu else peak_host_bytes()
+        found = [
+            self.record("read_s", seconds, tokens),
+            self.record("read_tokens_per_s", tokens / seconds, tokens),
+            self.record("peak_device_bytes" if is_gpu else "peak_host_bytes", peak, tokens),
+            self.record("bytes_per_token", memory.num_bytes / tokens, tokens),
+        ]
+        return memory, found
+
+    @torch.no_grad()
+    def decoding(
+        self, memory: ChunkMemory, tokens: int, *, store: str = "device", format: str = "", batch: int = 1
+    ) -> list[dict[str, Any]]:
+        """Milliseconds of one greedy step for sequences that share a memory, and what a store had to fetch."""
+        generator = torch.Generator().manual_seed(self.settings.seed + 1)
+        shape = (batch, _PROMPT_TOKENS)
+        ids = torch.randint(3, self.model.config.vocab_size, shape, generator=generator).to(self.device)
+        cache, times = HSACache(self.model.config, library=memory), []
+        start = time.perf_counter()
+        logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
+        _synchronize(self.device)
+        first = time.perf_counter() - start
+        for _ in range(self.settings.steps):
+            start = time.perf_counter()
+            logits = self.model(logits[:, -1].argmax(-1, keepdim=True), past_key_values=cache).logits
+            _synchronize(self.device)
+            times.append(1e3 * (time.perf_counter() - start))
+        found = [
+            self.record("decode_ms", sorted(times)[len(times) // 2], tokens, store=store, format=format, batch=batch),
+            self.record("first_token_s", first, tokens, store=store, format=format, batch=batch),
+        ]
+        counts = memory.store
+        hits, misses = getattr(counts, "num_hits", 0), getattr(counts, "num_misses", 0)
+        if hits + misses:
+            for metric, value in (
+                ("hit_rate", hits / (hits + misses)),
+                ("fetch_fraction", misses / max(1, memory.num_chunks)),
+            ):
+                found.append(self.record(metric, value, tokens, store=store, format=format, batch=batch))
+        return found
+
+    def opening(self, path: Path, store: str, *, format: str = "") -> tuple[ChunkMemory, list[dict[str, Any]]]:
+        """Open a file; the memory and its records."""
+        start = time.perf_counter()
+        memory = open_memory(path, store=store, device=self.device, dtype=self.dtype)
+        _synchronize(self.device)
+        seconds = time.perf_counter() - start
+        return memory, [self.record("open_s", seconds, memory.num_tokens, store=store, format=format)]
+
+
+def memory_records(
+    model: HSAForCausalLM, name: str, settings: MemorySettings, on_record: Callable[[dict[str, Any]], None]
+) -> None:
+    """Reading and decoding at every length, and through files up to file_max."""
+    recorder = Recorder(model, name, settings)
+    for tokens in settings.lengths:
+        memory, found = recorder.reading(tokens)
+        for batch in settings.batches:
+            found += recorder.decoding(memory, tokens, batch=batch)
+        for record in found:
+            on_record(record)
+        if tokens <= settings.file_max:
+            for record in _through_files(recorder, memory, tokens):
+                on_record(record)
+
+
+def _through_files(recorder: Recorder, memory: ChunkMemory, tokens: int) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="hsa-bench-") as folder:
+        for format in recorder.settings.formats:
+            path = Path(folder) / f"{format}.hsa"
+            start = time.perf_counter()
+            memory.save(path, key_values=format, landmarks=format if format != "fp8" else "int8")
+            yield recorder.record("save_s", time.perf_counter() - start, tokens, store="file", format=format)
+            with MemoryFile.open(path) as file:
+                yield recorder.record("bytes_per_token", file.num_bytes / tokens, tokens, store="file", format=format)
+            for store in recorder.settings.stores:
+                opened, found = recorder.opening(path, store, format=format)
+                found += recorder.decoding(opened, tokens, store=store, format=format)
+                yield from found
+
+
+def file_records(
+    model: HSAForCausalLM,
+    name: str,
+    path: Path,
+    settings: MemorySettings,
+    on_record: Callable[[dict[str, Any]], None],
+) -> None:
+    """Opening an existing memory file and decoding on it: what a user waits for, and the memory that it takes."""
+    recorder = Recorder(model, name, settings)
+    for store in settings.stores:
+        memory, found = recorder.opening(path, store)
+        for batch in settings.batches:
+            found += recorder.decoding(memory, memory.num_tokens, store=store, batch=batch)
+        found.append(recorder.record("peak_host_bytes", peak_host_bytes(), memory.num_tokens, store=store))
+        for record in found:
+            on_record(record)

@@ -1,0 +1,88 @@
+"""Table and figure of memory-<hardware>.json: reading speed and decoding latency against the length memorised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from hsa_ultralong.eval.plots import human_tokens
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_UNITS = {
+    "read_tokens_per_s": "{:,.0f} tokens/s", "read_s": "{:,.2f} s", "decode_ms": "{:,.2f} ms", "open_s": "{:,.2f} s",
+    "save_s": "{:,.2f} s", "first_token_s": "{:,.3f} s", "bytes_per_token": "{:,.1f} B", "hit_rate": "{:.1%}",
+    "fetch_fraction": "{:.2%}",
+}  # fmt: skip
+_STYLES = {"device": "o-", "host": "s--", "file": "d:"}
+
+
+def format_value(record: dict[str, Any]) -> str:
+    """The value with its unit."""
+    if record["metric"].endswith("_bytes"):
+        return f"{record['value'] / 2**30:.2f} GiB"
+    return _UNITS[record["metric"]].format(record["value"])
+
+
+def table(result: dict[str, Any]) -> Table:
+    """One row a record."""
+    from rich.table import Table
+
+    rows = Table("metric", "model", "tokens", "store", "form", "batch", "value", title=result["meta"]["hardware"])
+    for column in (2, 5, 6):
+        rows.columns[column].justify = "right"
+    for record in result["records"]:
+        rows.add_row(
+            record["metric"], record["preset"], f"{record['tokens']:,}", record["store"], record["dtype"],
+            str(record["batch"]), format_value(record),
+        )  # fmt: skip
+    return rows
+
+
+def plot_memory(result: dict[str, Any], path: Path) -> None:
+    """Tokens read per second, and milliseconds a token decoded by store and form, against the length.
+
+    Raises:
+        ValueError: without such records.
+    """
+    records = result["records"]
+    reading = [record for record in records if record["metric"] == "read_tokens_per_s"]
+    decoding = [record for record in records if record["metric"] == "decode_ms"]
+    if not reading and not decoding:
+        raise ValueError("the results hold neither reading nor decoding: nothing to plot")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for preset in sorted({record["preset"] for record in reading}):
+        curve = sorted((r["tokens"], r["value"]) for r in reading if r["preset"] == preset)
+        left.plot(*zip(*curve, strict=True), "o-", ms=4, label=preset)
+    for key in sorted({(r["preset"], r["store"], r["dtype"], r["batch"]) for r in decoding}):
+        preset, store, dtype, batch = key
+        curve = sorted(
+            (r["tokens"], r["value"])
+            for r in decoding
+            if (r["preset"], r["store"], r["dtype"], r["batch"]) == key
+        )  # fmt: skip
+        label = f"{preset}, {store}, {dtype}" + (f", batch {batch}" if batch > 1 else "")
+        right.plot(*zip(*curve, strict=True), _STYLES[store], ms=4, label=label)
+    left.set_ylabel("tokens read per second")
+    right.set_ylabel("milliseconds a token")
+    for axes, title in ((left, "memorising"), (right, "decoding on top of the memory")):
+        lengths = sorted({record["tokens"] for record in records})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens memorised")
+        axes.set_title(title, fontsize=10)
+        axes.grid(True, alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"Memory on {result['meta']['hardware']}", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

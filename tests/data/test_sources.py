@@ -1,0 +1,87 @@
+"""Named documents from files, folders, tables and standard input."""
+
+import io
+import json
+import lzma
+import sys
+
+import pytest
+
+from hsa_ultralong.data import read_sources, source_files
+
+
+def names_and_texts(path, **options):
+    return [(source.name, source.text) for file in source_files([path]) for source in read_sources(file, **options)]
+
+
+def test_documents_of_one_text_file_are_numbered(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one\n\x1e\n  \n\x1e\ntwo\n")
+    assert names_and_texts(file) == [(str(file), "one\n"), (f"{file}#2", "two\n")]
+
+
+def test_a_folder_stands_for_all_readable_files_below_it(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "z.md").write_text("z")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "x.txt.xz").write_bytes(lzma.compress(b"x"))
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "picture.png").write_bytes(b"no")
+    assert [text for _, text in names_and_texts(tmp_path)] == ["a", "z", "x"]
+
+
+def test_rows_of_tables_are_named_by_their_line(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"body": "a", "id": 3}\n\n{"body": " "}\n{"body": "b"}\n')
+    assert names_and_texts(file, text_field="body") == [(f"{file}:1", "a"), (f"{file}:4", "b")]
+
+
+def test_parquet_rows_are_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "n": [1, 2]}), file)
+    assert names_and_texts(file) == [(f"{file}:1", "a"), (f"{file}:2", "b")]
+    with pytest.raises(ValueError, match=r"no column 'body', but text, n; give --text-field"):
+        names_and_texts(file, text_field="body")
+
+
+def test_standard_input_is_one_document(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert names_and_texts("-") == [("standard input", "hello")]
+    with pytest.raises(ValueError, match="standard input is empty"):
+        names_and_texts("-")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"t\.jsonl, line 2: no JSON"),
+        ("[1]", "line 2: required an object with a text in 'text', got list"),
+        ('{"body": "x"}', "got fields body; give --text-field"),
+        ('{"text": 3}', "required an object with a text"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"text": "good"}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        names_and_texts(file)
+
+
+def test_missing_paths_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        source_files([tmp_path / "no"])
+    with pytest.raises(ValueError, match="holds nothing to read"):
+        source_files([tmp_path])
+    with pytest.raises(ValueError, match="no paths given"):
+        source_files([])
+
+
+def test_the_digest_is_that_of_the_text(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    first = next(read_sources(file)).digest
+    file.write_text("two")
+    assert next(read_sources(file)).digest != first and len(first) == 64

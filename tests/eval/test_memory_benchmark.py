@@ -1,0 +1,66 @@
+"""hsa bench memory: records of every point, runs that add up, a figure."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli.main import app
+from hsa_ultralong.eval.benchmarks.memory import MemorySettings, add_record, continued, memory_records
+from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
+from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.presets import preset
+
+
+@pytest.fixture(scope="module")
+def records():
+    torch.manual_seed(0)
+    found = []
+    settings = MemorySettings(lengths=(600, 1200), steps=2, batches=(1, 3), file_max=700)
+    memory_records(HSAForCausalLM(preset("debug")).eval(), "debug", settings, found.append)
+    return found
+
+
+def test_every_metric_of_the_suite_is_measured(records):
+    assert {record["metric"] for record in records} == {
+        "read_s", "read_tokens_per_s", "peak_host_bytes", "bytes_per_token", "decode_ms", "first_token_s", "save_s",
+        "open_s", "hit_rate", "fetch_fraction",
+    }  # fmt: skip
+    assert {"metric", "preset", "store", "dtype", "tokens", "batch", "value"} == set(records[0])
+    decoded = {(r["store"], r["dtype"], r["tokens"], r["batch"]) for r in records if r["metric"] == "decode_ms"}
+    assert {("device", "fp32", 1200, 3), ("file", "int8", 600, 1), ("host", "bf16", 600, 1)} <= decoded
+    assert not any(store == "file" and tokens == 1200 for store, _, tokens, _ in decoded)
+    assert all(record["value"] > 0 for record in records)
+    assert all(record["value"] <= 1 for record in records if record["metric"] in ("hit_rate", "fetch_fraction"))
+
+
+def test_a_later_run_replaces_its_own_points_and_keeps_the_others(tmp_path, records):
+    path = tmp_path / "memory-x.json"
+    meta = {"command": "first", "commit": "1", "date": "d", "hardware": "x"}
+    result = continued(path, meta)
+    for record in records[:3]:
+        add_record(result, record)
+    path.write_text(json.dumps(result))
+    result = continued(path, {**meta, "command": "second"})
+    add_record(result, {**records[0], "value": 123.0})
+    assert len(result["records"]) == 3 and [run["command"] for run in result["meta"]["runs"]] == ["first", "second"]
+    assert [(r["run"], r["value"]) for r in result["records"]][-1] == (1, 123.0)
+
+
+def test_the_figure_needs_something_to_draw(tmp_path, records):
+    result = {"meta": {"hardware": "x"}, "records": records}
+    plot_memory(result, tmp_path / "m.png")
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_memory({"meta": {"hardware": "x"}, "records": []}, tmp_path / "n.png")
+
+
+def test_the_command_writes_results_and_figure(tmp_path):
+    arguments = ["bench", "memory", "--preset", "debug", "--lengths", "512", "--steps", "1", "--file-max", "1", "-o"]
+    result = CliRunner().invoke(app, [*arguments, str(tmp_path), "--hardware", "here", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "memory-here.json").read_text())["records"]
+    assert (tmp_path / "memory-here.png").is_file() and "decode_ms" in result.stdout
+    again = CliRunner().invoke(app, ["plot", str(tmp_path / "memory-here.json"), "-o", str(tmp_path / "x.png")])
+    assert again.exit_code == 0 and (tmp_path / "x.png").is_file()
