@@ -320,6 +320,7 @@ class ChunkMemory:
     def _single(self, number: int) -> ChunkMemory:
         if not 0 <= number < len(self.documents):
             raise ValueError(f"document {number} does not exist; the memory holds {len(self.documents)}")
+        self._require_own_storage("taken apart in memory")
         document = self.documents[number]
         first = document.first_chunk
         part = self._part(self.tensors, first, first + document.num_chunks)

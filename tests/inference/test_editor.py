@@ -77,7 +77,6 @@ def test_an_open_document_can_be_edited_and_continued(start, stop):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((3, 5, [1]), {}, "memorise the document again"),
         ((5, 3, [1]), {}, "not a range"),
         ((0, 99, [1]), {}, "not a range"),
         ((0, 1, [99]), {}, "0..36"),

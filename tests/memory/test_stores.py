@@ -1,0 +1,213 @@
+"""Saved memories give the same answers from every store; caches never mix up chunks; damage never reaches an answer."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsa_ultralong.inference import Library, append, last_logits, memory_fingerprint
+from hsa_ultralong.memory import MemoryFile, MemoryFileError, verify_memory
+from hsa_ultralong.memory.saving import open_memory
+from hsa_ultralong.memory.stores import CachedStore
+from hsa_ultralong.models import HSACache
+from hsa_ultralong.nn.chunk_memory import ChunkMemory
+from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+def document(length, seed=0):
+    return random_tokens(1, length, seed=seed)[0]
+
+
+def logits(model, memory, ids):
+    with torch.no_grad():
+        return model(ids, past_key_values=HSACache(model.config, library=memory)).logits
+
+
+def opened(path, store, **options):
+    return open_memory(path, store=store, dtype=torch.float64, **options)
+
+
+@pytest.mark.parametrize("chunks", [2, 40])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 5), (3, 64), (1, 200)])
+def test_logits_are_the_same_from_every_store(tmp_path, chunks, batch, tokens):
+    model = tiny_model()
+    memory = model.memorize([document(4 * chunks - 3), document(9, seed=1)])
+    memory.save(tmp_path / "a.hsa")
+    ids = random_tokens(batch, tokens, seed=7)
+    expected = logits(model, memory, ids)
+    for store in ("device", "host", "file"):
+        for cache_bytes in (1, 2**20):
+            found = logits(model, opened(tmp_path / "a.hsa", store, cache_bytes=cache_bytes), ids)
+            torch.testing.assert_close(found, expected, **EXACT)
+    # between stores not even the last bit differs
+    first, second = (logits(model, opened(tmp_path / "a.hsa", store), ids) for store in ("host", "file"))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("options", ["default", "mixture_of_experts", "hsa_only_layer"])
+def test_generation_reads_a_file_as_it_reads_the_memory(tmp_path, options):
+    model = tiny_model(**MODEL_OPTIONS[options])
+    memory = model.memorize([document(50), document(30, seed=1)])
+    memory.save(tmp_path / "a.hsa")
+    ids = random_tokens(2, 6, seed=3)
+    more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, memory=memory, **more)
+    assert torch.equal(model.generate(ids, memory=opened(tmp_path / "a.hsa", "file"), **more), expected)
+
+
+@torch.no_grad()
+def test_an_open_document_goes_on_after_loading(tmp_path):
+    model = tiny_model()
+    memory = model.memorize([document(21), document(34, seed=1)], close=False)
+    memory.save(tmp_path / "a.hsa")
+    prompt = random_tokens(1, 3, seed=5)
+    more = {"continue_document": True, "max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(prompt, memory=memory, **more)
+    for store in ("device", "file"):
+        loaded = opened(tmp_path / "a.hsa", store)
+        torch.testing.assert_close(last_logits(model, loaded, 3), last_logits(model, memory, 3), **EXACT)
+        assert torch.equal(model.generate(prompt, memory=loaded, **more), expected)
+    loaded = opened(tmp_path / "a.hsa", "device")
+    for each in (memory, loaded):
+        append(model, each, document(6, seed=8), document=1, close=True)
+    torch.testing.assert_close(loaded.k[:, : 4 * 15], memory.k[:, : 4 * 15], **EXACT)
+
+
+def test_names_tokens_and_documents_come_back(tmp_path):
+    model = tiny_model()
+    memory = model.memorize([document(21), document(5, seed=1)], names=["a", "b"])
+    memory.save(tmp_path / "a.hsa", tokenizer="t", metadata={"x": 1})
+    for store in ("device", "host", "file"):
+        loaded = ChunkMemory.load(tmp_path / "a.hsa", store=store)
+        assert [(d.name, d.num_tokens, d.first_chunk, d.num_chunks, d.tokens.tolist()) for d in loaded.documents] == [
+            (d.name, d.num_tokens, d.first_chunk, d.num_chunks, d.tokens.tolist()) for d in memory.documents
+        ]
+        assert loaded.num_tokens == 26 and loaded.fingerprint == memory.fingerprint
+    with MemoryFile.open(tmp_path / "a.hsa") as file:
+        assert file.spec.tokenizer == "t" and file.spec.metadata["x"] == 1
+    with pytest.raises(MemoryFileError):
+        memory.save(tmp_path / "a.hsa")
+
+
+def test_a_loaded_memory_can_be_joined_and_moved_like_any_other(tmp_path):
+    model = tiny_model()
+    memory = model.memorize([document(21), document(5, seed=1)])
+    memory.save(tmp_path / "a.hsa")
+    loaded = opened(tmp_path / "a.hsa", "device")
+    joined = ChunkMemory.concat([loaded, model.memorize(document(9, seed=2))]).to(dtype=torch.float32)
+    assert joined.num_chunks == memory.num_chunks + 3 and len(joined.select([2, 0]).documents) == 2
+
+
+@pytest.mark.parametrize("change", ["append", "concat", "to", "select", "save"])
+def test_a_memory_left_in_a_store_refuses_changes(tmp_path, change):
+    model = tiny_model()
+    model.memorize(document(21)).save(tmp_path / "a.hsa")
+    memory = opened(tmp_path / "a.hsa", "file")
+    with pytest.raises(ValueError, match="opened from a file or on several tiers"):
+        {
+            "append": lambda: append(model, memory, document(9)),
+            "concat": lambda: ChunkMemory.concat([memory, memory]),
+            "to": lambda: memory.to("cpu"),
+            "select": lambda: memory.select([0]),
+            "save": lambda: memory.save(tmp_path / "b.hsa"),
+        }[change]()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "bf16"])
+def test_eight_bits_read_the_same_from_every_store(tmp_path, format):
+    model = tiny_model()
+    memory = model.memorize(document(90))
+    memory.save(tmp_path / "a.hsa", key_values=format, landmarks="bf16" if format == "bf16" else "int8")
+    ids = random_tokens(1, 30, seed=7)
+    found = [logits(model, opened(tmp_path / "a.hsa", store), ids) for store in ("device", "host", "file")]
+    torch.testing.assert_close(found[0], found[1], **EXACT)
+    assert torch.equal(found[1], found[2])
+    error = (found[0] - logits(model, memory, ids)).norm() / found[0].norm()
+    assert error < {"int8": 0.02, "fp8": 0.06, "bf16": 0.01}[format]
+
+
+def test_a_bf16_checkpoint_loaded_wider_has_the_same_fingerprint_and_reads_the_same_memory(tmp_path):
+    narrow = tiny_model().to(torch.bfloat16)
+    wide = tiny_model()
+    wide.load_state_dict({name: tensor.double() for name, tensor in narrow.state_dict().items()})
+    assert memory_fingerprint(narrow) == memory_fingerprint(wide) == memory_fingerprint(wide.float())
+    narrow.memorize(document(40)).save(tmp_path / "a.hsa")
+    memory = open_memory(tmp_path / "a.hsa", dtype=torch.float32, fingerprint=memory_fingerprint(wide))
+    assert logits(wide, memory, random_tokens(1, 9)).dtype == torch.float32
+    with pytest.raises(MemoryFileError, match="another model"):
+        open_memory(tmp_path / "a.hsa", fingerprint="other")
+
+
+class Numbers:
+    """A store whose chunk i holds i."""
+
+    num_bytes = 0
+
+    def fetch(self, chunks):
+        values = chunks.double()[:, None, None, None].expand(-1, 2, 1, 3)
+        return values.clone(), -values
+
+
+@given(st.integers(1, 8), st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9, unique=True), max_size=12))
+def test_a_cache_of_any_size_gives_what_lies_below(capacity, fetches):
+    cache, asked = CachedStore(Numbers(), capacity), 0
+    for chunks in fetches:
+        chosen = torch.tensor(sorted(chunks))
+        k, v = cache.fetch(chosen)
+        assert torch.equal(k[:, 0, 0, 0], chosen.double()) and torch.equal(v, -k)
+        asked += len(chunks)
+        assert cache.num_hits + cache.num_misses == asked
+
+
+def test_the_least_recently_used_chunk_makes_room():
+    cache = CachedStore(Numbers(), 2)
+    for chunk in (1, 2, 1, 3, 1, 2):
+        cache.fetch(torch.tensor([chunk]))
+    assert (cache.num_hits, cache.num_misses) == (2, 4)
+
+
+def test_a_flipped_bit_anywhere_is_found_and_never_reaches_an_answer(tmp_path):
+    model, path = tiny_model(), tmp_path / "a.hsa"
+    with Library.create(model, path, key_values="fp64", landmarks="fp64") as library:
+        library.add(document(600), name="long")
+        library.add(document(50, seed=1), name="short")
+    ids = random_tokens(1, 8, seed=2)
+    more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, memory=opened(path, "file"), **more)
+    rng = random.Random(0)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.stat().st_size]
+    sizes = [file.stat().st_size for file in files]
+    stopped = 0
+    for _ in range(100):
+        file = rng.choices(files, weights=sizes)[0] if rng.random() < 0.7 else rng.choice(files)
+        data = file.read_bytes()
+        place, bit = rng.randrange(len(data)), rng.randrange(8)
+        file.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
+        damages = [] if file.name == "writer.lock" else verify_memory(path)
+        assert damages or file.name == "writer.lock", file
+        try:
+            assert torch.equal(model.generate(ids, memory=opened(path, "file"), **more), expected)
+        except MemoryFileError as error:
+            stopped += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+        file.write_bytes(data)
+    assert stopped > 50 and not verify_memory(path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("format", ["bf16", "int8"])
+def test_stores_agree_on_a_gpu(tmp_path, format):
+    model = tiny_model(head_dim=32, hidden_size=64, retrieval_dim=32).cuda().to(torch.bfloat16)
+    model.memorize(document(900)).save(tmp_path / "a.hsa", key_values=format)
+    ids = random_tokens(1, 40, seed=7).cuda()
+    found = [
+        logits(model, open_memory(tmp_path / "a.hsa", store=store, device="cuda", dtype=torch.bfloat16), ids)
+        for store in ("device", "host", "file")
+    ]
+    assert torch.equal(found[1], found[2])
+    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-2)
