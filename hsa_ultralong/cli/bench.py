@@ -121,9 +121,7 @@ def memory(
 
       hsa bench memory --lengths none --file lib.hsa --stores file
     """
-    import torch
-
-    from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model
+    from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.eval.benchmarks.memory import (
         MemorySettings,
         add_record,
@@ -147,15 +145,7 @@ def memory(
         segment_tokens=None if segment is None else parse_size(segment),
         seed=seed,
     )
-    if preset_name is None:
-        network, _ = load_model(model, device, dtype)
-        label = "nano" if model is None else model.name
-    else:
-        from hsa_ultralong.models import HSAForCausalLM
-        from hsa_ultralong.models.presets import preset
-
-        torch.manual_seed(seed)
-        network, label = HSAForCausalLM(preset(preset_name)).to(place, choose_dtype(dtype, place)).eval(), preset_name
+    network, label = _network(preset_name, model, place, dtype, seed)
     name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
     path = output / f"memory-{name}.json"
     meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, hardware_name=name, device=place)
@@ -179,6 +169,21 @@ def memory(
 
     Console().print(table(result))
     typer.echo(f"Written: {path} and {path.with_suffix('.png').name}")
+
+
+def _network(preset_name: str | None, folder: Path | None, device: str, dtype: str, seed: int) -> tuple[Any, str]:
+    """A preset with random weights, or a trained model, and its name in the records."""
+    import torch
+
+    from hsa_ultralong.cli.common import choose_dtype, load_model
+
+    if preset_name is None:
+        return load_model(folder, device, dtype)[0], "nano" if folder is None else folder.name
+    from hsa_ultralong.models import HSAForCausalLM
+    from hsa_ultralong.models.presets import preset
+
+    torch.manual_seed(seed)
+    return HSAForCausalLM(preset(preset_name)).to(device, choose_dtype(dtype, device)).eval(), preset_name
 
 
 def _settings(

@@ -1,4 +1,4 @@
-"""Memories beyond RAM: the format on disk (`files`). No model; docs/memory-format.md."""
+"""Memories beyond device memory: files, stores, 8-bit formats, a landmark index. No model; docs/memory-format.md."""
 
 from hsa_ultralong.memory.files import (
     Column,
@@ -12,8 +12,15 @@ from hsa_ultralong.memory.files import (
     export_memory,
     verify_memory,
 )
+from hsa_ultralong.memory.landmark_index import LandmarkIndex
+from hsa_ultralong.memory.saving import open_memory, save_memory
+from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 __all__ = [
+    "ChunkMemory",
+    "LandmarkIndex",
+    "open_memory",
+    "save_memory",
     "Column",
     "MemorySpec",
     "MemoryDocument",

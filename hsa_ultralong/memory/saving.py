@@ -1,6 +1,6 @@
 """ChunkMemory to a memory file and back: all at once into device memory, or with keys and values left where they are.
 
-Called by ChunkMemory.save and ChunkMemory.load and by inference/library.py; tests/memory/test_saving.py.
+Called by ChunkMemory.save and ChunkMemory.load and by inference/library.py; tests/memory/test_stores.py.
 """
 
 from __future__ import annotations

@@ -18,10 +18,8 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.memory import MemoryFile
-from hsa_ultralong.memory.saving import open_memory
+from hsa_ultralong.memory import ChunkMemory, MemoryFile, open_memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 _PROMPT_TOKENS = 16
 
