@@ -24,15 +24,21 @@ SHORTER = {
 }
 
 
-def run(arguments, folder):
+def run(arguments, folder, stdin=None):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=110
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        input=stdin,
     )
 
 
-def hsa(line, folder):
-    result = run(["-m", "hsa_ultralong.cli.main", *shlex.split(line)], folder)
+def hsa(line, folder, stdin=None):
+    result = run(["-m", "hsa_ultralong.cli.main", *shlex.split(line)], folder, stdin)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -52,7 +58,21 @@ def test_the_readme_shows_the_main_commands():
     assert {"make quickstart", "make test"} <= set(SHELL)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.split()[0] in ("ask", "generate", "plan")])
+def test_the_library_of_the_readme_is_built_extended_and_asked(tmp_path):
+    lines = [line for line in SHELL if "lib.hsa" in line]
+    assert [re.findall(r"hsa (\w+)", line)[0] for line in lines] == ["memorize", "memory", "ask", "memory"]
+    shown = ""
+    for line in lines:
+        before, _, command = line.rpartition(".venv/bin/hsa ")
+        text = shlex.split(before.rstrip("| "))[-1] if before else None
+        shown = shown + hsa(command.replace(".data/lib.hsa", str(tmp_path / "lib.hsa")), ROOT, text)
+    assert "7301954" in shown and "from standard input" in shown and "README.md" in shown
+
+
+@pytest.mark.parametrize(
+    "line",
+    [line for line in COMMANDS if line.split()[0] in ("ask", "generate", "plan") and "lib.hsa" not in line],
+)
 def test_commands_of_the_readme_run(line):
     shown = hsa(line, ROOT)
     assert "4821937" in shown if line.startswith("ask") else shown

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,7 +182,7 @@ def memorize(
     names: Sequence[str] | None = None,
     close: bool = True,
     segment_tokens: int | None = None,
-    store: str = "device",
+    store: str | Path = "device",
     progress: bool | Progress = False,
 ) -> ChunkMemory:
     """Read documents into a new ChunkMemory; linear time, activation memory of one segment.
@@ -194,17 +195,20 @@ def memorize(
             `last_logits` and `generate(continue_document=True)`.
         segment_tokens: tokens per forward; default 2,048 on a CPU, 65,536 on a GPU. On a GPU 131,072 stands for
             compiled layers, 1.5 to 3 times as fast after 10 to 20 seconds; the default from 64M tokens on.
-        store: "device".
+        store: "device", or the path of a new memory file NAME.hsa, which is returned open, keys and values on disk.
         progress: True for a progress bar, or a callable (tokens done, total or None).
 
     Raises:
-        ValueError: empty or malformed input, or an unknown store.
+        ValueError: empty or malformed input.
+        MemoryFileError: the path of `store` exists already or cannot be written.
     """
-    if store != "device":
-        raise ValueError(f"store={store!r} is not available in this version; use store='device'")
     documents = _as_documents(tokens)
     if names is not None and len(names) != len(documents):
         raise ValueError(f"{len(names)} names for {len(documents)} documents")
+    if str(store) != "device":
+        if Path(store).suffix != ".hsa":
+            raise ValueError(f"store must be 'device' or the path of a new memory file NAME.hsa, got {str(store)!r}")
+        return _memorize_to_file(model, documents, names, close, segment_tokens, Path(store), progress)
     known = [len(part) for document in documents if isinstance(document, list) for part in document]
     total = sum(known) if len(known) == len(documents) else None
     size = model.config.chunk_size
@@ -221,6 +225,32 @@ def memorize(
                 model, memory, pieces, names[number] if names else "", close or not last, segment_tokens, report
             )
     return memory
+
+
+def _memorize_to_file(
+    model: HSAForCausalLM,
+    documents: list[Iterable[torch.Tensor]],
+    names: Sequence[str] | None,
+    close: bool,
+    segment_tokens: int | None,
+    path: Path,
+    progress: bool | Progress,
+) -> ChunkMemory:
+    from hsa_ultralong.inference.library import Library
+    from hsa_ultralong.memory.saving import open_memory
+
+    weight = model.model.chunk_encoder.v_proj.weight
+    format = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}.get(weight.dtype, "bf16")
+    with Library.create(model, path, key_values=format, landmarks=format) as library:
+        for number, pieces in enumerate(documents):
+            library.add(
+                torch.cat(list(pieces)),
+                name=names[number] if names else "",
+                close=close or number < len(documents) - 1,
+                segment_tokens=segment_tokens,
+                progress=progress,
+            )
+    return open_memory(path, device=weight.device, dtype=weight.dtype)
 
 
 def append(

@@ -165,7 +165,7 @@ def test_open_documents_are_not_merged():
         (torch.ones(2, 3, dtype=torch.long), {}, "1-D"),
         (torch.tensor([37]), {}, "0..36"),
         (torch.tensor([-1]), {}, "0..36"),
-        (torch.tensor([1]), {"store": "disk"}, "store"),
+        (torch.tensor([1]), {"store": "disk"}, "store must be"),
         (torch.tensor([1]), {"names": ["a", "b"]}, "names"),
         (3, {}, "token ids"),
     ],

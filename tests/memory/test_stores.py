@@ -77,6 +77,14 @@ def test_an_open_document_goes_on_after_loading(tmp_path):
     torch.testing.assert_close(loaded.k[:, : 4 * 15], memory.k[:, : 4 * 15], **EXACT)
 
 
+def test_memorising_to_a_path_equals_memorising_and_saving(tmp_path):
+    model, texts = tiny_model(), [document(21), document(34, seed=1)]
+    memory = model.memorize(texts, names=["a", "b"], store=tmp_path / "a.hsa", segment_tokens=8)
+    assert memory.store is not None and [d.name for d in memory.documents] == ["a", "b"]
+    ids = random_tokens(1, 9, seed=7)
+    torch.testing.assert_close(logits(model, memory, ids), logits(model, model.memorize(texts), ids), **EXACT)
+
+
 def test_names_tokens_and_documents_come_back(tmp_path):
     model = tiny_model()
     memory = model.memorize([document(21), document(5, seed=1)], names=["a", "b"])
