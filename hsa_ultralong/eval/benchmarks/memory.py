@@ -186,10 +186,13 @@ def file_records(
 ) -> None:
     """Opening an existing memory file and decoding on it: what a user waits for, and the memory that it takes."""
     recorder = Recorder(model, name, settings)
+    with MemoryFile.open_unverified(path) as file:
+        format = file.spec.metadata.get("formats", {}).get("key_values", "")
     for store in settings.stores:
-        memory, found = recorder.opening(path, store)
+        memory, found = recorder.opening(path, store, format=format)
+        tokens = memory.num_tokens
         for batch in settings.batches:
-            found += recorder.decoding(memory, memory.num_tokens, store=store, batch=batch)
-        found.append(recorder.record("peak_host_bytes", peak_host_bytes(), memory.num_tokens, store=store))
+            found += recorder.decoding(memory, tokens, store=store, format=format, batch=batch)
+        found.append(recorder.record("peak_host_bytes", peak_host_bytes(), tokens, store=store, format=format))
         for record in found:
             on_record(record)
