@@ -61,6 +61,8 @@ def plan(
         str, typer.Option(help="Tokens: 4096, 32K, 16M, 1B; binary multiples, 16M is 16,777,216.")
     ] = "16M",
     dtype: Annotated[str, typer.Option(help=f"Type of weights and memory: {', '.join(DTYPE_BYTES)}.")] = "bf16",
+    key_values: Annotated[str, typer.Option(help="Form of the memory's keys and values: bf16, int8, fp8, ...")] = "",
+    landmarks: Annotated[str, typer.Option(help="Form of its landmarks.")] = "",
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one option; may be repeated.")
     ] = None,
@@ -78,7 +80,7 @@ def plan(
 
       hsa plan small_345m --context 1M --set chunk_topk=64 --set retrieval_dim=256
 
-      hsa plan moe_8b_a1b --context 32K --json
+      hsa plan nano --context 1B --key-values int8 --landmarks int8 --json
     """
     from hsa_ultralong.models.presets import preset, set_options
 
@@ -89,6 +91,8 @@ def plan(
         raise ValueError(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
     config = set_options(preset(name), changes or [])
     costs = {"preset": name, "set": changes or [], "dtype": dtype, **plan_costs(config, tokens, DTYPE_BYTES[dtype])}
+    costs["stores"] = store_costs(config, tokens, key_values or dtype, landmarks or dtype, DTYPE_BYTES[dtype])
+    costs["least_seconds"] = least_seconds(costs)
     if as_json:
         typer.echo(json.dumps(costs, indent=2))
         return
@@ -126,6 +130,53 @@ def plan_costs(config: HSAConfig, tokens: int, dtype_bytes: int) -> dict[str, An
     }
 
 
+def store_costs(
+    config: HSAConfig, tokens: int, key_values: str, landmarks: str, dtype_bytes: int
+) -> dict[str, dict[str, int]]:
+    """Bytes on every tier for each store (docs/memory.md): landmarks are always on the device, in the model's dtype.
+
+    Raises:
+        ValueError: for an unknown form.
+    """
+    from hsa_ultralong.memory.quantization import bytes_per_token, row_bytes
+
+    per_head = config.retrieval_dim // config.num_retrieval_heads
+    whole = bytes_per_token(
+        key_values,  # type: ignore[arg-type]
+        landmarks,  # type: ignore[arg-type]
+        chunk_size=config.chunk_size,
+        num_memory_heads=config.num_memory_heads,
+        head_dim=config.head_dim or 0,
+        num_retrieval_heads=config.num_retrieval_heads,
+        retrieval_dim=config.retrieval_dim,
+    )
+    chunks = -(-tokens // config.chunk_size)
+    stored_landmarks = chunks * config.num_retrieval_heads * row_bytes(landmarks, per_head)  # type: ignore[arg-type]
+    stored = round(chunks * config.chunk_size * whole) - stored_landmarks
+    # lengths and token ids
+    file = stored + stored_landmarks + chunks * 4 * (1 + config.chunk_size)
+    ready = chunks * config.retrieval_dim * dtype_bytes
+    wide = chunks * config.chunk_size * 2 * config.num_memory_heads * (config.head_dim or 0) * dtype_bytes
+    return {
+        "device": {"device": ready + wide, "host": 0, "file": file},
+        "host": {"device": ready, "host": stored, "file": file},
+        "file": {"device": ready, "host": 0, "file": file},
+    }
+
+
+# H200: dense bf16 on random data, and bytes read or written by a large copy (benchmarks/results/ops-h200.json)
+_FLOP_PER_SECOND, _BYTES_PER_SECOND = 790e12, 3.9e12
+
+
+def least_seconds(costs: dict[str, Any]) -> dict[str, float]:
+    """What one H200 cannot beat: reading all tokens at its arithmetic rate, one scan of landmarks at its bandwidth."""
+    landmarks = costs["stores"]["file"]["device"]
+    return {
+        "memorising": costs["context"] * costs["flops_per_token"]["reading"] / _FLOP_PER_SECOND,
+        "scan_per_retrieval_layer": landmarks / _BYTES_PER_SECOND,
+    }
+
+
 def _table(costs: dict[str, Any]) -> Table:
     from rich.table import Table
 
@@ -151,6 +202,13 @@ def _table(costs: dict[str, Any]) -> Table:
     table.add_row("memory", format_bytes(memory["total"]), note)
     table.add_row("landmark share", f"{memory['landmark_share']:.1%}", "of the memory: what every token scans")
     table.add_row("open document", format_bytes(costs["open_document_bytes"]), "fixed state to go on, at most")
+    for store, tiers in costs["stores"].items():
+        held = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in tiers.items() if size and tier != "file")
+        note = f"file {format_bytes(tiers['file'])}" if store == "file" else ""
+        table.add_row(f"store {store!r}", held, note)
+    least = costs["least_seconds"]
+    note = f"and {1e3 * least['scan_per_retrieval_layer']:.3g} ms a scan of the landmarks: floors of one H200"
+    table.add_row("memorising takes at least", f"{least['memorising']:.3g} s", note, end_section=True)
     ratio = f"{full / memory['total']:.3g} times the memory"
     table.add_row("full attention's cache", format_bytes(full), ratio)
     return table

@@ -6,6 +6,7 @@ from hsa_ultralong.inference.fingerprint import memory_fingerprint
 from hsa_ultralong.inference.generation import generate_with_memory
 from hsa_ultralong.inference.library import Library
 from hsa_ultralong.inference.reader import append, close_document, last_logits, memorize
+from hsa_ultralong.inference.sharding import share_out
 
 __all__ = [
     "Answer",
@@ -18,4 +19,5 @@ __all__ = [
     "last_logits",
     "memorize",
     "memory_fingerprint",
+    "share_out",
 ]

@@ -126,7 +126,7 @@ def ask(
         raise ValueError("the prompt is empty; ask something like 'The secret code of the amber falcon is'")
     device = model.model.embed_tokens.weight.device
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
-    with evaluating(model), _Recorder(model, memory.num_chunks) as recorder:
+    with evaluating(model), _Recorder(model, memory.num_chunks_of_all) as recorder:
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -141,7 +141,7 @@ def ask(
     ranked = sorted(recorder.best.items(), key=lambda item: -item[1])[:num_sources]
     sources = [_source(memory, index, weight) for index, weight in ranked]
     weight = max(recorder.best.values(), default=0.0)
-    return Answer(text, tokens, weight, low_weight(memory.num_chunks), sources)
+    return Answer(text, tokens, weight, low_weight(memory.num_chunks_of_all), sources)
 
 
 def _source(memory: ChunkMemory, chunk: int, weight: float) -> Source:

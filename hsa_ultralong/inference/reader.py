@@ -376,7 +376,7 @@ def document_view(memory: ChunkMemory, document: int, positions: torch.Tensor) -
     segments = torch.full_like(positions, document)
     tensors = memory.tensors
     visible = ChunkVisibility(segments, positions, tensors.segments, tensors.ends, "past")
-    return MemoryView(tensors, visible, store=memory.store)
+    return MemoryView(tensors, visible, store=memory.store, ranks=memory.ranks)
 
 
 def replay_upper(model: HSAForCausalLM, memory: ChunkMemory, cache: HSACache | None) -> torch.Tensor:

@@ -72,6 +72,21 @@ class ChunkTensors(NamedTuple):
     ends: torch.Tensor
 
 
+class MemoryRanks(Protocol):
+    """A memory shared out over processes that all see the same queries; this one holds `first` and following chunks."""
+
+    first: int
+    num_chunks: int
+
+    def best(self, indices: torch.Tensor, scores: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The K best of all ranks' candidates (B, T, Hr, <= K), counted through all ranks; descending, -1 last."""
+        ...
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks."""
+        ...
+
+
 @dataclass
 class ChunkMemory:
     """Chunks that a model can retrieve.
@@ -83,6 +98,7 @@ class ChunkMemory:
         fingerprint: of the parameters that the memory depends on; a reader with another one refuses it.
         is_composable: False if the model's fusion depends on the order of chunks (fact 4): merging is refused then.
         store: where k and v lie if not in `storage`, whose k and v then have no slots; such a memory is for reading.
+        ranks: set where this process holds only a part of the chunks (`documents` lists all); also for reading.
     """
 
     chunk_size: int
@@ -92,6 +108,7 @@ class ChunkMemory:
     fingerprint: str = ""
     is_composable: bool = True
     store: KeyValueStore | None = None
+    ranks: MemoryRanks | None = None
 
     @staticmethod
     def empty(
@@ -147,6 +164,21 @@ class ChunkMemory:
         slots = self.num_chunks * self.chunk_size
         k, v, *rest = self.storage
         return ChunkTensors(k[:, :slots], v[:, :slots], *(part[:, : self.num_chunks] for part in rest))
+
+    @property
+    def num_chunks_of_all(self) -> int:
+        """Chunks of all ranks, those of this process where there is no other."""
+        return self.num_chunks if self.ranks is None else self.ranks.num_chunks
+
+    def held_by(self, ranks: MemoryRanks, num_chunks: int) -> ChunkMemory:
+        """The part of one rank: `num_chunks` chunks from ranks.first on, as views.
+
+        Raises:
+            ValueError: for a memory whose keys and values lie in a store, or is shared out already.
+        """
+        self._require_own_storage("shared out")
+        part = self._part(self.tensors, ranks.first, ranks.first + num_chunks)
+        return replace(self, storage=part, num_chunks=num_chunks, ranks=ranks)
 
     k = property(lambda self: self.tensors.k)
     v = property(lambda self: self.tensors.v)
@@ -239,6 +271,8 @@ class ChunkMemory:
         return ChunkTensors(k[:, slots], v[:, slots], *(x[:, first:stop] for x in rest))
 
     def _require_own_storage(self, what: str) -> None:
+        if self.ranks is not None:
+            raise ValueError(f"a memory shared out over processes cannot be {what}; do it before sharing it out")
         if self.store is not None:
             raise ValueError(
                 f"a memory opened from a file or on several tiers cannot be {what}; change the file with "
@@ -330,9 +364,10 @@ class ChunkMemory:
 
 class MemoryView(NamedTuple):
     """A memory and who may see which of its chunks in the current call; `store` holds its k and v if `memory` does
-    not."""
+    not, `ranks` hold the rest of its chunks."""
 
     memory: ChunkTensors
     visible: ChunkVisibility
     is_causal: bool = False
     store: KeyValueStore | None = None
+    ranks: MemoryRanks | None = None

@@ -85,13 +85,15 @@ class ChunkRetriever(nn.Module):
             indices, scores = chunk_topk(
                 query, landmarks, view.visible, topk=topk, temperature=temperature, noise_seed=seed
             )
+            if view.ranks is not None:
+                indices, scores = view.ranks.best(indices, scores, topk)
             ranking = scores.detach()
             if seed is not None and len(views) > 1:
                 batch, length, heads, _ = indices.shape
                 ranking = ranking + gumbel_noise(seed, batch, 0, length, heads, indices, indices.device)
             found.append((torch.where(indices < 0, indices, indices + offset), scores, ranking))
             offsets.append(offset)
-            offset += landmarks.shape[1]
+            offset += landmarks.shape[1] if view.ranks is None else view.ranks.num_chunks
         indices, scores = found[0][:2] if len(found) == 1 else _merge(found, topk)
         if self.position_decay is not None:
             rank = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)

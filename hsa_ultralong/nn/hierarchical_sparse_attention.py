@@ -45,28 +45,34 @@ class HierarchicalSparseAttention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (B, T, Hq, D)
         out = torch.zeros_like(q)
         for view, offset in zip(views, retrieval.offsets, strict=True):
-            memory = view.memory
-            num_chunks = memory.landmarks.shape[1]
-            if num_chunks == 0:
-                continue
-            indices = retrieval.indices - offset
-            if len(views) > 1:
+            num_chunks = view.memory.landmarks.shape[1]
+            first = offset if view.ranks is None else offset + view.ranks.first
+            indices = retrieval.indices - first
+            if len(views) > 1 or view.ranks is not None:
                 indices = torch.where((indices >= 0) & (indices < num_chunks), indices, -1)
             # outputs of several memories add up: the fusion weights are already normalised over all of them
-            if view.store is not None:
-                out = out + self._read_store(q, view.store, memory, indices, retrieval.weights)
-                continue
-            out = out + hsa_attention(
-                q.to(memory.v.dtype),
-                memory.k,
-                memory.v,
-                indices,
-                retrieval.weights,
-                chunk_size=self.chunk_size,
-                chunk_lengths=memory.lengths,
-                causal=view.is_causal,
-            )
+            if num_chunks:
+                part = self._read(q, view, indices, retrieval.weights)
+                out = out + (part if view.ranks is None else view.ranks.total(part))
+            elif view.ranks is not None:
+                out = out + view.ranks.total(torch.zeros_like(q))
         return self.o_proj(out.flatten(-2).to(x.dtype))
+
+    def _read(self, q: torch.Tensor, view: MemoryView, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Attention inside the chunks of one memory, (B, T, Hq, D)."""
+        memory = view.memory
+        if view.store is not None:
+            return self._read_store(q, view.store, memory, indices, weights)
+        return hsa_attention(
+            q.to(memory.v.dtype),
+            memory.k,
+            memory.v,
+            indices,
+            weights,
+            chunk_size=self.chunk_size,
+            chunk_lengths=memory.lengths,
+            causal=view.is_causal,
+        )
 
     def _read_store(
         self,

@@ -52,6 +52,35 @@ def test_json_holds_the_numbers_of_accounting():
     assert costs["full_attention_cache_bytes"] == 8 * 2 * 2 * 64 * 4 * 2**20
 
 
+def test_stores_say_what_lies_on_which_tier():
+    result = hsa("plan", "nano", "--context", "1B", "--key-values", "int8", "--landmarks", "int8", "--json")
+    costs = json.loads(result.stdout)
+    chunks = 2**24
+    assert costs["stores"]["host"]["device"] == costs["stores"]["file"]["device"] == chunks * 256 * 2
+    assert costs["stores"]["host"]["host"] == chunks * 64 * 2 * 66
+    assert costs["stores"]["file"] == {"device": chunks * 512, "host": 0, "file": chunks * (64 * 132 + 258 + 260)}
+    assert costs["stores"]["device"]["device"] == memory_bytes(preset("nano"), 2**30).keys_values + chunks * 512
+    assert 0 < costs["least_seconds"]["scan_per_retrieval_layer"] < 0.01 < costs["least_seconds"]["memorising"]
+    shown = hsa("plan", "nano").stdout
+    assert "store 'host'" in shown and "floors of one H200" in shown
+
+
+def test_the_plan_of_a_file_is_what_a_file_takes(tmp_path):
+    import torch
+
+    from hsa_ultralong.memory import MemoryFile
+    from hsa_ultralong.models import HSAForCausalLM
+
+    model = HSAForCausalLM(preset("debug")).eval()
+    memory = model.memorize(torch.randint(512, (6400,)))
+    for form in ("bf16", "int8"):
+        memory.save(tmp_path / f"{form}.hsa", key_values=form, landmarks=form)
+        planned = hsa("plan", "debug", "--context", "6400", "--key-values", form, "--landmarks", form, "--json")
+        expected = json.loads(planned.stdout)["stores"]["file"]["file"]
+        with MemoryFile.open(tmp_path / f"{form}.hsa") as file:
+            assert expected <= file.num_bytes <= expected + 2000
+
+
 def test_help_has_examples_that_run_and_names_every_preset():
     text = hsa("plan", "--help").stdout
     assert "16,777,216" in text and all(name in text for name in PRESETS)
