@@ -23,6 +23,7 @@ def ask(
     hide: Annotated[str | None, typer.Option(help="Hide this sentence in the first text before memorising.")] = None,
     depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where to hide it, 0 = start, 1 = end.")] = 0.5,
     model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
+    lookup: Annotated[str, typer.Option(help="exact, or sketch: faster in large memories.")] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 24,
     sources: Annotated[
         int, typer.Option("--sources", "--show-sources", min=0, help="Show so many retrieved passages.")
@@ -67,7 +68,7 @@ def ask(
     from hsa_ultralong.inference import memorize
 
     if memory is not None:
-        library = open_library(network, tokenizer, memory, store)
+        library = open_library(network, tokenizer, memory, store, lookup)
     else:
         documents = [torch.tensor(tokenizer(part)["input_ids"], dtype=torch.int32) for part in contents]
         names = [str(path) for path in text or []]
@@ -96,7 +97,7 @@ class _Writer:
         typer.echo(piece, nl=False)
 
 
-def open_library(network: Any, tokenizer: Any, path: Path, store: str) -> Any:
+def open_library(network: Any, tokenizer: Any, path: Path, store: str, lookup: str = "exact") -> Any:
     """A memory file for asking, checked against model and tokenizer."""
     from hsa_ultralong.cli.memory import require_tokenizer
     from hsa_ultralong.inference import memory_fingerprint
@@ -106,7 +107,7 @@ def open_library(network: Any, tokenizer: Any, path: Path, store: str) -> Any:
     with MemoryFile.open_unverified(path, memory_fingerprint(network)) as file:
         require_tokenizer(file.spec, tokenizer)
     weight = network.model.embed_tokens.weight
-    return open_memory(path, store=store, device=weight.device, dtype=weight.dtype)
+    return open_memory(path, store=store, device=weight.device, dtype=weight.dtype, lookup=lookup)
 
 
 def as_question(prompt: str) -> str:

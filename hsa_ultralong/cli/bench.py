@@ -100,6 +100,7 @@ def memory(
     formats: Annotated[str, typer.Option(help="Forms of keys and values in files.")] = "bf16,int8",
     file_max: Annotated[str, typer.Option(help="Longest memory that is also written to a file.")] = "1M",
     batches: Annotated[str, typer.Option(help="Sequences that share the memory while decoding.")] = "1",
+    lookups: Annotated[str, typer.Option(help="For --file: exact, sketch or both.")] = "exact",
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded and timed.")] = 32,
     segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
@@ -142,6 +143,7 @@ def memory(
         file_max=parse_size(file_max),
         batches=tuple(_count(part) for part in batches.split(",")),
         steps=steps,
+        lookups=tuple(lookups.split(",")),
         segment_tokens=None if segment is None else parse_size(segment),
         seed=seed,
     )

@@ -13,10 +13,12 @@ import torch
 
 from hsa_ultralong.memory.columns import from_payload, memory_spec, to_columns
 from hsa_ultralong.memory.files import MemoryFile, MemoryWriter
+from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.stores import CachedStore, FileStore, HostStore
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, KeyValueStore
 
 STORES = ("device", "host", "file")
+LOOKUPS = ("exact", "sketch")
 # chunks converted at a time
 _STEP = 4096
 
@@ -120,6 +122,7 @@ def open_memory(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     cache_bytes: int = 256 * 2**20,
+    lookup: str = "exact",
     fingerprint: str | None = None,
 ) -> ChunkMemory:
     """Open a memory file.
@@ -128,15 +131,18 @@ def open_memory(
         store: "device" reads everything into one ordinary ChunkMemory; "host" keeps keys and values in host memory,
             "file" on disk. Landmarks are on the device in all three.
         dtype: that the model reads; default the file's, bf16 for 8-bit formats.
+        lookup: "exact" scans all landmarks, "sketch" a projection of them first (landmark_index.py).
         cache_bytes: of hot chunks kept ready on the device ("host" and "file").
         fingerprint: refuse another model's memory.
 
     Raises:
         MemoryFileError: no memory, another model's, truncated or damaged.
-        ValueError: an unknown store.
+        ValueError: an unknown store or lookup.
     """
     if store not in STORES:
         raise ValueError(f"store must be one of {', '.join(STORES)}, got {store!r}")
+    if lookup not in LOOKUPS:
+        raise ValueError(f"lookup must be one of {', '.join(LOOKUPS)}, got {lookup!r}")
     file = MemoryFile.open(path, fingerprint=fingerprint)
     spec, size = file.spec, file.spec.chunk_size
     kind = spec.columns["keys_values"]
@@ -163,6 +169,8 @@ def open_memory(
     lengths, segments, ends = (x.to(device, torch.int32)[None] for x in (file.resident("lengths"), segments, ends))
     tensors = ChunkTensors(k, v, landmarks, lengths, segments, ends)
     memory = ChunkMemory(size, tensors, file.num_chunks, documents, spec.fingerprint, spec.is_composable)
+    if lookup == "sketch":
+        memory.lookup = LandmarkIndex.build(landmarks[0])
     if store != "device":
         chunk_bytes = 2 * size * heads * dim * dtype.itemsize
         memory.store = CachedStore(below, min(max(1, cache_bytes // chunk_bytes), max(1, file.num_chunks)))

@@ -16,7 +16,7 @@ def library_view(library: ChunkMemory, segments: torch.Tensor, positions: torch.
     tensors = library.tensors
     everyone = torch.full_like(tensors.segments, READABLE_BY_ALL)
     visible = ChunkVisibility(segments, positions, everyone, torch.zeros_like(everyone))
-    return MemoryView(tensors, visible, store=library.store, ranks=library.ranks)
+    return MemoryView(tensors, visible, store=library.store, ranks=library.ranks, lookup=library.lookup)
 
 
 def pooled_view(own: ChunkTensors, segments: torch.Tensor) -> MemoryView:

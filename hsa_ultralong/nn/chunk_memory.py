@@ -72,6 +72,16 @@ class ChunkTensors(NamedTuple):
     ends: torch.Tensor
 
 
+class LandmarkLookup(Protocol):
+    """A faster way to the best chunks of a memory that every query may read, in place of scanning all landmarks."""
+
+    def search(
+        self, query: torch.Tensor, topk: int, *, temperature: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk."""
+        ...
+
+
 class MemoryRanks(Protocol):
     """A memory shared out over processes that all see the same queries; this one holds `first` and following chunks."""
 
@@ -98,6 +108,7 @@ class ChunkMemory:
         fingerprint: of the parameters that the memory depends on; a reader with another one refuses it.
         is_composable: False if the model's fusion depends on the order of chunks (fact 4): merging is refused then.
         store: where k and v lie if not in `storage`, whose k and v then have no slots; such a memory is for reading.
+        lookup: finds chunks for questions without scanning all landmarks; None scans them (exact).
         ranks: set where this process holds only a part of the chunks (`documents` lists all); also for reading.
     """
 
@@ -109,6 +120,7 @@ class ChunkMemory:
     is_composable: bool = True
     store: KeyValueStore | None = None
     ranks: MemoryRanks | None = None
+    lookup: LandmarkLookup | None = None
 
     @staticmethod
     def empty(
@@ -178,7 +190,7 @@ class ChunkMemory:
         """
         self._require_own_storage("shared out")
         part = self._part(self.tensors, ranks.first, ranks.first + num_chunks)
-        return replace(self, storage=part, num_chunks=num_chunks, ranks=ranks)
+        return replace(self, storage=part, num_chunks=num_chunks, ranks=ranks, lookup=None)
 
     k = property(lambda self: self.tensors.k)
     v = property(lambda self: self.tensors.v)
@@ -233,6 +245,7 @@ class ChunkMemory:
             ValueError: for a memory whose keys and values lie in a store.
         """
         self._require_own_storage("written to")
+        self.lookup = None
         count = chunks.landmarks.shape[1]
         self.reserve(first + count)
         self.num_chunks = max(self.num_chunks, first + count)
@@ -302,7 +315,7 @@ class ChunkMemory:
         moved = ChunkTensors(
             *(part.to(device=device, dtype=dtype if part.is_floating_point() else None) for part in self.tensors)
         )
-        return replace(self, storage=moved, documents=[replace(document) for document in self.documents])
+        return replace(self, storage=moved, lookup=None, documents=[replace(document) for document in self.documents])
 
     @staticmethod
     def concat(memories: Sequence[ChunkMemory]) -> ChunkMemory:
@@ -341,7 +354,7 @@ class ChunkMemory:
             documents += shifted
             chunk_offset += memory.num_chunks
         merged = ChunkTensors(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
-        return replace(first, storage=merged, num_chunks=chunk_offset, documents=documents)
+        return replace(first, storage=merged, num_chunks=chunk_offset, documents=documents, lookup=None)
 
     def select(self, documents: Sequence[int]) -> ChunkMemory:
         """A memory of only these documents (by number), in the given order.
@@ -364,10 +377,11 @@ class ChunkMemory:
 
 class MemoryView(NamedTuple):
     """A memory and who may see which of its chunks in the current call; `store` holds its k and v if `memory` does
-    not, `ranks` hold the rest of its chunks."""
+    not, `ranks` hold the rest of its chunks, `lookup` replaces the scan."""
 
     memory: ChunkTensors
     visible: ChunkVisibility
     is_causal: bool = False
     store: KeyValueStore | None = None
     ranks: MemoryRanks | None = None
+    lookup: LandmarkLookup | None = None

@@ -82,9 +82,14 @@ class ChunkRetriever(nn.Module):
         for number, view in enumerate(views):
             landmarks = view.memory.landmarks.to(query.dtype)
             seed = noise_seed + number if use_noise and noise_seed is not None else None
-            indices, scores = chunk_topk(
-                query, landmarks, view.visible, topk=topk, temperature=temperature, noise_seed=seed
-            )
+            if view.lookup is not None and seed is None:
+                indices, scores = view.lookup.search(query, topk, temperature=temperature)
+                is_padding = (view.visible.query_segment < 0)[:, :, None, None]
+                indices, scores = indices.masked_fill(is_padding, -1), scores.masked_fill(is_padding, -torch.inf)
+            else:
+                indices, scores = chunk_topk(
+                    query, landmarks, view.visible, topk=topk, temperature=temperature, noise_seed=seed
+                )
             if view.ranks is not None:
                 indices, scores = view.ranks.best(indices, scores, topk)
             ranking = scores.detach()

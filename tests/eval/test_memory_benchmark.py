@@ -7,8 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.eval.benchmarks.memory import MemorySettings, add_record, continued, memory_records
+from hsa_ultralong.eval.benchmarks.memory import MemorySettings, add_record, continued, file_records, memory_records
 from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
+from hsa_ultralong.memory import landmark_index
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
 
@@ -64,3 +65,16 @@ def test_the_command_writes_results_and_figure(tmp_path):
     assert (tmp_path / "memory-here.png").is_file() and "decode_ms" in result.stdout
     again = CliRunner().invoke(app, ["plot", str(tmp_path / "memory-here.json"), "-o", str(tmp_path / "x.png")])
     assert again.exit_code == 0 and (tmp_path / "x.png").is_file()
+
+
+def test_a_file_is_measured_with_and_without_a_lookup(tmp_path, monkeypatch):
+    monkeypatch.setattr(landmark_index, "_FIT_CHUNKS", 32)
+    torch.manual_seed(0)
+    model, found = HSAForCausalLM(preset("debug")).eval(), []
+    model.memorize(torch.randint(3, 500, (3000,))).save(tmp_path / "a.hsa", key_values="int8")
+    settings = MemorySettings(stores=("file",), lookups=("exact", "sketch"), steps=3)
+    file_records(model, "debug", tmp_path / "a.hsa", settings, found.append)
+    values = {(record["metric"], record["store"]): record["value"] for record in found}
+    assert values["recall_32", "sketch"] > 0.9 and values["lookup_ms", "sketch"] > 0
+    assert values["decode_ms", "file"] > 0 and values["decode_ms", "file, sketch"] > 0
+    assert {record["dtype"] for record in found} == {"int8"} and {record["tokens"] for record in found} == {3000}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_ultralong.inference import Library, append, last_logits, memory_fingerprint
-from hsa_ultralong.memory import MemoryFile, MemoryFileError, verify_memory
+from hsa_ultralong.memory import MemoryFile, MemoryFileError, landmark_index, verify_memory
 from hsa_ultralong.memory.saving import open_memory
 from hsa_ultralong.memory.stores import CachedStore
 from hsa_ultralong.models import HSACache
@@ -148,6 +148,30 @@ def test_a_bf16_checkpoint_loaded_wider_has_the_same_fingerprint_and_reads_the_s
     assert logits(wide, memory, random_tokens(1, 9)).dtype == torch.float32
     with pytest.raises(MemoryFileError, match="another model"):
         open_memory(tmp_path / "a.hsa", fingerprint="other")
+
+
+def test_a_sketched_lookup_gives_the_same_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(landmark_index, "_FIT_CHUNKS", 64)
+    model = tiny_model(retrieval_dim=64)
+    with torch.no_grad():
+        # landmarks in few directions, as training leaves them
+        weight = model.model.chunk_encoder.landmark_proj.weight
+        weight[4:] = torch.randn(60, 4, dtype=weight.dtype) @ weight[:4] * 0.3
+    model.memorize(document(1200)).save(tmp_path / "a.hsa")
+    memories = [opened(tmp_path / "a.hsa", "file", lookup=lookup) for lookup in ("exact", "sketch")]
+    ids = random_tokens(2, 9, seed=5)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    found = []
+    for memory in memories:
+        cache = HSACache(model.config, library=memory)
+        with torch.no_grad():
+            found.append(model(ids, attention_mask=mask, past_key_values=cache).logits)
+    assert memories[1].lookup.basis is not None and memories[0].lookup is None
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1][1, 4:], found[0][1, 4:], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="lookup must be one of exact, sketch"):
+        opened(tmp_path / "a.hsa", "file", lookup="tree")
 
 
 class Numbers:

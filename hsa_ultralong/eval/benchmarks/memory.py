@@ -13,12 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hsa_ultralong.memory import ChunkMemory, MemoryFile, open_memory
+from hsa_ultralong.memory import ChunkMemory, LandmarkIndex, MemoryFile, open_memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 _PROMPT_TOKENS = 16
@@ -36,6 +37,7 @@ class MemorySettings:
     batches: tuple[int, ...] = (1,)
     steps: int = 32
     segment_tokens: int | None = None
+    lookups: tuple[str, ...] = ("exact",)
     seed: int = 0
 
 
@@ -137,13 +139,68 @@ class Recorder:
                 found.append(self.record(metric, value, tokens, store=store, format=format, batch=batch))
         return found
 
-    def opening(self, path: Path, store: str, *, format: str = "") -> tuple[ChunkMemory, list[dict[str, Any]]]:
+    def opening(
+        self, path: Path, store: str, *, format: str = "", lookup: str = "exact"
+    ) -> tuple[ChunkMemory, list[dict[str, Any]]]:
         """Open a file; the memory and its records."""
         start = time.perf_counter()
-        memory = open_memory(path, store=store, device=self.device, dtype=self.dtype)
+        memory = open_memory(path, store=store, device=self.device, dtype=self.dtype, lookup=lookup)
         _synchronize(self.device)
         seconds = time.perf_counter() - start
-        return memory, [self.record("open_s", seconds, memory.num_tokens, store=store, format=format)]
+        name = label(store, lookup)
+        return memory, [self.record("open_s", seconds, memory.num_tokens, store=name, format=format)]
+
+    @torch.no_grad()
+    def lookup_quality(self, memory: ChunkMemory, *, format: str = "") -> list[dict[str, Any]]:
+        """Recall of the lookup against the exact scan, for queries of all retrieval layers on text of the memory, and
+        the times of one query by both."""
+        index = memory.lookup
+        assert isinstance(index, LandmarkIndex)
+        every = memory.num_chunks  # scoring all candidates is the exact scan
+        text = memory.documents[0].tokens[: self.settings.steps][None].long().to(self.device)
+        queries: list[tuple[torch.Tensor, Any]] = []
+
+        def keep(query: torch.Tensor, topk: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            queries.append((query, options))
+            return index.search(query, topk, **options)
+
+        memory.lookup = _Observed(keep)
+        self.model(text, past_key_values=HSACache(self.model.config, library=memory), logits_to_keep=1)
+        memory.lookup = index
+        found = []
+        for topk in (32, 64):
+            shares = []
+            for query, options in queries:
+                fast = index.search(query, topk, **options)[0]
+                exact = index.search(query, topk, num_scored=every, **options)[0]
+                shares.append((fast[..., :, None] == exact[..., None, :]).any(-1).float().mean())
+            recall = float(torch.stack(shares).mean())
+            found.append(self.record(f"recall_{topk}", recall, memory.num_tokens, store="sketch", format=format))
+        one, options = queries[0][0][:, :1].contiguous(), queries[0][1]
+        for metric, call in (
+            ("exact_scan_ms", lambda: index.search(one, 32, num_scored=every, **options)),
+            ("lookup_ms", lambda: index.search(one, 32, **options)),
+        ):
+            times = []
+            for _ in range(11):
+                start = time.perf_counter()
+                call()
+                _synchronize(self.device)
+                times.append(1e3 * (time.perf_counter() - start))
+            found.append(self.record(metric, sorted(times)[5], memory.num_tokens, store="sketch", format=format))
+        return found
+
+
+class _Observed:
+    """A lookup whose searches are seen."""
+
+    def __init__(self, search: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.search = search
+
+
+def label(store: str, lookup: str) -> str:
+    """How records name a store: "file", "file, sketch"."""
+    return store if lookup == "exact" else f"{store}, {lookup}"
 
 
 def memory_records(
@@ -188,11 +245,13 @@ def file_records(
     recorder = Recorder(model, name, settings)
     with MemoryFile.open_unverified(path) as file:
         format = file.spec.metadata.get("formats", {}).get("key_values", "")
-    for store in settings.stores:
-        memory, found = recorder.opening(path, store, format=format)
-        tokens = memory.num_tokens
+    for store, lookup in product(settings.stores, settings.lookups):
+        memory, found = recorder.opening(path, store, format=format, lookup=lookup)
+        tokens, place = memory.num_tokens, label(store, lookup)
         for batch in settings.batches:
-            found += recorder.decoding(memory, tokens, store=store, format=format, batch=batch)
-        found.append(recorder.record("peak_host_bytes", peak_host_bytes(), tokens, store=store, format=format))
+            found += recorder.decoding(memory, tokens, store=place, format=format, batch=batch)
+        found.append(recorder.record("peak_host_bytes", peak_host_bytes(), tokens, store=place, format=format))
+        if memory.lookup is not None:
+            found += recorder.lookup_quality(memory, format=format)
         for record in found:
             on_record(record)

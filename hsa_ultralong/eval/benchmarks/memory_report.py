@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _UNITS = {
     "read_tokens_per_s": "{:,.0f} tokens/s", "read_s": "{:,.2f} s", "decode_ms": "{:,.2f} ms", "open_s": "{:,.2f} s",
     "save_s": "{:,.2f} s", "first_token_s": "{:,.3f} s", "bytes_per_token": "{:,.1f} B", "hit_rate": "{:.1%}",
-    "fetch_fraction": "{:.2%}",
+    "fetch_fraction": "{:.2%}", "recall_32": "{:.5f}", "recall_64": "{:.5f}", "exact_scan_ms": "{:,.2f} ms",
+    "lookup_ms": "{:,.2f} ms",
 }  # fmt: skip
 _STYLES = {"device": "o-", "host": "s--", "file": "d:"}
 
@@ -68,7 +69,7 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
             if (r["preset"], r["store"], r["dtype"], r["batch"]) == key
         )  # fmt: skip
         label = f"{preset}, {store}, {dtype}" + (f", batch {batch}" if batch > 1 else "")
-        right.plot(*zip(*curve, strict=True), _STYLES[store], ms=4, label=label)
+        right.plot(*zip(*curve, strict=True), _STYLES.get(store.split(",")[0], "x:"), ms=4, label=label)
     left.set_ylabel("tokens read per second")
     right.set_ylabel("milliseconds a token")
     for axes, title in ((left, "memorising"), (right, "decoding on top of the memory")):
