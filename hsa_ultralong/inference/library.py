@@ -2,13 +2,13 @@
 
 Every method either commits the whole change or leaves the file as it was. Reading long documents commits now and then,
 with the state to go on from; calling `add` again with the same document goes on there. docs/memory-format.md;
-tests/inference/test_library.py.
+tests/inference/test_library.py, test_library_failures.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,8 @@ class Library:
         raise ValueError(f"{len(found)} documents are named {which!r}; use one of the ids {[d.id for d in found]}")
 
     def tokens(self, which: int | str) -> torch.Tensor:
-        """All token ids of a committed document, (n,) int32."""
+        """All token ids of a document, (n,) int32, read from the file: what is staged is committed first."""
+        self.commit()
         return self.writer.snapshot().document_tokens(self.document(which).id)
 
     def add(
@@ -143,22 +144,23 @@ class Library:
         Args:
             tokens: all token ids. close: False leaves the document open for `extend`.
             commit: False leaves a whole document staged for a later commit (`commit`, or that of any other change): for
-                many small documents.
+                many small documents. A change that fails drops them.
             commit_tokens: commit about that often while reading.
 
         Raises:
-            ValueError: empty or malformed input.
+            ValueError: empty or malformed input, or an open document that is not to be committed.
             MemoryFileError: the file could not be written; it holds what it held at the last commit.
         """
+        if not (close or commit):
+            raise ValueError("commit=False is for whole documents; commit a document that stays open")
         tokens = as_tokens(tokens)
         check_range(tokens, self.model.config.vocab_size)
         if len(tokens) == 0:
             raise ValueError(f"document {name!r} is empty: nothing to memorise")
         started = self._started(tokens, name, metadata)
-        if started is None:
-            self.close_document()
         with self._change(commit), show_progress(progress, len(tokens)) as report:
             if started is None:
+                self._close_open()
                 id, done, state = self.writer.begin_document(name, metadata), 0, None
             else:
                 id, done, state = started.id, started.num_tokens, self._continuation()
@@ -178,11 +180,13 @@ class Library:
         """Add text at the end of the last document, exactly as if it had been longer; a closed one is opened again.
 
         Raises:
-            ValueError: no documents, or malformed input.
+            ValueError: no documents, or empty or malformed input.
         """
         if not self.documents:
             raise ValueError("the memory holds no document to extend; add one")
         last, new = self.documents[-1], as_tokens(tokens)
+        if len(new) == 0:
+            raise ValueError(f"{last.label} cannot be extended by nothing: no tokens were given")
         check_range(new, self.model.config.vocab_size)
         whole = torch.cat((self.tokens(last.id), new))
         done, size = last.num_tokens, self.model.config.chunk_size
@@ -204,10 +208,15 @@ class Library:
 
     def close_document(self) -> None:
         """Close the open document, if any: its last m < S tokens become a short chunk."""
+        if self.writer.open_document is not None:
+            with self._change():
+                self._close_open()
+
+    def _close_open(self) -> None:
+        """`close_document` inside a change."""
         document = self.writer.open_document
         if document is not None:
-            with self._change():
-                self._close(document.id)
+            self._close(document.id)
 
     def _close(self, id: int) -> None:
         document, size = self.document(id), self.model.config.chunk_size
@@ -302,9 +311,9 @@ class Library:
         Raises:
             MemoryFileError: another model, tokenizer or form, damage, or an open document there.
         """
-        self.close_document()
-        files = [MemoryFile.open(path) for path in paths]
-        with self._change():
+        with self._change(), ExitStack() as opened:
+            files = [opened.enter_context(MemoryFile.open(path)) for path in paths]
+            self._close_open()
             return self.writer.merge(files, progress)
 
     def compact(self, progress: Any = None) -> int:

@@ -1,18 +1,22 @@
 """ChunkMemory to a memory file and back: all at once into device memory, or with keys and values left where they are.
 
-Called by ChunkMemory.save and ChunkMemory.load and by inference/library.py; tests/memory/test_stores.py.
+Called by ChunkMemory.save and ChunkMemory.load and by inference/library.py; tests/memory/test_saving.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hsa_ultralong.memory.columns import from_payload, memory_spec, to_columns
-from hsa_ultralong.memory.files import MemoryFile, MemoryWriter
+from hsa_ultralong.memory.files import MemoryFile, MemoryFileError, MemoryWriter
+from hsa_ultralong.memory.files.durable import WriterLock, clear_errors, sync_folder
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.stores import CachedStore, FileStore, HostStore
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, KeyValueStore
@@ -76,10 +80,10 @@ def save_memory(
     tokenizer: str = "",
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a memory to a new folder; formats default to the memory's own dtype.
+    """Write a memory to a new folder, which appears complete or not at all; formats default to the memory's own dtype.
 
     Raises:
-        MemoryFileError: the folder holds a memory, or cannot be written.
+        MemoryFileError: the folder exists and is not empty, or cannot be written.
         ValueError: unknown format, or a memory that is itself opened from a file.
     """
     memory._require_own_storage("saved again")
@@ -98,9 +102,11 @@ def save_memory(
         is_composable=memory.is_composable,
         metadata=metadata,
     )
-    with MemoryWriter.create(path, spec) as writer:
+    with _new_folder(Path(path)) as partial, MemoryWriter.create(partial, spec) as writer:
         for document in memory.documents:
             id = writer.begin_document(document.name)
+            # an open document may be too short for a chunk
+            writer.splice_chunks(id, 0, 0, None, document.num_tokens)
             for first in range(0, document.num_chunks, _STEP):
                 stop = min(first + _STEP, document.num_chunks)
                 part = memory._part(tensors, document.first_chunk + first, document.first_chunk + stop)
@@ -113,6 +119,27 @@ def save_memory(
             else:
                 writer.close_document(id)
         writer.commit()
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder that takes the name `path` when the block is done; what a killed block left is removed."""
+    target = path.absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise MemoryFileError(f"{target} exists already; choose another name")
+    partial = target.with_name(f".{target.name}.partial")
+    with clear_errors(target, "saving"):
+        if partial.exists():
+            # left by a killed save, unless one is running
+            WriterLock.acquire(partial).release()
+            shutil.rmtree(partial)
+        try:
+            yield partial
+            os.rename(partial, target)
+            sync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def open_memory(

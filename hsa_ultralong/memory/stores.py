@@ -1,7 +1,9 @@
 """Where keys and values can lie besides device memory: host memory, a file, and a cache of hot chunks before either.
 
 All are KeyValueStores (nn/chunk_memory.py): the HSA layer fetches what a few tokens selected. A store of the same dtype
-gives the same logits as device memory. Made by saving.open_memory; tests/memory/test_stores.py.
+gives the logits of device memory: bit for bit from every store, and on a CPU for up to 15 tokens at a time; longer
+prompts may take another path through ops/hsa and differ in the last bits. Made by saving.open_memory;
+tests/memory/test_stores.py.
 """
 
 from __future__ import annotations
@@ -87,9 +89,9 @@ class CachedStore:
 
     def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         numbers = chunks.tolist()
-        missing = [number for number in numbers if number not in self._slots]
+        missing = [number for number in dict.fromkeys(numbers) if number not in self._slots]
         self.num_hits, self.num_misses = self.num_hits + len(numbers) - len(missing), self.num_misses + len(missing)
-        if len(set(numbers)) > self.capacity:
+        if not numbers or len(set(numbers)) > self.capacity:
             return self.below.fetch(chunks)
         for number in numbers:
             if number in self._slots:

@@ -1,12 +1,14 @@
-"""Random sequences of edits, insertions and deletions equal a rebuild; an edit costs what was said."""
+"""Random sequences of edits, appends and deletions equal a rebuild; an edit costs what was said."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsa_ultralong.inference import append, edit, last_logits
-from hsa_ultralong.inference.editor import plan_edit
+from hsa_ultralong.inference import append, close_document, edit, last_logits
+from hsa_ultralong.inference.editor import plan_edit, recompute_chunks
+from hsa_ultralong.inference.reader import DocumentReader, evaluating
+from hsa_ultralong.nn.chunk_memory import ChunkTensors
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from tests.inference.test_memory_states import assert_same_chunks
 
@@ -21,6 +23,14 @@ EDITS = st.lists(
 
 def document(length, seed=0):
     return random_tokens(1, length, seed=seed)[0].to(torch.int32)
+
+
+def assert_same_memory(memory, rebuilt):
+    assert_same_chunks(memory, rebuilt)
+    for one, other in zip(memory.documents, rebuilt.documents, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert (one.first_chunk, one.num_chunks, one.is_open) == (other.first_chunk, other.num_chunks, other.is_open)
+        assert (one.continuation is None) == (other.continuation is None)
 
 
 def apply(model, memory, texts, edits):
@@ -43,12 +53,50 @@ def test_any_sequence_of_edits_equals_a_rebuild(options, edits):
     texts = [document(n, seed) for seed, n in enumerate((30, 7, 21))]
     memory = model.memorize(texts)
     apply(model, memory, texts, edits)
-    rebuilt = model.memorize(texts)
-    assert_same_chunks(memory, rebuilt)
-    assert [d.tokens.tolist() for d in memory.documents] == [t.tolist() for t in texts]
-    assert [(d.first_chunk, d.num_chunks) for d in memory.documents] == [
-        (d.first_chunk, d.num_chunks) for d in rebuilt.documents
-    ]
+    assert_same_memory(memory, model.memorize(texts))
+
+
+CHANGES = st.lists(
+    st.tuples(
+        st.sampled_from(["edit", "whole chunks", "append", "continue", "close", "delete"]), EDITS.map(lambda e: e[0])
+    ),
+    min_size=2,
+    max_size=6,
+)
+
+
+@pytest.mark.parametrize("options", ["default", "window_of_one", "mixture_of_experts"])
+@given(CHANGES)
+@torch.no_grad()
+def test_any_sequence_of_edits_appends_and_deletions_equals_a_rebuild(options, changes):
+    model = tiny_model(**MODEL_OPTIONS[options])
+    texts, is_open = [document(30), document(7, seed=1), document(21, seed=2)], True
+    memory = model.memorize(texts, close=False)
+    for number, (kind, (place, remove, put, which)) in enumerate(changes):
+        if kind == "edit":
+            apply(model, memory, texts, [(place, remove, put, which)])
+        elif kind == "whole chunks":
+            # the grid stays: chunks after the edit move by whole chunks, or not at all
+            apply(model, memory, texts, [(place, SIZE * (remove // 5), SIZE * (put // 5), which)])
+        elif kind in ("append", "continue") and put and (is_open or kind == "append"):
+            more, is_open = document(put, seed=50 + number), which > 0
+            if kind == "append":
+                append(model, memory, more, close=not is_open, segment_tokens=3)
+                texts.append(more)
+            else:
+                append(model, memory, more, document=len(texts) - 1, close=not is_open)
+                texts[-1] = torch.cat((texts[-1], more))
+        elif kind == "close":
+            close_document(model, memory)
+            is_open = False
+        elif kind == "delete" and len(texts) > 1 and not is_open:
+            del texts[which % len(texts)]
+            memory = memory.select([n for n in range(len(texts) + 1) if n != which % (len(texts) + 1)])
+    rebuilt = model.memorize(texts, close=not is_open)
+    assert_same_memory(memory, rebuilt)
+    if is_open:
+        count = min(SIZE, len(texts[-1]))
+        torch.testing.assert_close(last_logits(model, memory, count), last_logits(model, rebuilt, count), **EXACT)
 
 
 @given(EDITS)
@@ -81,10 +129,63 @@ def test_chunks_outside_the_plan_keep_every_bit(length, place, remove, put, is_o
     assert 0 <= plan.first <= plan.new_stop <= total and plan.num_chunks <= total
     rewritten = edit(model, memory, start, stop, document(put, seed=3) if put else [])
     assert rewritten == range(plan.first, plan.new_stop)
-    for name in ("landmarks", "lengths"):
-        before, after = old[2 if name == "landmarks" else 3], getattr(memory, name)
+    for name, before in zip(ChunkTensors._fields, old, strict=True):
+        after = getattr(memory, name)
+        if name in ("k", "v"):
+            before, after = (part.unflatten(1, (-1, SIZE)) for part in (before, after))
         assert torch.equal(before[:, : plan.first], after[:, : plan.first])
-        assert torch.equal(before[:, plan.old_stop :], after[:, plan.new_stop :])
+        moved = SIZE * (plan.new_stop - plan.old_stop) if name == "ends" else 0
+        assert torch.equal(before[:, plan.old_stop :] + moved, after[:, plan.new_stop :])
+
+
+@pytest.mark.parametrize("options", ["default", "window_of_one", "one_group_of_one"])
+@given(edits=EDITS)
+def test_a_plan_counts_the_chunks_that_are_encoded_again(options, edits):
+    model = tiny_model(**MODEL_OPTIONS[options])
+    texts, encoded = [document(n, seed) for seed, n in enumerate((30, 7, 21))], []
+    memory, encode = model.memorize(texts), DocumentReader.encode
+
+    def counting(self, hidden, *arguments):
+        encoded.append(hidden.shape[1] // SIZE)
+        return encode(self, hidden, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DocumentReader, "encode", counting)
+        for place, remove, put, which in edits:
+            encoded.clear()
+            text = texts[which]
+            start = round(place * len(text))
+            stop = min(len(text), start + remove)
+            if len(text) - (stop - start) + put == 0:
+                continue
+            plan = plan_edit(model.config, len(text), start, stop, put)
+            edit(model, memory, start, stop, document(put, seed=3) if put else [], document=which)
+            texts[which] = memory.documents[which].tokens
+            assert sum(encoded) == plan.num_chunks <= memory.documents[which].num_chunks
+
+
+def test_with_windows_of_one_an_edit_reads_only_the_chunks_it_overlaps():
+    config = tiny_model(**MODEL_OPTIONS["window_of_one"]).config
+    assert config.lower_reach == 0
+    assert plan_edit(config, 100, 41, 43, 2) == (10, 11, 11)
+    assert plan_edit(config, 100, 40, 48, 0) == (10, 12, 10)
+    assert plan_edit(config, 100, 41, 45, 0) == (10, 12, 11)
+    assert plan_edit(config, 100, 40, 40, 4) == (10, 10, 11)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 10, 47])
+def test_chunks_read_again_in_pieces_are_those_of_one_reading(step):
+    model, text = tiny_model(), document(47)
+    whole = model.memorize(text)
+    for first, stop in ((0, 12), (0, 1), (5, 9), (11, 12)):
+        with evaluating(model):
+            parts = list(recompute_chunks(model, text, first, stop, 0, step))
+        again = ChunkTensors(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)))
+        assert again.ends[0].tolist() == [SIZE * (number + 1) for number in range(first, stop)]
+        used = (torch.arange(SIZE) < again.lengths[..., None]).flatten(1)
+        torch.testing.assert_close(again.landmarks, whole.landmarks[:, first:stop], **EXACT)
+        torch.testing.assert_close(again.k[used], whole.k[:, SIZE * first : SIZE * stop][used], **EXACT)
+        torch.testing.assert_close(again.v[used], whole.v[:, SIZE * first : SIZE * stop][used], **EXACT)
 
 
 def test_length_changes_by_whole_chunks_read_a_few_chunks_again_others_the_rest():

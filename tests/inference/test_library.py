@@ -4,16 +4,18 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsa_ultralong.inference import Library, last_logits
 from hsa_ultralong.inference.library import difference
-from hsa_ultralong.memory import MemoryFile, MemoryFileError
+from hsa_ultralong.memory import MemoryFile, MemoryFileError, verify_memory
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 from tests.inference.test_memory_states import assert_same_chunks
@@ -48,63 +50,109 @@ def bits(path):
         return tokens, [pairs.tolist(), *(column.tolist() for column in columns.values())]
 
 
-OPERATIONS = st.lists(
-    st.tuples(
-        st.sampled_from(["add", "extend", "edit", "replace", "delete", "merge", "compact", "reopen"]),
-        st.integers(0, 5),
-        st.integers(0, 30),
-        st.integers(0, 12),
-        st.integers(0, 12),
-    ),
-    min_size=1,
-    max_size=7,
-)
+KINDS = ["add", "add open", "extend", "close", "edit", "replace", "delete", "merge", "compact", "reopen"]
+NUMBERS = (st.integers(0, 5), st.integers(0, 30), st.integers(0, 12), st.integers(0, 12))
+OPERATIONS = st.lists(st.tuples(st.sampled_from(KINDS), *NUMBERS), min_size=1, max_size=7)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
-@given(OPERATIONS)
-def test_any_sequence_of_operations_equals_a_rebuild(tmp_path_factory, operations):
-    folder, model = tmp_path_factory.mktemp("library"), tiny_model()
-    path, other = folder / "a.hsa", folder / "b.hsa"
-    library = Library.create(model, path, **EXACT)
-    texts = [document(19)]
-    library.add(texts[0], name="first")
-    for number, (kind, which, place, remove, put) in enumerate(operations):
-        which = which % len(texts) if texts else 0
+class Changes:
+    """A library and the texts that it should hold, through any operations."""
+
+    def __init__(self, folder, model, **formats):
+        self.folder, self.model, self.formats = folder, model, formats
+        self.path, self.texts, self.is_open, self.ids = folder / "a.hsa", [], False, set()
+        self.library = Library.create(model, self.path, **formats)
+
+    def apply(self, number, kind, which, place, remove, put):
+        library, texts = self.library, self.texts
         new = document(put, seed=number) if put else document(1)[:0]
-        if kind == "add" and put:
-            library.add(new, name=f"n{number}", segment_tokens=5)
+        if kind in ("add", "add open") and put:
+            self.is_open = kind == "add open"
+            added = library.add(new, name=f"n{number}", segment_tokens=5, close=not self.is_open)
+            # also after deletions, no id comes again
+            assert added not in self.ids
+            self.ids.add(added)
             texts.append(new)
-        elif kind == "extend" and put and texts:
-            library.extend(new, close=True)
-            texts[-1] = torch.cat((texts[-1], new))
-        elif kind == "edit" and texts:
-            start = min(place, len(texts[which]))
-            stop = min(start + remove, len(texts[which]))
-            changed = torch.cat((texts[which][:start], new, texts[which][stop:]))
-            if len(changed):
-                said = library.plan(library.documents[which].id, start, stop, put)
-                assert library.edit(library.documents[which].id, start, stop, new) == said
-                texts[which] = changed
-        elif kind == "replace" and put and texts:
-            library.replace(library.documents[which].id, new)
-            texts[which] = new
-        elif kind == "delete" and texts:
-            library.delete(library.documents[which].id)
-            del texts[which]
-        elif kind == "merge" and put:
-            with Library.create(model, other, **EXACT) as second:
-                second.add(new, name="merged")
-            library.merge([other])
-            texts.append(new)
-            shutil.rmtree(other)
+        elif kind == "close":
+            library.close_document()
+            self.is_open = False
         elif kind == "compact":
             library.compact()
         elif kind == "reopen":
             library.close()
-            library = Library.open(model, path)
-    library.close()
-    assert_holds(path, model, texts)
+            self.library = Library.open(self.model, self.path)
+        elif kind == "merge" and put:
+            with Library.create(self.model, self.folder / "b.hsa", **self.formats) as second:
+                second.add(new, name="merged")
+            self.ids.update(library.merge([self.folder / "b.hsa"]))
+            texts.append(new)
+            self.is_open = False
+            shutil.rmtree(self.folder / "b.hsa")
+        elif texts:
+            self.change(kind, which % len(texts), place, remove, new)
+
+    def change(self, kind, which, place, remove, new):
+        library, texts, id = self.library, self.texts, self.library.documents[which].id
+        if kind == "extend" and len(new):
+            self.is_open = place > 15
+            library.extend(new, close=not self.is_open)
+            texts[-1] = torch.cat((texts[-1], new))
+        elif kind == "edit":
+            start = min(place, len(texts[which]))
+            stop = min(start + remove, len(texts[which]))
+            changed = torch.cat((texts[which][:start], new, texts[which][stop:]))
+            if len(changed):
+                said = library.plan(id, start, stop, len(new))
+                assert library.edit(id, start, stop, new) == said
+                texts[which] = changed
+        elif kind == "replace" and len(new):
+            library.replace(id, new)
+            texts[which] = new
+        elif kind == "delete":
+            library.delete(id)
+            self.is_open = self.is_open and which < len(texts) - 1
+            del texts[which]
+
+
+@given(OPERATIONS)
+def test_any_sequence_of_operations_equals_a_rebuild(operations):
+    model = tiny_model()
+    with tempfile.TemporaryDirectory() as folder:
+        changes = Changes(Path(folder), model, **EXACT)
+        changes.apply(99, "add", 0, 0, 0, 19)
+        for number, operation in enumerate(operations):
+            changes.apply(number, *operation)
+        changes.library.close()
+        assert_holds(changes.path, model, changes.texts, close=not changes.is_open)
+        assert verify_memory(changes.path) == []
+        if changes.is_open:
+            found, rebuilt = loaded(changes.path), model.memorize(changes.texts, close=False)
+            torch.testing.assert_close(last_logits(model, found, 1), last_logits(model, rebuilt, 1), **CLOSE)
+
+
+@settings(max_examples=8)
+@given(OPERATIONS)
+def test_in_bf16_any_sequence_of_operations_equals_a_rebuild_to_a_rounding(operations):
+    model, formats = tiny_model(dtype=torch.float32), {"key_values": "bf16", "landmarks": "bf16"}
+    with tempfile.TemporaryDirectory() as folder:
+        changes = Changes(Path(folder), model, **formats)
+        changes.apply(99, "add", 0, 0, 0, 19)
+        for number, operation in enumerate(operations):
+            changes.apply(number, *operation)
+        changes.library.close()
+        if not changes.texts:
+            return
+        with Library.create(model, Path(folder) / "c.hsa", **formats) as library:
+            for number, text in enumerate(changes.texts):
+                library.add(text, close=not changes.is_open or number < len(changes.texts) - 1)
+        found, rebuilt = loaded(changes.path), loaded(Path(folder) / "c.hsa")
+        used = (torch.arange(found.chunk_size) < found.lengths[..., None]).flatten(1)
+        # fp32 differs in its last bits, so that here and there a number is rounded to the neighbour in bf16
+        near = {"rtol": 2**-7, "atol": 1e-5}
+        for a, b in ((found.k[used], rebuilt.k[used]), (found.v[used], rebuilt.v[used])):
+            torch.testing.assert_close(a, b, **near)
+            assert (a != b).float().mean() < 0.02
+        torch.testing.assert_close(found.landmarks, rebuilt.landmarks, **near)
 
 
 def test_open_documents_grow_and_go_on_exactly(tmp_path):
@@ -124,19 +172,24 @@ def test_open_documents_grow_and_go_on_exactly(tmp_path):
         assert_holds(path, model, [torch.cat((text[:3], document(6, seed=8), text[5:]))])
 
 
-@pytest.mark.parametrize("formats", [{"key_values": "bf16", "landmarks": "bf16"}, {"key_values": "int8"}])
-def test_formats_of_two_and_of_one_byte_round_the_same_memory(tmp_path, formats):
+# half an ulp of bf16, half a step of int8, and half an ulp of fp8, all of the largest number in a row
+ROUNDING = {"bf16": 2**-8, "int8": 1 / 253, "fp8": 1 / 16}
+
+
+@pytest.mark.parametrize("landmarks", ["bf16", "int8"])
+@pytest.mark.parametrize("key_values", ["bf16", "int8", "fp8"])
+def test_formats_of_two_and_of_one_byte_round_the_same_memory(tmp_path, key_values, landmarks):
     model, text = tiny_model(), document(50)
-    with Library.create(model, tmp_path / "a.hsa", **formats) as library:
+    with Library.create(model, tmp_path / "a.hsa", key_values=key_values, landmarks=landmarks) as library:
         library.add(text, segment_tokens=7)
     exact, memory = model.memorize(text), loaded(tmp_path / "a.hsa")
     used = (torch.arange(exact.chunk_size) < exact.lengths[..., None]).flatten(1)
-    # half a step of int8 and half an ulp of bf16
-    bound = 1 / 253 + 2**-9 if "int8" in formats.values() else 2**-8
-    for name in ("k", "v"):
-        a, b = getattr(exact, name)[used], getattr(memory, name)[used]
-        assert ((a - b).abs() <= 1.1 * bound * a.abs().amax(-1, keepdim=True)).all()
-    assert ((exact.landmarks - memory.landmarks).abs() <= 2**-8 * exact.landmarks.abs()).all()
+    for a, b, format in (
+        (exact.k[used], memory.k[used], key_values),
+        (exact.v[used], memory.v[used], key_values),
+        (exact.landmarks, memory.landmarks, landmarks),
+    ):
+        assert ((a - b).abs() <= 1.001 * ROUNDING[format] * a.abs().amax(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("commits", range(5))
