@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hsa_ultralong.inference.fingerprint import memory_fingerprint, require_same_model
+from hsa_ultralong.inference.tiers import tiered_memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, MemoryView
 from hsa_ultralong.nn.rotary import RotaryTable
@@ -183,6 +184,9 @@ def memorize(
     close: bool = True,
     segment_tokens: int | None = None,
     store: str | Path = "device",
+    key_values: str | None = None,
+    landmarks: str | None = None,
+    device_bytes: int | None = None,
     progress: bool | Progress = False,
 ) -> ChunkMemory:
     """Read documents into a new ChunkMemory; linear time, activation memory of one segment.
@@ -195,29 +199,35 @@ def memorize(
             `last_logits` and `generate(continue_document=True)`.
         segment_tokens: tokens per forward; default 2,048 on a CPU, 65,536 on a GPU. On a GPU 131,072 stands for
             compiled layers, 1.5 to 3 times as fast after 10 to 20 seconds; the default from 64M tokens on.
-        store: "device", or the path of a new memory file NAME.hsa, which is returned open, keys and values on disk.
+        store: "device", "host" (keys and values in host memory), "tiered" (on the device as far as they fit, the rest
+            in host memory), or the path of a new memory file NAME.hsa, which is returned open, keys and values on disk.
+        key_values, landmarks: their form, "int8" for example; default the model's dtype.
+        device_bytes: for keys and values of "tiered"; default what is free, less 10 GiB.
         progress: True for a progress bar, or a callable (tokens done, total or None).
 
     Raises:
-        ValueError: empty or malformed input.
+        ValueError: empty or malformed input, or a memory that does not fit.
         MemoryFileError: the path of `store` exists already or cannot be written.
     """
     documents = _as_documents(tokens)
     if names is not None and len(names) != len(documents):
         raise ValueError(f"{len(names)} names for {len(documents)} documents")
-    if str(store) != "device":
-        if Path(store).suffix != ".hsa":
-            raise ValueError(f"store must be 'device' or the path of a new memory file NAME.hsa, got {str(store)!r}")
-        return _memorize_to_file(model, documents, names, close, segment_tokens, Path(store), progress)
+    if Path(store).suffix == ".hsa":
+        forms = (key_values, landmarks)
+        return _memorize_to_file(model, documents, names, close, segment_tokens, Path(store), forms, progress)
     known = [len(part) for document in documents if isinstance(document, list) for part in document]
     total = sum(known) if len(known) == len(documents) else None
     size = model.config.chunk_size
     weight = model.model.chunk_encoder.v_proj.weight
     if segment_tokens is None and weight.is_cuda and total is not None and total >= _COMPILED_FROM:
         segment_tokens = _COMPILED_SEGMENT
-    memory = model.model.empty_memory(
-        1, weight.dtype, weight.device, sum(-(-n // size) for n in known), fingerprint=memory_fingerprint(model)
-    )
+    chunks = sum(-(-n // size) for n in known)
+    if store == "device" and key_values is None and landmarks is None:
+        memory = model.model.empty_memory(1, weight.dtype, weight.device, chunks, fingerprint=memory_fingerprint(model))
+    else:
+        memory = tiered_memory(
+            model, chunks, store=str(store), key_values=key_values, landmarks=landmarks, device_bytes=device_bytes
+        )
     with show_progress(progress, total) as report:
         for number, pieces in enumerate(documents):
             last = number == len(documents) - 1
@@ -234,6 +244,7 @@ def _memorize_to_file(
     close: bool,
     segment_tokens: int | None,
     path: Path,
+    forms: tuple[str | None, str | None],
     progress: bool | Progress,
 ) -> ChunkMemory:
     from hsa_ultralong.inference.library import Library
@@ -241,7 +252,7 @@ def _memorize_to_file(
 
     weight = model.model.chunk_encoder.v_proj.weight
     format = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}.get(weight.dtype, "bf16")
-    with Library.create(model, path, key_values=format, landmarks=format) as library:
+    with Library.create(model, path, key_values=forms[0] or format, landmarks=forms[1] or format) as library:
         for number, pieces in enumerate(documents):
             library.add(
                 torch.cat(list(pieces)),

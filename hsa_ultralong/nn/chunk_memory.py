@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -58,6 +58,15 @@ class KeyValueStore(Protocol):
     @property
     def num_bytes(self) -> int:
         """Bytes of all keys and values."""
+        ...
+
+
+@runtime_checkable
+class GatheringStore(KeyValueStore, Protocol):
+    """A store that is read where it lies, so that the host need not know which chunks were chosen."""
+
+    def gather(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v (n, S, Hkv, D) of chunks (n,) int32 on the device, in any order, -1 for none."""
         ...
 
 
@@ -377,7 +386,8 @@ class ChunkMemory:
 
 class MemoryView(NamedTuple):
     """A memory and who may see which of its chunks in the current call; `store` holds its k and v if `memory` does
-    not, `ranks` hold the rest of its chunks, `lookup` replaces the scan."""
+    not, `ranks` hold the rest of its chunks, `lookup` replaces the scan. Chunks of a view that is not `is_read` compete
+    for slots and weights only: they contribute a zero vector, and k and v may be missing."""
 
     memory: ChunkTensors
     visible: ChunkVisibility
@@ -385,3 +395,4 @@ class MemoryView(NamedTuple):
     store: KeyValueStore | None = None
     ranks: MemoryRanks | None = None
     lookup: LandmarkLookup | None = None
+    is_read: bool = True

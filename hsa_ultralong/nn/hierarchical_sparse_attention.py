@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hsa_ultralong.nn.chunk_memory import ChunkTensors, KeyValueStore, MemoryView
+from hsa_ultralong.nn.chunk_memory import ChunkTensors, GatheringStore, KeyValueStore, MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.window_attention import WindowAttention, WindowState
@@ -20,6 +20,8 @@ from hsa_ultralong.ops._common import blocks
 
 # tokens whose chunks are fetched from a store together: at most this times K of them
 _TOKENS_PER_FETCH = 128
+# chunks that are gathered slot by slot, with no need to know on the host which ones
+_MOST_GATHERED = 512
 
 
 class HierarchicalSparseAttention(nn.Module):
@@ -45,6 +47,8 @@ class HierarchicalSparseAttention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (B, T, Hq, D)
         out = torch.zeros_like(q)
         for view, offset in zip(views, retrieval.offsets, strict=True):
+            if not view.is_read:
+                continue
             num_chunks = view.memory.landmarks.shape[1]
             first = offset if view.ranks is None else offset + view.ranks.first
             indices = retrieval.indices - first
@@ -82,7 +86,20 @@ class HierarchicalSparseAttention(nn.Module):
         indices: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The same attention over chunks fetched for a few tokens at a time, numbered anew in ascending order."""
+        """The same attention over chunks fetched for a few tokens at a time, numbered anew."""
+        if isinstance(store, GatheringStore) and indices.numel() <= _MOST_GATHERED:
+            chunks = indices.flatten()
+            k, v = (part.flatten(0, 1)[None] for part in store.gather(chunks))  # (1, n*S, Hkv, D)
+            slots = torch.arange(len(chunks), dtype=torch.int32, device=q.device).view(indices.shape)
+            return hsa_attention(
+                q.to(v.dtype),
+                k,
+                v,
+                torch.where(indices < 0, -1, slots),
+                weights,
+                chunk_size=self.chunk_size,
+                chunk_lengths=memory.lengths[:, chunks.clamp_min(0)],
+            )
         parts = []
         for start, stop in blocks(q.shape[1], _TOKENS_PER_FETCH):
             wanted = indices[:, start:stop]

@@ -12,6 +12,8 @@ from itertools import product
 import torch
 
 from hsa_ultralong.ops import ChunkVisibility, chunk_topk, hsa_attention
+from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks
+from hsa_ultralong.ops.chunk_topk.quantized import chunk_topk_quantized
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def all_shapes() -> Iterator[Shape]:
     """SHAPES and every group size, head dimension, chunk size and dtype that the kernels take."""
     yield from SHAPES
+    # retrieval of small_345m and dense_0_5b
+    yield Shape(T=8192, R=1024)
+    yield Shape(T=8192, R=1024, K=64)
     for group, dim, size, dtype in product((1, 2, 4, 8, 16), (32, 64, 128), (32, 64, 128), _DTYPES):
         yield Shape(Hq=group, D=dim, S=size, dtype=dtype)
 
@@ -77,6 +82,23 @@ def _run_topk(shape: Shape, num_queries: int, is_training: bool, chunks: int, us
         scores.backward(torch.ones_like(scores))
 
 
+def _run_quantized(shape: Shape, chunks: int) -> None:
+    query = _noise(1, 1, 1, shape.R, dtype=shape.dtype, grad=False)
+    payload = torch.ones((1, chunks, 1, shape.R), dtype=torch.int8)
+    scales = torch.ones((1, chunks, 1), dtype=torch.bfloat16)
+    visible = ChunkVisibility.causal(1, 1, chunks, shape.S)
+    chunk_topk_quantized(query, payload, scales, visible, topk=shape.K, impl="triton")
+
+
+def _run_gather(shape: Shape, payload: torch.dtype) -> None:
+    row = (16, 2, shape.S, shape.Hkv, shape.D)
+    blocks = ChunkBlocks(16, torch.device("cpu"), addresses=torch.zeros((2, 64), dtype=torch.int64))
+    blocks.payloads.append(torch.zeros(row).to(payload))
+    if payload.itemsize == 1:
+        blocks.scales.append(torch.zeros(row[:-1], dtype=torch.bfloat16))
+    gather_chunks(blocks, torch.zeros(shape.K, dtype=torch.int32), shape.dtype, impl="triton")
+
+
 def _with_shape(call: Callable[..., None], *arguments: object) -> Callable[[], None]:
     return lambda: call(*arguments)
 
@@ -101,4 +123,8 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
             (f"chunk_topk noise {shape}", _with_shape(_run_topk, shape, shape.T, True, chunks, True)),
             (f"chunk_topk decode {shape}", _with_shape(_run_topk, shape, 1, False, 16_384)),
         ]
+        if shape.dtype != torch.float32:
+            cases.append((f"chunk_topk quantized {shape}", _with_shape(_run_quantized, shape, 16_384)))
+    for payload in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        cases.append((f"gather_chunks {payload}", _with_shape(_run_gather, SHAPES[0], payload)))
     return cases

@@ -27,7 +27,7 @@ def _triton(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
 
 _BACKENDS = {"reference": chunk_topk_reference, "torch": chunk_topk_torch, "triton": _triton}
 # what the kernels take
-_MOST_DIMENSIONS, _MOST_KEPT = 512, 256
+_MOST_DIMENSIONS, _MOST_KEPT = 1024, 256
 
 
 def _automatic(query: torch.Tensor, landmarks: torch.Tensor, topk: int) -> str:

@@ -11,19 +11,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hsa_ultralong.ops.chunk_topk.kernel_select import _INDEX_MASK, _WORST, _newest_first, _pack, _visible
+from hsa_ultralong.ops.chunk_topk.kernel_select import (
+    _INDEX_MASK,
+    _WORST,
+    _load_slab,
+    _newest_first,
+    _pack,
+    _visible,
+)
 
 
 @triton.jit
 def scan_kernel(
-    query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, keys, lane_tops, share_tops,
-    C, HR, queries, padded_chunks,
-    R: tl.constexpr, RP: tl.constexpr, BQ: tl.constexpr, TILE: tl.constexpr, SHARE: tl.constexpr,
-    FOREIGN: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr,
+    query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor,
+    row_scales, keys, lane_tops, share_tops, C, HR, queries, padded_chunks,
+    R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr, BQ: tl.constexpr, TILE: tl.constexpr, SHARE: tl.constexpr,
+    FOREIGN: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Candidates (rows of the landmarks, HR, queries, padded_chunks) of SHARE chunks for BQ of the `queries` tokens
-    that share the landmarks; the best of the share, and of its chunks at every lane (chunk modulo TILE)."""
+    that share the landmarks; the best of the share, and of its chunks at every lane (chunk modulo TILE). 8-bit
+    landmarks have row_scales (rows, C, HR), applied to the products."""
     split = tl.program_id(0)
     part = tl.program_id(1).to(tl.int64)  # (row of the landmarks, head)
     hr = part % HR
@@ -31,15 +39,14 @@ def scan_kernel(
     number = tl.program_id(2) * BQ + tl.arange(0, BQ)
     is_real = number < queries
     token = b * queries + number
-    dims = tl.arange(0, RP)
-    q = tl.load(
-        query + (token[:, None] * HR + hr) * R + dims[None, :], mask=is_real[:, None] & (dims < R)[None, :], other=0.0
-    )  # fmt: skip
+    rows = query + (token * HR + hr) * R
+    q = _load_slab(rows, is_real, 0, R, RS)
     scale = tl.load(factor + hr)
     segment = tl.load(query_segment + token, mask=is_real, other=-1)
     position = tl.load(query_position + token, mask=is_real, other=0)
     if LANDMARK_ROWS:
         landmarks += b * C * HR * R
+        row_scales += b * C * HR
     if CHUNK_ROWS:
         chunk_segment += b * C
         chunk_end += b * C
@@ -49,13 +56,20 @@ def scan_kernel(
     for start in tl.range(split * SHARE, split * SHARE + SHARE, TILE, num_stages=STAGES):
         chunk = start + tl.arange(0, TILE)
         exists = chunk < C
-        block = tl.load(
-            landmarks + (chunk.to(tl.int64)[:, None] * HR + hr) * R + dims[None, :],
-            mask=exists[:, None] & (dims < R)[None, :], other=0.0,
-        )  # fmt: skip
+        columns = landmarks + (chunk.to(tl.int64) * HR + hr) * R
+        block = _load_slab(columns, exists, 0, R, RS)
+        ranking = tl.dot(q, tl.trans(block.to(q.dtype)), input_precision=PRECISION)
+        for slab in tl.static_range(RS, RP, RS):
+            block = _load_slab(columns, exists, slab, R, RS)
+            more = _load_slab(rows, is_real, slab, R, RS)
+            ranking = tl.dot(more, tl.trans(block.to(q.dtype)), ranking, input_precision=PRECISION)
+        if HAS_SCALES:
+            ranking *= tl.load(row_scales + chunk.to(tl.int64) * HR + hr, mask=exists, other=0.0).to(tl.float32)[
+                None, :
+            ]
         ends = tl.load(chunk_end + chunk, mask=exists, other=0)
         owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
-        ranking = tl.dot(q, tl.trans(block), input_precision=PRECISION) * scale
+        ranking *= scale
         mask = _visible(segment[:, None], position[:, None], owners[None, :], ends[None, :], FOREIGN)
         found = _pack(ranking, chunk[None, :], mask)
         tl.store(keys + chunk[None, :], found, mask=is_real[:, None])

@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hsa_ultralong.ops.chunk_topk.kernel_select import _WORST, _gumbel, _newest_first, _pack, _visible
+from hsa_ultralong.ops.chunk_topk.kernel_select import (
+    _WORST,
+    _gumbel,
+    _load_slab,
+    _newest_first,
+    _pack,
+    _products,
+    _visible,
+)
 
 # every real candidate is larger
 _FIRST = tl.constexpr(-(2**63) + 2**31)
@@ -43,13 +51,6 @@ def _reach(
         last = tl.maximum(last, tl.where(near, chunk + 1, 0))
     last = tl.where(highest >= 0, tl.max(last, 0), 0)
     return tl.minimum(tl.min(first, 0), last), last
-
-
-@triton.jit
-def _load_slab(rows, real, slab, R: tl.constexpr, RS: tl.constexpr):
-    """Columns slab .. slab + RS of the rows at these pointers, zeros outside."""
-    dims = slab + tl.arange(0, RS)
-    return tl.load(rows[:, None] + dims[None, :], mask=real[:, None] & (dims < R)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -90,12 +91,7 @@ def merge_select_kernel(
         chunk = start + tl.arange(0, BC)
         exists = chunk < C
         columns = landmarks + chunk.to(tl.int64) * (HR * R)
-        ranking = tl.dot(queries, tl.trans(_load_slab(columns, exists, 0, R, RS)), input_precision=PRECISION)
-        for slab in tl.static_range(RS, RP, RS):
-            more = _load_slab(rows, is_real, slab, R, RS)
-            block = _load_slab(columns, exists, slab, R, RS)
-            ranking = tl.dot(more, tl.trans(block), ranking, input_precision=PRECISION)
-        ranking = ranking * scale
+        ranking = _products(queries, rows, is_real, columns, exists, R, RP, RS, PRECISION) * scale
         if NOISE:
             ranking += _gumbel(seed, b, token[:, None], hr, chunk[None, :])
         ends = tl.load(chunk_end + chunk, mask=exists, other=0)

@@ -64,11 +64,39 @@ def _newest_first(best, slot, K):
     return (by_index >> 32).to(tl.int32), bits.to(tl.float32, bitcast=True), found
 
 
+@triton.jit
+def _load_slab(rows, real, slab, R: tl.constexpr, RS: tl.constexpr):
+    """Columns slab .. slab + RS of the rows at these pointers, zeros outside."""
+    dims = slab + tl.arange(0, RS)
+    return tl.load(rows[:, None] + dims[None, :], mask=real[:, None] & (dims < R)[None, :], other=0.0)
+
+
+@triton.jit
+def _products(
+    queries,
+    rows,
+    is_real,
+    columns,
+    exists,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    RS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """<query, landmark> in fp32, RS dimensions at a time; `queries` are the first of them, at `rows` lie all."""
+    product = tl.dot(queries, tl.trans(_load_slab(columns, exists, 0, R, RS)), input_precision=PRECISION)
+    for slab in tl.static_range(RS, RP, RS):
+        more = _load_slab(rows, is_real, slab, R, RS)
+        block = _load_slab(columns, exists, slab, R, RS)
+        product = tl.dot(more, tl.trans(block), product, input_precision=PRECISION)
+    return product
+
+
 @triton.jit(do_not_specialize=["seed"])
 def select_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
     T, C, K, HR, seed,
-    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
     FOREIGN: tl.constexpr, NOISE: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,12 +106,9 @@ def select_kernel(
     b = tl.program_id(2).to(tl.int64)
     token = tile * BT + tl.arange(0, BT)
     is_real = token < T
-    dims = tl.arange(0, RP)
     scale = tl.load(factor + hr)
-    queries = tl.load(
-        query + ((b * T + token[:, None]) * HR + hr) * R + dims[None, :],
-        mask=is_real[:, None] & (dims < R)[None, :], other=0.0,
-    )  # fmt: skip
+    rows = query + ((b * T + token) * HR + hr) * R
+    queries = _load_slab(rows, is_real, 0, R, RS)
     segment = tl.load(query_segment + b * T + token, mask=is_real, other=-1)
     position = tl.load(query_position + b * T + token, mask=is_real, other=0)
     if LANDMARK_ROWS:
@@ -100,11 +125,8 @@ def select_kernel(
         owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
         mask = _visible(segment[:, None], position[:, None], owners[None, :], ends[None, :], FOREIGN)
         if tl.max(tl.max(mask.to(tl.int32), 1), 0) > 0:
-            block = tl.load(
-                landmarks + chunk.to(tl.int64)[:, None] * (HR * R) + dims[None, :],
-                mask=exists[:, None] & (dims < R)[None, :], other=0.0,
-            )  # fmt: skip
-            ranking = tl.dot(queries, tl.trans(block), input_precision=PRECISION) * scale
+            columns = landmarks + chunk.to(tl.int64) * (HR * R)
+            ranking = _products(queries, rows, is_real, columns, exists, R, RP, RS, PRECISION) * scale
             if NOISE:
                 ranking += _gumbel(seed, b, token[:, None], hr, chunk[None, :])
             keys = _pack(ranking, chunk[None, :], mask)
@@ -121,14 +143,12 @@ def select_kernel(
 @triton.jit
 def kept_scores_kernel(
     query, landmarks, factor, indices, scores, T, C, K, HR,
-    R: tl.constexpr, RP: tl.constexpr, BK: tl.constexpr, LANDMARK_ROWS: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr, BK: tl.constexpr, LANDMARK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """factor * <query, landmark> of the kept pairs of one token: the scores without the noise of the choice."""
     row = tl.program_id(0).to(tl.int64)  # (b * T + t) * HR + hr
     b = row // HR // T
     hr = row % HR
-    dims = tl.arange(0, RP)
-    q = tl.load(query + row * R + dims, mask=dims < R, other=0.0).to(tl.float32)
     if LANDMARK_ROWS:
         landmarks += b * C * HR * R
     scale = tl.load(factor + hr)
@@ -136,11 +156,13 @@ def kept_scores_kernel(
         slot = start + tl.arange(0, BK)
         chunk = tl.load(indices + row * K + slot, mask=slot < K, other=-1)
         found = chunk >= 0
-        block = tl.load(
-            landmarks + (chunk.to(tl.int64)[:, None] * HR + hr) * R + dims[None, :],
-            mask=found[:, None] & (dims < R)[None, :], other=0.0,
-        )  # fmt: skip
-        score = tl.sum(block.to(tl.float32) * q[None, :], 1) * scale
+        columns = landmarks + (chunk.to(tl.int64) * HR + hr) * R
+        score = tl.zeros((BK,), tl.float32)
+        for slab in tl.static_range(0, RP, RS):
+            dims = slab + tl.arange(0, RS)
+            q = tl.load(query + row * R + dims, mask=dims < R, other=0.0).to(tl.float32)
+            score += tl.sum(_load_slab(columns, found, slab, R, RS).to(tl.float32) * q[None, :], 1)
+        score *= scale
         tl.store(scores + row * K + slot, tl.where(found, score, float("-inf")), mask=slot < K)
 
 
@@ -148,7 +170,7 @@ def kept_scores_kernel(
 def cover_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
     T, C, K, HR,
-    R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     FOREIGN: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Full coverage, K >= C: every visible chunk goes to the slot that the newer ones leave; nothing is ranked."""
@@ -157,12 +179,9 @@ def cover_kernel(
     b = tl.program_id(2).to(tl.int64)
     token = tile * BT + tl.arange(0, BT)
     is_real = token < T
-    dims = tl.arange(0, RP)
     scale = tl.load(factor + hr)
-    queries = tl.load(
-        query + ((b * T + token[:, None]) * HR + hr) * R + dims[None, :],
-        mask=is_real[:, None] & (dims < R)[None, :], other=0.0,
-    )  # fmt: skip
+    rows = query + ((b * T + token) * HR + hr) * R
+    queries = _load_slab(rows, is_real, 0, R, RS)
     segment = tl.load(query_segment + b * T + token, mask=is_real, other=-1)
     position = tl.load(query_position + b * T + token, mask=is_real, other=0)
     if LANDMARK_ROWS:
@@ -182,11 +201,8 @@ def cover_kernel(
         mask = _visible(segment[:, None], position[:, None], owners[None, :], ends[None, :], FOREIGN)
         seen = mask.to(tl.int32)
         if tl.max(tl.max(seen, 1), 0) > 0:
-            block = tl.load(
-                landmarks + chunk.to(tl.int64)[:, None] * (HR * R) + dims[None, :],
-                mask=exists[:, None] & (dims < R)[None, :], other=0.0,
-            )  # fmt: skip
-            score = tl.dot(queries, tl.trans(block), input_precision=PRECISION) * scale
+            columns = landmarks + chunk.to(tl.int64) * (HR * R)
+            score = _products(queries, rows, is_real, columns, exists, R, RP, RS, PRECISION) * scale
             total = tl.sum(seen, 1)
             slot = filled[:, None] + total[:, None] - tl.cumsum(seen, 1)
             filled += total

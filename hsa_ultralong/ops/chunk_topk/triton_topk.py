@@ -5,6 +5,7 @@ Tested against reference.py under the interpreter and on a GPU; derivation: READ
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
 from hsa_ultralong.ops.chunk_topk.kernel_gradients import spread_gradients
 from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
 
-MOST_DIMENSIONS = 512
+MOST_DIMENSIONS = 1024
 MOST_KEPT = 256
 # queries (tokens * heads * rows) up to which the landmarks are shared out over programs, and the chunks from which
 _DECODE_QUERIES = 64
@@ -25,6 +26,8 @@ _DECODE_CHUNKS = 512
 _MOST_INSERTED, _FEW = 32, 6
 # shares of the landmarks that the last kernel of decoding chooses from
 _MOST_SHARES = 4096
+# dimensions that a kernel holds of a landmark at a time, and candidates that a scan may write, 8 bytes each
+_SLAB, _SCAN_CANDIDATES = 256, 1 << 27
 
 
 class TileOptions(NamedTuple):
@@ -74,6 +77,7 @@ class _Problem:
             "FOREIGN": kernel_select.FOREIGN_NUMBER[visible.foreign],
             "LANDMARK_ROWS": landmarks.shape[0] > 1, "CHUNK_ROWS": visible.chunk_segment.shape[0] > 1,
         }  # fmt: skip
+        self.constants["RS"] = min(_SLAB, self.constants["RP"])
         self.precision = "ieee" if query.dtype == torch.float32 else "tf32"
         shape = (self.batch, self.tokens, self.heads, keep)
         self.indices = torch.empty(shape, dtype=torch.int32, device=query.device)
@@ -100,7 +104,7 @@ class _Problem:
         kernel, more = kernel_select.select_kernel, {}
         if is_merged:
             kept, kernel = max(2, kept), kernel_merge.merge_select_kernel
-            more = {"RS": min(256, self.constants["RP"]), "FEW": _FEW, "STAGES": 2}
+            more = {"FEW": _FEW, "STAGES": 2 if self.constants["RP"] <= 512 else 1}
         kernel[self.grid(options.tokens)](
             *self.operands(), self.indices, self.scores, self.tokens, self.chunks, self.keep, self.heads,
             seed - (1 << 32) * (seed >> 31), BT=options.tokens, BC=max(options.chunks, kept), KP=kept,
@@ -109,14 +113,17 @@ class _Problem:
         if noise_seed is not None:
             kernel_select.kept_scores_kernel[(self.queries,)](
                 self.query, self.landmarks, self.factor, self.indices, self.scores,
-                self.tokens, self.chunks, self.keep, self.heads, R=self.dim, RP=self.constants["RP"], BK=16,
-                LANDMARK_ROWS=self.constants["LANDMARK_ROWS"], num_warps=2,
+                self.tokens, self.chunks, self.keep, self.heads, R=self.dim, RP=self.constants["RP"],
+                RS=self.constants["RS"], BK=16, LANDMARK_ROWS=self.constants["LANDMARK_ROWS"], num_warps=2,
             )  # fmt: skip
 
-    def decode(self) -> None:
+    def decode(self, row_scales: torch.Tensor | None = None) -> None:
+        """row_scales (1 or B, C, Hr): of 8-bit landmarks."""
         options, device = _DECODE, self.query.device
         kept = next_power_of_two(self.keep)
-        tile = 64 if kept <= 64 else 32
+        # a stage of the pipeline holds whole landmarks
+        is_wide = self.constants["RP"] * self.landmarks.element_size() >= 1024
+        tile = 64 if kept <= 64 and not is_wide else 32
         # queries that read the same landmarks are scored together
         is_shared = not (self.constants["LANDMARK_ROWS"] or self.constants["CHUNK_ROWS"])
         rows, queries = (1, self.batch * self.tokens) if is_shared else (self.batch, self.tokens)
@@ -128,9 +135,10 @@ class _Problem:
             for width in (padded, shares * tile, shares)
         )
         kernel_decode.scan_kernel[(shares, rows * self.heads, -(-queries // 16))](
-            *self.operands(), keys, lane_tops, share_tops, self.chunks, self.heads, queries, padded,
-            BQ=16, TILE=tile, SHARE=share, STAGES=options.stages, PRECISION=self.precision,
-            num_warps=options.scan_warps, **self.constants,
+            *self.operands(), self.landmarks if row_scales is None else row_scales.contiguous(),
+            keys, lane_tops, share_tops, self.chunks, self.heads, queries, padded,
+            BQ=16, TILE=tile, SHARE=share, STAGES=3 if is_wide else options.stages, PRECISION=self.precision,
+            HAS_SCALES=row_scales is not None, num_warps=options.scan_warps, **self.constants,
         )  # fmt: skip
         all_shares = next_power_of_two(shares)
         kept_shares = min(kept, all_shares)
@@ -222,3 +230,35 @@ def chunk_topk_triton(
         problem = _solve(query, landmarks, factors, visible, keep, noise_seed)
         return problem.indices, problem.scores
     return _KeptScores.apply(query, landmarks, factors, visible, keep, noise_seed)
+
+
+def scan_quantized(
+    query: torch.Tensor,
+    payload: torch.Tensor,
+    scales: torch.Tensor,
+    visible: ChunkVisibility,
+    *,
+    keep: int,
+    factor: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decoding scan over 8-bit landmarks for any number of queries, a few at a time; see quantized.py."""
+    require_triton("chunk_topk_quantized", query)
+    require_kernel_dtype("chunk_topk_quantized", query)
+    if query.shape[-1] > MOST_DIMENSIONS or keep > MOST_KEPT or keep >= payload.shape[1]:
+        raise ValueError(
+            f'chunk_topk_quantized: impl="triton" takes R up to {MOST_DIMENSIONS} and K up to {MOST_KEPT}, below C; '
+            f"got R={query.shape[-1]}, K={keep}, C={payload.shape[1]}"
+        )
+    at_once = max(1, min(_DECODE_QUERIES, _SCAN_CANDIDATES // payload.shape[1]) // (query.shape[0] * query.shape[2]))
+    found = []
+    for start in range(0, query.shape[1], at_once):
+        part = slice(start, start + at_once)
+        segment, position = visible.query_segment[:, part], visible.query_position[:, part]
+        seen = replace(visible, query_segment=segment, query_position=position)
+        problem = _Problem(query[:, part], payload, seen, keep, factor.to(torch.float32).reshape(-1))
+        problem.decode(scales)
+        found.append((problem.indices, problem.scores))
+    if len(found) == 1:
+        return found[0]
+    indices, scores = zip(*found, strict=True)
+    return torch.cat(indices, 1), torch.cat(scores, 1)

@@ -1,0 +1,250 @@
+"""Memories larger than the card: keys and values in blocks on the device and in pinned host memory, 8 bits or 16.
+
+A TieredMemory is written like any ChunkMemory, grows block by block without moving what is there, and is read where it
+lies (ops/chunk_gather). Landmarks stay on the device, in 16 bits or in int8 with a scan of their own. Made by
+inference.memorize(store="host" or "tiered"); tests/memory/test_tiers.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hsa_ultralong.memory.quantization import KeyValueFormat, encode, payload_dtype
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors
+from hsa_ultralong.ops import ChunkVisibility
+from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks
+from hsa_ultralong.ops.chunk_topk.quantized import chunk_topk_quantized
+from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
+
+_SCALED = ("int8", "fp8")
+# chunks of a block: 4M tokens of 64 each, 512 MiB for 64 dimensions of keys and values in 8 bits
+BLOCK_CHUNKS = 1 << 16
+
+
+class TieredStore:
+    """Keys and values by chunk range: the first `device_chunks` on the device, the rest in (pinned) host memory."""
+
+    def __init__(
+        self,
+        row: tuple[int, ...],
+        *,
+        format: KeyValueFormat,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        device_chunks: int,
+        block_chunks: int = BLOCK_CHUNKS,
+    ) -> None:
+        """row: shape of a chunk's pairs (2, S, Hkv, D). dtype: that the model reads. device_chunks is rounded down to
+        whole blocks."""
+        self.row, self.format, self.dtype = row, format, dtype
+        self.device, self.device_chunks = torch.device(device), device_chunks
+        self.blocks = ChunkBlocks(block_chunks, self.device)
+
+    def _reserve(self, num_chunks: int) -> None:
+        size = self.blocks.per_block
+        while len(self.blocks.payloads) * size < num_chunks:
+            is_above = (len(self.blocks.payloads) + 1) * size <= self.device_chunks
+            place = {"device": self.device} if is_above else {"pin_memory": self.device.type == "cuda"}
+            payload = torch.empty((size, *self.row), dtype=payload_dtype(self.format), **place)
+            is_scaled = self.format in _SCALED
+            self.blocks.add(
+                payload, torch.empty((size, *self.row[:-1]), dtype=torch.bfloat16, **place) if is_scaled else None
+            )
+
+    def write(self, first: int, pairs: torch.Tensor) -> None:
+        """Put pairs (n, 2, S, Hkv, D) at chunk `first` and following."""
+        payload, scales = encode(pairs, self.format)
+        self._reserve(first + len(pairs))
+        size, done = self.blocks.per_block, 0
+        while done < len(pairs):
+            number, inside = divmod(first + done, size)
+            count = min(size - inside, len(pairs) - done)
+            # the copy is ordered after the kernels that make its source, and frees it for later kernels only
+            target = self.blocks.payloads[number][inside : inside + count]
+            target.copy_(payload[done : done + count], non_blocking=True)
+            if scales is not None:
+                self.blocks.scales[number][inside : inside + count].copy_(
+                    scales[done : done + count], non_blocking=True
+                )
+            done += count
+
+    def gather(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v (n, S, Hkv, D) of chunks (n,) in any order, -1 for none, without waiting for the device."""
+        pairs = gather_chunks(self.blocks, chunks, self.dtype)
+        return pairs[:, 0], pairs[:, 1]
+
+    def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gather(chunks.to(self.device))
+
+    def bytes_on(self, tier: str) -> int:
+        """Bytes reserved on "device" or "host"."""
+        parts = self.blocks.payloads + self.blocks.scales
+        is_wanted = [part.device == self.blocks.device and not part.is_pinned() for part in parts]
+        if tier == "host":
+            is_wanted = [not wanted for wanted in is_wanted]
+        return sum(part.numel() * part.element_size() for part, wanted in zip(parts, is_wanted, strict=True) if wanted)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.blocks.payloads + self.blocks.scales)
+
+
+class QuantizedLandmarks:
+    """Landmarks in int8 with a bf16 scale per chunk and head, scanned as they are."""
+
+    def __init__(self, heads: int, dim: int, device: torch.device | str, capacity: int = 0) -> None:
+        self.payload = torch.empty((1, capacity, heads, dim), dtype=torch.int8, device=device)
+        self.scales = torch.empty((1, capacity, heads), dtype=torch.bfloat16, device=device)
+        self.num_chunks = 0
+        self._places: torch.Tensor | None = None
+
+    def write(self, first: int, landmarks: torch.Tensor) -> None:
+        """Put landmarks (1, n, Hr, R) at chunk `first` and following; there must be room."""
+        payload, scales = encode(landmarks, "int8")
+        stop = first + landmarks.shape[1]
+        assert scales is not None
+        self.payload[:, first:stop], self.scales[:, first:stop] = payload, scales
+        self.num_chunks = max(self.num_chunks, stop)
+
+    def reserve(self, capacity: int) -> None:
+        if capacity <= self.payload.shape[1]:
+            return
+
+        def grow(part: torch.Tensor) -> torch.Tensor:
+            bigger = part.new_empty((1, capacity, *part.shape[2:]))
+            bigger[:, : part.shape[1]] = part
+            return bigger
+
+        self.payload, self.scales = grow(self.payload), grow(self.scales)
+
+    def search(
+        self, query: torch.Tensor, topk: int, *, temperature: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk."""
+        zeros = torch.zeros(query.shape[:2], dtype=torch.int32, device=query.device)
+        if self._places is None or self._places.shape[2] != self.num_chunks:
+            self._places = torch.zeros((2, 1, self.num_chunks), dtype=torch.int32, device=query.device)
+            self._places[0] = READABLE_BY_ALL
+        everyone = ChunkVisibility(zeros, zeros, *self._places)
+        part = slice(0, self.num_chunks)
+        return chunk_topk_quantized(
+            query, self.payload[:, part], self.scales[:, part], everyone, topk=topk, temperature=temperature
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part[:, : self.num_chunks].nbytes for part in (self.payload, self.scales))
+
+
+@dataclass
+class TieredMemory(ChunkMemory):
+    """A ChunkMemory whose keys and values lie in a TieredStore, and whose landmarks may be QuantizedLandmarks.
+
+    Chunks are appended, or replaced by as many others; anything that moves chunks is refused.
+    """
+
+    store: TieredStore | None = None
+    lookup: QuantizedLandmarks | None = field(default=None)
+
+    @staticmethod
+    def make(
+        plain: ChunkMemory,
+        *,
+        key_values: KeyValueFormat,
+        landmarks: KeyValueFormat,
+        device_chunks: int,
+        capacity: int = 0,
+        block_chunks: int = BLOCK_CHUNKS,
+    ) -> TieredMemory:
+        """An empty tiered memory in the form of `plain`, an empty ordinary one, which gives shapes, dtype and device.
+
+        Raises:
+            ValueError: for landmarks in a form other than int8 or the memory's own.
+        """
+        if landmarks in _SCALED and landmarks != "int8":
+            raise ValueError(f"landmarks of a tiered memory are int8 or as the model makes them, not {landmarks}")
+        parts = plain.storage
+        store = TieredStore(
+            (2, plain.chunk_size, *parts.k.shape[2:]),
+            format=key_values,
+            device=parts.k.device,
+            dtype=parts.k.dtype,
+            device_chunks=device_chunks,
+            block_chunks=min(block_chunks, max(1, capacity)) if capacity else block_chunks,
+        )
+        lookup = None
+        if landmarks == "int8":
+            heads, dim = parts.landmarks.shape[2:]
+            lookup = QuantizedLandmarks(heads, dim, parts.landmarks.device, capacity)
+            # shape without content: the scan has the numbers
+            blank = parts.landmarks.new_zeros(1).expand(1, 0, *parts.landmarks.shape[2:])
+            parts = parts._replace(landmarks=blank)
+        memory = TieredMemory(
+            plain.chunk_size, parts, 0, [], plain.fingerprint, plain.is_composable, store=store, lookup=lookup
+        )
+        memory.reserve(capacity)
+        return memory
+
+    @property
+    def tensors(self) -> ChunkTensors:
+        """Views of the chunks in use; k and v have no slots."""
+        k, v, *rest = self.storage
+        return ChunkTensors(k, v, *(part[:, : self.num_chunks] for part in rest))
+
+    @property
+    def num_bytes(self) -> int:
+        assert self.store is not None
+        parts = [self.storage.lengths, self.storage.segments, self.storage.ends]
+        found = self.store.num_bytes + sum(part[:, : self.num_chunks].nbytes for part in parts)
+        return found + (self.landmarks.nbytes if self.lookup is None else self.lookup.num_bytes)
+
+    def reserve(self, num_chunks: int) -> None:
+        capacity = self.storage.lengths.shape[1]
+        if num_chunks <= capacity:
+            return
+        capacity = max(num_chunks, capacity + capacity // 2)
+        k, v, landmarks, *rest = self.storage
+
+        def grow(part: torch.Tensor) -> torch.Tensor:
+            bigger = part.new_empty((1, capacity, *part.shape[2:]))
+            bigger[:, : part.shape[1]] = part
+            return bigger
+
+        if self.lookup is None:
+            landmarks = grow(landmarks)
+        else:
+            self.lookup.reserve(capacity)
+            landmarks = landmarks.new_zeros(1).expand(1, capacity, *landmarks.shape[2:])
+        self.storage = ChunkTensors(k, v, landmarks, *(grow(part) for part in rest))
+
+    def write(self, first: int, chunks: ChunkTensors) -> None:
+        assert self.store is not None
+        count = chunks.landmarks.shape[1]
+        stop = first + count
+        self.reserve(stop)
+        pairs = torch.stack(
+            [part[0].detach().unflatten(0, (count, self.chunk_size)) for part in (chunks.k, chunks.v)], 1
+        )
+        self.store.write(first, pairs)
+        if self.lookup is None:
+            self.storage.landmarks[:, first:stop] = chunks.landmarks.detach()
+        else:
+            self.lookup.write(first, chunks.landmarks.detach())
+        for name in ("lengths", "segments", "ends"):
+            getattr(self.storage, name)[:, first:stop] = getattr(chunks, name)
+        self.num_chunks = max(self.num_chunks, stop)
+
+    def splice(self, document: int, first: int, stop: int, chunks: ChunkTensors) -> None:
+        """Replace chunks first..stop of a document by as many others.
+
+        Raises:
+            ValueError: for another number of chunks.
+        """
+        if chunks.landmarks.shape[1] != stop - first:
+            raise ValueError(
+                "an edit of a memory on tiers must not change its number of chunks; replace as many tokens, or use a "
+                "memory file (hsa_ultralong.inference.Library)"
+            )
+        self.write(self.documents[document].first_chunk + first, chunks)

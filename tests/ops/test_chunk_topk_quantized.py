@@ -1,0 +1,57 @@
+"""chunk_topk over 8-bit landmarks: the ranking of the stored numbers, by torch and by the interpreted kernel."""
+
+import pytest
+import torch
+
+from hsa_ultralong.ops import ChunkVisibility, chunk_topk
+from hsa_ultralong.ops._triton import is_interpreted
+from hsa_ultralong.ops.chunk_topk.quantized import chunk_topk_quantized
+
+
+def case(batch=2, tokens=3, heads=1, chunks=600, dim=32, seed=0, rows=1):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, tokens, heads, dim, generator=generator)
+    payload = torch.randint(-127, 128, (rows, chunks, heads, dim), generator=generator, dtype=torch.int8)
+    scales = torch.rand(rows, chunks, heads, generator=generator) + 0.1
+    segments = torch.randint(-2, 3, (rows, chunks), generator=generator, dtype=torch.int32)
+    ends = torch.randint(1, 50, (rows, chunks), generator=generator, dtype=torch.int32)
+    query_segment = torch.randint(-1, 3, (batch, tokens), generator=generator, dtype=torch.int32)
+    position = torch.randint(1, 60, (batch, tokens), generator=generator, dtype=torch.int32)
+    return query, payload, scales, ChunkVisibility(query_segment, position, segments, ends)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("topk", [1, 7, 1000])
+def test_equals_the_scan_of_the_decoded_landmarks(heads, rows, topk):
+    query, payload, scales, visible = case(heads=heads, rows=rows, chunks=90)
+    temperature = torch.rand(heads, generator=torch.Generator().manual_seed(1)) + 0.5
+    wide = payload.double() * scales.double()[..., None]
+    expected = chunk_topk(query.double(), wide, visible, topk=topk, temperature=temperature.double(), impl="reference")
+    indices, scores = chunk_topk_quantized(query, payload, scales, visible, topk=topk, temperature=temperature)
+    assert torch.equal(indices, expected[0])
+    torch.testing.assert_close(scores, expected[1].float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="kernels are interpreted only under TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("heads", "rows", "dim"), [(1, 1, 32), (2, 2, 20)])
+def test_kernel_equals_torch(heads, rows, dim, monkeypatch):
+    from hsa_ultralong.ops.chunk_topk import triton_topk
+
+    # so that the queries go in several calls
+    monkeypatch.setattr(triton_topk, "_SCAN_CANDIDATES", 2 * 2 * 600)
+    query, payload, scales, visible = case(heads=heads, rows=rows, dim=dim)
+    expected = chunk_topk_quantized(query, payload, scales, visible, topk=5, impl="torch")
+    indices, scores = chunk_topk_quantized(query, payload, scales, visible, topk=5, impl="triton")
+    assert torch.equal(indices, expected[0])
+    torch.testing.assert_close(scores, expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_refusals():
+    query, payload, scales, visible = case(chunks=20)
+    with pytest.raises(ValueError, match="payload must be int8"):
+        chunk_topk_quantized(query, payload.float(), scales, visible, topk=2)
+    with pytest.raises(ValueError, match="scales"):
+        chunk_topk_quantized(query, payload, scales[:, 1:], visible, topk=2)
+    with pytest.raises(ValueError, match="topk"):
+        chunk_topk_quantized(query, payload, scales, visible, topk=0)
