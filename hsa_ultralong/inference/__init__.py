@@ -2,6 +2,7 @@
 
 from hsa_ultralong.inference.ask import Answer, ask
 from hsa_ultralong.inference.editor import edit
+from hsa_ultralong.inference.engine import DecodingEngine
 from hsa_ultralong.inference.fingerprint import memory_fingerprint
 from hsa_ultralong.inference.generation import generate_with_memory
 from hsa_ultralong.inference.library import Library
@@ -10,6 +11,7 @@ from hsa_ultralong.inference.sharding import share_out
 
 __all__ = [
     "Answer",
+    "DecodingEngine",
     "Library",
     "append",
     "ask",

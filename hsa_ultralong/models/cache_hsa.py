@@ -70,9 +70,7 @@ class HSACache(Cache):
 
     def __init__(self, config: HSAConfig, library: ChunkMemory | None = None) -> None:
         self.chunk_size = config.chunk_size
-        windows = [config.sliding_window] * config.num_lower_layers
-        upper = [config.hsa_sliding_window, *[config.sliding_window] * (config.num_layers_per_group - 1)]
-        super().__init__(layers=[WindowCacheLayer(window) for window in windows + upper * config.num_upper_groups])
+        super().__init__(layers=[WindowCacheLayer(window) for window in config.layer_windows])
         if library is not None and library.chunk_size != config.chunk_size:
             raise ValueError(f"the library has chunks of {library.chunk_size} tokens, the model of {config.chunk_size}")
         if library is not None and library.is_composable != config.is_composable:

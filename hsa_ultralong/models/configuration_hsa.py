@@ -119,6 +119,12 @@ class HSAConfig(PreTrainedConfig):
         return self.num_lower_layers + self.num_upper_groups * self.num_layers_per_group
 
     @property
+    def layer_windows(self) -> list[int]:
+        """Window of every decoder layer from the embedding up; 0 for an HSA layer without one."""
+        group = [self.hsa_sliding_window, *[self.sliding_window] * (self.num_layers_per_group - 1)]
+        return [self.sliding_window] * self.num_lower_layers + group * self.num_upper_groups
+
+    @property
     def lower_reach(self) -> int:
         """Tokens before a chunk that its memory depends on: sum over lower layers of (W - 1), fact 6."""
         return self.num_lower_layers * (self.sliding_window - 1)

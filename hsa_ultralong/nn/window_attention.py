@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hsa_ultralong.nn.ring_window import RingWindow
 from hsa_ultralong.nn.rotary import RotaryTable, apply_rotary, tail
 from hsa_ultralong.ops import sliding_window_attention
 
@@ -58,11 +59,11 @@ class WindowAttention(nn.Module):
         x: torch.Tensor,
         rotary: RotaryTable,
         segments: torch.Tensor | None = None,
-        state: WindowState | None = None,
+        state: WindowState | RingWindow | None = None,
     ) -> torch.Tensor:
         """
         Args:
-            x: (B, T, M). rotary: table of at least `state.length + T` indices.
+            x: (B, T, M). rotary: table of at least `state.length + T` indices; with a RingWindow, of the B places.
             segments: (B, n + T) document numbers of the state's tokens and the new ones, or None for one document.
             state: keys and values of the tokens before x; updated in place.
         """
@@ -70,6 +71,8 @@ class WindowAttention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(heads))  # (B, T, Hq, D)
         k = self.k_norm(self.k_proj(x).view(heads))  # (B, T, Hkv, D)
         v = self.v_proj(x).view(heads)
+        if isinstance(state, RingWindow):
+            return self.o_proj(state.attend(q, k, v, rotary).flatten(-2))
         past = 0 if state is None else state.length
         if state is not None:
             k, v = state.extend(k, v)  # (B, past + T, Hkv, D)

@@ -1,0 +1,361 @@
+"""Decoding without waiting: one token of every sequence per step, in static buffers, as one CUDA graph on a GPU.
+
+Sequences may share a memory, have one each, or none; a prompt is read by the ordinary forward, its state moves into the
+rings and buffers of its slot. Equals the parallel forward (tests/inference/test_engine.py). Tokens reach the host one
+step late, so the device never idles. Used by `hsa bench memory` and wherever many tokens are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from hsa_ultralong.inference.fingerprint import require_same_model
+from hsa_ultralong.inference.generation import continuation_cache
+from hsa_ultralong.inference.reader import compiled, evaluating, run_layer
+from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, GatheringStore, MemoryView
+from hsa_ultralong.nn.ring_window import RingWindow
+from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
+from hsa_ultralong.ops import ChunkVisibility
+from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
+
+OnTokens = Callable[[list[int | None]], None]
+
+
+def sample(
+    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: Any = None
+) -> torch.Tensor:
+    """Tokens (B,) from logits (B, V): the best where temperature is 0, else drawn from the `top_k` best (0: all) that
+    hold the first `top_p` of the probability; no answer of the device is waited for."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    ordered, order = (logits.float() / temperature).sort(-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    # a token stays if those before it hold less than top_p
+    dropped = probabilities.cumsum(-1) - probabilities >= top_p
+    if top_k:
+        dropped[:, top_k:] = True
+    probabilities = probabilities.masked_fill(dropped, 0.0)
+    # the smallest of exponential times with these rates is a draw
+    times = torch.empty_like(probabilities).exponential_(generator=generator)
+    return order.gather(-1, (probabilities / times).argmax(-1, keepdim=True))[:, 0]
+
+
+class DecodingEngine:
+    """Decodes `batch` sequences of at most `max_tokens` tokens each, prompt included.
+
+    Attributes:
+        is_captured: a step is one launch of a CUDA graph; otherwise the same code runs as it is.
+        logits: (B, V) of the last step.
+    """
+
+    def __init__(
+        self,
+        model: HSAForCausalLM,
+        memory: ChunkMemory | Sequence[ChunkMemory | None] | None = None,
+        *,
+        batch: int = 1,
+        max_tokens: int = 4096,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        compile_layers: bool = False,
+        use_graph: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            memory: one that all sequences read, or one (or None) for each. It must not change while the engine lives.
+            compile_layers: fuse the layers with torch.compile; takes about 20 seconds on a GPU, once per process.
+            use_graph: default on a GPU where nothing in a step needs the host (a file's store and a sketched lookup do,
+                as do experts and ranks).
+
+        Raises:
+            ValueError: another model's memory, a number of memories other than `batch`, or sampling out of range.
+        """
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
+        memories = list(memory) if isinstance(memory, Sequence) else [memory] * batch
+        if len(memories) != batch or batch < 1 or max_tokens < 1:
+            raise ValueError(f"{len(memories)} memories for batch={batch} sequences of {max_tokens} tokens")
+        for one in memories:
+            if one is not None:
+                require_same_model(model, one)
+        self.model, self.config, self.memories = model, model.config, memories
+        self.batch, self.max_tokens = batch, max_tokens
+        self.sampling = (temperature, top_k, top_p)
+        weight = model.model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self._run_layer: Callable[..., torch.Tensor] = compiled(run_layer) if compile_layers else run_layer
+        self._make_state()
+        self.views = [*self._library_views(), self._own_view()]
+        self.is_captured = self._can_capture() if use_graph is None else use_graph
+        if self.is_captured:
+            self._capture()
+
+    # state -----------------------------------------------------------------------------------------------------------
+
+    def _make_state(self) -> None:
+        config, batch = self.config, self.batch
+        assert config.head_dim is not None
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.logits = torch.zeros((batch, config.vocab_size), dtype=self.dtype, device=self.device)
+        # places of the next token: in the sequence's own grid of chunks, and in the numbering of its windows
+        self.places = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.seen = torch.zeros_like(self.places)
+        self.rings = [
+            RingWindow(
+                self.seen, window=window, heads=config.num_key_value_heads, dim=config.head_dim, dtype=self.dtype,
+                device=self.device,
+            )
+            if window
+            else None
+            for window in config.layer_windows
+        ]  # fmt: skip
+        self.pending = torch.zeros((batch, config.chunk_size, config.hidden_size), dtype=self.dtype, device=self.device)
+        # one chunk more than can be full: what is not full yet is written there and never seen
+        self.capacity = self.max_tokens // config.chunk_size
+        self.own = self.model.model.empty_memory(batch, self.dtype, self.device, self.capacity + 1).storage
+        self.own.lengths.fill_(config.chunk_size)
+        ends = torch.arange(1, self.capacity + 2, dtype=torch.int32, device=self.device) * config.chunk_size
+        self.own.ends.copy_(ends.expand(batch, -1))
+        self.lengths = [0] * batch  # places, on the host
+
+    def _library_views(self) -> list[MemoryView]:
+        """One view per memory, readable by the sequences that have it."""
+        views, known = [], []
+        for memory in self.memories:
+            if memory is None or memory.num_chunks_of_all == 0 or any(memory is other for other in known):
+                continue
+            known.append(memory)
+            readers = torch.tensor([[0 if other is memory else -1] for other in self.memories], dtype=torch.int32)
+            segment = readers.to(self.device)  # (B, 1)
+            everyone = torch.full_like(memory.segments, READABLE_BY_ALL)
+            visible = ChunkVisibility(segment, torch.zeros_like(segment), everyone, torch.zeros_like(everyone))
+            views.append(
+                MemoryView(memory.tensors, visible, store=memory.store, ranks=memory.ranks, lookup=memory.lookup)
+            )
+        return views
+
+    def _own_view(self) -> MemoryView:
+        segment = torch.zeros((self.batch, 1), dtype=torch.int32, device=self.device)
+        self.positions = torch.zeros_like(segment)
+        return MemoryView(self.own, ChunkVisibility(segment, self.positions, self.own.segments, self.own.ends))
+
+    def _can_capture(self) -> bool:
+        if self.device.type != "cuda" or self.config.num_experts:
+            return False
+        from hsa_ultralong.memory.tiers import QuantizedLandmarks
+
+        return all(
+            view.ranks is None
+            and (view.store is None or isinstance(view.store, GatheringStore))
+            and (view.lookup is None or isinstance(view.lookup, QuantizedLandmarks))
+            for view in self.views
+        )
+
+    # one step ---------------------------------------------------------------------------------------------------------
+
+    def _rotary(self) -> RotaryTable:
+        assert self.config.head_dim is not None
+        half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64, device=self.device)
+        angle = self.seen.double()[:, None] * self.config.rope_theta ** (-half / self.config.head_dim)  # (B, D / 2)
+        stored = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return RotaryTable(angle.cos().to(stored), angle.sin().to(stored))
+
+    def _step(self) -> None:
+        """Read `tokens`, leave the next ones there; completes no chunks."""
+        config, inner = self.config, self.model.model
+        self.positions.copy_(self.places[:, None])
+        rotary, rings = self._rotary(), iter(self.rings)
+        x = inner.embed_tokens(self.tokens[:, None])  # (B, 1, M)
+        for layer in inner.lower_layers:
+            x = self._run_layer(layer, x, rotary, next(rings))
+        rows = torch.arange(self.batch, device=self.device)
+        self.pending[rows, self.places % config.chunk_size] = x[:, 0]
+        for group in inner.upper_groups():
+            retrieval = group.retriever(x, self.views, topk=config.chunk_topk)
+            x = group.hsa_layer(x, retrieval, self.views, rotary, None, next(rings))
+            for layer in group.layers:
+                x = self._run_layer(layer, x, rotary, next(rings))
+        self.logits.copy_(self.model.lm_head(inner.norm(x))[:, 0])
+        self.tokens.copy_(sample(self.logits, *self.sampling))
+        self.places += 1
+        self.seen += 1
+
+    def _complete(self) -> None:
+        """Encode the chunks that the last step filled; those of other sequences go to the slot that is never seen."""
+        size = self.config.chunk_size
+        k, v, landmarks = self.model.model.chunk_encoder(self.pending[:, None])
+        is_full = (self.places % size == 0) & (self.places > 0) & (self.places <= self.capacity * size)
+        slots = torch.where(is_full, self.places // size - 1, self.capacity)
+        rows = torch.arange(self.batch, device=self.device)
+        for target, source in ((self.own.k, k), (self.own.v, v)):
+            target.unflatten(1, (-1, size))[rows, slots] = source
+        self.own.landmarks[rows, slots] = landmarks[:, 0]
+        self.own.segments[rows, slots] = torch.where(is_full, 0, UNUSED).to(torch.int32)
+
+    def _capture(self) -> None:
+        with evaluating(self.model):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._step()
+                    self._complete()
+            torch.cuda.current_stream().wait_stream(side)
+            self._step_graph, self._complete_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._step_graph):
+                self._step()
+            with torch.cuda.graph(self._complete_graph):
+                self._complete()
+        for row in range(self.batch):
+            self._clear(row)
+
+    def step(self) -> torch.Tensor:
+        """Read the tokens at hand; returns the next ones (B,), on the device, overwritten by the next step.
+
+        Raises:
+            ValueError: if a sequence is as long as it may be.
+        """
+        if max(self.lengths) >= self.max_tokens:
+            raise ValueError(f"a sequence has reached max_tokens={self.max_tokens}; make a larger engine")
+        self.lengths = [length + 1 for length in self.lengths]
+        is_due = any(length % self.config.chunk_size == 0 for length in self.lengths)
+        if self.is_captured:
+            self._step_graph.replay()
+            if is_due:
+                self._complete_graph.replay()
+            return self.tokens
+        with evaluating(self.model):
+            self._step()
+            if is_due:
+                self._complete()
+        return self.tokens
+
+    # prompts ----------------------------------------------------------------------------------------------------------
+
+    def _clear(self, row: int) -> None:
+        self.tokens[row] = self.places[row] = self.seen[row] = self.lengths[row] = 0
+        self.own.segments[row] = UNUSED
+
+    def start(self, row: int, prompt: torch.Tensor, *, continue_document: bool = False) -> None:
+        """Read prompt (n,) token ids as a new document (or as the continuation of its memory's open one) in slot `row`.
+
+        `tokens[row]` is then the first token of the answer, and `logits[row]` are its logits.
+
+        Raises:
+            ValueError: an empty prompt, one longer than max_tokens, or a memory without an open document.
+        """
+        memory, prompt = self.memories[row], prompt.to(self.device)
+        if continue_document:
+            if memory is None:
+                raise ValueError(f"sequence {row} has no memory, so no document to continue")
+            cache, _ = continuation_cache(self.model, memory)
+        else:
+            cache = HSACache(self.config, library=memory)
+        if len(prompt) == 0 or cache.num_seen + len(prompt) > self.max_tokens:
+            raise ValueError(f"a prompt needs 1 to {self.max_tokens - cache.num_seen} tokens here, got {len(prompt)}")
+        with evaluating(self.model):
+            logits = self.model(prompt[None], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        self._clear(row)
+        self._load(row, cache)
+        self.logits[row] = logits[0]
+        self.tokens[row] = sample(logits, *self.sampling)[0]
+
+    def _load(self, row: int, cache: HSACache) -> None:
+        """Move the state of one sequence into the buffers of a slot."""
+        size, length = self.config.chunk_size, cache.num_seen
+        states = [layer.state for layer in cache.layers]
+        seen = max(length, *(state.length for state in states))
+        assert self.config.head_dim is not None
+        for ring, state in zip(self.rings, states, strict=True):
+            if ring is None or state.keys is None or state.values is None:
+                continue
+            # angles of the places that the kept keys have
+            table = rotary_table(seen, self.config.head_dim, self.config.rope_theta, self.device, self.dtype)
+            rotary = RotaryTable(*(part[seen - state.length :] for part in table))
+            ring.load(row, state.keys[0], state.values[0], rotary, seen)
+        rest = length % size
+        if rest:
+            assert cache.pending is not None
+            self.pending[row, :rest] = cache.pending[0, cache.pending.shape[1] - rest :]
+        if cache.memory is not None:
+            own: ChunkTensors = cache.memory.tensors
+            count = length // size
+            self.own.k[row, : count * size], self.own.v[row, : count * size] = own.k[0], own.v[0]
+            self.own.landmarks[row, :count], self.own.segments[row, :count] = own.landmarks[0], 0
+        self.places[row], self.seen[row], self.lengths[row] = length, seen, length
+
+    def generate(
+        self,
+        prompts: Sequence[torch.Tensor],
+        max_new_tokens: int,
+        *,
+        stop_tokens: Sequence[int] = (),
+        continue_document: bool = False,
+        on_tokens: OnTokens | None = None,
+    ) -> list[list[int]]:
+        """Answers to one prompt per sequence: up to `max_new_tokens`, or through the first stop token.
+
+        on_tokens: called with every step's tokens, None for a sequence that has ended.
+
+        Raises:
+            ValueError: another number of prompts than sequences, or what `start` refuses.
+        """
+        if len(prompts) != self.batch:
+            raise ValueError(f"{len(prompts)} prompts for {self.batch} sequences")
+        for row, prompt in enumerate(prompts):
+            self.start(row, prompt, continue_document=continue_document)
+        answers: list[list[int]] = [[] for _ in prompts]
+        is_done = [max_new_tokens < 1] * self.batch
+
+        def take(found: torch.Tensor) -> None:
+            shown: list[int | None] = [None] * self.batch
+            for row, token in enumerate(found.tolist()):
+                if not is_done[row]:
+                    answers[row].append(token)
+                    shown[row] = token
+                    is_done[row] = token in stop_tokens or len(answers[row]) >= max_new_tokens
+            if on_tokens is not None:
+                on_tokens(shown)
+
+        reader = _LateReader(self.device)
+        reader.put(self.tokens)
+        for number in range(1, max_new_tokens + 1):
+            if number < max_new_tokens and max(self.lengths) < self.max_tokens:
+                reader.put(self.step())
+            take(reader.get())
+            if all(is_done) or reader.is_empty:
+                break
+        return answers
+
+
+class _LateReader:
+    """Copies of tokens on their way to the host: a copy is waited for only after the next step was started."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_cuda = device.type == "cuda"
+        self.waiting: list[tuple[torch.Tensor, Any]] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if not self.is_cuda:
+            self.waiting.append((tokens.clone(), None))
+            return
+        copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        copy.copy_(tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.waiting.append((copy, event))
+
+    def get(self) -> torch.Tensor:
+        tokens, event = self.waiting.pop(0)
+        if event is not None:
+            event.synchronize()
+        return tokens
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.waiting

@@ -1,0 +1,53 @@
+"""The window of a decoding sequence as a ring: shapes and addresses never change, so a step fits into a CUDA graph.
+
+Keys are kept rotated by their place in the sequence, angles from fp64, so that a step rotates one key alone (rotary
+attention depends on differences only, fact 8 of docs/architecture.md). Used by inference/engine.py through
+WindowAttention; tests/inference/test_engine.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hsa_ultralong.nn.rotary import RotaryTable, apply_rotary
+from hsa_ultralong.ops._common import matmul_wide
+
+
+class RingWindow:
+    """Keys and values (B, Hkv, W, D) of the last W tokens of every sequence; the token at place p is in slot p % W.
+
+    `places` (B,) int64 is shared by all layers: the place of the token at hand, in the numbering of the window.
+    """
+
+    def __init__(
+        self, places: torch.Tensor, *, window: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.places, self.window = places, window
+        shape = (places.shape[0], heads, window, dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def load(self, row: int, keys: torch.Tensor, values: torch.Tensor, rotary: RotaryTable, seen: int) -> None:
+        """Take the last of keys (not rotated) and values (n, Hkv, D) of `seen` tokens; `rotary` of those n."""
+        count = min(len(keys), self.window)
+        if len(keys) < min(seen, self.window):
+            raise ValueError(f"a window of {self.window} needs the last {min(seen, self.window)} keys, got {len(keys)}")
+        slots = torch.arange(seen - count, seen, device=keys.device) % self.window
+        turned = apply_rotary(keys, rotary).to(self.keys.dtype)
+        self.keys[row, :, slots] = turned[len(keys) - count :].transpose(0, 1)
+        self.values[row, :, slots] = values[len(keys) - count :].transpose(0, 1).to(self.values.dtype)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
+        """One token of every sequence: q (B, 1, Hq, D), k and v (B, 1, Hkv, D), rotary of the B places; as q."""
+        batch, heads, _, dim = self.keys.shape
+        # sequences stand where apply_rotary expects tokens
+        q, k = (apply_rotary(part.transpose(0, 1), rotary).transpose(0, 1).to(v.dtype) for part in (q, k))
+        rows, slots = torch.arange(batch, device=q.device), self.places % self.window
+        self.keys[rows, :, slots] = k[:, 0]
+        self.values[rows, :, slots] = v[:, 0]
+        is_filled = torch.arange(self.window, device=q.device) <= self.places[:, None]  # (B, W)
+        grouped = q.view(batch * heads, -1, dim)  # (B*Hkv, G, D)
+        scores = matmul_wide(grouped, self.keys.flatten(0, 1).transpose(1, 2)) * dim**-0.5  # (B*Hkv, G, W)
+        scores = scores.unflatten(0, (batch, heads)).masked_fill(~is_filled[:, None, None], -torch.inf)
+        weights = scores.softmax(-1).flatten(0, 1).to(v.dtype)
+        return (weights @ self.values.flatten(0, 1)).view(q.shape)

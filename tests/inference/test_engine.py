@@ -1,0 +1,147 @@
+"""The decoding engine's steps equal the parallel forward: shared and separate memories, prompts, continuation."""
+
+import pytest
+import torch
+
+from hsa_ultralong.inference.engine import DecodingEngine, sample
+from hsa_ultralong.models import HSACache
+from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+
+EXACT = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def document(length, seed=0):
+    return random_tokens(1, length, seed=seed)[0]
+
+
+def parallel(model, memory, tokens):
+    """Logits of all tokens at once, as one new document."""
+    with torch.no_grad():
+        return model(tokens[None], past_key_values=HSACache(model.config, library=memory)).logits[0]
+
+
+def forced(engine, rows):
+    """Logits (B, n, V) of steps that read the given tokens (B, n) in place of the engine's own."""
+    found = []
+    for column in rows.T:
+        engine.tokens.copy_(column)
+        engine.step()
+        found.append(engine.logits.clone())
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("options", sorted(MODEL_OPTIONS))
+def test_steps_equal_the_parallel_forward(options):
+    model = tiny_model(**MODEL_OPTIONS[options])
+    memory = model.memorize([document(75), document(40, seed=1)])
+    size = model.config.chunk_size
+    for prompt_length in (1, size, 2 * size + 3):
+        texts = torch.stack([document(prompt_length + 3 * size, seed=seed) for seed in (2, 3)])
+        engine = DecodingEngine(model, memory, batch=2, max_tokens=200)
+        for row, text in enumerate(texts):
+            engine.start(row, text[:prompt_length])
+        logits = forced(engine, texts[:, prompt_length:])
+        for row, text in enumerate(texts):
+            expected = parallel(model, memory, text)
+            torch.testing.assert_close(logits[row], expected[prompt_length:], **EXACT)
+
+
+def test_sequences_of_different_lengths_with_memories_of_their_own():
+    model = tiny_model()
+    first, second = model.memorize(document(90)), model.memorize(document(200, seed=1))
+    memories = [first, second, None, first]
+    lengths = [3, 50, 17, 32]
+    texts = [document(length + 40, seed=5 + row) for row, length in enumerate(lengths)]
+    engine = DecodingEngine(model, memories, batch=4, max_tokens=128)
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        engine.start(row, text[:length])
+    logits = forced(engine, torch.stack([text[length:] for text, length in zip(texts, lengths, strict=True)]))
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        torch.testing.assert_close(logits[row], parallel(model, memories[row], text)[length:], **EXACT)
+
+
+@pytest.mark.parametrize("rest", [0, 5])
+def test_the_open_document_goes_on(rest):
+    model = tiny_model()
+    size = model.config.chunk_size
+    text = document(6 * size + rest, seed=3)
+    whole = torch.cat((text, document(40, seed=4)))
+    memory = model.memorize(text, close=False)
+    engine = DecodingEngine(model, memory, max_tokens=100)
+    engine.start(0, whole[len(text) : len(text) + 7], continue_document=True)
+    logits = forced(engine, whole[None, len(text) + 7 :])[0]
+    with torch.no_grad():
+        expected = model(whole[None], past_key_values=None, use_cache=False).logits[0, len(text) + 7 :]
+    torch.testing.assert_close(logits, expected, **EXACT)
+
+
+def test_a_slot_can_be_used_again():
+    model = tiny_model()
+    memory = model.memorize(document(90))
+    engine = DecodingEngine(model, memory, max_tokens=128)
+    engine.start(0, document(60, seed=1))
+    forced(engine, document(50, seed=2)[None])
+    text = document(45, seed=3)
+    engine.start(0, text[:5])
+    torch.testing.assert_close(forced(engine, text[None, 5:])[0], parallel(model, memory, text)[5:], **EXACT)
+
+
+@pytest.mark.parametrize("store", [{"store": "host", "key_values": "fp64"}, {"landmarks": "int8"}])
+def test_memories_on_tiers(store):
+    model = tiny_model()
+    memory = model.memorize(document(300), **store)
+    text = document(30, seed=1)
+    engine = DecodingEngine(model, memory, max_tokens=64)
+    engine.start(0, text[:4])
+    torch.testing.assert_close(forced(engine, text[None, 4:])[0], parallel(model, memory, text)[4:], **EXACT)
+
+
+def test_generation_equals_transformers_and_stops():
+    model = tiny_model()
+    memory = model.memorize(document(120))
+    prompts = [document(9, seed=1), document(9, seed=2)]
+    ids = torch.stack(prompts)
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), memory=memory, max_new_tokens=40, do_sample=False
+    )[:, 9:]
+    engine = DecodingEngine(model, memory, batch=2, max_tokens=64)
+    seen = []
+    found = engine.generate(prompts, 40, on_tokens=seen.append)
+    assert found == expected.tolist()
+    assert [list(row) for row in zip(*seen, strict=True)] == found
+    stop = found[0][5]
+    short = engine.generate(prompts, 40, stop_tokens=[stop])
+    assert short[0] == found[0][: found[0].index(stop) + 1]
+    # as many tokens as there is room for
+    assert [len(row) for row in engine.generate(prompts, 100)] == [64 - 9 + 1] * 2
+
+
+def test_sampling_keeps_to_what_it_is_told():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).expand(4000, 4)
+    assert (sample(logits, 0.0) == 1).all()
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.bincount(sample(logits, 1.0, generator=generator), minlength=4) / 4000
+    torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.03, rtol=0)
+    assert set(sample(logits, 1.0, top_k=2, generator=generator).tolist()) == {1, 2}
+    assert set(sample(logits, 1.0, top_p=0.5, generator=generator).tolist()) == {1}
+    assert set(sample(logits, 0.01, generator=generator).tolist()) == {1}
+
+
+def test_refusals():
+    model = tiny_model()
+    memory = model.memorize(document(40))
+    with pytest.raises(ValueError, match="memories for batch"):
+        DecodingEngine(model, [memory], batch=2)
+    with pytest.raises(ValueError, match="temperature"):
+        DecodingEngine(model, memory, temperature=-1)
+    with pytest.raises(ValueError, match="another model"):
+        DecodingEngine(tiny_model(seed=1), memory)
+    engine = DecodingEngine(model, memory, max_tokens=8)
+    for prompt in (document(9), document(0)):
+        with pytest.raises(ValueError, match="a prompt needs"):
+            engine.start(0, prompt)
+    with pytest.raises(ValueError, match="no open document"):
+        engine.start(0, document(3), continue_document=True)
+    engine.start(0, document(8))
+    with pytest.raises(ValueError, match="max_tokens"):
+        engine.step()
