@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
-from hsa_ultralong.inference.reader import evaluating
+from hsa_ultralong.inference.engine import DecodingEngine
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
-from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
 
 
 def low_weight(num_chunks: int) -> float:
@@ -55,52 +53,24 @@ class Answer:
         return self.weight < self.threshold
 
 
-class _Recorder:
-    """Collects, over all retrieval layers and steps, the fusion weight of every chunk of the library."""
-
-    def __init__(self, model: HSAForCausalLM, num_chunks: int) -> None:
-        self.num_chunks = num_chunks
-        self.best: dict[int, float] = {}
-        retrievers = [module for module in model.modules() if isinstance(module, ChunkRetriever)]
-        self.handles = [module.register_forward_hook(self._record) for module in retrievers]
-
-    def _record(self, module: torch.nn.Module, inputs: Any, retrieval: Retrieval) -> None:
-        # the last position is the one that predicts the next answer token
-        indices, weights = retrieval.indices[0, -1].flatten(), retrieval.weights[0, -1].flatten()
-        for index, weight in zip(indices.tolist(), weights.tolist(), strict=True):
-            if 0 <= index < self.num_chunks:
-                self.best[index] = max(self.best.get(index, 0.0), weight)
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-class _Streamer(BaseStreamer):
+class _Line:
     """Passes on the first line of the answer, piece by piece; what decoding may still change is held back."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.tokens: list[int] = []
-        self.shown, self.has_prompt = "", False
+        self.tokenizer, self.on_text, self.shown = tokenizer, on_text, ""
 
-    def put(self, value: torch.Tensor) -> None:
-        if not self.has_prompt:
-            # generate() begins with the prompt itself
-            self.has_prompt = True
-            return
-        self.tokens += value.flatten().tolist()
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+    def show(self, tokens: list[int]) -> None:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         line = text.split("\n")[0].removesuffix("\ufffd")
         if len(line) > len(self.shown):
             self.on_text(line[len(self.shown) :])
             self.shown = line
 
-    def end(self) -> None:
-        pass
+
+def end_tokens(model: HSAForCausalLM) -> list[int]:
+    """Tokens that end an answer."""
+    found = model.generation_config.eos_token_id if model.generation_config is not None else model.config.eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def ask(
@@ -112,7 +82,6 @@ def ask(
     max_new_tokens: int = 24,
     num_sources: int = 3,
     on_text: Callable[[str], None] | None = None,
-    **generate_options: Any,
 ) -> Answer:
     """Answer `prompt`, a new document that reads the whole memory; greedy, up to the end token or a line break.
 
@@ -124,24 +93,26 @@ def ask(
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask something like 'The secret code of the amber falcon is'")
-    device = model.model.embed_tokens.weight.device
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
-    with evaluating(model), _Recorder(model, memory.num_chunks_of_all) as recorder:
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            memory=memory,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            streamer=None if on_text is None else _Streamer(tokenizer, on_text),
-            **generate_options,
-        )
-    tokens = out[0, ids.shape[1] :].tolist()
+    ids = torch.tensor(tokenizer(prompt)["input_ids"])
+    num_chunks = memory.num_chunks_of_all
+    engine = DecodingEngine(model, memory, max_tokens=len(ids) + max_new_tokens, use_graph=False)
+    line = None if on_text is None else _Line(tokenizer, on_text)
+    tokens: list[int] = []
+    best: dict[int, float] = {}
+    for step in engine.stream([ids], max_new_tokens, stop_tokens=end_tokens(model)):
+        assert step.tokens[0] is not None
+        tokens.append(step.tokens[0])
+        if line is not None:
+            line.show(tokens)
+        for indices, weights in step.retrieved:
+            for index, weight in zip(indices.flatten().tolist(), weights.flatten().tolist(), strict=True):
+                if 0 <= index < num_chunks:
+                    best[index] = max(best.get(index, 0.0), weight)
     text = tokenizer.decode(tokens, skip_special_tokens=True).split("\n")[0]
-    ranked = sorted(recorder.best.items(), key=lambda item: -item[1])[:num_sources]
+    ranked = sorted(best.items(), key=lambda item: -item[1])[:num_sources]
     sources = [_source(memory, index, weight) for index, weight in ranked]
-    weight = max(recorder.best.values(), default=0.0)
-    return Answer(text, tokens, weight, low_weight(memory.num_chunks_of_all), sources)
+    weight = max(best.values(), default=0.0)
+    return Answer(text, tokens, weight, low_weight(num_chunks), sources)
 
 
 def _source(memory: ChunkMemory, chunk: int, weight: float) -> Source:

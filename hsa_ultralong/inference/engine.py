@@ -7,8 +7,9 @@ step late, so the device never idles. Used by `hsa bench memory` and wherever ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,12 +18,19 @@ from hsa_ultralong.inference.generation import continuation_cache
 from hsa_ultralong.inference.reader import compiled, evaluating, run_layer
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, GatheringStore, MemoryView
+from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindow
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
 
-OnTokens = Callable[[list[int | None]], None]
+
+class Step(NamedTuple):
+    """What one step gave: tokens, None for a sequence that has ended; per upper group, what the token before them
+    retrieved: indices and weights (B, Hr, K), counted through all memories in order, on the host."""
+
+    tokens: list[int | None]
+    retrieved: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def sample(
@@ -98,7 +106,7 @@ class DecodingEngine:
     # state -----------------------------------------------------------------------------------------------------------
 
     def _make_state(self) -> None:
-        config, batch = self.config, self.batch
+        config, batch, inner = self.config, self.batch, self.model.model
         assert config.head_dim is not None
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.logits = torch.zeros((batch, config.vocab_size), dtype=self.dtype, device=self.device)
@@ -122,6 +130,11 @@ class DecodingEngine:
         ends = torch.arange(1, self.capacity + 2, dtype=torch.int32, device=self.device) * config.chunk_size
         self.own.ends.copy_(ends.expand(batch, -1))
         self.lengths = [0] * batch  # places, on the host
+        slots = (batch, config.num_retrieval_heads, config.chunk_topk)
+        self.retrieved = [
+            (torch.full(slots, -1, dtype=torch.int32, device=self.device), torch.zeros(slots, device=self.device))
+            for _ in inner.upper_groups()
+        ]
 
     def _library_views(self) -> list[MemoryView]:
         """One view per memory, readable by the sequences that have it."""
@@ -175,8 +188,9 @@ class DecodingEngine:
             x = self._run_layer(layer, x, rotary, next(rings))
         rows = torch.arange(self.batch, device=self.device)
         self.pending[rows, self.places % config.chunk_size] = x[:, 0]
-        for group in inner.upper_groups():
+        for number, group in enumerate(inner.upper_groups()):
             retrieval = group.retriever(x, self.views, topk=config.chunk_topk)
+            self._note(slice(None), number, retrieval)
             x = group.hsa_layer(x, retrieval, self.views, rotary, None, next(rings))
             for layer in group.layers:
                 x = self._run_layer(layer, x, rotary, next(rings))
@@ -184,6 +198,13 @@ class DecodingEngine:
         self.tokens.copy_(sample(self.logits, *self.sampling))
         self.places += 1
         self.seen += 1
+
+    def _note(self, rows: int | slice, group: int, retrieval: Retrieval) -> None:
+        """Keep what the last token of the sequences retrieved."""
+        indices, weights = self.retrieved[group]
+        kept = retrieval.indices.shape[-1]
+        indices[rows, :, :kept], weights[rows, :, :kept] = retrieval.indices[:, -1], retrieval.weights[:, -1].float()
+        indices[rows, :, kept:] = -1
 
     def _complete(self) -> None:
         """Encode the chunks that the last step filled; those of other sequences go to the slot that is never seen."""
@@ -258,12 +279,27 @@ class DecodingEngine:
             cache = HSACache(self.config, library=memory)
         if len(prompt) == 0 or cache.num_seen + len(prompt) > self.max_tokens:
             raise ValueError(f"a prompt needs 1 to {self.max_tokens - cache.num_seen} tokens here, got {len(prompt)}")
-        with evaluating(self.model):
+        with evaluating(self.model), self._observed(row):
             logits = self.model(prompt[None], past_key_values=cache, logits_to_keep=1).logits[:, -1]
         self._clear(row)
         self._load(row, cache)
         self.logits[row] = logits[0]
         self.tokens[row] = sample(logits, *self.sampling)[0]
+
+    @contextmanager
+    def _observed(self, row: int) -> Iterator[None]:
+        """Note what the prompt's last token retrieves; its indices count its own memory alone, which is the first."""
+
+        def hook(number: int) -> Callable[..., None]:
+            return lambda module, inputs, retrieval: self._note(row, number, retrieval)
+
+        groups = self.model.model.upper_groups()
+        handles = [group.retriever.register_forward_hook(hook(number)) for number, group in enumerate(groups)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _load(self, row: int, cache: HSACache) -> None:
         """Move the state of one sequence into the buffers of a slot."""
@@ -289,18 +325,15 @@ class DecodingEngine:
             self.own.landmarks[row, :count], self.own.segments[row, :count] = own.landmarks[0], 0
         self.places[row], self.seen[row], self.lengths[row] = length, seen, length
 
-    def generate(
+    def stream(
         self,
         prompts: Sequence[torch.Tensor],
         max_new_tokens: int,
         *,
         stop_tokens: Sequence[int] = (),
         continue_document: bool = False,
-        on_tokens: OnTokens | None = None,
-    ) -> list[list[int]]:
-        """Answers to one prompt per sequence: up to `max_new_tokens`, or through the first stop token.
-
-        on_tokens: called with every step's tokens, None for a sequence that has ended.
+    ) -> Iterator[Step]:
+        """Answers to one prompt per sequence, step by step: up to `max_new_tokens`, or through the first stop token.
 
         Raises:
             ValueError: another number of prompts than sequences, or what `start` refuses.
@@ -309,52 +342,55 @@ class DecodingEngine:
             raise ValueError(f"{len(prompts)} prompts for {self.batch} sequences")
         for row, prompt in enumerate(prompts):
             self.start(row, prompt, continue_document=continue_document)
-        answers: list[list[int]] = [[] for _ in prompts]
-        is_done = [max_new_tokens < 1] * self.batch
-
-        def take(found: torch.Tensor) -> None:
-            shown: list[int | None] = [None] * self.batch
-            for row, token in enumerate(found.tolist()):
-                if not is_done[row]:
-                    answers[row].append(token)
-                    shown[row] = token
-                    is_done[row] = token in stop_tokens or len(answers[row]) >= max_new_tokens
-            if on_tokens is not None:
-                on_tokens(shown)
-
+        is_done = [False] * self.batch
         reader = _LateReader(self.device)
-        reader.put(self.tokens)
+        reader.put(self.tokens, self.retrieved)
         for number in range(1, max_new_tokens + 1):
             if number < max_new_tokens and max(self.lengths) < self.max_tokens:
-                reader.put(self.step())
-            take(reader.get())
+                reader.put(self.step(), self.retrieved)
+            found, retrieved = reader.get()
+            tokens = [None if done else token for token, done in zip(found.tolist(), is_done, strict=True)]
+            is_done = [done or token in stop_tokens for token, done in zip(tokens, is_done, strict=True)]
+            yield Step(tokens, retrieved)
             if all(is_done) or reader.is_empty:
-                break
+                return
+
+    def generate(self, prompts: Sequence[torch.Tensor], max_new_tokens: int, **options: Any) -> list[list[int]]:
+        """The whole answers: see `stream`."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        for step in self.stream(prompts, max_new_tokens, **options):
+            for answer, token in zip(answers, step.tokens, strict=True):
+                if token is not None:
+                    answer.append(token)
         return answers
 
 
+Retrieved = list[tuple[torch.Tensor, torch.Tensor]]
+
+
 class _LateReader:
-    """Copies of tokens on their way to the host: a copy is waited for only after the next step was started."""
+    """Copies of a step's results on their way to the host: waited for only after the next step was started."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_cuda = device.type == "cuda"
-        self.waiting: list[tuple[torch.Tensor, Any]] = []
+        self.waiting: list[tuple[torch.Tensor, Retrieved, Any]] = []
 
-    def put(self, tokens: torch.Tensor) -> None:
-        if not self.is_cuda:
-            self.waiting.append((tokens.clone(), None))
-            return
-        copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        copy.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.waiting.append((copy, event))
+    def put(self, tokens: torch.Tensor, retrieved: Retrieved) -> None:
+        copies = [(self._copy(indices), self._copy(weights)) for indices, weights in retrieved]
+        event = torch.cuda.Event() if self.is_cuda else None
+        self.waiting.append((self._copy(tokens), copies, event))
+        if event is not None:
+            event.record()
 
-    def get(self) -> torch.Tensor:
-        tokens, event = self.waiting.pop(0)
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.is_cuda)
+        return copy.copy_(tensor, non_blocking=True)
+
+    def get(self) -> tuple[torch.Tensor, Retrieved]:
+        tokens, retrieved, event = self.waiting.pop(0)
         if event is not None:
             event.synchronize()
-        return tokens
+        return tokens, retrieved
 
     @property
     def is_empty(self) -> bool:

@@ -105,15 +105,39 @@ def test_generation_equals_transformers_and_stops():
         ids, attention_mask=torch.ones_like(ids), memory=memory, max_new_tokens=40, do_sample=False
     )[:, 9:]
     engine = DecodingEngine(model, memory, batch=2, max_tokens=64)
-    seen = []
-    found = engine.generate(prompts, 40, on_tokens=seen.append)
+    found = engine.generate(prompts, 40)
     assert found == expected.tolist()
-    assert [list(row) for row in zip(*seen, strict=True)] == found
+    steps = list(engine.stream(prompts, 40))
+    assert [list(row) for row in zip(*(step.tokens for step in steps), strict=True)] == found
     stop = found[0][5]
     short = engine.generate(prompts, 40, stop_tokens=[stop])
     assert short[0] == found[0][: found[0].index(stop) + 1]
     # as many tokens as there is room for
     assert [len(row) for row in engine.generate(prompts, 100)] == [64 - 9 + 1] * 2
+
+
+def test_what_was_retrieved_is_reported():
+    model = tiny_model()
+    memory = model.memorize(document(120))
+    prompt = document(20, seed=1)
+    engine = DecodingEngine(model, memory, max_tokens=64)
+    steps = list(engine.stream([prompt], 10))
+    seen = []
+    hooks = [
+        group.retriever.register_forward_hook(lambda module, inputs, retrieval: seen.append(retrieval))
+        for group in model.model.upper_groups()
+    ]
+    text = torch.cat((prompt, torch.tensor([step.tokens[0] for step in steps])))
+    parallel(model, memory, text)
+    for hook in hooks:
+        hook.remove()
+    for number, step in enumerate(steps):
+        for expected, (indices, weights) in zip(seen, step.retrieved, strict=True):
+            place = len(prompt) - 1 + number
+            kept = expected.indices.shape[-1]
+            # chunks of the sequence itself count from the memory's last on, in another order of arrival
+            assert torch.equal(indices[0, :, :kept], expected.indices[0, place])
+            torch.testing.assert_close(weights[0, :, :kept], expected.weights[0, place].float())
 
 
 def test_sampling_keeps_to_what_it_is_told():

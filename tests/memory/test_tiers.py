@@ -109,7 +109,7 @@ def test_appending_grows_without_a_capacity():
 
 def test_what_does_not_fit_is_refused_before_anything_is_read():
     model = tiny_model()
-    with pytest.raises(ValueError, match="does not fit.*GiB"):
+    with pytest.raises(ValueError, match="does not fit"):
         tiered_memory(model, 2**40, store="tiered")
     with pytest.raises(ValueError, match="store must be one of"):
         model.memorize(document(9), store="attic")
