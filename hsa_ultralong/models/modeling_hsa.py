@@ -7,7 +7,7 @@ One forward serves training, segment-wise reading and decoding; what differs liv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,25 +19,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from hsa_ultralong.models.build import UpperGroup, build_encoder, build_group, build_lower_layer
 from hsa_ultralong.models.cache_hsa import HSACache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
-from hsa_ultralong.models.views import library_view, pooled_view
+from hsa_ultralong.models.layout import Layout, packed_layout, plain_layout, restrict, slice_layout
+from hsa_ultralong.models.ranks import ContextRanks, PoolRanks, Windows
+from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
-from hsa_ultralong.ops import ChunkVisibility, linear_cross_entropy
+from hsa_ultralong.ops import linear_cross_entropy
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
-
-
-class Layout(NamedTuple):
-    """Where each token of a call stands. segments and positions (B, T) int32: document (-1 = padding) and position in
-    it; window_segments (B, n + T): documents of cached and new tokens, None for one document per row; is_packed: the
-    caller gave documents."""
-
-    segments: torch.Tensor
-    positions: torch.Tensor
-    window_segments: torch.Tensor | None
-    is_packed: bool
 
 
 class HSAPreTrainedModel(PreTrainedModel):
@@ -86,6 +77,9 @@ class HSAModel(HSAPreTrainedModel):
         self.groups = nn.ModuleList(build_group(config, i) for i in range(config.num_upper_groups))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        # set from outside: processes that share every row, and processes whose rows share a pool (distributed/)
+        self.context_ranks: ContextRanks | None = None
+        self.pool_ranks: PoolRanks | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -107,7 +101,9 @@ class HSAModel(HSAPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         segment_ids: torch.Tensor | None = None,
-        pool_memory: bool = False,
+        isolate_documents: bool | torch.Tensor | None = None,
+        pool_memory: bool | str = False,
+        source_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -119,7 +115,12 @@ class HSAModel(HSAPreTrainedModel):
             segment_ids: (B, T) int32 packed documents, each starting at a multiple of the chunk size, numbered
                 upwards along the row, -1 on padding. Windows stay inside a document; retrieval also reaches the
                 documents before it in the row.
-            pool_memory: every row may also retrieve the chunks of all other rows ("pooled memory").
+            isolate_documents: True, or (B,) per row: retrieval stays inside the document too, in a pool as well.
+            pool_memory: "attended" (or True): a token may also retrieve all chunks of other sources in the batch;
+                "compete": those take slots and fusion weight, and contribute zero (docs/pooled-memory.md).
+            source_ids: any integers, (B,) per row or with segment_ids (B, T) per document, whose chunks of the same
+                source stay out of the pool, as they may show the future; by default every row is a source of its own.
+                Used with pool_memory only.
 
         Raises:
             ValueError: on inputs that do not fit together.
@@ -127,29 +128,40 @@ class HSAModel(HSAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, M)
+        if pool_memory not in POOLS:
+            raise ValueError(f"pool_memory must be one of {POOLS}, got {pool_memory!r}")
         if pool_memory and not self.config.is_composable:
             raise ValueError("pool_memory needs softmax fusion without position decay: a pool has no order (fact 4)")
         cache = self._cache(past_key_values, use_cache)
         layout = self._layout(x, attention_mask, segment_ids, cache)
-        rotary = self.rotary(x, cache)
-        x = self.read_lower(x, rotary, layout.window_segments, cache)
+        layout = restrict(layout, isolate_documents, source_ids if pool_memory else None)
+        windows = self._windows(cache, x.shape[1])
+        rotary = self.rotary(x, windows)
+        x = self.read_lower(x, rotary, layout.window_segments, windows)
         views = self._views(x, layout, cache, pool_memory)
-        x = self.decode_upper(x, rotary, views, layout.window_segments, cache)
+        x = self.decode_upper(x, rotary, views, layout.window_segments, windows)
         if cache is not None:
             cache.advance(x.shape[1])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
 
-    def rotary(self, x: torch.Tensor, cache: HSACache | None) -> RotaryTable:
-        past = 0 if cache is None else max(layer.state.length for layer in cache.layers)
+    def _windows(self, cache: HSACache | None, num_tokens: int) -> Windows | None:
+        """What the windows read before the call's own tokens."""
+        if self.context_ranks is None:
+            return cache
+        return self.context_ranks.windows(self.config.layer_windows, num_tokens)
+
+    def rotary(self, x: torch.Tensor, windows: Windows | None) -> RotaryTable:
+        layers = range(self.config.num_hidden_layers)
+        past = 0 if windows is None else max(windows.state(layer).length for layer in layers)
         assert self.config.head_dim is not None
         return rotary_table(past + x.shape[1], self.config.head_dim, self.config.rope_theta, x.device, x.dtype)
 
     def read_lower(
-        self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None = None, cache: HSACache | None = None
+        self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None = None, windows: Windows | None = None
     ) -> torch.Tensor:
         """Step 2, the lower decoder: (B, T, M) -> (B, T, M)."""
         for number, layer in enumerate(self.lower_layers):
-            state = None if cache is None else cache.state(number)
+            state = None if windows is None else windows.state(number)
             x = self._run(layer, x, rotary, segments, state)
         return x
 
@@ -159,7 +171,7 @@ class HSAModel(HSAPreTrainedModel):
         rotary: RotaryTable,
         views: Sequence[MemoryView],
         segments: torch.Tensor | None = None,
-        cache: HSACache | None = None,
+        windows: Windows | None = None,
     ) -> torch.Tensor:
         """Steps 5 to 7, the upper decoder over the given memories: (B, T, M) -> (B, T, M)."""
         seed = None
@@ -169,8 +181,8 @@ class HSAModel(HSAPreTrainedModel):
         number = self.config.num_lower_layers
         for index, group in enumerate(self.groups):
             states = None
-            if cache is not None:
-                states = [cache.state(number + i) for i in range(self.config.num_layers_per_group)]
+            if windows is not None:
+                states = [windows.state(number + i) for i in range(self.config.num_layers_per_group)]
             number += self.config.num_layers_per_group
             noise_seed = None if seed is None else seed + 7919 * index
             x = self._run(group, x, views, rotary, segments, states, self.config.chunk_topk, noise_seed)
@@ -184,11 +196,15 @@ class HSAModel(HSAPreTrainedModel):
     def _cache(self, cache: HSACache | None, use_cache: bool | None) -> HSACache | None:
         if cache is not None and not isinstance(cache, HSACache):
             raise ValueError(f"past_key_values must be an HSACache, got {type(cache).__name__}")
+        if cache is not None and self.context_ranks is not None:
+            raise ValueError("a row shared over processes (context_ranks) cannot continue a cache")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.training and self.gradient_checkpointing:
             # a layer that runs again in the backward would extend the cache twice
             use_cache, cache = False, None
+        if self.context_ranks is not None:
+            use_cache = False
         return HSACache(self.config) if cache is None and use_cache else cache
 
     def _layout(
@@ -198,52 +214,27 @@ class HSAModel(HSAPreTrainedModel):
         segment_ids: torch.Tensor | None,
         cache: HSACache | None,
     ) -> Layout:
-        batch, num_tokens, _ = x.shape
-        seen = 0 if cache is None else cache.num_seen
-        index = torch.arange(num_tokens, dtype=torch.int32, device=x.device)
+        size, context = self.config.chunk_size, self.context_ranks
         if cache is not None and cache.dead_end is not None:
             raise ValueError(f"this cache cannot be continued: it comes from {cache.dead_end}")
-        if segment_ids is not None:
-            if (cache is not None and seen) or attention_mask is not None or num_tokens % self.config.chunk_size:
-                raise ValueError(
-                    "segment_ids go with a whole row of a multiple of chunk_size tokens, without cache or "
-                    f"attention_mask; got {num_tokens} tokens and chunk_size={self.config.chunk_size}"
-                )
-            if cache is not None:
-                cache.dead_end = "a packed row (segment_ids), whose chunks it does not hold"
-            segments = segment_ids.to(torch.int32)
-            starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)  # (B, T)
-            positions = index - (starts * index).cummax(1).values.to(torch.int32)
-            return Layout(segments, positions, segments, True)
-        padding = cache.padding if cache is not None else None
-        if attention_mask is not None:
-            if attention_mask.shape != (batch, seen + num_tokens):
-                raise ValueError(
-                    f"attention_mask must be ({batch}, {seen + num_tokens}) for {seen} cached and {num_tokens} new "
-                    f"tokens, got {tuple(attention_mask.shape)}"
-                )
-            # left padding is known once every row has a real token; until then each call looks again
-            if (seen == 0 or max(padding or [0]) >= seen) and not bool(attention_mask.all()):
-                padding = (attention_mask.cumsum(1) == 0).sum(1).tolist()
-                if cache is not None:
-                    cache.padding = padding
-                    if bool((attention_mask[:, -1] < attention_mask.amax(1)).any()):
-                        cache.dead_end = "right-padded rows; pad on the left to continue them"
-        if padding is None:
-            return Layout(
-                x.new_zeros((batch, num_tokens), dtype=torch.int32), (index + seen).expand(batch, -1), None, False
+        if context is not None and (attention_mask is not None or x.shape[1] % size):
+            raise ValueError(
+                "context parallelism takes slices of a multiple of chunk_size tokens without attention_mask; got "
+                f"{x.shape[1]} tokens a rank and chunk_size={size}; pad the rows and give segment_ids, -1 on padding"
             )
-        left = torch.tensor(padding, dtype=torch.int32, device=x.device)[:, None]  # (B, 1)
-        past = 0 if cache is None else max(layer.state.length for layer in cache.layers)
-        all_index = torch.arange(seen - past, seen + num_tokens, dtype=torch.int32, device=x.device)
-        window_segments = torch.where(all_index < left, -1, 0).to(torch.int32)  # (B, past + T)
-        if attention_mask is not None and past == seen:
-            window_segments = torch.where(attention_mask == 0, -1, 0).to(torch.int32)
-        return Layout(window_segments[:, past:], index + seen - left, window_segments, False)
+        if segment_ids is None:
+            layout = plain_layout(x, attention_mask, cache)
+        else:
+            layout = packed_layout(segment_ids, size, attention_mask, cache)
+        if context is not None:
+            layout = slice_layout(layout, context, max(self.config.layer_windows) - 1)
+        return layout
 
-    def _views(self, x: torch.Tensor, layout: Layout, cache: HSACache | None, pool_memory: bool) -> list[MemoryView]:
+    def _views(
+        self, x: torch.Tensor, layout: Layout, cache: HSACache | None, pool_memory: bool | str = False
+    ) -> list[MemoryView]:
         """Steps 3 and 4: encode the chunks that are complete now and say who may see what."""
-        views = []
+        views, context = [], self.context_ranks
         if cache is not None and cache.library is not None:
             views.append(library_view(cache.library, layout.segments, layout.positions))
         if cache is None or (layout.is_packed and cache.num_seen == 0):
@@ -252,13 +243,12 @@ class HSAModel(HSAPreTrainedModel):
             own = self._encode_step(x, cache)
         if own is None:
             return views
+        if context is not None:
+            own = ChunkTensors(*(context.gather(part) for part in own))
         if pool_memory:
-            views.append(pooled_view(own, layout.segments))
-        visible = ChunkVisibility(
-            layout.segments, layout.positions, own.segments, own.ends, "earlier" if layout.is_packed else "hidden"
-        )
-        views.append(MemoryView(own, visible, is_causal=cache is None))
-        return views
+            is_read = pool_memory != "compete"
+            views.append(pooled_view(own, layout, is_read=is_read, context=context, ranks=self.pool_ranks))
+        return [*views, own_view(own, layout, is_causal=cache is None, context=context)]
 
     def _encode_row(self, x: torch.Tensor, layout: Layout, padding: list[int] | None) -> ChunkTensors | None:
         """Chunks of whole rows (no cache), kept in the autograd graph."""
@@ -270,24 +260,32 @@ class HSAModel(HSAPreTrainedModel):
         slots = torch.arange(num_chunks, dtype=torch.int32, device=x.device)
         if layout.is_packed:
             by_chunk = layout.segments.unflatten(1, (num_chunks, size))  # (B, C, S)
-            segments = by_chunk[..., 0]
-            lengths = ((by_chunk == segments[..., None]) & (by_chunk >= 0)).sum(-1).to(torch.int32)
-            segments = torch.where(segments < 0, UNUSED, segments).to(torch.int32)
+            lengths = ((by_chunk == by_chunk[..., :1]) & (by_chunk >= 0)).sum(-1).to(torch.int32)
+            groups = layout.groups[:, ::size]
+            segments = torch.where(groups < 0, UNUSED, groups)
             ends = layout.positions[:, ::size] + size
-            k, v, landmarks = self.chunk_encoder(x.unflatten(1, (num_chunks, size)), lengths)
+            k, v, landmarks = self.chunk_encoder(x.unflatten(1, (num_chunks, size)), lengths, self._total)
             return ChunkTensors(k, v, landmarks, lengths.clamp_min(1), segments, ends)
         if layout.window_segments is not None:
             # rows start at their first real token, so that padding never moves the chunk grid
             first = -layout.positions[:, :1]  # (B, 1)
             index = (torch.arange(num_tokens, device=x.device) + first).clamp_max(num_tokens - 1)
             x = x.gather(1, index.long()[..., None].expand_as(x))
-        k, v, landmarks = self.chunk_encoder(x[:, : num_chunks * size].unflatten(1, (num_chunks, size)))
+        chunks = x[:, : num_chunks * size].unflatten(1, (num_chunks, size))  # (B, C, S, M)
+        k, v, landmarks = self.chunk_encoder(chunks, None, self._total)
         ends = ((slots + 1) * size).expand(batch, -1)
-        full = torch.full_like(ends, size)
         # chunks that padding leaves incomplete: their own row never reaches them, but a pool would
         real = (layout.segments >= 0).sum(1, keepdim=True)
         segments = torch.where(ends <= real, 0, UNUSED).to(torch.int32)
-        return ChunkTensors(k, v, landmarks, full, segments, ends)
+        if self.context_ranks is not None:
+            ends = ends + self.context_ranks.rank * num_tokens
+        return ChunkTensors(k, v, landmarks, torch.full_like(ends, size), segments, ends)
+
+    def _total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes that retrieve each other's chunks."""
+        for ranks in (self.context_ranks, self.pool_ranks):
+            part = part if ranks is None else ranks.total(part)
+        return part
 
     def _encode_step(self, x: torch.Tensor, cache: HSACache) -> ChunkTensors | None:
         """Chunks that the new tokens complete go to the cache; returns all chunks of the rows."""
@@ -358,7 +356,9 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         segment_ids: torch.Tensor | None = None,
-        pool_memory: bool = False,
+        isolate_documents: bool | torch.Tensor | None = None,
+        pool_memory: bool | str = False,
+        source_ids: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -379,13 +379,21 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
+            isolate_documents=isolate_documents,
             pool_memory=pool_memory,
+            source_ids=source_ids,
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            total = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten())
-            counted = (labels[:, 1:] != -100).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+            ranks = self.model.context_ranks
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100) if ranks is None else ranks.next_labels(labels)
+            total = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            counted = num_items_in_batch
+            if counted is None:
+                counted = (targets != -100).sum()
+                counted = counted if ranks is None else ranks.total(counted)
+                counted = counted.clamp_min(1)
             loss = total / counted
         if labels is None or not self.training:
             kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]

@@ -1,13 +1,16 @@
-"""Memories beside a row's own chunks: a loaded library, and the pool of a batch (docs/architecture.md, fact 9)."""
+"""What each token may retrieve: a loaded library, the pool of a batch (docs/pooled-memory.md), the row's own chunks."""
 
 from __future__ import annotations
 
 import torch
 
+from hsa_ultralong.models.layout import Layout, source_numbers
+from hsa_ultralong.models.ranks import ContextRanks, PoolRanks
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
 
+POOLS = (False, True, "attended", "compete")
 _NEVER = 2**31 - 1
 
 
@@ -19,15 +22,53 @@ def library_view(library: ChunkMemory, segments: torch.Tensor, positions: torch.
     return MemoryView(tensors, visible, store=library.store, ranks=library.ranks, lookup=library.lookup)
 
 
-def pooled_view(own: ChunkTensors, segments: torch.Tensor) -> MemoryView:
-    """The chunks of all rows as one memory of which each row sees the others' part (its own comes separately)."""
-    batch, num_tokens = segments.shape
-    rows = torch.arange(batch, dtype=torch.int32, device=segments.device)[:, None]
-    chunk_rows = torch.where(own.segments == UNUSED, UNUSED, rows).to(torch.int32)  # (B, C)
-    pooled = ChunkTensors(*(part.flatten(0, 1)[None] for part in own))
-    owner = chunk_rows.reshape(1, -1)
-    query_rows = torch.where(segments < 0, -1, rows).to(torch.int32)  # (B, T)
-    visible = ChunkVisibility(
-        query_rows, torch.zeros_like(query_rows), owner, torch.full_like(owner, _NEVER), foreign="past"
-    )
-    return MemoryView(pooled, visible)
+def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: ContextRanks | None = None) -> MemoryView:
+    """The past chunks of the token's own row and group; `is_causal`: the call's first token is the row's."""
+    if context is not None and context.rank + 1 < context.size:
+        # later slices hold nothing but future
+        past = own.landmarks.shape[1] // context.size * (context.rank + 1)
+        slots = own.k.shape[1] // context.size * (context.rank + 1)
+        own = ChunkTensors(own.k[:, :slots], own.v[:, :slots], *(part[:, :past] for part in own[2:]))
+    visible = ChunkVisibility(layout.groups, layout.positions, own.segments, own.ends)
+    return MemoryView(own, visible, is_causal=is_causal and (context is None or context.rank == 0))
+
+
+def pooled_view(
+    own: ChunkTensors,
+    layout: Layout,
+    *,
+    is_read: bool = True,
+    context: ContextRanks | None = None,
+    ranks: PoolRanks | None = None,
+) -> MemoryView:
+    """The chunks of all rows as one memory, of which a token sees those of other sources (its own come separately).
+
+    Args:
+        own: chunks of this process's rows.
+        is_read: False leaves keys and values out: the chunks only compete.
+        context: processes that share the rows, whose chunks `own` holds too. ranks: those that hold other rows.
+    """
+    batch, num_tokens = layout.segments.shape
+    source_ids = layout.source_ids
+    if source_ids is None:
+        source_ids = torch.arange(batch, device=layout.segments.device) + (0 if ranks is None else ranks.rank * batch)
+    sources = source_numbers(source_ids if source_ids.dim() == 2 else source_ids[:, None]).expand(-1, num_tokens)
+    is_reader = layout.segments >= 0
+    if layout.isolated is not None:
+        is_reader = is_reader & ~layout.isolated
+    of_chunk = sources[:, :1]  # (B, 1)
+    if source_ids.dim() == 2:
+        chunk_size = own.k.shape[1] // own.landmarks.shape[1]
+        of_chunk = sources[:, ::chunk_size] if context is None else context.gather(sources[:, ::chunk_size])  # (B, C)
+    owner = torch.where(own.segments == UNUSED, UNUSED, of_chunk)
+    no_slots = own.k[:, :0]
+    k, v = (own.k, own.v) if is_read else (no_slots, no_slots)
+    parts = [part.flatten(0, 1)[None] for part in (k, v, own.landmarks, own.lengths, owner)]  # (1, B*C, ...)
+    if ranks is not None:
+        # without keys and values there is nothing to send
+        parts = [ranks.gather(part) if part.shape[1] else part for part in parts]
+    k, v, landmarks, lengths, owner = parts
+    never = torch.full_like(owner, _NEVER)
+    readers = torch.where(is_reader, sources, -1)  # (B, T)
+    visible = ChunkVisibility(readers, torch.zeros_like(readers), owner, never, foreign="past")
+    return MemoryView(ChunkTensors(k, v, landmarks, lengths, owner, never), visible, is_read=is_read)

@@ -7,6 +7,8 @@ stored minus a constant centre of the model (fact 10). Called by models/modeling
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,6 +17,7 @@ from hsa_ultralong.nn.mlp import SwiGLU
 from hsa_ultralong.nn.rotary import RotaryTable, apply_rotary, rotary_table
 
 _CENTER_MOMENTUM = 0.99
+Total = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rms_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -101,11 +104,12 @@ class ChunkEncoder(nn.Module):
         self.register_buffer("landmark_center", center)
 
     def forward(
-        self, hidden: torch.Tensor, lengths: torch.Tensor | None = None
+        self, hidden: torch.Tensor, lengths: torch.Tensor | None = None, total: Total | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden: (B, C, S, M) lower-decoder outputs. lengths: (B, C) int32 tokens in each chunk; None = all full.
+            total: sum of a tensor over the processes that retrieve each other's chunks: they need one centre.
 
         Returns:
             k and v (B, C*S, Hkv, D), landmarks (B, C, Hr, R), all in the dtype of `hidden`'s projections. Slots of
@@ -127,10 +131,12 @@ class ChunkEncoder(nn.Module):
         heads = (batch, num_chunks * size, -1, self.head_dim)
         k, v = self.k_norm(self.k_proj(tokens).view(heads)), self.v_proj(tokens).view(heads)
         counted = None if lengths is None else lengths.reshape(-1) > 0
-        landmarks = self._landmarks(x, present, counted).view(batch, num_chunks, self.num_retrieval_heads, -1)
+        landmarks = self._landmarks(x, present, counted, total).view(batch, num_chunks, self.num_retrieval_heads, -1)
         return k.to(v.dtype), v, landmarks.to(v.dtype)
 
-    def _landmarks(self, x: torch.Tensor, present: torch.Tensor | None, counted: torch.Tensor | None) -> torch.Tensor:
+    def _landmarks(
+        self, x: torch.Tensor, present: torch.Tensor | None, counted: torch.Tensor | None, total: Total | None
+    ) -> torch.Tensor:
         """(N, S + 1, M) -> (N, Hr, R) fp32, normalised and centred; only chunks `counted` (N,) move the centre."""
         if self.landmark_source == "cls":
             summary = x[:, -1]
@@ -146,6 +152,8 @@ class ChunkEncoder(nn.Module):
         if self.training and landmarks.shape[0]:
             with torch.no_grad():
                 share = torch.ones_like(landmarks[:, 0, 0]) if counted is None else counted.to(landmarks.dtype)
-                mean = (landmarks * share[:, None, None]).sum(0) / share.sum().clamp_min(1)
+                sums = torch.cat(((landmarks * share[:, None, None]).sum(0).flatten(), share.sum()[None]))
+                sums = sums if total is None else total(sums)
+                mean = (sums[:-1] / sums[-1].clamp_min(1)).view_as(self.landmark_center)
                 self.landmark_center.lerp_(mean.to(self.landmark_center.dtype), 1 - _CENTER_MOMENTUM)
         return landmarks - self.landmark_center

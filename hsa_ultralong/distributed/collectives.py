@@ -1,0 +1,79 @@
+"""Two exchanges between processes through which gradients flow back, and the ranks of a group that use them.
+
+Made of collectives that every backend and torch release has under one name. Gradients are summed in the order of the
+ranks, in fp32 if they are 16-bit, so a run repeats bit for bit. Used by context.py and pool.py; tests/distributed/.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+
+def _exchange(rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
+    out = rows.new_empty((sum(receive), *rows.shape[1:]))
+    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+    return out
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None):
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange(rows, send, receive, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor):
+        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup | None):
+        ctx.group = group
+        out = part.new_empty((dist.get_world_size(group), *part.shape))
+        dist.all_gather(list(out.unbind(0)), part.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor):
+        ones = [1] * grad.shape[0]
+        parts = _exchange(grad, ones, ones, ctx.group)  # what every rank has for this one's part
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        return parts.sum(0, dtype=wide).to(grad.dtype), None
+
+
+class Ranks:
+    """This process among those of `group` (None: all processes).
+
+    Every process of the group makes the same calls, in the forward and in the backward, with tensors of the same shape.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    @torch.compiler.disable
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """(B, n, ...) of every rank side by side, (B, size * n, ...); gradients return to the giver of the part."""
+        return _Gather.apply(part, self.group).transpose(0, 1).flatten(1, 2)
+
+    @torch.compiler.disable
+    def exchange(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        """Give the first send[0] rows to rank 0, the next send[1] to rank 1, ...; rows (n, ...) received, by rank.
+
+        Gradients travel the other way.
+        """
+        return _Exchange.apply(rows, send, receive, self.group)
+
+    @torch.no_grad()
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks, without gradient."""
+        part = part.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(part, group=self.group)
+        return part

@@ -1,0 +1,129 @@
+"""Where each token of a call stands: its document, its place in the row, and which chunks of its row it may read.
+
+Documents of a row start at multiples of the chunk size, so the row is one grid of chunks, and a chunk is past if and
+only if it ends at or before the token's place in the row (fact 1). Called by modeling_hsa.py; tests in tests/models/:
+test_documents.py, test_isolation.py, test_pool.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hsa_ultralong.models.cache_hsa import HSACache
+from hsa_ultralong.models.ranks import ContextRanks
+
+_LOW_BITS = 2**31 - 1
+
+
+class Layout(NamedTuple):
+    """Tokens of a call, (B, T) int32.
+
+    segments: document, -1 = padding. positions: place in the row's grid of chunks, negative in left padding.
+    groups: a token reads those past chunks of its row that are of its group, -1 = padding. window_segments (B, n + T):
+    documents of cached and new tokens, None for one document a row. is_packed: the caller gave documents. For a pool:
+    isolated (B, 1) bool, rows that read nothing of it; source_ids (B,) or (B, T), one source per row if None.
+    """
+
+    segments: torch.Tensor
+    positions: torch.Tensor
+    groups: torch.Tensor
+    window_segments: torch.Tensor | None
+    is_packed: bool
+    isolated: torch.Tensor | None = None
+    source_ids: torch.Tensor | None = None
+
+
+def plain_layout(x: torch.Tensor, attention_mask: torch.Tensor | None, cache: HSACache | None) -> Layout:
+    """One document per row of x (B, T, M), padded or not, after the tokens of the cache."""
+    batch, num_tokens, _ = x.shape
+    seen = 0 if cache is None else cache.num_seen
+    index = torch.arange(num_tokens, dtype=torch.int32, device=x.device)
+    padding = cache.padding if cache is not None else None
+    if attention_mask is not None:
+        if attention_mask.shape != (batch, seen + num_tokens):
+            raise ValueError(
+                f"attention_mask must be ({batch}, {seen + num_tokens}) for {seen} cached and {num_tokens} new "
+                f"tokens, got {tuple(attention_mask.shape)}"
+            )
+        # left padding is known once every row has a real token; until then each call looks again
+        if (seen == 0 or max(padding or [0]) >= seen) and not bool(attention_mask.all()):
+            padding = (attention_mask.cumsum(1) == 0).sum(1).tolist()
+            if cache is not None:
+                cache.padding = padding
+                if bool((attention_mask[:, -1] < attention_mask.amax(1)).any()):
+                    cache.dead_end = "right-padded rows; pad on the left to continue them"
+    if padding is None:
+        segments = x.new_zeros((batch, num_tokens), dtype=torch.int32)
+        return Layout(segments, (index + seen).expand(batch, -1), segments, None, False)
+    left = torch.tensor(padding, dtype=torch.int32, device=x.device)[:, None]  # (B, 1)
+    past = 0 if cache is None else max(layer.state.length for layer in cache.layers)
+    all_index = torch.arange(seen - past, seen + num_tokens, dtype=torch.int32, device=x.device)
+    window_segments = torch.where(all_index < left, -1, 0).to(torch.int32)  # (B, past + T)
+    if attention_mask is not None and past == seen:
+        window_segments = torch.where(attention_mask == 0, -1, 0).to(torch.int32)
+    segments = window_segments[:, past:]
+    return Layout(segments, index + seen - left, segments, window_segments, False)
+
+
+def packed_layout(
+    segment_ids: torch.Tensor, chunk_size: int, attention_mask: torch.Tensor | None, cache: HSACache | None
+) -> Layout:
+    """Rows of several documents, of which a token reads its own and the earlier ones."""
+    num_tokens = segment_ids.shape[1]
+    if (cache is not None and cache.num_seen) or attention_mask is not None or num_tokens % chunk_size:
+        raise ValueError(
+            "segment_ids go with a whole row of a multiple of chunk_size tokens, without cache or "
+            f"attention_mask; got {num_tokens} tokens and chunk_size={chunk_size}"
+        )
+    if cache is not None:
+        cache.dead_end = "a packed row (segment_ids), whose chunks it does not hold"
+    segments = segment_ids.to(torch.int32)
+    positions = torch.arange(num_tokens, dtype=torch.int32, device=segments.device).expand_as(segments)
+    groups = torch.where(segments < 0, -1, 0).to(torch.int32)
+    return Layout(segments, positions, groups, segments, True)
+
+
+def restrict(
+    layout: Layout, isolate_documents: bool | torch.Tensor | None, source_ids: torch.Tensor | None = None
+) -> Layout:
+    """The layout with isolated rows, whose tokens read their own document only, and the sources of a pool.
+
+    Raises:
+        ValueError: for tensors of other shapes than HSAModel.forward names.
+    """
+    batch, num_tokens = layout.segments.shape
+    groups, isolated = layout.groups, None
+    if source_ids is not None:
+        if source_ids.shape != (batch,) and (source_ids.shape != (batch, num_tokens) or not layout.is_packed):
+            raise ValueError(
+                f"source_ids must be ({batch},), one per row, or with segment_ids ({batch}, {num_tokens}), one per "
+                f"document; got {tuple(source_ids.shape)}"
+            )
+        if source_ids.dim() == 2:
+            # the pool shows the other sources of the row
+            groups = torch.where(groups < 0, -1, source_numbers(source_ids))
+    if isinstance(isolate_documents, torch.Tensor) and isolate_documents.shape != (batch,):
+        raise ValueError(
+            f"isolate_documents must be a bool or ({batch},), one per row; got {tuple(isolate_documents.shape)}"
+        )
+    if isinstance(isolate_documents, torch.Tensor) or isolate_documents:
+        isolated = torch.as_tensor(isolate_documents, device=groups.device).bool().expand(batch)[:, None]
+        groups = torch.where(isolated, layout.segments, groups)
+    return layout._replace(groups=groups, isolated=isolated, source_ids=source_ids)
+
+
+def slice_layout(layout: Layout, ranks: ContextRanks, reach: int) -> Layout:
+    """The layout of this rank's slice of rows shared over ranks; windows reach `reach` tokens before it."""
+    num_tokens = layout.segments.shape[1]
+    layout = layout._replace(positions=layout.positions + ranks.rank * num_tokens)
+    if not layout.is_packed:
+        return layout
+    before = ranks.before(layout.segments[:, -min(reach, num_tokens) :], reach, num_tokens)
+    return layout._replace(window_segments=torch.cat((before, layout.segments), 1))
+
+
+def source_numbers(source_ids: torch.Tensor) -> torch.Tensor:
+    """Any integers -> int32 from 0 on: the low 31 bits, so that 64-bit hashes serve."""
+    return (source_ids & _LOW_BITS).to(torch.int32)

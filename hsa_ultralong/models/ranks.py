@@ -1,0 +1,48 @@
+"""What the model asks of other processes; `distributed` has the classes, given to it from outside.
+
+`HSAModel.context_ranks` share every row (context parallelism), `HSAModel.pool_ranks` share a pool of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class Windows(Protocol):
+    """What the window of each layer reads before the tokens of a call: of a cache, or of the slices before."""
+
+    def state(self, layer: int) -> Any:
+        """An nn.window_attention.WindowState or what acts like one."""
+        ...
+
+
+class PoolRanks(Protocol):
+    """Processes that hold different rows."""
+
+    rank: int
+    size: int
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """(B, n, ...) of every rank side by side, (B, size * n, ...), with gradients."""
+        ...
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks."""
+        ...
+
+
+class ContextRanks(PoolRanks, Protocol):
+    """Processes that hold consecutive slices of the same rows."""
+
+    def windows(self, windows: Sequence[int], slice_tokens: int) -> Windows: ...
+
+    def before(self, tail: torch.Tensor, reach: int, slice_tokens: int) -> torch.Tensor:
+        """The last `reach` entries before this rank's slice, from the last entries of every slice."""
+        ...
+
+    def next_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """The label of the token after each, -100 after the row's last."""
+        ...

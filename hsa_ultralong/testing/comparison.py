@@ -1,0 +1,27 @@
+"""Loss and every gradient of a model, and its backends: what two formulations of one thing are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+
+from hsa_ultralong.nn import chunk_retriever, hierarchical_sparse_attention
+
+
+def loss_and_gradients(
+    model: torch.nn.Module, losses: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum of the losses and its gradient for every parameter that has one, by name."""
+    model.zero_grad()
+    total = torch.stack(list(losses)).sum()
+    total.backward()
+    return total.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def force_backends(monkeypatch, topk: str, attention: str) -> None:
+    """Every model of this test runs chunk_topk and hsa_attention with these `impl`."""
+    monkeypatch.setattr(chunk_retriever, "chunk_topk", partial(chunk_retriever.chunk_topk, impl=topk))
+    forced = partial(hierarchical_sparse_attention.hsa_attention, impl=attention)
+    monkeypatch.setattr(hierarchical_sparse_attention, "hsa_attention", forced)

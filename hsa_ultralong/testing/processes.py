@@ -1,0 +1,47 @@
+"""Start a few processes that talk over gloo, and compare what they sum up to with one process."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(rank, world, address, work, args):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    meet = {"init_method": f"file://{address}", "rank": rank, "world_size": world}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120), **meet)
+    try:
+        work(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(world, address, work, *args):
+    """Run work(rank, world, *args) in `world` processes; an assertion in any of them fails the test."""
+    context = mp.start_processes(_enter, (world, address, work, args), nprocs=world, start_method="fork", join=False)
+    while not context.join(timeout=60):
+        pass
+
+
+def run(model, **inputs):
+    """Loss, gradient of every parameter, and the running statistics, of one forward and backward."""
+    model.zero_grad()
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    load = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_load")}
+    return {"loss": loss.detach(), **found, **load}
+
+
+def assert_sums_equal(parts, whole, group=None):
+    """The sum over the ranks of every entry of `parts` is that of `whole`."""
+    assert parts.keys() == whole.keys()
+    for name, part in parts.items():
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        torch.testing.assert_close(total, whole[name], rtol=1e-9, atol=1e-11, msg=f"{name} differs from one process")
