@@ -95,6 +95,9 @@ def memory(
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
     lengths: Annotated[str, typer.Option(help="Tokens to memorise: 8K,1M,16M; none: leave out.")] = "8K,64K,256K",
+    store: Annotated[str, typer.Option(help="Where the memory that is read lies: device, host or tiered.")] = "device",
+    key_values: Annotated[str | None, typer.Option(help="Its form: bf16, int8, fp8 [default: the model's].")] = None,
+    landmarks: Annotated[str | None, typer.Option(help="Form of its landmarks: bf16, int8.")] = None,
     file: Annotated[Path | None, typer.Option(help="Existing memory file to open and decode on.")] = None,
     stores: Annotated[str, typer.Option(help="Where opened files' keys and values lie.")] = "device,host,file",
     formats: Annotated[str, typer.Option(help="Forms of keys and values in files.")] = "bf16,int8",
@@ -111,14 +114,15 @@ def memory(
 ) -> None:
     """Time reading and decoding against the length of the memory, its store and its form.
 
-    Writes memory-HARDWARE.json after every record, keeping what earlier runs measured besides (each record names its
-    run), and draws memory-HARDWARE.png.
+    Writes memory-HARDWARE.json after every record, keeping what earlier runs measured besides, and draws it.
 
     Examples:
 
       hsa bench memory --lengths 8K,64K
 
       hsa bench memory --preset small_345m --lengths 8K,1M,16M --batches 1,8
+
+      hsa bench memory --lengths 1G --store tiered --key-values int8 --landmarks int8
 
       hsa bench memory --lengths none --file lib.hsa --stores file
     """
@@ -145,6 +149,9 @@ def memory(
         steps=steps,
         lookups=tuple(lookups.split(",")),
         segment_tokens=None if segment is None else parse_size(segment),
+        store=store,
+        key_values=key_values,
+        landmarks=landmarks,
         seed=seed,
     )
     network, label = _network(preset_name, model, place, dtype, seed)

@@ -1,12 +1,66 @@
-"""The text that ships with the library: Newton's Opticks (public domain), compressed, 282,777 tokens for nano."""
+"""Haystacks: Newton's Opticks (public domain, 282,777 tokens for nano), which ships with the library, and texts
+recombined to any length. tests/eval/test_haystack.py.
+"""
 
 from __future__ import annotations
 
 import lzma
 from importlib import resources
+from typing import Any
+
+import torch
 
 
 def opticks() -> str:
     """Isaac Newton, Opticks (4th edition, 1730), as plain text."""
     packed = resources.files("hsa_ultralong.eval").joinpath("assets/opticks.txt.xz").read_bytes()
     return lzma.decompress(packed).decode("utf-8")
+
+
+def line_starts(tokens: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """Where the lines of tokens (n,) begin, the first included, (lines,) int64: after each token with a line break."""
+    ends = torch.tensor(["\n" in tokenizer.decode([id]) for id in range(len(tokenizer))], device=tokens.device)
+    breaks = ends[tokens.long()].nonzero()[:, 0] + 1
+    starts = torch.cat((breaks.new_zeros(1), breaks[breaks < len(tokens)]))
+    return starts
+
+
+def recombined(tokens: torch.Tensor, length: int, tokenizer: Any, seed: int = 0) -> torch.Tensor:
+    """A haystack of any length from a text: the text as it is, then its lines in a new random order, again and again.
+
+    A plain repetition would bring no new chunk; shuffled lines fall into other chunks (`count_distinct` says how many).
+
+    Args:
+        tokens: (n,) int32, on the device that shall do the shuffling.
+
+    Returns:
+        (length,) int32 on the host.
+    """
+    starts = line_starts(tokens, tokenizer)
+    sizes = torch.diff(starts, append=starts.new_tensor([len(tokens)]))
+    out = torch.empty(length, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(seed)
+    for begin in range(0, length, len(tokens)):
+        part = tokens
+        if begin:
+            order = torch.randperm(len(starts), generator=generator).to(tokens.device)
+            moved = sizes[order]
+            first = moved.cumsum(0) - moved
+            shift = torch.repeat_interleave(starts[order] - first, moved)
+            part = tokens[torch.arange(len(tokens), device=tokens.device) + shift]
+        stop = min(begin + len(tokens), length)
+        out[begin:stop] = part[: stop - begin].cpu()
+    return out
+
+
+def count_distinct(tokens: torch.Tensor, chunk_size: int, device: torch.device | str = "cpu") -> int:
+    """Number of different chunks of a text (n,), by a 64-bit hash."""
+    whole = len(tokens) // chunk_size * chunk_size
+    generator = torch.Generator().manual_seed(1)
+    factors = torch.randint(-(2**62), 2**62, (chunk_size,), generator=generator).to(device) | 1
+    hashes = [
+        (part.to(device).long().view(-1, chunk_size) * factors).sum(1)
+        for part in tokens[:whole].split(chunk_size * (1 << 16))
+    ]
+    count = len(torch.cat(hashes).unique()) if hashes else 0
+    return count + (1 if whole < len(tokens) else 0)

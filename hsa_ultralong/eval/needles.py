@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from hsa_ultralong.data import evaluation_needles
+from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.inference import ask, edit, memorize
-from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.memory import ChunkMemory
+from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # (length, needles done, needles wanted, tokens read)
 Progress = Callable[[int, int, int, int], None]
@@ -36,6 +38,7 @@ class NeedleSample:
     correct: bool
     weight: float
     found: bool
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class LengthResult:
     distinct_chunks: int
     memory_bytes: int
     control_weights: list[float] = field(default_factory=list)
+    store: str = "device"
+    form: str = ""
+    logits_error: float | None = None
 
     @property
     def accuracy(self) -> float:
@@ -148,10 +154,96 @@ def _one_length(
         report(length, number + 1, samples, length)
     ask_seconds = time.monotonic() - started
     absent = [ask(model, tokenizer, memory, needle.question, max_new_tokens=16).weight for needle in needles[samples:]]
-    distinct = len(_distinct(text, memory.chunk_size))
+    distinct = count_distinct(text, memory.chunk_size)
     return LengthResult(length, done, read_seconds, ask_seconds, distinct, memory.num_bytes, absent)
 
 
-def _distinct(text: torch.Tensor, chunk_size: int) -> set[bytes]:
-    """The different chunks of a text."""
-    return {part.numpy().tobytes() for part in text.cpu().split(chunk_size)}
+def plant(text: torch.Tensor, statements: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Write statements over tokens (n,) at depths (i + 1/2) / number, in place; returns their places.
+
+    Raises:
+        ValueError: if the text is too short for them.
+    """
+    places: list[tuple[int, int]] = []
+    for number, statement in enumerate(statements):
+        start = 1 + round((number + 0.5) / len(statements) * (len(text) - len(statement) - 1))
+        stop = start + len(statement)
+        if stop > len(text) or (places and start < places[-1][1]):
+            raise ValueError(f"{len(text)} tokens are too few for {len(statements)} needles")
+        text[start:stop] = torch.tensor(statement, dtype=text.dtype)
+        places.append((start, stop))
+    return places
+
+
+def run_planted(
+    model: HSAForCausalLM,
+    tokenizer: Any,
+    text: torch.Tensor,
+    *,
+    samples: int,
+    forms: Sequence[str] = ("",),
+    store: str = "device",
+    segment_tokens: int | None = None,
+    seed: int = 0,
+    on_result: Callable[[LengthResult], None] | None = None,
+    progress: Progress | None = None,
+) -> NeedleStudy:
+    """All needles in the text at once, before it is read: for memories too large to edit, and to compare their forms.
+
+    Args:
+        text: (n,) int32 on the host; the needles are written into it. samples: needles, at uniform depths.
+        forms: of keys, values and landmarks ("" is the model's own; landmarks of fp8 keys are int8), one memory each.
+        store: "device", "host" or "tiered". The logits of every form are compared with those of the first.
+
+    Raises:
+        ValueError: a text too short, or a memory that does not fit.
+    """
+    report = progress or (lambda *_: None)
+    length, device = len(text), model.model.embed_tokens.weight.device
+    needles = evaluation_needles(seed + length, samples)
+    statements = [tokenizer(needle.statement, add_special_tokens=False)["input_ids"] for needle in needles]
+    places = plant(text, statements)
+    distinct = count_distinct(text, model.config.chunk_size, device)
+    results: list[LengthResult] = []
+    expected: list[torch.Tensor] = []
+    for form in forms:
+        started = time.monotonic()
+        memory = memorize(
+            model, text, store=store, key_values=form or None, landmarks=("int8" if form == "fp8" else form) or None,
+            segment_tokens=segment_tokens, progress=lambda done, _: report(length, 0, samples, done),
+        )  # fmt: skip
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        read_seconds, started = time.monotonic() - started, time.monotonic()
+        done, errors = [], []
+        for number, (needle, (start, stop)) in enumerate(zip(needles, places, strict=True)):
+            answer = ask(model, tokenizer, memory, needle.question, max_new_tokens=16)
+            found = any(source.start < stop and start < source.stop for source in answer.sources[:1])
+            correct, depth = is_right(answer.text, needle.value), (number + 0.5) / samples
+            done.append(
+                NeedleSample(
+                    length, depth, needle.question, needle.value, answer.text, correct, answer.weight, found, form
+                )
+            )
+            logits = _question_logits(model, tokenizer, memory, needle.question)
+            if len(expected) <= number:
+                expected.append(logits)
+            errors.append(((logits - expected[number]).norm() / expected[number].norm()).item())
+            report(length, number + 1, samples, length)
+        result = LengthResult(
+            length, done, read_seconds, time.monotonic() - started, distinct, memory.num_bytes, store=store, form=form,
+            logits_error=sum(errors) / len(errors),
+        )  # fmt: skip
+        results.append(result)
+        if on_result is not None:
+            on_result(result)
+        del memory
+    return NeedleStudy(results, model.config.chunk_topk, seed, peak_host_bytes())
+
+
+@torch.no_grad()
+def _question_logits(model: HSAForCausalLM, tokenizer: Any, memory: ChunkMemory, question: str) -> torch.Tensor:
+    """Logits (V,) after the question, in fp32 on the host."""
+    ids = torch.tensor([tokenizer(question)["input_ids"]], device=model.model.embed_tokens.weight.device)
+    cache = HSACache(model.config, library=memory)
+    return model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].float().cpu()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa_ultralong.eval.metadata import write_json
-from hsa_ultralong.eval.needles import NeedleStudy, wilson_interval
+from hsa_ultralong.eval.needles import LengthResult, NeedleStudy, wilson_interval
 
 
 def study_records(study: NeedleStudy, model: str) -> list[dict[str, Any]]:
@@ -27,20 +27,27 @@ def study_records(study: NeedleStudy, model: str) -> list[dict[str, Any]]:
                 "ci_low": low,
                 "ci_high": high,
                 "distinct_chunks": result.distinct_chunks,
+                **_place(result),
             }
         )
+        if result.logits_error is not None and result.form:
+            error = {"metric": "logits_error", "preset": model, "tokens": result.length, "value": result.logits_error}
+            records.append({**error, **_place(result)})
     for result in study.results:
         for weight in result.control_weights:
             records.append({"metric": "control_weight", "preset": model, "tokens": result.length, "value": weight})
         speed = result.length / result.read_seconds
-        records.append(
-            {"metric": "read_tokens_per_s", "preset": model, "tokens": result.length, "batch": 1, "value": speed}
-        )
-        records.append(
-            {"metric": "read_s", "preset": model, "tokens": result.length, "batch": 1, "value": result.read_seconds}
-        )
+        shared = {"preset": model, "tokens": result.length, "batch": 1, **_place(result)}
+        records.append({"metric": "read_tokens_per_s", **shared, "value": speed})
+        records.append({"metric": "read_s", **shared, "value": result.read_seconds})
     records.append({"metric": "peak_host_bytes", "preset": model, "value": study.peak_host_bytes})
     return records
+
+
+def _place(result: LengthResult) -> dict[str, str]:
+    """Where and in which form the memory lay, if it was not an ordinary one."""
+    found = {"store": result.store if result.store != "device" else "", "form": result.form}
+    return {name: value for name, value in found.items() if value}
 
 
 def write_study(

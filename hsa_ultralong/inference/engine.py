@@ -138,7 +138,8 @@ class DecodingEngine:
 
     def _library_views(self) -> list[MemoryView]:
         """One view per memory, readable by the sequences that have it."""
-        views, known = [], []
+        views: list[MemoryView] = []
+        known: list[ChunkMemory] = []
         for memory in self.memories:
             if memory is None or memory.num_chunks_of_all == 0 or any(memory is other for other in known):
                 continue

@@ -19,16 +19,20 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.inference import DecodingEngine
 from hsa_ultralong.memory import ChunkMemory, LandmarkIndex, MemoryFile, open_memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 
-_PROMPT_TOKENS = 16
+# tokens of a question, and steps before the clock starts
+_PROMPT_TOKENS, _WARM_STEPS = 16, 2
 
 
 @dataclass(frozen=True)
 class MemorySettings:
     """lengths: tokens memorised. stores and formats: of opened files. file_max: longest memory that is written to a
-    file. steps: tokens decoded and timed (the median counts). batches: sequences that share the memory."""
+    file. steps: tokens decoded and timed (the median counts). batches: sequences that share the memory. store,
+    key_values, landmarks: where and in which form the memory that is read lies; None is the model's own form.
+    compile_layers: decode with fused layers (on a GPU)."""
 
     lengths: tuple[int, ...] = (8192, 65_536, 262_144)
     stores: tuple[str, ...] = ("device", "host", "file")
@@ -38,7 +42,17 @@ class MemorySettings:
     steps: int = 32
     segment_tokens: int | None = None
     lookups: tuple[str, ...] = ("exact",)
+    store: str = "device"
+    key_values: str | None = None
+    landmarks: str | None = None
+    compile_layers: bool = True
     seed: int = 0
+
+    @property
+    def form(self) -> str:
+        """How records name the form of the memory that is read, "" for the model's own."""
+        parts = [self.key_values or "", f"landmarks {self.landmarks}" if self.landmarks else ""]
+        return parts[0] if self.key_values == self.landmarks else ", ".join(filter(None, parts))
 
 
 def continued(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
@@ -95,15 +109,20 @@ class Recorder:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         start = time.perf_counter()
-        memory = self.model.memorize(ids, segment_tokens=self.settings.segment_tokens)
+        settings = self.settings
+        memory = self.model.memorize(
+            ids, segment_tokens=settings.segment_tokens, store=settings.store, key_values=settings.key_values,
+            landmarks=settings.landmarks,
+        )  # fmt: skip
         _synchronize(self.device)
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(self.device) - before if is_gpu else peak_host_bytes()
+        place: Any = {"store": settings.store, "format": settings.form}
         found = [
-            self.record("read_s", seconds, tokens),
-            self.record("read_tokens_per_s", tokens / seconds, tokens),
-            self.record("peak_device_bytes" if is_gpu else "peak_host_bytes", peak, tokens),
-            self.record("bytes_per_token", memory.num_bytes / tokens, tokens),
+            self.record("read_s", seconds, tokens, **place),
+            self.record("read_tokens_per_s", tokens / seconds, tokens, **place),
+            self.record("peak_device_bytes" if is_gpu else "peak_host_bytes", peak, tokens, **place),
+            self.record("bytes_per_token", memory.num_bytes / tokens, tokens, **place),
         ]
         return memory, found
 
@@ -111,20 +130,33 @@ class Recorder:
     def decoding(
         self, memory: ChunkMemory, tokens: int, *, store: str = "device", format: str = "", batch: int = 1
     ) -> list[dict[str, Any]]:
-        """Milliseconds of one greedy step for sequences that share a memory, and what a store had to fetch."""
+        """Milliseconds of one greedy step for sequences that share a memory, and what a store had to fetch.
+
+        On a GPU the time of all steps is shared out: they follow each other without waiting for the host.
+        """
         generator = torch.Generator().manual_seed(self.settings.seed + 1)
-        shape = (batch, _PROMPT_TOKENS)
-        ids = torch.randint(3, self.model.config.vocab_size, shape, generator=generator).to(self.device)
-        cache, times = HSACache(self.model.config, library=memory), []
+        prompts = torch.randint(3, self.model.config.vocab_size, (batch, _PROMPT_TOKENS), generator=generator)
+        engine = DecodingEngine(
+            self.model, memory, batch=batch, max_tokens=_PROMPT_TOKENS + _WARM_STEPS + self.settings.steps,
+            compile_layers=self.device.type == "cuda" and self.settings.compile_layers,
+        )  # fmt: skip
         start = time.perf_counter()
-        logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
+        engine.start(0, prompts[0])
         _synchronize(self.device)
         first = time.perf_counter() - start
+        for row in range(1, batch):
+            engine.start(row, prompts[row])
+        for _ in range(_WARM_STEPS):
+            engine.step()
+        _synchronize(self.device)
+        times, start = [], time.perf_counter()
         for _ in range(self.settings.steps):
-            start = time.perf_counter()
-            logits = self.model(logits[:, -1].argmax(-1, keepdim=True), past_key_values=cache).logits
-            _synchronize(self.device)
-            times.append(1e3 * (time.perf_counter() - start))
+            engine.step()
+            if self.device.type != "cuda":
+                times.append(1e3 * (time.perf_counter() - start))
+                start = time.perf_counter()
+        _synchronize(self.device)
+        times = times or [1e3 * (time.perf_counter() - start) / self.settings.steps]
         found = [
             self.record("decode_ms", sorted(times)[len(times) // 2], tokens, store=store, format=format, batch=batch),
             self.record("first_token_s", first, tokens, store=store, format=format, batch=batch),
@@ -211,10 +243,10 @@ def memory_records(
     for tokens in settings.lengths:
         memory, found = recorder.reading(tokens)
         for batch in settings.batches:
-            found += recorder.decoding(memory, tokens, batch=batch)
+            found += recorder.decoding(memory, tokens, store=settings.store, format=settings.form, batch=batch)
         for record in found:
             on_record(record)
-        if tokens <= settings.file_max:
+        if tokens <= settings.file_max and memory.store is None:
             for record in _through_files(recorder, memory, tokens):
                 on_record(record)
 

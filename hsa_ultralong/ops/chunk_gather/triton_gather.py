@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from hsa_ultralong.ops._triton import next_power_of_two
-from hsa_ultralong.ops.chunk_gather.api import ChunkBlocks
+from hsa_ultralong.ops.chunk_gather.blocks import ChunkBlocks
 
 _PIECE = 2048
 

@@ -1,0 +1,168 @@
+"""`hsa eval`: accuracy of a model's memory at any length, form and place."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hsa_ultralong.cli.plan import format_bytes, parse_size
+
+evaluate = typer.Typer(help="Measure what a model remembers.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(evaluate, name="eval")
+
+
+@evaluate.command("needles")
+def needles(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study: summary.json, needles.png ...")],
+    lengths: Annotated[str, typer.Option(help="Tokens to memorise: 64K,1M,1G.")] = "64K",
+    samples: Annotated[int, typer.Option("--needles", min=1, help="Sentences hidden at uniform depths.")] = 20,
+    text: Annotated[list[Path] | None, typer.Option(help="Haystack: text file or folder [default: Opticks].")] = None,
+    shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
+    forms: Annotated[str, typer.Option(help="Forms of the memory, compared: own,int8,fp8,bf16.")] = "own",
+    store: Annotated[str, typer.Option(help="Where the memory lies: device, host or tiered.")] = "device",
+    segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
+    topk: Annotated[int | None, typer.Option(min=1, help="Chunks read per token [default: the model's].")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of needles and haystack.")] = 0,
+) -> None:
+    """Hide sentences in a text of any length, memorise it once for every form, and ask for each sentence.
+
+    A text that is shorter than a length goes on with its lines in new random orders; the number of different chunks is
+    reported. Written after every length: summary.json, records.jsonl, needles.png.
+
+    Examples:
+
+      hsa eval needles --lengths 64K --needles 20 -o results/mine
+
+      hsa eval needles --lengths 1M --needles 100 --forms own,int8 --shards .data/shards -o results/needles-forms
+
+      hsa eval needles --lengths 1G --store tiered --forms int8 --shards .data/shards -o results/needles-1g
+    """
+    from hsa_ultralong.cli.common import load_model
+    from hsa_ultralong.eval.haystack import recombined
+    from hsa_ultralong.eval.metadata import run_metadata
+    from hsa_ultralong.eval.needles import NeedleStudy, run_planted
+
+    wanted = [parse_size(part) for part in lengths.split(",")]
+    kinds = ["" if part.strip() == "own" else part.strip() for part in forms.split(",")]
+    network, tokenizer = load_model(model, device, dtype)
+    if topk is not None:
+        network.config.chunk_topk = topk
+    source = _haystack(tokenizer, text, shards, max(wanted)).to(network.device)
+    study = NeedleStudy([], network.config.chunk_topk, seed)
+    name = "nano" if model is None else model.name
+    for length in wanted:
+        typer.echo(f"{length:,} tokens from a text of {len(source):,}", err=True)
+        with _Bars(length, samples) as bars:
+            found = run_planted(
+                network, tokenizer, recombined(source, length, tokenizer, seed), samples=samples, forms=kinds,
+                store=store, segment_tokens=None if segment is None else parse_size(segment), seed=seed,
+                progress=bars.show,
+            )  # fmt: skip
+        study = NeedleStudy([*study.results, *found.results], found.topk, seed, found.peak_host_bytes)
+        meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, dtype=str(network.dtype).removeprefix("torch."))
+        _write(study, output, name, {**meta, "source_tokens": len(source)})
+    _print(study, output)
+
+
+def _haystack(tokenizer: Any, text: list[Path] | None, shards: Path | None, longest: int) -> Any:
+    """(n,) int32 token ids, no more than are wanted."""
+    import torch
+
+    if text and shards:
+        raise ValueError("give --text or --shards, not both")
+    if shards is not None:
+        from hsa_ultralong.data import TokenShards
+
+        opened = TokenShards.open(shards, tokenizer)
+        return torch.from_numpy(opened.data[:longest].astype("int32"))
+    if text:
+        from hsa_ultralong.data import read_text, text_files
+
+        contents = "\n".join(read_text(file) for path in text for file in text_files(path))
+    else:
+        from hsa_ultralong.eval.haystack import opticks
+
+        contents = opticks()
+    # no token is shorter than a character
+    return torch.tensor(tokenizer(contents[: 16 * longest])["input_ids"][:longest], dtype=torch.int32)
+
+
+class _Bars:
+    """Progress of reading and asking, once for every form."""
+
+    def __init__(self, length: int, samples: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.task = self.bar.add_task("memorise", total=length)
+        self.length, self.samples = length, samples
+
+    def __enter__(self) -> _Bars:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, length: int, done: int, total: int, tokens: int) -> None:
+        if done:
+            self.bar.update(self.task, description=f"ask {done}/{total}", total=total, completed=done)
+        else:
+            self.bar.update(self.task, description=f"memorise {tokens:,}", total=length, completed=tokens)
+
+
+def _write(study: Any, output: Path, name: str, meta: dict[str, Any]) -> None:
+    import dataclasses
+
+    from hsa_ultralong.eval.plots import plot_needles
+    from hsa_ultralong.eval.report import write_study
+
+    write_study(output, study, name, meta, "summary.json")
+    first = study.results[0].form
+    samples = [dataclasses.asdict(s) for result in study.results if result.form == first for s in result.samples]
+    plot_needles(samples, output / "needles.png", f"Hidden sentences, {name}, K={study.topk}")
+
+
+def _print(study: Any, output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hsa_ultralong.eval.needles import wilson_interval
+    from hsa_ultralong.eval.plots import human_tokens
+
+    names = (
+        "tokens",
+        "store",
+        "form",
+        "exact",
+        "95% interval",
+        "logits error",
+        "tokens/s",
+        "memory",
+        "distinct chunks",
+    )
+    table = Table(title="Sentences hidden in a text, asked for after memorising it")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in study.results:
+        right = sum(sample.correct for sample in result.samples)
+        low, high = wilson_interval(right, len(result.samples))
+        error = "-" if result is study.results[0] else f"{result.logits_error:.2%}"
+        table.add_row(
+            human_tokens(result.length), result.store, result.form or "own", f"{right}/{len(result.samples)}",
+            f"{low:.0%}-{high:.0%}", error, f"{result.length / result.read_seconds:,.0f}",
+            format_bytes(result.memory_bytes), f"{result.distinct_chunks:,}",
+        )  # fmt: skip
+    Console().print(table)
+    typer.echo(f"Written: {output}/summary.json, records.jsonl, needles.png")

@@ -1,0 +1,86 @@
+"""Haystacks of any length: the same lines, new chunks; planted needles; forms of memory compared."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli.common import load_model
+from hsa_ultralong.cli.main import app
+from hsa_ultralong.eval.haystack import count_distinct, line_starts, opticks, recombined
+from hsa_ultralong.eval.needles import plant, run_planted
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load_model(None, "cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def text(nano):
+    return torch.tensor(nano[1](opticks()[:20_000])["input_ids"], dtype=torch.int32)
+
+
+def test_recombined_text_keeps_its_lines_and_makes_new_chunks(nano, text):
+    tokenizer = nano[1]
+    starts = line_starts(text, tokenizer).tolist()
+    lines = sorted(text[a:b].tolist() for a, b in zip(starts, [*starts[1:], len(text)], strict=True))
+    long = recombined(text, 2 * len(text) + 100, tokenizer, seed=3)
+    assert torch.equal(long[: len(text)], text)
+    second = long[len(text) : 2 * len(text)]
+    assert not torch.equal(second, text)
+    # the last line of the text may lack its break, which glues it to the next one
+    again = line_starts(second, tokenizer).tolist()
+    found = sorted(second[a:b].tolist() for a, b in zip(again, [*again[1:], len(second)], strict=True))
+    assert sum(line in lines for line in found) >= len(found) - 2
+    assert torch.equal(text.sort().values, second.sort().values)
+    assert torch.equal(long, recombined(text, 2 * len(text) + 100, tokenizer, seed=3))
+    assert not torch.equal(long, recombined(text, 2 * len(text) + 100, tokenizer, seed=4))
+    repeated = torch.cat([text[: len(text) // 64 * 64]] * 2)
+    assert count_distinct(repeated, 64) < 0.55 * len(repeated) / 64
+    assert count_distinct(long, 64) > 0.95 * len(long) / 64
+
+
+def test_distinct_chunks_are_counted():
+    tokens = torch.arange(6 * 64, dtype=torch.int32)
+    assert count_distinct(tokens, 64) == 6
+    assert count_distinct(torch.cat((tokens, tokens[:64], tokens[:5])), 64) == 7
+    assert count_distinct(tokens[:0], 64) == 0
+
+
+def test_needles_are_planted_at_their_depths():
+    tokens = torch.zeros(1000, dtype=torch.int32)
+    places = plant(tokens, [[1, 2, 3], [4, 5], [6]])
+    assert [tokens[a:b].tolist() for a, b in places] == [[1, 2, 3], [4, 5], [6]]
+    assert [round(a / 1000, 1) for a, _ in places] == [0.2, 0.5, 0.8]
+    with pytest.raises(ValueError, match="too few"):
+        plant(tokens[:9], [[1, 2, 3]] * 4)
+
+
+def test_forms_of_one_memory_are_compared(nano, text):
+    model, tokenizer = nano
+    results = []
+    study = run_planted(
+        model, tokenizer, text[:4096].clone(), samples=3, forms=("", "int8"), store="host", on_result=results.append
+    )
+    own, small = study.results
+    assert results == study.results and (own.form, small.form, own.store) == ("", "int8", "host")
+    assert own.logits_error == 0 < small.logits_error < 0.05
+    assert small.memory_bytes < own.memory_bytes / 3
+    assert own.accuracy >= 2 / 3 and small.accuracy >= 2 / 3
+
+
+def test_the_command_writes_a_study(tmp_path, nano):
+    result = CliRunner().invoke(
+        app, f"eval needles --lengths 2K,4K --needles 2 --forms own,fp8 --device cpu -o {tmp_path / 's'}".split()
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "s" / "summary.json").read_text())
+    accuracies = [record for record in summary["records"] if record.get("task") == "s_niah"]
+    assert [(r["length"], r.get("form", "")) for r in accuracies] == [
+        (2048, ""), (2048, "fp8"), (4096, ""), (4096, "fp8")
+    ]  # fmt: skip
+    assert summary["meta"]["source_tokens"] >= 4096 and (tmp_path / "s" / "needles.png").is_file()
+    errors = [record["value"] for record in summary["records"] if record.get("metric") == "logits_error"]
+    assert len(errors) == 2 and all(0 < error < 0.1 for error in errors)
