@@ -161,10 +161,10 @@ class TieredMemory(ChunkMemory):
         """An empty tiered memory in the form of `plain`, an empty ordinary one, which gives shapes, dtype and device.
 
         Raises:
-            ValueError: for landmarks in a form other than int8 or the memory's own.
+            ValueError: for landmarks in fp8.
         """
         if landmarks in _SCALED and landmarks != "int8":
-            raise ValueError(f"landmarks of a tiered memory are int8 or as the model makes them, not {landmarks}")
+            raise ValueError(f"landmarks of a tiered memory are int8 or of 16 bits and more, not {landmarks}")
         parts = plain.storage
         store = TieredStore(
             (2, plain.chunk_size, *parts.k.shape[2:]),
@@ -181,6 +181,8 @@ class TieredMemory(ChunkMemory):
             # shape without content: the scan has the numbers
             blank = parts.landmarks.new_zeros(1).expand(1, 0, *parts.landmarks.shape[2:])
             parts = parts._replace(landmarks=blank)
+        else:
+            parts = parts._replace(landmarks=parts.landmarks.to(payload_dtype(landmarks)))
         memory = TieredMemory(
             plain.chunk_size, parts, 0, [], plain.fingerprint, plain.is_composable, store=store, lookup=lookup
         )

@@ -79,6 +79,8 @@ def test_a_memory_on_tiers_answers_like_an_ordinary_one(store, options):
 def test_eight_bits_are_close_and_take_half_the_room():
     model = tiny_model()
     plain = model.memorize(document(400))
+    rounded = model.memorize(document(400), store="host", key_values="bf16", landmarks="bf16")
+    assert rounded.landmarks.dtype == torch.bfloat16 and torch.equal(rounded.landmarks, plain.landmarks.bfloat16())
     small = model.memorize(document(400), store="host", key_values="int8", landmarks="int8")
     ids = random_tokens(1, 6, seed=3)
     error = (logits_of(model, small, ids) - logits_of(model, plain, ids)).abs().max()
