@@ -29,7 +29,7 @@ def ask(
         int, typer.Option("--sources", "--show-sources", min=0, help="Show so many retrieved passages.")
     ] = 1,
     store: Annotated[
-        str, typer.Option(help="Where the memory's keys and values lie while asking: file, host or device.")
+        str, typer.Option(help="Where the memory's keys and values lie while asking: file, host, device.")
     ] = "file",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",

@@ -63,6 +63,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help=f"Type of weights and memory: {', '.join(DTYPE_BYTES)}.")] = "bf16",
     key_values: Annotated[str, typer.Option(help="Form of the memory's keys and values: bf16, int8, fp8, ...")] = "",
     landmarks: Annotated[str, typer.Option(help="Form of its landmarks.")] = "",
+    device_memory: Annotated[float, typer.Option(help="GiB of the device for a memory on tiers.")] = 128.0,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one option; may be repeated.")
     ] = None,
@@ -91,7 +92,8 @@ def plan(
         raise ValueError(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
     config = set_options(preset(name), changes or [])
     costs = {"preset": name, "set": changes or [], "dtype": dtype, **plan_costs(config, tokens, DTYPE_BYTES[dtype])}
-    costs["stores"] = store_costs(config, tokens, key_values or dtype, landmarks or dtype, DTYPE_BYTES[dtype])
+    forms = (key_values or dtype, landmarks or dtype)
+    costs["stores"] = store_costs(config, tokens, *forms, DTYPE_BYTES[dtype], int(device_memory * 2**30))
     costs["least_seconds"] = least_seconds(costs)
     if as_json:
         typer.echo(json.dumps(costs, indent=2))
@@ -131,9 +133,10 @@ def plan_costs(config: HSAConfig, tokens: int, dtype_bytes: int) -> dict[str, An
 
 
 def store_costs(
-    config: HSAConfig, tokens: int, key_values: str, landmarks: str, dtype_bytes: int
+    config: HSAConfig, tokens: int, key_values: str, landmarks: str, dtype_bytes: int, device_bytes: int
 ) -> dict[str, dict[str, int]]:
-    """Bytes on every tier for each store (docs/memory.md): landmarks are always on the device, in the model's dtype.
+    """Bytes on every tier for each store (docs/memory.md); landmarks are always on the device, for "host" and "tiered"
+    in their own form, else in the model's dtype. device_bytes: room for landmarks, keys and values of "tiered".
 
     Raises:
         ValueError: for an unknown form.
@@ -156,10 +159,14 @@ def store_costs(
     # lengths and token ids
     file = stored + stored_landmarks + chunks * 4 * (1 + config.chunk_size)
     ready = chunks * config.retrieval_dim * dtype_bytes
+    # keys and values go to the device until it is full, chunk by chunk
+    a_chunk = stored // max(1, chunks)
+    above = min(stored, max(0, device_bytes - stored_landmarks) // max(1, a_chunk) * a_chunk)
     wide = chunks * config.chunk_size * 2 * config.num_memory_heads * (config.head_dim or 0) * dtype_bytes
     return {
         "device": {"device": ready + wide, "host": 0, "file": file},
-        "host": {"device": ready, "host": stored, "file": file},
+        "host": {"device": stored_landmarks, "host": stored, "file": file},
+        "tiered": {"device": stored_landmarks + above, "host": stored - above, "file": file},
         "file": {"device": ready, "host": 0, "file": file},
     }
 

@@ -7,7 +7,7 @@ from hsa_ultralong.inference.fingerprint import memory_fingerprint
 from hsa_ultralong.inference.generation import generate_with_memory
 from hsa_ultralong.inference.library import Library
 from hsa_ultralong.inference.reader import append, close_document, last_logits, memorize
-from hsa_ultralong.inference.sharding import share_out
+from hsa_ultralong.inference.sharding import open_shared, share_out
 
 __all__ = [
     "Answer",
@@ -21,5 +21,6 @@ __all__ = [
     "last_logits",
     "memorize",
     "memory_fingerprint",
+    "open_shared",
     "share_out",
 ]

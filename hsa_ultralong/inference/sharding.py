@@ -1,10 +1,17 @@
-"""Share one memory out over the ranks of a process group: contiguous ranges of chunks, equal up to one."""
+"""Share one memory out over the ranks of a process group: contiguous ranges of chunks, equal up to one.
+
+tests/distributed/test_memory_ranks.py.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from hsa_ultralong.distributed import RankedMemory
+from hsa_ultralong.memory import MemoryFile, open_memory
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 
@@ -17,8 +24,26 @@ def share_out(memory: ChunkMemory, group: dist.ProcessGroup | None = None) -> Ch
     Raises:
         ValueError: without a process group, or for a memory whose keys and values lie in a store.
     """
+    first, stop = _range(memory.num_chunks, group)
+    return memory.held_by(RankedMemory(first, memory.num_chunks, group), stop - first)
+
+
+def open_shared(path: str | Path, group: dist.ProcessGroup | None = None, **options: Any) -> ChunkMemory:
+    """This rank's part of a memory file, of which nothing else is kept; `options` are those of memory.open_memory.
+
+    Raises:
+        ValueError: without a process group. MemoryFileError: see open_memory.
+    """
+    with MemoryFile.open_unverified(Path(path)) as file:
+        total = file.num_chunks
+    first, stop = _range(total, group)
+    memory = open_memory(path, part=(first, stop), **options)
+    memory.ranks = RankedMemory(first, total, group)
+    return memory
+
+
+def _range(total: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
     if not dist.is_initialized():
-        raise ValueError("share_out needs a process group: start with torchrun and call init_process_group first")
-    rank, world, total = dist.get_rank(group), dist.get_world_size(group), memory.num_chunks
-    first, stop = total * rank // world, total * (rank + 1) // world
-    return memory.held_by(RankedMemory(first, total, group), stop - first)
+        raise ValueError("sharing a memory needs a process group: start with torchrun and call init_process_group")
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    return total * rank // world, total * (rank + 1) // world

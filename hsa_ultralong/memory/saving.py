@@ -18,10 +18,11 @@ from hsa_ultralong.memory.columns import from_payload, memory_spec, to_columns
 from hsa_ultralong.memory.files import MemoryFile, MemoryFileError, MemoryWriter
 from hsa_ultralong.memory.files.durable import WriterLock, clear_errors, sync_folder
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
-from hsa_ultralong.memory.stores import CachedStore, FileStore, HostStore
+from hsa_ultralong.memory.stores import CachedStore, FileStore
+from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, QuantizedLandmarks, TieredStore
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, KeyValueStore
 
-STORES = ("device", "host", "file")
+STORES = ("device", "host", "tiered", "file")
 LOOKUPS = ("exact", "sketch")
 # chunks converted at a time
 _STEP = 4096
@@ -149,18 +150,23 @@ def open_memory(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     cache_bytes: int = 256 * 2**20,
+    device_bytes: int = 0,
     lookup: str = "exact",
     fingerprint: str | None = None,
+    part: tuple[int, int] | None = None,
 ) -> ChunkMemory:
     """Open a memory file.
 
     Args:
-        store: "device" reads everything into one ordinary ChunkMemory; "host" keeps keys and values in host memory,
-            "file" on disk. Landmarks are on the device in all three.
+        store: "device" reads everything into one ordinary ChunkMemory; "host" keeps keys and values in host memory
+            (pinned beside a GPU, which reads them there), "tiered" the first `device_bytes` of them on the device,
+            "file" all on disk. Landmarks are on the device in all four.
         dtype: that the model reads; default the file's, bf16 for 8-bit formats.
-        lookup: "exact" scans all landmarks, "sketch" a projection of them first (landmark_index.py).
-        cache_bytes: of hot chunks kept ready on the device ("host" and "file").
+        lookup: "exact" scans all landmarks (int8 ones as they are on a GPU), "sketch" a projection of them first
+            (landmark_index.py).
+        cache_bytes: of hot chunks kept ready on the device ("file").
         fingerprint: refuse another model's memory.
+        part: first and last + 1 of the chunks to open; the documents are those of the whole (inference/sharding.py).
 
     Raises:
         MemoryFileError: no memory, another model's, truncated or damaged.
@@ -171,37 +177,84 @@ def open_memory(
     if lookup not in LOOKUPS:
         raise ValueError(f"lookup must be one of {', '.join(LOOKUPS)}, got {lookup!r}")
     file = MemoryFile.open(path, fingerprint=fingerprint)
-    spec, size = file.spec, file.spec.chunk_size
-    kind = spec.columns["keys_values"]
+    first, stop = part or (0, file.num_chunks)
+    kind = file.spec.columns["keys_values"]
     if dtype is None:
         dtype = kind.dtype if kind.dtype.itemsize > 1 else torch.bfloat16
-    scales = file.resident("landmarks_scale") if "landmarks_scale" in spec.columns else None
-    landmarks = from_payload(file.resident("landmarks"), scales, device, dtype)[None]  # (1, C, Hr, R)
-    counts = torch.tensor([document.num_chunks for document in file.documents], dtype=torch.int64)
-    firsts = counts.cumsum(0) - counts
-    segments = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (C,)
-    ends = (torch.arange(file.num_chunks) - firsts[segments] + 1) * size
     state = file.continuation()
     continuation = None if state is None else unpack_continuation(state[0], device, dtype)
+    counts = torch.tensor([document.num_chunks for document in file.documents], dtype=torch.int64)
+    firsts = counts.cumsum(0) - counts
     documents: list[Document] = []
-    for record, first in zip(file.documents, firsts.tolist(), strict=True):
-        document = StoredDocument(file, record.id, first, continuation if record.is_open else None)
+    for record, begin in zip(file.documents, firsts.tolist(), strict=True):
+        document = StoredDocument(file, record.id, begin, continuation if record.is_open else None)
         documents.append(document.loaded() if store == "device" else document)
-    below = (HostStore if store == "host" else FileStore)(file, device, dtype)
-    _, _, heads, dim = kind.shape
+    tensors, scan = _resident(file, firsts, counts, (first, stop), device, dtype, lookup)
+    heads, dim = kind.shape[2:]
     if store == "device":
-        k, v = _read_all(below, file.num_chunks)
+        k, v = _read_all(FileStore(file, device, dtype, first), stop - first)
     else:
-        k = v = landmarks.new_empty((1, 0, heads, dim))
-    lengths, segments, ends = (x.to(device, torch.int32)[None] for x in (file.resident("lengths"), segments, ends))
-    tensors = ChunkTensors(k, v, landmarks, lengths, segments, ends)
-    memory = ChunkMemory(size, tensors, file.num_chunks, documents, spec.fingerprint, spec.is_composable)
-    if lookup == "sketch":
-        memory.lookup = LandmarkIndex.build(landmarks[0])
-    if store != "device":
-        chunk_bytes = 2 * size * heads * dim * dtype.itemsize
-        memory.store = CachedStore(below, min(max(1, cache_bytes // chunk_bytes), max(1, file.num_chunks)))
+        k = v = torch.empty((1, 0, heads, dim), dtype=dtype, device=device)
+    spec = file.spec
+    tensors = tensors._replace(k=k, v=v)
+    memory = ChunkMemory(spec.chunk_size, tensors, stop - first, documents, spec.fingerprint, spec.is_composable)
+    memory.lookup = LandmarkIndex.build(tensors.landmarks[0]) if lookup == "sketch" else scan
+    if store == "file":
+        chunk_bytes = 2 * spec.chunk_size * heads * dim * dtype.itemsize
+        capacity = min(max(1, cache_bytes // chunk_bytes), max(1, stop - first))
+        memory.store = CachedStore(FileStore(file, device, dtype, first), capacity)
+    elif store != "device":
+        memory.store = _load_tiers(file, (first, stop), device, dtype, 0 if store == "host" else device_bytes)
     return memory
+
+
+def _resident(
+    file: MemoryFile,
+    firsts: torch.Tensor,
+    counts: torch.Tensor,
+    part: tuple[int, int],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    lookup: str,
+) -> tuple[ChunkTensors, QuantizedLandmarks | None]:
+    """What every store has on the device: landmarks, lengths, documents and ends of chunks; k and v are empty."""
+    first, stop = part
+    segments = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (C,)
+    ends = (torch.arange(file.num_chunks) - firsts[segments] + 1) * file.spec.chunk_size
+    payload = file.resident("landmarks")[first:stop]
+    scales = file.resident("landmarks_scale")[first:stop] if "landmarks_scale" in file.spec.columns else None
+    scan = None
+    if payload.dtype == torch.int8 and lookup == "exact" and torch.device(device).type == "cuda" and len(payload):
+        assert scales is not None
+        scan = QuantizedLandmarks(*payload.shape[1:], device, len(payload))  # type: ignore[call-arg]
+        scan.put(0, payload[None].to(device), scales[None].to(device))
+        landmarks = torch.zeros(1, dtype=dtype, device=device).expand(1, *payload.shape)
+    else:
+        landmarks = from_payload(payload, scales, device, dtype)[None]  # (1, C, Hr, R)
+    lengths = file.resident("lengths")
+    lengths, segments, ends = (x[first:stop].to(device, torch.int32)[None] for x in (lengths, segments, ends))
+    nothing = landmarks[:, :0]
+    return ChunkTensors(nothing, nothing, landmarks, lengths, segments, ends), scan
+
+
+def _load_tiers(
+    file: MemoryFile, part: tuple[int, int], device: torch.device | str, dtype: torch.dtype, device_bytes: int
+) -> TieredStore:
+    """Keys and values in the file's own form, copied to the tiers."""
+    first, stop = part
+    columns = file.spec.columns
+    kind = columns["keys_values"]
+    row_bytes = sum(columns[name].row_bytes for name in ("keys_values", "keys_values_scale") if name in columns)
+    block = min(BLOCK_CHUNKS, max(1, stop - first))
+    store = TieredStore(
+        kind.shape, format=file.spec.metadata["formats"]["key_values"], device=device, dtype=dtype,
+        device_chunks=device_bytes // row_bytes, block_chunks=block,
+    )  # fmt: skip
+    for begin in range(first, stop, _STEP):
+        end = min(begin + _STEP, stop)
+        scales = file.read("keys_values_scale", begin, end) if "keys_values_scale" in columns else None
+        store.put(begin - first, file.read("keys_values", begin, end), scales)
+    return store
 
 
 def _read_all(store: KeyValueStore, num_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:

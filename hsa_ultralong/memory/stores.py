@@ -1,4 +1,4 @@
-"""Where keys and values can lie besides device memory: host memory, a file, and a cache of hot chunks before either.
+"""Keys and values left in a file, and a cache of hot chunks before a store; those on tiers of memory are in tiers.py.
 
 All are KeyValueStores (nn/chunk_memory.py): the HSA layer fetches what a few tokens selected. A store of the same dtype
 gives the logits of device memory: bit for bit from every store, and on a CPU for up to 15 tokens at a time; longer
@@ -22,10 +22,12 @@ _NAMES = ("keys_values", "keys_values_scale")
 class FileStore:
     """Keys and values of a MemoryFile, read from disk at every fetch; pages are verified when first read."""
 
-    def __init__(self, file: MemoryFile, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.file, self.device, self.dtype = file, torch.device(device), dtype
+    def __init__(self, file: MemoryFile, device: torch.device | str, dtype: torch.dtype, first: int = 0) -> None:
+        """first: the file's chunk that is number 0 here."""
+        self.file, self.device, self.dtype, self.first = file, torch.device(device), dtype, first
 
     def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        chunks = chunks.cpu() + self.first
         payload, scales = (self.file.fetch(name, chunks) if name in self.file.spec.columns else None for name in _NAMES)
         assert payload is not None
         pairs = from_payload(payload, scales, self.device, self.dtype)  # (n, 2, S, Hkv, D)
@@ -35,42 +37,6 @@ class FileStore:
     def num_bytes(self) -> int:
         columns = self.file.spec.columns
         return self.file.num_chunks * sum(columns[name].row_bytes for name in _NAMES if name in columns)
-
-
-class HostStore:
-    """Keys and values of a MemoryFile in host memory, pinned where there is a GPU, in the file's own format."""
-
-    def __init__(self, file: MemoryFile, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.device, self.dtype = torch.device(device), dtype
-        is_pinned = self.device.type == "cuda"
-        self.columns: dict[str, torch.Tensor] = {}
-        for name in _NAMES:
-            if name in file.spec.columns:
-                kind = file.spec.columns[name]
-                column = torch.empty((file.num_chunks, *kind.shape), dtype=kind.dtype, pin_memory=is_pinned)
-                for first in range(0, file.num_chunks, 4096):
-                    stop = min(first + 4096, file.num_chunks)
-                    file.fetch(name, torch.arange(first, stop), out=column[first:stop])
-                self.columns[name] = column
-
-    def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = chunks.cpu()
-        # as bytes: torch selects rows of some dtypes only
-        payload, scales = (
-            self.columns[name].flatten(1).view(torch.uint8)[rows].view(self.columns[name].dtype).view(
-                len(rows), *self.columns[name].shape[1:]
-            )
-            if name in self.columns
-            else None
-            for name in _NAMES
-        )  # fmt: skip
-        assert payload is not None
-        pairs = from_payload(payload, scales, self.device, self.dtype)
-        return pairs[:, 0], pairs[:, 1]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(column.numel() * column.element_size() for column in self.columns.values())
 
 
 class CachedStore:

@@ -2,7 +2,7 @@
 
 A TieredMemory is written like any ChunkMemory, grows block by block without moving what is there, and is read where it
 lies (ops/chunk_gather). Landmarks stay on the device, in 16 bits or in int8 with a scan of their own. Made by
-inference.memorize(store="host" or "tiered"); tests/memory/test_tiers.py.
+inference.memorize(store="host" or "tiered"); saving.open_memory fills a store from a file. tests/memory/test_tiers.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TieredStore:
         whole blocks."""
         self.row, self.format, self.dtype = row, format, dtype
         self.device, self.device_chunks = torch.device(device), device_chunks
-        self.blocks = ChunkBlocks(block_chunks, self.device)
+        self.blocks, self.num_chunks = ChunkBlocks(block_chunks, self.device), 0
 
     def _reserve(self, num_chunks: int) -> None:
         size = self.blocks.per_block
@@ -55,19 +55,22 @@ class TieredStore:
 
     def write(self, first: int, pairs: torch.Tensor) -> None:
         """Put pairs (n, 2, S, Hkv, D) at chunk `first` and following."""
-        payload, scales = encode(pairs, self.format)
-        self._reserve(first + len(pairs))
+        self.put(first, *encode(pairs, self.format))
+
+    def put(self, first: int, payload: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Put pairs that are in the store's form already: payload (n, 2, S, Hkv, D), scales (n, 2, S, Hkv) or None."""
+        self._reserve(first + len(payload))
+        self.num_chunks = max(self.num_chunks, first + len(payload))
         size, done = self.blocks.per_block, 0
-        while done < len(pairs):
+        while done < len(payload):
             number, inside = divmod(first + done, size)
-            count = min(size - inside, len(pairs) - done)
+            count = min(size - inside, len(payload) - done)
             # the copy is ordered after the kernels that make its source, and frees it for later kernels only
             target = self.blocks.payloads[number][inside : inside + count]
             target.copy_(payload[done : done + count], non_blocking=True)
             if scales is not None:
-                self.blocks.scales[number][inside : inside + count].copy_(
-                    scales[done : done + count], non_blocking=True
-                )
+                target = self.blocks.scales[number][inside : inside + count]
+                target.copy_(scales[done : done + count], non_blocking=True)
             done += count
 
     def gather(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +82,7 @@ class TieredStore:
         return self.gather(chunks.to(self.device))
 
     def bytes_on(self, tier: str) -> int:
-        """Bytes reserved on "device" or "host"."""
+        """Bytes that the blocks take on "device" or "host"."""
         parts = self.blocks.payloads + self.blocks.scales
         is_wanted = [part.device == self.blocks.device and not part.is_pinned() for part in parts]
         if tier == "host":
@@ -88,7 +91,8 @@ class TieredStore:
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self.blocks.payloads + self.blocks.scales)
+        parts = [*self.blocks.payloads[:1], *self.blocks.scales[:1]]
+        return self.num_chunks * sum(part[0].numel() * part.element_size() for part in parts)
 
 
 class QuantizedLandmarks:
@@ -103,8 +107,12 @@ class QuantizedLandmarks:
     def write(self, first: int, landmarks: torch.Tensor) -> None:
         """Put landmarks (1, n, Hr, R) at chunk `first` and following; there must be room."""
         payload, scales = encode(landmarks, "int8")
-        stop = first + landmarks.shape[1]
         assert scales is not None
+        self.put(first, payload, scales)
+
+    def put(self, first: int, payload: torch.Tensor, scales: torch.Tensor) -> None:
+        """Put landmarks that are in int8 already: payload (1, n, Hr, R), scales (1, n, Hr)."""
+        stop = first + payload.shape[1]
         self.payload[:, first:stop], self.scales[:, first:stop] = payload, scales
         self.num_chunks = max(self.num_chunks, stop)
 

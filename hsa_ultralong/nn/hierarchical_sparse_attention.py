@@ -20,8 +20,8 @@ from hsa_ultralong.ops._common import blocks
 
 # tokens whose chunks are fetched from a store together: at most this times K of them
 _TOKENS_PER_FETCH = 128
-# chunks that are gathered slot by slot, with no need to know on the host which ones
-_MOST_GATHERED = 512
+# tokens and slots up to which chunks are gathered slot by slot, with no need to know on the host which ones
+_TOKENS_PER_GATHER, _MOST_GATHERED = 15, 512
 
 
 class HierarchicalSparseAttention(nn.Module):
@@ -87,7 +87,8 @@ class HierarchicalSparseAttention(nn.Module):
         weights: torch.Tensor,
     ) -> torch.Tensor:
         """The same attention over chunks fetched for a few tokens at a time, numbered anew."""
-        if isinstance(store, GatheringStore) and indices.numel() <= _MOST_GATHERED:
+        is_small = q.shape[1] <= _TOKENS_PER_GATHER and indices.numel() <= _MOST_GATHERED
+        if is_small and isinstance(store, GatheringStore):
             chunks = indices.flatten()
             k, v = (part.flatten(0, 1)[None] for part in store.gather(chunks))  # (1, n*S, Hkv, D)
             slots = torch.arange(len(chunks), dtype=torch.int32, device=q.device).view(indices.shape)

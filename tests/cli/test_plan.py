@@ -56,7 +56,11 @@ def test_stores_say_what_lies_on_which_tier():
     result = hsa("plan", "nano", "--context", "1B", "--key-values", "int8", "--landmarks", "int8", "--json")
     costs = json.loads(result.stdout)
     chunks = 2**24
-    assert costs["stores"]["host"]["device"] == costs["stores"]["file"]["device"] == chunks * 256 * 2
+    assert costs["stores"]["file"]["device"] == chunks * 256 * 2
+    assert costs["stores"]["host"]["device"] == chunks * 258
+    tiers = costs["stores"]["tiered"]
+    assert tiers["device"] + tiers["host"] == chunks * (258 + 64 * 2 * 66)
+    assert 128 * 2**30 - 64 * 2 * 66 < tiers["device"] <= 128 * 2**30
     assert costs["stores"]["host"]["host"] == chunks * 64 * 2 * 66
     assert costs["stores"]["file"] == {"device": chunks * 512, "host": 0, "file": chunks * (64 * 132 + 258 + 260)}
     assert costs["stores"]["device"]["device"] == memory_bytes(preset("nano"), 2**30).keys_values + chunks * 512

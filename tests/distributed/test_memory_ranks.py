@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hsa_ultralong.inference import append, ask, share_out
+from hsa_ultralong.inference import append, ask, open_shared, share_out
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 
@@ -54,6 +54,13 @@ def work(rank, world, address, options, lengths):
         assert [(s.document, s.start) for s in one.sources] == [(s.document, s.start) for s in other.sources]
         with pytest.raises(ValueError, match="shared out over processes"):
             append(model, part, document(5))
+        if rank == 0:
+            whole.save(f"{address}.hsa")
+        dist.barrier()
+        for store in ("device", "host", "file"):
+            opened = open_shared(f"{address}.hsa", store=store, dtype=torch.float64)
+            assert (opened.num_chunks, opened.num_chunks_of_all) == (part.num_chunks, whole.num_chunks)
+            assert torch.equal(model.generate(ids, memory=opened, **more), model.generate(ids, memory=whole, **more))
     finally:
         dist.destroy_process_group()
 

@@ -230,7 +230,7 @@ def test_what_is_no_memory_or_another_models_is_one_clear_error(tmp_path):
     memory.save(tmp_path / "a.hsa")
     with pytest.raises(MemoryFileError, match="holds no memory"):
         ChunkMemory.load(tmp_path / "b.hsa")
-    with pytest.raises(ValueError, match="store must be one of device, host, file, got 'disk'"):
+    with pytest.raises(ValueError, match="store must be one of device, host, tiered, file, got 'disk'"):
         ChunkMemory.load(tmp_path / "a.hsa", store="disk")
     other, ids = tiny_model(seed=1), random_tokens(1, 4)
     for store in STORES:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hsa_ultralong.inference import Library, append, last_logits, memory_fingerprint
 from hsa_ultralong.memory import MemoryFile, MemoryFileError, landmark_index, verify_memory
 from hsa_ultralong.memory.quantization import decode, encode, row_bytes
-from hsa_ultralong.memory.saving import open_memory
-from hsa_ultralong.memory.stores import CachedStore, FileStore, HostStore
+from hsa_ultralong.memory.saving import _load_tiers, open_memory
+from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.ops.hsa import api as hsa_api
@@ -45,7 +45,7 @@ def test_logits_are_the_same_from_every_store(tmp_path, monkeypatch, chunks, bat
     memory = model.memorize([document(4 * chunks - 3), document(9, seed=1)])
     memory.save(tmp_path / "a.hsa")
     ids, spread = random_tokens(batch, tokens, seed=7), torch.full((batch, tokens), 5)
-    opens = [(store, cache_bytes) for store in ("device", "host", "file") for cache_bytes in (1, 2000, 2**20)]
+    opens = [(store, cache_bytes) for store in ("device", "host", "tiered", "file") for cache_bytes in (1, 2000, 2**20)]
     memories = [opened(tmp_path / "a.hsa", store, cache_bytes=cache_bytes) for store, cache_bytes in opens]
     for prompt in (ids, spread):
         # a store sees the chunks of 128 tokens only and may take the dense path where a whole memory gathers
@@ -73,7 +73,7 @@ def test_in_low_precision_decoding_gives_the_same_bits_from_every_store(tmp_path
     mask[1, :2] = 0
     more = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "output_logits": True}
     expected = model.generate(ids, memory=memory, return_dict_in_generate=True, **more)
-    for store in ("device", "host", "file"):
+    for store in ("device", "host", "tiered", "file"):
         loaded = open_memory(tmp_path / "a.hsa", store=store, cache_bytes=600)
         found = model.generate(ids, memory=loaded, return_dict_in_generate=True, **more)
         assert torch.equal(found.sequences, expected.sequences)
@@ -219,11 +219,28 @@ def saved(request, tmp_path_factory):
         yield decode(*encode(pairs, request.param), torch.float64), num_bytes, file
 
 
+@torch.no_grad()
+def test_a_part_of_a_file_is_that_part_of_the_memory(tmp_path):
+    model = tiny_model()
+    memory = model.memorize([document(61), document(34, seed=1)])
+    memory.save(tmp_path / "a.hsa")
+    for store in ("device", "host", "tiered", "file"):
+        loaded = opened(tmp_path / "a.hsa", store, part=(7, 20))
+        assert loaded.num_chunks == 13 and len(loaded.documents) == 2
+        for name in ("landmarks", "lengths", "segments", "ends"):
+            assert torch.equal(getattr(loaded, name), getattr(memory, name)[:, 7:20])
+        k, v = (loaded.k, loaded.v)
+        if loaded.store is not None:
+            k, v = (part.flatten(0, 1)[None] for part in loaded.store.fetch(torch.arange(13)))
+        assert torch.equal(k, memory.k[:, 7 * 4 : 20 * 4]) and torch.equal(v, memory.v[:, 7 * 4 : 20 * 4])
+
+
 @given(chunks=st.lists(st.integers(0, 22), max_size=30), capacity=st.integers(1, 30))
 def test_every_store_gives_the_rows_that_were_encoded(saved, chunks, capacity):
     expected, num_bytes, file = saved
     chosen = torch.tensor(chunks, dtype=torch.int64)
-    stores = [kind(file, "cpu", torch.float64) for kind in (FileStore, HostStore)]
+    part = (0, file.num_chunks)
+    stores = [FileStore(file, "cpu", torch.float64), _load_tiers(file, part, "cpu", torch.float64, 9 * num_bytes // 23)]
     for store in (*stores, CachedStore(stores[0], capacity)):
         assert store.num_bytes == num_bytes
         # the second time from the cache
