@@ -26,6 +26,9 @@ def needles(
     shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
     forms: Annotated[str, typer.Option(help="Forms of the memory, compared: own,int8,fp8,bf16.")] = "own",
     store: Annotated[str, typer.Option(help="Where the memory lies: device, host or tiered.")] = "device",
+    together: Annotated[
+        bool, typer.Option("--together", help="All sentences at once: distractors of each other.")
+    ] = False,
     segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
     topk: Annotated[int | None, typer.Option(min=1, help="Chunks read per token [default: the model's].")] = None,
@@ -33,7 +36,7 @@ def needles(
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of needles and haystack.")] = 0,
 ) -> None:
-    """Hide sentences in a text of any length, memorise it once for every form, and ask for each sentence.
+    """Hide sentences in a text of any length, one at a time, and ask for each; every form memorises the text once.
 
     A text that is shorter than a length goes on with its lines in new random orders; the number of different chunks is
     reported. Written after every length: summary.json, records.jsonl, needles.png.
@@ -49,7 +52,7 @@ def needles(
     from hsa_ultralong.cli.common import load_model
     from hsa_ultralong.eval.haystack import recombined
     from hsa_ultralong.eval.metadata import run_metadata
-    from hsa_ultralong.eval.needles import NeedleStudy, run_planted
+    from hsa_ultralong.eval.needles import NeedleStudy, run_forms
 
     wanted = [parse_size(part) for part in lengths.split(",")]
     kinds = ["" if part.strip() == "own" else part.strip() for part in forms.split(",")]
@@ -62,10 +65,10 @@ def needles(
     for length in wanted:
         typer.echo(f"{length:,} tokens from a text of {len(source):,}", err=True)
         with _Bars(length, samples) as bars:
-            found = run_planted(
+            found = run_forms(
                 network, tokenizer, recombined(source, length, tokenizer, seed), samples=samples, forms=kinds,
-                store=store, segment_tokens=None if segment is None else parse_size(segment), seed=seed,
-                progress=bars.show,
+                store=store, together=together, seed=seed, progress=bars.show,
+                segment_tokens=None if segment is None else parse_size(segment),
             )  # fmt: skip
         study = NeedleStudy([*study.results, *found.results], found.topk, seed, found.peak_host_bytes)
         meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, dtype=str(network.dtype).removeprefix("torch."))

@@ -55,6 +55,7 @@ class LengthResult:
     store: str = "device"
     form: str = ""
     logits_error: float | None = None
+    task: str = "s_niah"
 
     @property
     def accuracy(self) -> float:
@@ -175,7 +176,7 @@ def plant(text: torch.Tensor, statements: Sequence[Sequence[int]]) -> list[tuple
     return places
 
 
-def run_planted(
+def run_forms(
     model: HSAForCausalLM,
     tokenizer: Any,
     text: torch.Tensor,
@@ -183,17 +184,20 @@ def run_planted(
     samples: int,
     forms: Sequence[str] = ("",),
     store: str = "device",
+    together: bool = False,
     segment_tokens: int | None = None,
     seed: int = 0,
-    on_result: Callable[[LengthResult], None] | None = None,
     progress: Progress | None = None,
 ) -> NeedleStudy:
-    """All needles in the text at once, before it is read: for memories too large to edit, and to compare their forms.
+    """The same needles in memories of one text that differ in form, on any tier.
 
     Args:
-        text: (n,) int32 on the host; the needles are written into it. samples: needles, at uniform depths.
+        text: (n,) int32 on the host. samples: needles, at uniform depths.
         forms: of keys, values and landmarks ("" is the model's own; landmarks of fp8 keys are int8), one memory each.
-        store: "device", "host" or "tiered". The logits of every form are compared with those of the first.
+            The logits after every question are compared with those of the first form.
+        store: "device", "host" or "tiered".
+        together: all needles are in the text at once (written into `text`), each a distractor of the others; else one
+            at a time, by exact edits.
 
     Raises:
         ValueError: a text too short, or a memory that does not fit.
@@ -202,7 +206,7 @@ def run_planted(
     length, device = len(text), model.model.embed_tokens.weight.device
     needles = evaluation_needles(seed + length, samples)
     statements = [tokenizer(needle.statement, add_special_tokens=False)["input_ids"] for needle in needles]
-    places = plant(text, statements)
+    places = plant(text if together else text.clone(), statements)
     distinct = count_distinct(text, model.config.chunk_size, device)
     results: list[LengthResult] = []
     expected: list[torch.Tensor] = []
@@ -216,27 +220,30 @@ def run_planted(
             torch.cuda.synchronize()
         read_seconds, started = time.monotonic() - started, time.monotonic()
         done, errors = [], []
-        for number, (needle, (start, stop)) in enumerate(zip(needles, places, strict=True)):
+        for number, (needle, statement, (start, stop)) in enumerate(zip(needles, statements, places, strict=True)):
+            if not together:
+                edit(model, memory, start, stop, statement)
             answer = ask(model, tokenizer, memory, needle.question, max_new_tokens=16)
+            logits = _question_logits(model, tokenizer, memory, needle.question)
+            if not together:
+                edit(model, memory, start, stop, text[start:stop])
             found = any(source.start < stop and start < source.stop for source in answer.sources[:1])
-            correct, depth = is_right(answer.text, needle.value), (number + 0.5) / samples
             done.append(
                 NeedleSample(
-                    length, depth, needle.question, needle.value, answer.text, correct, answer.weight, found, form
+                    length, (number + 0.5) / samples, needle.question, needle.value, answer.text,
+                    is_right(answer.text, needle.value), answer.weight, found, form,
                 )
-            )
-            logits = _question_logits(model, tokenizer, memory, needle.question)
+            )  # fmt: skip
             if len(expected) <= number:
                 expected.append(logits)
             errors.append(((logits - expected[number]).norm() / expected[number].norm()).item())
             report(length, number + 1, samples, length)
-        result = LengthResult(
-            length, done, read_seconds, time.monotonic() - started, distinct, memory.num_bytes, store=store, form=form,
-            logits_error=sum(errors) / len(errors),
+        results.append(
+            LengthResult(
+                length, done, read_seconds, time.monotonic() - started, distinct, memory.num_bytes, store=store,
+                form=form, logits_error=sum(errors) / len(errors), task="mk_niah" if together else "s_niah",
+            )
         )  # fmt: skip
-        results.append(result)
-        if on_result is not None:
-            on_result(result)
         del memory
     return NeedleStudy(results, model.config.chunk_topk, seed, peak_host_bytes())
 

@@ -21,7 +21,7 @@ def study_records(study: NeedleStudy, model: str) -> list[dict[str, Any]]:
         records.append(
             {
                 **shared,
-                "task": "s_niah",
+                "task": result.task,
                 "depth": None,
                 "value": result.accuracy,
                 "ci_low": low,
@@ -56,7 +56,7 @@ def write_study(
     """Write `summary` and records.jsonl into `folder`."""
     write_json(folder / summary, {"meta": meta, "records": study_records(study, model)})
     lines = [
-        json.dumps({"model": model, "task": "s_niah", "topk": study.topk, **dataclasses.asdict(sample)})
+        json.dumps({"model": model, "task": result.task, "topk": study.topk, **dataclasses.asdict(sample)})
         for result in study.results
         for sample in result.samples
     ]

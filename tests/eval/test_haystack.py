@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from hsa_ultralong.cli.common import load_model
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.eval.haystack import count_distinct, line_starts, opticks, recombined
-from hsa_ultralong.eval.needles import plant, run_planted
+from hsa_ultralong.eval.needles import plant, run_forms
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def test_needles_are_planted_at_their_depths():
         plant(tokens[:9], [[1, 2, 3]] * 4)
 
 
-def test_forms_of_one_memory_are_compared(nano, text):
+@pytest.mark.parametrize("together", [False, True])
+def test_forms_of_one_memory_are_compared(nano, text, together):
     model, tokenizer = nano
-    results = []
-    study = run_planted(
-        model, tokenizer, text[:4096].clone(), samples=3, forms=("", "int8"), store="host", on_result=results.append
-    )
+    haystack = text[:4096].clone()
+    study = run_forms(model, tokenizer, haystack, samples=3, forms=("", "int8"), store="host", together=together)
+    assert torch.equal(haystack, text[:4096]) is not together
     own, small = study.results
-    assert results == study.results and (own.form, small.form, own.store) == ("", "int8", "host")
+    assert (own.form, small.form, own.store, own.task) == ("", "int8", "host", "mk_niah" if together else "s_niah")
     assert own.logits_error == 0 < small.logits_error < 0.05
     assert small.memory_bytes < own.memory_bytes / 3
     assert own.accuracy >= 2 / 3 and small.accuracy >= 2 / 3
