@@ -180,6 +180,74 @@ def memory(
     typer.echo(f"Written: {path} and {path.with_suffix('.png').name}")
 
 
+@bench.command("training")
+def training(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("benchmarks/results"),
+    preset_name: Annotated[str, typer.Option("--preset", help="Preset, with random weights.")] = "small_345m",
+    contexts: Annotated[str, typer.Option(help="Tokens a row: 8K,16K,32K,128K.")] = "8K,16K,32K,128K",
+    attention: Annotated[str, typer.Option(help="hsa, and full for the full-attention twin.")] = "hsa,full",
+    batch_tokens: Annotated[str, typer.Option(help="Tokens of an optimiser step.")] = "128K",
+    micro_tokens: Annotated[str, typer.Option(help="Tokens of a forward to try; the fastest counts.")] = "16K,32K",
+    checkpointing: Annotated[str, typer.Option(help="Activation checkpointing: none or full.")] = "none",
+    compile_layers: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="torch.compile by layer (GPU).")
+    ] = True,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed.")] = 4,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    hardware: Annotated[str | None, typer.Option(help="Name in the file [default: such as h200, cpu2].")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and weights.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of a table.")] = False,
+) -> None:
+    """Time optimiser steps against the context, beside a transformer of the same width with full attention.
+
+    Writes training-HARDWARE.json after every record, keeping what earlier runs measured besides, and draws it.
+
+    Examples:
+
+      hsa bench training --contexts 8K,128K
+
+      hsa bench training --preset debug --contexts 256 --batch-tokens 1024 --micro-tokens 256,512 --device cpu
+    """
+    import torch
+
+    from hsa_ultralong.cli.common import choose_device
+    from hsa_ultralong.eval.benchmarks.memory import continued
+    from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
+    from hsa_ultralong.eval.benchmarks.training import (
+        TrainingSettings,
+        add_record,
+        plot_training_speed,
+        training_records,
+    )
+    from hsa_ultralong.eval.metadata import hardware as measured_on
+    from hsa_ultralong.eval.metadata import run_metadata, write_json
+    from hsa_ultralong.models.presets import preset
+    from hsa_ultralong.train.compilation import compile_layers as compile_model
+
+    place = choose_device(device)
+    sizes = [tuple(parse_size(part) for part in text.split(",")) for text in (contexts, micro_tokens)]
+    settings = TrainingSettings(sizes[0], parse_size(batch_tokens), sizes[1], steps, checkpointing, seed)
+    name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
+    path = output / f"training-{name}.json"
+    meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, hardware_name=name, device=place)
+    result = continued(path, meta)
+
+    def keep(record: dict[str, Any]) -> None:
+        add_record(result, record)
+        write_json(path, result)
+        typer.echo(f"{record['attention']} {record['context']:,} {record['metric']}: {record['value']:.6g}", err=True)
+
+    for kind in attention.split(","):
+        training_records(
+            preset(preset_name), preset_name, kind.strip(), settings, torch.device(place), keep,
+            prepare=compile_model if compile_layers and place == "cuda" else None,
+            on_failure=lambda text: typer.echo(text, err=True),
+        )  # fmt: skip
+    if any(record["metric"] == "tokens_per_s" for record in result["records"]):
+        plot_training_speed(result, path.with_suffix(".png"))
+    typer.echo(json.dumps(result, indent=1) if as_json else f"Written: {path} and {path.with_suffix('.png').name}")
+
+
 def _network(preset_name: str | None, folder: Path | None, device: str, dtype: str, seed: int) -> tuple[Any, str]:
     """A preset with random weights, or a trained model, and its name in the records."""
     import torch

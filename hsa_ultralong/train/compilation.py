@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.baselines import FullAttentionLM
 from hsa_ultralong.models import HSAForCausalLM
 
 
-def compile_layers(model: HSAForCausalLM) -> None:
+def compile_layers(model: HSAForCausalLM | FullAttentionLM) -> None:
     """Compile the pointwise-heavy parts in place; attention over the memory keeps its own compiled kernels."""
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    if isinstance(model, FullAttentionLM):
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+        return
     for layer in model.model.lower_layers:
         layer.compile(dynamic=False)
     for layer in model.model.chunk_encoder.layers:

@@ -1,0 +1,228 @@
+"""Points of training speed: tokens per second, MFU and peak memory of optimiser steps, beside the full-attention twin.
+
+Records have the form of docs/results.md (suite training). Tokens are random: speed does not depend on them, but for
+retrieval, whose lists are those of an untrained model. Called by `hsa bench training`;
+tests/eval/test_training_benchmark.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from hsa_ultralong.baselines import FullAttentionLM
+from hsa_ultralong.eval.plots import human_tokens
+from hsa_ultralong.models import HSAConfig, HSAForCausalLM, accounting
+
+PEAK_FLOPS = 989e12  # H200 and H100, dense bf16 (docs/results.md)
+CHECKPOINTING = ("none", "full")
+# prepares a model for training: compilation, checkpointing; the trainer's own
+Model = HSAForCausalLM | FullAttentionLM
+Prepare = Callable[[Any], None]
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """contexts: tokens a row. batch_tokens: of an optimiser step (at least one row). micro_tokens: tokens of a forward
+    that are tried; the fastest counts. steps: timed, after two that are not."""
+
+    contexts: tuple[int, ...] = (8192, 16_384, 32_768, 131_072)
+    batch_tokens: int = 131_072
+    micro_tokens: tuple[int, ...] = (16_384, 32_768)
+    steps: int = 4
+    checkpointing: str = "none"
+    seed: int = 0
+
+
+def full_attention_twin(config: HSAConfig) -> FullAttentionLM:
+    """A transformer of the config's width whose layers are its window layers, each with full attention."""
+    assert config.head_dim is not None
+    return FullAttentionLM(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers - config.num_upper_groups,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rope_theta=config.rope_theta,
+        use_qk_norm=config.use_qk_norm,
+        rms_norm_eps=config.rms_norm_eps,
+    )
+
+
+def build(attention: str, config: HSAConfig, device: torch.device, checkpointing: str) -> Model:
+    """The model ("hsa") or its twin ("full"), random weights in fp32, in training mode.
+
+    Raises:
+        ValueError: for another attention or kind of checkpointing.
+    """
+    if attention not in ("hsa", "full") or checkpointing not in CHECKPOINTING:
+        raise ValueError(f"attention is hsa or full, checkpointing one of {CHECKPOINTING}; got {attention!r}")
+    with torch.device(device):
+        model = HSAForCausalLM(config) if attention == "hsa" else full_attention_twin(config)
+    if checkpointing == "full":
+        if isinstance(model, HSAForCausalLM):
+            model.gradient_checkpointing_enable()
+        else:
+            model.gradient_checkpointing = True
+    return model.train()
+
+
+def loss_of(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    """Loss of token ids (B, T) under the trainer's autocast."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+        return model(ids, labels=ids).loss if isinstance(model, HSAForCausalLM) else model(ids, ids)
+
+
+class Bench:
+    """Times optimiser steps of one model."""
+
+    def __init__(self, model: Model, vocab_size: int, settings: TrainingSettings) -> None:
+        self.model, self.vocab_size, self.settings = model, vocab_size, settings
+        self.device = next(model.parameters()).device
+        is_cuda = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=is_cuda)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _step(self, ids: torch.Tensor, rows: int) -> None:
+        parts = ids.split(rows)
+        for part in parts:
+            (loss_of(self.model, part) / len(parts)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def measure(self, context: int, rows: int) -> tuple[float, int]:
+        """Tokens per second and peak bytes of steps in micro-batches of `rows` rows."""
+        count = max(1, self.settings.batch_tokens // (context * rows)) * rows
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        ids = torch.randint(3, self.vocab_size, (count, context), generator=generator).to(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for _ in range(2):
+            self._step(ids, rows)
+        self._synchronize()
+        start = time.perf_counter()
+        for _ in range(self.settings.steps):
+            self._step(ids, rows)
+        self._synchronize()
+        speed = self.settings.steps * ids.numel() / (time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return speed, peak
+
+
+def training_records(
+    config: HSAConfig,
+    name: str,
+    attention: str,
+    settings: TrainingSettings,
+    device: torch.device,
+    on_record: Callable[[dict[str, Any]], None],
+    prepare: Prepare | None = None,
+    on_failure: Callable[[str], None] | None = None,
+) -> None:
+    """Every context with its best micro-batch."""
+    torch.manual_seed(settings.seed)
+    model = build(attention, config, device, settings.checkpointing)
+    if prepare is not None:
+        prepare(model)
+    bench = Bench(model, config.vocab_size, settings)
+    for context in settings.contexts:
+        best: tuple[float, int, int] | None = None
+        for rows in sorted({max(1, tokens // context) for tokens in settings.micro_tokens}):
+            try:
+                speed, peak = bench.measure(context, rows)
+            except torch.OutOfMemoryError:
+                bench.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                if on_failure is not None:
+                    on_failure(f"{attention} {context:,} tokens, {rows} rows: out of memory")
+                continue
+            if best is None or speed > best[0]:
+                best = (speed, peak, rows)
+        if best is None:
+            continue
+        flops = (
+            accounting.flops_per_token(config, context, training=True)
+            if attention == "hsa"
+            else accounting.full_attention_training_flops(config, context)
+        )
+        shared = {
+            "preset": name, "attention": attention, "context": context, "gpus": 1,
+            "parallel": f"checkpointing {settings.checkpointing}", "micro_batch_rows": best[2],
+        }  # fmt: skip
+        on_record({"metric": "tokens_per_s", **shared, "value": best[0]})
+        on_record({"metric": "mfu", **shared, "value": best[0] * flops / PEAK_FLOPS})
+        on_record({"metric": "peak_bytes", **shared, "value": best[1]})
+
+
+def longest_sequence(step: Step, vocab_size: int, device: torch.device, first: int, last: int) -> tuple[int, float]:
+    """The longest of first, 2 * first, ... <= last that one row trains without running out of memory, and its tokens
+    per second; 0 if none. `step` runs forward, backward and optimiser on ids (1, T)."""
+    longest, speed, context = 0, 0.0, first
+    while context <= last:
+        ids = torch.randint(3, vocab_size, (1, context)).to(device)
+        try:
+            step(ids)
+            start = time.perf_counter()
+            step(ids)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        longest, speed = context, context / (time.perf_counter() - start)
+        context *= 2
+    return longest, speed
+
+
+def add_record(result: dict[str, Any], record: dict[str, Any]) -> None:
+    """Put a record of the newest run in the place of an older one of the same point."""
+    fields = ("metric", "preset", "attention", "context", "gpus", "parallel")
+    key = [record[name] for name in fields]
+    result["records"] = [old for old in result["records"] if [old[name] for name in fields] != key]
+    result["records"].append({**record, "run": len(result["meta"]["runs"]) - 1})
+
+
+def plot_training_speed(result: dict[str, Any], path: Path) -> None:
+    """Tokens per second against the context, one line per model, attention and kind of parallelism.
+
+    Raises:
+        ValueError: without such records.
+    """
+    records = [record for record in result["records"] if record["metric"] == "tokens_per_s"]
+    if not records:
+        raise ValueError("the results hold no training speed: nothing to plot")
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for key in sorted({(r["preset"], r["attention"], r["parallel"]) for r in records}):
+        curve = sorted(
+            (r["context"], r["value"]) for r in records if (r["preset"], r["attention"], r["parallel"]) == key
+        )
+        axes.plot(*zip(*curve, strict=True), "o-" if key[1] == "hsa" else "s--", ms=4, label=", ".join(key))
+    lengths = sorted({record["context"] for record in records})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens a row")
+    axes.set_ylabel("tokens trained per second")
+    axes.set_title(f"Training on {result['meta']['hardware']}", fontsize=11)
+    axes.grid(True, alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

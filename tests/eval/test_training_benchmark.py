@@ -1,0 +1,72 @@
+"""hsa bench training: a point per context and attention, runs that add up, a figure, the FLOP of both models."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli.main import app
+from hsa_ultralong.eval.benchmarks.training import TrainingSettings, build, longest_sequence, training_records
+from hsa_ultralong.models import accounting
+from hsa_ultralong.models.presets import preset
+
+ARGUMENTS = (
+    "bench training --preset debug --contexts 64,128 --batch-tokens 256 --micro-tokens 128 --steps 1 --device cpu"
+)
+
+
+def test_the_command_writes_results_and_figure_and_adds_to_them(tmp_path):
+    for _ in range(2):
+        result = CliRunner().invoke(app, [*ARGUMENTS.split(), "--hardware", "x", "-o", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "training-x.json").read_text())
+    points = {(r["metric"], r["attention"], r["context"]) for r in found["records"]}
+    assert len(points) == len(found["records"]) == 3 * 2 * 2 and len(found["meta"]["runs"]) == 2
+    assert {r["run"] for r in found["records"]} == {1}
+    speeds = {(r["attention"], r["context"]): r["value"] for r in found["records"] if r["metric"] == "tokens_per_s"}
+    for record in found["records"]:
+        if record["metric"] == "mfu" and record["attention"] == "hsa":
+            flops = accounting.flops_per_token(preset("debug"), record["context"], training=True)
+            assert record["value"] == pytest.approx(speeds["hsa", record["context"]] * flops / 989e12)
+    assert (tmp_path / "training-x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_full_attention_costs_more_the_longer_the_row():
+    config = preset("small_345m")
+    hsa, full = (
+        [count(length) for length in (8192, 131_072)]
+        for count in (
+            lambda length: accounting.flops_per_token(config, length, training=True),
+            lambda length: accounting.full_attention_training_flops(config, length),
+        )
+    )
+    assert full[0] < hsa[0] * 1.2 and full[1] > 3 * hsa[1]
+
+
+def test_out_of_memory_ends_a_point_and_not_the_run():
+    failures, found = [], []
+    settings = TrainingSettings(contexts=(64,), batch_tokens=64, micro_tokens=(64, 128), steps=1)
+
+    def prepare(model):
+        def refuse(module, arguments, options):
+            if (options.get("labels") if options else arguments[0]).shape[0] > 1:
+                raise torch.OutOfMemoryError("no room")
+
+        model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+    training_records(
+        preset("debug"), "debug", "hsa", settings, torch.device("cpu"), found.append, prepare, failures.append
+    )
+    assert [record["micro_batch_rows"] for record in found] == [1, 1, 1] and len(failures) == 1
+
+
+def test_the_longest_sequence_is_the_last_that_fits():
+    def step(ids):
+        if ids.shape[1] > 500:
+            raise torch.OutOfMemoryError("no room")
+
+    assert longest_sequence(step, 50, torch.device("cpu"), 64, 4096)[0] == 256
+    assert longest_sequence(step, 50, torch.device("cpu"), 1024, 4096) == (0, 0.0)
+    with pytest.raises(ValueError, match="attention is hsa or full"):
+        build("none", preset("debug"), torch.device("cpu"), "none")
