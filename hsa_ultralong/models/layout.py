@@ -13,6 +13,7 @@ import torch
 
 from hsa_ultralong.models.cache_hsa import HSACache
 from hsa_ultralong.models.ranks import ContextRanks
+from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
 _LOW_BITS = 2**31 - 1
 
@@ -127,3 +128,28 @@ def slice_layout(layout: Layout, ranks: ContextRanks, reach: int) -> Layout:
 def source_numbers(source_ids: torch.Tensor) -> torch.Tensor:
     """Any integers -> int32 from 0 on: the low 31 bits, so that 64-bit hashes serve."""
     return (source_ids & _LOW_BITS).to(torch.int32)
+
+
+class ChunkPlaces(NamedTuple):
+    """Chunks of whole rows, (B, C) int32: tokens in each (None: all full), group and end, as ChunkTensors has them."""
+
+    lengths: torch.Tensor | None
+    segments: torch.Tensor
+    ends: torch.Tensor
+
+
+def chunk_places(layout: Layout, chunk_size: int) -> ChunkPlaces:
+    """The chunks of rows that begin with this call; tokens after the last full chunk of a plain row have none."""
+    num_chunks = layout.segments.shape[1] // chunk_size
+    if layout.is_packed:
+        by_chunk = layout.segments.unflatten(1, (num_chunks, chunk_size))  # (B, C, S)
+        lengths = ((by_chunk == by_chunk[..., :1]) & (by_chunk >= 0)).sum(-1).to(torch.int32)
+        groups = layout.groups[:, ::chunk_size]
+        return ChunkPlaces(
+            lengths, torch.where(groups < 0, UNUSED, groups), layout.positions[:, ::chunk_size] + chunk_size
+        )
+    slots = torch.arange(1, num_chunks + 1, dtype=torch.int32, device=layout.segments.device)
+    ends = (slots * chunk_size).expand(layout.segments.shape[0], -1)
+    # chunks that padding leaves incomplete: their own row never reaches them, but a pool would
+    real = (layout.segments >= 0).sum(1, keepdim=True)
+    return ChunkPlaces(None, torch.where(ends <= real, 0, UNUSED).to(torch.int32), ends)

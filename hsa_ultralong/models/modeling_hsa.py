@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from hsa_ultralong.models.build import UpperGroup, build_encoder, build_group, build_lower_layer
 from hsa_ultralong.models.cache_hsa import HSACache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
-from hsa_ultralong.models.layout import Layout, packed_layout, plain_layout, restrict, slice_layout
+from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict, slice_layout
 from hsa_ultralong.models.ranks import ContextRanks, PoolRanks, Windows
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder
@@ -238,7 +238,7 @@ class HSAModel(HSAPreTrainedModel):
         if cache is not None and cache.library is not None:
             views.append(library_view(cache.library, layout.segments, layout.positions))
         if cache is None or (layout.is_packed and cache.num_seen == 0):
-            own = self._encode_row(x, layout, None if cache is None else cache.padding)
+            own = self._encode_row(x, layout)
         else:
             own = self._encode_step(x, cache)
         if own is None:
@@ -250,36 +250,24 @@ class HSAModel(HSAPreTrainedModel):
             views.append(pooled_view(own, layout, is_read=is_read, context=context, ranks=self.pool_ranks))
         return [*views, own_view(own, layout, is_causal=cache is None, context=context)]
 
-    def _encode_row(self, x: torch.Tensor, layout: Layout, padding: list[int] | None) -> ChunkTensors | None:
+    def _encode_row(self, x: torch.Tensor, layout: Layout) -> ChunkTensors | None:
         """Chunks of whole rows (no cache), kept in the autograd graph."""
         size = self.config.chunk_size
-        batch, num_tokens, _ = x.shape
-        num_chunks = num_tokens // size
-        if num_chunks == 0:
+        num_tokens = x.shape[1]
+        if num_tokens < size:
             return None
-        slots = torch.arange(num_chunks, dtype=torch.int32, device=x.device)
-        if layout.is_packed:
-            by_chunk = layout.segments.unflatten(1, (num_chunks, size))  # (B, C, S)
-            lengths = ((by_chunk == by_chunk[..., :1]) & (by_chunk >= 0)).sum(-1).to(torch.int32)
-            groups = layout.groups[:, ::size]
-            segments = torch.where(groups < 0, UNUSED, groups)
-            ends = layout.positions[:, ::size] + size
-            k, v, landmarks = self.chunk_encoder(x.unflatten(1, (num_chunks, size)), lengths, self._total)
-            return ChunkTensors(k, v, landmarks, lengths.clamp_min(1), segments, ends)
-        if layout.window_segments is not None:
+        lengths, segments, ends = chunk_places(layout, size)
+        if not layout.is_packed and layout.window_segments is not None:
             # rows start at their first real token, so that padding never moves the chunk grid
             first = -layout.positions[:, :1]  # (B, 1)
             index = (torch.arange(num_tokens, device=x.device) + first).clamp_max(num_tokens - 1)
             x = x.gather(1, index.long()[..., None].expand_as(x))
-        chunks = x[:, : num_chunks * size].unflatten(1, (num_chunks, size))  # (B, C, S, M)
-        k, v, landmarks = self.chunk_encoder(chunks, None, self._total)
-        ends = ((slots + 1) * size).expand(batch, -1)
-        # chunks that padding leaves incomplete: their own row never reaches them, but a pool would
-        real = (layout.segments >= 0).sum(1, keepdim=True)
-        segments = torch.where(ends <= real, 0, UNUSED).to(torch.int32)
-        if self.context_ranks is not None:
+        chunks = x[:, : ends.shape[1] * size].unflatten(1, (-1, size))  # (B, C, S, M)
+        k, v, landmarks = self.chunk_encoder(chunks, lengths, self._total)
+        if self.context_ranks is not None and not layout.is_packed:
             ends = ends + self.context_ranks.rank * num_tokens
-        return ChunkTensors(k, v, landmarks, torch.full_like(ends, size), segments, ends)
+        full = torch.full_like(ends, size) if lengths is None else lengths.clamp_min(1)
+        return ChunkTensors(k, v, landmarks, full, segments, ends)
 
     def _total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over all processes that retrieve each other's chunks."""

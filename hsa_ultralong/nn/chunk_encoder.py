@@ -115,6 +115,13 @@ class ChunkEncoder(nn.Module):
             k and v (B, C*S, Hkv, D), landmarks (B, C, Hr, R), all in the dtype of `hidden`'s projections. Slots of
             k and v beyond a short chunk's length hold arbitrary finite numbers: readers mask them by `lengths`.
         """
+        k, v, raw = self.project(hidden, lengths)
+        return k, v, self.center(raw, lengths, total).to(v.dtype)
+
+    def project(
+        self, hidden: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `forward`, but for the centre: landmarks (B, C, Hr, R) in fp32, normalised if the model does so."""
         batch, num_chunks, size, width = hidden.shape
         x = hidden.flatten(0, 1)  # (N, S, M)
         cls = self.cls.to(x.dtype).expand(x.shape[0], 1, -1)
@@ -130,14 +137,11 @@ class ChunkEncoder(nn.Module):
         tokens = x[:, :size]  # (N, S, M)
         heads = (batch, num_chunks * size, -1, self.head_dim)
         k, v = self.k_norm(self.k_proj(tokens).view(heads)), self.v_proj(tokens).view(heads)
-        counted = None if lengths is None else lengths.reshape(-1) > 0
-        landmarks = self._landmarks(x, present, counted, total).view(batch, num_chunks, self.num_retrieval_heads, -1)
-        return k.to(v.dtype), v, landmarks.to(v.dtype)
+        landmarks = self._landmarks(x, present).view(batch, num_chunks, self.num_retrieval_heads, -1)
+        return k.to(v.dtype), v, landmarks
 
-    def _landmarks(
-        self, x: torch.Tensor, present: torch.Tensor | None, counted: torch.Tensor | None, total: Total | None
-    ) -> torch.Tensor:
-        """(N, S + 1, M) -> (N, Hr, R) fp32, normalised and centred; only chunks `counted` (N,) move the centre."""
+    def _landmarks(self, x: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
+        """(N, S + 1, M) -> (N, Hr, R) fp32."""
         if self.landmark_source == "cls":
             summary = x[:, -1]
         elif present is None:
@@ -146,13 +150,21 @@ class ChunkEncoder(nn.Module):
             keep = present[:, :-1, None].to(x.dtype)
             summary = (x[:, :-1] * keep).sum(1) / keep.sum(1).clamp_min(1)
         landmarks = self.landmark_proj(summary).unflatten(-1, (self.num_retrieval_heads, -1))  # (N, Hr, R)
-        landmarks = rms_normalize(landmarks) if self.normalize_landmarks else landmarks.to(self.landmark_center.dtype)
+        return rms_normalize(landmarks) if self.normalize_landmarks else landmarks.to(self.landmark_center.dtype)
+
+    def center(
+        self, landmarks: torch.Tensor, lengths: torch.Tensor | None = None, total: Total | None = None
+    ) -> torch.Tensor:
+        """Landmarks (B, C, Hr, R) of `project` minus the centre, which in training first moves to their mean."""
         if not self.center_landmarks:
             return landmarks
-        if self.training and landmarks.shape[0]:
+        if self.training and landmarks.shape[1]:
             with torch.no_grad():
-                share = torch.ones_like(landmarks[:, 0, 0]) if counted is None else counted.to(landmarks.dtype)
-                sums = torch.cat(((landmarks * share[:, None, None]).sum(0).flatten(), share.sum()[None]))
+                every = landmarks.flatten(0, 1)  # (N, Hr, R)
+                share = torch.ones_like(every[:, 0, 0])
+                if lengths is not None:
+                    share = (lengths.reshape(-1) > 0).to(every.dtype)
+                sums = torch.cat(((every * share[:, None, None]).sum(0).flatten(), share.sum()[None]))
                 sums = sums if total is None else total(sums)
                 mean = (sums[:-1] / sums[-1].clamp_min(1)).view_as(self.landmark_center)
                 self.landmark_center.lerp_(mean.to(self.landmark_center.dtype), 1 - _CENTER_MOMENTUM)
