@@ -1,0 +1,188 @@
+"""Segmented training: loss, gradients and statistics of the ordinary pass, with the activations of one segment."""
+
+import pytest
+import torch
+
+from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+from hsa_ultralong.train.segmented import segmented_loss_backward
+
+SIZE = 4
+
+
+def results(model, run):
+    """Loss, gradients and buffers of one pass on a fresh copy of the statistics."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.zero_grad()
+    loss = run()
+    found = {"loss": loss.detach()}
+    found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
+    return found
+
+
+def ordinary(model, batch, **more):
+    def run():
+        loss = model(**batch, use_cache=False, **more).loss
+        loss.backward()
+        return loss
+
+    return results(model, run)
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=f"{name} differs")
+
+
+def packed(batch, lengths, total, seed=0):
+    """Rows of documents that begin at chunks, padding between and behind."""
+    ids, segments = random_tokens(batch, total, seed=seed), torch.full((batch, total), -1, dtype=torch.int32)
+    start = 0
+    for number, length in enumerate(lengths):
+        segments[:, start : start + length] = number
+        start += -(-length // SIZE) * SIZE
+    labels = ids.masked_fill(segments < 0, -100)
+    return {"input_ids": ids, "labels": labels, "segment_ids": segments}
+
+
+@pytest.mark.parametrize("options", sorted(MODEL_OPTIONS))
+def test_loss_and_gradients_equal_the_ordinary_pass(options):
+    model = tiny_model(**MODEL_OPTIONS[options]).train()
+    assert model.config.chunk_size == SIZE
+    ids = random_tokens(2, 50, seed=1)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    batch["labels"][0, :7] = -100
+    expected = ordinary(model, batch)
+    for segment in (4, 12, 64):
+        assert_equal(results(model, lambda n=segment: segmented_loss_backward(model, batch, n)), expected)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("options", ["default", "mixture_of_experts", "hsa_only_layer"])
+def test_documents_cross_the_borders_of_segments(options, isolated):
+    model = tiny_model(**MODEL_OPTIONS[options]).train()
+    batch = packed(2, [17, 3, 22, 8], 60)
+    if isolated:
+        batch["isolate_documents"] = torch.tensor([True, False])
+    expected = ordinary(model, batch)
+    for segment in (8, 20):
+        assert_equal(results(model, lambda n=segment: segmented_loss_backward(model, batch, n)), expected)
+
+
+def test_scale_and_divisor():
+    model = tiny_model().train()
+    ids = random_tokens(1, 40, seed=1)
+    batch = {"input_ids": ids, "labels": ids}
+    whole = ordinary(model, batch, num_items_in_batch=7)
+    part = results(model, lambda: segmented_loss_backward(model, batch, 8, loss_scale=0.25, num_items=7))
+    torch.testing.assert_close(part["loss"], whole["loss"])
+    for name in ("model.norm.weight", "model.embed_tokens.weight", "model.lower_layers.0.attention.q_proj.weight"):
+        torch.testing.assert_close(part[name] * 4, whole[name])
+
+
+def test_a_frozen_lower_half_gets_no_gradients():
+    model = tiny_model().train()
+    for part in (model.model.embed_tokens, model.model.lower_layers, model.model.chunk_encoder):
+        part.requires_grad_(False)
+    ids = random_tokens(1, 40, seed=1)
+    batch = {"input_ids": ids, "labels": ids}
+    expected = ordinary(model, batch)
+    assert not any("lower_layers" in name for name in expected)
+    assert_equal(results(model, lambda: segmented_loss_backward(model, batch, 8)), expected)
+
+
+def test_under_autocast_it_is_as_exact_as_the_ordinary_pass():
+    model = tiny_model(dtype=torch.float32, chunk_topk=100).train()
+    ids = random_tokens(2, 64, seed=1)
+    batch = {"input_ids": ids, "labels": ids}
+    exact = ordinary(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        usual = ordinary(model, batch)
+        found = results(model, lambda: segmented_loss_backward(model, batch, 16))
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        assert (found[name] - value).norm() <= 2 * (usual[name] - value).norm() + 1e-3 * value.norm() + 1e-6, name
+
+
+def test_noise_is_the_same_when_a_segment_runs_again():
+    """Gradients equal finite differences of the loss under one seed: the recomputed choice is the first one."""
+    model = tiny_model(gumbel_noise=True, chunk_topk=2).train()
+    ids = random_tokens(1, 48, seed=1)
+    batch = {"input_ids": ids, "labels": ids}
+
+    def loss():
+        torch.manual_seed(3)
+        center = model.model.chunk_encoder.landmark_center.clone()
+        value = segmented_loss_backward(model, batch, 12)
+        model.model.chunk_encoder.landmark_center.copy_(center)
+        return value
+
+    model.zero_grad()
+    first = loss()
+    weight = model.model.norm.weight
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+    slope = (weight.grad * direction).sum()
+    with torch.no_grad():
+        weight += 1e-6 * direction
+    torch.testing.assert_close((loss() - first) / 1e-6, slope, rtol=1e-4, atol=1e-7)
+    torch.manual_seed(4)
+    assert segmented_loss_backward(model, batch, 12) != first
+
+
+class Saved:
+    """The most bytes that autograd holds at once for backward passes."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def __enter__(self):
+        saved = self
+
+        class Kept:
+            def __init__(self, tensor):
+                self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+                saved.now += self.bytes
+                saved.most = max(saved.most, saved.now)
+
+            def __del__(self):
+                saved.now -= self.bytes
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+def test_saved_activations_are_those_of_a_segment():
+    model = tiny_model().train()
+
+    def most(length, run):
+        ids = random_tokens(1, length, seed=1)
+        with Saved() as saved:
+            run({"input_ids": ids, "labels": ids})
+        return saved.most
+
+    def segmented(batch):
+        segmented_loss_backward(model, batch, 64)
+
+    def plain(batch):
+        model(**batch, use_cache=False).loss.backward()
+
+    short, long = most(256, segmented), most(1024, segmented)
+    # what grows is the past memory that a segment reads
+    assert long < 1.5 * short < 0.5 * most(1024, plain)
+
+
+def test_refusals():
+    model = tiny_model().train()
+    ids = random_tokens(1, 16)
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.raises(ValueError, match="multiple of chunk_size"):
+        segmented_loss_backward(model, batch, 6)
+    with pytest.raises(ValueError, match="attention_mask"):
+        segmented_loss_backward(model, {**batch, "attention_mask": torch.ones_like(ids)}, 8)
