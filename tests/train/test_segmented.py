@@ -101,10 +101,16 @@ def test_under_autocast_it_is_as_exact_as_the_ordinary_pass():
     exact = ordinary(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         usual = ordinary(model, batch)
-        found = results(model, lambda: segmented_loss_backward(model, batch, 16))
-    assert found.keys() == exact.keys()
-    for name, value in exact.items():
-        assert (found[name] - value).norm() <= 2 * (usual[name] - value).norm() + 1e-3 * value.norm() + 1e-6, name
+        whole = results(model, lambda: segmented_loss_backward(model, batch, 64))
+        parts = results(model, lambda: segmented_loss_backward(model, batch, 16))
+    # one segment rounds where the ordinary pass rounds; several round elsewhere, not more
+    for name, value in usual.items():
+        torch.testing.assert_close(whole[name], value, rtol=1e-3, atol=1e-5)
+
+    def error(found):
+        return sum(float((found[name] - value).square().sum()) for name, value in exact.items()) ** 0.5
+
+    assert 0 < error(parts) < 3 * error(usual)
 
 
 def test_noise_is_the_same_when_a_segment_runs_again():
