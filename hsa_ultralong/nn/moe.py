@@ -7,6 +7,9 @@ on the rest of the batch, which exact reading needs (fact 5). Tested in tests/nn
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,8 +17,26 @@ from torch import nn
 from hsa_ultralong.nn.mlp import SwiGLU
 
 
+class ExpertRanks(Protocol):
+    """Processes that share out the experts; distributed/experts.py has the class, given from outside."""
+
+    def local(self, weight: torch.Tensor) -> torch.Tensor:
+        """This process's experts of a weight (E, ...)."""
+        ...
+
+    def run(
+        self, rows: torch.Tensor, load: torch.Tensor, experts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Apply `experts` to every row where its expert is; rows and load as in MixtureOfExperts._experts."""
+        ...
+
+
 class MixtureOfExperts(nn.Module):
-    """(..., M) -> (..., M): shared expert + sum over the chosen experts of affinity-weighted SwiGLU outputs."""
+    """(..., M) -> (..., M): shared expert + sum over the chosen experts of affinity-weighted SwiGLU outputs.
+
+    `expert_load` counts the tokens of each expert in training, twice where a block is recomputed in the backward: only
+    ratios are used.
+    """
 
     router_bias: torch.Tensor
     expert_load: torch.Tensor
@@ -39,6 +60,7 @@ class MixtureOfExperts(nn.Module):
             if num_shared_experts
             else None
         )
+        self.expert_ranks: ExpertRanks | None = None
         self.register_buffer("router_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("expert_load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         for weight in (self.gate_up, self.down):
@@ -57,25 +79,41 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, -2)  # (N, M)
         chosen, weights = self.route(tokens)
         order = chosen.flatten().argsort(stable=True)  # (N*k,) pairs grouped by expert
-        load = torch.bincount(chosen.flatten(), minlength=self.num_experts)  # (E,)
+        # bincount would wait for the device
+        load = torch.zeros_like(self.expert_load).index_add_(0, chosen.flatten(), torch.ones_like(order))  # (E,)
         if self.training:
             self.expert_load += load
         source = order // self.num_experts_per_token
-        inner = self._experts(tokens[source], load)  # (N*k, M)
+        rows = tokens[source]  # (N*k, M)
+        rows = rows.bfloat16() if self._is_grouped(rows) else rows
+        if self.expert_ranks is None:
+            inner = self._experts(rows, load)
+        else:
+            inner = self.expert_ranks.run(rows, load, self._experts)
         inner = inner * weights.flatten()[order, None].to(inner.dtype)
         out = torch.zeros(tokens.shape, dtype=inner.dtype, device=x.device).index_add(0, source, inner).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
 
+    @staticmethod
+    def _is_grouped(rows: torch.Tensor) -> bool:
+        """True where one grouped product in bf16 takes the place of a loop over the experts."""
+        return rows.is_cuda and (rows.dtype == torch.bfloat16 or torch.is_autocast_enabled("cuda"))
+
     def _experts(self, rows: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
-        """SwiGLU of every row by its expert; rows (N*k, M) sorted by expert, `load` rows each."""
-        if rows.is_cuda and (rows.dtype == torch.bfloat16 or torch.is_autocast_enabled("cuda")):
+        """SwiGLU of every row by its expert, of those held here; rows (N, M) sorted by expert, `load` rows each."""
+        held: tuple[torch.Tensor, torch.Tensor] = (self.gate_up, self.down)
+        if self.expert_ranks is not None:
+            held = (self.expert_ranks.local(self.gate_up), self.expert_ranks.local(self.down))
+        gate_up, down = (weight.to(rows.dtype) for weight in held)
+        # a rank may get no rows at all
+        if self._is_grouped(rows) and len(rows):
             ends = load.cumsum(0).to(torch.int32)
-            gate, up = F.grouped_mm(rows.bfloat16(), self.gate_up.bfloat16(), offs=ends).chunk(2, dim=-1)
-            return F.grouped_mm(F.silu(gate) * up, self.down.bfloat16(), offs=ends)
+            gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
+            return F.grouped_mm(F.silu(gate) * up, down, offs=ends)
         parts = []
         for expert, part in enumerate(rows.split(load.tolist())):
-            gate, up = (part @ self.gate_up[expert]).chunk(2, dim=-1)
-            parts.append((F.silu(gate) * up) @ self.down[expert])
+            gate, up = (part @ gate_up[expert]).chunk(2, dim=-1)
+            parts.append((F.silu(gate) * up) @ down[expert])
         return torch.cat(parts)
 
     @torch.no_grad()

@@ -1,0 +1,220 @@
+"""Data, sharded, expert and context parallelism: loss, gradients and whole steps equal one process (gloo, fp64)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, data_world, init_distributed, total
+from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+from hsa_ultralong.testing.processes import launch
+from hsa_ultralong.train.parallelize import alone, clip_gradients, gathered, parallelize, synchronize_buffers
+from hsa_ultralong.train.segmented import segmented_loss_backward
+
+EXACT = {"rtol": 1e-8, "atol": 1e-10}
+DENSE = {"num_upper_groups": 1, "tie_word_embeddings": True}
+EXPERTS = {
+    **MODEL_OPTIONS["mixture_of_experts"],
+    "num_upper_groups": 1,
+    "tie_word_embeddings": False,
+    "router_bias_update_rate": 0.1,
+}
+NUM_STEPS = 2
+
+
+def rows(step, count=4, length=24):
+    """Rows with very different numbers of labels: most of the loss is in the last ones."""
+    tokens = random_tokens(count, length, seed=step)
+    labels = tokens.clone()
+    labels[: count // 2, 3:] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def micro_batches(step, mesh):
+    """This rank's part of two micro-batches, and the number of labels of both on all ranks."""
+    batches = [rows(2 * step), rows(2 * step + 1)]
+    counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    parts = []
+    for batch in batches:
+        part = {name: value.chunk(data_world(mesh))[data_rank(mesh)] for name, value in batch.items()}
+        if mesh is not None:
+            slices, place = mesh["context"].size(), mesh.get_local_rank("context")
+            part = {name: value.chunk(slices, 1)[place] for name, value in part.items()}
+        parts.append(part)
+    return parts, counted
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(model, mesh, **inputs):
+    """What two optimiser steps of two micro-batches each see and leave behind."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
+    found = {}
+    for step in range(NUM_STEPS):
+        parts, counted = micro_batches(step, mesh)
+        loss = torch.zeros((), dtype=torch.float64)
+        for part in parts:
+            out = model(**part, num_items_in_batch=counted, **inputs).loss
+            out.backward()
+            loss += out.detach()
+        found[f"loss {step}"] = total(loss, mesh)
+        if step == 0:
+            for name, parameter in model.named_parameters():
+                found[f"gradient of {name}"] = whole(parameter.grad).clone()
+        found[f"norm {step}"] = clip_gradients(model, 0.5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize_buffers(model, mesh)
+        found[f"imbalance {step}"] = torch.tensor([float(part) for part in model.update_router_bias()])
+    for name, value in model.state_dict().items():
+        found[f"final {name}"] = whole(value).clone()
+    return found
+
+
+def check(options, parallel, **inputs):
+    """Two steps of a model spread as `parallel` says leave what they leave in one process."""
+    one, many = tiny_model(**options), tiny_model(**options)
+    expected = train(one, None, **inputs)
+    config = ParallelConfig(**parallel)
+    mesh = build_mesh(config, "cpu")
+    names = list(many.state_dict())
+    parallelize(many, mesh, config)
+    assert list(many.state_dict()) == names
+    found = train(many, mesh, **inputs)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+    held = sum(part.to_local().numel() for part in many.parameters())
+    assert held < sum(part.numel() for part in one.parameters()) or config.replicate == dist.get_world_size()
+
+
+def probe(model, ids):
+    """What a reader of parts gets: logits, keys, values and landmarks."""
+    hidden = model.model(ids, use_cache=False).last_hidden_state
+    lower = model.model.read_lower(model.model.embed_tokens(ids), model.model.rotary(hidden, None))
+    return model.lm_head(hidden), *model.model.chunk_encoder(lower.unflatten(1, (-1, model.config.chunk_size)))
+
+
+def check_direct_calls(rank, world):
+    """Parts of the model can be called from outside, before and between steps, with backwards and without."""
+    ids = random_tokens(2, 24, seed=9)
+    for options, parallel in ((DENSE, {}), (EXPERTS, {"expert": 2}), (DENSE, {"context": 2})):
+        one, many = tiny_model(**options), tiny_model(**options)
+        config = ParallelConfig(**parallel)
+        mesh = build_mesh(config, "cpu")
+        parallelize(many, mesh, config)
+        for _ in range(2):
+            with gathered(many), alone(many), torch.no_grad():
+                found = probe(many.eval(), ids)
+            assert all(isinstance(part, DTensor) for part in many.parameters())
+            for value, expected in zip(found, probe(one.eval(), ids), strict=True):
+                torch.testing.assert_close(value, expected, **EXACT)
+            many.train()(**micro_batches(0, mesh)[0][0]).loss.backward()
+            one.train()(**micro_batches(0, None)[0][0])
+        for model in (many, one):
+            model.zero_grad()
+            with gathered(model), alone(model):
+                for part in range(2):
+                    probe(model.eval(), ids[part : part + 1])[0].square().sum().backward()
+        for (name, value), expected in zip(many.named_parameters(), one.parameters(), strict=True):
+            # both ranks have the same rows here, and their gradients add
+            torch.testing.assert_close(whole(value.grad), world * expected.grad, **EXACT, msg=name)
+
+
+def check_segments(rank, world):
+    """Segment after segment, recomputed too: the gradients of whole rows on one process."""
+    modes = (DENSE, {"activation_checkpointing": "full"}), (EXPERTS, {"activation_checkpointing": "selective"})
+    for options, parallel in modes:
+        one, many = tiny_model(**options).train(), tiny_model(**options).train()
+        config = ParallelConfig(**parallel)
+        mesh = build_mesh(config, "cpu")
+        parallelize(many, mesh, config)
+        (batch, *_), counted = micro_batches(0, None)
+        loss = one(**batch, num_items_in_batch=counted).loss
+        loss.backward()
+        part = micro_batches(0, mesh)[0][0]
+        with gathered(many):
+            share = segmented_loss_backward(many, part, 8, num_items=counted)
+        torch.testing.assert_close(total(share, mesh), loss.detach(), **EXACT)
+        for (name, value), expected in zip(many.named_parameters(), one.parameters(), strict=True):
+            torch.testing.assert_close(whole(value.grad), expected.grad, **EXACT, msg=name)
+        centers = [model.model.chunk_encoder.landmark_center for model in (many, one)]
+        torch.testing.assert_close(*centers, **EXACT)
+
+
+def check_refusals(rank, world):
+    config = ParallelConfig()
+    mesh = build_mesh(config, "cpu")
+    with pytest.raises(ValueError, match="seed them alike"):
+        parallelize(tiny_model(seed=rank), mesh, config)
+    with pytest.raises(ValueError, match="position_decay"):
+        parallelize(tiny_model(position_decay=True), mesh, config)
+    with pytest.raises(ValueError, match="divide the 3 experts"):
+        parallelize(tiny_model(num_experts=3), mesh, ParallelConfig(expert=2))
+    with pytest.raises(ValueError, match="needs a mixture"):
+        parallelize(tiny_model(), mesh, ParallelConfig(expert=2))
+    with pytest.raises(ValueError, match="does not fit 2 processes"):
+        build_mesh(ParallelConfig(replicate=3), "cpu")
+
+
+def check_two_processes(rank, world):
+    check_refusals(rank, world)
+    check_direct_calls(rank, world)
+    check_segments(rank, world)
+    check(DENSE, {"replicate": 2})
+    check(DENSE, {"shard": 2, "activation_checkpointing": "selective"})
+    check(EXPERTS, {"replicate": 2, "activation_checkpointing": "full"})
+    check(EXPERTS, {"shard": 2, "activation_checkpointing": "full", "mlp_tile_tokens": 7})
+    check(EXPERTS, {"expert": 2, "activation_checkpointing": "selective", "reshard_after_forward": False})
+    check(DENSE, {"context": 2, "activation_checkpointing": "full"})
+    check(EXPERTS, {"context": 2, "expert": 2, "activation_checkpointing": "selective"})
+    check(DENSE, {"pool_over_ranks": True}, pool_memory=True)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    launch(2, tmp_path / "meet", check_two_processes)
+
+
+def check_four_processes(rank, world):
+    for options in (DENSE, EXPERTS):
+        check(options, {"replicate": 2, "shard": 2})
+        check(options, {"shard": 2, "context": 2, "activation_checkpointing": "selective"})
+    check(EXPERTS, {"replicate": 2, "expert": 2})
+    check(EXPERTS, {"replicate": 2, "context": 2, "expert": 2, "activation_checkpointing": "full"})
+    check(EXPERTS, {"expert": 4, "shard": 2, "context": 2, "pool_over_ranks": True}, pool_memory="compete")
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(tmp_path):
+    launch(4, tmp_path / "meet", check_four_processes)
+
+
+def main():
+    """What torchrun starts."""
+    assert init_distributed("cpu") == torch.device("cpu")
+    assert dist.get_world_size() == 2 and dist.get_backend() == "gloo"
+    check(DENSE, {})
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+
+
+if __name__ == "__main__":
+    main()
