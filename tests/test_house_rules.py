@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "baselines": {"nn", "ops"},
     "data": set(),
     "distributed": set(),
-    "train": {"models", "baselines", "data", "distributed"},
+    "train": {"models", "baselines", "data", "distributed", "nn", "ops"},
     "eval": {"inference", "memory", "models", "baselines", "data"},
     "recipes": {"train", "eval", "models", "data"},
     "testing": {"ops", "nn", "models"},

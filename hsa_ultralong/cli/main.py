@@ -14,9 +14,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hsa_ultralong.cli import ask, bench, data, evaluate, generate, memorize, memory, plan, plot, quickstart, train
+from hsa_ultralong.cli import (
+    ask,
+    bench,
+    convert,
+    data,
+    evaluate,
+    generate,
+    memorize,
+    memory,
+    plan,
+    plot,
+    quickstart,
+    train,
+)
 
-COMMANDS = (quickstart, memorize, ask, memory, generate, data, train, plot, plan, evaluate, bench)
+COMMANDS = (quickstart, memorize, ask, memory, generate, data, train, convert, plot, plan, evaluate, bench)
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -1,0 +1,97 @@
+"""`hsa convert`: start an HSA-UltraLong model from a pretrained transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("convert")(convert)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder of a Llama, Mistral or Qwen3 model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New model folder.")],
+    window: Annotated[int, typer.Option("--window", min=1, help="Keys that each layer's attention keeps.")] = 512,
+    lower_layers: Annotated[int | None, typer.Option(min=1, help="Layers below the memory [default: half].")] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Layers that read the memory, one per group.")] = 2,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Options of the memory: chunk_topk=32, retrieval_dim=256."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the new parts.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Turn a transformer into a model with a memory: its layers keep their weights, their attention becomes a window.
+
+    Until it is trained, the memory is silent: on texts no longer than the window the new model computes what the old
+    one does. docs/convert.md says how to go on.
+
+    Examples:
+
+      hsa convert models/Qwen3-0.6B -o models/qwen3-hsa --window 512 --set retrieval_dim=256
+
+      hsa convert models/llama -o models/llama-hsa --lower-layers 10 --groups 2 --set chunk_topk=64
+    """
+    import json
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hsa_ultralong.models.convert import convert_model
+    from hsa_ultralong.models.presets import parse_options
+
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} is no model folder: it has no config.json")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists already; choose another name")
+    torch.manual_seed(seed)
+    teacher = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    options = parse_options(changes or [])
+    found = convert_model(
+        teacher, sliding_window=window, num_lower_layers=lower_layers, num_upper_groups=groups, **options
+    )
+    report = {
+        "source": source.name,
+        "source_type": teacher.config.model_type,
+        "window": window,
+        "seed": seed,
+        "reused_share": found.reused_share,
+        "reused": found.reused,
+        "initialised": found.initialised,
+    }
+    _save(found.model, source, output, report)
+    typer.echo(json.dumps(report, indent=1) if as_json else _summary(found, output))
+
+
+def _save(model: Any, source: Path, output: Path, report: dict[str, Any]) -> None:
+    """Model, tokenizer and conversion.json, all or nothing."""
+    import shutil
+
+    from hsa_ultralong.eval.metadata import write_json
+
+    partial = output.with_name(f".partial-{output.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    for file in sorted(source.iterdir()):
+        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template")):
+            shutil.copy(file, partial / file.name)
+    write_json(partial / "conversion.json", report)
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+
+
+def _summary(found: Any, output: Path) -> str:
+    config = found.model.config
+    fresh = sorted({name.rsplit(".", 2)[0] if name.endswith("weight") else name for name in found.initialised})
+    return (
+        f"{config.num_lower_layers} layers below the memory, {config.num_upper_groups} groups of "
+        f"{config.num_layers_per_group} above; window {config.sliding_window}\n"
+        f"reused: {found.reused_share:.1%} of all numbers, {len(found.reused)} tensors\n"
+        f"new: {', '.join(fresh)}\n"
+        f"Written: {output} (conversion.json lists every tensor)"
+    )

@@ -1,0 +1,185 @@
+"""An HSA-UltraLong model that begins as a pretrained transformer: Llama or Qwen3, weights reused wherever shapes allow.
+
+Every source layer becomes one layer: its full attention becomes a window, its feed-forward block stays. The first layer
+of every upper group also gets attention over the memory, whose output projection is zero at first. So on texts no
+longer than the window the converted model computes what the source computes, bit for bit up to rounding, and training
+starts from there. The encoder starts as a copy of the layer below the memory; retrieval starts fresh.
+Used by `hsa convert`; tests/models/test_convert.py, docs/convert.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from hsa_ultralong.models.configuration_hsa import HSAConfig
+from hsa_ultralong.models.modeling_hsa import HSAForCausalLM
+
+SOURCES = ("llama", "mistral", "qwen3")
+# our name of a part of a layer -> the source's
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+class Conversion(NamedTuple):
+    """The new model; `reused` maps its parameters to those of the source that they were copied from, the rest is in
+    `initialised`, both by name."""
+
+    model: HSAForCausalLM
+    reused: dict[str, str]
+    initialised: list[str]
+
+    @property
+    def reused_share(self) -> float:
+        """Numbers that come from the source, of all."""
+        sizes = {name: tensor.numel() for name, tensor in self.model.named_parameters()}
+        return sum(sizes[name] for name in self.reused) / sum(sizes.values())
+
+
+def converted_config(
+    source: Any,
+    *,
+    sliding_window: int = 512,
+    num_lower_layers: int | None = None,
+    num_upper_groups: int = 2,
+    **options: Any,
+) -> HSAConfig:
+    """The configuration that a source's layers fit into.
+
+    Args:
+        source: configuration of a Llama, Mistral or Qwen3 model.
+        num_lower_layers: layers below the memory; default half of them, so that the groups are equal. options: of
+            HSAConfig, such as chunk_topk, retrieval_dim, num_memory_heads.
+
+    Raises:
+        ValueError: for what the layers cannot represent, or layers that do not divide into groups.
+    """
+    problems = _problems(source)
+    if problems:
+        raise ValueError(f"this {source.model_type} model cannot be converted: {'; '.join(problems)}")
+    layers = source.num_hidden_layers
+    if num_lower_layers is None:
+        num_lower_layers = layers - layers // 2 // num_upper_groups * num_upper_groups
+    upper = layers - num_lower_layers
+    if upper < num_upper_groups or upper % num_upper_groups or num_lower_layers < 1:
+        raise ValueError(
+            f"{layers} layers, {num_lower_layers} below the memory: the other {upper} do not divide into "
+            f"{num_upper_groups} groups; choose other --lower-layers or --groups"
+        )
+    return HSAConfig(
+        vocab_size=source.vocab_size,
+        hidden_size=source.hidden_size,
+        intermediate_size=source.intermediate_size,
+        num_lower_layers=num_lower_layers,
+        num_upper_groups=num_upper_groups,
+        num_layers_per_group=upper // num_upper_groups,
+        num_attention_heads=source.num_attention_heads,
+        num_key_value_heads=source.num_key_value_heads,
+        head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
+        tie_word_embeddings=source.tie_word_embeddings,
+        sliding_window=sliding_window,
+        hsa_sliding_window=sliding_window,
+        rope_theta=float(_rope(source)["rope_theta"]),
+        use_qk_norm=source.model_type == "qwen3",
+        rms_norm_eps=source.rms_norm_eps,
+        bos_token_id=source.bos_token_id,
+        eos_token_id=source.eos_token_id,
+        pad_token_id=source.pad_token_id,
+        **options,
+    )
+
+
+def _rope(source: Any) -> dict[str, Any]:
+    """RoPE's parameters, where transformers 5 keeps them."""
+    found = getattr(source, "rope_parameters", None) or {}
+    return {"rope_type": "default", "rope_theta": getattr(source, "rope_theta", 10_000.0), **found}
+
+
+def _problems(source: Any) -> list[str]:
+    """What of a source configuration our layers cannot represent."""
+    if source.model_type not in SOURCES:
+        return [f"its type is none of {', '.join(SOURCES)}"]
+    rope = _rope(source)
+    checks = {
+        "its attention has biases": getattr(source, "attention_bias", False),
+        "its feed-forward blocks have biases": getattr(source, "mlp_bias", False),
+        f"its activation is {source.hidden_act}, not silu": source.hidden_act not in ("silu", "swish"),
+        f"its RoPE is scaled ({rope['rope_type']})": rope["rope_type"] != "default",
+        "its RoPE covers a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
+    }
+    return [text for text, is_so in checks.items() if is_so]
+
+
+def convert_model(source: PreTrainedModel, **options: Any) -> Conversion:
+    """A new model in the source's dtype; options as for converted_config.
+
+    Raises:
+        ValueError: see converted_config; or a source whose parameters have other names or shapes than its type's.
+    """
+    config = converted_config(source.config, **options)
+    model = HSAForCausalLM(config).to(source.dtype)
+    names = _sources(model)
+    theirs = dict(source.named_parameters())
+    missing = sorted(set(names.values()) - set(theirs))
+    if missing:
+        raise ValueError(f"the source lacks parameter {missing[0]!r}")
+    reused: dict[str, str] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                found = theirs[names[name]]
+                if found.shape != parameter.shape:
+                    shapes = f"{tuple(found.shape)} there, {tuple(parameter.shape)} here"
+                    raise ValueError(f"{names[name]} does not fit {name}: {shapes}")
+                parameter.copy_(found)
+                reused[name] = names[name]
+            elif name.endswith(".hsa.o_proj.weight"):
+                # the memory is silent at first
+                parameter.zero_()
+    initialised = [name for name, _ in model.named_parameters() if name not in reused]
+    return Conversion(model.eval(), reused, initialised)
+
+
+def _sources(model: HSAForCausalLM) -> dict[str, str]:
+    """Our parameters -> the source's, for all that are reused."""
+    config = model.config
+    names = {"model.embed_tokens.weight": "model.embed_tokens.weight", "model.norm.weight": "model.norm.weight"}
+    if not config.tie_word_embeddings:
+        names["lm_head.weight"] = "lm_head.weight"
+    own = {name for name, _ in model.named_parameters()}
+
+    def take(prefix: str, their_layer: int, parts: dict[str, str]) -> None:
+        for ours, theirs in parts.items():
+            name = f"{prefix}.{ours}.weight"
+            if name in own:
+                names[name] = f"model.layers.{their_layer}.{theirs}.weight"
+
+    attention = {part: f"self_attn.{part}" for part in _ATTENTION}
+    feed_forward = {f"mlp.{part}": f"mlp.{part}" for part in _MLP}
+    norms = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    plain = {**norms, **feed_forward, **{f"attention.{ours}": theirs for ours, theirs in attention.items()}}
+    hsa = {
+        "window_norm": "input_layernorm", "hsa_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+        **feed_forward, **{f"window_attention.{ours}": theirs for ours, theirs in attention.items()},
+        "hsa.q_proj": "self_attn.q_proj", "hsa.q_norm": "self_attn.q_norm",
+    }  # fmt: skip
+    for index in range(config.num_lower_layers):
+        take(f"model.lower_layers.{index}", index, plain)
+    number = config.num_lower_layers
+    for group in range(config.num_upper_groups):
+        take(f"model.groups.{group}.hsa_layer", number, hsa)
+        take(f"model.groups.{group}.retriever", number, {"norm": "input_layernorm"})
+        for index in range(config.num_layers_per_group - 1):
+            take(f"model.groups.{group}.layers.{index}", number + 1 + index, plain)
+        number += config.num_layers_per_group
+    below = config.num_lower_layers - 1
+    if config.encoder_intermediate_size == config.intermediate_size:
+        for index in range(config.num_encoder_layers):
+            take(f"model.chunk_encoder.layers.{index}", below, {**norms, **feed_forward, **attention})
+    if config.num_memory_heads == config.num_key_value_heads:
+        # keys and values of the layer that will read the memory first
+        first = {"norm": "input_layernorm", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
+        take("model.chunk_encoder", config.num_lower_layers, {**first, "k_norm": "self_attn.k_norm"})
+    return names

@@ -1,0 +1,45 @@
+"""Distillation: the divergence is KL, falls, and the long rows' loss falls with it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hsa_ultralong.models.convert import convert_model
+from hsa_ultralong.train.distillation import distill, divergence
+
+
+def test_divergence_is_kl():
+    student, teacher = torch.randn(2, 3, 5, 11, dtype=torch.float64)
+    expected = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(divergence(student, teacher), expected.mean())
+    assert divergence(teacher, teacher) == 0
+
+
+def test_divergence_and_long_loss_fall():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    teacher = LlamaForCausalLM(config)
+    student = convert_model(teacher, sliding_window=4, chunk_size=8, retrieval_dim=16, chunk_topk=4).model
+    generator = torch.Generator().manual_seed(1)
+
+    def texts():
+        while True:
+            yield torch.randint(23, (4, 32), generator=generator)
+
+    def copies():
+        for ids in texts():
+            ids = torch.cat((ids, ids), 1)
+            yield {"input_ids": ids, "labels": ids}
+
+    records = distill(student, teacher, texts(), steps=60, learning_rate=3e-3, long_rows=copies())
+    first, last = records[:5], records[-5:]
+    for name in ("divergence", "long_loss"):
+        assert sum(r[name] for r in last) < 0.8 * sum(r[name] for r in first), name
+    assert not student.training
+    other = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "vocab_size": 29}))
+    with pytest.raises(ValueError, match="29 words"):
+        distill(student, other, texts(), steps=1, learning_rate=1e-3)
