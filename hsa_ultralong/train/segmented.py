@@ -94,7 +94,7 @@ def _backward(roots: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Backward from outputs with their gradients; frozen parts have none."""
     wanted = [root for root in roots if root[0].requires_grad]
     if wanted:
-        torch.autograd.backward(*zip(*wanted, strict=True))
+        torch.autograd.backward([output for output, _ in wanted], [gradient for _, gradient in wanted])
 
 
 def segmented_loss_backward(
@@ -291,8 +291,10 @@ class _Pass:
             windows = Windows(self.windows[1], carried, with_gradients=True)
             x, past = _leaf(lower[:, start:stop]), self._until(memory, stop)
             leaves = [] if past is None else [_leaf(part) for part in past[:3]]
+            if past is not None:
+                past = past._replace(k=leaves[0], v=leaves[1], landmarks=leaves[2])
             with torch.enable_grad():
-                loss = self._upper(x, start, stop, windows, None if past is None else ChunkTensors(*leaves, *past[3:]))
+                loss = self._upper(x, start, stop, windows, past)
             _backward([(loss, loss.new_full((), self.loss_scale)), *windows.roots(received)])
             grad_lower[:, start:stop] = _gradient(x)
             for total, leaf in zip(grad_memory, leaves, strict=False):
