@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.nn.rotary import RotaryTable, apply_rotary
-from hsa_ultralong.ops._common import matmul_wide
+from hsa_ultralong.ops._common import accumulation_dtype
 
 
 class RingWindow:
@@ -46,8 +46,10 @@ class RingWindow:
         self.keys[rows, :, slots] = k[:, 0]
         self.values[rows, :, slots] = v[:, 0]
         is_filled = torch.arange(self.window, device=q.device) <= self.places[:, None]  # (B, W)
-        grouped = q.view(batch * heads, -1, dim)  # (B*Hkv, G, D)
-        scores = matmul_wide(grouped, self.keys.flatten(0, 1).transpose(1, 2)) * dim**-0.5  # (B*Hkv, G, W)
-        scores = scores.unflatten(0, (batch, heads)).masked_fill(~is_filled[:, None, None], -torch.inf)
-        weights = scores.softmax(-1).flatten(0, 1).to(v.dtype)
-        return (weights @ self.values.flatten(0, 1)).view(q.shape)
+        # one query a sequence: sums over products fuse better than tiny matrix products, and stay in fp32
+        wide = accumulation_dtype(v.dtype)
+        grouped = q.view(batch, heads, -1, 1, dim).to(wide)  # (B, Hkv, G, 1, D)
+        scores = (grouped * self.keys[:, :, None].to(wide)).sum(-1) * dim**-0.5  # (B, Hkv, G, W)
+        weights = scores.masked_fill(~is_filled[:, None, None], -torch.inf).softmax(-1)
+        out = (weights[..., None] * self.values[:, :, None].to(wide)).sum(-2)  # (B, Hkv, G, D)
+        return out.to(v.dtype).view(q.shape)
