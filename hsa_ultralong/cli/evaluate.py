@@ -109,6 +109,7 @@ class _Bars:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=Console(stderr=True))
         self.task = self.bar.add_task("memorise", total=length)
+        self.is_terminal = self.bar.console.is_terminal
         self.length, self.samples = length, samples
 
     def __enter__(self) -> _Bars:
@@ -121,6 +122,8 @@ class _Bars:
     def show(self, length: int, done: int, total: int, tokens: int) -> None:
         if done:
             self.bar.update(self.task, description=f"ask {done}/{total}", total=total, completed=done)
+            if not self.is_terminal and done * 10 // total > (done - 1) * 10 // total:
+                self.bar.console.print(f"asked {done} of {total}")
         else:
             self.bar.update(self.task, description=f"memorise {tokens:,}", total=length, completed=tokens)
 
