@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
 from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, read_benchmark
+from hsa_ultralong.eval.benchmarks.training import plot_training_speed
 from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl
 
 # source, figure, kind, title
@@ -30,21 +31,39 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
     if kind == "memory":
         plot_memory(read_benchmark(source), figure)
         return
-    (plot_needles if kind == "needles" else plot_training)(read_jsonl(source), figure, title)
+    if kind == "training_speed":
+        plot_training_speed(read_benchmark(source), figure)
+        return
+    lines = read_jsonl(source)
+    if kind == "needles":
+        # a study of several forms shows the first
+        plot_needles([line for line in lines if line.get("form", "") == lines[0].get("form", "")], figure, title)
+        return
+    plot_training(lines, figure, title)
 
 
 def benchmark_figures(root: Path) -> list[tuple[str, str, str, str]]:
     """One figure beside each benchmarks/results/<suite>-<hardware>.json, in the form of FIGURES; titled by its meta."""
+    kinds = {"ops": "ops", "memory": "memory", "training": "training_speed"}
     return [
-        (str(path.relative_to(root)), str(path.relative_to(root).with_suffix(".png")), suite, "")
-        for suite in ("ops", "memory")
+        (str(path.relative_to(root)), str(path.relative_to(root).with_suffix(".png")), kind, "")
+        for suite, kind in kinds.items()
         for path in sorted(root.glob(f"benchmarks/results/{suite}-*.json"))
+    ]
+
+
+def study_figures(root: Path) -> list[tuple[str, str, str, str]]:
+    """needles.png in every results/needles-* that has one, in the form of FIGURES."""
+    folders = sorted(path.parent.relative_to(root) for path in root.glob("results/needles-*/needles.png"))
+    return [
+        (f"{folder}/records.jsonl", f"{folder}/needles.png", "needles", f"Hidden sentences, {folder.name}")
+        for folder in folders
     ]
 
 
 def draw_all(root: Path) -> list[Path]:
     """Redraw every figure of FIGURES and of the benchmarks below `root`; returns the files written."""
-    figures = [*FIGURES, *benchmark_figures(root)]
+    figures = [*FIGURES, *study_figures(root), *benchmark_figures(root)]
     for source, figure, kind, title in figures:
         draw(root / source, root / figure, kind, title)
     return [root / figure for _, figure, _, _ in figures]
