@@ -31,7 +31,8 @@ from hsa_ultralong.data.shards import (
     WORDS_FILE,
     TokenShards,
 )
-from hsa_ultralong.data.text import PathLike, iter_documents
+from hsa_ultralong.data.sources import HUB_PREFIX, BadRecords, iter_texts, source_files
+from hsa_ultralong.data.text import PathLike
 from hsa_ultralong.data.tokenizer import plain_backend, special_token_ids, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -54,26 +55,31 @@ def build_shards(
     out_dir: str | Path,
     *,
     validation_fraction: float = 0.005,
+    text_field: str = "text",
+    max_bad: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> TokenShards:
     """Tokenise text files into a new directory of token shards.
 
-    Documents are those of ``iter_documents(paths)``. A document belongs to validation if the hash of its text falls
+    Documents are those of ``iter_texts(paths)``. A document belongs to validation if the hash of its text falls
     into the fraction, so a text keeps its side when the corpus grows, and duplicates stay together. At least one
     document is validation and at least one training, if there are two different ones and the fraction is above 0.
 
     Args:
-        paths: text files and folders.
+        paths: text files, tables (.jsonl, .parquet), folders, "-" or hub datasets, see ``sources.iter_texts``.
         tokenizer: a fast tokenizer with bos, eos and pad.
         out_dir: directory to create; must not exist yet, or be empty.
         validation_fraction: share of documents held out, 0 <= fraction < 1.
+        text_field: field or column of tables that holds the text.
+        max_bad: so many records that cannot be read are passed over, logged and counted in the manifest.
         progress: called with the number of UTF-8 bytes of text tokenised so far.
 
     Returns:
         The shards, opened.
 
     Raises:
-        ValueError: unreadable input, ``out_dir`` in use, or a wrong fraction. Then nothing is left at ``out_dir``.
+        ValueError: more unreadable input than ``max_bad``, ``out_dir`` in use, or a wrong fraction. Then nothing is
+            left at ``out_dir``.
     """
     out_dir = Path(out_dir)
     if not 0.0 <= validation_fraction < 1.0:
@@ -81,12 +87,15 @@ def build_shards(
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists already; remove it or choose another directory")
     special_token_ids(tokenizer)
-    documents = iter_documents(paths)
+    named = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    source_files([path for path in named if not str(path).startswith(HUB_PREFIX)] or ["-"])
+    bad = BadRecords(max_bad)
+    documents = iter_texts(named, text_field=text_field, on_bad=bad if max_bad else None)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".tmp", dir=out_dir.parent))
     try:
         work_dir.chmod(0o755)
-        _write_shards(documents, tokenizer, work_dir, validation_fraction, progress)
+        _write_shards(documents, tokenizer, work_dir, validation_fraction, progress, bad)
         work_dir.replace(out_dir)
     except BaseException:
         shutil.rmtree(work_dir, ignore_errors=True)
@@ -100,6 +109,7 @@ def _write_shards(
     directory: Path,
     validation_fraction: float,
     progress: Callable[[int], None] | None,
+    bad: BadRecords,
 ) -> None:
     dtype = np.dtype("<u2" if len(tokenizer) < 1 << 16 else "<u4")
     offsets, hashes, words = array("q", [0]), array("Q"), Counter[str]()
@@ -133,6 +143,7 @@ def _write_shards(
         "num_text_bytes": num_bytes,
         "num_words": len(bank),
         "files": {name: _file_record(directory / name) for name in (TOKENS_FILE, DOCUMENTS_FILE, WORDS_FILE)},
+        "bad_records": {"count": bad.count, "first": bad.messages},
         "validation_fraction": validation_fraction,
         "validation_documents": _validation_documents(np.array(hashes, dtype=np.uint64), validation_fraction),
     }

@@ -17,15 +17,22 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
+from hsa_ultralong.data.instructions import instructions_row
 from hsa_ultralong.data.needles import MIN_WORDS
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, self_copy_row, text_row
 from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.data.shards import SPLITS, TokenShards
+from hsa_ultralong.data.tasks import documents_row, multi_query_row, short_facts_row, variable_tracking_row
 from hsa_ultralong.data.tokenizer import PieceTokenizer, special_token_ids, tokenizer_fingerprint
 
 # The smallest T, in chunks, of each kind of row.
-_MIN_CHUNKS = {"text": 1, "self_copy": 2, "needles": 4}
+_MIN_CHUNKS = {
+    "text": 1, "self_copy": 2, "needles": 4, "documents": 1, "short_facts": 4, "multi_query": 4, "variable_tracking": 4,
+    "instructions": 4,
+}  # fmt: skip
+# Kinds that need the word bank.
+_WITH_WORDS = {"needles", "short_facts", "multi_query", "variable_tracking", "instructions"}
 ROW_KINDS: tuple[str, ...] = tuple(_MIN_CHUNKS)
 DEFAULT_NUM_ROWS = 1 << 40
 
@@ -35,11 +42,13 @@ class MixtureConfig:
     """What rows a dataset makes.
 
     Attributes:
-        weights: relative share of each kind of row, by number of rows; kinds are text, self_copy and needles.
+        weights: relative share of each kind of row, by number of rows; kinds are text, self_copy, needles, documents,
+            short_facts, multi_query, variable_tracking and instructions (docs/data.md).
         seq_len: T, tokens of a row, a multiple of ``chunk_size``.
         chunk_size: S, tokens of a chunk.
         seed: non-negative; another seed gives other rows.
         long_documents: take text from documents of at least ``seq_len`` tokens only.
+        length_weights: {tokens: weight} of documents by length, see DocumentSampler.
         max_needles: most needles of a row; default seq_len / 170, within 4..64.
         max_questions: most questions of a row; default seq_len / 256, within 4..32.
         p_hard: probability that a needle shares a key word with another one of its row.
@@ -54,6 +63,7 @@ class MixtureConfig:
     chunk_size: int = 64
     seed: int = 0
     long_documents: bool = False
+    length_weights: Mapping[int, float] | None = None
     max_needles: int | None = None
     max_questions: int | None = None
     p_hard: float = 0.25
@@ -77,6 +87,9 @@ class MixtureConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}; for no needles leave them out of weights")
+        for tokens, weight in (self.length_weights or {}).items():
+            if tokens < 1 or not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"length_weights need tokens >= 1 and weights >= 0, got {tokens}: {weight}")
         for name in ("p_hard", "inline_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -121,15 +134,21 @@ class MixtureDataset(Dataset[Row]):
             raise ValueError(
                 f"the shards in {shards.path} were built with another tokenizer; build them again with this one"
             )
-        if "needles" in config.weights:
+        uses_words = bool(_WITH_WORDS & set(config.weights))
+        if uses_words:
             _check_words(shards)
         self.config = config
         self.split = split
         self._num_rows = num_rows
         self._words = shards.words
         self._layout = RowLayout(config.seq_len, config.chunk_size, *special_token_ids(tokenizer))
-        self._sampler = DocumentSampler(shards, split, long_tokens=config.seq_len if config.long_documents else 0)
-        self._pieces = PieceTokenizer(tokenizer, shards.words if "needles" in config.weights else ())
+        self._sampler = DocumentSampler(
+            shards,
+            split,
+            long_tokens=config.seq_len if config.long_documents else 0,
+            length_weights=config.length_weights,
+        )
+        self._pieces = PieceTokenizer(tokenizer, shards.words if uses_words else ())
         self._options = config.needle_options()
         self._kinds = tuple(config.weights)
         self._bounds = np.cumsum([config.weights[kind] for kind in self._kinds])
@@ -152,7 +171,19 @@ class MixtureDataset(Dataset[Row]):
             return text_row(rng, self._layout, self._sampler)
         if kind == "self_copy":
             return self_copy_row(rng, self._layout, self._sampler)
-        return needles_row(rng, self._layout, self._sampler, self._pieces, self._words, self._options)
+        if kind == "documents":
+            return documents_row(rng, self._layout, self._sampler)
+        if kind == "instructions":
+            return instructions_row(rng, self._layout, self._sampler, self._pieces, self._words)
+        return _TASKS[kind](rng, self._layout, self._sampler, self._pieces, self._words, self._options)
+
+
+_TASKS = {
+    "needles": needles_row,
+    "short_facts": short_facts_row,
+    "multi_query": multi_query_row,
+    "variable_tracking": variable_tracking_row,
+}
 
 
 class StepSampler(Sampler[list[int]]):
@@ -197,14 +228,15 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
     """Stack rows into a batch.
 
     Returns:
-        ``input_ids`` and ``labels`` int64, ``segment_ids`` int32, ``answer_mask`` bool, all (B, T), and ``kind``,
-        a list of B strings.
+        ``input_ids`` and ``labels`` int64, ``segment_ids`` int32, ``answer_mask`` bool, all (B, T); ``isolated`` (B,)
+        bool; and ``kind``, a list of B strings.
     """
     return {
         "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows]).astype(np.int64)),  # (B, T)
         "labels": torch.from_numpy(np.stack([row.labels for row in rows]).astype(np.int64)),  # (B, T)
         "segment_ids": torch.from_numpy(np.stack([row.segment_ids for row in rows])),  # (B, T)
         "answer_mask": torch.from_numpy(np.stack([row.answer_mask for row in rows])),  # (B, T)
+        "isolated": torch.tensor([row.isolated for row in rows]),  # (B,)
         "kind": [row.kind for row in rows],
     }
 

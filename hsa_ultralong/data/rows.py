@@ -29,8 +29,9 @@ class Row:
         labels: (T,) int32, ``labels[t]`` is the token at t (the model shifts); -100 on padding and on the first token
             of each document.
         segment_ids: (T,) int32, 0, 1, 2, ... per document, -1 on padding.
-        kind: ``"text"``, ``"self_copy"`` or ``"needles"``.
+        kind: one of ``mixture.ROW_KINDS``.
         answer_mask: (T,) bool, true on the tokens of the answers to questions.
+        isolated: no document of the row may read another one.
     """
 
     input_ids: np.ndarray
@@ -38,6 +39,7 @@ class Row:
     segment_ids: np.ndarray
     kind: str
     answer_mask: np.ndarray
+    isolated: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,12 @@ class RowWriter:
         return self._layout.seq_len - self.end
 
     def add(
-        self, tokens: np.ndarray | list[int], answers: Sequence[tuple[int, int]] = (), *, is_whole: bool = False
+        self,
+        tokens: np.ndarray | list[int],
+        answers: Sequence[tuple[int, int]] = (),
+        *,
+        is_whole: bool = False,
+        labelled: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """Write bos and ``tokens`` as the next document, then eos if ``is_whole`` and there is room.
 
@@ -77,6 +84,7 @@ class RowWriter:
             tokens: (n,), n + 1 <= room.
             answers: spans [start, stop) of ``tokens`` that are answers.
             is_whole: the document ends here, rather than being cut.
+            labelled: the only spans, with eos, that the loss counts; None: the whole document.
         """
         start, stop = self.end, self.end + 1 + len(tokens)
         assert stop <= self._layout.seq_len, "the document does not fit into the row"
@@ -85,16 +93,18 @@ class RowWriter:
         if is_whole and stop < self._layout.seq_len:
             self._input_ids[stop] = self._layout.eos
             stop += 1
-        self._labels[start + 1 : stop] = self._input_ids[start + 1 : stop]
+        counted = [(0, stop - start - 1)] if labelled is None else [*labelled, (len(tokens), stop - start - 1)]
+        for first, last in counted:
+            self._labels[start + 1 + first : start + 1 + last] = self._input_ids[start + 1 + first : start + 1 + last]
         self._segment_ids[start:stop] = self._num_documents
         for first, last in answers:
             self._answer_mask[start + 1 + first : start + 1 + last] = True
         self._num_documents += 1
-        self.end = _round_up(stop, self._layout.chunk_size)
+        self.end = round_up(stop, self._layout.chunk_size)
 
-    def row(self, kind: str) -> Row:
+    def row(self, kind: str, isolated: bool = False) -> Row:
         """Return the finished row."""
-        return Row(self._input_ids, self._labels, self._segment_ids, kind, self._answer_mask)
+        return Row(self._input_ids, self._labels, self._segment_ids, kind, self._answer_mask, isolated)
 
 
 def text_row(rng: np.random.Generator, layout: RowLayout, sampler: DocumentSampler) -> Row:
@@ -124,7 +134,7 @@ def self_copy_row(rng: np.random.Generator, layout: RowLayout, sampler: Document
         writer.add(np.concatenate([text, text]), is_whole=True)
     else:
         # The first document takes whole chunks, half of them rounded up; the second is cut to the room that is left.
-        text = sampler.fill(rng, _round_up(layout.seq_len // 2, layout.chunk_size) - 1)
+        text = sampler.fill(rng, round_up(layout.seq_len // 2, layout.chunk_size) - 1)
         writer.add(text)
         writer.add(text[slack:][: writer.room - 1], is_whole=True)
     return writer.row("self_copy")
@@ -168,69 +178,71 @@ def needles_row(
     """
     is_inline = bool(rng.random() < options.inline_fraction)
     needles = sample_needles(rng, int(rng.integers(1, options.max_needles + 1)), words, p_hard=options.p_hard)
-    questions = _questions(rng, layout, tokenizer, needles[: options.max_questions], is_inline)
+    questions = questions_of(rng, layout, tokenizer, needles[: options.max_questions], is_inline)
     if not questions:
-        raise ValueError(_too_short(layout, "question does not fit into half of a row"))
-    reserved = sum(_question_cost(layout, question, is_inline) for question in questions)
+        raise ValueError(too_short(layout, "question does not fit into half of a row"))
+    reserved = sum(question_cost(layout, question, is_inline) for question in questions)
     # Inline questions are followed by one token more, eos.
-    haystack = _haystack(rng, layout, sampler, layout.seq_len - reserved - is_inline, options.max_haystack_documents)
+    texts = haystack(rng, layout, sampler, layout.seq_len - reserved - is_inline, options.max_haystack_documents)
     hidden = [*needles[: len(questions)], *needles[options.max_questions :]]
     statements = [tokenizer.encode(needle.statement) for needle in hidden]
-    num_hidden = _hide(rng, haystack, statements)
+    num_hidden = hide(rng, texts, statements)
     if num_hidden == 0:
-        raise ValueError(_too_short(layout, "statement does not fit into what its question leaves of a row"))
+        raise ValueError(too_short(layout, "statement does not fit into what its question leaves of a row"))
     kept = questions[:num_hidden]
     writer = RowWriter(layout)
-    for tokens in haystack[:-1]:
+    for tokens in texts[:-1]:
         writer.add(tokens)
     order = rng.permutation(len(kept)).tolist()
     if is_inline:
-        _add_inline(writer, haystack[-1], [kept[i] for i in order])
+        _add_inline(writer, texts[-1], [kept[i] for i in order])
     else:
-        writer.add(haystack[-1])
+        writer.add(texts[-1])
         for i in order:
             writer.add(kept[i].tokens, [kept[i].answer], is_whole=True)
     return writer.row("needles")
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
+    """A question with its answer as tokens, and where in them the answer lies."""
+
     tokens: list[int]
     answer: tuple[int, int]
 
 
-def _too_short(layout: RowLayout, what: str) -> str:
+def too_short(layout: RowLayout, what: str) -> str:
     return (
         f"a needle's {what}: seq_len={layout.seq_len} is too short for chunk_size={layout.chunk_size} "
         f"and this tokenizer; use a larger seq_len"
     )
 
 
-def _questions(
+def questions_of(
     rng: np.random.Generator, layout: RowLayout, tokenizer: PieceTokenizer, needles: Sequence[Needle], is_inline: bool
-) -> list[_Question]:
+) -> list[Question]:
     """Tokenise questions for the first needles, as many as fit into half of the row, in the needles' order."""
     room = layout.seq_len // 2
-    questions: list[_Question] = []
+    questions: list[Question] = []
     for needle, is_question in zip(needles, (rng.random(len(needles)) < 0.5).tolist(), strict=True):
         prompt = needle.question if is_question else needle.completion
         head = tokenizer.encode(f"\n{prompt}" if is_inline else prompt)
         answer = tokenizer.encode(needle.answer)
         tail = [] if is_question else tokenizer.encode(".")
-        question = _Question(head + answer + tail, (len(head), len(head) + len(answer)))
-        room -= _question_cost(layout, question, is_inline)
+        question = Question(head + answer + tail, (len(head), len(head) + len(answer)))
+        room -= question_cost(layout, question, is_inline)
         if room < 0:
             break
         questions.append(question)
     return questions
 
 
-def _question_cost(layout: RowLayout, question: _Question, is_inline: bool) -> int:
+def question_cost(layout: RowLayout, question: Question, is_inline: bool) -> int:
     """Number of row tokens a question takes; as a document it has bos and eos and fills its last chunk."""
-    return len(question.tokens) if is_inline else _round_up(len(question.tokens) + 2, layout.chunk_size)
+    return len(question.tokens) if is_inline else round_up(len(question.tokens) + 2, layout.chunk_size)
 
 
-def _haystack(
+def haystack(
     rng: np.random.Generator, layout: RowLayout, sampler: DocumentSampler, num_tokens: int, max_documents: int
 ) -> list[np.ndarray]:
     """Draw the texts of one or several documents that take ``num_tokens`` of a row, bos included."""
@@ -244,7 +256,7 @@ def _haystack(
     return [sampler.fill(rng, stop - start - 1) for start, stop in zip(starts, stops, strict=True)]
 
 
-def _hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Sequence[list[int]]) -> int:
+def hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Sequence[list[int]]) -> int:
     """Overwrite tokens of the documents with the statements, in place; returns how many fitted, counted from the first.
 
     A statement goes to a document with probability proportional to its length, then all statements of a document are
@@ -276,7 +288,7 @@ def _hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Seq
     return num_hidden
 
 
-def _add_inline(writer: RowWriter, haystack: np.ndarray, questions: Sequence[_Question]) -> None:
+def _add_inline(writer: RowWriter, haystack: np.ndarray, questions: Sequence[Question]) -> None:
     tokens = haystack.tolist()
     answers: list[tuple[int, int]] = []
     for question in questions:
@@ -285,5 +297,5 @@ def _add_inline(writer: RowWriter, haystack: np.ndarray, questions: Sequence[_Qu
     writer.add(tokens, answers, is_whole=True)
 
 
-def _round_up(length: int, multiple: int) -> int:
+def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple

@@ -89,20 +89,6 @@ def read_text(path: PathLike) -> str:
     return text
 
 
-def sample_text(paths: PathLike | Iterable[PathLike], num_characters: int, piece: int = 20_000) -> Iterator[str]:
-    """Pieces of text spread evenly over all documents, about ``num_characters`` in all (two passes over the files)."""
-    total = sum(len(document) for document in iter_documents(paths))
-    share = min(1.0, num_characters / max(1, total))
-    owed = 0.0
-    for document in iter_documents(paths):
-        for start in range(0, len(document), piece):
-            part = document[start : start + piece]
-            owed += share * len(part)
-            if owed >= len(part):
-                owed -= len(part)
-                yield part
-
-
 def _iter_files(files: list[tuple[Path, bool]], separator: bytes) -> Iterator[str]:
     for path, is_from_folder in files:
         is_empty = True

@@ -69,15 +69,16 @@ def test_dataset_pickles_small_for_spawned_workers(dataset):
 
 def test_collate_gives_the_documented_tensors(dataset):
     batch = collate([dataset[i] for i in range(3)])
-    assert set(batch) == {"input_ids", "labels", "segment_ids", "answer_mask", "kind"}
+    assert set(batch) == {"input_ids", "labels", "segment_ids", "answer_mask", "isolated", "kind"}
     types = {name: batch[name].dtype for name in batch if name != "kind"}
     assert types == {
         "input_ids": torch.int64,
         "labels": torch.int64,
         "segment_ids": torch.int32,
         "answer_mask": torch.bool,
+        "isolated": torch.bool,
     }
-    assert all(batch[name].shape == (3, 1024) for name in types)
+    assert all(batch[name].shape == ((3,) if name == "isolated" else (3, 1024)) for name in types)
     assert batch["kind"] == [dataset[i].kind for i in range(3)]
 
 

@@ -4,10 +4,12 @@ import io
 import json
 import lzma
 import sys
+import types
 
 import pytest
 
-from hsa_ultralong.data import read_sources, source_files
+from hsa_ultralong.data import build_shards, read_sources, source_files
+from hsa_ultralong.data.sources import BadRecords, iter_texts
 
 
 def names_and_texts(path, **options):
@@ -85,3 +87,41 @@ def test_the_digest_is_that_of_the_text(tmp_path):
     first = next(read_sources(file)).digest
     file.write_text("two")
     assert next(read_sources(file)).digest != first and len(first) == 64
+
+
+def test_bad_records_are_named_counted_and_limited(tmp_path, tokenizer):
+    good = [json.dumps({"text": f"A line of text, number {i}."}) for i in range(5)]
+    bad = ["{broken", json.dumps({"body": "x"}), json.dumps({"text": 3})]
+    table = tmp_path / "a.jsonl"
+    table.write_text("\n".join([good[0], bad[0], good[1], bad[1], bad[2], *good[2:]]) + "\n")
+    (tmp_path / "b.txt").write_bytes(b"not \xff UTF-8")
+    seen = BadRecords(10)
+    assert len(list(iter_texts([table, tmp_path / "b.txt"], on_bad=seen))) == 5
+    assert seen.count == 4
+    for message, where in zip(seen.messages, ("line 2", "line 4", "line 5", "b.txt"), strict=True):
+        assert where in message
+    shards = build_shards([table], tokenizer, tmp_path / "shards", max_bad=3)
+    assert shards.num_documents == 5 and shards.manifest["bad_records"]["count"] == 3
+    with pytest.raises(ValueError, match=r"more than 2 bad records.*line 5"):
+        build_shards([table], tokenizer, tmp_path / "other", max_bad=2)
+    assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".other*"))
+    with pytest.raises(ValueError, match="line 2"):
+        build_shards([table], tokenizer, tmp_path / "other")
+
+
+def test_hub_datasets_are_streamed(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **options):
+        calls.append((args, options))
+        return iter([{"text": "one"}, {"text": None}, {"text": "two"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    seen = BadRecords(1)
+    assert list(iter_texts(["hf:books:plain:test"], on_bad=seen)) == ["one", "two"]
+    assert calls == [(("books", "plain"), {"split": "test", "streaming": True})]
+    assert "hf:books:plain:test, row 2" in seen.messages[0]
+    assert next(iter_texts(["hf:books"], on_bad=BadRecords(9))) == "one" and calls[1][0] == ("books", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="needs the datasets library"):
+        list(iter_texts(["hf:books"]))
