@@ -169,3 +169,30 @@ def test_refusals():
     engine.start(0, document(8))
     with pytest.raises(ValueError, match="max_tokens"):
         engine.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile_layers", [False, True])
+@pytest.mark.parametrize(
+    "store", [{}, {"store": "host", "key_values": "int8"}, {"store": "tiered", "landmarks": "int8"}]
+)
+def test_a_graph_decodes_what_eager_steps_decode(store, compile_layers):
+    from hsa_ultralong.models import HSAForCausalLM
+    from hsa_ultralong.models.presets import preset
+
+    torch.manual_seed(0)
+    model = HSAForCausalLM(preset("nano")).cuda().bfloat16().eval()
+    memory = model.memorize(torch.randint(3, 8000, (70_000,)), **store)
+    texts = torch.randint(3, 8000, (2, 230), device="cuda")
+    found = []
+    for use_graph in (True, False):
+        engine = DecodingEngine(
+            model, memory, batch=2, max_tokens=256, use_graph=use_graph, compile_layers=compile_layers and use_graph
+        )
+        for row, text in enumerate(texts):
+            engine.start(row, text[:30])
+        found.append(forced(engine, texts[:, 30:]).float())
+    assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
+    expected = torch.stack([parallel(model, memory, text) for text in texts])[:, 30:].float()
+    assert (found[0] - expected).norm() < 0.03 * expected.norm()
