@@ -22,7 +22,7 @@ def plot(
     ] = None,
     all_figures: Annotated[bool, typer.Option("--all", help="Redraw every committed figure from its numbers.")] = False,
 ) -> None:
-    """Draw loss and needle accuracy of a run, the needle map of a report, or the times of `hsa bench ops`.
+    """Draw all curves of a run, the needle map of a report, or the times of `hsa bench ops`.
 
     Examples:
 

@@ -1,11 +1,16 @@
-"""`hsa train`: run a recipe on one device, resumable; `hsa data` makes its input."""
+"""`hsa train`: run a recipe on one device, or on many under torchrun, resumable; `hsa data` makes its input."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hsa_ultralong.train import TrainConfig, Trainer
 
 
 def register(app: typer.Typer) -> None:
@@ -13,8 +18,15 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe: nano, debug.")],
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, such as nano, nano_stages, debug.")],
     data: Annotated[Path | None, typer.Option("--data", help="Folder of token shards made by `hsa data`.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="Instead: what `hsa data` reads, tokenised into RUN/shards.")
+    ] = None,
+    chat: Annotated[
+        list[str] | None,
+        typer.Option("--chat", help="With --text: conversations, which then take the place of made instructions."),
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder [default: DATA/tokenizer].")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run [default: runs/RECIPE].")
@@ -29,7 +41,8 @@ def train(
         Path | None, typer.Option(help="Start from the weights of this exported model folder.")
     ] = None,
     export: Annotated[Path | None, typer.Option(help="When done, write a bf16 Hugging Face model folder here.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run as JSON and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its plan, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: everything as one JSON object.")] = False,
 ) -> None:
     """Train a model by a recipe. Interrupt it at any time: running the same command again goes on where it stood.
 
@@ -41,53 +54,125 @@ def train(
 
       hsa train nano --data .data/shards -o runs/nano --device cuda --export checkpoints/nano
 
-      hsa train nano --set warmup.tokens=1000000 --dry-run
+      hsa train nano_stages --text corpus.txt --chat chats.jsonl --device cuda --export models/mine
+
+      hsa train dense_0_5b --set gpus=64 --dry-run
     """
-    import json
-
     from hsa_ultralong.recipes import recipe as find_recipe
-    from hsa_ultralong.train import apply_overrides, as_dict
+    from hsa_ultralong.train import apply_overrides
 
-    config = apply_overrides(find_recipe(recipe), assignments or [])
+    config = find_recipe(recipe)
+    if chat:
+        _use_conversations(config)
+    config = apply_overrides(config, assignments or [])
     if until is not None:
         config.stage(until)
     if dry_run:
-        typer.echo(json.dumps(as_dict(config), indent=1))
+        _show_plan(config, as_json)
         return
-    if data is None:
-        raise ValueError("training needs --data SHARDS; make them with `hsa data corpus.txt -o SHARDS`")
+    run = output or Path("runs") / recipe
+    if (data is None) == (not text) or (chat and not text):
+        raise ValueError(
+            "training needs --data SHARDS, made with `hsa data corpus.txt -o SHARDS`, or --text corpus.txt"
+        )
+    import torch.distributed as dist
+
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.data import TokenShards, load_tokenizer
-    from hsa_ultralong.eval.probes import needle_probe
+    from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.train import Trainer
 
-    tokens = load_tokenizer(tokenizer or data / "tokenizer")
-    shards = TokenShards.open(data, tokens)
-    place = choose_device(device)
-    probe = needle_probe(shards, tokens, rows=config.probe_rows, device=place)
-    run = output or Path("runs") / recipe
-    with _Display(config) as display:
+    place = init_distributed(choose_device(device))
+    is_first = _rank() == 0
+    folder = data or _prepare_shards(text or [], chat or [], run / "shards", tokenizer, config)
+    tokens = load_tokenizer(tokenizer or folder / "tokenizer")
+    shards = TokenShards.open(folder, tokens)
+    with _Display(config, is_first) as display:
+        probe = _probe(shards, tokens, config, place)
         trainer = Trainer(config, run, shards, tokens, device=place, probe=probe, listener=display.show)
         if init_from is not None:
             from hsa_ultralong.models import HSAForCausalLM
 
             trainer.initialize_from(HSAForCausalLM.from_pretrained(init_from).state_dict())
-        display.start(trainer)
+        display.start(trainer.global_step)
+        _stop_on_signals(trainer)
         done = trainer.train(max_minutes=max_minutes, last_stage=until)
-    typer.echo(
-        f"{'finished' if done else 'stopped'} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; "
-        f"run folder: {run}"
-    )
-    _draw(run)
     if export is not None and done:
-        from hsa_ultralong.train.export import export_model
+        _export(trainer, export)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if is_first:
+        state = "finished" if done else "stopped"
+        typer.echo(f"{state} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; run folder: {run}")
+        _draw(run)
+        if export is not None and done:
+            typer.echo(f"model written to {export}")
 
-        export_model(trainer.model, tokens, export, topk=trainer.topk)
-        typer.echo(f"model written to {export}")
+
+def _export(trainer: Trainer, folder: Path) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from hsa_ultralong.train.export import export_model
+
+    transformers_logging.disable_progress_bar()
+    export_model(trainer.model, trainer.tokenizer, folder, topk=trainer.topk)
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _use_conversations(config: TrainConfig) -> None:
+    """Rows of real conversations in every stage that has rows of instructions made from text."""
+    for stage in config.stages:
+        stage.mixture = {"sft" if kind == "instructions" else kind: share for kind, share in stage.mixture.items()}
+
+
+def _prepare_shards(
+    text: list[str], chat: list[str], folder: Path, tokenizer: Path | None, config: TrainConfig
+) -> Path:
+    """Token shards in `folder`, made by the first process unless they are there already."""
+    import torch.distributed as dist
+
+    if _rank() == 0 and not folder.exists():
+        from hsa_ultralong.cli.data import data as tokenise
+        from hsa_ultralong.models.presets import preset
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tokenise(text, folder, tokenizer=tokenizer, vocab_size=preset(config.preset).vocab_size, chat=chat)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def _probe(shards: Any, tokens: Any, config: TrainConfig, place: Any) -> Any:
+    """Needle accuracy on held-out documents; None if there are none."""
+    import logging
+
+    from hsa_ultralong.eval.probes import needle_probe
+
+    if not len(shards.documents("validation")):
+        logging.getLogger(__name__).warning("no document is held out: needle accuracy is not measured in training")
+        return None
+    return needle_probe(shards, tokens, rows=config.probe_rows, device=place)
+
+
+def _stop_on_signals(trainer: Trainer) -> None:
+    """SIGTERM and Ctrl-C save and stop; a second Ctrl-C stops at once."""
+    import signal
+
+    def stop(*_: object) -> None:
+        trainer.should_stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, stop)
 
 
 def _draw(run: Path) -> None:
-    """Loss and needle accuracy so far as loss.png in the run folder."""
+    """All curves so far as loss.png in the run folder."""
     from hsa_ultralong.eval.plots import plot_training, read_jsonl
 
     log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
@@ -96,13 +181,66 @@ def _draw(run: Path) -> None:
         typer.echo(f"curves drawn to {run / 'loss.png'}")
 
 
-class _Display:
-    """Progress bar over all stages with loss, tokens/s and needle accuracy; SIGTERM and Ctrl-C save and stop."""
+def _show_plan(config: TrainConfig, as_json: bool) -> None:
+    """The resolved run, and what each stage takes."""
+    import json
 
-    def __init__(self, config: Any) -> None:
+    from hsa_ultralong.train import as_dict
+    from hsa_ultralong.train.planning import plan_as_dict, plan_run
+
+    plan = plan_as_dict(config, plan_run(config))
+    if as_json:
+        typer.echo(json.dumps({**as_dict(config), "plan": plan}, indent=1))
+        return
+    from rich.console import Console
+
+    typer.echo(json.dumps(as_dict(config), indent=1))
+    Console().print(_plan_table(config, plan))
+
+
+def _plan_table(config: TrainConfig, plan: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    from hsa_ultralong.cli.plan import format_bytes, format_count
+    from hsa_ultralong.models.accounting import count_parameters
+    from hsa_ultralong.models.presets import preset
+
+    parameters = count_parameters(preset(config.preset, **config.model))
+    gpus = f"{plan['gpus']} GPU{'s' if plan['gpus'] > 1 else ''}"
+    active = f", {format_count(parameters.active)} active" if parameters.active < parameters.total else ""
+    title = f"{config.preset}: {format_count(parameters.total)} parameters{active}; {gpus}, bytes are of one"
+    caption = (
+        f"Time: FLOP at {plan['mfu']:.0%} of {plan['peak_flops'] / 1e12:.0f} TFLOP/s a GPU (H100, H200), probes and "
+        "checkpoints left out. Activations are an estimate (train/planning.py)."
+    )
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for name in ("stage", "context", "steps", "tokens", "weights", "gradients", "optimiser", "activations", "sum"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    table.add_column("time", justify="right")
+    for stage in plan["stages"]:
+        sizes = (stage[name] for name in ("weights", "gradients", "optimizer", "activations", "total_bytes"))
+        counts = (f"{stage['seq_len']:,}", f"{stage['steps']:,}", format_count(stage["tokens"]))
+        table.add_row(stage["stage"], *counts, *map(format_bytes, sizes), _duration(stage["seconds"]))
+    table.add_section()
+    tokens = format_count(sum(stage["tokens"] for stage in plan["stages"]))
+    steps = f"{sum(stage['steps'] for stage in plan['stages']):,}"
+    table.add_row("all", "", steps, tokens, "", "", "", "", "", _duration(plan["seconds"]))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+class _Display:
+    """Progress bar over all stages with loss, tokens/s and needle accuracy; nothing unless `is_shown`."""
+
+    def __init__(self, config: TrainConfig, is_shown: bool) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.config = config
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -110,7 +248,7 @@ class _Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self.progress = Progress(*columns)
+        self.progress = Progress(*columns, disable=not is_shown)
         self.task = self.progress.add_task("training", total=sum(stage.num_steps for stage in config.stages), note="")
         self.needles = ""
 
@@ -121,16 +259,8 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def start(self, trainer: Any) -> None:
-        import signal
-
-        self.progress.update(self.task, completed=trainer.global_step)
-
-        def stop(*_: object) -> None:
-            trainer.should_stop = True
-
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, stop)
+    def start(self, step: int) -> None:
+        self.progress.update(self.task, completed=step)
 
     def show(self, record: dict[str, Any]) -> None:
         if "probe" in record:

@@ -1,11 +1,11 @@
-"""Plots of measured numbers: needle map (length x depth) and training curves; drawn from committed files alone."""
+"""Plots of measured numbers: needle map (length x depth) and all curves of a run; drawn from committed files alone."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -16,6 +16,21 @@ import numpy as np
 
 _DEPTH_BINS = 10
 _INK = "#22313f"
+# fields of a log record and the titles of their panels
+_STEP_PANELS = {
+    "loss": "training loss (nats per token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm before clipping",
+    "tokens_per_s": "tokens per second",
+    "mfu": "model FLOP utilisation",
+    "expert_imbalance": "experts: largest load / mean load",
+}
+_NEEDLES = "held-out needles answered exactly, by length"
+_RETRIEVAL_PANELS = {
+    "entropy": "retrieval: entropy of the weights (nats)",
+    "distance": "retrieval: distance of what is read (tokens)",
+    "beyond_window": "retrieval: share of weight beyond the window",
+}
 
 
 def human_tokens(count: int) -> str:
@@ -72,46 +87,85 @@ def plot_needles(samples: Sequence[dict[str, Any]], path: Path, title: str) -> N
     plt.close(figure)
 
 
-def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss and in-training needle accuracy against tokens; stages are shaded; `log` is a run's log.jsonl."""
-    steps = [record for record in log if "loss" in record]
+class Curve(NamedTuple):
+    """One line of a panel: (millions of tokens, value) pairs."""
+
+    label: str
+    points: list[tuple[float, float]]
+
+
+def training_panels(log: Sequence[dict[str, Any]]) -> dict[str, list[Curve]]:
+    """Title of every panel that a run's log has numbers for, and its curves."""
+    panels: dict[str, list[Curve]] = {}
+    for key, title in _STEP_PANELS.items():
+        points = [(record["tokens"] / 1e6, record[key]) for record in log if key in record]
+        if points:
+            panels[title] = [Curve("", points)]
     probes = [record for record in log if "probe" in record]
+    needles = []
+    for length in sorted({record["probe"].get("length", 0) for record in probes}):
+        of_length = [record for record in probes if record["probe"].get("length", 0) == length]
+        points = [(record["tokens"] / 1e6, record["probe"]["needle_accuracy"]) for record in of_length]
+        needles.append(Curve(human_tokens(length) if length else "", points))
+    if needles:
+        panels[_NEEDLES] = needles
+    for key, title in _RETRIEVAL_PANELS.items():
+        # every length is measured after the same step: the longest says most
+        found = [record for record in probes if record.get("retrieval", {}).get(key)]
+        groups = max((len(record["retrieval"][key]) for record in found), default=0)
+        for group in range(groups):
+            points = list({record["tokens"] / 1e6: record["retrieval"][key][group] for record in found}.items())
+            panels.setdefault(title, []).append(Curve(f"group {group + 1}", points))
+    return panels
+
+
+def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """All curves of a run against tokens, a panel each, stages shaded; `log` is a run's log.jsonl.
+
+    Raises:
+        ValueError: if there is no step in it yet.
+    """
+    steps = [record for record in log if "loss" in record]
     if not steps:
         raise ValueError("the log holds no training step yet: nothing to plot")
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    millions = [record["tokens"] / 1e6 for record in steps]
-    axes.plot(millions, [record["loss"] for record in steps], color="#2c6fbb", lw=1.2, label="training loss")
-    axes.set_xlabel("training tokens (millions)")
-    axes.set_ylabel("loss (nats per token)", color="#2c6fbb")
-    other = axes.twinx()
-    other.plot(
-        [record["tokens"] / 1e6 for record in probes],
-        [record["probe"]["needle_accuracy"] for record in probes],
-        "o-",
-        color="#d1603d",
-        ms=3.5,
-        lw=1,
+    panels = training_panels(log)
+    columns = 1 if len(panels) == 1 else 2
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5.2 * columns, 2.5 * rows + 0.5), layout="constrained", sharex=True, squeeze=False
     )
-    other.set_ylim(-0.02, 1.02)
-    other.set_ylabel("held-out needles answered exactly", color="#d1603d")
-    names: list[str] = list(dict.fromkeys(record["stage"] for record in steps))
-    previous = 0.0
-    for number, name in enumerate(names):
-        inside = [record["tokens"] / 1e6 for record in steps if record["stage"] == name]
-        start = previous
-        axes.axvspan(start, inside[-1], color="#22313f", alpha=0.03 + 0.05 * (number % 2))
-        axes.text(
-            (start + inside[-1]) / 2,
-            0.55,
-            name,
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="center",
-            rotation=90,
-            fontsize=9,
-        )
-        previous = inside[-1]
-    axes.set_title(title, fontsize=10)
+    for axes, (name, curves) in zip(grid.flat, panels.items(), strict=False):
+        for number, curve in enumerate(curves):
+            style = "o-" if len(curve.points) < 40 else "-"
+            axes.plot(*zip(*curve.points, strict=True), style, ms=2.5, lw=1.1, color=f"C{number}", label=curve.label)
+        if name == _NEEDLES:
+            axes.set_ylim(-0.03, 1.03)
+        if any(curve.label for curve in curves):
+            axes.legend(fontsize=7, frameon=False)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(True, alpha=0.2)
+    used = list(grid.flat[: len(panels)])
+    _shade_stages(used, steps)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes in used[-columns:]:
+        axes.set_xlabel("training tokens (millions)", fontsize=8)
+        axes.tick_params(labelbottom=True)
+    figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _shade_stages(panels: Sequence[Any], steps: Sequence[dict[str, Any]]) -> None:
+    """Grey bands behind every panel, names of the stages in the first."""
+    start = 0.0
+    for number, name in enumerate(dict.fromkeys(record["stage"] for record in steps)):
+        stop = max(record["tokens"] / 1e6 for record in steps if record["stage"] == name)
+        for axes in panels:
+            axes.axvspan(start, stop, color=_INK, alpha=0.02 + 0.06 * (number % 2), lw=0)
+        first = panels[0]
+        place = {"transform": first.get_xaxis_transform(), "ha": "center", "va": "top"}
+        first.text((start + stop) / 2, 0.97, name, rotation=90, fontsize=8, color=_INK, **place)
+        start = stop

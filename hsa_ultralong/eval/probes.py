@@ -1,4 +1,4 @@
-"""In-training probes: does the model answer held-out needle questions, teacher-forced, at the stage's own length?"""
+"""In-training probes: does the model answer held-out needle questions, teacher-forced, at several lengths?"""
 
 from __future__ import annotations
 
@@ -33,27 +33,25 @@ def answer_accuracy(
 
 def needle_probe(
     shards: TokenShards, tokenizer: Any, *, rows: int, device: torch.device | str
-) -> Callable[[HSAForCausalLM, Any], dict[str, float]]:
-    """A probe for train.Trainer: held-out documents and needle seeds, rows of the stage's length."""
+) -> Callable[[HSAForCausalLM, int], dict[str, float]]:
+    """A probe for train.Trainer: held-out documents and needle seeds, at most `rows` rows of the length asked for."""
     cache: dict[int, list[dict[str, Any]]] = {}
 
-    def probe(model: HSAForCausalLM, stage: Any) -> dict[str, float]:
-        if stage.seq_len not in cache:
-            config = MixtureConfig(
-                weights={"needles": 1.0}, seq_len=stage.seq_len, chunk_size=model.config.chunk_size, seed=1
-            )
+    def probe(model: HSAForCausalLM, length: int) -> dict[str, float]:
+        if length not in cache:
+            config = MixtureConfig(weights={"needles": 1.0}, seq_len=length, chunk_size=model.config.chunk_size, seed=1)
             dataset = MixtureDataset(shards, tokenizer, config, split="validation")
-            count = max(2, min(rows, _PROBE_TOKENS // stage.seq_len))
-            group = max(1, min(count, 65_536 // stage.seq_len))
-            cache[stage.seq_len] = [
+            count = max(2, min(rows, _PROBE_TOKENS // length))
+            group = max(1, min(count, 65_536 // length))
+            cache[length] = [
                 collate([dataset[i] for i in range(start, min(start + group, count))])
                 for start in range(0, count, group)
             ]
         right = total = tokens = 0
         loss = 0.0
-        for batch in cache[stage.seq_len]:
+        for batch in cache[length]:
             part = answer_accuracy(model, batch, device)
             right, total, loss, tokens = right + part[0], total + part[1], loss + part[2], tokens + part[3]
-        return {"length": stage.seq_len, "needle_accuracy": right / max(1, total), "answer_loss": loss / max(1, tokens)}
+        return {"needle_accuracy": right / max(1, total), "answer_loss": loss / max(1, tokens)}
 
     return probe

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from hsa_ultralong.recipes.debug import debug
+from hsa_ultralong.recipes.debug import debug, debug_stages
+from hsa_ultralong.recipes.dense_0_5b import dense_0_5b
+from hsa_ultralong.recipes.moe_8b_a1b import moe_8b_a1b
 from hsa_ultralong.recipes.nano import nano
+from hsa_ultralong.recipes.nano_stages import nano_stages
+from hsa_ultralong.recipes.small_345m import small_345m
 from hsa_ultralong.train import TrainConfig
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"nano": nano, "debug": debug}
+_ALL: tuple[Callable[[], TrainConfig], ...] = (
+    nano,
+    nano_stages,
+    small_345m,
+    dense_0_5b,
+    moe_8b_a1b,
+    debug,
+    debug_stages,
+)
+RECIPES = {function.__name__: function for function in _ALL}
 
 
 def recipe(name: str) -> TrainConfig:

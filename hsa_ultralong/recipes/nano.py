@@ -50,4 +50,5 @@ def nano() -> TrainConfig:
                 long_documents=True,
             ),
         ],
+        mfu=0.08,
     )

@@ -1,6 +1,15 @@
-"""Training on one device: stages, loop, resumable checkpoints."""
+"""Training in stages, on one device or many: loop, resumable checkpoints, optimisers, metrics."""
 
+from hsa_ultralong.distributed.mesh import ParallelConfig
 from hsa_ultralong.train.config import StageConfig, TrainConfig, apply_overrides, as_dict
 from hsa_ultralong.train.loop import Trainer, TrainingDiverged
 
-__all__ = ["StageConfig", "TrainConfig", "Trainer", "TrainingDiverged", "apply_overrides", "as_dict"]
+__all__ = [
+    "ParallelConfig",
+    "StageConfig",
+    "TrainConfig",
+    "Trainer",
+    "TrainingDiverged",
+    "apply_overrides",
+    "as_dict",
+]

@@ -1,127 +1,262 @@
-"""Resumable checkpoints: weights and optimiser state in safetensors, the rest in JSON; written whole or not at all.
+"""Resumable checkpoints: every process writes its own part of weights and optimiser state while training goes on.
 
-A checkpoint is a folder `step-<n>` with model.safetensors, optimizer.safetensors, state.json (format version, position
-in the run, random state, size and SHA-256 of the tensor files). It is written beside its final name and renamed.
+A checkpoint is a folder `step-<n>`: safetensors files of torch.distributed.checkpoint, one a process, and state.json
+(format version, position in the run, random state, size and SHA-256 of every file). It is written beside its final
+name and renamed when all is on disk, so what carries the name is whole. Any number of processes reads it, whatever the
+number that wrote it. No file is a pickle: DCP's own files are, its Hugging Face form is not. Called by loop.py;
+tests/train/test_checkpoint.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-FORMAT_VERSION = 1
-_TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+_STATE = "state.json"
+_OPTIMIZER = "optimizer/"
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are untouched."""
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers on the host, tied ones once."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        tensors[name] = tensor.detach().cpu().contiguous()
-    return tensors
+    """Parameters, tied ones once, and persistent buffers, by name; they share memory with the model."""
+    tensors: dict[str, torch.Tensor] = {name: part.detach() for name, part in model.named_parameters()}
+    every_name = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: part for name, part in model.state_dict().items() if name not in every_name}
+    return {**tensors, **buffers}
 
 
-def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimiser state by parameter name: "exp_avg/<name>" and so on."""
+def optimizer_tensors(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Optimiser state by parameter: "optimizer/exp_avg/<name>" and so on."""
     tensors = {}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{_OPTIMIZER}{key}/{name}"] = torch.as_tensor(value)
     return tensors
 
 
-def save_checkpoint(
-    run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
-) -> Path:
-    """Write `run/checkpoints/step-<n>` and delete all but the newest `keep`."""
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{state['global_step']:08d}"
-    partial = folder / f".partial-{final.name}"
-    # what an interrupted save left behind would keep its room on a full disk
-    for stale in folder.glob(".partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir()
-    for name, tensors in zip(_TENSOR_FILES, (model_tensors(model), optimizer_tensors(model, optimizer)), strict=True):
-        save_file(tensors, partial / name)
-    files = {
-        name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)} for name in _TENSOR_FILES
-    }
-    (partial / "state.json").write_text(json.dumps({"format": FORMAT_VERSION, "files": files, **state}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        run: folder of the run, the same one for all processes.
+        keep: how many to keep.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.run, self.folder, self.keep = run, run / "checkpoints", keep
+        self._is_distributed = dist.is_initialized()
+        self._rank = dist.get_rank() if self._is_distributed else 0
+        # saving goes on beside training: its exchanges must not mix with the others'
+        self._group = dist.new_group(backend="gloo") if self._is_distributed else None
+        self._pending: Future[Path] | None = None
+        # one process is no mistake
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+    def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], *, wait: bool) -> None:
+        """Write `run/checkpoints/step-<global_step>` and delete all but the newest; every process calls it.
+
+        The tensors are copied to the host before this returns; with `wait`, the files are written too.
+
+        Raises:
+            CheckpointError: if this one or the one before could not be written.
+        """
+        self.wait()
+        final = self.folder / f"step-{state['global_step']:08d}"
+        partial = self.folder / f".partial-{final.name}"
+        if self._rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # what an interrupted save left behind would keep its room on a full disk
+            for stale in self.folder.glob(".partial-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._is_distributed}
+        written = dcp.async_save(dict(tensors), storage_writer=writer, **options)
+        assert isinstance(written, Future)
+        executor = ThreadPoolExecutor(1)
+        self._pending = executor.submit(self._finish, written, partial, final, state)
+        executor.shutdown(wait=False)
+        if wait:
+            self.wait()
+
+    def _finish(self, written: Future[Any], partial: Path, final: Path, state: dict[str, Any]) -> Path:
+        """Once the files of all processes are on disk, the first one gives the checkpoint its name."""
+        try:
+            written.result()
+            if self._rank == 0:
+                files = {file.name: _describe(file) for file in sorted(partial.iterdir())}
+                _write_json(partial / _STATE, {"format": FORMAT_VERSION, "files": files, **state})
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                for old in list_checkpoints(self.run)[: -self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+        except (Exception, CheckpointException) as error:
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            saved = list_checkpoints(self.run)
+            kept = f"the last one, {saved[-1].name}, is intact" if saved else "there is none before it"
+            advice = "make room or permit writing there and run the same command again"
+            raise CheckpointError(f"checkpoint {final} could not be written ({cause}); {kept}; {advice}") from error
+        return final
+
+    def poll(self) -> None:
+        """Raise the error of a save that failed meanwhile."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last save is complete.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load(self, path: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+        """Read weights and optimiser state into `model` and `optimizers`; returns the rest of the state.
+
+        Raises:
+            ValueError: if the checkpoint is damaged, of another format, or of another model.
+        """
+        state = read_state(path)
+        names = sorted(state["files"])
+        world = dist.get_world_size() if self._is_distributed else 1
+        damaged = [name for name in names[self._rank :: world] if not _is_whole(path / name, state["files"][name])]
+        if self._is_distributed:
+            parts: list[Any] = [None] * world
+            dist.all_gather_object(parts, damaged, group=self._group)
+            damaged = [name for part in parts for name in part]
+        if damaged:
+            raise ValueError(
+                f"checkpoint file {path / damaged[0]} is missing, truncated or corrupt; delete {path} to use an "
+                "older one"
+            )
+        stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        shapes = {name: tuple(entry.size) for name, entry in stored.items()}  # type: ignore[union-attr]
+        targets = model_tensors(model)
+        _check_fit({name: size for name, size in shapes.items() if not name.startswith(_OPTIMIZER)}, targets)
+        slots = _optimizer_slots(model, optimizers, shapes)
+        targets.update({name: tensor for name, (_, _, _, tensor) in slots.items()})
+        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not self._is_distributed)
+        for optimizer, parameter, key, tensor in slots.values():
+            optimizer.state[parameter][key] = tensor
+        return state
+
+
+def _optimizer_slots(
+    model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[torch.optim.Optimizer, torch.nn.Parameter, str, torch.Tensor]]:
+    """Room for every stored optimiser tensor: like its parameter, or a number."""
+    owner = {part: one for one in optimizers for group in one.param_groups for part in group["params"]}
+    parameters, slots = dict(model.named_parameters()), {}
+    for name, shape in shapes.items():
+        if not name.startswith(_OPTIMIZER):
+            continue
+        key, _, parameter_name = name.removeprefix(_OPTIMIZER).partition("/")
+        parameter = parameters[parameter_name]
+        optimizer = owner[parameter]
+        if shape == tuple(parameter.shape) and key != "step":
+            tensor = torch.zeros_like(parameter, requires_grad=False)
+        else:
+            is_fused = optimizer.defaults.get("fused")
+            tensor = torch.zeros(shape, device=parameter.device if is_fused else "cpu")
+        slots[name] = (optimizer, parameter, key, tensor)
+    return slots
+
+
+def _check_fit(stored: Mapping[str, tuple[int, ...]], own: Mapping[str, torch.Tensor]) -> None:
+    for name, shape in stored.items():
+        if name in own and tuple(own[name].shape) != shape:
+            raise ValueError(
+                f"checkpoint does not fit the model: {name} is {shape} there, {tuple(own[name].shape)} here"
+            )
+    missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(f"checkpoint does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy whole tensors, the same ones on every process, into a model that may be spread over processes.
+
+    Raises:
+        ValueError: if they are those of another model.
+    """
+    own = model_tensors(model)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own.keys()
+    given = {name: tensor for name, tensor in weights.items() if name not in tied}
+    _check_fit({name: tuple(tensor.shape) for name, tensor in given.items()}, own)
+    for name, target in own.items():
+        source = given[name].to(device=target.device, dtype=target.dtype)
+        if isinstance(target, DTensor):
+            source = distribute_tensor(source, target.device_mesh, target.placements)
+        target.copy_(source)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folder = run / "checkpoints"
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file()) if folder.is_dir() else []
+    return sorted(path for path in folder.glob("step-*") if (path / _STATE).is_file()) if folder.is_dir() else []
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """Model tensors, optimiser tensors, state.
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
 
     Raises:
-        ValueError: if the checkpoint is of another format, truncated or corrupt.
+        ValueError: if it is unreadable or of another format.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / _STATE).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint {path} has no readable state.json ({error}); use an older checkpoint") from error
+        raise ValueError(f"checkpoint {path} has no readable {_STATE} ({error}); use an older checkpoint") from error
     if state.get("format") != FORMAT_VERSION:
-        raise ValueError(f"checkpoint {path} has format {state.get('format')}, this version reads {FORMAT_VERSION}")
-    for name, expected in state["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"] or _digest(file) != expected["sha256"]:
-            raise ValueError(
-                f"checkpoint file {file} is missing, truncated or corrupt; delete {path} to use an older one"
-            )
-    model, optimizer = (load_file(path / name) for name in _TENSOR_FILES)
-    return model, optimizer, state
+        raise ValueError(
+            f"checkpoint {path} has format {state.get('format')}, this version reads {FORMAT_VERSION}: finish the run "
+            "with the version that began it, or start a new one from its exported model with --init-from"
+        )
+    return state
 
 
-def restore(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    model_state: dict[str, torch.Tensor],
-    optimizer_state: dict[str, torch.Tensor],
-) -> None:
-    """Load tensors back into a model and, by parameter name, into its optimiser."""
-    own = model.state_dict()
-    for name, tensor in model_state.items():
-        if name in own and own[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
-            raise ValueError(f"checkpoint does not fit the model: {name} is {shapes}")
-    missing, unexpected = model.load_state_dict(model_state, strict=False)
-    tied = {"lm_head.weight", "model.embed_tokens.weight"}
-    if unexpected or set(missing) - tied:
-        raise ValueError(f"checkpoint does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    if optimizer is None:
-        return
-    parameters = dict(model.named_parameters())
-    for key, tensor in optimizer_state.items():
-        kind, _, name = key.partition("/")
-        parameter = parameters[name]
-        device = "cpu" if kind == "step" and not optimizer.defaults.get("fused") else parameter.device
-        optimizer.state[parameter][kind] = tensor.to(device)
+def _describe(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _is_whole(file: Path, expected: dict[str, Any]) -> bool:
+    try:
+        return file.stat().st_size == expected["bytes"] and _describe(file) == expected
+    except OSError:
+        return False
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hsa_ultralong.distributed.mesh import ParallelConfig
+
 FULL_COVERAGE = 0
 _SCHEDULES = ("constant", "linear", "cosine")
+_POOLS = ("", "attended", "compete")
+_OPTIMIZERS = ("adamw", "muon")
+_ON_SPIKE = ("stop", "warn")
 
 
 @dataclass
@@ -19,15 +26,21 @@ class StageConfig:
         name: used in logs and checkpoint folders.
         seq_len: tokens per row (T), a multiple of the chunk size.
         tokens: training tokens of the whole stage.
-        batch_tokens: tokens per optimiser step.
-        micro_batch_rows: rows per forward; 0 = the whole batch at once.
+        batch_tokens: tokens per optimiser step, over all processes.
+        micro_batch_rows: rows per forward of one process; 0 = its whole share of the step at once.
         learning_rate: peak. warmup_steps: linear from 0. schedule: "constant", "linear" or "cosine", the latter two
             falling to final_learning_rate * learning_rate at the end of the stage.
         chunk_topk: chunks kept per token (K); 0 = full coverage.
-        sliding_window: W, or 0 to keep the model's.
+        sliding_window: W; 0 keeps that of the last stage that had one, or the model's.
+        gumbel_noise: noise on the selection; None keeps the model's choice.
         mixture: weights of the data components, see data.MixtureConfig.
         long_documents: prefer documents of at least seq_len tokens.
-        pool_memory: rows of a micro-batch read each other's chunks.
+        data_options: other fields of data.MixtureConfig, such as {"p_hard": 0.5, "length_weights": {32768: 4.0}}.
+        isolate_documents: retrieval stays inside a document, also where a row holds several.
+        pool_memory: rows of a micro-batch read each other's chunks: "" (no), "attended" or "compete"
+            (docs/pooled-memory.md).
+        segment_tokens: run rows this many tokens at a time, so that activations are those of one piece
+            (train/segmented.py); 0 = whole rows.
     """
 
     name: str
@@ -42,36 +55,60 @@ class StageConfig:
     micro_batch_rows: int = 0
     chunk_topk: int = FULL_COVERAGE
     sliding_window: int = 0
+    gumbel_noise: bool | None = None
     long_documents: bool = False
-    pool_memory: bool = False
+    isolate_documents: bool = False
+    pool_memory: str | bool = ""
+    segment_tokens: int = 0
+    data_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.schedule not in _SCHEDULES:
-            raise ValueError(f"stage {self.name!r}: schedule must be one of {_SCHEDULES}, got {self.schedule!r}")
+        if isinstance(self.pool_memory, bool):
+            self.pool_memory = "attended" if self.pool_memory else ""
+        for name, choices in (("schedule", _SCHEDULES), ("pool_memory", _POOLS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"stage {self.name!r}: {name} must be one of {choices}, got {getattr(self, name)!r}")
         for name in ("seq_len", "tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage {self.name!r}: {name} must be >= 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "micro_batch_rows", "chunk_topk", "sliding_window", "learning_rate"):
+        positive = ("warmup_steps", "micro_batch_rows", "chunk_topk", "sliding_window", "segment_tokens")
+        for name in (*positive, "learning_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stage {self.name!r}: {name} must be >= 0, got {getattr(self, name)}")
         if self.batch_tokens % self.seq_len:
             raise ValueError(
                 f"stage {self.name!r}: batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len}"
             )
-        rows = self.batch_tokens // self.seq_len
-        if self.micro_batch_rows and rows % self.micro_batch_rows:
+        if self.micro_batch_rows and self.rows % self.micro_batch_rows:
             raise ValueError(
-                f"stage {self.name!r}: {rows} rows a step are no multiple of micro_batch_rows={self.micro_batch_rows}"
+                f"stage {self.name!r}: {self.rows} rows a step are no multiple of "
+                f"micro_batch_rows={self.micro_batch_rows}"
             )
+        if self.segment_tokens and self.pool_memory:
+            raise ValueError(f"stage {self.name!r}: segment_tokens does not go with pool_memory")
 
     @property
     def rows(self) -> int:
-        """Rows per optimiser step."""
+        """Rows per optimiser step, over all processes."""
         return self.batch_tokens // self.seq_len
 
     @property
     def num_steps(self) -> int:
         return -(-self.tokens // self.batch_tokens)
+
+    def forward_rows(self, data_world: int) -> int:
+        """Rows per forward of one of `data_world` processes that share out the rows of a step.
+
+        Raises:
+            ValueError: if the rows cannot be shared out evenly.
+        """
+        rows = self.micro_batch_rows or max(1, self.rows // data_world)
+        if self.rows % (rows * data_world):
+            raise ValueError(
+                f"stage {self.name!r}: {self.rows} rows a step cannot be shared out over {data_world} processes in "
+                f"forwards of {rows}; change batch_tokens or micro_batch_rows"
+            )
+        return rows
 
 
 @dataclass
@@ -80,37 +117,61 @@ class TrainConfig:
 
     Attributes:
         preset, model: preset name and overrides of its HSAConfig fields.
+        optimizer: "adamw", or "muon": Muon on the matrices of the layers, AdamW on the rest (train/optim.py).
         weight_decay: on matrices only. betas, clip_norm: AdamW and gradient clipping.
+        parallel: how a step is spread over processes, and what it keeps in memory.
         checkpoint_minutes: wall-clock minutes between checkpoints. keep_checkpoints: older ones are deleted.
         log_every, probe_every: optimiser steps.
         probe_rows: held-out synthetic rows per in-training needle probe.
+        probe_lengths: lengths in tokens that are probed besides the stage's own.
+        on_spike: what to do when the loss stays more than spike_threshold (nats) above the median of the last 100
+            steps for spike_steps steps: "stop" or "warn". A loss or gradient that is not finite always stops the run.
+        tensorboard: write curves for TensorBoard too, if it is installed. wandb: name of a Weights & Biases project.
+        gpus, mfu: what `--dry-run` plans with: number of GPUs and fraction of their peak arithmetic.
     """
 
     preset: str
     stages: list[StageConfig]
     model: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    optimizer: str = "adamw"
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
     compile: bool = True
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     num_workers: int = 8
     checkpoint_minutes: float = 3.0
     keep_checkpoints: int = 2
     log_every: int = 20
     probe_every: int = 250
     probe_rows: int = 32
+    probe_lengths: tuple[int, ...] = ()
+    on_spike: str = "stop"
+    spike_threshold: float = 2.0
+    spike_steps: int = 20
+    tensorboard: bool = True
+    wandb: str = ""
+    gpus: int = 1
+    mfu: float = 0.3
 
     def __post_init__(self) -> None:
-        for name in ("keep_checkpoints", "log_every", "probe_every", "probe_rows"):
+        at_least_one = ("keep_checkpoints", "log_every", "probe_every", "probe_rows", "spike_steps", "gpus")
+        for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name, choices in (("optimizer", _OPTIMIZERS), ("on_spike", _ON_SPIKE)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
-        if self.clip_norm <= 0:
-            raise ValueError(f"clip_norm must be > 0, got {self.clip_norm}")
+        for name in ("clip_norm", "spike_threshold", "mfu"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if any(not isinstance(length, int) or length < 1 for length in self.probe_lengths):
+            raise ValueError(f"probe_lengths must be numbers of tokens, got {self.probe_lengths}")
 
     def stage(self, name: str) -> int:
         """Index of the stage called `name`."""
@@ -121,7 +182,8 @@ class TrainConfig:
 
 
 def apply_overrides(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
-    """Apply `--set` assignments: "seed=3", "model.chunk_topk=16", "warmup.tokens=1000000" (stage name first).
+    """Apply `--set` assignments: "seed=3", "model.chunk_topk=16", "parallel.shard=8", "warmup.tokens=1000000" (stage
+    name first).
 
     Raises:
         ValueError: for an unknown key or a value of the wrong type, naming what exists.
@@ -137,26 +199,35 @@ def apply_overrides(config: TrainConfig, assignments: Sequence[str]) -> TrainCon
         target: Any = config
         name = head
         if rest:
-            target, name = config.stages[config.stage(head)], rest
-        names = [f.name for f in dataclasses.fields(target) if f.name not in ("stages", "model")]
-        if name not in names:
-            raise ValueError(f"unknown key {path!r}; choose one of {', '.join(names)}")
-        old = getattr(target, name)
-        value = _parse(text)
-        if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, type(old)) or isinstance(value, bool) != isinstance(old, bool):
-            raise ValueError(f"{path} must be of type {type(old).__name__}, got {text!r}")
-        setattr(target, name, value)
+            name = rest
+            target = config.parallel if head == "parallel" else config.stages[config.stage(head)]
+        _assign(target, name, path, text)
     config.__post_init__()
+    config.parallel.__post_init__()
     for stage in config.stages:
         stage.__post_init__()
     return config
 
 
-def _parse(text: str) -> Any:
-    import ast
+def _assign(target: Any, name: str, path: str, text: str) -> None:
+    """Set one field to the value that `text` spells, if it is of the field's type."""
+    names = [f.name for f in dataclasses.fields(target) if f.name not in ("stages", "model", "parallel")]
+    if name not in names:
+        raise ValueError(f"unknown key {path!r}; choose one of {', '.join(names)}")
+    hint = typing.get_type_hints(type(target))[name]
+    types = tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hint)) or (hint,)
+    if typing.get_origin(hint) in (tuple, dict):
+        types = (typing.get_origin(hint),)
+    value = _parse(text)
+    if float in types and type(value) is int:
+        value = float(value)
+    if type(value) not in types:
+        kinds = " or ".join(kind.__name__ for kind in types)
+        raise ValueError(f"{path} must be of type {kinds}, got {text!r}")
+    setattr(target, name, value)
 
+
+def _parse(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -1,11 +1,12 @@
-"""The training loop: one device, staged, resumable, interruptible. Everything shown to people goes through callbacks.
+"""The training loop: staged, resumable, interruptible, on one device or many. What people see goes through listeners.
 
 Called by cli/train.py and the recipes; tests/train/. The data order is a function of (seed, stage, step), so resuming
-continues exactly where the checkpoint stands.
+continues exactly where the checkpoint stands, with any number of processes.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -15,33 +16,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
 
-from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards, collate
+from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards
+from hsa_ultralong.distributed.mesh import build_mesh, data_rank, data_world, total
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
-from hsa_ultralong.train import checkpoint
-from hsa_ultralong.train.compilation import compile_layers
-from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig, as_dict
+from hsa_ultralong.train.activations import activation_context
+from hsa_ultralong.train.batches import Batch, count_labels, stage_mixture, step_batches
+from hsa_ultralong.train.checkpoint import (
+    Checkpoints,
+    list_checkpoints,
+    load_weights,
+    model_tensors,
+    optimizer_tensors,
+    read_state,
+)
+from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
+from hsa_ultralong.train.metrics import (
+    Listener,
+    Meter,
+    RetrievalStatistics,
+    RunLog,
+    SpikeGuard,
+    open_writers,
+    peak_flops,
+    training_flops,
+)
+from hsa_ultralong.train.optim import build_optimizers
+from hsa_ultralong.train.parallelize import alone, clip_gradients, gathered, parallelize, synchronize_buffers
 from hsa_ultralong.train.schedule import learning_rate
+from hsa_ultralong.train.segmented import segmented_loss_backward
+from hsa_ultralong.train.stages import enter_stage
 
 logger = logging.getLogger(__name__)
-Probe = Callable[[HSAForCausalLM, StageConfig], dict[str, float]]
-Listener = Callable[[dict[str, Any]], None]
+# (model in eval mode, tokens a row) -> needle_accuracy and what else was measured
+Probe = Callable[[HSAForCausalLM, int], dict[str, float]]
 
 
 class TrainingDiverged(RuntimeError):
-    """Loss or gradient is not finite; the last checkpoint is intact."""
+    """The loss is not finite or stays high; the last checkpoint is intact."""
 
 
 class Trainer:
-    """Runs the stages of `config` on one device.
+    """Runs the stages of `config`, in one process or in all that torchrun started (distributed.mesh).
 
     Args:
-        run: folder of the run: config.json, log.jsonl, checkpoints/.
+        run: folder of the run, the same one for all processes: config.json, log.jsonl, checkpoints/, tensorboard/.
         shards, tokenizer: tokenised corpus and its tokenizer.
-        probe: measures needle accuracy during training; called with the model in eval mode.
-        listener: called with every log record.
+        device: of this process.
+        probe: measures needle accuracy at a length; called with the model in eval mode, on every process.
+        listener: called with every log record, on the first process.
     """
 
     def __init__(
@@ -58,81 +82,103 @@ class Trainer:
         self.config, self.run, self.shards, self.tokenizer = config, run, shards, tokenizer
         self.device, self.probe, self.listener = torch.device(device), probe, listener
         self.should_stop = False
+        self.mesh = build_mesh(config.parallel, self.device.type)
+        self.is_first = self.mesh is None or self.mesh.get_rank() == 0
         torch.manual_seed(config.seed)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         self.model = HSAForCausalLM(preset(config.preset, vocab_size=len(tokenizer), **ids, **config.model))
+        self.preset = copy.deepcopy(self.model.config)
+        # a stage that cannot run must not come to light after hours of the ones before it
+        self.mixtures = [self._checked_mixture(index) for index in range(len(config.stages))]
         self.model.to(self.device).train()
-        self.topk = self.model.config.chunk_topk
-        self.optimizer = self._optimizer()
+        use_compile = config.compile and self.device.type == "cuda"
+        parallelize(self.model, self.mesh, config.parallel, use_compile=use_compile)
+        self.optimizers = build_optimizers(self.model, config)
         self.stage_index, self.step, self.global_step, self.tokens_seen = 0, 0, 0, 0
-        self.last_loss: torch.Tensor | None = None
-        self.last_norm: torch.Tensor | None = None
-        for index in range(len(config.stages)):
-            # a stage that cannot run must not come to light after hours of the ones before it
-            self._mixture(index)
+        self.last: dict[str, torch.Tensor] = {}
+        self.meter = Meter()
+        self.guard = SpikeGuard(config.spike_threshold, config.spike_steps)
         run.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(run, config.keep_checkpoints)
         self._resume()
-        self._forget_later_records()
-        (run / "config.json").write_text(json.dumps(as_dict(config), indent=1))
-        if config.compile and self.device.type == "cuda":
-            compile_layers(self.model)
+        self.log = RunLog(run, self.global_step) if self.is_first else None
+        self.writers: list[Listener] = []
+        if self.is_first:
+            (run / "config.json").write_text(json.dumps(as_dict(config), indent=1))
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
-        vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, betas=self.config.betas, lr=0.0, fused=self.device.type == "cuda")
+    @property
+    def topk(self) -> int:
+        """K of the preset, which an exported model has."""
+        return self.preset.chunk_topk
+
+    def _checked_mixture(self, index: int) -> MixtureConfig:
+        stage, parallel, size = self.config.stages[index], self.config.parallel, self.preset.chunk_size
+        stage.forward_rows(data_world(self.mesh))
+        if stage.seq_len % (parallel.context * size):
+            raise ValueError(
+                f"stage {stage.name!r}: seq_len={stage.seq_len} must be a multiple of chunk_size={size} times "
+                f"parallel.context={parallel.context}"
+            )
+        if stage.segment_tokens and (parallel.context > 1 or stage.segment_tokens % size):
+            raise ValueError(
+                f"stage {stage.name!r}: segment_tokens must be a multiple of chunk_size={size}, "
+                "and needs parallel.context=1"
+            )
+        return stage_mixture(self.config, index, size)
+
+    def _check_data(self, final: int) -> None:
+        """The shards have what the stages to come need, such as documents that are long enough."""
+        for index in range(self.stage_index, final + 1):
+            try:
+                MixtureDataset(self.shards, self.tokenizer, self.mixtures[index], num_rows=1)
+            except ValueError as error:
+                raise ValueError(f"stage {self.config.stages[index].name!r}: {error}") from error
 
     def _resume(self) -> None:
-        saved = checkpoint.list_checkpoints(self.run)
+        saved = list_checkpoints(self.run)
         if not saved:
             return
-        model_state, optimizer_state, state = checkpoint.load_checkpoint(saved[-1])
-        checkpoint.restore(self.model, self.optimizer, model_state, optimizer_state)
+        kind = read_state(saved[-1])["optimizer"]
+        if kind != self.config.optimizer:
+            raise ValueError(
+                f"checkpoint {saved[-1]} has the state of {kind}, this run uses {self.config.optimizer}: keep --set "
+                f"optimizer={kind}, or begin a new run from the exported model with --init-from"
+            )
+        state = self.checkpoints.load(saved[-1], self.model, self.optimizers)
         self.stage_index, self.step = state["stage_index"], state["step"]
         self.global_step, self.tokens_seen = state["global_step"], state["tokens_seen"]
         torch.set_rng_state(torch.tensor(state["rng_state"], dtype=torch.uint8))
+        self.meter.restore(state["meter"], self.device)
+        self.guard.load(state["guard"])
         logger.info("resumed from %s", saved[-1])
-
-    def _forget_later_records(self) -> None:
-        """Drop log records of steps after the checkpoint: a run that died takes these steps again."""
-        log = self.run / "log.jsonl"
-        if not log.is_file():
-            return
-        lines = log.read_text().splitlines(keepends=True)
-        # a line without its end was cut off while it was written
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["global_step"] <= self.global_step]
-        if kept != lines:
-            partial = log.with_name(".partial-log.jsonl")
-            partial.write_text("".join(kept))
-            partial.replace(log)
 
     def initialize_from(self, weights: dict[str, torch.Tensor]) -> None:
         """Start from the weights of another run (ignored when this run has a checkpoint of its own)."""
         if self.global_step == 0:
-            checkpoint.restore(self.model, None, weights, {})
+            load_weights(self.model, weights)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment.
+    def save(self, *, wait: bool = True) -> None:
+        """Write a checkpoint of this moment; without `wait`, beside the next steps.
 
         Raises:
             TrainingDiverged: if the last loss or gradient norm is not finite; nothing is written then.
+            CheckpointError: if it, or the one before, cannot be written.
         """
-        for what, value in (("loss", self.last_loss), ("gradient norm", self.last_norm)):
-            if value is not None and not math.isfinite(value.item()):
+        for what, value in self.last.items():
+            if not math.isfinite(value.item()):
                 raise TrainingDiverged(self._advice(f"{what} {value.item()}"))
         state = {
             "stage_index": self.stage_index,
             "step": self.step,
             "global_step": self.global_step,
             "tokens_seen": self.tokens_seen,
+            "optimizer": self.config.optimizer,
             "rng_state": torch.get_rng_state().tolist(),
+            "meter": self.meter.state(),
+            "guard": self.guard.state(),
         }
-        return checkpoint.save_checkpoint(self.run, self.model, self.optimizer, state, self.config.keep_checkpoints)
+        tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizers)}
+        self.checkpoints.save(tensors, state, wait=wait)
 
     def train(self, *, max_minutes: float = math.inf, last_stage: str | None = None) -> bool:
         """Train until the stages are done, `max_minutes` are over or `should_stop` is set; saves before returning.
@@ -141,176 +187,167 @@ class Trainer:
         """
         deadline = time.monotonic() + 60 * max_minutes
         final = len(self.config.stages) - 1 if last_stage is None else self.config.stage(last_stage)
+        config = self.config
+        self._check_data(final)
+        if self.is_first and self.stage_index <= final:
+            self.writers = open_writers(self.run, config, self.global_step)
         while self.stage_index <= final:
-            if not self._train_stage(self.config.stages[self.stage_index], deadline):
+            if not self._train_stage(config.stages[self.stage_index], deadline):
                 self.save()
                 return False
             self.stage_index, self.step = self.stage_index + 1, 0
-            self.optimizer = self._optimizer()
+            self.optimizers = build_optimizers(self.model, config)
+            self.guard.restart()
             self.save()
-            if self.stage_index <= final and (self.should_stop or time.monotonic() > deadline):
+            if self.stage_index <= final and any(self._agreed(self.should_stop or time.monotonic() > deadline)):
                 return False
         return True
 
-    def _mixture(self, index: int) -> MixtureConfig:
-        stage = self.config.stages[index]
-        try:
-            return MixtureConfig(
-                weights=stage.mixture,
-                seq_len=stage.seq_len,
-                chunk_size=self.model.config.chunk_size,
-                seed=self.config.seed + 1000 * index,
-                long_documents=stage.long_documents,
-            )
-        except ValueError as error:
-            raise ValueError(f"stage {stage.name!r}: {error}") from error
+    def _agreed(self, *flags: bool) -> list[bool]:
+        """Each flag, true if it is on any process: all must stop and save at the same step."""
+        return [bool(flag) for flag in total(torch.tensor(flags, dtype=torch.int32), self.mesh)]
 
-    def _batches(self, stage: StageConfig) -> Iterator[dict[str, Any]]:
-        config = self._mixture(self.stage_index)
-        num_rows = stage.num_steps * stage.rows
-        dataset = MixtureDataset(self.shards, self.tokenizer, config, split="train", num_rows=num_rows)
-        rest = Subset(dataset, range(self.step * stage.rows, num_rows))
-        rows = stage.micro_batch_rows or stage.rows
-        workers = self.config.num_workers if self.device.type == "cuda" else 0
-        return iter(
-            DataLoader(
-                rest,
-                batch_size=rows,
-                collate_fn=collate,
-                num_workers=workers,
-                pin_memory=self.device.type == "cuda",
-                prefetch_factor=4 if workers else None,
-                # its own generator: starting a loader must not move the run's random state
-                generator=torch.Generator(),
-            )
+    def _batches(self, stage: StageConfig) -> Iterator[list[Batch]]:
+        is_cuda = self.device.type == "cuda"
+        return step_batches(
+            self.shards,
+            self.tokenizer,
+            stage,
+            self.mixtures[self.stage_index],
+            first_step=self.step,
+            rank=data_rank(self.mesh),
+            world=data_world(self.mesh),
+            num_workers=self.config.num_workers if is_cuda else 0,
+            pin_memory=is_cuda,
         )
 
     def _train_stage(self, stage: StageConfig, deadline: float) -> bool:
-        model, config = self.model, self.model.config
-        config.chunk_topk = (
-            stage.seq_len // config.chunk_size * stage.rows if stage.chunk_topk == FULL_COVERAGE else stage.chunk_topk
-        )
-        # a stage without a window of its own keeps that of the last stage that had one, also after a resume
-        windows = [earlier.sliding_window for earlier in self.config.stages[: self.stage_index + 1]]
-        window = next((size for size in reversed(windows) if size), config.sliding_window)
-        if window != config.sliding_window:
-            set_window(model, window)
-        batches = self._batches(stage)
-        meter = _Meter()
+        config = self.config
+        enter_stage(self.model, config.stages, self.stage_index, self.preset)
+        self.meter.restart_clock()
         saved = time.monotonic()
-        while self.step < stage.num_steps:
+        for batches in self._batches(stage):
             rate = learning_rate(stage, self.step)
-            loss, norm = self._optimizer_step(stage, batches, rate)
-            self.last_loss, self.last_norm = loss, norm
+            self.last = self._optimizer_step(stage, batches, rate)
             self.step, self.global_step = self.step + 1, self.global_step + 1
             self.tokens_seen += stage.batch_tokens
-            meter.add(loss, norm, stage.batch_tokens)
-            last = self.step == stage.num_steps
-            if self.step % self.config.log_every == 0 or last:
-                self._log(stage, meter, rate)
-            if self.probe is not None and (self.step % self.config.probe_every == 0 or last):
+            self.meter.add(stage.batch_tokens, **self.last)
+            is_last = self.step == stage.num_steps
+            if self.step % config.log_every == 0 or is_last:
+                self._log(stage, rate)
+            if self.probe is not None and (self.step % config.probe_every == 0 or is_last):
                 self._probe(stage)
-                meter.restart()
-            if self.should_stop or time.monotonic() > deadline:
-                return last
-            if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
-                self.save()
+            self.checkpoints.poll()
+            now = time.monotonic()
+            must_stop, is_due = self._agreed(
+                self.should_stop or now > deadline, now - saved > 60 * config.checkpoint_minutes
+            )
+            if must_stop:
+                return is_last
+            # what is saved amid a spike would be of no use
+            if is_due and not self.guard.high and not is_last:
+                self.save(wait=False)
                 saved = time.monotonic()
-                meter.restart()
+                self.meter.restart_clock()
         return True
 
-    def _optimizer_step(self, stage: StageConfig, batches: Iterator[dict[str, Any]], rate: float):
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        parts = stage.rows // (stage.micro_batch_rows or stage.rows)
-        total = torch.zeros((), device=self.device)
-        for _ in range(parts):
-            batch = next(batches)
-            inputs = {
-                name: batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "labels", "segment_ids")
-            }
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                loss = self.model(**inputs, pool_memory=stage.pool_memory).loss
-            (loss / parts).backward()
-            total += loss.detach() / parts
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_router_bias()
-        return total, norm
+    def _optimizer_step(self, stage: StageConfig, batches: list[Batch], rate: float) -> dict[str, torch.Tensor]:
+        """One step on this process's micro-batches; loss and gradient norm of the whole step, on the device."""
+        labels = int(total(torch.tensor(count_labels(batches)), self.mesh)) // self.config.parallel.context
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss += self._backward(stage, batch, max(1, labels))
+        norm = clip_gradients(self.model, self.config.clip_norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        synchronize_buffers(self.model, self.mesh)
+        measured = {"loss": total(loss, self.mesh), "grad_norm": norm}
+        if balance := self.model.update_router_bias():
+            measured["expert_imbalance"] = torch.stack(balance).max()
+        return measured
 
-    def _log(self, stage: StageConfig, meter: _Meter, rate: float) -> None:
-        loss, norm, speed = meter.read()
+    def _backward(self, stage: StageConfig, batch: Batch, labels: int) -> torch.Tensor:
+        """Add the gradients of one micro-batch; its share of the loss, which all processes' labels divide."""
+        inputs = self._inputs(stage, batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            if stage.segment_tokens:
+                with gathered(self.model):
+                    return segmented_loss_backward(self.model, inputs, stage.segment_tokens, num_items=labels)
+            with activation_context(self.config.parallel):
+                pool = stage.pool_memory or False
+                loss = self.model(**inputs, pool_memory=pool, num_items_in_batch=labels).loss
+        loss.backward()
+        return loss.detach()
+
+    def _inputs(self, stage: StageConfig, batch: Batch) -> dict[str, Any]:
+        """What the model takes of a batch, on the device: whole rows, or this process's slice of them."""
+        tensors = {name: batch[name] for name in ("input_ids", "labels", "segment_ids")}
+        if self.mesh is not None and self.config.parallel.context > 1:
+            place, slices = self.mesh.get_local_rank("context"), self.config.parallel.context
+            tensors = {name: part.chunk(slices, dim=1)[place].contiguous() for name, part in tensors.items()}
+        inputs: dict[str, Any] = {name: part.to(self.device, non_blocking=True) for name, part in tensors.items()}
+        isolated = batch["isolated"] | stage.isolate_documents
+        if bool(isolated.any()):
+            inputs["isolate_documents"] = isolated.to(self.device, non_blocking=True)
+        return inputs
+
+    def _log(self, stage: StageConfig, rate: float) -> None:
+        series = self.meter.take()
+        speed = self.meter.speed()
         record = {
             "stage": stage.name,
             "step": self.step,
             "global_step": self.global_step,
             "tokens": self.tokens_seen,
-            "loss": loss,
-            "grad_norm": norm,
+            **{name: part.mean().item() for name, part in series.items()},
             "learning_rate": rate,
             "tokens_per_s": speed,
         }
-        if self.device.type == "cuda":
+        peak = peak_flops(self.device)
+        if peak is not None:
+            processes = 1 if self.mesh is None else self.mesh.size()
+            record["mfu"] = speed * training_flops(self.model, stage) / (peak * processes)
             record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._write(record)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainingDiverged(self._advice(f"loss {loss}, gradient norm {norm}"))
+        if not all(bool(torch.isfinite(part).all()) for part in series.values()):
+            raise TrainingDiverged(self._advice(f"loss {record['loss']}, gradient norm {record['grad_norm']}"))
+        if spike := self.guard.see(series["loss"].tolist()):
+            if self.config.on_spike == "stop":
+                raise TrainingDiverged(self._advice(spike, "go on regardless with --set on_spike=warn, or "))
+            logger.warning("%s (step %d)", spike, self.global_step)
 
-    def _advice(self, what: str) -> str:
+    def _advice(self, what: str, alternative: str = "") -> str:
+        finite = "" if alternative else " is not finite"
         return (
-            f"{what} at step {self.global_step} is not finite; the last checkpoint in {self.run} is intact: lower the "
-            "learning rate and run again"
+            f"{what}{finite} (step {self.global_step}); the last checkpoint in {self.run} is intact: {alternative}"
+            "lower the learning rate and run again"
         )
 
     def _probe(self, stage: StageConfig) -> None:
+        """Needle accuracy at every length wanted, and what retrieval finds meanwhile."""
         assert self.probe is not None
         self.model.eval()
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            measured = self.probe(self.model, stage)
+        for length in sorted({stage.seq_len, *self.config.probe_lengths}):
+            with (
+                torch.no_grad(),
+                torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+                gathered(self.model),
+                alone(self.model),
+                RetrievalStatistics(self.model) as statistics,
+            ):
+                measured = {"length": length, **self.probe(self.model, length)}
+            position = {"stage": stage.name, "global_step": self.global_step, "tokens": self.tokens_seen}
+            self._write({**position, "probe": measured, "retrieval": statistics.record()})
         self.model.train()
-        self._write(
-            {"stage": stage.name, "global_step": self.global_step, "tokens": self.tokens_seen, "probe": measured}
-        )
+        self.meter.restart_clock()
 
     def _write(self, record: dict[str, Any]) -> None:
-        with (self.run / "log.jsonl").open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
-        if self.listener is not None:
-            self.listener(record)
-
-
-class _Meter:
-    """Loss, gradient norm and speed since the last reading; touches the device only when read."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.losses: list[torch.Tensor] = []
-        self.norms: list[torch.Tensor] = []
-        self.tokens, self.since = 0, time.monotonic()
-
-    def add(self, loss: torch.Tensor, norm: torch.Tensor, tokens: int) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
-        self.tokens += tokens
-
-    def read(self) -> tuple[float, float, float]:
-        if not self.losses:
-            return math.nan, math.nan, 0.0
-        loss, norm = torch.stack(self.losses).mean().item(), torch.stack(self.norms).mean().item()
-        speed = self.tokens / (time.monotonic() - self.since)
-        self.restart()
-        return loss, norm, speed
-
-
-def set_window(model: HSAForCausalLM, window: int) -> None:
-    """Change the sliding window of every layer that has the configuration's (stages change it, paper sec. 3.2)."""
-    config = model.config
-    for layer in [
-        *model.model.lower_layers,
-        *(layer for group in model.model.upper_groups() for layer in group.layers),
-    ]:
-        layer.attention.window = window
-    config.sliding_window = window
+        if self.log is None:
+            return
+        self.log.write(record)
+        for listener in (*self.writers, self.listener):
+            if listener is not None:
+                listener(record)

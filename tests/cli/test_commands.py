@@ -97,7 +97,9 @@ def test_data_train_and_plot_run_end_to_end(tmp_path):
 
 
 def test_dry_run_prints_the_resolved_recipe():
-    result = hsa("train", "nano", "--set", "warmup.tokens=1000000", "--set", "model.chunk_topk=16", "--dry-run")
+    result = hsa(
+        "train", "nano", "--set", "warmup.tokens=1000000", "--set", "model.chunk_topk=16", "--dry-run", "--json"
+    )
     resolved = json.loads(result.stdout)
     assert resolved["stages"][0]["tokens"] == 1_000_000 and resolved["model"] == {"chunk_topk": 16}
 

@@ -8,7 +8,7 @@ from hsa_ultralong.inference import append, close_document, edit, last_logits, m
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, encode_documents, random_tokens, tiny_model
-from hsa_ultralong.train.loop import set_window
+from hsa_ultralong.train.stages import set_window
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 SIZE = 4

@@ -1,0 +1,91 @@
+"""The rows of every optimiser step, read ahead, as one process needs them. Row i is a function of the seed, the stage
+and i, so a run goes on with any number of processes where its checkpoint stands. Called by loop.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from hsa_ultralong.data import MixtureConfig, MixtureDataset, StepSampler, TokenShards, collate
+from hsa_ultralong.train.config import StageConfig, TrainConfig
+
+IGNORE_INDEX = -100
+Batch = dict[str, Any]
+
+
+def stage_mixture(config: TrainConfig, index: int, chunk_size: int) -> MixtureConfig:
+    """What rows stage `index` draws.
+
+    Raises:
+        ValueError: naming the stage, if they cannot be made.
+    """
+    stage = config.stages[index]
+    try:
+        return MixtureConfig(
+            weights=stage.mixture,
+            seq_len=stage.seq_len,
+            chunk_size=chunk_size,
+            seed=config.seed + 1000 * index,
+            long_documents=stage.long_documents,
+            **stage.data_options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"stage {stage.name!r}: {error}") from error
+
+
+def step_batches(
+    shards: TokenShards,
+    tokenizer: Any,
+    stage: StageConfig,
+    mixture: MixtureConfig,
+    *,
+    first_step: int,
+    rank: int,
+    world: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[list[Batch]]:
+    """For every optimiser step from `first_step` on, the micro-batches of one of `world` processes.
+
+    Raises:
+        OSError: naming the shards, if a row cannot be read.
+    """
+    rows = stage.forward_rows(world)
+    parts = stage.rows // (rows * world)
+    dataset = MixtureDataset(shards, tokenizer, mixture, split="train", num_rows=stage.num_steps * stage.rows)
+    sampler = StepSampler(
+        rows,
+        start_step=first_step * parts,
+        num_steps=(stage.num_steps - first_step) * parts,
+        rank=rank,
+        world_size=world,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        # its own generator: starting a loader must not move the run's random state
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    for step in range(first_step, stage.num_steps):
+        try:
+            yield [next(batches) for _ in range(parts)]
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise OSError(
+                f"cannot read the rows of step {step} of stage {stage.name!r} from {shards.path} ({reason}); the last "
+                "checkpoint is intact: repair or rebuild the shards, then run the same command again"
+            ) from error
+
+
+def count_labels(batches: list[Batch]) -> int:
+    """Labels that the loss of these micro-batches counts; the first token of a row is nobody's next."""
+    return sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)

@@ -1,0 +1,153 @@
+"""What a run will take before it starts: memory of one GPU by kind, and time at an assumed share of peak arithmetic.
+
+Weights, gradients and optimiser state are exact. Activations are an estimate: what the layers keep for the backward
+under bf16 autocast, times an allowance for temporaries that makes it meet the three peaks measured for nano on one H200
+(results/training-nano: 10.0, 11.4 and 28.2 GiB; estimated 9.2, 10.2 and 27.0). Used by `hsa train --dry-run`;
+tests/train/test_planning.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hsa_ultralong.models import HSAConfig, accounting
+from hsa_ultralong.models.presets import preset, replace_options
+from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig
+
+ASSUMED_PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 (docs/results.md)
+_TEMPORARIES = 1.5
+_FP32, _BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on each of `gpus` GPUs.
+
+    Attributes:
+        steps, tokens, seq_len: of the stage. forward_tokens: tokens of one forward of one GPU.
+        weights: fp32, and the bf16 copies that layers compute with. gradients, optimizer: fp32. activations: estimate.
+        All in bytes of one GPU. seconds: of the whole stage; flops_per_token: in training (docs/results.md).
+    """
+
+    stage: str
+    steps: int
+    tokens: int
+    seq_len: int
+    forward_tokens: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    flops_per_token: float
+    seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def planned_gpus(config: TrainConfig) -> int:
+    """GPUs that the plan is for: those that config.parallel names, else config.gpus."""
+    parallel = config.parallel
+    return parallel.replicate * parallel.shard * parallel.context if parallel.shard else config.gpus
+
+
+def plan_run(config: TrainConfig, vocab_size: int | None = None) -> list[StagePlan]:
+    """A StagePlan for every stage.
+
+    Args:
+        vocab_size: of the tokenizer; default the preset's.
+
+    Raises:
+        ValueError: if a step's rows cannot be shared out over the GPUs.
+    """
+    vocab = {} if vocab_size is None else {"vocab_size": vocab_size}
+    model = preset(config.preset, **{**config.model, **vocab})
+    plans, window = [], model.sliding_window
+    for stage in config.stages:
+        window = stage.sliding_window or window
+        all_chunks = stage.seq_len // model.chunk_size * stage.rows
+        topk = all_chunks if stage.chunk_topk == FULL_COVERAGE else stage.chunk_topk
+        plans.append(_plan_stage(config, stage, replace_options(model, {"chunk_topk": topk, "sliding_window": window})))
+    return plans
+
+
+def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> StagePlan:
+    parallel, gpus = config.parallel, planned_gpus(config)
+    rows = stage.forward_rows(max(1, gpus // parallel.context))
+    cut = gpus // parallel.replicate
+    counted = accounting.count_parameters(model)
+    held = counted.total // cut
+    tables = counted.embedding + counted.head
+    state = 8 * held
+    if config.optimizer == "muon":
+        # one momentum instead of two
+        state -= 4 * (counted.total - tables) // cut
+    copies = counted.total if gpus == 1 or not parallel.reshard_after_forward else tables + _largest_unit(model) * 2
+    flops = accounting.flops_per_token(model, stage.seq_len, training=True)
+    return StagePlan(
+        stage=stage.name,
+        steps=stage.num_steps,
+        tokens=stage.num_steps * stage.batch_tokens,
+        seq_len=stage.seq_len,
+        forward_tokens=rows * stage.seq_len // parallel.context,
+        weights=_FP32 * held + _BF16 * copies,
+        gradients=_FP32 * held,
+        optimizer=state,
+        activations=_activations(config, stage, model, rows * stage.seq_len // parallel.context),
+        flops_per_token=flops,
+        seconds=stage.num_steps * stage.batch_tokens * flops / (gpus * ASSUMED_PEAK_FLOPS * config.mfu),
+    )
+
+
+def _largest_unit(model: HSAConfig) -> int:
+    """Parameters of the unit that is gathered at once, about."""
+    counted = accounting.count_parameters(model)
+    return max(counted.lower // model.num_lower_layers, counted.upper // model.num_upper_groups)
+
+
+def layer_bytes(model: HSAConfig, kept: str) -> float:
+    """Bytes per token that one decoder layer keeps for the backward; `kept` is ParallelConfig.activation_checkpointing.
+
+    fp32 residual stream, everything else bf16.
+    """
+    assert model.head_dim is not None and model.moe_intermediate_size is not None
+    width, heads = model.hidden_size, model.num_attention_heads * model.head_dim
+    key_values = model.num_key_value_heads * model.head_dim
+    if kept == "full":
+        return _FP32 * width
+    if kept == "selective":
+        return 2 * _FP32 * width + _BF16 * (3 * heads + 2 * key_values)
+    inner = model.intermediate_size
+    if model.num_experts:
+        used = model.num_experts_per_token
+        inner = (used + model.num_shared_experts) * model.moe_intermediate_size + used * width
+    # two norms with their inputs, projections and outputs; queries and keys before and after rotation; SwiGLU
+    return 2 * _FP32 * width + _BF16 * (4 * width + 3 * heads + 3 * key_values + 3 * inner)
+
+
+def _activations(config: TrainConfig, stage: StageConfig, model: HSAConfig, tokens: int) -> int:
+    kept = config.parallel.activation_checkpointing
+    assert model.head_dim is not None
+    chunks = min(model.chunk_topk, stage.seq_len // model.chunk_size)
+    # indices, scores and weights of the chunks kept, and the retrieval query
+    retrieval = 12 * model.num_retrieval_heads * chunks + 2 * _BF16 * model.retrieval_dim
+    layers = model.num_hidden_layers + model.num_encoder_layers
+    per_token = layers * layer_bytes(model, kept) + model.num_upper_groups * retrieval
+    if kept != "none":
+        # one layer is whole again while its backward runs
+        per_token += layer_bytes(model, "none")
+    if stage.segment_tokens and stage.segment_tokens < stage.seq_len:
+        carried = 2 * (model.hidden_size + accounting.memory_bytes_per_token(model, 1))
+        share = stage.segment_tokens / stage.seq_len
+        return int(_TEMPORARIES * share * tokens * per_token + _FP32 * tokens * carried)
+    return int(_TEMPORARIES * tokens * per_token)
+
+
+def plan_as_dict(config: TrainConfig, plans: list[StagePlan]) -> dict[str, Any]:
+    """The plan as JSON has it, with what it assumes."""
+    stages = [{**asdict(plan), "total_bytes": plan.total_bytes} for plan in plans]
+    seconds = sum(plan.seconds for plan in plans)
+    return {"gpus": planned_gpus(config), "mfu": config.mfu, "peak_flops": ASSUMED_PEAK_FLOPS, "stages": stages,
+            "seconds": seconds}  # fmt: skip

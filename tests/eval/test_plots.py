@@ -1,0 +1,40 @@
+"""The figure of a run has a panel for everything that its log holds, and none for what it does not."""
+
+from hsa_ultralong.eval.plots import plot_training, training_panels
+
+
+def step(tokens, **more):
+    return {"stage": "warmup", "global_step": tokens, "tokens": tokens, "loss": 3.0, "grad_norm": 1.0, **more}
+
+
+def probe(tokens, length, accuracy, entropy):
+    return {
+        "stage": "warmup", "global_step": tokens, "tokens": tokens,
+        "probe": {"length": length, "needle_accuracy": accuracy, "answer_loss": 1.0},
+        "retrieval": {"entropy": entropy, "distance": [9.0, 8.0], "beyond_window": [0.5, 0.6]},
+    }  # fmt: skip
+
+
+def test_a_panel_for_each_thing_measured_and_a_curve_for_each_length_and_group():
+    log = [
+        step(1_000_000, mfu=0.3, expert_imbalance=1.5),
+        probe(1_000_000, 512, 0.1, [1.0, 2.0]),
+        probe(1_000_000, 2048, 0.2, [3.0, 4.0]),
+        step(2_000_000, mfu=0.4, expert_imbalance=1.2),
+    ]
+    panels = training_panels(log)
+    assert panels["model FLOP utilisation"][0].points == [(1.0, 0.3), (2.0, 0.4)]
+    needles = panels["held-out needles answered exactly, by length"]
+    assert [(curve.label, curve.points) for curve in needles] == [("512", [(1.0, 0.1)]), ("2K", [(1.0, 0.2)])]
+    # of the lengths measured after one step, the longest
+    entropy = panels["retrieval: entropy of the weights (nats)"]
+    assert [(curve.label, curve.points) for curve in entropy] == [("group 1", [(1.0, 3.0)]), ("group 2", [(1.0, 4.0)])]
+    assert len(panels) == 8
+    assert list(training_panels([step(1)])) == ["training loss (nats per token)", "gradient norm before clipping"]
+
+
+def test_runs_with_and_without_probes_are_drawn(tmp_path):
+    log = [step(1_000_000), {**step(2_000_000), "stage": "long"}]
+    for name, records in (("plain", log), ("one", [{**log[0]}]), ("probed", [*log, probe(2_000_000, 512, 1.0, [1.0])])):
+        plot_training(records, tmp_path / f"{name}.png", name)
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000

@@ -1,0 +1,101 @@
+"""A run on several processes is the run of one: losses, weights, checkpoints that any number of processes resumes."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.testing.processes import launch
+from hsa_ultralong.train import ParallelConfig
+from hsa_ultralong.train.checkpoint import list_checkpoints, load_weights
+from hsa_ultralong.train.export import export_model
+
+CLOSE = {"rtol": 1e-3, "atol": 2e-5}
+
+
+def recipe(runs, **options):
+    first = runs.stage(tokens=1024, batch_tokens=512, micro_batch_rows=1)
+    second = runs.stage("long", seq_len=256, tokens=1024, batch_tokens=512, schedule="cosine", chunk_topk=3)
+    return runs.config(first, second, **options)
+
+
+def spread(config, **parallel):
+    config = copy.deepcopy(config)
+    config.parallel = ParallelConfig(**parallel)
+    return config
+
+
+def probe(model, length):
+    tokens = torch.arange(3, 3 + length)[None] % 300
+    hidden = model.model(tokens, use_cache=False).last_hidden_state
+    return {"needle_accuracy": float(model.lm_head(hidden).float().std())}
+
+
+def whole(model):
+    return {name: getattr(part, "full_tensor", lambda part=part: part)() for name, part in model.named_parameters()}
+
+
+def assert_same_run(runs, folder, expected):
+    if dist.is_initialized() and dist.get_rank():
+        return
+    for one, other in zip(runs.losses(folder), runs.losses(expected), strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), **CLOSE)
+
+
+def check_two(rank, world, runs, folder):
+    config, expected = recipe(runs, probe_every=2), folder / "one"
+    # one process began: two go on, sharded; their half is resumed by the parent
+    going_on = runs.trainer(folder / "begun", spread(config, shard=2), probe=probe)
+    assert going_on.global_step == 1
+    # only one process hears of it, both stop
+    going_on.listener = lambda record: setattr(going_on, "should_stop", record["global_step"] == 3)
+    assert not going_on.train() and going_on.global_step == 3
+    for name, parallel in {
+        "sharded": {"shard": 2, "activation_checkpointing": "selective"},
+        "context": {"context": 2},
+    }.items():
+        one = runs.trainer(folder / name, spread(config, **parallel), probe=probe)
+        assert one.train()
+        assert_same_run(runs, folder / name, expected)
+        export_model(one.model, runs.tokenizer, folder / f"{name}-model", topk=one.topk)
+    pieces = spread(config, shard=2)
+    for stage in pieces.stages:
+        stage.segment_tokens = 64
+    assert runs.trainer(folder / "pieces", pieces, probe=probe).train()
+    assert_same_run(runs, folder / "pieces", expected)
+    muon = runs.trainer(folder / "muon-two", spread(recipe(runs, optimizer="muon"), replicate=2))
+    assert muon.train()
+    assert_same_run(runs, folder / "muon-two", folder / "muon")
+    with pytest.raises(ValueError, match="whole matrices"):
+        runs.trainer(folder / "x", spread(recipe(runs, optimizer="muon"), shard=2))
+    with pytest.raises(ValueError, match="2 rows a step cannot be shared out over 2 processes in forwards of 2"):
+        odd = runs.config(runs.stage(batch_tokens=256, micro_batch_rows=2))
+        runs.trainer(folder / "x", spread(odd, shard=2))
+    weights = {name: torch.full_like(part, 0.25) for name, part in whole(muon.model).items()}
+    fresh = runs.trainer(folder / "fresh", spread(config, shard=2))
+    buffers = {name: part for name, part in fresh.model.state_dict().items() if name.endswith("landmark_center")}
+    load_weights(fresh.model, {**weights, **buffers})
+    assert all((part == 0.25).all() for part in whole(fresh.model).values())
+
+
+def test_two_processes_make_the_run_of_one_and_share_its_checkpoints(tiny_runs, tmp_path):
+    config = recipe(tiny_runs, probe_every=2)
+    one = tiny_runs.trainer(tmp_path / "one", config, probe=probe)
+    assert one.train()
+    tiny_runs.trainer(tmp_path / "muon", recipe(tiny_runs, optimizer="muon")).train()
+    tiny_runs.trainer(tmp_path / "begun", config, probe=probe).train(max_minutes=0)
+    launch(2, tmp_path / "meet", check_two, tiny_runs, tmp_path)
+    (*_, newest) = list_checkpoints(tmp_path / "begun")
+    assert len(list(newest.glob("*.safetensors"))) == 2
+    resumed = tiny_runs.trainer(tmp_path / "begun", config, probe=probe)
+    assert resumed.global_step == 3 and resumed.train()
+    assert_same_run(tiny_runs, tmp_path / "begun", tmp_path / "one")
+    seen = [[one for one in tiny_runs.records(tmp_path / name) if "probe" in one] for name in ("one", "sharded")]
+    assert len(seen[0]) == 2 and [one["probe"] == pytest.approx(two["probe"], rel=1e-3) for one, two in zip(*seen)]
+    for name in ("sharded", "context"):
+        loaded = HSAForCausalLM.from_pretrained(tmp_path / f"{name}-model")
+        for key, part in loaded.named_parameters():
+            expected = one.model.get_parameter(key)
+            torch.testing.assert_close(part.float(), expected.detach(), rtol=2e-2, atol=2e-3)
