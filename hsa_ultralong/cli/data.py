@@ -1,11 +1,21 @@
-"""`hsa data`: plain text to tokenizer and token shards."""
+"""`hsa data`: texts, tables, hub datasets and conversations to tokenizer and token shards."""
 
 from __future__ import annotations
 
+import time
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Format(str, Enum):
+    text = "text"
+    chat = "chat"
 
 
 def register(app: typer.Typer) -> None:
@@ -24,10 +34,21 @@ def data(
     vocab_size: Annotated[int, typer.Option(help="Vocabulary of a newly trained tokenizer.")] = 8192,
     sample_mb: Annotated[int, typer.Option(help="Text, in MB, that a new tokenizer is trained on.")] = 30,
     validation_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.005,
-    text_field: Annotated[str, typer.Option(help="Field or column of tables that holds the text.")] = "text",
+    text_field: Annotated[
+        str, typer.Option("--text-field", "--field", help="Field or column of tables that holds the text.")
+    ] = "text",
     max_bad: Annotated[int, typer.Option(min=0, help="Unreadable records to pass over, with a report.")] = 100,
+    kind: Annotated[
+        Format, typer.Option("--format", help="What PATHS hold: plain text or conversations.")
+    ] = Format.text,
+    chat: Annotated[
+        list[str] | None, typer.Option("--chat", help="Conversations to add to the text of PATHS; may be repeated.")
+    ] = None,
+    chat_field: Annotated[str, typer.Option(help="Field or column that holds the messages.")] = "messages",
 ) -> None:
     """Tokenise text into memory-mapped shards for training. Documents end at a line holding only U+001E.
+
+    Interrupt it at any time: the same command goes on where it stood, and the shards come out the same.
 
     Examples:
 
@@ -36,38 +57,83 @@ def data(
       hsa data books/ notes.md articles.jsonl -o .data/shards --tokenizer checkpoints/nano
 
       hsa data hf:wikitext:wikitext-103-raw-v1:train -o .data/wiki --tokenizer checkpoints/nano
-    """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from hsa_ultralong.data import build_shards, load_tokenizer, train_tokenizer
-    from hsa_ultralong.data.sources import sample_text
+      hsa data corpus.txt --chat chat.jsonl -o .data/shards
+
+      hsa data chat.jsonl --format chat -o .data/chat --tokenizer checkpoints/nano
+    """
+    from hsa_ultralong.data import build_shards
 
     if output.exists():
         raise ValueError(f"{output} exists already; remove it or choose another folder")
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
-    ) as bar:
-        task = bar.add_task("tokenising", total=None, note="")
-        if tokenizer is None:
-            bar.update(task, description="training the tokenizer")
-            tokens = train_tokenizer(sample_text(paths, sample_mb * 1_000_000, text_field), vocab_size)
-        else:
-            tokens = load_tokenizer(tokenizer)
-        bar.update(task, description="tokenising")
-
-        def progress(done: int) -> None:
-            bar.update(task, note=f"{done / 1e6:,.0f} MB")
-
+    texts, chats = ([], [*paths, *(chat or [])]) if kind is Format.chat else (paths, chat or [])
+    with _Bar() as bar:
+        options: dict[str, Any] = {"chats": chats, "text_field": text_field, "chat_field": chat_field}
+        tokens = _tokenizer(texts, output, tokenizer, vocab_size, sample_mb, bar, options)
         shards = build_shards(
-            paths, tokens, output, validation_fraction=validation_fraction, text_field=text_field, max_bad=max_bad,
-            progress=progress,
-        )  # fmt: skip
-    tokens.save_pretrained(output / "tokenizer")
-    held_out = len(shards.documents("validation"))
+            texts,
+            tokens,
+            output,
+            validation_fraction=validation_fraction,
+            max_bad=max_bad,
+            progress=bar.progress,
+            **options,
+        )
     bad = shards.manifest["bad_records"]
     if bad["count"]:
-        typer.echo(f"passed over {bad['count']} records, the first: {bad['first'][0]}", err=True)
+        typer.echo(f"passed over {bad['count']} bad records, the first: {bad['first'][0]}", err=True)
+    held_out = len(shards.documents("validation")) + len(shards.conversations("validation"))
+    conversations = f", {shards.num_conversations:,} of them conversations" if shards.num_conversations else ""
     typer.echo(
-        f"{shards.num_tokens:,} tokens of {shards.num_documents:,} documents in {output}; "
+        f"{shards.num_tokens:,} tokens of {shards.num_documents:,} documents{conversations} in {output}; "
         f"{held_out:,} of the documents are held out for validation"
     )
+
+
+def _tokenizer(
+    texts: list[str],
+    output: Path,
+    folder: Path | None,
+    vocab_size: int,
+    sample_mb: int,
+    bar: _Bar,
+    options: dict[str, Any],
+) -> PreTrainedTokenizerFast:
+    """The tokenizer asked for, that of an interrupted build, or a new one."""
+    from hsa_ultralong.data import load_tokenizer, sample_text, train_tokenizer
+    from hsa_ultralong.data.partial import partial_tokenizer
+
+    if folder := folder or partial_tokenizer(output):
+        return load_tokenizer(folder)
+    bar.describe("training the tokenizer")
+    return train_tokenizer(sample_text(texts, sample_mb * 1_000_000, **options), vocab_size)
+
+
+class _Bar:
+    """A progress bar of unknown end with amounts and speed."""
+
+    def __enter__(self) -> _Bar:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("reading", total=None, note="")
+        self._first: tuple[float, int] | None = None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def describe(self, what: str) -> None:
+        self._progress.update(self._task, description=what)
+
+    def progress(self, num_bytes: int, num_tokens: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, num_tokens)
+        begun, first_tokens = self._first
+        speed = f", {(num_tokens - first_tokens) / (now - begun):,.0f} tokens/s" if now > begun else ""
+        note = f"{num_bytes / 1e6:,.0f} MB, {num_tokens / 1e6:,.1f}M tokens{speed}"
+        self._progress.update(self._task, description="tokenising", note=note)

@@ -1,6 +1,7 @@
 """Data: tokenizer, text files, token shards, needles, training rows and their mixtures."""
 
-from hsa_ultralong.data.build import build_shards
+from hsa_ultralong.data.build import build_shards, sample_text
+from hsa_ultralong.data.chat import chat_prompt, conversation_pieces
 from hsa_ultralong.data.evaluation_words import EVALUATION_ADJECTIVES, EVALUATION_NOUNS, EVALUATION_WORDS
 from hsa_ultralong.data.mixture import ROW_KINDS, MixtureConfig, MixtureDataset, StepSampler, collate
 from hsa_ultralong.data.needles import Needle, evaluation_needles, make_needle, sample_needles
@@ -36,7 +37,9 @@ __all__ = [
     "StepSampler",
     "TokenShards",
     "build_shards",
+    "chat_prompt",
     "collate",
+    "conversation_pieces",
     "evaluation_needles",
     "iter_documents",
     "load_tokenizer",
@@ -46,6 +49,7 @@ __all__ = [
     "read_text",
     "read_sources",
     "sample_needles",
+    "sample_text",
     "self_copy_row",
     "source_files",
     "special_token_ids",

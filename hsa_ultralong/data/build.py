@@ -1,7 +1,7 @@
-"""Building token shards from text: tokenise in parallel, count words, split by hash, write atomically.
+"""Building token shards: tokenise in parallel, count words, split by hash, go on after an interruption.
 
-Called by ``hsa data`` and ``hsa quickstart``; what it writes is described and read in ``shards.py``; tested in
-``tests/data/test_shards.py``.
+Called by ``hsa data``; what it writes is described and read in ``shards.py``; tested in ``tests/data/test_shards.py``
+and ``tests/data/test_resume.py``.
 """
 
 from __future__ import annotations
@@ -10,32 +10,47 @@ import hashlib
 import json
 import logging
 import re
-import shutil
-import tempfile
-from array import array
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from hsa_ultralong.data.chat import conversation_pieces, parse_messages
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
+from hsa_ultralong.data.partial import PartialBuild
 from hsa_ultralong.data.shards import (
     DOCUMENTS_FILE,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
+    LABELS_FILE,
     MANIFEST_FILE,
+    TOKENIZER_FOLDER,
     TOKENS_FILE,
     WORDS_FILE,
     TokenShards,
 )
-from hsa_ultralong.data.sources import HUB_PREFIX, BadRecords, iter_texts, source_files
+from hsa_ultralong.data.sources import (
+    HUB_PREFIX,
+    TABLE_SUFFIXES,
+    BadRecords,
+    Input,
+    OnBad,
+    inputs_of,
+    iter_texts,
+    parse_text,
+    read_parsed,
+    read_sources,
+)
 from hsa_ultralong.data.text import PathLike
 from hsa_ultralong.data.tokenizer import plain_backend, special_token_ids, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
 
 MAX_WORDS = 20_000
 _WORD = re.compile(r"\b[a-z]{4,10}\b")
@@ -49,37 +64,54 @@ _PIECE_CHARACTERS = 1 << 16
 _BATCH_CHARACTERS = 1 << 22
 
 
+class _Document(NamedTuple):
+    """A text, for a conversation its pieces with what the loss counts, and where the record after it lies."""
+
+    text: str
+    pieces: list[tuple[str, bool]] | None
+    next_input: int
+    next_record: int
+
+
 def build_shards(
     paths: PathLike | Iterable[PathLike],
     tokenizer: PreTrainedTokenizerFast,
     out_dir: str | Path,
     *,
+    chats: Iterable[PathLike] = (),
     validation_fraction: float = 0.005,
     text_field: str = "text",
+    chat_field: str = "messages",
     max_bad: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    checkpoint_seconds: float = 30.0,
 ) -> TokenShards:
-    """Tokenise text files into a new directory of token shards.
+    """Tokenise documents, then conversations, into a new directory of token shards.
 
-    Documents are those of ``iter_texts(paths)``. A document belongs to validation if the hash of its text falls
-    into the fraction, so a text keeps its side when the corpus grows, and duplicates stay together. At least one
-    document is validation and at least one training, if there are two different ones and the fraction is above 0.
+    A document belongs to validation if the hash of its text falls into the fraction, so a text keeps its side when the
+    corpus grows, and duplicates stay together. At least one document is validation and at least one training, if there
+    are two different ones and the fraction is above 0; the same holds for conversations.
+
+    An interrupted build leaves a hidden folder beside ``out_dir``; the same call goes on there and ends with the same
+    files as one that was never interrupted (not if it reads standard input).
 
     Args:
-        paths: text files, tables (.jsonl, .parquet), folders, "-" or hub datasets, see ``sources.iter_texts``.
-        tokenizer: a fast tokenizer with bos, eos and pad.
+        paths: inputs of plain documents, see ``sources.inputs_of``; may be empty if there are chats.
+        tokenizer: a fast tokenizer with bos, eos and pad; kept in the directory.
         out_dir: directory to create; must not exist yet, or be empty.
+        chats: inputs of conversations: .jsonl and .parquet files, folders of them, hub datasets; see ``chat.py``.
         validation_fraction: share of documents held out, 0 <= fraction < 1.
-        text_field: field or column of tables that holds the text.
+        text_field, chat_field: field or column of tables that holds the text, the messages.
         max_bad: so many records that cannot be read are passed over, logged and counted in the manifest.
-        progress: called with the number of UTF-8 bytes of text tokenised so far.
+        progress: called with the numbers of UTF-8 bytes of text and of tokens so far.
+        checkpoint_seconds: least time between two checkpoints.
 
     Returns:
         The shards, opened.
 
     Raises:
-        ValueError: more unreadable input than ``max_bad``, ``out_dir`` in use, or a wrong fraction. Then nothing is
-            left at ``out_dir``.
+        ValueError: more unreadable input than ``max_bad``, ``out_dir`` in use, an interrupted build of other inputs, or
+            a wrong fraction. Then nothing is at ``out_dir``.
     """
     out_dir = Path(out_dir)
     if not 0.0 <= validation_fraction < 1.0:
@@ -87,90 +119,239 @@ def build_shards(
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists already; remove it or choose another directory")
     special_token_ids(tokenizer)
+    chat_inputs = _chat_inputs(list(chats))
     named = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    source_files([path for path in named if not str(path).startswith(HUB_PREFIX)] or ["-"])
-    bad = BadRecords(max_bad)
-    documents = iter_texts(named, text_field=text_field, on_bad=bad if max_bad else None)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".tmp", dir=out_dir.parent))
+    inputs = inputs_of(named) if named or not chat_inputs else []
+    identity = {
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "documents": [text_field, *map(_identify, inputs)],
+        "conversations": [chat_field, *map(_identify, chat_inputs)],
+    }
+    partial = PartialBuild(out_dir, identity)
+    build = _Build(partial, tokenizer, max_bad)
     try:
-        work_dir.chmod(0o755)
-        _write_shards(documents, tokenizer, work_dir, validation_fraction, progress, bad)
-        work_dir.replace(out_dir)
+        build.run(inputs, chat_inputs, text_field, chat_field, progress, checkpoint_seconds)
+        build.finish(validation_fraction)
+        partial.publish(out_dir, has_labels=build.num_conversations > 0)
     except BaseException:
-        shutil.rmtree(work_dir, ignore_errors=True)
+        if None in inputs or not build.keep():
+            partial.discard()
+        else:
+            partial.close()
+            logger.warning("the build so far is kept in %s; the same command goes on from there", partial.path)
         raise
     return TokenShards.open(out_dir)
 
 
-def _write_shards(
-    documents: Iterator[str],
-    tokenizer: PreTrainedTokenizerFast,
-    directory: Path,
-    validation_fraction: float,
-    progress: Callable[[int], None] | None,
-    bad: BadRecords,
-) -> None:
-    dtype = np.dtype("<u2" if len(tokenizer) < 1 << 16 else "<u4")
-    offsets, hashes, words = array("q", [0]), array("Q"), Counter[str]()
-    num_bytes = 0
+def _chat_inputs(chats: Sequence[PathLike]) -> list[Input]:
+    inputs = inputs_of(chats) if chats else []
+    for one in inputs:
+        if not isinstance(one, str) and not str(one).endswith(TABLE_SUFFIXES):
+            place = "standard input" if one is None else one
+            raise ValueError(f"conversations are read from {', '.join(TABLE_SUFFIXES)} and hf:NAME, got {place}")
+    return inputs
 
-    def observed() -> Iterator[str]:
-        nonlocal num_bytes
-        for document in documents:
-            encoded = document.encode("utf-8")
-            num_bytes += len(encoded)
-            hashes.append(int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big"))
-            _count_words(words, document)
-            yield document
 
-    with (directory / TOKENS_FILE).open("wb") as file:
-        for ids in _iter_tokens(observed(), tokenizer):
-            file.write(ids.astype(dtype).tobytes())
-            offsets.append(offsets[-1] + len(ids))
+def _identify(one: Input) -> list[Any]:
+    """An input and, of a file, size and time of change: a build must not go on with another text."""
+    if not isinstance(one, Path):
+        return [one]
+    status = one.stat()
+    return [str(one.resolve()), status.st_size, status.st_mtime_ns]
+
+
+class _Build:
+    """One build: what it has counted, and its place in the inputs."""
+
+    def __init__(self, partial: PartialBuild, tokenizer: PreTrainedTokenizerFast, max_bad: int) -> None:
+        self._partial = partial
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype("<u2" if len(tokenizer) < 1 << 16 else "<u4")
+        self._bos, self._eos, _ = special_token_ids(tokenizer)
+        self._backend = plain_backend(tokenizer)
+        self._can_cut = _can_cut(self._backend)
+        state = partial.state or {}
+        self.place: list[int] = state.get("place", [0, 1])
+        self.num_bytes: int = state.get("num_bytes", 0)
+        self.num_tokens: int = state.get("num_tokens", 0)
+        self.num_documents: int = state.get("num_documents", 0)
+        self.num_conversations: int = state.get("num_conversations", 0)
+        self.words: Counter[str] = Counter(state.get("words", {}))
+        self.bad = BadRecords(max_bad, *state.get("bad", ()))
+        # what a checkpoint now would hold; None while files and counts change
+        self._state: dict[str, Any] | None = partial.state
+
+    def run(
+        self,
+        inputs: list[Input],
+        chats: list[Input],
+        text_field: str,
+        chat_field: str,
+        progress: Progress | None,
+        checkpoint_seconds: float,
+    ) -> None:
+        """Tokenise everything from the place of the last checkpoint on."""
+        if self.num_documents:
+            logger.warning("going on after the first %d documents of an interrupted build", self.num_documents)
+        self._tokenizer.save_pretrained(self._partial.path / TOKENIZER_FOLDER)
+        saved = time.monotonic()
+        for batch in _batches(self._documents(inputs, chats, text_field, chat_field)):
+            self._state = None
+            self._write(batch)
+            self._state = self._now(batch[-1])
             if progress is not None:
-                progress(num_bytes)
-    np.save(directory / DOCUMENTS_FILE, np.array(offsets, dtype=np.int64))
-    bank = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))[:MAX_WORDS]]
-    (directory / WORDS_FILE).write_text("".join(f"{word}\n" for word in bank), encoding="utf-8")
-    manifest: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "vocab_size": len(tokenizer),
-        "dtype": dtype.str,
-        "num_documents": len(hashes),
-        "num_tokens": offsets[-1],
-        "num_text_bytes": num_bytes,
-        "num_words": len(bank),
-        "files": {name: _file_record(directory / name) for name in (TOKENS_FILE, DOCUMENTS_FILE, WORDS_FILE)},
-        "bad_records": {"count": bad.count, "first": bad.messages},
-        "validation_fraction": validation_fraction,
-        "validation_documents": _validation_documents(np.array(hashes, dtype=np.uint64), validation_fraction),
-    }
-    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    logger.info("%d documents, %d bytes of text, %d tokens", len(hashes), num_bytes, offsets[-1])
+                progress(self.num_bytes, self.num_tokens)
+            if time.monotonic() - saved >= checkpoint_seconds:
+                self._partial.save(self._state)
+                saved = time.monotonic()
+        if self.num_documents == 0:
+            raise ValueError("the inputs hold no document; " + (self.bad.messages or ["they are empty"])[0])
+
+    def keep(self) -> bool:
+        """Checkpoint what is complete; False if there is nothing to go on from."""
+        if self._state is not None:
+            self._partial.save(self._state)
+        return self._state is not None or self._partial.state is not None
+
+    def _now(self, last: _Document) -> dict[str, Any]:
+        return {
+            "place": [last.next_input, last.next_record],
+            "num_bytes": self.num_bytes,
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "num_conversations": self.num_conversations,
+            # the counter itself: a copy of millions of words per batch would cost more than tokenising
+            "words": self.words,
+            "bad": [self.bad.count, list(self.bad.messages)],
+        }
+
+    def _documents(
+        self, inputs: list[Input], chats: list[Input], text_field: str, chat_field: str
+    ) -> Iterator[_Document]:
+        on_bad = self.bad if self.bad.limit else None
+        first_input, first_record = self.place
+        for number, one in enumerate([*inputs, *chats]):
+            first = first_record if number == first_input else 1
+            if number < first_input:
+                continue
+            if one is None:
+                yield from (_Document(source.text, None, number + 1, 1) for source in read_sources(None))
+            elif number < len(inputs):
+                for record, text in read_parsed(one, parse_text, field=text_field, on_bad=on_bad, first=first):
+                    yield _Document(text, None, number, record.number + 1)
+            else:
+                for record, messages in read_parsed(one, parse_messages, field=chat_field, on_bad=on_bad, first=first):
+                    pieces = conversation_pieces(messages)
+                    yield _Document("".join(text for text, _ in pieces), pieces, number, record.number + 1)
+
+    def _write(self, batch: list[_Document]) -> None:
+        """Tokenise pieces of several documents in parallel and append them as bos, tokens, eos."""
+        cut = [self._pieces(document) for document in batch]
+        flat = [text for pieces in cut for text, _ in pieces]
+        encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        for document, pieces in zip(batch, cut, strict=True):
+            parts = [np.array(next(encodings).ids, dtype=self._dtype) for _ in pieces]
+            tokens = np.concatenate([np.array([self._bos]), *parts, np.array([self._eos])]).astype(self._dtype)
+            labels = None
+            if document.pieces is not None:
+                counted = [np.full(len(part), is_label) for part, (_, is_label) in zip(parts, pieces, strict=True)]
+                # a conversation ends with an answer, so its eos counts
+                labels = np.concatenate([np.array([False]), *counted, np.array([True])]).astype(np.uint8)
+                self.num_conversations += 1
+            else:
+                _count_words(self.words, document.text)
+            encoded = document.text.encode("utf-8")
+            self._partial.append(tokens, int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big"), labels)
+            self.num_bytes += len(encoded)
+            self.num_tokens += len(tokens)
+            self.num_documents += 1
+
+    def _pieces(self, document: _Document) -> list[tuple[str, bool]]:
+        if document.pieces is not None:
+            return document.pieces
+        return [(piece, True) for piece in split_pieces(document.text)] if self._can_cut else [(document.text, True)]
+
+    def finish(self, validation_fraction: float) -> None:
+        """Write offsets, word bank and manifest."""
+        folder = self._partial.path
+        lengths, hashes = self._partial.lengths_and_hashes()
+        np.save(folder / DOCUMENTS_FILE, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        bank = [word for word, _ in sorted(self.words.items(), key=lambda item: (-item[1], item[0]))[:MAX_WORDS]]
+        (folder / WORDS_FILE).write_text("".join(f"{word}\n" for word in bank), encoding="utf-8")
+        num_plain = self.num_documents - self.num_conversations
+        held_out = _validation_documents(hashes[:num_plain], validation_fraction)
+        held_out += [num_plain + i for i in _validation_documents(hashes[num_plain:], validation_fraction)]
+        files = [TOKENS_FILE, DOCUMENTS_FILE, WORDS_FILE, *([LABELS_FILE] if self.num_conversations else [])]
+        manifest: dict[str, Any] = {
+            "format_version": FORMAT_VERSIONS[1] if self.num_conversations else FORMAT_VERSIONS[0],
+            "tokenizer_fingerprint": tokenizer_fingerprint(self._tokenizer),
+            "vocab_size": len(self._tokenizer),
+            "dtype": self._dtype.str,
+            "num_documents": self.num_documents,
+            "num_conversations": self.num_conversations,
+            "num_tokens": self.num_tokens,
+            "num_text_bytes": self.num_bytes,
+            "num_words": len(bank),
+            "files": {name: _file_record(folder / name) for name in files},
+            "bad_records": {"count": self.bad.count, "first": self.bad.messages},
+            "validation_fraction": validation_fraction,
+            "validation_documents": held_out,
+        }
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        logger.info("%d documents, %d bytes of text, %d tokens", self.num_documents, self.num_bytes, self.num_tokens)
 
 
-def _iter_tokens(documents: Iterator[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[np.ndarray]:
-    """Yield every document as bos, tokens, eos, (length,) int64, tokenising pieces of several documents in parallel."""
-    bos, eos, _ = special_token_ids(tokenizer)
-    backend = plain_backend(tokenizer)
-    can_cut = _can_cut(backend)
-    for batch in _batches(documents):
-        pieces = [split_pieces(document) if can_cut else [document] for document in batch]
-        flat = [piece for document in pieces for piece in document]
-        encodings = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
-        for document in pieces:
-            parts = [np.array(next(encodings).ids, dtype=np.int64) for _ in document]
-            yield np.concatenate([np.array([bos]), *parts, np.array([eos])])
+def sample_text(
+    paths: Sequence[PathLike],
+    num_characters: int,
+    text_field: str = "text",
+    *,
+    chats: Sequence[PathLike] = (),
+    chat_field: str = "messages",
+    piece: int = 20_000,
+) -> Iterator[str]:
+    """Pieces of text to train a tokenizer on, about ``num_characters`` in all, spread evenly over all documents and
+    conversations (two passes over the inputs); from hub datasets, the first characters. Bad records are passed over."""
+
+    def ignore(message: str) -> None:
+        pass
+
+    def texts() -> Iterator[str]:
+        yield from iter_texts(paths, text_field=text_field, on_bad=ignore) if paths else ()
+        yield from _chat_texts(chats, chat_field, ignore)
+
+    if any(str(path).startswith(HUB_PREFIX) for path in (*paths, *chats)):
+        for document in texts():
+            yield document[:num_characters]
+            num_characters -= len(document)
+            if num_characters <= 0:
+                return
+        return
+    total = sum(len(document) for document in texts())
+    share = min(1.0, num_characters / max(1, total))
+    owed = 0.0
+    for document in texts():
+        for start in range(0, len(document), piece):
+            part = document[start : start + piece]
+            owed += share * len(part)
+            if owed >= len(part):
+                owed -= len(part)
+                yield part
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _chat_texts(chats: Sequence[PathLike], field: str, on_bad: OnBad) -> Iterator[str]:
+    for one in _chat_inputs(chats):
+        assert one is not None
+        for _, messages in read_parsed(one, parse_messages, field=field, on_bad=on_bad):
+            yield "".join(text for text, _ in conversation_pieces(messages))
+
+
+def _batches(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
+    batch: list[_Document] = []
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document)
+        size += len(document.text)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

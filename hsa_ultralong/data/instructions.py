@@ -1,8 +1,8 @@
 """Conversations about a passage, made from plain text: instruction data for models too small for real ones.
 
-A conversation is a document: a passage, then turns of "User: ..." and "Assistant: ..." in plain text, so any tokenizer
-can write them. The loss counts the assistant's words alone. All of it is synthetic, and declared so (row kind
-``instructions``). Called by ``mixture.py``; tested in ``tests/data/test_tasks.py``.
+A conversation is a document by the template of ``chat.py``: a passage in place of a system message, then turns. The
+loss counts the assistant's words alone. All of it is synthetic, and declared so (row kind ``instructions``).
+Called by ``mixture.py``; tested in ``tests/data/test_tasks.py``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hsa_ultralong.data.chat import ASSISTANT, NAMES, USER
 from hsa_ultralong.data.needles import Needle, sample_needles
 from hsa_ultralong.data.rows import Row, RowLayout, RowWriter
 from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.tokenizer import PieceTokenizer
 
-USER, ASSISTANT = "User:", "Assistant:"
 _MOST_TURNS = 3
 # share of rows that are one conversation about a passage of the whole row
 LONG_FRACTION = 0.25
@@ -74,7 +74,7 @@ def _conversation(
     tokens, answers = list(passage), []
     for turn in range(int(rng.integers(1, _MOST_TURNS + 1))):
         request, answer = tasks[int(rng.integers(len(tasks)))](rng, passage, tokenizer, needle)
-        head = [*tokenizer.encode(f"\n{USER}"), *request, *tokenizer.encode(f"\n{ASSISTANT}")]
+        head = [*tokenizer.encode(f"\n{NAMES[USER]}"), *request, *tokenizer.encode(f"\n{NAMES[ASSISTANT]}")]
         stop = len(tokens) + len(head) + len(answer)
         if turn and stop > most_tokens:
             break

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
+from hsa_ultralong.data.chat import ConversationSampler, sft_row
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
 from hsa_ultralong.data.instructions import instructions_row
 from hsa_ultralong.data.needles import MIN_WORDS
@@ -28,11 +29,13 @@ from hsa_ultralong.data.tokenizer import PieceTokenizer, special_token_ids, toke
 
 # The smallest T, in chunks, of each kind of row.
 _MIN_CHUNKS = {
-    "text": 1, "self_copy": 2, "needles": 4, "documents": 1, "short_facts": 4, "multi_query": 4, "variable_tracking": 4,
-    "instructions": 4,
+    "text": 1, "self_copy": 2, "needles": 4, "documents": 1, "short_facts": 4, "multi_query": 8, "variable_tracking": 4,
+    "instructions": 4, "sft": 1,
 }  # fmt: skip
 # Kinds that need the word bank.
 _WITH_WORDS = {"needles", "short_facts", "multi_query", "variable_tracking", "instructions"}
+# Kinds of rows as people wrote them; all others are synthetic.
+_NATURAL = {"text", "documents", "sft"}
 ROW_KINDS: tuple[str, ...] = tuple(_MIN_CHUNKS)
 DEFAULT_NUM_ROWS = 1 << 40
 
@@ -43,7 +46,7 @@ class MixtureConfig:
 
     Attributes:
         weights: relative share of each kind of row, by number of rows; kinds are text, self_copy, needles, documents,
-            short_facts, multi_query, variable_tracking and instructions (docs/data.md).
+            short_facts, multi_query, variable_tracking, instructions and sft (docs/data.md).
         seq_len: T, tokens of a row, a multiple of ``chunk_size``.
         chunk_size: S, tokens of a chunk.
         seed: non-negative; another seed gives other rows.
@@ -94,6 +97,12 @@ class MixtureConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
+    @property
+    def synthetic_share(self) -> float:
+        """Share of rows that are made rather than found, 0 to 1; every published number states it."""
+        made = sum(weight for kind, weight in self.weights.items() if kind not in _NATURAL)
+        return made / sum(self.weights.values())
+
     def needle_options(self) -> NeedleOptions:
         """Return the needle options with defaults that grow with ``seq_len``."""
         return NeedleOptions(
@@ -142,12 +151,17 @@ class MixtureDataset(Dataset[Row]):
         self._num_rows = num_rows
         self._words = shards.words
         self._layout = RowLayout(config.seq_len, config.chunk_size, *special_token_ids(tokenizer))
-        self._sampler = DocumentSampler(
-            shards,
-            split,
-            long_tokens=config.seq_len if config.long_documents else 0,
-            length_weights=config.length_weights,
-        )
+        self._sampler: DocumentSampler | None = None
+        self._conversations: ConversationSampler | None = None
+        if set(config.weights) != {"sft"}:
+            self._sampler = DocumentSampler(
+                shards,
+                split,
+                long_tokens=config.seq_len if config.long_documents else 0,
+                length_weights=config.length_weights,
+            )
+        if "sft" in config.weights:
+            self._conversations = ConversationSampler(shards, split, config.seq_len)
         self._pieces = PieceTokenizer(tokenizer, shards.words if uses_words else ())
         self._options = config.needle_options()
         self._kinds = tuple(config.weights)
@@ -167,6 +181,10 @@ class MixtureDataset(Dataset[Row]):
         return self._row(self._kinds[min(kind, len(self._kinds) - 1)], rng)
 
     def _row(self, kind: str, rng: np.random.Generator) -> Row:
+        if kind == "sft":
+            assert self._conversations is not None
+            return sft_row(rng, self._layout, self._conversations)
+        assert self._sampler is not None
         if kind == "text":
             return text_row(rng, self._layout, self._sampler)
         if kind == "self_copy":

@@ -7,6 +7,7 @@ corpus, never from evaluation's (``needles.py``). Called by ``mixture.py``; test
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from hsa_ultralong.data.rows import (
     question_cost,
     questions_of,
     round_up,
+    text_row,
     too_short,
 )
 from hsa_ultralong.data.sampler import DocumentSampler
@@ -34,11 +36,7 @@ _VARIABLE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
 def documents_row(rng: np.random.Generator, layout: RowLayout, sampler: DocumentSampler) -> Row:
     """Slices of documents packed into a row in which nothing reaches from one document into another."""
-    writer = RowWriter(layout)
-    while writer.room > 1:
-        tokens = sampler.slice(rng, writer.room - 1, min_tokens=layout.chunk_size)
-        writer.add(tokens, is_whole=len(tokens) < writer.room - 1)
-    return writer.row("documents", isolated=True)
+    return replace(text_row(rng, layout, sampler), kind="documents", isolated=True)
 
 
 def short_facts_row(
@@ -104,10 +102,13 @@ def multi_query_row(
     drawn = sample_needles(rng, int(rng.integers(2, max(options.max_needles, 2) + 1)), words, p_hard=options.p_hard)
     facts = [make_needle(needle.key, needle.value) for needle in drawn]
     questions: list[Question] = []
+    groups: list[tuple[int, int]] = []
     room, first = layout.seq_len // 2, 0
     while first < min(len(facts), options.max_questions):
         count = int(rng.integers(2, _MOST_ASKED_AT_ONCE + 1))
         asked = facts[first : first + count]
+        if len(asked) < 2:
+            break
         names = " and the".join([", the".join(f" {fact.key}" for fact in asked[:-1]), f" {asked[-1].key}"])
         head = tokenizer.encode(f"Question: What are the {MAIN_ATTRIBUTE}s of the{names}?\nAnswer:")
         answer = tokenizer.encode(f" {', '.join(fact.value for fact in asked)}")
@@ -116,10 +117,12 @@ def multi_query_row(
         if room < 0:
             break
         questions.append(question)
+        groups.append((first, first + len(asked)))
         first += count
-    statements = [[tokenizer.encode(fact.statement) for fact in facts[:first]], []]
-    statements[1] = [tokenizer.encode(fact.statement) for fact in facts[first:]]
-    return _hide_and_ask(rng, layout, sampler, options, statements, questions, "multi_query")
+    # a question's facts are hidden before the next one's, distractors last
+    statements = [[tokenizer.encode(fact.statement) for fact in facts[start:stop]] for start, stop in groups]
+    distractors = [tokenizer.encode(fact.statement) for fact in facts[groups[-1][1] if groups else 0 :]]
+    return _hide_and_ask(rng, layout, sampler, options, statements, distractors, questions, "multi_query")
 
 
 def variable_tracking_row(
@@ -139,24 +142,23 @@ def variable_tracking_row(
     """
     num_chains = int(rng.integers(1, max(1, options.max_needles // _MOST_LINKS) + 1))
     names = _variable_names(rng, num_chains * _MOST_LINKS)
-    statements: list[list[int]] = []
+    values = rng.choice(np.arange(10_000, 100_000), num_chains, replace=False).tolist()
+    chains: list[list[list[int]]] = []
     questions: list[Question] = []
     room = layout.seq_len // 2
-    for chain in range(num_chains):
-        links = names[chain * _MOST_LINKS :][: int(rng.integers(2, _MOST_LINKS + 1))]
-        value = str(int(rng.integers(10_000, 100_000)))
+    for number, value in enumerate(values):
+        links = names[number * _MOST_LINKS :][: int(rng.integers(2, _MOST_LINKS + 1))]
         head = tokenizer.encode(f"Question: Which variables hold the value {value}?\nAnswer:")
         answer = tokenizer.encode(f" {', '.join(links)}")
         question = Question(head + answer, (len(head), len(head) + len(answer)))
         room -= question_cost(layout, question, False)
         if room < 0:
             break
-        sources = [value, *links[:-1]]
-        statements += [
-            tokenizer.encode(f" VAR {name} = {source}.") for name, source in zip(links, sources, strict=True)
-        ]
+        sources = [str(value), *links[:-1]]
+        assignments = zip(links, sources, strict=True)
+        chains.append([tokenizer.encode(f" VAR {name} = {source}.") for name, source in assignments])
         questions.append(question)
-    return _hide_and_ask(rng, layout, sampler, options, [statements, []], questions, "variable_tracking")
+    return _hide_and_ask(rng, layout, sampler, options, chains, [], questions, "variable_tracking", in_order=True)
 
 
 def _variable_names(rng: np.random.Generator, count: int) -> list[str]:
@@ -174,21 +176,54 @@ def _hide_and_ask(
     layout: RowLayout,
     sampler: DocumentSampler,
     options: NeedleOptions,
-    statements: list[list[list[int]]],
+    groups: list[list[list[int]]],
+    distractors: list[list[int]],
     questions: list[Question],
     kind: str,
+    *,
+    in_order: bool = False,
 ) -> Row:
-    """Statements that must be there, statements that may, and questions as documents of their own."""
-    needed, distractors = statements
+    """Hide the statements that each question needs, then distractors; ask, in documents of their own, what was hidden
+    whole. With ``in_order`` the statements of a group stay in order, and those of different groups mix."""
     if not questions:
         raise ValueError(too_short(layout, "question does not fit into half of a row"))
     reserved = sum(question_cost(layout, question, False) for question in questions)
     texts = haystack(rng, layout, sampler, layout.seq_len - reserved, options.max_haystack_documents)
-    if hide(rng, texts, [*needed, *distractors]) < len(needed):
-        raise ValueError(too_short(layout, "statements do not fit into what their questions leave of a row"))
+    room, longest, kept = sum(map(len, texts)), 0, 0
+    for group in groups:
+        room, longest = room - sum(map(len, group)), max(longest, *map(len, group))
+        # at the end of each document less than one statement is lost
+        if room < len(texts) * longest:
+            break
+        kept += 1
+    if not kept:
+        raise ValueError(too_short(layout, "statements do not fit into what their question leaves of a row"))
+    if in_order:
+        owners = rng.permutation([i for i, group in enumerate(groups[:kept]) for _ in group]).tolist()
+        members = [iter(group) for group in groups[:kept]]
+        _hide_in_order(rng, texts, [next(members[i]) for i in owners])
+    else:
+        needed = [statement for group in groups[:kept] for statement in group]
+        num_hidden = hide(rng, texts, [*needed, *distractors])
+        assert num_hidden >= len(needed), "the statements were counted to fit"
     writer = RowWriter(layout)
     for tokens in texts:
         writer.add(tokens)
-    for i in rng.permutation(len(questions)).tolist():
+    for i in rng.permutation(kept).tolist():
         writer.add(questions[i].tokens, [questions[i].answer], is_whole=True)
     return writer.row(kind)
+
+
+def _hide_in_order(rng: np.random.Generator, documents: list[np.ndarray], statements: Sequence[list[int]]) -> None:
+    """Overwrite tokens of the documents, in place, with the statements in their order at random distances."""
+    slack = sum(map(len, documents)) - sum(map(len, statements)) - len(documents) * max(map(len, statements))
+    gaps = np.sort(rng.integers(0, slack + 1, size=len(statements)))
+    document = place = 0
+    for statement, gap in zip(statements, np.diff(gaps, prepend=0).tolist(), strict=True):
+        place += gap
+        while place + len(statement) > len(documents[document]):
+            # the rest of the distance counts from the start of the next document
+            place = max(place - len(documents[document]), 0)
+            document += 1
+        documents[document][place : place + len(statement)] = statement
+        place += len(statement)

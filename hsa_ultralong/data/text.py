@@ -11,7 +11,7 @@ import logging
 import lzma
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def read_text(path: PathLike) -> str:
         raise ValueError(f"{path} is a folder; pass one text file")
     if not path.exists():
         raise ValueError(f"{path} does not exist; pass a text file")
-    text = _decode(b"".join(_iter_lines(path)), path, 0)
+    text = _decode(b"".join(iter_lines(path)), path, 0)
     if not text.strip():
         raise ValueError(f"{path} is empty: it holds no text")
     return text
@@ -101,26 +101,60 @@ def _iter_files(files: list[tuple[Path, bool]], separator: bytes) -> Iterator[st
             raise ValueError(f"{path} is empty: it holds no text")
 
 
-def _iter_file(path: Path, separator: bytes) -> Iterator[str]:
+class RawDocument(NamedTuple):
+    """A document as it lies in its file: bytes, byte offset and number (from 1) of its first line."""
+
+    data: bytes
+    offset: int
+    line: int
+
+    def decode(self, path: Path) -> str:
+        """The text.
+
+        Raises:
+            ValueError: not UTF-8; names byte offset and line.
+        """
+        return _decode(self.data, path, self.offset, self.line)
+
+
+def raw_documents(path: Path, separator: bytes = DOCUMENT_SEPARATOR.encode()) -> Iterator[RawDocument]:
+    """Yield the documents of one file, those of white space only left out, without decoding them.
+
+    Raises:
+        ValueError: the file cannot be read or is damaged.
+    """
     lines: list[bytes] = []
-    offset = start = 0
-    for line in _iter_lines(path):
+    offset, first_offset, first_line = 0, 0, 1
+    for number, line in enumerate(iter_lines(path), start=1):
         offset += len(line)
         if line.startswith(separator) and line.rstrip(b"\r\n") == separator:
-            yield from _document(lines, path, start)
-            lines, start = [], offset
+            yield from _document(lines, first_offset, first_line)
+            lines, first_offset, first_line = [], offset, number + 1
         else:
             lines.append(line)
-    yield from _document(lines, path, start)
+    yield from _document(lines, first_offset, first_line)
 
 
-def _document(lines: list[bytes], path: Path, start: int) -> Iterator[str]:
-    text = _decode(b"".join(lines), path, start)
-    if text.strip():
-        yield text
+def _document(lines: list[bytes], offset: int, line: int) -> Iterator[RawDocument]:
+    data = b"".join(lines)
+    if data.removeprefix(codecs.BOM_UTF8).strip():
+        yield RawDocument(data, offset, line)
 
 
-def _iter_lines(path: Path) -> Iterator[bytes]:
+def _iter_file(path: Path, separator: bytes) -> Iterator[str]:
+    for raw in raw_documents(path, separator):
+        text = raw.decode(path)
+        # white space beyond ASCII, too
+        if text.strip():
+            yield text
+
+
+def iter_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, unpacked first if its name ends in ``.xz``.
+
+    Raises:
+        ValueError: the file cannot be read or is damaged.
+    """
     try:
         with _open(path) as file:
             yield from file
@@ -136,15 +170,14 @@ def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb"))
 
 
-def _decode(data: bytes, path: Path, start: int) -> str:
-    """Decode bytes that begin at byte offset ``start`` of the (unpacked) file."""
+def _decode(data: bytes, path: Path, start: int, line: int = 1) -> str:
+    """Decode bytes that begin at byte offset ``start``, in line ``line``, of the (unpacked) file."""
     skip = len(codecs.BOM_UTF8) if start == 0 and data.startswith(codecs.BOM_UTF8) else 0
     try:
         return data[skip:].decode("utf-8")
     except UnicodeDecodeError as error:
-        offset = start + skip + error.start
-        byte = data[skip + error.start]
+        place = skip + error.start
         raise ValueError(
-            f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset:,}; convert it, "
-            f"for example with: iconv -f LATIN1 -t UTF-8"
+            f"{path} is not UTF-8 text: byte 0x{data[place]:02x} at offset {start + place:,}, line "
+            f"{line + data[:place].count(10):,}; convert it, for example with: iconv -f LATIN1 -t UTF-8"
         ) from error

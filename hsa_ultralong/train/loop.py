@@ -104,7 +104,8 @@ class Trainer:
         self.log = RunLog(run, self.global_step) if self.is_first else None
         self.writers: list[Listener] = []
         if self.is_first:
-            (run / "config.json").write_text(json.dumps(as_dict(config), indent=1))
+            made = {stage.name: mix.synthetic_share for stage, mix in zip(config.stages, self.mixtures, strict=True)}
+            (run / "config.json").write_text(json.dumps({**as_dict(config), "synthetic_share": made}, indent=1))
 
     @property
     def topk(self) -> int:

@@ -1,16 +1,16 @@
 """Exact gradients of rows of any length with the activations of one segment: recomputation over time, not over layers.
 
 The lower decoder runs over the segments and keeps what crosses their borders: the windows' last keys and values, and
-its outputs. The memory of the whole row follows. Then every segment of the upper decoder runs again with gradients,
-last one first, as its windows give gradients to the segment before; what reaches the memory and the lower outputs adds
-up, and goes back through the encoder and the lower decoder in the same way. Loss and gradients are those of one
-ordinary forward and backward (tests/train/test_segmented.py). Kept per token: the lower output and its gradient (M
-each) and the memory and its gradient, 2*Hkv*D + Hr*R/S each.
+its outputs, from which the memory of the whole row follows. Then every segment of the upper decoder runs with
+gradients, last one first, as its windows give gradients to the segment before; what reaches the memory adds up. Last,
+the lower decoder and the encoder run again in the same way. Loss and gradients are those of one ordinary forward and
+backward (tests/train/test_segmented.py). Kept per token: the lower output, whose gradient takes its place (M, on the
+host if asked), and the memory with its gradient, 2*Hkv*D + Hr*R/S each; per border, the windows of all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from hsa_ultralong.ops import linear_cross_entropy
 
 IGNORE_INDEX = -100
 Pair = tuple[torch.Tensor, torch.Tensor]
+# per segment and layer, the window at the beginning
+Borders = list[list[Pair | None]]
 
 
 class CarriedWindow:
@@ -58,8 +60,9 @@ class Windows:
         self.states = [CarriedWindow(size, pair) for size, pair in zip(sizes, carried, strict=True)]
 
     def leave(self) -> list[Pair | None]:
-        """What the segment leaves to the next one, detached."""
-        return [None if s.left is None else (s.left[0].detach(), s.left[1].detach()) for s in self.states]
+        """What the segment leaves to the next one, detached; copied, as a slice would keep the segment's keys alive."""
+        lefts = [state.left for state in self.states]
+        return [None if left is None else (left[0].detach().clone(), left[1].detach().clone()) for left in lefts]
 
     def gradients(self) -> list[Pair | None]:
         """What the carried keys and values received; None where nothing was carried."""
@@ -104,15 +107,17 @@ def segmented_loss_backward(
     *,
     loss_scale: float = 1.0,
     num_items: torch.Tensor | int | None = None,
+    offload: bool = False,
 ) -> torch.Tensor:
     """Loss of a batch; adds its gradients, times `loss_scale`, to the parameters', segment by segment.
 
-    Call it under the autocast that the ordinary forward would have. Upper layers run twice forward, lower layers and
-    the encoder twice too, once without gradients.
+    Call it under the autocast that the ordinary forward would have. All layers run twice forward, once without
+    gradients; the head runs once. Gumbel noise is drawn anew for every segment: another draw than a whole row's.
 
     Args:
         batch: input_ids and labels (B, T), optionally segment_ids (B, T) and isolate_documents, as HSAForCausalLM takes
             them. segment_tokens: a multiple of chunk_size. num_items: divisor of the summed loss; default the labels.
+        offload: keep lower outputs and their gradients in pinned host memory, T*M numbers.
 
     Returns:
         The loss, a scalar without graph.
@@ -128,18 +133,16 @@ def segmented_loss_backward(
         raise ValueError(f"segmented training takes {', '.join(sorted(known))}, not {', '.join(extra)}")
     if model.model.context_ranks is not None or model.model.pool_ranks is not None:
         raise ValueError("segmented training runs on one process: rows and pools cannot be shared over ranks")
-    row = _row(model, batch, segment_tokens, num_items)
-    pass_ = _Pass(model, row, loss_scale)
+    pass_ = _Pass(model, _row(model, batch, segment_tokens, num_items), loss_scale, offload)
     with torch.no_grad():
-        lower, borders = pass_.read_lower()
-        memory = pass_.encode(lower)
-        loss, upper_borders = pass_.read_upper(lower, memory)
-    with _experts_counted_once(model):
-        grad_lower, grad_memory = pass_.backward_upper(lower, memory, upper_borders)
-        del memory
-        pass_.backward_encoder(lower, grad_lower, grad_memory)
-        del lower, grad_memory
-        pass_.backward_lower(grad_lower, borders)
+        lower, memory, lower_borders = pass_.read_lower()
+    # every token counts once toward the load of experts: in the first lower and the last upper run
+    with torch.no_grad(), _experts_uncounted(model):
+        upper_borders = pass_.read_upper(lower, memory)
+    loss, grad_memory = pass_.backward_upper(lower, memory, upper_borders)
+    del memory, upper_borders
+    with _experts_uncounted(model):
+        pass_.backward_lower(lower, grad_memory, lower_borders)
     return loss
 
 
@@ -161,8 +164,8 @@ def _row(
 
 
 @contextmanager
-def _experts_counted_once(model: HSAForCausalLM) -> Iterator[None]:
-    """Recomputed tokens do not count again toward the load of experts."""
+def _experts_uncounted(model: HSAForCausalLM) -> Iterator[None]:
+    """Leaves the load of experts as it was."""
     parts = [part for part in model.modules() if isinstance(part, MixtureOfExperts)]
     loads = [part.expert_load.clone() for part in parts]
     try:
@@ -175,9 +178,9 @@ def _experts_counted_once(model: HSAForCausalLM) -> Iterator[None]:
 class _Pass:
     """The phases of one forward and backward over the segments of a batch."""
 
-    def __init__(self, model: HSAForCausalLM, row: Row, loss_scale: float) -> None:
+    def __init__(self, model: HSAForCausalLM, row: Row, loss_scale: float, offload: bool) -> None:
         self.model, self.inner, self.config, self.row = model, model.model, model.config, row
-        self.loss_scale = loss_scale
+        self.loss_scale, self.offload = loss_scale, offload
         lower = self.config.num_lower_layers
         self.windows = self.config.layer_windows[:lower], self.config.layer_windows[lower:]
         self.places = chunk_places(row.layout, self.config.chunk_size)
@@ -214,7 +217,7 @@ class _Pass:
     def _upper(
         self, x: torch.Tensor, start: int, stop: int, windows: Windows, memory: ChunkTensors | None
     ) -> torch.Tensor:
-        """Loss of a segment from its lower outputs and the chunks up to its end."""
+        """Upper outputs (B, n, M) of a segment from its lower outputs and the chunks up to its end."""
         layout = self.row.layout
         part = layout._replace(
             segments=layout.segments[:, start:stop],
@@ -228,6 +231,9 @@ class _Pass:
             seed = None if self.noise_seed is None else self.noise_seed + 7919 * number + 104_729 * start
             states: list[Any] = windows.states[number * per_group : (number + 1) * per_group]
             x = group(x, views, rotary, segments, states, self.config.chunk_topk, seed)
+        return x
+
+    def _loss(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         hidden, targets = self.inner.norm(x).flatten(0, 1), self.row.targets[:, start:stop].flatten()
         return linear_cross_entropy(hidden, self.model.lm_head.weight, targets) / self.row.divisor
 
@@ -240,89 +246,91 @@ class _Pass:
         k, v, *rest = memory
         return ChunkTensors(k[:, : count * size], v[:, : count * size], *(part[:, :count] for part in rest))
 
+    def _keep(self, part: torch.Tensor) -> torch.Tensor:
+        """A lower output or its gradient until it is needed again, on the host if asked."""
+        if not (self.offload and part.is_cuda):
+            return part.detach()
+        return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
+
+    def _take(self, part: torch.Tensor) -> torch.Tensor:
+        return part.to(self.row.ids.device, non_blocking=True)
+
     # forward, without gradients
 
-    def read_lower(self) -> tuple[torch.Tensor, list[list[Pair | None]]]:
-        """Lower outputs (B, T, M), and the windows at the beginning of every segment."""
+    def read_lower(self) -> tuple[list[torch.Tensor], ChunkTensors | None, Borders]:
+        """Lower outputs of every segment, the memory of the rows, and the windows at the beginning of every segment."""
         carried: list[Pair | None] = [None] * len(self.windows[0])
-        outputs, borders = [], []
+        outputs, encoded, borders = [], [], []
         for start, stop in self.row.borders:
             borders.append(carried)
             windows = Windows(self.windows[0], carried)
-            outputs.append(self._lower(start, stop, windows))
+            x = self._lower(start, stop, windows)
+            outputs.append(self._keep(x))
+            if (found := self._encoded(x, start)) is not None:
+                encoded.append(found)
             carried = windows.leave()
-        return torch.cat(outputs, 1), borders
+        return outputs, self._memory(encoded), borders
 
-    def encode(self, lower: torch.Tensor) -> ChunkTensors | None:
-        """The memory of the rows; in training the centre of landmarks moves once."""
-        parts = [self._encoded(lower[:, start:stop], start) for start, stop in self.row.borders]
-        found = [part for part in parts if part is not None]
-        if not found:
+    def _memory(self, encoded: Sequence[tuple[torch.Tensor, ...]]) -> ChunkTensors | None:
+        """Chunks of all segments as one memory; in training the centre of landmarks moves once."""
+        if not encoded:
             return None
-        k, v, raw = (torch.cat(columns, 1) for columns in zip(*found, strict=True))
+        k, v, raw = (torch.cat(parts, 1) for parts in zip(*encoded, strict=True))
         landmarks = self.inner.chunk_encoder.center(raw, self.places.lengths).to(v.dtype)
         lengths, segments, ends = self.places
         full = torch.full_like(ends, self.config.chunk_size) if lengths is None else lengths.clamp_min(1)
         return ChunkTensors(k, v, landmarks, full, segments, ends)
 
-    def read_upper(
-        self, lower: torch.Tensor, memory: ChunkTensors | None
-    ) -> tuple[torch.Tensor, list[list[Pair | None]]]:
+    def read_upper(self, lower: list[torch.Tensor], memory: ChunkTensors | None) -> Borders:
+        """The windows at the beginning of every segment; so the last segment need not run."""
         carried: list[Pair | None] = [None] * len(self.windows[1])
-        losses, borders = [], []
-        for start, stop in self.row.borders:
-            borders.append(carried)
+        borders = [carried]
+        for (start, stop), part in zip(self.row.borders[:-1], lower, strict=False):
             windows = Windows(self.windows[1], carried)
-            losses.append(self._upper(lower[:, start:stop], start, stop, windows, self._until(memory, stop)))
+            self._upper(self._take(part), start, stop, windows, self._until(memory, stop))
             carried = windows.leave()
-        return torch.stack(losses).sum(), borders
+            borders.append(carried)
+        return borders
 
     # backward, last segment first
 
     def backward_upper(
-        self, lower: torch.Tensor, memory: ChunkTensors | None, borders: list[list[Pair | None]]
+        self, lower: list[torch.Tensor], memory: ChunkTensors | None, borders: Borders
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Gradients of the lower outputs and of k, v and landmarks."""
-        grad_lower = torch.zeros_like(lower)
-        wide = torch.float64 if lower.dtype == torch.float64 else torch.float32
-        grad_memory = [] if memory is None else [torch.zeros_like(part, dtype=wide) for part in memory[:3]]
+        """The loss, and gradients of k, v and landmarks; those of the lower outputs take their places in `lower`."""
+        losses = []
+        dtype = torch.float64 if memory is not None and memory.v.dtype == torch.float64 else torch.float32
+        grad_memory = [] if memory is None else [torch.zeros_like(part, dtype=dtype) for part in memory[:3]]
         received: list[Pair | None] = [None] * len(self.windows[1])
-        for (start, stop), carried in reversed(list(zip(self.row.borders, borders, strict=True))):
-            windows = Windows(self.windows[1], carried, with_gradients=True)
-            x, past = _leaf(lower[:, start:stop]), self._until(memory, stop)
+        for number, (start, stop) in reversed(list(enumerate(self.row.borders))):
+            windows = Windows(self.windows[1], borders[number], with_gradients=True)
+            x, past = _leaf(self._take(lower[number])), self._until(memory, stop)
             leaves = [] if past is None else [_leaf(part) for part in past[:3]]
             if past is not None:
                 past = past._replace(k=leaves[0], v=leaves[1], landmarks=leaves[2])
             with torch.enable_grad():
-                loss = self._upper(x, start, stop, windows, past)
+                loss = self._loss(self._upper(x, start, stop, windows, past), start, stop)
             _backward([(loss, loss.new_full((), self.loss_scale)), *windows.roots(received)])
-            grad_lower[:, start:stop] = _gradient(x)
+            losses.append(loss.detach())
+            lower[number] = self._keep(_gradient(x))
             for total, leaf in zip(grad_memory, leaves, strict=False):
                 if leaf.grad is not None:
                     total[:, : leaf.shape[1]] += leaf.grad
             received = windows.gradients()
-        return grad_lower, grad_memory
+        return torch.stack(losses).sum(), grad_memory
 
-    def backward_encoder(self, lower: torch.Tensor, grad_lower: torch.Tensor, grad_memory: list[torch.Tensor]) -> None:
-        """Adds to `grad_lower` what the memory's gradients mean for the lower outputs."""
+    def backward_lower(self, gradients: list[torch.Tensor], grad_memory: list[torch.Tensor], borders: Borders) -> None:
+        """Gradients of lower outputs and memory go on through encoder and lower decoder; uses up `gradients`."""
         size = self.config.chunk_size
-        for start, stop in self.row.borders:
-            x = _leaf(lower[:, start:stop])
-            with torch.enable_grad():
-                outputs = self._encoded(x, start)
-            if outputs is None:
-                continue
-            first, count = start // size, outputs[2].shape[1]
-            ranges = [slice(first * size, (first + count) * size)] * 2 + [slice(first, first + count)]
-            grads = [total[:, part].to(out) for total, part, out in zip(grad_memory, ranges, outputs, strict=True)]
-            _backward(list(zip(outputs, grads, strict=True)))
-            grad_lower[:, start:stop] += _gradient(x)
-
-    def backward_lower(self, grad_lower: torch.Tensor, borders: list[list[Pair | None]]) -> None:
         received: list[Pair | None] = [None] * len(self.windows[0])
-        for (start, stop), carried in reversed(list(zip(self.row.borders, borders, strict=True))):
-            windows = Windows(self.windows[0], carried, with_gradients=True)
+        for number, (start, stop) in reversed(list(enumerate(self.row.borders))):
+            windows = Windows(self.windows[0], borders[number], with_gradients=True)
             with torch.enable_grad():
                 x = self._lower(start, stop, windows)
-            _backward([(x, grad_lower[:, start:stop]), *windows.roots(received)])
+                encoded = self._encoded(x, start) or ()
+            first, last = start // size, stop // size
+            ranges = [slice(first * size, last * size)] * 2 + [slice(first, last)]
+            grads = [total[:, part] for total, part in zip(grad_memory, ranges, strict=False)]
+            roots = [(output, grad.to(output)) for output, grad in zip(encoded, grads, strict=False)]
+            _backward([(x, self._take(gradients.pop())), *roots, *windows.roots(received)])
             received = windows.gradients()

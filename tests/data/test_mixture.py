@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import pickle
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hsa_ultralong.data import MixtureConfig, MixtureDataset, StepSampler, TokenShards, collate, train_tokenizer
+from hsa_ultralong.data import (
+    ROW_KINDS,
+    MixtureConfig,
+    MixtureDataset,
+    StepSampler,
+    TokenShards,
+    collate,
+    train_tokenizer,
+)
 
 WEIGHTS = {"text": 0.3, "self_copy": 0.3, "needles": 0.4}
 
@@ -47,18 +56,46 @@ def test_kinds_occur_by_weight(dataset):
         assert abs(kinds.count(kind) / 400 - weight) < 0.08
 
 
-def test_workers_and_ranks_do_not_change_the_data(dataset):
+# SHA-256 of the first 40 rows by kind. Shipped checkpoints were trained on these streams: they must never change.
+STREAMS = {
+    "train": {"needles": "db1105e25e675e9e", "self_copy": "abf746a5905fcec8", "text": "1c8c5e17712f2db6"},
+    "validation": {"needles": "96a360df366be40c", "self_copy": "bac2666067acb131", "text": "4b57f91c98ec36c7"},
+}
+
+
+@pytest.mark.parametrize("split", STREAMS)
+def test_rows_of_the_first_kinds_stay_what_they_were(shards, tokenizer, split):
+    digests = {kind: hashlib.sha256() for kind in WEIGHTS}
+    stream = MixtureDataset(shards, tokenizer, config(), split=split)
+    for i in range(40):
+        row = stream[i]
+        for name in ("input_ids", "labels", "segment_ids", "answer_mask"):
+            digests[row.kind].update(getattr(row, name).tobytes())
+    assert {kind: digest.hexdigest()[:16] for kind, digest in digests.items()} == STREAMS[split]
+
+
+def test_the_share_of_synthetic_rows_is_declared():
+    assert config().synthetic_share == pytest.approx(0.7)
+    assert config(weights={"text": 2.0, "documents": 1.0, "sft": 1.0}).synthetic_share == 0.0
+
+
+def test_workers_and_ranks_do_not_change_the_data(shards, tokenizer):
+    weights = dict.fromkeys((kind for kind in ROW_KINDS if kind != "sft"), 1.0)
+    dataset = MixtureDataset(shards, tokenizer, config(weights=weights, length_weights={500: 2.0}))
+
     def batches(num_workers, **kwargs):
         sampler = StepSampler(**kwargs)
         loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate)
         return [batch["input_ids"] for batch in loader]
 
-    whole = batches(0, batch_size=4, num_steps=4)
-    assert torch.equal(torch.cat(whole), torch.cat(batches(2, batch_size=4, num_steps=4)))
-    resumed = batches(0, batch_size=4, start_step=2, num_steps=2)
-    assert torch.equal(torch.cat(whole[2:]), torch.cat(resumed))
-    ranks = [batches(0, batch_size=2, num_steps=4, rank=rank, world_size=2) for rank in range(2)]
-    assert torch.equal(torch.cat(whole), torch.cat([batch for step in zip(*ranks) for batch in step]))
+    whole = torch.cat(batches(0, batch_size=4, num_steps=6))
+    assert torch.equal(whole, torch.cat(batches(2, batch_size=4, num_steps=6)))
+    for start in range(6):
+        resumed = batches(0, batch_size=4, start_step=start, num_steps=6 - start)
+        assert torch.equal(whole[4 * start :], torch.cat(resumed))
+    # two ranks with half the rows each, from a step in the middle on
+    ranks = [batches(0, batch_size=2, start_step=2, num_steps=4, rank=rank, world_size=2) for rank in range(2)]
+    assert torch.equal(whole[8:], torch.cat([batch for step in zip(*ranks) for batch in step]))
 
 
 def test_dataset_pickles_small_for_spawned_workers(dataset):

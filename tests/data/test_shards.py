@@ -7,7 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from hsa_ultralong.data import EVALUATION_WORDS, TokenShards, build_shards, train_tokenizer
+from hsa_ultralong.data import (
+    EVALUATION_WORDS,
+    TokenShards,
+    build_shards,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 from hsa_ultralong.data.build import _validation_documents, split_pieces
 
 
@@ -57,19 +64,31 @@ def test_word_bank_has_plain_words_and_no_evaluation_word(shards, documents):
     assert "amber" in documents[0] and not EVALUATION_WORDS.intersection(shards.words)
 
 
-def test_interrupted_build_leaves_nothing(corpus_file, tokenizer, tmp_path):
-    def interrupt(num_bytes: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_shards(corpus_file, tokenizer, tmp_path / "out", progress=interrupt)
-    assert list(tmp_path.iterdir()) == []
+def test_progress_counts_bytes_of_text_and_tokens(corpus_file, tokenizer, documents, tmp_path):
+    seen: list[tuple[int, int]] = []
+    shards = build_shards(corpus_file, tokenizer, tmp_path / "out", progress=lambda *counts: seen.append(counts))
+    assert seen == sorted(seen)
+    assert seen[-1] == (sum(len(document.encode()) for document in documents), shards.num_tokens)
 
 
-def test_progress_counts_the_bytes_of_the_text(corpus_file, tokenizer, documents, tmp_path):
-    seen: list[int] = []
-    build_shards(corpus_file, tokenizer, tmp_path / "out", progress=seen.append)
-    assert seen == sorted(seen) and seen[-1] == sum(len(document.encode()) for document in documents)
+def test_the_folder_holds_its_tokenizer_and_nothing_else(corpus_file, tokenizer, tmp_path):
+    shards = build_shards(corpus_file, tokenizer, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tokenizer_fingerprint(load_tokenizer(shards.path / "tokenizer")) == tokenizer_fingerprint(tokenizer)
+    names = {"tokens.bin", "documents.npy", "words.txt", "manifest.json", "tokenizer"}
+    assert {path.name for path in shards.path.iterdir()} == names and shards.manifest["format_version"] == 1
+
+
+def test_folders_of_the_first_version_are_read(shards, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(shards.path, old)
+    fields = {
+        name: value for name, value in shards.manifest.items() if name not in ("num_conversations", "bad_records")
+    }
+    (old / "manifest.json").write_text(json.dumps(fields))
+    opened = TokenShards.open(old)
+    assert opened.documents("train").tolist() == shards.documents("train").tolist()
+    assert opened.num_conversations == 0 and len(opened.conversations("train")) == 0
 
 
 def test_build_refuses_an_occupied_directory_and_a_wrong_fraction(corpus_file, tokenizer, tmp_path):

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from hsa_ultralong.data import build_shards, read_sources, source_files
-from hsa_ultralong.data.sources import BadRecords, iter_texts
+from hsa_ultralong.data.sources import BadRecords, iter_texts, parse_text, read_parsed
 
 
 def names_and_texts(path, **options):
@@ -107,6 +107,89 @@ def test_bad_records_are_named_counted_and_limited(tmp_path, tokenizer):
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".other*"))
     with pytest.raises(ValueError, match="line 2"):
         build_shards([table], tokenizer, tmp_path / "other")
+
+
+def test_a_bad_document_of_a_text_file_is_named_by_line_and_the_others_are_read(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"one\n\x1e\nfine\ncaf\xe9\n\x1e\nthree\n")
+    seen = BadRecords(10)
+    sources = list(read_sources(file, on_bad=seen))
+    assert [(source.name, source.text) for source in sources] == [(str(file), "one\n"), (f"{file}#3", "three\n")]
+    assert seen.count == 1 and "byte 0xe9 at offset 14, line 4" in seen.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": " \\n"}', "line 2: the text is empty"),
+        (b'{"text": "\\ud83d"}', "line 2: the text holds half of a character pair at 0"),
+        (b'{"text": "caf\xe9"}', "line 2: no JSON"),
+        (b"[" * 100_000, "line 2: no JSON"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "line 2: no JSON"),
+        (b'{"text": ["a"]}', "got list in it"),
+    ],
+)
+def test_every_kind_of_bad_row_is_passed_over(tmp_path, line, reason):
+    file = tmp_path / "t.jsonl"
+    file.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    seen = BadRecords(1)
+    assert list(iter_texts([file], on_bad=seen)) == ["a", "b"]
+    assert reason in seen.messages[0]
+
+
+def test_damaged_and_empty_files_are_bad_records_too(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(b"hello " * 1000)[:-20])
+    (tmp_path / "c.txt").write_text("read")
+    seen = BadRecords(2)
+    assert list(iter_texts([tmp_path], on_bad=seen)) == ["read"]
+    assert "a.txt is empty" in seen.messages[0] and "not a whole .xz file" in seen.messages[1]
+
+
+def test_reading_can_begin_at_any_record(tmp_path):
+    rows = [json.dumps({"text": f"text {i}"}) for i in range(1, 8)]
+    rows[2] = "{"
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    (tmp_path / "t.txt").write_text("\x1e\n".join(f"text {i}\n" for i in range(1, 8)))
+    files = [tmp_path / "t.jsonl", tmp_path / "t.txt"]
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        pass
+    else:
+        files.append(tmp_path / "t.parquet")
+        parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(1, 200)]}), files[-1])
+    for file in files:
+        seen = BadRecords(1)
+        whole = [record.number for record, _ in read_parsed(file, parse_text, field="text", on_bad=seen)]
+        for first in (1, 3, 4, 7, 70):
+            part = read_parsed(file, parse_text, field="text", on_bad=BadRecords(1), first=first)
+            read = [(record.number, text.strip()) for record, text in part]
+            assert read == [(number, f"text {number}") for number in whole if number >= first]
+
+
+def test_local_and_saved_datasets_are_read_with_the_real_library(tmp_path):
+    pytest.importorskip("datasets")
+    import pyarrow
+
+    rows = [{"text": f"text {i}"} for i in range(1, 6)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    # as save_to_disk writes it
+    saved = tmp_path / "dict" / "test"
+    saved.mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(saved / "rows.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    fields = ("_format_columns", "_format_type", "_output_all_columns", "_split")
+    state = {"_data_files": [{"filename": "rows.arrow"}], "_fingerprint": "0" * 16, "_format_kwargs": {}}
+    (saved / "state.json").write_text(json.dumps({**dict.fromkeys(fields), **state, "_output_all_columns": False}))
+    (saved / "dataset_info.json").write_text("{}")
+    (saved.parent / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    for name in ("data", "dict/test", "dict::test"):
+        found = list(read_parsed(f"hf:{tmp_path / name}", parse_text, field="text", first=3))
+        assert [(record.number, text) for record, text in found] == [(i, f"text {i}") for i in (3, 4, 5)]
 
 
 def test_hub_datasets_are_streamed(monkeypatch):

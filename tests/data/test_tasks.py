@@ -68,12 +68,16 @@ def test_all_values_asked_at_once_were_stated(shards, tokenizer):
 def test_chains_of_variables_lead_to_their_value(shards, tokenizer):
     for row in rows(shards, tokenizer, "variable_tracking"):
         texts = documents(row, tokenizer)
-        assigned = dict(re.findall(r"VAR (\w+) = (\w+)", " ".join(texts)))
+        whole = " ".join(texts)
+        assigned = dict(re.findall(r"VAR (\w+) = (\w+)", whole))
         for text in texts:
             for value, names in re.findall(r"hold the value (\d+)\?\nAnswer: ([\w, ]+)", text):
                 chain = names.split(", ")
                 assert assigned[chain[0]] == value
                 assert [assigned[name] for name in chain[1:]] == chain[:-1]
+                # a variable is stated after the one that it copies
+                places = [whole.index(f"VAR {name} =") for name in chain]
+                assert places == sorted(places)
 
 
 def test_only_the_assistants_words_are_labelled(shards, tokenizer):
@@ -106,8 +110,10 @@ def test_an_isolated_row_costs_what_its_documents_cost_alone(shards, tokenizer):
 def test_rows_too_short_for_a_task_are_refused_when_the_dataset_is_made(shards, tokenizer):
     with pytest.raises(ValueError, match="at least"):
         rows(shards, tokenizer, "instructions", seq_len=64)
-    with pytest.raises(ValueError, match="short"):
+    with pytest.raises(ValueError, match="multi_query rows need at least 8 chunks"):
         rows(shards, tokenizer, "multi_query", seq_len=64)
+    with pytest.raises(ValueError, match="use a larger seq_len"):
+        rows(shards, tokenizer, "multi_query", seq_len=128)
 
 
 def test_length_weights_move_draws_to_long_documents(shards):
