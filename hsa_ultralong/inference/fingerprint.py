@@ -39,6 +39,11 @@ def memory_fingerprint(model: HSAForCausalLM) -> str:
     parts: list[tuple[str, torch.Tensor]] = [("embed_tokens", inner.embed_tokens.weight)]
     for prefix, module in (("lower", inner.lower_layers), ("encoder", inner.chunk_encoder)):
         parts += [(f"{prefix}.{name}", tensor) for name, tensor in module.state_dict(keep_vars=True).items()]
+    if any(hasattr(tensor, "full_tensor") for _, tensor in parts):
+        raise ValueError(
+            "the weights of this model are cut over processes; memorise and ask with an ordinary model, exported by "
+            "`hsa train --export` or loaded from a checkpoint"
+        )
     options = repr([getattr(model.config, name) for name in _CONFIG_KEYS])
     key: Any = (options, *((tensor.data_ptr(), tensor._version, tensor.dtype) for _, tensor in parts))
     known = getattr(model, "_known_fingerprint", None)

@@ -228,3 +228,10 @@ def test_only_order_free_models_merge_and_select(options):
             merge()
     with pytest.raises(ValueError, match="another kind of fusion"):
         HSACache(tiny_model().config, library=memory)
+
+
+def test_a_model_cut_over_processes_is_refused_before_it_is_read(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(torch.nn.Parameter, "full_tensor", lambda self: self, raising=False)
+    with pytest.raises(ValueError, match="cut over processes"):
+        memory_fingerprint(model)
