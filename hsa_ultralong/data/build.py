@@ -196,8 +196,11 @@ class _Build:
         self._tokenizer.save_pretrained(self._partial.path / TOKENIZER_FOLDER)
         saved = time.monotonic()
         for batch in _batches(self._documents(inputs, chats, text_field, chat_field)):
+            encoded = self._encode(batch)
+            # from here on until all is counted, an interruption goes back to the last checkpoint
             self._state = None
-            self._write(batch)
+            for document, (tokens, labels) in zip(batch, encoded, strict=True):
+                self._add(document, tokens, labels)
             self._state = self._now(batch[-1])
             if progress is not None:
                 progress(self.num_bytes, self.num_tokens)
@@ -244,11 +247,12 @@ class _Build:
                     pieces = conversation_pieces(messages)
                     yield _Document("".join(text for text, _ in pieces), pieces, number, record.number + 1)
 
-    def _write(self, batch: list[_Document]) -> None:
-        """Tokenise pieces of several documents in parallel and append them as bos, tokens, eos."""
+    def _encode(self, batch: list[_Document]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Each document as bos, tokens, eos, and a conversation's labels (n,) uint8; pieces of all in parallel."""
         cut = [self._pieces(document) for document in batch]
         flat = [text for pieces in cut for text, _ in pieces]
         encodings = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        encoded: list[tuple[np.ndarray, np.ndarray | None]] = []
         for document, pieces in zip(batch, cut, strict=True):
             parts = [np.array(next(encodings).ids, dtype=self._dtype) for _ in pieces]
             tokens = np.concatenate([np.array([self._bos]), *parts, np.array([self._eos])]).astype(self._dtype)
@@ -257,14 +261,19 @@ class _Build:
                 counted = [np.full(len(part), is_label) for part, (_, is_label) in zip(parts, pieces, strict=True)]
                 # a conversation ends with an answer, so its eos counts
                 labels = np.concatenate([np.array([False]), *counted, np.array([True])]).astype(np.uint8)
-                self.num_conversations += 1
-            else:
-                _count_words(self.words, document.text)
-            encoded = document.text.encode("utf-8")
-            self._partial.append(tokens, int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big"), labels)
-            self.num_bytes += len(encoded)
-            self.num_tokens += len(tokens)
-            self.num_documents += 1
+            encoded.append((tokens, labels))
+        return encoded
+
+    def _add(self, document: _Document, tokens: np.ndarray, labels: np.ndarray | None) -> None:
+        text = document.text.encode("utf-8")
+        self._partial.append(tokens, int.from_bytes(hashlib.sha256(text).digest()[:8], "big"), labels)
+        self.num_bytes += len(text)
+        self.num_tokens += len(tokens)
+        self.num_documents += 1
+        if labels is None:
+            _count_words(self.words, document.text)
+        else:
+            self.num_conversations += 1
 
     def _pieces(self, document: _Document) -> list[tuple[str, bool]]:
         if document.pieces is not None:

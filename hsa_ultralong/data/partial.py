@@ -131,6 +131,7 @@ class PartialBuild:
         self.path.replace(out_dir)
 
     def close(self) -> None:
+        """Leave the folder to whoever goes on."""
         for file in self._files.values():
             file.close()
         self._lock.close()

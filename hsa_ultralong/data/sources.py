@@ -24,7 +24,7 @@ TABLE_SUFFIXES = (".jsonl", ".jsonl.xz", ".parquet")
 STANDARD_INPUT = "-"
 # a file, a hub dataset (a string with its prefix), or standard input (None)
 Input = Path | str | None
-T = TypeVar("T")
+Parsed = TypeVar("Parsed")
 
 
 class Source(NamedTuple):
@@ -175,12 +175,12 @@ def inputs_of(paths: Sequence[str | Path]) -> list[Input]:
 
 def read_parsed(
     one: Path | str,
-    parse: Callable[[object, str, str], T],
+    parse: Callable[[object, str, str], Parsed],
     *,
     field: str,
     on_bad: OnBad | None = None,
     first: int = 1,
-) -> Iterator[tuple[Record, T]]:
+) -> Iterator[tuple[Record, Parsed]]:
     """The records of a file or hub dataset from number `first` on, each with what `parse` makes of it.
 
     Args:

@@ -78,6 +78,29 @@ def test_a_build_interrupted_anywhere_ends_the_same(inputs, tokenizer, tmp_path)
     assert not partial_folder(out_dir).exists()
 
 
+@pytest.mark.parametrize(("method", "documents_kept"), [("_encode", 3), ("_add", 1)])
+def test_an_interruption_within_a_batch_goes_back_to_the_one_before(
+    inputs, tokenizer, tmp_path, monkeypatch, method, documents_kept
+):
+    whole = build(inputs, tokenizer, tmp_path / "whole")
+    calls = []
+    original = getattr(build_module._Build, method)
+
+    def interrupted(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise Killed
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module._Build, method, interrupted)
+        with pytest.raises(Killed):
+            build(inputs, tokenizer, tmp_path / "cut")
+    saved = json.loads((partial_folder(tmp_path / "cut") / "state.json").read_text())
+    assert saved["state"]["num_documents"] >= documents_kept
+    assert contents(build(inputs, tokenizer, tmp_path / "cut").path) == contents(whole.path)
+
+
 def test_what_was_written_after_the_last_checkpoint_is_cut_off(inputs, tokenizer, tmp_path):
     whole = build(inputs, tokenizer, tmp_path / "whole")
     out_dir, snapshot = tmp_path / "cut", tmp_path / "snapshot"
@@ -102,7 +125,7 @@ def test_a_build_that_never_began_leaves_nothing(inputs, tokenizer, tmp_path, mo
     def fail(*_):
         raise Killed
 
-    monkeypatch.setattr(build_module._Build, "_write", fail)
+    monkeypatch.setattr(build_module._Build, "_encode", fail)
     with pytest.raises(Killed):
         build(inputs, tokenizer, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
