@@ -1,11 +1,11 @@
-"""From a transformer to a model with a memory, end to end on a CPU in a few minutes.
+"""From a transformer to a model with a memory, end to end on a CPU.
 
 Trains a small Llama on Newton's Opticks at 256 tokens a row, half of the rows a text followed by itself, so that it
 learns to look back; converts it (windows of 32, so that it no longer can); distils it on the same kind of rows while
 longer ones, 512 tokens, ask for their own first half; and reports, before and after: the divergence from the teacher,
 the loss of the copied half at the teacher's length and beyond it, and hidden sentences, whatever they give.
 
-    python examples/convert_and_distill.py [--steps 400] [--output runs/convert]
+    python examples/convert_and_distill.py [--steps 250] [--output runs/convert]
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def measure(student, teacher, held_out):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="of the teacher and of the student each")
+    parser.add_argument("--steps", type=int, default=250, help="of the teacher and of the student each")
     parser.add_argument("--output", type=Path, default=Path("runs/convert"))
     arguments = parser.parse_args()
     torch.manual_seed(0)

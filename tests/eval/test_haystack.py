@@ -61,26 +61,26 @@ def test_needles_are_planted_at_their_depths():
 @pytest.mark.parametrize("together", [False, True])
 def test_forms_of_one_memory_are_compared(nano, text, together):
     model, tokenizer = nano
-    haystack = text[:4096].clone()
-    study = run_forms(model, tokenizer, haystack, samples=3, forms=("", "int8"), store="host", together=together)
-    assert torch.equal(haystack, text[:4096]) is not together
+    haystack = text[:2048].clone()
+    study = run_forms(model, tokenizer, haystack, samples=2, forms=("", "int8"), store="host", together=together)
+    assert torch.equal(haystack, text[:2048]) is not together
     own, small = study.results
     assert (own.form, small.form, own.store, own.task) == ("", "int8", "host", "mk_niah" if together else "s_niah")
     assert own.logits_error == 0 < small.logits_error < 0.05
     assert small.memory_bytes < own.memory_bytes / 3
-    assert own.accuracy >= 2 / 3 and small.accuracy >= 2 / 3
+    assert own.accuracy >= 0.5 and small.accuracy >= 0.5
 
 
 def test_the_command_writes_a_study(tmp_path, nano):
     result = CliRunner().invoke(
-        app, f"eval needles --lengths 2K,4K --needles 2 --forms own,fp8 --device cpu -o {tmp_path / 's'}".split()
+        app, f"eval needles --lengths 1K,2K --needles 2 --forms own,fp8 --device cpu -o {tmp_path / 's'}".split()
     )
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "s" / "summary.json").read_text())
     accuracies = [record for record in summary["records"] if record.get("task") == "s_niah"]
     assert [(r["length"], r.get("form", "")) for r in accuracies] == [
-        (2048, ""), (2048, "fp8"), (4096, ""), (4096, "fp8")
+        (1024, ""), (1024, "fp8"), (2048, ""), (2048, "fp8")
     ]  # fmt: skip
-    assert summary["meta"]["source_tokens"] >= 4096 and (tmp_path / "s" / "needles.png").is_file()
+    assert summary["meta"]["source_tokens"] >= 2048 and (tmp_path / "s" / "needles.png").is_file()
     errors = [record["value"] for record in summary["records"] if record.get("metric") == "logits_error"]
     assert len(errors) == 2 and all(0 < error < 0.1 for error in errors)
