@@ -7,6 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+# what a parameter's name contains -> the part of the model that it belongs to
+PARTS = {
+    "lower_layers": "layers below the memory",
+    "chunk_encoder": "chunk encoder",
+    "retriever": "retrieval",
+    ".hsa.": "attention to the memory",
+    "groups": "layers above the memory",
+}
+
 
 def register(app: typer.Typer) -> None:
     app.command("convert")(convert)
@@ -77,7 +86,7 @@ def _save(model: Any, source: Path, output: Path, report: dict[str, Any]) -> Non
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     for file in sorted(source.iterdir()):
-        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template")):
+        if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")):
             shutil.copy(file, partial / file.name)
     write_json(partial / "conversion.json", report)
     if output.exists():
@@ -87,11 +96,26 @@ def _save(model: Any, source: Path, output: Path, report: dict[str, Any]) -> Non
 
 def _summary(found: Any, output: Path) -> str:
     config = found.model.config
-    fresh = sorted({name.rsplit(".", 2)[0] if name.endswith("weight") else name for name in found.initialised})
     return (
         f"{config.num_lower_layers} layers below the memory, {config.num_upper_groups} groups of "
-        f"{config.num_layers_per_group} above; window {config.sliding_window}\n"
-        f"reused: {found.reused_share:.1%} of all numbers, {len(found.reused)} tensors\n"
-        f"new: {', '.join(fresh)}\n"
+        f"{config.num_layers_per_group} above; window {config.sliding_window}\n\n{_table(found)}\n\n"
         f"Written: {output} (conversion.json lists every tensor)"
     )
+
+
+def _table(found: Any) -> str:
+    """Numbers of every part of the model, the share that the source gave, and what is new."""
+    rows: dict[str, list[Any]] = {}
+    for name, tensor in found.model.named_parameters():
+        part = next((text for key, text in PARTS.items() if key in name), "embedding, norm, head")
+        row = rows.setdefault(part, [0, 0, []])
+        row[0] += tensor.numel()
+        if name in found.reused:
+            row[1] += tensor.numel()
+        elif (short := name.removesuffix(".weight").rsplit(".", 1)[-1]) not in row[2]:
+            row[2].append(short)
+    rows["all"] = [sum(row[0] for row in rows.values()), sum(row[1] for row in rows.values()), []]
+    lines = [f"{'part':24}{'parameters':>16}{'reused':>9}  new"]
+    for part, (count, reused, fresh) in rows.items():
+        lines.append(f"{part:24}{count:>16,}{reused / count:>9.1%}  {', '.join(fresh)}".rstrip())
+    return "\n".join(lines)

@@ -54,7 +54,8 @@ def converted_config(
             HSAConfig, such as chunk_topk, retrieval_dim, num_memory_heads.
 
     Raises:
-        ValueError: for what the layers cannot represent, or layers that do not divide into groups.
+        ValueError: for what the layers cannot represent, layers that do not divide into groups, a window beyond the
+            source's own, or options that follow from the source.
     """
     problems = _problems(source)
     if problems:
@@ -68,7 +69,10 @@ def converted_config(
             f"{layers} layers, {num_lower_layers} below the memory: the other {upper} do not divide into "
             f"{num_upper_groups} groups; choose other --lower-layers or --groups"
         )
-    return HSAConfig(
+    own = getattr(source, "sliding_window", None)
+    if own is not None and own < sliding_window:
+        raise ValueError(f"the source's own attention reaches {own} tokens; choose a --window of at most {own}")
+    fixed = dict(
         vocab_size=source.vocab_size,
         hidden_size=source.hidden_size,
         intermediate_size=source.intermediate_size,
@@ -87,8 +91,10 @@ def converted_config(
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
         pad_token_id=source.pad_token_id,
-        **options,
     )
+    if clash := sorted(set(options) & set(fixed)):
+        raise ValueError(f"{', '.join(clash)}: follows from the source, the window and the groups; leave it out")
+    return HSAConfig(**fixed, **options)
 
 
 def _rope(source: Any) -> dict[str, Any]:

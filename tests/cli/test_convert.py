@@ -33,6 +33,11 @@ def test_a_converted_folder_loads_and_says_where_it_comes_from(tmp_path):
     ids = torch.randint(61, (1, 16))
     with torch.no_grad():
         torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-5)
+    table = run(tmp_path / "llama", "-o", tmp_path / "table", "--window", 16, "--set", "retrieval_dim=16").output
+    count = sum(parameter.numel() for parameter in student.parameters())
+    lines = {line[:24].strip(): line[24:].split() for line in table.splitlines()}
+    assert lines["all"] == [f"{count:,}", f"{report['reused_share']:.1%}"]
+    assert lines["layers below the memory"][1] == "100.0%" and lines["attention to the memory"][2] == "o_proj"
     again = run(tmp_path / "llama", "-o", tmp_path / "ours")
     assert again.exit_code == 2 and "exists already" in again.output
     assert not list(tmp_path.glob(".partial*"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
 
 from hsa_ultralong.models.convert import convert_model, converted_config
 
@@ -28,17 +28,39 @@ def qwen3(**changes):
     return model.double().eval()
 
 
+class ExactAngles(torch.nn.Module):
+    """The source's rotary embedding in fp64."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.theta, self.dim = config.rope_parameters["rope_theta"], config.head_dim
+
+    def forward(self, x, position_ids):
+        angles = position_ids[..., None].double() * self.theta ** (-torch.arange(0, self.dim, 2).double() / self.dim)
+        return torch.cat((angles.cos(),) * 2, -1), torch.cat((angles.sin(),) * 2, -1)
+
+
+def exact(model):
+    """transformers' norms and angles are fp32 whatever the dtype; these are not."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
+    model.model.rotary_emb = ExactAngles(model.config)
+    return model
+
+
 @pytest.mark.parametrize("source", [llama, qwen3])
 @torch.no_grad()
 def test_within_the_window_the_logits_are_the_sources(source):
-    teacher = source()
+    teacher = exact(source(initializer_range=0.2))
     student = convert_model(teacher, **OURS).model
     ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(1))
     expected, found = teacher(ids).logits, student(ids).logits
     # a token at place t of layer l reads inputs that have seen t tokens: all windows are full attention up to W
-    # (the source's norms and angles are fp32 whatever its dtype)
-    torch.testing.assert_close(found[:, :24], expected[:, :24], rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(found[:, 30:], expected[:, 30:], atol=1e-5)
+    torch.testing.assert_close(found[:, :24], expected[:, :24], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found[:, 30:], expected[:, 30:], atol=1e-2)
 
 
 @torch.no_grad()
@@ -84,3 +106,15 @@ def test_what_cannot_be_represented_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=problem):
             converted_config(config)
+
+
+def test_a_window_reaches_no_further_than_the_sources():
+    config = MistralConfig(**SIZES, sliding_window=24)
+    assert converted_config(config, sliding_window=24).sliding_window == 24
+    with pytest.raises(ValueError, match="at most 24"):
+        converted_config(config, sliding_window=25)
+
+
+def test_options_that_follow_from_the_source_are_refused():
+    with pytest.raises(ValueError, match="hidden_size, rope_theta: follows"):
+        converted_config(llama().config, **OURS, rope_theta=5.0, hidden_size=64)
