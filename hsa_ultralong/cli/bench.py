@@ -106,6 +106,7 @@ def memory(
     lookups: Annotated[str, typer.Option(help="For --file: exact, sketch or both.")] = "exact",
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded and timed.")] = 32,
     segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
+    tune: Annotated[bool, typer.Option(help="Let the compiler measure its choices for decoding (GPU).")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
     hardware: Annotated[str | None, typer.Option(help="Name in the file [default: such as h200, cpu2].")] = None,
@@ -149,11 +150,8 @@ def memory(
         steps=steps,
         lookups=tuple(lookups.split(",")),
         segment_tokens=None if segment is None else parse_size(segment),
-        store=store,
-        key_values=key_values,
-        landmarks=landmarks,
-        seed=seed,
-    )
+        store=store, key_values=key_values, landmarks=landmarks, tune=tune, seed=seed,
+    )  # fmt: skip
     network, label = _network(preset_name, model, place, dtype, seed)
     name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
     path = output / f"memory-{name}.json"

@@ -95,7 +95,7 @@ def ask(
         raise ValueError("the prompt is empty; ask something like 'The secret code of the amber falcon is'")
     ids = torch.tensor(tokenizer(prompt)["input_ids"])
     num_chunks = memory.num_chunks_of_all
-    engine = DecodingEngine(model, memory, max_tokens=len(ids) + max_new_tokens, use_graph=False)
+    engine = DecodingEngine(model, memory, max_tokens=len(ids) + max_new_tokens)
     line = None if on_text is None else _Line(tokenizer, on_text)
     tokens: list[int] = []
     best: dict[int, float] = {}

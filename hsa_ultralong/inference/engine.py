@@ -20,7 +20,7 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, GatheringStore, MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindow
-from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
+from hsa_ultralong.nn.rotary import RotaryTable, rotary_at
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
 
@@ -52,6 +52,12 @@ def sample(
     return order.gather(-1, (probabilities / times).argmax(-1, keepdim=True))[:, 0]
 
 
+def run_head(norm: torch.nn.Module, head: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, V) and the best tokens (B,) of x (B, 1, M)."""
+    logits = head(norm(x))[:, 0]
+    return logits, logits.argmax(-1)
+
+
 class DecodingEngine:
     """Decodes `batch` sequences of at most `max_tokens` tokens each, prompt included.
 
@@ -71,12 +77,14 @@ class DecodingEngine:
         top_k: int = 0,
         top_p: float = 1.0,
         compile_layers: bool = False,
+        tune: bool = False,
         use_graph: bool | None = None,
     ) -> None:
         """
         Args:
             memory: one that all sequences read, or one (or None) for each. It must not change while the engine lives.
             compile_layers: fuse the layers with torch.compile; takes about 20 seconds on a GPU, once per process.
+            tune: with compile_layers, let the compiler measure its choices, which takes longer.
             use_graph: default on a GPU where nothing in a step needs the host (a file's store and a sketched lookup do,
                 as do experts and ranks).
 
@@ -96,7 +104,8 @@ class DecodingEngine:
         self.sampling = (temperature, top_k, top_p)
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self._run_layer: Callable[..., torch.Tensor] = compiled(run_layer) if compile_layers else run_layer
+        self._run_layer: Callable[..., torch.Tensor] = compiled(run_layer, tune) if compile_layers else run_layer
+        self._run_head: Callable[..., Any] = compiled(run_head, tune) if compile_layers else run_head
         self._make_state()
         self.views = [*self._library_views(), self._own_view()]
         self.is_captured = self._can_capture() if use_graph is None else use_graph
@@ -172,18 +181,16 @@ class DecodingEngine:
 
     # one step ---------------------------------------------------------------------------------------------------------
 
-    def _rotary(self) -> RotaryTable:
-        assert self.config.head_dim is not None
-        half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float64, device=self.device)
-        angle = self.seen.double()[:, None] * self.config.rope_theta ** (-half / self.config.head_dim)  # (B, D / 2)
-        stored = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return RotaryTable(angle.cos().to(stored), angle.sin().to(stored))
+    def _rotary(self, places: torch.Tensor) -> RotaryTable:
+        config = self.config
+        assert config.head_dim is not None
+        return rotary_at(places, config.head_dim, config.rope_theta, self.dtype, config.rope_scaling)
 
     def _step(self) -> None:
         """Read `tokens`, leave the next ones there; completes no chunks."""
         config, inner = self.config, self.model.model
         self.positions.copy_(self.places[:, None])
-        rotary, rings = self._rotary(), iter(self.rings)
+        rotary, rings = self._rotary(self.seen), iter(self.rings)
         x = inner.embed_tokens(self.tokens[:, None])  # (B, 1, M)
         for layer in inner.lower_layers:
             x = self._run_layer(layer, x, rotary, next(rings))
@@ -195,8 +202,9 @@ class DecodingEngine:
             x = group.hsa_layer(x, retrieval, self.views, rotary, None, next(rings))
             for layer in group.layers:
                 x = self._run_layer(layer, x, rotary, next(rings))
-        self.logits.copy_(self.model.lm_head(inner.norm(x))[:, 0])
-        self.tokens.copy_(sample(self.logits, *self.sampling))
+        logits, best = self._run_head(inner.norm, self.model.lm_head, x)
+        self.logits.copy_(logits)
+        self.tokens.copy_(sample(self.logits, *self.sampling) if self.sampling[0] else best)
         self.places += 1
         self.seen += 1
 
@@ -312,8 +320,7 @@ class DecodingEngine:
             if ring is None or state.keys is None or state.values is None:
                 continue
             # angles of the places that the kept keys have
-            table = rotary_table(seen, self.config.head_dim, self.config.rope_theta, self.device, self.dtype)
-            rotary = RotaryTable(*(part[seen - state.length :] for part in table))
+            rotary = self._rotary(torch.arange(seen - state.length, seen, device=self.device))
             ring.load(row, state.keys[0], state.values[0], rotary, seen)
         rest = length % size
         if rest:

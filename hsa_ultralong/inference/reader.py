@@ -39,10 +39,10 @@ def run_encoder(encoder: torch.nn.Module, chunks: torch.Tensor) -> tuple[torch.T
     return encoder(chunks)
 
 
-@lru_cache(maxsize=2)
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for one shape; tests replace it."""
-    return torch.compile(function, dynamic=False)
+@lru_cache(maxsize=8)
+def compiled(function: Callable[..., Any], tune: bool = False) -> Callable[..., Any]:
+    """torch.compile for one shape; tests replace it. tune: measure tiles, and turn products of one row into sums."""
+    return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": True} if tune else None)
 
 
 @contextmanager

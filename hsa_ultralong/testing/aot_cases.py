@@ -54,7 +54,7 @@ def all_shapes() -> Iterator[Shape]:
 
 
 def _noise(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
-    return torch.randn(shape).to(dtype).requires_grad_(grad)
+    return torch.randn(shape).to(dtype).requires_grad_() if grad else torch.zeros(shape, dtype=dtype)
 
 
 def _run_hsa(shape: Shape, num_queries: int, is_training: bool) -> None:
@@ -121,10 +121,12 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
         cases += [
             (f"chunk_topk training {shape}", _with_shape(_run_topk, shape, shape.T, True, chunks)),
             (f"chunk_topk noise {shape}", _with_shape(_run_topk, shape, shape.T, True, chunks, True)),
-            (f"chunk_topk decode {shape}", _with_shape(_run_topk, shape, 1, False, 16_384)),
         ]
-        if shape.dtype != torch.float32 and (is_complete or shape == SHAPES[0]):
-            cases.append((f"chunk_topk quantized {shape}", _with_shape(_run_quantized, shape, 16_384)))
+        for scanned in (128, 16_384, 262_144) if is_complete else (65_536,):
+            name = f"C={scanned} {shape}"
+            cases.append((f"chunk_topk decode {name}", _with_shape(_run_topk, shape, 1, False, scanned)))
+            if shape.dtype != torch.float32 and (is_complete or shape == SHAPES[0]):
+                cases.append((f"chunk_topk quantized {name}", _with_shape(_run_quantized, shape, scanned)))
     for payload in (torch.bfloat16, torch.int8, torch.float8_e4m3fn) if is_complete else (torch.int8,):
         cases.append((f"gather_chunks {payload}", _with_shape(_run_gather, SHAPES[0], payload)))
     return cases

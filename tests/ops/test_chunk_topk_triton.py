@@ -101,14 +101,17 @@ def test_the_set_is_that_of_topk_over_the_kernels_own_scores():
     assert torch.equal(indices, best)
 
 
-@pytest.mark.parametrize(("rows", "heads", "topk"), [(1, 1, 5), (2, 2, 4), (1, 1, 32), (1, 1, 70)])
-def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk):
+@pytest.mark.parametrize(
+    ("rows", "heads", "topk", "chunks", "share"),
+    [(1, 1, 5, 150, 64), (2, 2, 4, 150, 64), (1, 1, 32, 150, 64), (1, 1, 70, 150, 64), (1, 1, 32, 33, 512),
+     (2, 1, 1, 2, 512), (1, 2, 7, 600, 512)],
+)  # fmt: skip
+def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk, chunks, share):
     monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
-    monkeypatch.setattr(triton_topk, "_DECODE_CHUNKS", 16)
-    monkeypatch.setattr(triton_topk, "_DECODE", triton_topk.DecodeOptions(share=64))
+    monkeypatch.setattr(triton_topk, "_DECODE", triton_topk.DecodeOptions(share=share))
     monkeypatch.setattr(triton_topk._Problem, "stream", None)
-    visible = places(2, 2, 150, "past")
-    query, landmarks = integers(2, 2, heads, 8), integers(rows, 150, heads, 8, seed=1)
+    visible = places(2, 2, chunks, "past")
+    query, landmarks = integers(2, 2, heads, 8), integers(rows, chunks, heads, 8, seed=1)
     expected = chunk_topk(query, landmarks, visible, topk=topk, impl="reference")
     actual = chunk_topk(query, landmarks, visible, topk=topk, impl="triton")
     assert torch.equal(actual[0], expected[0])

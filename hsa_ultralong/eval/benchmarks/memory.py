@@ -25,6 +25,8 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # tokens of a question, and steps before the clock starts
 _PROMPT_TOKENS, _WARM_STEPS = 16, 2
+# half of what is read before the clock starts: a segment of reading on a GPU, unless the settings name another
+_WARM_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class MemorySettings:
     """lengths: tokens memorised. stores and formats: of opened files. file_max: longest memory that is written to a
     file. steps: tokens decoded and timed (the median counts). batches: sequences that share the memory. store,
     key_values, landmarks: where and in which form the memory that is read lies; None is the model's own form.
-    compile_layers: decode with fused layers (on a GPU)."""
+    compile_layers, tune: decode with fused layers, chosen by measuring (on a GPU)."""
 
     lengths: tuple[int, ...] = (8192, 65_536, 262_144)
     stores: tuple[str, ...] = ("device", "host", "file")
@@ -46,6 +48,7 @@ class MemorySettings:
     key_values: str | None = None
     landmarks: str | None = None
     compile_layers: bool = True
+    tune: bool = False
     seed: int = 0
 
     @property
@@ -88,6 +91,7 @@ class Recorder:
         self.model, self.name, self.settings = model, name, settings
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
+        self._is_warm = False
 
     def record(
         self, metric: str, value: float, tokens: int, *, store: str = "device", format: str = "", batch: int = 1
@@ -100,31 +104,41 @@ class Recorder:
 
     @torch.no_grad()
     def reading(self, tokens: int) -> tuple[ChunkMemory, list[dict[str, Any]]]:
-        """Memorise random tokens; the memory and its records."""
+        """Memorise random tokens; the memory and its records. On a GPU two segments are read before the clock starts,
+        and what they took, compiling included, is a record of its own."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         ids = torch.randint(3, self.model.config.vocab_size, (tokens,), generator=generator, dtype=torch.int32)
         is_gpu = self.device.type == "cuda"
-        before = 0
+        before, found = 0, []
+        place: Any = {"store": self.settings.store, "format": self.settings.form}
         if is_gpu:
+            if not self._is_warm:
+                start, warm = time.perf_counter(), 2 * (self.settings.segment_tokens or _WARM_TOKENS)
+                self._memorize(ids[:warm])
+                found.append(self.record("warmup_s", time.perf_counter() - start, tokens, **place))
+                self._is_warm = tokens >= warm
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         start = time.perf_counter()
-        settings = self.settings
-        memory = self.model.memorize(
-            ids, segment_tokens=settings.segment_tokens, store=settings.store, key_values=settings.key_values,
-            landmarks=settings.landmarks,
-        )  # fmt: skip
-        _synchronize(self.device)
+        memory = self._memorize(ids)
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(self.device) - before if is_gpu else peak_host_bytes()
-        place: Any = {"store": settings.store, "format": settings.form}
-        found = [
+        found += [
             self.record("read_s", seconds, tokens, **place),
             self.record("read_tokens_per_s", tokens / seconds, tokens, **place),
             self.record("peak_device_bytes" if is_gpu else "peak_host_bytes", peak, tokens, **place),
             self.record("bytes_per_token", memory.num_bytes / tokens, tokens, **place),
         ]
         return memory, found
+
+    def _memorize(self, ids: torch.Tensor) -> ChunkMemory:
+        settings = self.settings
+        memory = self.model.memorize(
+            ids, segment_tokens=settings.segment_tokens, store=settings.store, key_values=settings.key_values,
+            landmarks=settings.landmarks,
+        )  # fmt: skip
+        _synchronize(self.device)
+        return memory
 
     @torch.no_grad()
     def decoding(
@@ -138,7 +152,7 @@ class Recorder:
         prompts = torch.randint(3, self.model.config.vocab_size, (batch, _PROMPT_TOKENS), generator=generator)
         engine = DecodingEngine(
             self.model, memory, batch=batch, max_tokens=_PROMPT_TOKENS + _WARM_STEPS + self.settings.steps,
-            compile_layers=self.device.type == "cuda" and self.settings.compile_layers,
+            compile_layers=self.device.type == "cuda" and self.settings.compile_layers, tune=self.settings.tune,
         )  # fmt: skip
         start = time.perf_counter()
         engine.start(0, prompts[0])

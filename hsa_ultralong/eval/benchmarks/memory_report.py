@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _UNITS = {
     "read_tokens_per_s": "{:,.0f} tokens/s", "read_s": "{:,.2f} s", "decode_ms": "{:,.2f} ms", "open_s": "{:,.2f} s",
-    "save_s": "{:,.2f} s", "first_token_s": "{:,.3f} s", "bytes_per_token": "{:,.1f} B", "hit_rate": "{:.1%}",
-    "fetch_fraction": "{:.2%}", "recall_32": "{:.5f}", "recall_64": "{:.5f}", "exact_scan_ms": "{:,.2f} ms",
+    "save_s": "{:,.2f} s", "warmup_s": "{:,.2f} s", "first_token_s": "{:,.3f} s", "bytes_per_token": "{:,.1f} B",
+    "hit_rate": "{:.1%}", "fetch_fraction": "{:.2%}", "recall_32": "{:.5f}", "recall_64": "{:.5f}", "exact_scan_ms": "{:,.2f} ms",
     "lookup_ms": "{:,.2f} ms",
 }  # fmt: skip
 _STYLES = {"device": "o-", "host": "s--", "file": "d:"}
@@ -46,6 +46,10 @@ def table(result: dict[str, Any]) -> Table:
     return rows
 
 
+def _curve_of(record: dict[str, Any]) -> tuple[str, str, str, int]:
+    return record["preset"], record["store"], record["dtype"], record["batch"]
+
+
 def plot_memory(result: dict[str, Any], path: Path) -> None:
     """Tokens read per second, and milliseconds a token decoded by store and form, against the length.
 
@@ -58,26 +62,22 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
     if not reading and not decoding:
         raise ValueError("the results hold neither reading nor decoding: nothing to plot")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for preset in sorted({record["preset"] for record in reading}):
-        curve = sorted((r["tokens"], r["value"]) for r in reading if r["preset"] == preset)
-        left.plot(*zip(*curve, strict=True), "o-", ms=4, label=preset)
-    for key in sorted({(r["preset"], r["store"], r["dtype"], r["batch"]) for r in decoding}):
-        preset, store, dtype, batch = key
-        curve = sorted(
-            (r["tokens"], r["value"])
-            for r in decoding
-            if (r["preset"], r["store"], r["dtype"], r["batch"]) == key
-        )  # fmt: skip
-        label = f"{preset}, {store}, {dtype}" + (f", batch {batch}" if batch > 1 else "")
-        right.plot(*zip(*curve, strict=True), _STYLES.get(store.split(",")[0], "x:"), ms=4, label=label)
+    for axes, found in ((left, reading), (right, decoding)):
+        for preset, store, dtype, batch in sorted({_curve_of(record) for record in found}):
+            points = [(r["tokens"], r["value"]) for r in found if _curve_of(r) == (preset, store, dtype, batch)]
+            label = f"{preset}, {store}, {dtype}" + (f", batch {batch}" if batch > 1 else "")
+            style = _STYLES.get(store.split(",")[0], "x:")
+            axes.plot(*zip(*sorted(points), strict=True), style, ms=4, label=label)
+    if reading:
+        left.set_yscale("log")
+    right.set_ylim(bottom=0)
     left.set_ylabel("tokens read per second")
     right.set_ylabel("milliseconds a token")
     for axes, title in ((left, "memorising"), (right, "decoding on top of the memory")):
         lengths = sorted({record["tokens"] for record in records})
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.xaxis.minorticks_off()
         axes.set_xlabel("tokens memorised")
         axes.set_title(title, fontsize=10)
         axes.grid(True, alpha=0.25)

@@ -17,21 +17,52 @@ from hsa_ultralong.ops.chunk_topk.kernel_select import (
     _load_slab,
     _newest_first,
     _pack,
+    _products,
     _visible,
 )
+
+# numbers that two digits of 8 bits hold: 127 * 256
+_LARGEST = tl.constexpr(32512.0)
+
+
+@triton.jit
+def digits_kernel(query, digits, steps, queries, R: tl.constexpr, RP: tl.constexpr):
+    """A query (queries, R) as steps (queries,) * (256 * digits[0] + digits[1]), digits (2, queries, R) int8."""
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, RP)
+    numbers = tl.load(query + row * R + dims, mask=dims < R, other=0.0).to(tl.float32)
+    step = tl.max(tl.abs(numbers), 0) / _LARGEST
+    whole = tl.floor(numbers / tl.where(step == 0.0, 1.0, step) + 0.5).to(tl.int32)
+    high = (whole + 128) >> 8
+    tl.store(digits + row * R + dims, high.to(tl.int8), mask=dims < R)
+    tl.store(digits + (queries + row) * R + dims, (whole - high * 256).to(tl.int8), mask=dims < R)
+    tl.store(steps + row, step)
+
+
+@triton.jit
+def _digit_products(high_rows, low_rows, is_real, columns, exists, R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr):
+    """<256 * high + low, landmark> of 8-bit numbers, RS dimensions at a time."""
+    block = tl.trans(_load_slab(columns, exists, 0, R, RS))
+    high = tl.dot(_load_slab(high_rows, is_real, 0, R, RS), block, out_dtype=tl.int32)
+    low = tl.dot(_load_slab(low_rows, is_real, 0, R, RS), block, out_dtype=tl.int32)
+    for slab in tl.static_range(RS, RP, RS):
+        block = tl.trans(_load_slab(columns, exists, slab, R, RS))
+        high = tl.dot(_load_slab(high_rows, is_real, slab, R, RS), block, high, out_dtype=tl.int32)
+        low = tl.dot(_load_slab(low_rows, is_real, slab, R, RS), block, low, out_dtype=tl.int32)
+    return high.to(tl.float32) * 256.0 + low.to(tl.float32)
 
 
 @triton.jit
 def scan_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor,
-    row_scales, keys, lane_tops, share_tops, C, HR, queries, padded_chunks,
+    steps, row_scales, keys, lane_tops, share_tops, C, HR, queries, padded_chunks, all_queries,
     R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr, BQ: tl.constexpr, TILE: tl.constexpr, SHARE: tl.constexpr,
     FOREIGN: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Candidates (rows of the landmarks, HR, queries, padded_chunks) of SHARE chunks for BQ of the `queries` tokens
     that share the landmarks; the best of the share, and of its chunks at every lane (chunk modulo TILE). 8-bit
-    landmarks have row_scales (rows, C, HR), applied to the products."""
+    landmarks have row_scales (rows, C, HR), and queries in the form of digits_kernel, `all_queries` of them."""
     split = tl.program_id(0)
     part = tl.program_id(1).to(tl.int64)  # (row of the landmarks, head)
     hr = part % HR
@@ -40,8 +71,12 @@ def scan_kernel(
     is_real = number < queries
     token = b * queries + number
     rows = query + (token * HR + hr) * R
-    q = _load_slab(rows, is_real, 0, R, RS)
     scale = tl.load(factor + hr)
+    if HAS_SCALES:
+        low_rows = rows + tl.full((), R, tl.int64) * all_queries
+        step = tl.load(steps + token * HR + hr, mask=is_real, other=0.0)
+    else:
+        q = _load_slab(rows, is_real, 0, R, RS)
     segment = tl.load(query_segment + token, mask=is_real, other=-1)
     position = tl.load(query_position + token, mask=is_real, other=0)
     if LANDMARK_ROWS:
@@ -57,16 +92,12 @@ def scan_kernel(
         chunk = start + tl.arange(0, TILE)
         exists = chunk < C
         columns = landmarks + (chunk.to(tl.int64) * HR + hr) * R
-        block = _load_slab(columns, exists, 0, R, RS)
-        ranking = tl.dot(q, tl.trans(block.to(q.dtype)), input_precision=PRECISION)
-        for slab in tl.static_range(RS, RP, RS):
-            block = _load_slab(columns, exists, slab, R, RS)
-            more = _load_slab(rows, is_real, slab, R, RS)
-            ranking = tl.dot(more, tl.trans(block.to(q.dtype)), ranking, input_precision=PRECISION)
         if HAS_SCALES:
-            ranking *= tl.load(row_scales + chunk.to(tl.int64) * HR + hr, mask=exists, other=0.0).to(tl.float32)[
-                None, :
-            ]
+            ranking = _digit_products(rows, low_rows, is_real, columns, exists, R, RP, RS) * step[:, None]
+            row_scale = tl.load(row_scales + chunk.to(tl.int64) * HR + hr, mask=exists, other=0.0)
+            ranking *= row_scale.to(tl.float32)[None, :]
+        else:
+            ranking = _products(q, rows, is_real, columns, exists, R, RP, RS, PRECISION)
         ends = tl.load(chunk_end + chunk, mask=exists, other=0)
         owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
         ranking *= scale

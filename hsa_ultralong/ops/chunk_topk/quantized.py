@@ -1,6 +1,7 @@
 """chunk_topk over 8-bit landmarks with one scale a row: half the bytes of a scan, for reading only (no gradients).
 
-Scores are factor * scale * <query, payload> in fp32, from the stored numbers without another rounding. Used by
+Scores are factor * scale * <query, payload> in fp32. The kernel multiplies 8-bit numbers as they are: it takes a query
+as 16-bit fixed point, two digits with one step, so an element may be off by 1/65,024 of the query's largest. Used by
 memory/tiers.py; tests/ops/test_chunk_topk_quantized.py.
 """
 
@@ -13,7 +14,6 @@ from hsa_ultralong.ops._triton import triton_runs_on
 from hsa_ultralong.ops.chunk_topk.torch_blocked import _products, _select
 from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
 
-_KERNEL_MIN_CHUNKS = 512
 # scores of a block of queries, and chunks widened at a time, where torch computes them
 _BLOCK_ELEMENTS, _BLOCK_CHUNKS = 1 << 24, 1 << 16
 
@@ -56,7 +56,7 @@ def chunk_topk_quantized(
         factor = factor / temperature.to(factor)
     auto = "torch"
     if triton_runs_on(query) and query.dtype in (torch.bfloat16, torch.float16):
-        auto = "triton" if num_chunks >= max(_KERNEL_MIN_CHUNKS, keep + 1) else "torch"
+        auto = "triton" if keep < num_chunks else "torch"
     if choose_impl("chunk_topk_quantized", impl, ("triton", "torch"), auto) == "triton":
         from hsa_ultralong.ops.chunk_topk.triton_topk import scan_quantized
 

@@ -19,9 +19,8 @@ from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
 
 MOST_DIMENSIONS = 1024
 MOST_KEPT = 256
-# queries (tokens * heads * rows) up to which the landmarks are shared out over programs, and the chunks from which
+# queries (tokens * heads * rows) up to which the landmarks are shared out over programs
 _DECODE_QUERIES = 64
-_DECODE_CHUNKS = 512
 # K up to which blocks merge into sorted lists, and new candidates of a block that are inserted one by one
 _MOST_INSERTED, _FEW = 32, 6
 # shares of the landmarks that the last kernel of decoding chooses from
@@ -39,9 +38,11 @@ class TileOptions(NamedTuple):
 
 
 class DecodeOptions(NamedTuple):
-    """Least number of chunks that a program of the scan scores, its stages and warps, warps of the last kernel."""
+    """Chunks that a program of the scan scores, of many chunks; programs wanted for fewer; its stages and warps, warps
+    of the last kernel."""
 
     share: int = 512
+    programs: int = 512
     stages: int = 4
     scan_warps: int = 4
     last_warps: int = 16
@@ -127,17 +128,28 @@ class _Problem:
         # queries that read the same landmarks are scored together
         is_shared = not (self.constants["LANDMARK_ROWS"] or self.constants["CHUNK_ROWS"])
         rows, queries = (1, self.batch * self.tokens) if is_shared else (self.batch, self.tokens)
-        share = max(options.share, next_power_of_two(-(-self.chunks // _MOST_SHARES)))
+        # few chunks are spread over the programs that the device runs at once, many are cut as coarsely as they need
+        share = min(options.share, max(tile, next_power_of_two(-(-self.chunks // options.programs))))
+        share = max(share, next_power_of_two(-(-self.chunks // _MOST_SHARES)))
         shares = -(-self.chunks // share)
+        # a single tile has nothing to load ahead
+        stages = 1 if share == tile else 3 if is_wide else options.stages
         padded = shares * share
         keys, lane_tops, share_tops = (
             torch.empty((self.queries, width), dtype=torch.int64, device=device)
             for width in (padded, shares * tile, shares)
         )
+        query, *others = self.operands()
+        steps = scales = self.factor  # of no use, but of the right kind
+        if row_scales is not None:
+            # products of 8-bit numbers take 32 dimensions at least
+            self.constants.update(RP=max(32, self.constants["RP"]), RS=max(32, self.constants["RS"]))
+            query, steps = self._digits()
+            scales = row_scales.contiguous()
         kernel_decode.scan_kernel[(shares, rows * self.heads, -(-queries // 16))](
-            *self.operands(), self.landmarks if row_scales is None else row_scales.contiguous(),
-            keys, lane_tops, share_tops, self.chunks, self.heads, queries, padded,
-            BQ=16, TILE=tile, SHARE=share, STAGES=3 if is_wide else options.stages, PRECISION=self.precision,
+            query, *others, steps, scales,
+            keys, lane_tops, share_tops, self.chunks, self.heads, queries, padded, self.queries,
+            BQ=16, TILE=tile, SHARE=share, STAGES=stages, PRECISION=self.precision,
             HAS_SCALES=row_scales is not None, num_warps=options.scan_warps, **self.constants,
         )  # fmt: skip
         all_shares = next_power_of_two(shares)
@@ -148,6 +160,15 @@ class _Problem:
             KP=min(kept, kept_lanes * (share // tile)), SHARES=all_shares, KS=kept_shares, KL=kept_lanes,
             SHARE=share, TILE=tile, num_warps=options.last_warps,
         )  # fmt: skip
+
+    def _digits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries as 8-bit numbers, (2, queries, R) and (queries,), so that 8-bit landmarks need no conversion."""
+        digits = torch.empty((2, self.queries, self.dim), dtype=torch.int8, device=self.query.device)
+        steps = torch.empty(self.queries, dtype=torch.float32, device=self.query.device)
+        kernel_decode.digits_kernel[(self.queries,)](
+            self.query, digits, steps, self.queries, R=self.dim, RP=self.constants["RP"], num_warps=4
+        )
+        return digits, steps
 
 
 def _solve(query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed: int | None) -> _Problem:
@@ -222,7 +243,7 @@ def chunk_topk_triton(
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, landmarks, factors))
     queries = query.shape[0] * query.shape[1] * query.shape[2]
     is_decoding = not needs_gradient and noise_seed is None and queries <= _DECODE_QUERIES
-    if is_decoding and num_chunks >= max(_DECODE_CHUNKS, keep + 1):
+    if is_decoding and keep < num_chunks:
         problem = _Problem(query, landmarks, visible, keep, factors)
         problem.decode()
         return problem.indices, problem.scores
