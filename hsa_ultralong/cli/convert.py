@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Hugging Face folder of a Llama, Mistral or Qwen3 model.")],
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3 model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New model folder.")],
     window: Annotated[int, typer.Option("--window", min=1, help="Keys that each layer's attention keeps.")] = 512,
     lower_layers: Annotated[int | None, typer.Option(min=1, help="Layers below the memory [default: half].")] = None,
@@ -50,7 +50,7 @@ def convert(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hsa_ultralong.models.convert import convert_model
+    from hsa_ultralong.models.convert import convert_model, converted_config
     from hsa_ultralong.models.presets import parse_options
 
     if not (source / "config.json").is_file():
@@ -58,11 +58,15 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already; choose another name")
     torch.manual_seed(seed)
-    teacher = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    layout = {"sliding_window": window, "num_lower_layers": lower_layers, "num_upper_groups": groups}
     options = parse_options(changes or [])
-    found = convert_model(
-        teacher, sliding_window=window, num_lower_layers=lower_layers, num_upper_groups=groups, **options
-    )
+    if clash := sorted(set(options) & set(layout)):
+        raise ValueError(f"{', '.join(clash)}: use --window, --lower-layers and --groups")
+    options |= layout
+    # refuses what cannot be converted before the weights are read
+    converted_config(_source_config(source), **options)
+    teacher = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    found = convert_model(teacher, **options)
     report = {
         "source": source.name,
         "source_type": teacher.config.model_type,
@@ -74,6 +78,24 @@ def convert(
     }
     _save(found.model, source, output, report)
     typer.echo(json.dumps(report, indent=1) if as_json else _summary(found, output))
+
+
+def _source_config(source: Path) -> Any:
+    """The folder's configuration; of a kind that is not converted, the bare keys of its file."""
+    import json
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    from hsa_ultralong.models.convert import SOURCES
+
+    try:
+        keys = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source / 'config.json'} is damaged: {error}") from None
+    if keys.get("model_type") in SOURCES:
+        return AutoConfig.from_pretrained(source)
+    return SimpleNamespace(**{"model_type": "unnamed", **keys})
 
 
 def _save(model: Any, source: Path, output: Path, report: dict[str, Any]) -> None:

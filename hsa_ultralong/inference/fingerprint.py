@@ -45,6 +45,9 @@ def memory_fingerprint(model: HSAForCausalLM) -> str:
             "`hsa train --export` or loaded from a checkpoint"
         )
     options = repr([getattr(model.config, name) for name in _CONFIG_KEYS])
+    if model.config.rope_scaling is not None:
+        # appended, so that memories of models without it keep their fingerprint
+        options += repr(sorted(model.config.rope_scaling.items()))
     key: Any = (options, *((tensor.data_ptr(), tensor._version, tensor.dtype) for _, tensor in parts))
     known = getattr(model, "_known_fingerprint", None)
     if known is not None and known[0] == key:

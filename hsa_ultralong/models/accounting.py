@@ -87,6 +87,11 @@ def _attention(config: HSAConfig) -> int:
     return projections + (2 * dim if config.use_qk_norm else 0)
 
 
+def _qkv_biases(config: HSAConfig) -> int:
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    return heads * _head_dim(config) if config.use_qkv_bias else 0
+
+
 def _feed_forward(config: HSAConfig, layer: int) -> tuple[int, int]:
     """(total, active) parameters of the feed-forward block of decoder layer `layer`."""
     width = config.hidden_size
@@ -106,14 +111,15 @@ def _hsa_extra(config: HSAConfig) -> int:
     retrieval += config.num_retrieval_heads if config.learned_temperature else 0
     retrieval += 1 if config.position_decay else 0
     hsa = width + 2 * width * config.num_attention_heads * dim + (dim if config.use_qk_norm else 0)
-    window = width + _attention(config) if config.hsa_sliding_window else 0
+    hsa += config.num_attention_heads * dim if config.use_qkv_bias else 0
+    window = width + _attention(config) + _qkv_biases(config) if config.hsa_sliding_window else 0
     return retrieval + hsa + window
 
 
 def _encoder(config: HSAConfig) -> int:
     width, dim = config.hidden_size, _head_dim(config)
     assert config.encoder_intermediate_size is not None
-    layer = _attention(config) + _swiglu(width, config.encoder_intermediate_size) + 2 * width
+    layer = _attention(config) + _qkv_biases(config) + _swiglu(width, config.encoder_intermediate_size) + 2 * width
     keys_values = 2 * width * config.num_memory_heads * dim + (dim if config.use_qk_norm else 0)
     # CLS and the final norm, one width each
     return config.num_encoder_layers * layer + 2 * width + keys_values + width * config.retrieval_dim
@@ -127,7 +133,7 @@ def count_parameters(config: HSAConfig) -> ParameterCount:
         total, active = _feed_forward(config, layer)
         above = layer - config.num_lower_layers
         is_hsa = above >= 0 and above % config.num_layers_per_group == 0
-        rest = width + (_hsa_extra(config) if is_hsa else width + _attention(config))
+        rest = width + (_hsa_extra(config) if is_hsa else width + _attention(config) + _qkv_biases(config))
         if above < 0:
             lower, active_lower = lower + rest + total, active_lower + rest + active
         else:

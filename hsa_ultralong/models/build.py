@@ -67,6 +67,7 @@ def _heads(config: HSAConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
         "head_dim": config.head_dim,
         "use_qk_norm": config.use_qk_norm,
+        "use_qkv_bias": config.use_qkv_bias,
         "rms_norm_eps": config.rms_norm_eps,
     }
 
@@ -113,6 +114,7 @@ def build_encoder(config: HSAConfig) -> ChunkEncoder:
         center_landmarks=config.fusion == "softmax",
         use_qk_norm=config.use_qk_norm,
         rope_theta=config.rope_theta,
+        rope_scaling=config.rope_scaling,
         rms_norm_eps=config.rms_norm_eps,
     )
 

@@ -6,6 +6,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hsa_ultralong.nn.rotary import check_scaling
+
 _CHOICES = {
     "landmark_source": ("cls", "mean"),
     "hsa_residual": ("standard", "bypass"),
@@ -39,7 +41,12 @@ class HSAConfig(PreTrainedConfig):
     Window
         sliding_window (W): number of keys including the token's own.
         hsa_sliding_window: window inside the HSA layer; 0 leaves it out (HSA only).
-        rope_theta, use_qk_norm, rms_norm_eps, initializer_range.
+        use_qk_norm, rms_norm_eps, initializer_range.
+        rope_theta, rope_scaling: frequencies of RoPE and how a source model scaled them: None, or a dictionary with
+            Hugging Face's keys, "rope_type" ("linear", "llama3", "yarn") and its numbers (nn/rotary.py). Also read from
+            `rope_parameters`, transformers 5's name for both; a "rope_theta" in either becomes the option.
+        use_qkv_bias: biases of the query, key and value projections of windows and encoder layers, and of the queries
+            to the memory (Qwen2).
     Memory
         chunk_size (S), num_encoder_layers, encoder_intermediate_size (default intermediate_size),
         num_memory_heads (Hkv of the memory), landmark_source: "cls" or "mean".
@@ -70,7 +77,9 @@ class HSAConfig(PreTrainedConfig):
     sliding_window: int = 128
     hsa_sliding_window: int = 128
     rope_theta: float | int = 10_000.0
+    rope_scaling: dict | None = None
     use_qk_norm: bool = True
+    use_qkv_bias: bool = False
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
     chunk_size: int = 64
@@ -99,6 +108,7 @@ class HSAConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._read_rope(kwargs.pop("rope_parameters", None))
         unknown = sorted(set(kwargs) - _FOREIGN_KEYS)
         if unknown:
             close = get_close_matches(unknown[0], config_fields(), n=1)
@@ -112,6 +122,13 @@ class HSAConfig(PreTrainedConfig):
             self.moe_intermediate_size = self.intermediate_size
         self._check()
         super().__post_init__(**kwargs)
+
+    def _read_rope(self, parameters: dict[str, Any] | None) -> None:
+        if parameters and self.rope_scaling:
+            raise ValueError("rope_scaling and rope_parameters are one thing: give one of them")
+        scaling = dict(parameters or self.rope_scaling or {})
+        self.rope_theta = scaling.pop("rope_theta", self.rope_theta)
+        self.rope_scaling = check_scaling(scaling)
 
     @property
     def num_hidden_layers(self) -> int:

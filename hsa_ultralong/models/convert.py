@@ -1,4 +1,4 @@
-"""An HSA-UltraLong model that begins as a pretrained transformer: Llama or Qwen3, weights reused wherever shapes allow.
+"""An HSA-UltraLong model that begins as a pretrained transformer, Llama or Qwen, weights reused wherever shapes allow.
 
 Every source layer becomes one layer: its full attention becomes a window, its feed-forward block stays. The first layer
 of every upper group also gets attention over the memory, whose output projection is zero at first. So on texts no
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.modeling_hsa import HSAForCausalLM
+from hsa_ultralong.nn.rotary import SCALING_KEYS
 
-SOURCES = ("llama", "mistral", "qwen3")
+SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 # our name of a part of a layer -> the source's
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -49,7 +50,7 @@ def converted_config(
     """The configuration that a source's layers fit into.
 
     Args:
-        source: configuration of a Llama, Mistral or Qwen3 model.
+        source: configuration of a Llama, Mistral, Qwen2 or Qwen3 model; of another kind, it is refused by name.
         num_lower_layers: layers below the memory; default half of them, so that the groups are equal. options: of
             HSAConfig, such as chunk_topk, retrieval_dim, num_memory_heads.
 
@@ -86,7 +87,9 @@ def converted_config(
         sliding_window=sliding_window,
         hsa_sliding_window=sliding_window,
         rope_theta=float(_rope(source)["rope_theta"]),
+        rope_scaling=_rope_scaling(source),
         use_qk_norm=source.model_type == "qwen3",
+        use_qkv_bias=source.model_type == "qwen2" or bool(getattr(source, "attention_bias", False)),
         rms_norm_eps=source.rms_norm_eps,
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
@@ -98,22 +101,49 @@ def converted_config(
 
 
 def _rope(source: Any) -> dict[str, Any]:
-    """RoPE's parameters, where transformers 5 keeps them."""
-    found = getattr(source, "rope_parameters", None) or {}
-    return {"rope_type": "default", "rope_theta": getattr(source, "rope_theta", 10_000.0), **found}
+    """RoPE's parameters, where transformers 5 keeps them or where older files have them."""
+    found = getattr(source, "rope_parameters", None) or getattr(source, "rope_scaling", None) or {}
+    kind = found.get("rope_type") or found.get("type") or "default"
+    return {"rope_theta": getattr(source, "rope_theta", 10_000.0), **found, "rope_type": kind}
+
+
+def _rope_scaling(source: Any) -> dict[str, Any] | None:
+    """The numbers of a scaled RoPE that transformers reads."""
+    rope = _rope(source)
+    if (kind := rope["rope_type"]) == "default":
+        return None
+    needed, optional = SCALING_KEYS[kind]
+    # transformers takes 0 for absent
+    found = {key: rope[key] for key in (*needed, *optional) if rope.get(key)}
+    if "truncate" in rope:
+        found["truncate"] = bool(rope["truncate"])
+    if kind == "yarn" and "factor" not in found:
+        found["factor"] = source.max_position_embeddings / found["original_max_position_embeddings"]
+    return {"rope_type": kind, **found}
 
 
 def _problems(source: Any) -> list[str]:
-    """What of a source configuration our layers cannot represent."""
-    if source.model_type not in SOURCES:
-        return [f"its type is none of {', '.join(SOURCES)}"]
-    rope = _rope(source)
+    """What of a source configuration, which may be of any kind, our layers cannot represent."""
+
+    def has(*names: str) -> bool:
+        return any(getattr(source, name, None) for name in names)
+
+    rope, activation = _rope(source), getattr(source, "hidden_act", "silu")
+    kinds = set(getattr(source, "layer_types", None) or ())
+    rotated = rope.get("partial_rotary_factor") or getattr(source, "partial_rotary_factor", None) or 1.0
     checks = {
-        "its attention has biases": getattr(source, "attention_bias", False),
-        "its feed-forward blocks have biases": getattr(source, "mlp_bias", False),
-        f"its activation is {source.hidden_act}, not silu": source.hidden_act not in ("silu", "swish"),
-        f"its RoPE is scaled ({rope['rope_type']})": rope["rope_type"] != "default",
-        "its RoPE covers a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        f"its type is none of {', '.join(SOURCES)}": source.model_type not in SOURCES,
+        "its feed-forward blocks are mixtures of experts": has("num_experts", "num_local_experts", "n_routed_experts"),
+        "its feed-forward blocks have biases": has("mlp_bias"),
+        f"its activation is {activation}, not silu": activation not in ("silu", "swish"),
+        "some of its layers have a sliding window, others none": {"full_attention", "sliding_attention"} <= kinds,
+        "its logits are soft-capped": has("attn_logit_softcapping", "final_logit_softcapping"),
+        f"its RoPE is scaled in a way that is not supported ({rope['rope_type']})": (
+            rope["rope_type"] not in ("default", *SCALING_KEYS)
+        ),
+        "its RoPE differs from layer to layer": any(isinstance(value, dict) for value in rope.values()),
+        "its RoPE covers a part of each head": rotated != 1.0,
+        "its weights are quantised; convert the model that they were made from": has("quantization_config"),
     }
     return [text for text, is_so in checks.items() if is_so]
 
@@ -122,7 +152,8 @@ def convert_model(source: PreTrainedModel, **options: Any) -> Conversion:
     """A new model in the source's dtype; options as for converted_config.
 
     Raises:
-        ValueError: see converted_config; or a source whose parameters have other names or shapes than its type's.
+        ValueError: see converted_config; or a source whose parameters have other names or shapes than its type's, or
+            that has one without a place here, such as biases of attention's output, unless it is zero.
     """
     config = converted_config(source.config, **options)
     model = HSAForCausalLM(config).to(source.dtype)
@@ -131,6 +162,9 @@ def convert_model(source: PreTrainedModel, **options: Any) -> Conversion:
     missing = sorted(set(names.values()) - set(theirs))
     if missing:
         raise ValueError(f"the source lacks parameter {missing[0]!r}")
+    for name in sorted(set(theirs) - set(names.values())):
+        if theirs[name].any():
+            raise ValueError(f"{name} of the source has no place in the new model, and it is not zero")
     reused: dict[str, str] = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -144,6 +178,9 @@ def convert_model(source: PreTrainedModel, **options: Any) -> Conversion:
             elif name.endswith(".hsa.o_proj.weight"):
                 # the memory is silent at first
                 parameter.zero_()
+    if source.generation_config is not None and source.generation_config.eos_token_id is not None:
+        # chat models name more tokens that end an answer there
+        model.generation_config.eos_token_id = source.generation_config.eos_token_id
     initialised = [name for name, _ in model.named_parameters() if name not in reused]
     return Conversion(model.eval(), reused, initialised)
 
@@ -158,9 +195,10 @@ def _sources(model: HSAForCausalLM) -> dict[str, str]:
 
     def take(prefix: str, their_layer: int, parts: dict[str, str]) -> None:
         for ours, theirs in parts.items():
-            name = f"{prefix}.{ours}.weight"
-            if name in own:
-                names[name] = f"model.layers.{their_layer}.{theirs}.weight"
+            for kind in ("weight", "bias"):
+                name = f"{prefix}.{ours}.{kind}"
+                if name in own:
+                    names[name] = f"model.layers.{their_layer}.{theirs}.{kind}"
 
     attention = {part: f"self_attn.{part}" for part in _ATTENTION}
     feed_forward = {f"mlp.{part}": f"mlp.{part}" for part in _MLP}

@@ -153,8 +153,10 @@ class HSAModel(HSAPreTrainedModel):
     def rotary(self, x: torch.Tensor, windows: Windows | None) -> RotaryTable:
         layers = range(self.config.num_hidden_layers)
         past = 0 if windows is None else max(windows.state(layer).length for layer in layers)
-        assert self.config.head_dim is not None
-        return rotary_table(past + x.shape[1], self.config.head_dim, self.config.rope_theta, x.device, x.dtype)
+        config = self.config
+        assert config.head_dim is not None
+        length = past + x.shape[1]
+        return rotary_table(length, config.head_dim, config.rope_theta, x.device, x.dtype, config.rope_scaling)
 
     def read_lower(
         self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None = None, windows: Windows | None = None

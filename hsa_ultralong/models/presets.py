@@ -7,6 +7,7 @@ tests/models/test_presets.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -237,6 +238,7 @@ def _mismatch(key: str, value: Any) -> ValueError:
         "str": "a word",
         "None": "none",
         "list[int]": "whole numbers separated by commas",
+        "dict": "a JSON object",
     }
     return ValueError(f"{key} must be {' or '.join(names[kind] for kind in _kinds(key))}, got {value!r}")
 
@@ -250,6 +252,7 @@ def _check_kind(key: str, value: Any) -> None:
         "str": isinstance(value, str),
         "None": value is None,
         "list[int]": isinstance(value, list) and all(type(item) is int for item in value),
+        "dict": isinstance(value, dict),
     }
     if not any(fits[kind] for kind in kinds):
         raise _mismatch(key, value)
@@ -260,6 +263,10 @@ def _parse(key: str, text: str) -> Any:
     if "None" in kinds and text.lower() in ("none", "null"):
         return None
     try:
+        if "dict" in kinds:
+            value = json.loads(text)
+            _check_kind(key, value)
+            return value
         if "list[int]" in kinds and "," in text:
             return [int(item) for item in text.split(",")]
         if "bool" in kinds:

@@ -7,7 +7,8 @@ stored minus a constant centre of the model (fact 10). Called by models/modeling
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,14 @@ class EncoderLayer(nn.Module):
         head_dim: int,
         use_qk_norm: bool,
         rms_norm_eps: float,
+        use_qkv_bias: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim, self.group = head_dim, num_attention_heads // num_key_value_heads
         self.input_norm = nn.RMSNorm(hidden_size, eps=rms_norm_eps)
-        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
+        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=use_qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=use_qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=use_qkv_bias)
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()
@@ -87,9 +89,11 @@ class ChunkEncoder(nn.Module):
         use_qk_norm: bool,
         rope_theta: float,
         rms_norm_eps: float,
+        rope_scaling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.chunk_size, self.head_dim, self.rope_theta = chunk_size, head_dim, rope_theta
+        self.chunk_size, self.head_dim = chunk_size, head_dim
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         self.num_retrieval_heads = num_retrieval_heads
         self.landmark_source, self.normalize_landmarks = landmark_source, normalize_landmarks
         self.center_landmarks = center_landmarks
@@ -130,7 +134,7 @@ class ChunkEncoder(nn.Module):
         if lengths is not None:
             slots = torch.arange(size + 1, device=x.device)
             present = (slots < lengths.reshape(-1, 1)) | (slots == size)  # (N, S + 1)
-        rotary = rotary_table(size + 1, self.head_dim, self.rope_theta, x.device, x.dtype)
+        rotary = rotary_table(size + 1, self.head_dim, self.rope_theta, x.device, x.dtype, self.rope_scaling)
         for layer in self.layers:
             x = layer(x, rotary, None if present is None else present[:, None, None])
         x = self.norm(x)

@@ -36,10 +36,12 @@ class HierarchicalSparseAttention(nn.Module):
         chunk_size: int,
         use_qk_norm: bool,
         rms_norm_eps: float,
+        use_qkv_bias: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim, self.chunk_size = head_dim, chunk_size
-        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=False)
+        # the keys it reads have none: without positions theirs would move all scores of a chunk alike
+        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=use_qkv_bias)
         self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
 

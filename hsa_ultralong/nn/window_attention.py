@@ -44,12 +44,13 @@ class WindowAttention(nn.Module):
         window: int,
         use_qk_norm: bool,
         rms_norm_eps: float,
+        use_qkv_bias: bool = False,
     ) -> None:
         super().__init__()
         self.window, self.head_dim = window, head_dim
-        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
+        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=use_qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=use_qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=use_qkv_bias)
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()

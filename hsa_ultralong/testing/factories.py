@@ -29,6 +29,15 @@ MODEL_OPTIONS: dict[str, dict[str, Any]] = {
     "mixture_of_experts": {"num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 8},
     "no_shared_expert": {"num_experts": 4, "num_experts_per_token": 1, "num_shared_experts": 0, "num_dense_layers": 0},
     "unnormalized": {"normalize_retrieval": False, "use_qk_norm": False, "learned_temperature": False},
+    "qkv_bias_llama3": {
+        "use_qkv_bias": True, "use_qk_norm": False, "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "yarn_rope": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000},
+    },
     "two_encoder_layers": {"num_encoder_layers": 2},
     "one_group_of_one": {"num_upper_groups": 1, "num_layers_per_group": 1, "num_lower_layers": 1},
     "full_coverage": {"chunk_topk": 100},

@@ -28,6 +28,7 @@ _KEPT = {
     getattr(torch.ops.aten, name).default
     for name in (
         "mm",
+        "addmm",
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_cudnn_attention",

@@ -190,8 +190,10 @@ class _Pass:
 
     def _rotary(self, windows: Windows, x: torch.Tensor) -> RotaryTable:
         past = max((state.length for state in windows.states), default=0)
-        assert self.config.head_dim is not None
-        return rotary_table(past + x.shape[1], self.config.head_dim, self.config.rope_theta, x.device, x.dtype)
+        config = self.config
+        assert config.head_dim is not None
+        length = past + x.shape[1]
+        return rotary_table(length, config.head_dim, config.rope_theta, x.device, x.dtype, config.rope_scaling)
 
     def _window_segments(self, start: int, stop: int) -> torch.Tensor | None:
         segments = self.row.layout.window_segments

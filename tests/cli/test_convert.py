@@ -2,8 +2,9 @@
 
 import json
 
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
@@ -43,13 +44,68 @@ def test_a_converted_folder_loads_and_says_where_it_comes_from(tmp_path):
     assert not list(tmp_path.glob(".partial*"))
 
 
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+LLAMA3 = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def write_older_rope(folder, theta, scaling):
+    """config.json as transformers 4 wrote it."""
+    path = folder / "config.json"
+    keys = json.loads(path.read_text())
+    del keys["rope_parameters"]
+    path.write_text(json.dumps({**keys, "rope_theta": theta, "rope_scaling": scaling}))
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_qwen2_and_scaled_rope_are_converted_whoever_wrote_the_folder(tmp_path, is_older):
+    torch.manual_seed(0)
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}
+    for name, model in {
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES, initializer_range=0.1)),
+        "llama": LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.1, rope_parameters=rope)),
+    }.items():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(tmp_path / name)
+        if is_older:
+            old = {"rope_type": "llama3", **LLAMA3} if name == "llama" else None
+            write_older_rope(tmp_path / name, 500.0 if old else 10_000.0, old)
+        result = run(tmp_path / name, "-o", tmp_path / f"ours-{name}", "--window", 16, "--set", "retrieval_dim=16")
+        assert result.exit_code == 0, result.output
+        student, ids = HSAForCausalLM.from_pretrained(tmp_path / f"ours-{name}"), torch.randint(61, (1, 16))
+        assert student.config.use_qkv_bias == (name == "qwen2")
+        assert student.config.rope_scaling == ({"rope_type": "llama3", **LLAMA3} if name == "llama" else None)
+        with torch.no_grad():
+            torch.testing.assert_close(student(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_converted_is_one_line(tmp_path):
     result = run(tmp_path, "-o", tmp_path / "x")
     assert result.exit_code == 2 and "no config.json" in result.output
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        attention_bias=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "biased")
-    result = run(tmp_path / "biased", "-o", tmp_path / "x")
-    assert result.exit_code == 2 and "biases" in result.output and not (tmp_path / "x").exists()
+    kept = {**SIZES, "hidden_act": "silu"}
+    for keys, problem in (
+        ({**kept, "model_type": "llama", "attention_bias": True}, None),
+        ({**kept, "model_type": "llama", "mlp_bias": True}, "feed-forward blocks have biases"),
+        ({**kept, "model_type": "mixtral", "num_local_experts": 8}, "mixtures of experts"),
+        ({**kept, "model_type": "gemma2", "final_logit_softcapping": 30.0}, "soft-capped"),
+        ({**kept, "model_type": "not-known-to-anyone"}, "its type is none of llama, mistral, qwen2, qwen3"),
+        (kept, "this unnamed model cannot be converted"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(keys))
+        result = run(tmp_path, "-o", tmp_path / "x")
+        # the configuration alone decides: there are no weights in the folder
+        assert result.exit_code == 2 and len(result.output.strip().splitlines()) == 1, result.output
+        assert problem is None or problem in result.output
+        assert not (tmp_path / "x").exists()
+    (tmp_path / "config.json").write_text("{")
+    result = run(tmp_path, "-o", tmp_path / "x")
+    assert result.exit_code == 2 and "damaged" in result.output
+    (tmp_path / "config.json").write_text(json.dumps({**kept, "model_type": "llama"}))
+    result = run(tmp_path, "-o", tmp_path / "x", "--set", "sliding_window=64")
+    assert result.exit_code == 2 and "sliding_window: use --window" in result.output

@@ -19,7 +19,7 @@ from hsa_ultralong.train.parallelize import alone, clip_gradients, gathered, par
 from hsa_ultralong.train.segmented import segmented_loss_backward
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
-DENSE = {"num_upper_groups": 1, "tie_word_embeddings": True}
+DENSE = {"num_upper_groups": 1, "tie_word_embeddings": True, **MODEL_OPTIONS["qkv_bias_llama3"]}
 EXPERTS = {
     **MODEL_OPTIONS["mixture_of_experts"],
     "num_upper_groups": 1,

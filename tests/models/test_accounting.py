@@ -22,6 +22,8 @@ VARIANTS = {
     "plain": {},
     "untied": {"tie_word_embeddings": False},
     "no qk norm": {"use_qk_norm": False},
+    "biases": {"use_qkv_bias": True, "num_encoder_layers": 2},
+    "biases, HSA only": {"use_qkv_bias": True, "hsa_sliding_window": 0, "num_memory_heads": 2},
     "HSA only, bypass": {"hsa_sliding_window": 0, "hsa_residual": "bypass"},
     "scores": {"learned_temperature": False, "position_decay": True},
     "two retrieval heads": {"num_memory_heads": 2, "num_retrieval_heads": 2},

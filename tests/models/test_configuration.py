@@ -81,6 +81,63 @@ def test_defaults_follow_from_other_fields():
     assert config.num_hidden_layers == 4 + 2 * 2
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **{k: LLAMA3[k] for k in LLAMA3 if k != "rope_type"}}},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5, "beta_fast": None}, "rope_scaling": None},
+    ],
+)
+def test_rope_is_read_as_transformers_5_and_older_write_it(options, tmp_path):
+    given = {key: dict(value) if isinstance(value, dict) else value for key, value in options.items()}
+    config = tiny_config(**given)
+    assert (config.rope_theta, config.rope_scaling) == (5e5, LLAMA3)
+    assert given == options
+    config.save_pretrained(tmp_path)
+    again = HSAConfig.from_pretrained(tmp_path)
+    assert (again.rope_theta, again.rope_scaling) == (5e5, LLAMA3)
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_an_unscaled_rope_leaves_theta_only(name):
+    config = tiny_config(**{name: {"rope_type": "default", "rope_theta": 123.0}})
+    assert (config.rope_theta, config.rope_scaling) == (123.0, None)
+    assert tiny_config(rope_theta=5.0, rope_scaling=None, rope_parameters=None).rope_theta == 5.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "one of linear, llama3, yarn, got 'dynamic'"),
+        ({"rope_scaling": {"factor": 2.0}}, "got 'default' with factor"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "facter": 1.0}}, "has no 'facter'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -2.0}}, "factor must be a positive number, got -2.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be a positive number, got '2'"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor must be below high_freq_factor"),
+        ({"rope_parameters": {"rope_theta": 0.0}}, "rope_theta must be > 0"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": LLAMA3}, "give one of them"),
+        (
+            {"rope_scaling": {
+                "rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 9, "truncate": 1}},
+            "truncate must be true or false",
+        ),
+    ],
+)  # fmt: skip
+def test_a_rope_that_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**options)
+
+
 def test_reaches_are_the_sums_of_the_windows():
     config = tiny_config(num_lower_layers=3, num_upper_groups=2, num_layers_per_group=3)
     assert config.lower_reach == 3 * (5 - 1)

@@ -88,6 +88,8 @@ def test_unknown_names_and_options_name_the_closest():
         ("head_dim=32", 32),
         ("eos_token_id=1,2", [1, 2]),
         ("eos_token_id=7", 7),
+        ('rope_scaling={"rope_type": "linear", "factor": 2}', {"rope_type": "linear", "factor": 2}),
+        ("rope_scaling=none", None),
     ],
 )
 def test_options_are_typed_by_their_field(option, expected):
@@ -97,7 +99,18 @@ def test_options_are_typed_by_their_field(option, expected):
 
 @pytest.mark.parametrize(
     "option",
-    ["chunk_topk", "=3", "chunk_topk=", "chunk_topk=1.5", "chunk_topk=none", "use_qk_norm=2", "rope_theta=x", "foo=1"],
+    [
+        "chunk_topk",
+        "=3",
+        "chunk_topk=",
+        "chunk_topk=1.5",
+        "chunk_topk=none",
+        "use_qk_norm=2",
+        "rope_theta=x",
+        "foo=1",
+        "rope_scaling=linear",
+        "rope_scaling=2",
+    ],
 )
 def test_malformed_options_are_refused(option):
     with pytest.raises(ValueError):

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hsa_ultralong.nn.rotary import apply_rotary, rotary_table, tail
+from hsa_ultralong.nn.rotary import apply_rotary, rotary_at, rotary_frequencies, rotary_table, tail
 from hsa_ultralong.nn.window_attention import WindowAttention, WindowState
 from hsa_ultralong.testing.factories import random_tensor, randomize
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+# as Llama 3.1 and 3.2, Qwen2.5 and others have them: head dimension, theta, scaling
+SCALINGS = {
+    "Llama 3.1": (128, 5e5, LLAMA3),
+    "Llama 3.2": (64, 5e5, {**LLAMA3, "factor": 32.0}),
+    "linear": (128, 1e4, {"rope_type": "linear", "factor": 2.5}),
+    "Qwen2.5": (128, 1e6, YARN),
+    "small base": (128, 1e4, {**YARN, "factor": 16.0, "original_max_position_embeddings": 4096}),
+    "own ramp": (64, 1e4, {**YARN, "beta_fast": 20.0, "beta_slow": 2.0, "truncate": False}),
+    "own factor": (64, 1e4, {**YARN, "attention_factor": 1.5}),
+    "two scales": (64, 1e4, {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}),
+    "no ramp": (64, 1e4, {**YARN, "original_max_position_embeddings": 6}),
+}
 
 
 def table(length, dtype=torch.float64, dim=8):
@@ -46,6 +67,36 @@ def test_fp32_tables_at_position_one_million_are_rounded_fp64_angles():
     assert stored.cos.dtype == torch.float32
     assert float((stored.cos.double() - exact.cos()).abs().max()) < 1e-6
     assert float((stored.sin.double() - exact.sin()).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_frequencies_are_those_of_transformers(name):
+    dim, theta, scaling = SCALINGS[name]
+    config = LlamaConfig(
+        hidden_size=4 * dim, num_attention_heads=4, rope_parameters={**scaling, "rope_theta": theta},
+        max_position_embeddings=131_072,
+    )  # fmt: skip
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
+    found, factor = rotary_frequencies(dim, theta, scaling)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=0)
+    assert factor == pytest.approx(expected_factor, rel=1e-12)
+    assert not torch.allclose(found, rotary_frequencies(dim, theta)[0], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN])
+def test_tables_of_places_are_rows_of_the_table(scaling):
+    places = torch.tensor([3, 0, 1000, 7])
+    whole = rotary_table(1001, 8, 1e4, torch.device("cpu"), torch.float64, scaling)
+    part = rotary_at(places, 8, 1e4, torch.float64, scaling)
+    assert torch.equal(part.cos, whole.cos[places]) and torch.equal(part.sin, whole.sin[places])
+
+
+def test_yarn_multiplies_products_by_its_factor_squared():
+    q, k = random_tensor(6, 1, 8), random_tensor(6, 1, 8, seed=1)
+    scaled = rotary_table(6, 8, 1e4, torch.device("cpu"), torch.float64, {**YARN, "attention_factor": 1.5})
+    products = [(apply_rotary(q, part) * apply_rotary(k, part)).sum(-1) for part in (scaled, table(6))]
+    # at equal places rotation cancels
+    torch.testing.assert_close(products[0], 1.5**2 * products[1])
 
 
 def test_tables_keep_fp64_for_fp64_models_only():

@@ -36,7 +36,7 @@ def assert_equal(found, expected):
         torch.testing.assert_close(value, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("options", ["default", "bypass", "hsa_only_layer", "mixture_of_experts"])
+@pytest.mark.parametrize("options", ["default", "bypass", "hsa_only_layer", "mixture_of_experts", "qkv_bias_llama3"])
 def test_recomputation_keeps_less_and_changes_no_gradient(options):
     expected, kept = gradients(tiny_model(**MODEL_OPTIONS[options]).train())
     for mode in ("selective", "full"):
