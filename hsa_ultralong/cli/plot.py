@@ -15,10 +15,10 @@ def register(app: typer.Typer) -> None:
 def plot(
     source: Annotated[
         Path | None,
-        typer.Argument(help="A run or report folder, log.jsonl, records.jsonl, ops- or memory-*.json."),
+        typer.Argument(help="A run or report folder, log.jsonl, records.jsonl, ops-, memory- or training-*.json."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG to write [default: beside the source].")
+        Path | None, typer.Option("--output", "-o", help="PNG to write.", show_default="beside the source")
     ] = None,
     all_figures: Annotated[bool, typer.Option("--all", help="Redraw every committed figure from its numbers.")] = False,
 ) -> None:
@@ -45,7 +45,7 @@ def plot(
     file, kind = _find(source)
     name = {"needles": "needles.png", "training": "loss.png"}.get(kind, f"{file.stem}.png")
     target = output or file.with_name(name)
-    draw(file, target, kind, "" if kind in ("ops", "memory") else f"{source.resolve().name}")
+    draw(file, target, kind, "" if kind in ("ops", "memory", "training_speed") else f"{source.resolve().name}")
     typer.echo(f"written {target}")
 
 
@@ -53,7 +53,7 @@ def _find(source: Path) -> tuple[Path, str]:
     candidates = [source] if source.is_file() else [source / "log.jsonl", source / "records.jsonl"]
     for file in candidates:
         if file.is_file() and file.suffix == ".json":
-            return file, "memory" if file.name.startswith("memory") else "ops"
+            return file, {"memory": "memory", "training": "training_speed"}.get(file.name.split("-")[0], "ops")
         if file.is_file():
             return file, "training" if file.name.startswith("log") else "needles"
     raise ValueError(f"{source} holds neither log.jsonl (a run) nor records.jsonl (a needle report)")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
     from hsa_ultralong.train import TrainConfig, Trainer
@@ -27,16 +28,22 @@ def train(
         list[str] | None,
         typer.Option("--chat", help="With --text: conversations, which then take the place of made instructions."),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder [default: DATA/tokenizer].")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder.", show_default="that of the shards")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the run [default: runs/RECIPE].")
+        Path | None, typer.Option("--output", "-o", help="Folder of the run.", show_default="runs/RECIPE")
     ] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Override: seed=3, warmup.tokens=1000000, model.chunk_topk=16.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Override: seed=3, warmup.tokens=1000000, model.chunk_topk=16, parallel.replicate=4; may be repeated.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
-    max_minutes: Annotated[float, typer.Option(help="Save and stop after so many minutes; run again to go on.")] = 1e9,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Save and stop after so many minutes; run again to go on.")
+    ] = None,
     init_from: Annotated[
         Path | None, typer.Option(help="Start from the weights of this exported model folder.")
     ] = None,
@@ -71,39 +78,63 @@ def train(
         _show_plan(config, as_json)
         return
     run = output or Path("runs") / recipe
-    if (data is None) == (not text) or (chat and not text):
+    if chat and not text:
+        raise ValueError("--chat goes with --text; shards get conversations from `hsa data corpus.txt --chat FILE`")
+    if (data is None) == (not text):
         raise ValueError(
             "training needs --data SHARDS, made with `hsa data corpus.txt -o SHARDS`, or --text corpus.txt"
         )
-    import torch.distributed as dist
-
     from hsa_ultralong.cli.common import choose_device
-    from hsa_ultralong.data import TokenShards, load_tokenizer
     from hsa_ultralong.distributed.mesh import init_distributed
-    from hsa_ultralong.train import Trainer
 
     place = init_distributed(choose_device(device))
-    is_first = _rank() == 0
-    folder = data or _prepare_shards(text or [], chat or [], run / "shards", tokenizer, config)
-    tokens = load_tokenizer(tokenizer or folder / "tokenizer")
+    shards = data or _prepare_shards(text or [], chat or [], run / "shards", tokenizer, config)
+    _run(config, run, shards, tokenizer or shards / "tokenizer", place, until, max_minutes, init_from, export)
+
+
+def _run(
+    config: TrainConfig,
+    run: Path,
+    folder: Path,
+    tokenizer: Path,
+    place: torch.device,
+    until: str | None,
+    max_minutes: float | None,
+    init_from: Path | None,
+    export: Path | None,
+) -> None:
+    """Train on the shards in `folder` in this process, or in it and its peers."""
+    import logging
+    import math
+
+    import torch.distributed as dist
+
+    from hsa_ultralong.data import TokenShards, load_tokenizer
+    from hsa_ultralong.models import HSAForCausalLM
+    from hsa_ultralong.train import Trainer
+
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if not is_first:
+        # warnings are the same on all processes
+        logging.getLogger("hsa_ultralong").setLevel(logging.ERROR)
+    tokens = load_tokenizer(tokenizer)
     shards = TokenShards.open(folder, tokens)
     with _Display(config, is_first) as display:
         probe = _probe(shards, tokens, config, place)
         trainer = Trainer(config, run, shards, tokens, device=place, probe=probe, listener=display.show)
-        if init_from is not None:
-            from hsa_ultralong.models import HSAForCausalLM
-
+        if init_from is not None and trainer.resumed_from is None:
             trainer.initialize_from(HSAForCausalLM.from_pretrained(init_from).state_dict())
-        display.start(trainer.global_step)
+        display.start(trainer)
         _stop_on_signals(trainer)
-        done = trainer.train(max_minutes=max_minutes, last_stage=until)
+        done = trainer.train(max_minutes=math.inf if max_minutes is None else max_minutes, last_stage=until)
     if export is not None and done:
         _export(trainer, export)
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_first:
         state = "finished" if done else "stopped"
-        typer.echo(f"{state} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; run folder: {run}")
+        advice = "" if done else "; run the same command again to go on"
+        typer.echo(f"{state} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; run folder: {run}{advice}")
         _draw(run)
         if export is not None and done:
             typer.echo(f"model written to {export}")
@@ -118,12 +149,6 @@ def _export(trainer: Trainer, folder: Path) -> None:
     export_model(trainer.model, trainer.tokenizer, folder, topk=trainer.topk)
 
 
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def _use_conversations(config: TrainConfig) -> None:
     """Rows of real conversations in every stage that has rows of instructions made from text."""
     for stage in config.stages:
@@ -134,16 +159,19 @@ def _prepare_shards(
     text: list[str], chat: list[str], folder: Path, tokenizer: Path | None, config: TrainConfig
 ) -> Path:
     """Token shards in `folder`, made by the first process unless they are there already."""
-    import torch.distributed as dist
+    from hsa_ultralong.distributed.mesh import on_first, patient_group
 
-    if _rank() == 0 and not folder.exists():
+    def prepare() -> None:
+        if folder.exists():
+            typer.echo(f"training on {folder}, made before; remove it to read {', '.join([*text, *chat])} again")
+            return
         from hsa_ultralong.cli.data import data as tokenise
         from hsa_ultralong.models.presets import preset
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         tokenise(text, folder, tokenizer=tokenizer, vocab_size=preset(config.preset).vocab_size, chat=chat)
-    if dist.is_initialized():
-        dist.barrier()
+
+    on_first(prepare, patient_group())
     return folder
 
 
@@ -216,15 +244,20 @@ def _plan_table(config: TrainConfig, plan: dict[str, Any]) -> Table:
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for name in ("stage", "context", "steps", "tokens", "weights", "gradients", "optimiser", "activations", "sum"):
         table.add_column(name, justify="left" if name == "stage" else "right")
+    has_host = any(stage["host"] for stage in plan["stages"])
+    if has_host:
+        table.add_column("host", justify="right")
     table.add_column("time", justify="right")
     for stage in plan["stages"]:
         sizes = (stage[name] for name in ("weights", "gradients", "optimizer", "activations", "total_bytes"))
         counts = (f"{stage['seq_len']:,}", f"{stage['steps']:,}", format_count(stage["tokens"]))
-        table.add_row(stage["stage"], *counts, *map(format_bytes, sizes), _duration(stage["seconds"]))
+        host = [format_bytes(stage["host"])] if has_host else []
+        table.add_row(stage["stage"], *counts, *map(format_bytes, sizes), *host, _duration(stage["seconds"]))
     table.add_section()
     tokens = format_count(sum(stage["tokens"] for stage in plan["stages"]))
     steps = f"{sum(stage['steps'] for stage in plan['stages']):,}"
-    table.add_row("all", "", steps, tokens, "", "", "", "", "", _duration(plan["seconds"]))
+    empty = [""] * (6 if has_host else 5)
+    table.add_row("all", "", steps, tokens, *empty, _duration(plan["seconds"]))
     return table
 
 
@@ -259,8 +292,10 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def start(self, step: int) -> None:
-        self.progress.update(self.task, completed=step)
+    def start(self, trainer: Trainer) -> None:
+        self.progress.update(self.task, completed=trainer.global_step)
+        if trainer.resumed_from is not None:
+            self.progress.console.print(f"going on from {trainer.resumed_from}", highlight=False, soft_wrap=True)
 
     def show(self, record: dict[str, Any]) -> None:
         if "probe" in record:

@@ -8,8 +8,10 @@ the training loop; tests/distributed/test_parallelize.py, test_mesh.py; docs/dis
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 CHECKPOINTING = ("none", "selective", "full")
 PARAM_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+T = TypeVar("T")
 
 
 @dataclass
@@ -145,3 +148,44 @@ def total(part: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
     if mesh is not None:
         dist.all_reduce(part)
     return part
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """All processes over gloo, for what may take hours, such as tokenising or a slow disk; None for a single process.
+
+    A process that dies closes its connections, so its peers fail at once all the same.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7)) if dist.is_initialized() else None
+
+
+def everywhere(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """What `work` gives on every process, by rank; all of them call it with a group of `patient_group`.
+
+    Raises:
+        Exception: that of `work` here. OSError: naming the rank and its error, if `work` failed elsewhere only, so
+            that no process goes on to wait for one that failed.
+    """
+    done: Any = None
+    error: Exception | None = None
+    try:
+        done = work()
+    except Exception as caught:
+        error = caught
+    own = (done, None if error is None else f"{type(error).__name__}: {error}")
+    parts = [own]
+    if group is not None:
+        parts = parts * dist.get_world_size(group)
+        dist.all_gather_object(parts, own, group=group)
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(parts):
+        if message is not None:
+            raise OSError(f"process {rank}: {message}")
+    return [part for part, _ in parts]
+
+
+def on_first(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What `work` gives on the first process, which alone does it while the others wait; errors as in `everywhere`."""
+    is_first = group is None or dist.get_rank() == 0
+    found: list[Any] = everywhere(lambda: work() if is_first else None, group)
+    return found[0]  # type: ignore[no-any-return]

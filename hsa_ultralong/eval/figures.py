@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
 from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, read_benchmark
-from hsa_ultralong.eval.benchmarks.training import plot_training_speed
+from hsa_ultralong.eval.benchmarks.training_report import plot_training_speed
 from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl
 
 # source, figure, kind, title

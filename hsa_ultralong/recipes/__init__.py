@@ -33,8 +33,8 @@ def recipe(name: str) -> TrainConfig:
     """
     if name not in RECIPES:
         close = get_close_matches(name, RECIPES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown recipe {name!r}{hint} Recipes: {', '.join(RECIPES)}")
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"unknown recipe {name!r}{hint}. Recipes: {', '.join(RECIPES)}")
     return RECIPES[name]()
 
 

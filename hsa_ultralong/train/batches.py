@@ -4,6 +4,9 @@ and i, so a run goes on with any number of processes where its checkpoint stands
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +74,7 @@ def step_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_leave_signals_to_the_trainer,
         # its own generator: starting a loader must not move the run's random state
         generator=torch.Generator(),
     )
@@ -84,6 +88,22 @@ def step_batches(
                 f"cannot read the rows of step {step} of stage {stage.name!r} from {shards.path} ({reason}); the last "
                 "checkpoint is intact: repair or rebuild the shards, then run the same command again"
             ) from error
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """torchrun, job schedulers and Ctrl-C signal the whole process group; the step under way still needs its rows.
+
+    A worker ends with SIGTERM from its own trainer only.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_trainer_says, daemon=True).start()
+
+
+def _end_when_the_trainer_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def count_labels(batches: list[Batch]) -> int:

@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import shutil
+import time
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,11 +29,15 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
+
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 _STATE = "state.json"
 _OPTIMIZER = "optimizer/"
+# what one host writes may show up late on another
+_VISIBLE_SECONDS = 30.0
 
 
 class CheckpointError(OSError):
@@ -62,17 +68,40 @@ class Checkpoints:
     Args:
         run: folder of the run, the same one for all processes.
         keep: how many to keep.
+
+    Raises:
+        ValueError: if the processes do not share the folder.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
         self.run, self.folder, self.keep = run, run / "checkpoints", keep
         self._is_distributed = dist.is_initialized()
-        self._rank = dist.get_rank() if self._is_distributed else 0
+        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if self._is_distributed else (0, 1)
         # saving goes on beside training: its exchanges must not mix with the others'
-        self._group = dist.new_group(backend="gloo") if self._is_distributed else None
+        self._group = patient_group()
         self._pending: Future[Path] | None = None
+        self._check_shared()
         # one process is no mistake
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+    def _check_shared(self) -> None:
+        if not self._is_distributed:
+            return
+        mark = self.run / on_first(lambda: f".shared-{uuid.uuid4().hex}", self._group)
+        on_first(mark.touch, self._group)
+        sees = everywhere(lambda: _appears(mark), self._group)
+        if self._rank == 0:
+            mark.unlink()
+        if not all(sees):
+            raise ValueError(
+                f"process {sees.index(False)} does not see what the first one writes to {self.run}: the run folder "
+                "must be one that all hosts share"
+            )
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, the same one on every process; None if there is none."""
+        name = on_first(lambda: max((path.name for path in list_checkpoints(self.run)), default=None), self._group)
+        return None if name is None else self.folder / name
 
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], *, wait: bool) -> None:
         """Write `run/checkpoints/step-<global_step>` and delete all but the newest; every process calls it.
@@ -85,11 +114,7 @@ class Checkpoints:
         self.wait()
         final = self.folder / f"step-{state['global_step']:08d}"
         partial = self.folder / f".partial-{final.name}"
-        if self._rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # what an interrupted save left behind would keep its room on a full disk
-            for stale in self.folder.glob(".partial-*"):
-                shutil.rmtree(stale, ignore_errors=True)
+        on_first(self._make_room, self._group)
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._is_distributed}
         written = dcp.async_save(dict(tensors), storage_writer=writer, **options)
@@ -100,17 +125,24 @@ class Checkpoints:
         if wait:
             self.wait()
 
+    def _make_room(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # what an interrupted save left behind would keep its room on a full disk
+        for stale in self.folder.glob(".partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
     def _finish(self, written: Future[Any], partial: Path, final: Path, state: dict[str, Any]) -> Path:
-        """Once the files of all processes are on disk, the first one gives the checkpoint its name."""
+        """Once the files of all processes are on disk, the checkpoint gets its name; it ends alike on all processes."""
         try:
             written.result()
-            if self._rank == 0:
-                files = {file.name: _describe(file) for file in sorted(partial.iterdir())}
-                _write_json(partial / _STATE, {"format": FORMAT_VERSION, "files": files, **state})
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-                for old in list_checkpoints(self.run)[: -self.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+            # every process surely sees what it wrote itself
+            listings = everywhere(lambda: [file.name for file in partial.iterdir()], self._group)
+            own = sorted({name for names in listings for name in names})[self._rank :: self._world]
+            parts = everywhere(lambda: {name: _describe(partial / name) for name in own}, self._group)
+            files = dict(sorted(item for part in parts for item in part.items()))
+            on_first(
+                lambda: self._publish(partial, final, {"format": FORMAT_VERSION, "files": files, **state}), self._group
+            )
         except (Exception, CheckpointException) as error:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -121,10 +153,17 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {final} could not be written ({cause}); {kept}; {advice}") from error
         return final
 
-    def poll(self) -> None:
-        """Raise the error of a save that failed meanwhile."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        _write_json(partial / _STATE, state)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in list_checkpoints(self.run)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save has failed meanwhile, known earlier on some processes than on others; `wait` says why."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
         """Return when the last save is complete.
@@ -143,14 +182,11 @@ class Checkpoints:
             ValueError: if the checkpoint is damaged, of another format, or of another model.
         """
         state = read_state(path)
-        names = sorted(state["files"])
-        world = dist.get_world_size() if self._is_distributed else 1
-        damaged = [name for name in names[self._rank :: world] if not _is_whole(path / name, state["files"][name])]
-        if self._is_distributed:
-            parts: list[Any] = [None] * world
-            dist.all_gather_object(parts, damaged, group=self._group)
-            damaged = [name for part in parts for name in part]
-        if damaged:
+        own = sorted(state["files"])[self._rank :: self._world]
+        parts = everywhere(
+            lambda: [name for name in own if not _is_whole(path / name, state["files"][name])], self._group
+        )
+        if damaged := [name for part in parts for name in part]:
             raise ValueError(
                 f"checkpoint file {path / damaged[0]} is missing, truncated or corrupt; delete {path} to use an "
                 "older one"
@@ -161,7 +197,8 @@ class Checkpoints:
         _check_fit({name: size for name, size in shapes.items() if not name.startswith(_OPTIMIZER)}, targets)
         slots = _optimizer_slots(model, optimizers, shapes)
         targets.update({name: tensor for name, (_, _, _, tensor) in slots.items()})
-        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not self._is_distributed)
+        reader = HuggingFaceStorageReader(str(path))
+        dcp.load(targets, storage_reader=reader, process_group=self._group, no_dist=not self._is_distributed)
         for optimizer, parameter, key, tensor in slots.values():
             optimizer.state[parameter][key] = tensor
         return state
@@ -238,6 +275,16 @@ def read_state(path: Path) -> dict[str, Any]:
             "with the version that began it, or start a new one from its exported model with --init-from"
         )
     return state
+
+
+def _appears(file: Path) -> bool:
+    """Whether the file is there, perhaps after a while."""
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _describe(file: Path) -> dict[str, Any]:

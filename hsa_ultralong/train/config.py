@@ -41,6 +41,8 @@ class StageConfig:
             (docs/pooled-memory.md).
         segment_tokens: run rows this many tokens at a time, so that activations are those of one piece
             (train/segmented.py); 0 = whole rows.
+        segment_offload: with segment_tokens on a GPU, lower outputs and their gradients wait in pinned host memory
+            (4 bytes * hidden_size a token), so that only the memory grows with the row on the card.
     """
 
     name: str
@@ -60,6 +62,7 @@ class StageConfig:
     isolate_documents: bool = False
     pool_memory: str | bool = ""
     segment_tokens: int = 0
+    segment_offload: bool = False
     data_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,10 @@ class StageConfig:
             )
         if self.segment_tokens and self.pool_memory:
             raise ValueError(f"stage {self.name!r}: segment_tokens does not go with pool_memory")
+        if self.segment_offload and not self.segment_tokens:
+            raise ValueError(
+                f"stage {self.name!r}: segment_offload moves what segments leave behind: set segment_tokens too"
+            )
 
     @property
     def rows(self) -> int:

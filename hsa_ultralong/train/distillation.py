@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.train.optim import decay_groups
 
 
 def divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -53,10 +54,10 @@ def distill(
     """
     teacher.eval()
     student.train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(decay_groups(student.parameters(), 0.1), lr=learning_rate, betas=(0.9, 0.95))
     records: list[dict[str, float]] = []
     for step in range(steps):
-        rate = learning_rate * min(1.0, (step + 1) / warmup_steps) * (1 - step / steps)
+        rate = learning_rate * min(1.0, (step + 1) / max(1, warmup_steps)) * (1 - step / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids = next(texts)

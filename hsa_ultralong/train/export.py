@@ -1,4 +1,8 @@
-"""Write a trained model as a Hugging Face folder (config, bf16 weights, tokenizer, checksums), whole or not at all."""
+"""Write a trained model as a Hugging Face folder: config, bf16 weights, tokenizer, checksums.
+
+A new folder appears whole or not at all; in an existing one files are replaced one by one, checksums.json last.
+Called by cli/train.py; tests/train/test_safety.py.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ from hsa_ultralong.models import HSAForCausalLM
 
 
 def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: int) -> None:
-    """Save `model` in bf16 with `chunk_topk = topk` and its tokenizer; other files of an existing folder stay.
+    """Save `model` in bf16 with `chunk_topk = topk` and its tokenizer; of an existing folder, weights that were there
+    go and other files stay.
 
     A model that is spread over processes is collected: all of them call this, the first one writes.
     """
@@ -37,9 +42,25 @@ def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: i
     shutil.rmtree(partial, ignore_errors=True)
     plain.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    table = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(partial.iterdir())}
+    table = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
     (partial / "checksums.json").write_text(json.dumps(table, indent=1) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in partial.iterdir():
-        file.replace(folder / file.name)
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    # the old checksums.json, replaced last, makes readers refuse a mixture of old and new
+    for name in table:
+        (partial / name).replace(folder / name)
+    for file in folder.glob("model*.safetensors*"):
+        # other parts of weights, in fewer or more files, would be loaded instead
+        if file.name not in table:
+            file.unlink()
+    (partial / "checksums.json").replace(folder / "checksums.json")
     partial.rmdir()
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,13 +1,12 @@
 """The training loop: staged, resumable, interruptible, on one device or many. What people see goes through listeners.
 
-Called by cli/train.py and the recipes; tests/train/. The data order is a function of (seed, stage, step), so resuming
-continues exactly where the checkpoint stands, with any number of processes.
+Called by cli/train.py and the recipes; tests/train/. Rows and the noise of a selection are functions of the seed and of
+the place in the run, so resuming continues exactly where the checkpoint stands, with any number of processes.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards
+from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.distributed.mesh import build_mesh, data_rank, data_world, total
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
@@ -25,7 +25,6 @@ from hsa_ultralong.train.activations import activation_context
 from hsa_ultralong.train.batches import Batch, count_labels, stage_mixture, step_batches
 from hsa_ultralong.train.checkpoint import (
     Checkpoints,
-    list_checkpoints,
     load_weights,
     model_tensors,
     optimizer_tensors,
@@ -41,9 +40,17 @@ from hsa_ultralong.train.metrics import (
     open_writers,
     peak_flops,
     training_flops,
+    write_settings,
 )
 from hsa_ultralong.train.optim import build_optimizers
-from hsa_ultralong.train.parallelize import alone, clip_gradients, gathered, parallelize, synchronize_buffers
+from hsa_ultralong.train.parallelize import (
+    alone,
+    clip_gradients,
+    gathered,
+    parallelize,
+    require_all_reduce,
+    synchronize_buffers,
+)
 from hsa_ultralong.train.schedule import learning_rate
 from hsa_ultralong.train.segmented import segmented_loss_backward
 from hsa_ultralong.train.stages import enter_stage
@@ -100,12 +107,12 @@ class Trainer:
         self.guard = SpikeGuard(config.spike_threshold, config.spike_steps)
         run.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(run, config.keep_checkpoints)
-        self._resume()
+        self.resumed_from = self._resume()
         self.log = RunLog(run, self.global_step) if self.is_first else None
         self.writers: list[Listener] = []
         if self.is_first:
             made = {stage.name: mix.synthetic_share for stage, mix in zip(config.stages, self.mixtures, strict=True)}
-            (run / "config.json").write_text(json.dumps({**as_dict(config), "synthetic_share": made}, indent=1))
+            write_settings(run, {**as_dict(config), "synthetic_share": made}, is_resumed=self.resumed_from is not None)
 
     @property
     def topk(self) -> int:
@@ -125,6 +132,11 @@ class Trainer:
                 f"stage {stage.name!r}: segment_tokens must be a multiple of chunk_size={size}, "
                 "and needs parallel.context=1"
             )
+        if stage.segment_tokens and parallel.offload_activations:
+            raise ValueError(
+                f"stage {stage.name!r}: parallel.offload_activations acts on whole rows; with segment_tokens take "
+                "segment_offload=true instead"
+            )
         return stage_mixture(self.config, index, size)
 
     def _check_data(self, final: int) -> None:
@@ -135,23 +147,31 @@ class Trainer:
             except ValueError as error:
                 raise ValueError(f"stage {self.config.stages[index].name!r}: {error}") from error
 
-    def _resume(self) -> None:
-        saved = list_checkpoints(self.run)
-        if not saved:
-            return
-        kind = read_state(saved[-1])["optimizer"]
+    def _resume(self) -> Path | None:
+        """Go on from the newest checkpoint; returns it."""
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return None
+        before = read_state(newest)
+        kind, begun = before["optimizer"], before.get("stages", [])
+        names = [stage.name for stage in self.config.stages]
+        if begun != names[: len(begun)]:
+            raise ValueError(
+                f"checkpoint {newest} has gone through the stages {', '.join(begun)}, this run has {', '.join(names)}: "
+                "stages may be added after those, not before"
+            )
         if kind != self.config.optimizer:
             raise ValueError(
-                f"checkpoint {saved[-1]} has the state of {kind}, this run uses {self.config.optimizer}: keep --set "
+                f"checkpoint {newest} has the state of {kind}, this run uses {self.config.optimizer}: keep --set "
                 f"optimizer={kind}, or begin a new run from the exported model with --init-from"
             )
-        state = self.checkpoints.load(saved[-1], self.model, self.optimizers)
+        state = self.checkpoints.load(newest, self.model, self.optimizers)
         self.stage_index, self.step = state["stage_index"], state["step"]
         self.global_step, self.tokens_seen = state["global_step"], state["tokens_seen"]
-        torch.set_rng_state(torch.tensor(state["rng_state"], dtype=torch.uint8))
         self.meter.restore(state["meter"], self.device)
         self.guard.load(state["guard"])
-        logger.info("resumed from %s", saved[-1])
+        logger.info("resumed from %s", newest)
+        return newest
 
     def initialize_from(self, weights: dict[str, torch.Tensor]) -> None:
         """Start from the weights of another run (ignored when this run has a checkpoint of its own)."""
@@ -173,8 +193,8 @@ class Trainer:
             "step": self.step,
             "global_step": self.global_step,
             "tokens_seen": self.tokens_seen,
+            "stages": [stage.name for stage in self.config.stages[: self.stage_index + 1]],
             "optimizer": self.config.optimizer,
-            "rng_state": torch.get_rng_state().tolist(),
             "meter": self.meter.state(),
             "guard": self.guard.state(),
         }
@@ -225,8 +245,13 @@ class Trainer:
     def _train_stage(self, stage: StageConfig, deadline: float) -> bool:
         config = self.config
         enter_stage(self.model, config.stages, self.stage_index, self.preset)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.meter.restart_clock()
         saved = time.monotonic()
+        if self.step >= stage.num_steps:
+            logger.warning("stage %r now has %d steps, %d are done: it is over", stage.name, stage.num_steps, self.step)
+            return True
         for batches in self._batches(stage):
             rate = learning_rate(stage, self.step)
             self.last = self._optimizer_step(stage, batches, rate)
@@ -238,11 +263,14 @@ class Trainer:
                 self._log(stage, rate)
             if self.probe is not None and (self.step % config.probe_every == 0 or is_last):
                 self._probe(stage)
-            self.checkpoints.poll()
             now = time.monotonic()
-            must_stop, is_due = self._agreed(
-                self.should_stop or now > deadline, now - saved > 60 * config.checkpoint_minutes
+            must_stop, is_due, save_failed = self._agreed(
+                self.should_stop or now > deadline,
+                now - saved > 60 * config.checkpoint_minutes,
+                self.checkpoints.has_failed,
             )
+            if save_failed:
+                self.checkpoints.wait()
             if must_stop:
                 return is_last
             # what is saved amid a spike would be of no use
@@ -256,7 +284,10 @@ class Trainer:
         """One step on this process's micro-batches; loss and gradient norm of the whole step, on the device."""
         labels = int(total(torch.tensor(count_labels(batches)), self.mesh)) // self.config.parallel.context
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self._seed_noise(stage, batch, number)
+            # copies of the weights on other hosts hear of the gradients once a step
+            require_all_reduce(self.model, number + 1 == len(batches))
             loss += self._backward(stage, batch, max(1, labels))
         norm = clip_gradients(self.model, self.config.clip_norm)
         for optimizer in self.optimizers:
@@ -270,13 +301,22 @@ class Trainer:
             measured["expert_imbalance"] = torch.stack(balance).max()
         return measured
 
+    def _seed_noise(self, stage: StageConfig, batch: Batch, number: int) -> None:
+        """Noise of a forward by its first row: no two processes draw the same one, however many there are."""
+        place = number * data_world(self.mesh) + data_rank(self.mesh)
+        row = self.step * stage.rows + place * len(batch["input_ids"])
+        seed = namespaced_rng("noise", self.config.seed, self.stage_index, row).integers(2**63)
+        torch.default_generator.manual_seed(int(seed))
+
     def _backward(self, stage: StageConfig, batch: Batch, labels: int) -> torch.Tensor:
         """Add the gradients of one micro-batch; its share of the loss, which all processes' labels divide."""
         inputs = self._inputs(stage, batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if stage.segment_tokens:
                 with gathered(self.model):
-                    return segmented_loss_backward(self.model, inputs, stage.segment_tokens, num_items=labels)
+                    return segmented_loss_backward(
+                        self.model, inputs, stage.segment_tokens, num_items=labels, offload=stage.segment_offload
+                    )
             with activation_context(self.config.parallel):
                 pool = stage.pool_memory or False
                 loss = self.model(**inputs, pool_memory=pool, num_items_in_batch=labels).loss
@@ -311,7 +351,7 @@ class Trainer:
         if peak is not None:
             processes = 1 if self.mesh is None else self.mesh.size()
             record["mfu"] = speed * training_flops(self.model, stage) / (peak * processes)
-            record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            record["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._write(record)
         if not all(bool(torch.isfinite(part).all()) for part in series.values()):
             raise TrainingDiverged(self._advice(f"loss {record['loss']}, gradient norm {record['grad_norm']}"))
@@ -348,6 +388,7 @@ class Trainer:
     def _write(self, record: dict[str, Any]) -> None:
         if self.log is None:
             return
+        record["time"] = round(time.time(), 1)
         self.log.write(record)
         for listener in (*self.writers, self.listener):
             if listener is not None:

@@ -185,7 +185,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
         for name, values in record.get("retrieval", {}).items():
             found.update({f"retrieval/{name}/{number}": value for number, value in enumerate(values)})
         return found
-    left_out = ("stage", "step", "global_step")
+    left_out = ("stage", "step", "global_step", "time")
     return {f"train/{name}": float(value) for name, value in record.items() if name not in left_out}
 
 
@@ -224,6 +224,32 @@ def open_writers(run: Path, config: TrainConfig, last_step: int) -> list[Listene
         )
         writers.append(lambda record: session.log(scalars(record), step=record["global_step"]))
     return writers
+
+
+def write_settings(run: Path, settings: dict[str, Any], *, is_resumed: bool) -> None:
+    """config.json of a run; a resumed run warns of what its last command set otherwise."""
+    file, partial = run / "config.json", run / ".partial-config.json"
+    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    if is_resumed and file.is_file():
+        try:
+            old = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            logger.warning("%s cannot be read, it is written anew", file)
+        else:
+            if changes := _changes(old, json.loads(partial.read_text(encoding="utf-8"))):
+                logger.warning("the run goes on with other settings than before: %s", "; ".join(changes))
+    partial.replace(file)
+
+
+def _changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs between two settings: "warmup.tokens: 100 -> 200"."""
+    if path == "stages":
+        old, new = ({stage["name"]: stage for stage in stages} for stages in (old, new))
+        path = ""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*new, *(old.keys() - new.keys())]
+        return [part for name in names for part in _changes(old.get(name), new.get(name), f"{path}.{name}".strip("."))]
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
 class RunLog:

@@ -137,6 +137,12 @@ def _shard(model: HSAForCausalLM, mesh: DeviceMesh, config: ParallelConfig, apar
     register_fsdp_forward_method(model, "meet")
 
 
+def require_all_reduce(model: HSAForCausalLM, is_required: bool) -> None:
+    """Whether the next backwards add gradients over "replicate" too; without, their sum waits for one that does."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_required)
+
+
 @contextmanager
 def gathered(model: HSAForCausalLM) -> Iterator[None]:
     """Inside, any part of the model may be called directly on all ranks, with backwards or without.

@@ -2,8 +2,9 @@
 
 Weights, gradients and optimiser state are exact. Activations are an estimate: what the layers keep for the backward
 under bf16 autocast, times an allowance for temporaries that makes it meet the three peaks measured for nano on one H200
-(results/training-nano: 10.0, 11.4 and 28.2 GiB; estimated 9.2, 10.2 and 27.0). Used by `hsa train --dry-run`;
-tests/train/test_planning.py.
+(results/training-nano: 10.0, 11.4 and 28.2 GiB; estimated 9.2, 10.2 and 27.0). Rows in segments: what
+train/segmented.py keeps, exactly, beside the activations of one segment of one half of the model. Used by
+`hsa train --dry-run`; tests/train/test_planning.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig
 ASSUMED_PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 (docs/results.md)
 _TEMPORARIES = 1.5
 _FP32, _BF16 = 4, 2
+# ids, labels, targets and layout of a row that runs in segments
+_ROW_BYTES = 40
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class StagePlan:
     Attributes:
         steps, tokens, seq_len: of the stage. forward_tokens: tokens of one forward of one GPU.
         weights: fp32, and the bf16 copies that layers compute with. gradients, optimizer: fp32. activations: estimate.
-        All in bytes of one GPU. seconds: of the whole stage; flops_per_token: in training (docs/results.md).
+        All in bytes of one GPU. host: bytes of pinned host memory a GPU, with segment_offload. seconds: of the whole
+        stage; flops_per_token: in training (docs/results.md).
     """
 
     stage: str
@@ -39,6 +43,7 @@ class StagePlan:
     gradients: int
     optimizer: int
     activations: int
+    host: int
     flops_per_token: float
     seconds: float
 
@@ -86,16 +91,18 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
         state -= 4 * (counted.total - tables) // cut
     copies = counted.total if gpus == 1 or not parallel.reshard_after_forward else tables + _largest_unit(model) * 2
     flops = accounting.flops_per_token(model, stage.seq_len, training=True)
+    tokens = rows * stage.seq_len // parallel.context
     return StagePlan(
         stage=stage.name,
         steps=stage.num_steps,
         tokens=stage.num_steps * stage.batch_tokens,
         seq_len=stage.seq_len,
-        forward_tokens=rows * stage.seq_len // parallel.context,
+        forward_tokens=tokens,
         weights=_FP32 * held + _BF16 * copies,
         gradients=_FP32 * held,
         optimizer=state,
-        activations=_activations(config, stage, model, rows * stage.seq_len // parallel.context),
+        activations=_activations(config, stage, model, tokens),
+        host=_FP32 * model.hidden_size * tokens if stage.segment_offload else 0,
         flops_per_token=flops,
         seconds=stage.num_steps * stage.batch_tokens * flops / (gpus * ASSUMED_PEAK_FLOPS * config.mfu),
     )
@@ -133,16 +140,36 @@ def _activations(config: TrainConfig, stage: StageConfig, model: HSAConfig, toke
     chunks = min(model.chunk_topk, stage.seq_len // model.chunk_size)
     # indices, scores and weights of the chunks kept, and the retrieval query
     retrieval = 12 * model.num_retrieval_heads * chunks + 2 * _BF16 * model.retrieval_dim
-    layers = model.num_hidden_layers + model.num_encoder_layers
-    per_token = layers * layer_bytes(model, kept) + model.num_upper_groups * retrieval
-    if kept != "none":
-        # one layer is whole again while its backward runs
-        per_token += layer_bytes(model, "none")
-    if stage.segment_tokens and stage.segment_tokens < stage.seq_len:
-        carried = 2 * (model.hidden_size + accounting.memory_bytes_per_token(model, 1))
-        share = stage.segment_tokens / stage.seq_len
-        return int(_TEMPORARIES * share * tokens * per_token + _FP32 * tokens * carried)
-    return int(_TEMPORARIES * tokens * per_token)
+    # one layer is whole again while its backward runs
+    again = 0 if kept == "none" else layer_bytes(model, "none")
+    reading = (model.num_lower_layers + model.num_encoder_layers) * layer_bytes(model, kept)
+    upper_layers = model.num_hidden_layers - model.num_lower_layers
+    upper = upper_layers * layer_bytes(model, kept) + model.num_upper_groups * retrieval
+    if not stage.segment_tokens:
+        return int(_TEMPORARIES * tokens * (reading + upper + again))
+    # one half of the model at a time, a segment of it with activations
+    share = min(1.0, stage.segment_tokens / stage.seq_len)
+    halves = zip((upper, reading), segmented_bytes(model, stage.segment_tokens, stage.segment_offload), strict=True)
+    return int(tokens * max(_TEMPORARIES * share * (part + again) + kept_whole for part, kept_whole in halves))
+
+
+def segmented_bytes(model: HSAConfig, segment_tokens: int, offload: bool = False) -> tuple[float, float]:
+    """Bytes per token that train/segmented.py keeps of the whole row on the GPU while a segment of the upper half runs
+    backward, and while one of the lower half does.
+
+    In both the lower outputs (fp32), or gradients in their place, unless they wait on the host (`offload`), the fp32
+    gradient of the memory, and the windows at the borders; before the lower half's backward the memory and the upper
+    windows are freed.
+    """
+    assert model.head_dim is not None
+    numbers = accounting.memory_bytes_per_token(model, 1)
+    reach = [max(window - 1, 0) for window in model.layer_windows]
+    window_token = 2 * _BF16 * model.num_key_value_heads * model.head_dim / segment_tokens
+    lower_windows = window_token * sum(reach[: model.num_lower_layers])
+    outputs = 0 if offload else _FP32 * model.hidden_size
+    lower = _ROW_BYTES + outputs + lower_windows + _FP32 * numbers
+    # the memory, and the gradient that a segment gives to all of it
+    return lower + window_token * sum(reach[model.num_lower_layers :]) + 2 * _BF16 * numbers, lower
 
 
 def plan_as_dict(config: TrainConfig, plans: list[StagePlan]) -> dict[str, Any]:

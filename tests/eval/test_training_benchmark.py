@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.eval.benchmarks.training import TrainingSettings, build, longest_sequence, training_records
+from hsa_ultralong.eval.benchmarks.training import TrainingSettings, build, training_records
 from hsa_ultralong.models import accounting
 from hsa_ultralong.models.presets import preset
 
@@ -48,7 +48,7 @@ def test_out_of_memory_ends_a_point_and_not_the_run():
     failures, found = [], []
     settings = TrainingSettings(contexts=(64,), batch_tokens=64, micro_tokens=(64, 128), steps=1)
 
-    def prepare(model):
+    def prepare(model, checkpointing):
         def refuse(module, arguments, options):
             if (options.get("labels") if options else arguments[0]).shape[0] > 1:
                 raise torch.OutOfMemoryError("no room")
@@ -61,12 +61,6 @@ def test_out_of_memory_ends_a_point_and_not_the_run():
     assert [record["micro_batch_rows"] for record in found] == [1, 1, 1] and len(failures) == 1
 
 
-def test_the_longest_sequence_is_the_last_that_fits():
-    def step(ids):
-        if ids.shape[1] > 500:
-            raise torch.OutOfMemoryError("no room")
-
-    assert longest_sequence(step, 50, torch.device("cpu"), 64, 4096)[0] == 256
-    assert longest_sequence(step, 50, torch.device("cpu"), 1024, 4096) == (0, 0.0)
+def test_an_unknown_attention_is_refused():
     with pytest.raises(ValueError, match="attention is hsa or full"):
         build("none", preset("debug"), torch.device("cpu"), "none")

@@ -48,12 +48,16 @@ def test_one_command_leads_from_text_through_five_stages_to_a_model_that_loads(p
     probed = {record["probe"]["length"] for record in records if "probe" in record}
     assert probed == set(config.probe_lengths)
     losses = [record["loss"] for record in records if "loss" in record]
+    times = [record["time"] for record in records]
+    assert times == sorted(times) and abs(times[-1] - time.time()) < 300
     assert losses[-1] < losses[0]
     loaded = HSAForCausalLM.from_pretrained(model)
     assert (loaded.config.chunk_topk, loaded.config.sliding_window) == (4, 16)
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     again = hsa(*arguments)
-    assert again.exit_code == 0 and f"finished at step {records[-1]['global_step']}" in again.output
+    last = records[-1]["global_step"]
+    assert again.exit_code == 0 and f"finished at step {last}" in again.output
+    assert f"going on from {list_checkpoints(run)[-1]}" in again.output and "training on" in again.output
 
 
 def test_sigterm_saves_and_exits_0(shards_folder, tmp_path):
@@ -76,7 +80,7 @@ def test_sigterm_saves_and_exits_0(shards_folder, tmp_path):
     output, _ = child.communicate(timeout=60)
     assert child.returncode == 0, output
     last = json.loads(log.read_text().splitlines()[-1])["global_step"]
-    assert f"stopped at step {last}" in output
+    assert f"stopped at step {last}" in output and "run the same command again to go on" in output
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{last:08d}"]
 
 
@@ -94,3 +98,13 @@ def test_every_recipe_shows_its_plan(name):
 def test_a_run_needs_shards_or_text(arguments):
     result = hsa("train", "debug", *arguments)
     assert result.exit_code == 2 and "needs --data SHARDS" in result.stderr
+
+
+def test_conversations_go_with_text():
+    result = hsa("train", "debug", "--data", "a", "--chat", "b.jsonl")
+    assert result.exit_code == 2 and "--chat goes with --text" in result.stderr
+
+
+def test_the_help_says_what_holds_without_an_option():
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
+    assert "runs/RECIPE" in shown and "that of the shards" in shown

@@ -16,14 +16,29 @@ def test_divergence_is_kl():
     assert divergence(teacher, teacher) == 0
 
 
-def test_divergence_and_long_loss_fall():
+def models():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.3,
     )  # fmt: skip
     teacher = LlamaForCausalLM(config)
-    student = convert_model(teacher, sliding_window=4, chunk_size=8, retrieval_dim=16, chunk_topk=4).model
+    return config, teacher, convert_model(teacher, sliding_window=4, chunk_size=8, retrieval_dim=16, chunk_topk=4).model
+
+
+def test_only_matrices_decay_and_no_warm_up_is_needed(monkeypatch):
+    _, teacher, student = models()
+    made, adamw = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: made.append(adamw(*args, **options)) or made[0])
+    texts = iter([torch.arange(16)[None] % 23])
+    distill(student, teacher, texts, steps=1, learning_rate=1e-3, warmup_steps=0)
+    decays = {part: group["weight_decay"] for group in made[0].param_groups for part in group["params"]}
+    assert decays.keys() == set(student.parameters())
+    assert all((part.dim() >= 2) == (decay > 0) for part, decay in decays.items())
+
+
+def test_divergence_and_long_loss_fall():
+    config, teacher, student = models()
     generator = torch.Generator().manual_seed(1)
 
     def texts():

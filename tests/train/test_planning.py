@@ -6,8 +6,11 @@ import torch
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.recipes import recipe
-from hsa_ultralong.train import ParallelConfig
-from hsa_ultralong.train.planning import ASSUMED_PEAK_FLOPS, plan_as_dict, plan_run, planned_gpus
+from hsa_ultralong.testing.factories import random_tokens, tiny_model
+from hsa_ultralong.testing.live_bytes import LiveBytes, SavedBytes
+from hsa_ultralong.train import ParallelConfig, StageConfig, TrainConfig
+from hsa_ultralong.train.planning import ASSUMED_PEAK_FLOPS, plan_as_dict, plan_run, planned_gpus, segmented_bytes
+from hsa_ultralong.train.segmented import segmented_loss_backward
 
 
 def test_the_peaks_measured_for_nano_are_met_within_fifteen_percent():
@@ -58,6 +61,68 @@ def test_spreading_and_recomputing_save_memory():
     assert first(context=2).activations * 2 == plain.activations
     config.stages[0].segment_tokens = 2048
     assert first().activations < plain.activations / 2
+
+
+def stage_plan(seq_len, preset="small_345m", model=None, **options):
+    """One row of seq_len tokens on one GPU."""
+    stage = StageConfig("long", seq_len, seq_len, seq_len, 1e-4, {"text": 1.0}, **{"chunk_topk": 32, **options})
+    return plan_run(TrainConfig(preset, [stage], model=model or {}))[0]
+
+
+def test_the_peaks_seen_for_rows_in_segments_are_met_within_five_percent():
+    # docs/log.md, "the longest row of small_345m on one card", GB
+    for tokens, offload, measured in (
+        (2**21, False, 42.5),
+        (2**21, True, 34.2),
+        (2**23, False, 76.5),
+        (2**24, False, 121.8),
+    ):
+        plan = stage_plan(tokens, segment_tokens=32_768, segment_offload=offload)
+        assert plan.total_bytes / 1e9 == pytest.approx(measured, rel=0.05)
+        assert plan.host == (4 * 1024 * tokens if offload else 0)
+
+
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "chunk_size": 16, "retrieval_dim": 32, "sliding_window": 16, "hsa_sliding_window": 16, "chunk_topk": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lower", "groups", "vocabulary", "half"), [(1, 2, 512, 0), (3, 1, 64, 1)])
+def test_what_segments_keep_of_the_row_grows_as_planned(lower, groups, vocabulary, half):
+    """Bytes per token of all live tensors, under autocast as on a GPU, where the upper or the lower half decides."""
+    sizes = {"num_lower_layers": lower, "num_upper_groups": groups, "num_layers_per_group": 2 - half}
+    model = tiny_model(dtype=torch.float32, vocab_size=vocabulary, **TINY, **sizes).train()
+
+    def most(length):
+        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
+            ids = random_tokens(1, length, seed=1).clone()
+            segmented_loss_backward(model, {"input_ids": ids, "labels": ids.clone()}, 16)
+        return live.most
+
+    most(32)
+    slope = (most(192) - most(96)) / 96
+    assert slope == pytest.approx(segmented_bytes(model.config, 16)[half], rel=0.05)
+
+
+def test_a_segment_saves_one_half_of_the_model():
+    """Saved tensors of a pass in segments and of an ordinary one are to each other as their plans are."""
+    sizes = {"num_lower_layers": 2, "num_upper_groups": 2, "num_layers_per_group": 2}
+    model = tiny_model(dtype=torch.float32, **TINY, **sizes).train()
+    ids = random_tokens(1, 256, seed=1)
+    batch = {"input_ids": ids, "labels": ids}
+
+    def planned(segment):
+        plan = stage_plan(256, "debug", {**TINY, **sizes}, segment_tokens=segment, chunk_topk=2)
+        return plan.activations - (256 * segmented_bytes(model.config, segment)[0] if segment else 0)
+
+    with SavedBytes() as whole, torch.autocast("cpu", torch.bfloat16):
+        model(**batch, use_cache=False).loss.backward()
+    # what a segment reads of the past, whose scores a CPU keeps, counts the more the shorter it is
+    for segment, tolerance in ((256, 0.1), (64, 0.3)):
+        with SavedBytes() as part, torch.autocast("cpu", torch.bfloat16):
+            segmented_loss_backward(model, batch, segment)
+        assert part.most / whole.most == pytest.approx(planned(segment) / planned(0), rel=tolerance)
 
 
 def test_a_plan_counts_the_gpus_that_the_mesh_needs():

@@ -1,15 +1,18 @@
 """A run on several processes is the run of one: losses, weights, checkpoints that any number of processes resumes."""
 
 import copy
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.testing.processes import launch
-from hsa_ultralong.train import ParallelConfig
-from hsa_ultralong.train.checkpoint import list_checkpoints, load_weights
+from hsa_ultralong.train import ParallelConfig, checkpoint
+from hsa_ultralong.train.checkpoint import CheckpointError, list_checkpoints, load_weights
 from hsa_ultralong.train.export import export_model
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-5}
@@ -27,6 +30,11 @@ def spread(config, **parallel):
     return config
 
 
+def noisy(runs):
+    """Four rows a step, each with the noise of its own."""
+    return runs.config(runs.stage(tokens=1024, batch_tokens=512, micro_batch_rows=1, chunk_topk=2, gumbel_noise=True))
+
+
 def probe(model, length):
     tokens = torch.arange(3, 3 + length)[None] % 300
     hidden = model.model(tokens, use_cache=False).last_hidden_state
@@ -42,6 +50,50 @@ def assert_same_run(runs, folder, expected):
         return
     for one, other in zip(runs.losses(folder), runs.losses(expected), strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), **CLOSE)
+
+
+def check_noise(runs, folder):
+    """Rows have the noise that they have in one process; copies of the weights add up their gradients once a step."""
+    one = runs.trainer(folder / "noisy-two", spread(noisy(runs), replicate=2))
+    all_reduce, sizes = dist.all_reduce, []
+
+    def count(tensor, *args, **options):
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **options)
+
+    dist.all_reduce = count
+    assert one.train()
+    dist.all_reduce = all_reduce
+    assert_same_run(runs, folder / "noisy-two", folder / "noisy")
+    weights = sum(part.numel() for part in one.model.parameters())
+    assert weights * 2 <= sum(sizes) < weights * 2.1
+
+
+def check_failures(rank, runs, folder):
+    """What fails on one process fails on all, at the same step: none is left waiting."""
+    # tokenising a corpus or a slow disk may take longer than a step may
+    group = patient_group()
+    assert group._get_backend(torch.device("cpu")).options._timeout >= timedelta(days=1)
+    assert on_first(lambda: rank + 5, group) == 5 and everywhere(lambda: rank, group) == [0, 1]
+    checkpoint._VISIBLE_SECONDS = 0.5
+    with pytest.raises(ValueError, match=r"process 1 does not see .*: the run folder must be one that all hosts share"):
+        runs.trainer(folder / f"host-{rank}")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    config = spread(runs.config(runs.stage(tokens=256 * 9), checkpoint_minutes=0.0), shard=2)
+    for place, name, failing in ((HuggingFaceStorageWriter, "write_data", 1), (checkpoint, "_write_json", 0)):
+        one = runs.trainer(folder / name, config)
+        one.train(max_minutes=0)
+        works = getattr(place, name)
+        if rank == failing:
+            setattr(place, name, full)
+        with pytest.raises(CheckpointError, match=r"No space left.*step-00000001, is intact"):
+            one.train()
+        setattr(place, name, works)
+        dist.barrier()
+        assert [path.name for path in (folder / name / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def check_two(rank, world, runs, folder):
@@ -73,6 +125,8 @@ def check_two(rank, world, runs, folder):
     with pytest.raises(ValueError, match="2 rows a step cannot be shared out over 2 processes in forwards of 2"):
         odd = runs.config(runs.stage(batch_tokens=256, micro_batch_rows=2))
         runs.trainer(folder / "x", spread(odd, shard=2))
+    check_noise(runs, folder)
+    check_failures(rank, runs, folder)
     weights = {name: torch.full_like(part, 0.25) for name, part in whole(muon.model).items()}
     fresh = runs.trainer(folder / "fresh", spread(config, shard=2))
     buffers = {name: part for name, part in fresh.model.state_dict().items() if name.endswith("landmark_center")}
@@ -85,6 +139,7 @@ def test_two_processes_make_the_run_of_one_and_share_its_checkpoints(tiny_runs, 
     one = tiny_runs.trainer(tmp_path / "one", config, probe=probe)
     assert one.train()
     tiny_runs.trainer(tmp_path / "muon", recipe(tiny_runs, optimizer="muon")).train()
+    tiny_runs.trainer(tmp_path / "noisy", noisy(tiny_runs)).train()
     tiny_runs.trainer(tmp_path / "begun", config, probe=probe).train(max_minutes=0)
     launch(2, tmp_path / "meet", check_two, tiny_runs, tmp_path)
     (*_, newest) = list_checkpoints(tmp_path / "begun")

@@ -1,6 +1,8 @@
 """What can go wrong in a run: stops, crashes, broken numbers, half-written files, options that cannot work."""
 
+import hashlib
 import json
+import logging
 import math
 
 import numpy as np
@@ -228,6 +230,48 @@ def test_an_exported_model_computes_what_the_trained_one_does(corpus, tmp_path):
         one.model.config.chunk_topk = 3
         difference = one.model(tokens).logits - loaded(tokens).logits
     assert difference.abs().max() < 0.02 * loaded(tokens).logits.abs().max() + 1e-3
+
+
+def test_exporting_again_leaves_no_weights_of_the_model_before(corpus, tmp_path):
+    one = trainer(corpus, tmp_path / "run")
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.md", "checksums.json"):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_text("old")
+    export_model(one.model, corpus[1], tmp_path / "model", topk=3)
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert "notes.md" in names and {name for name in names if "safetensors" in name} == {"model.safetensors"}
+    table = json.loads((tmp_path / "model" / "checksums.json").read_text())
+    assert set(table) == names - {"notes.md", "checksums.json"}
+    content = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert table["model.safetensors"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_run_that_goes_on_with_other_settings_says_which(corpus, tmp_path, caplog):
+    trainer(corpus, tmp_path, run_config(stage(tokens=1024), stage("long"))).train(max_minutes=0)
+    with caplog.at_level(logging.WARNING):
+        trainer(corpus, tmp_path, run_config(stage(tokens=1024), stage("long")))
+        (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"seed": 0', '"seed": 3'))
+        trainer(corpus, tmp_path, run_config(stage(tokens=1280), stage("long"), stage("more"), betas=(0.9, 0.9)))
+    (message,) = [one.getMessage() for one in caplog.records if one.name.startswith("hsa_ultralong")]
+    assert "warmup.tokens: 1024 -> 1280" in message and "seed: 3 -> 0" in message and "more: null ->" in message
+    assert "betas: [0.9, 0.95] -> [0.9, 0.9]" in message and "long.tokens" not in message
+    assert json.loads((tmp_path / "config.json").read_text())["stages"][0]["tokens"] == 1280
+
+
+def test_a_stage_made_shorter_than_what_is_done_is_over(corpus, tmp_path):
+    one = trainer(corpus, tmp_path, run_config(stage(tokens=1024), stage("long", tokens=256)))
+    one.listener = lambda record: setattr(one, "should_stop", record["step"] == 3)
+    one.train()
+    shorter = trainer(corpus, tmp_path, run_config(stage(tokens=512), stage("long", tokens=256)))
+    assert shorter.step == 3 and shorter.train()
+    assert [(one["stage"], one["global_step"]) for one in records(tmp_path)][3:] == [("long", 4)]
+
+
+def test_stages_before_the_one_under_way_must_stay(corpus, tmp_path):
+    trainer(corpus, tmp_path, run_config(stage(), stage("long"))).train(last_stage="warmup")
+    with pytest.raises(ValueError, match="gone through the stages warmup, long, this run has new, warmup, long"):
+        trainer(corpus, tmp_path, run_config(stage("new"), stage(), stage("long")))
+    assert trainer(corpus, tmp_path, run_config(stage(), stage("long"), stage("new"))).train()
 
 
 def test_a_smaller_window_changes_what_is_computed_and_its_own_size_does_not(corpus, tmp_path):

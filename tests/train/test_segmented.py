@@ -1,13 +1,10 @@
 """Segmented training: loss, gradients and statistics of the ordinary pass, with the activations of one segment."""
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+from hsa_ultralong.testing.live_bytes import LiveBytes, SavedBytes
 from hsa_ultralong.train.segmented import segmented_loss_backward
 
 SIZE = 4
@@ -149,38 +146,12 @@ def test_noise_is_the_same_when_a_segment_runs_again():
     assert segmented_loss_backward(model, batch, 12) != first
 
 
-class Saved:
-    """The most bytes that autograd holds at once for backward passes."""
-
-    def __init__(self):
-        self.now = self.most = 0
-
-    def __enter__(self):
-        saved = self
-
-        class Kept:
-            def __init__(self, tensor):
-                self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
-                saved.now += self.bytes
-                saved.most = max(saved.most, saved.now)
-
-            def __del__(self):
-                saved.now -= self.bytes
-
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-
 def test_saved_activations_are_those_of_a_segment():
     model = tiny_model().train()
 
     def most(length, run):
         ids = random_tokens(1, length, seed=1)
-        with Saved() as saved:
+        with SavedBytes() as saved:
             run({"input_ids": ids, "labels": ids})
         return saved.most
 
@@ -195,35 +166,13 @@ def test_saved_activations_are_those_of_a_segment():
     assert long < 1.5 * short < 0.5 * most(1024, plain)
 
 
-class Live(TorchDispatchMode):
-    """The most bytes that all tensors made inside take at once, however they are held."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
-                self.known.add(storage)
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return made
-
-    def add(self, size):
-        self.now += size
-        self.most = max(self.most, self.now)
-
-
 def test_a_row_does_not_even_keep_the_keys_and_values_of_its_windows():
     model = tiny_model(num_lower_layers=4, num_upper_groups=1, num_layers_per_group=2).train()
     config = model.config
 
     def most(length):
         ids = random_tokens(1, length, seed=1)
-        with Live() as live:
+        with LiveBytes() as live:
             segmented_loss_backward(model, {"input_ids": ids, "labels": ids}, 16)
         return live.most
 

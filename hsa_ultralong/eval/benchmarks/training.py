@@ -1,8 +1,8 @@
 """Points of training speed: tokens per second, MFU and peak memory of optimiser steps, beside the full-attention twin.
 
 Records have the form of docs/results.md (suite training). Tokens are random: speed does not depend on them, but for
-retrieval, whose lists are those of an untrained model. Called by `hsa bench training`;
-tests/eval/test_training_benchmark.py.
+retrieval, whose lists are those of an untrained model. Called by `hsa bench training`, its table and figure are in
+training_report.py; tests/eval/test_training_benchmark.py.
 """
 
 from __future__ import annotations
@@ -10,25 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from hsa_ultralong.baselines import FullAttentionLM
-from hsa_ultralong.eval.plots import human_tokens
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM, accounting
 
 PEAK_FLOPS = 989e12  # H200 and H100, dense bf16 (docs/results.md)
 CHECKPOINTING = ("none", "full")
-# prepares a model for training: compilation, checkpointing; the trainer's own
+ATTENTIONS = ("hsa", "full")
 Model = HSAForCausalLM | FullAttentionLM
-Prepare = Callable[[Any], None]
-Step = Callable[[torch.Tensor], torch.Tensor]
+# what the trainer does to a model before its first step, given the kind of checkpointing
+Prepare = Callable[[Model, str], None]
 
 
 @dataclass(frozen=True)
@@ -64,18 +58,17 @@ def full_attention_twin(config: HSAConfig) -> FullAttentionLM:
 def build(attention: str, config: HSAConfig, device: torch.device, checkpointing: str) -> Model:
     """The model ("hsa") or its twin ("full"), random weights in fp32, in training mode.
 
+    Checkpointing is set on the twin only; on the model it is the trainer's (Prepare).
+
     Raises:
         ValueError: for another attention or kind of checkpointing.
     """
-    if attention not in ("hsa", "full") or checkpointing not in CHECKPOINTING:
+    if attention not in ATTENTIONS or checkpointing not in CHECKPOINTING:
         raise ValueError(f"attention is hsa or full, checkpointing one of {CHECKPOINTING}; got {attention!r}")
     with torch.device(device):
         model = HSAForCausalLM(config) if attention == "hsa" else full_attention_twin(config)
-    if checkpointing == "full":
-        if isinstance(model, HSAForCausalLM):
-            model.gradient_checkpointing_enable()
-        else:
-            model.gradient_checkpointing = True
+    if isinstance(model, FullAttentionLM):
+        model.gradient_checkpointing = checkpointing == "full"
     return model.train()
 
 
@@ -132,14 +125,13 @@ def training_records(
     settings: TrainingSettings,
     device: torch.device,
     on_record: Callable[[dict[str, Any]], None],
-    prepare: Prepare | None = None,
+    prepare: Prepare,
     on_failure: Callable[[str], None] | None = None,
 ) -> None:
     """Every context with its best micro-batch."""
     torch.manual_seed(settings.seed)
     model = build(attention, config, device, settings.checkpointing)
-    if prepare is not None:
-        prepare(model)
+    prepare(model, settings.checkpointing)
     bench = Bench(model, config.vocab_size, settings)
     for context in settings.contexts:
         best: tuple[float, int, int] | None = None
@@ -168,61 +160,3 @@ def training_records(
         on_record({"metric": "tokens_per_s", **shared, "value": best[0]})
         on_record({"metric": "mfu", **shared, "value": best[0] * flops / PEAK_FLOPS})
         on_record({"metric": "peak_bytes", **shared, "value": best[1]})
-
-
-def longest_sequence(step: Step, vocab_size: int, device: torch.device, first: int, last: int) -> tuple[int, float]:
-    """The longest of first, 2 * first, ... <= last that one row trains without running out of memory, and its tokens
-    per second; 0 if none. `step` runs forward, backward and optimiser on ids (1, T)."""
-    longest, speed, context = 0, 0.0, first
-    while context <= last:
-        ids = torch.randint(3, vocab_size, (1, context)).to(device)
-        try:
-            step(ids)
-            start = time.perf_counter()
-            step(ids)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            break
-        longest, speed = context, context / (time.perf_counter() - start)
-        context *= 2
-    return longest, speed
-
-
-def add_record(result: dict[str, Any], record: dict[str, Any]) -> None:
-    """Put a record of the newest run in the place of an older one of the same point."""
-    fields = ("metric", "preset", "attention", "context", "gpus", "parallel")
-    key = [record[name] for name in fields]
-    result["records"] = [old for old in result["records"] if [old[name] for name in fields] != key]
-    result["records"].append({**record, "run": len(result["meta"]["runs"]) - 1})
-
-
-def plot_training_speed(result: dict[str, Any], path: Path) -> None:
-    """Tokens per second against the context, one line per model, attention and kind of parallelism.
-
-    Raises:
-        ValueError: without such records.
-    """
-    records = [record for record in result["records"] if record["metric"] == "tokens_per_s"]
-    if not records:
-        raise ValueError("the results hold no training speed: nothing to plot")
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for key in sorted({(r["preset"], r["attention"], r["parallel"]) for r in records}):
-        curve = sorted(
-            (r["context"], r["value"]) for r in records if (r["preset"], r["attention"], r["parallel"]) == key
-        )
-        axes.plot(*zip(*curve, strict=True), "o-" if key[1] == "hsa" else "s--", ms=4, label=", ".join(key))
-    lengths = sorted({record["context"] for record in records})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens a row")
-    axes.set_ylabel("tokens trained per second")
-    axes.set_title(f"Training on {result['meta']['hardware']}", fontsize=11)
-    axes.grid(True, alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -1,0 +1,148 @@
+"""Table and figure of training-<hardware>.json: training speed against the row, and the longest rows that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from hsa_ultralong.eval.plots import human_tokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+_UNITS = {"tokens_per_s": "{:,.0f} tokens/s", "mfu": "{:.1%}", "loss": "{:.4f}", "longest_sequence": "{:,} tokens"}
+_LIMITS = {"memory": "memory", "max_tokens": "--max-tokens", "time": "time: run again"}
+_POINT = ("metric", "preset", "attention", "context", "gpus", "parallel", "cap")
+
+
+def add_record(result: dict[str, Any], record: dict[str, Any]) -> None:
+    """Put a record of the newest run in the place of an older one of the same point."""
+    key = [record.get(name) for name in _POINT]
+    result["records"] = [old for old in result["records"] if [old.get(name) for name in _POINT] != key]
+    result["records"].append({**record, "run": len(result["meta"]["runs"]) - 1})
+
+
+def format_value(record: dict[str, Any]) -> str:
+    """The value with its unit."""
+    if record["metric"] == "peak_bytes":
+        return f"{record['value'] / 1e9:.1f} GB" if record["value"] else "unknown"
+    return _UNITS[record["metric"]].format(record["value"])
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Speed, one row a point, and longest rows, one row a method and cap; what there is of them."""
+    return [one for one in (_speed_table(result), _longest_table(result)) if one.row_count]
+
+
+def _table(title: str, names: tuple[str, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("model", "attention", "how", "cap", "ended by") else "right")
+    return table
+
+
+def _speed_table(result: dict[str, Any]) -> Table:
+    names = ("model", "attention", "how", "tokens a row", "rows", "speed", "MFU", "peak")
+    table = _table(f"Training on {result['meta']['hardware']}", names)
+    points: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for record in result["records"]:
+        if record["metric"] in ("tokens_per_s", "mfu", "peak_bytes"):
+            key = tuple(record[name] for name in ("preset", "attention", "parallel", "context"))
+            points.setdefault(key, {})[record["metric"]] = record
+    for (preset, attention, parallel, context), found in sorted(points.items()):
+        values = [format_value(found[name]) if name in found else "" for name in ("tokens_per_s", "mfu", "peak_bytes")]
+        rows = str(next(iter(found.values()))["micro_batch_rows"])
+        table.add_row(preset, attention, parallel, f"{context:,}", rows, *values)
+    return table
+
+
+def _longest(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The longest rows by model, then cap, from the shortest on."""
+    found = [record for record in result["records"] if record["metric"] == "longest_sequence"]
+    order = ("preset", "attention", "cap_bytes", "value", "parallel")
+    return sorted(found, key=lambda record: [record[name] or 0 for name in order])
+
+
+def _longest_table(result: dict[str, Any]) -> Table:
+    names = ("model", "attention", "cap", "how", "longest row", "too long", "speed", "peak", "ended by")
+    table = _table(f"Longest row that trains on {result['meta']['hardware']}", names)
+    for record in _longest(result):
+        failed = "" if record["shortest_failed"] is None else f"{record['shortest_failed']:,}"
+        speed = "" if record["tokens_per_s"] is None else f"{record['tokens_per_s']:,.0f} tokens/s"
+        peak = "unknown" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 1e9:.1f} GB"
+        table.add_row(
+            record["preset"], record["attention"], record["cap"], record["parallel"], format_value(record), failed,
+            speed, peak, _LIMITS[record["limit"]],
+        )  # fmt: skip
+    return table
+
+
+def plot_training_speed(result: dict[str, Any], path: Path) -> None:
+    """Tokens per second against the row, one line per model, attention and way to train, and bars of the longest rows.
+
+    Raises:
+        ValueError: without such records.
+    """
+    speeds = [record for record in result["records"] if record["metric"] == "tokens_per_s"]
+    longest = [record for record in _longest(result) if record["value"]]
+    panels = [draw for draw, found in ((_draw_speed, speeds), (_draw_longest, longest)) if found]
+    if not panels:
+        raise ValueError("the results hold neither training speed nor longest rows: nothing to plot")
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), layout="constrained", squeeze=False)
+    for draw, place in zip(panels, axes[0], strict=True):
+        draw(place, speeds if draw is _draw_speed else longest)
+    figure.suptitle(f"Training on {result['meta']['hardware']}", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_speed(axes: Axes, records: list[dict[str, Any]]) -> None:
+    for key in sorted({(r["preset"], r["attention"], r["parallel"]) for r in records}):
+        curve = sorted(
+            (r["context"], r["value"]) for r in records if (r["preset"], r["attention"], r["parallel"]) == key
+        )
+        axes.plot(*zip(*curve, strict=True), "o-" if key[1] == "hsa" else "s--", ms=4, label=", ".join(key))
+    lengths = sorted({record["context"] for record in records})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens a row")
+    axes.set_ylabel("tokens trained per second")
+    axes.grid(True, alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_longest(axes: Axes, records: list[dict[str, Any]]) -> None:
+    """One bar a method and cap, with its tokens and what ended the search where it was not memory."""
+    caps = list(dict.fromkeys(record["cap"] for record in sorted(records, key=lambda one: one["cap_bytes"] or 0)))
+    labels = list(dict.fromkeys((r["preset"], r["attention"], r["parallel"]) for r in records))
+    height = 0.8 / len(caps)
+    for number, cap in enumerate(caps):
+        found = [record for record in records if record["cap"] == cap]
+        places = [labels.index((r["preset"], r["attention"], r["parallel"])) + number * height for r in found]
+        texts = [human_tokens(r["value"]) + ("" if r["limit"] == "memory" else " or more") for r in found]
+        bars = axes.barh(places, [record["value"] for record in found], height, label=f"cap: {cap}")
+        axes.bar_label(bars, texts, padding=3, fontsize=8)
+    middle = 0.4 - height / 2
+    axes.set_yticks([number + middle for number in range(len(labels))], [", ".join(one) for one in labels], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    values = [record["value"] for record in records]
+    # room for the texts
+    axes.set_xlim(min(values) / 4, max(values) * 8)
+    ticks = [2**power for power in range(min(values).bit_length(), max(values).bit_length() + 2, 3)]
+    axes.set_xticks(ticks, [human_tokens(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("longest row that trains, tokens")
+    axes.grid(True, axis="x", alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)

@@ -1,0 +1,48 @@
+"""A stage of long rows: segments with what they leave behind on the host, from the configuration to the plan."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli.main import app
+from hsa_ultralong.train import ParallelConfig, apply_overrides, loop
+
+
+def test_offloading_segments_takes_the_very_same_steps(tiny_runs, tmp_path, monkeypatch):
+    asked = []
+    plain = loop.segmented_loss_backward
+
+    def seen(*arguments, offload, **options):
+        asked.append(offload)
+        return plain(*arguments, offload=offload, **options)
+
+    monkeypatch.setattr(loop, "segmented_loss_backward", seen)
+    curves = []
+    for name, offload in (("card", "False"), ("host", "True")):
+        stage = tiny_runs.stage(tokens=512, micro_batch_rows=1, segment_tokens=32)
+        config = apply_overrides(tiny_runs.config(stage), [f"warmup.segment_offload={offload}"])
+        tiny_runs.trainer(tmp_path / name, config).train()
+        curves.append(tiny_runs.losses(tmp_path / name))
+    assert curves[0] == curves[1] and len(curves[0]) == 2
+    assert asked == [False] * 4 + [True] * 4
+
+
+def test_options_that_do_not_go_together_are_refused(tiny_runs, tmp_path):
+    with pytest.raises(ValueError, match=r"stage 'warmup': segment_offload .* set segment_tokens too"):
+        tiny_runs.stage(segment_offload=True)
+    config = tiny_runs.config(tiny_runs.stage(segment_tokens=32), parallel=ParallelConfig(offload_activations=True))
+    with pytest.raises(ValueError, match="acts on whole rows; with segment_tokens take segment_offload=true"):
+        tiny_runs.trainer(tmp_path, config)
+
+
+def test_a_dry_run_counts_the_host(tmp_path):
+    sets = ("long.segment_tokens=8192", "long.segment_offload=true", "long.seq_len=131072", "long.batch_tokens=1048576")
+    arguments = ["train", "small_345m", "--dry-run", *(part for one in sets for part in ("--set", one))]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    host = {stage["stage"]: stage["host"] for stage in json.loads(result.stdout)["plan"]["stages"]}
+    assert host.pop("long") == 131_072 * 1024 * 4 and not any(host.values())
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+    assert "host" in result.stdout and "512 MiB" in result.stdout
+    assert "host" not in CliRunner().invoke(app, arguments[:3], env={"COLUMNS": "160"}).stdout.split("}")[-1]
