@@ -22,7 +22,7 @@ def ask(
     ] = None,
     hide: Annotated[str | None, typer.Option(help="Hide this sentence in the first text before memorising.")] = None,
     depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where to hide it, 0 = start, 1 = end.")] = 0.5,
-    model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     lookup: Annotated[str, typer.Option(help="exact, or sketch: faster in large memories.")] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 24,
     sources: Annotated[

@@ -35,17 +35,17 @@ def bench_ops(
         "benchmarks/results"
     ),
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    lengths: Annotated[str | None, typer.Option(help="Tokens [default: 4K to 256K by doubling].")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens.", show_default="4K to 256K by doubling")] = None,
     longest: Annotated[bool, typer.Option("--max", help="Also 1M tokens, where they fit.")] = False,
-    topk: Annotated[str | None, typer.Option(help="Chunks kept per token [default: 32,16,64].")] = None,
+    topk: Annotated[str | None, typer.Option(help="Chunks kept per token.", show_default="32,16,64")] = None,
     ops: Annotated[
-        str | None, typer.Option(help="Some of hsa, full_attention, window, chunk_topk, decode [default: all].")
+        str | None, typer.Option(help="Some of hsa, full_attention, window, chunk_topk, decode.", show_default="all")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes, short repeats.")] = False,
     full_max: Annotated[str, typer.Option(help="Full attention up to this length; it is quadratic.")] = "128K",
-    text: Annotated[Path | None, typer.Option(help="Text for recorded selections [default: Opticks].")] = None,
-    model: Annotated[Path | None, typer.Option(help="Model that reads it [default: checkpoints/nano].")] = None,
-    hardware: Annotated[str | None, typer.Option(help="Name in the file [default: such as h200, cpu2].")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text for recorded selections.", show_default="Opticks")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model that reads it.", show_default="checkpoints/nano")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of inputs and selections.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
 ) -> None:
@@ -97,10 +97,12 @@ def memory(
     preset_name: Annotated[
         str | None, typer.Option("--preset", help="Preset with random weights instead of a trained model.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     lengths: Annotated[str, typer.Option(help="Tokens to memorise: 8K,1M,16M; none: leave out.")] = "8K,64K,256K",
     store: Annotated[str, typer.Option(help="Where the memory that is read lies: device, host or tiered.")] = "device",
-    key_values: Annotated[str | None, typer.Option(help="Its form: bf16, int8, fp8 [default: the model's].")] = None,
+    key_values: Annotated[
+        str | None, typer.Option(help="Its form: bf16, int8, fp8.", show_default="the model's")
+    ] = None,
     landmarks: Annotated[str | None, typer.Option(help="Form of its landmarks: bf16, int8.")] = None,
     file: Annotated[Path | None, typer.Option(help="Existing memory file to open and decode on.")] = None,
     stores: Annotated[str, typer.Option(help="Where opened files' keys and values lie.")] = "device,host,file",
@@ -113,7 +115,7 @@ def memory(
     tune: Annotated[bool, typer.Option(help="Let the compiler measure its choices for decoding (GPU).")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
-    hardware: Annotated[str | None, typer.Option(help="Name in the file [default: such as h200, cpu2].")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of a table.")] = False,
 ) -> None:
@@ -195,17 +197,19 @@ def training(
     methods: Annotated[
         str, typer.Option(help="For --longest: plain, checkpointing, segmented, offloaded (segments on the host).")
     ] = "plain,checkpointing,segmented",
-    caps: Annotated[str | None, typer.Option(help="For --longest: limits on memory [default: 80GB,card].")] = None,
-    max_tokens: Annotated[str | None, typer.Option(help="For --longest: no longer row [default: 16M].")] = None,
+    caps: Annotated[str | None, typer.Option(help="For --longest: limits on memory.", show_default="80GB,card")] = None,
+    max_tokens: Annotated[str | None, typer.Option(help="For --longest: no longer row.", show_default="16M")] = None,
     segment_tokens: Annotated[str, typer.Option(help="For --longest: tokens of a segment.")] = "32K",
     max_minutes: Annotated[float, typer.Option(help="For --longest: begin no trial that ends later.")] = 1e9,
     compile_layers: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="torch.compile by layer [default: on a GPU, not for --longest]."),
+        typer.Option(
+            "--compile/--no-compile", help="torch.compile by layer.", show_default="on a GPU, not for --longest"
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps timed.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    hardware: Annotated[str | None, typer.Option(help="Name in the file [default: such as h200, cpu2].")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of a table.")] = False,
 ) -> None:

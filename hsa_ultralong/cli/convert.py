@@ -25,7 +25,9 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3 model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New model folder.")],
     window: Annotated[int, typer.Option("--window", min=1, help="Keys that each layer's attention keeps.")] = 512,
-    lower_layers: Annotated[int | None, typer.Option(min=1, help="Layers below the memory [default: half].")] = None,
+    lower_layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers below the memory.", show_default="half")
+    ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Layers that read the memory, one per group.")] = 2,
     changes: Annotated[
         list[str] | None,

@@ -22,7 +22,9 @@ def needles(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study: summary.json, needles.png ...")],
     lengths: Annotated[str, typer.Option(help="Tokens to memorise: 64K,1M,1G.")] = "64K",
     samples: Annotated[int, typer.Option("--needles", min=1, help="Sentences hidden at uniform depths.")] = 20,
-    text: Annotated[list[Path] | None, typer.Option(help="Haystack: text file or folder [default: Opticks].")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Haystack: text file or folder.", show_default="Opticks")
+    ] = None,
     shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
     forms: Annotated[str, typer.Option(help="Forms of the memory, compared: own,int8,fp8,bf16.")] = "own",
     store: Annotated[str, typer.Option(help="Where the memory lies: device, host or tiered.")] = "device",
@@ -30,8 +32,8 @@ def needles(
         bool, typer.Option("--together", help="All sentences at once: distractors of each other.")
     ] = False,
     segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
-    topk: Annotated[int | None, typer.Option(min=1, help="Chunks read per token [default: the model's].")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
+    topk: Annotated[int | None, typer.Option(min=1, help="Chunks read per token.", show_default="the model's")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of needles and haystack.")] = 0,

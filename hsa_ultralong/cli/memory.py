@@ -12,7 +12,7 @@ import typer
 memory = typer.Typer(no_args_is_help=True, help="Look at a memory file, change it, check it.")
 
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of the memory, such as lib.hsa.")]
-Model = Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")]
+Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 

@@ -19,12 +19,12 @@ def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.json and needles.png.")] = Path(
         "quickstart-report"
     ),
-    model: Annotated[Path | None, typer.Option(help="Model folder [default: checkpoints/nano].")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, e.g. 4K,32K,256K (K = 1,024).")] = "4K,32K,256K",
     needles: Annotated[int, typer.Option(min=1, help="Hidden sentences per length.")] = 30,
     controls: Annotated[int, typer.Option(min=0, help="Questions per length about sentences never hidden.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the hidden sentences.")] = 0,
-    topk: Annotated[int | None, typer.Option(min=1, help="Chunks kept per token [default: the model's].")] = None,
+    topk: Annotated[int | None, typer.Option(min=1, help="Chunks kept per token.", show_default="the model's")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
 ) -> None:
