@@ -52,6 +52,16 @@ def sample(
     return order.gather(-1, (probabilities / times).argmax(-1, keepdim=True))[:, 0]
 
 
+def run_window(layer: Any, x: torch.Tensor, rotary: RotaryTable, ring: RingWindow | None) -> torch.Tensor:
+    """The first part of an HSA layer, before it reads the memory."""
+    return layer.attend_window(x, rotary, None, ring)
+
+
+def run_feed_forward(layer: Any, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """The last part of an HSA layer."""
+    return layer.feed_forward(x, read)
+
+
 def run_head(norm: torch.nn.Module, head: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, V) and the best tokens (B,) of x (B, 1, M)."""
     logits = head(norm(x))[:, 0]
@@ -104,8 +114,10 @@ class DecodingEngine:
         self.sampling = (temperature, top_k, top_p)
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self._run_layer: Callable[..., torch.Tensor] = compiled(run_layer, tune) if compile_layers else run_layer
-        self._run_head: Callable[..., Any] = compiled(run_head, tune) if compile_layers else run_head
+        parts: tuple[Callable[..., Any], ...] = (run_layer, run_window, run_feed_forward, run_head)
+        if compile_layers:
+            parts = tuple(compiled(part, tune) for part in parts)
+        self._run_layer, self._run_window, self._run_feed_forward, self._run_head = parts
         self._make_state()
         self.views = [*self._library_views(), self._own_view()]
         self.is_captured = self._can_capture() if use_graph is None else use_graph
@@ -199,7 +211,9 @@ class DecodingEngine:
         for number, group in enumerate(inner.upper_groups()):
             retrieval = group.retriever(x, self.views, topk=config.chunk_topk)
             self._note(slice(None), number, retrieval)
-            x = group.hsa_layer(x, retrieval, self.views, rotary, None, next(rings))
+            hsa = group.hsa_layer
+            x = self._run_window(hsa, x, rotary, next(rings))
+            x = self._run_feed_forward(hsa, x, hsa.hsa(hsa.hsa_norm(x), retrieval, self.views))
             for layer in group.layers:
                 x = self._run_layer(layer, x, rotary, next(rings))
         logits, best = self._run_head(inner.norm, self.model.lm_head, x)

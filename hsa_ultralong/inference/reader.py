@@ -39,7 +39,7 @@ def run_encoder(encoder: torch.nn.Module, chunks: torch.Tensor) -> tuple[torch.T
     return encoder(chunks)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def compiled(function: Callable[..., Any], tune: bool = False) -> Callable[..., Any]:
     """torch.compile for one shape; tests replace it. tune: measure tiles, and turn products of one row into sums."""
     return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": True} if tune else None)

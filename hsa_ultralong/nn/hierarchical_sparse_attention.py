@@ -157,8 +157,8 @@ class HSALayer(nn.Module):
         segments: torch.Tensor | None = None,
         state: WindowState | None = None,
     ) -> torch.Tensor:
-        x = self._window(x, rotary, segments, state)
-        return self._feed_forward(x, self.hsa(self.hsa_norm(x), retrieval, views))
+        x = self.attend_window(x, rotary, segments, state)
+        return self.feed_forward(x, self.hsa(self.hsa_norm(x), retrieval, views))
 
     def without_memory(
         self,
@@ -168,17 +168,19 @@ class HSALayer(nn.Module):
         state: WindowState | None = None,
     ) -> torch.Tensor:
         """The layer where no chunk exists yet: the HSA output is exactly 0 (fact 1)."""
-        x = self._window(x, rotary, segments, state)
-        return self._feed_forward(x, torch.zeros_like(x))
+        x = self.attend_window(x, rotary, segments, state)
+        return self.feed_forward(x, torch.zeros_like(x))
 
-    def _window(
+    def attend_window(
         self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None, state: WindowState | None
     ) -> torch.Tensor:
+        """x (B, T, M) and what its window gives."""
         if self.window_attention is None or self.window_norm is None:
             return x
         return x + self.window_attention(self.window_norm(x), rotary, segments, state)
 
-    def _feed_forward(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """x (B, T, M) with what it read in the memory, through the feed-forward block."""
         if self.residual == "bypass":
             return x + self.mlp(self.mlp_norm(x + read))
         x = x + read

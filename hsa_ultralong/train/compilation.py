@@ -23,7 +23,7 @@ def compile_layers(model: HSAForCausalLM | FullAttentionLM) -> None:
         layer.compile(dynamic=False)
     for group in model.model.upper_groups():
         hsa_layer: Any = group.hsa_layer
-        hsa_layer._window = torch.compile(hsa_layer._window, dynamic=False)
-        hsa_layer._feed_forward = torch.compile(hsa_layer._feed_forward, dynamic=False)
+        hsa_layer.attend_window = torch.compile(hsa_layer.attend_window, dynamic=False)
+        hsa_layer.feed_forward = torch.compile(hsa_layer.feed_forward, dynamic=False)
         for layer in group.layers:
             layer.compile(dynamic=False)

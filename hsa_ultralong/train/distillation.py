@@ -14,6 +14,8 @@ import torch
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.train.optim import decay_groups
 
+IGNORED = -100
+
 
 def divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """KL(teacher || student) per token, mean, in fp32 (fp64 kept); logits (..., V)."""
@@ -31,7 +33,7 @@ def student_logits(student: HSAForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def distill(
     student: HSAForCausalLM,
     teacher: torch.nn.Module,
-    texts: Iterator[torch.Tensor],
+    texts: Iterator[torch.Tensor | dict[str, torch.Tensor]],
     *,
     steps: int,
     learning_rate: float,
@@ -44,7 +46,8 @@ def distill(
 
     Args:
         teacher: any causal model whose call on ids (B, T) returns `.logits`.
-        texts: token ids (B, T) of at most the teacher's length. long_rows: inputs of the student with labels.
+        texts: token ids (B, T) of at most the teacher's length, or input_ids and labels, both (B, T): then only tokens
+            with a label, -100 being none, count. long_rows: inputs of the student with labels.
 
     Returns:
         Per step: step, divergence, and long_loss if there are long rows.
@@ -60,12 +63,17 @@ def distill(
         rate = learning_rate * min(1.0, (step + 1) / max(1, warmup_steps)) * (1 - step / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids = next(texts)
+        batch = next(texts)
+        ids = batch if isinstance(batch, torch.Tensor) else batch["input_ids"]
         with torch.no_grad():
             wanted = teacher(ids).logits
         found = student_logits(student, ids)
         if found.shape[-1] != wanted.shape[-1]:
             raise ValueError(f"the teacher has {wanted.shape[-1]} words, the student {found.shape[-1]}")
+        if not isinstance(batch, torch.Tensor):
+            # logits of one token foretell the next
+            is_counted = batch["labels"][:, 1:] != IGNORED
+            found, wanted = found[:, :-1][is_counted], wanted[:, :-1][is_counted]
         loss = divergence(found, wanted)
         record = {"step": step, "divergence": loss.item()}
         if long_rows is not None:

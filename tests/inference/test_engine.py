@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hsa_ultralong.inference import engine as engine_module
 from hsa_ultralong.inference.engine import DecodingEngine, sample
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
@@ -198,3 +199,19 @@ def test_a_graph_decodes_what_eager_steps_decode(store, compile_layers):
     assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
     expected = torch.stack([parallel(model, memory, text) for text in texts])[:, 30:].float()
     assert (found[0] - expected).norm() < 0.03 * expected.norm()
+
+
+def test_every_compiled_part_is_one_graph(monkeypatch):
+    """Traced whole and run as it is, so that a compiler is not needed."""
+    parts = []
+
+    def traced(function, tune=False):
+        parts.append(function.__name__)
+        return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(engine_module, "compiled", traced)
+    model = tiny_model()
+    memory, prompt = model.memorize(document(70)), document(11, seed=3)
+    expected = DecodingEngine(model, memory, max_tokens=40).generate([prompt], 9)
+    assert DecodingEngine(model, memory, max_tokens=40, compile_layers=True).generate([prompt], 9) == expected
+    assert parts == ["run_layer", "run_window", "run_feed_forward", "run_head"]

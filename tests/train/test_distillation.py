@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hsa_ultralong.models.convert import convert_model
-from hsa_ultralong.train.distillation import distill, divergence
+from hsa_ultralong.train.distillation import distill, divergence, student_logits
 
 
 def test_divergence_is_kl():
@@ -35,6 +35,18 @@ def test_only_matrices_decay_and_no_warm_up_is_needed(monkeypatch):
     decays = {part: group["weight_decay"] for group in made[0].param_groups for part in group["params"]}
     assert decays.keys() == set(student.parameters())
     assert all((part.dim() >= 2) == (decay > 0) for part, decay in decays.items())
+
+
+def test_only_tokens_with_a_label_count():
+    _, teacher, student = models()
+    ids = torch.randint(23, (2, 32), generator=torch.Generator().manual_seed(1))
+    labels = torch.full_like(ids, -100)
+    labels[0, 20:] = ids[0, 20:]
+    with torch.no_grad():
+        wanted = divergence(student_logits(student, ids)[0, 19:-1], teacher(ids).logits[0, 19:-1])
+    rows = iter([{"input_ids": ids, "labels": labels}])
+    (record,) = distill(student, teacher, rows, steps=1, learning_rate=1e-3)
+    assert record["divergence"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_divergence_and_long_loss_fall():
