@@ -42,7 +42,7 @@ def distill(
     warmup_steps: int = 10,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train `student` in place, AdamW with a linear warm-up and decay to zero.
+    """Train `student` in place: AdamW, linear warm-up, and linear decay to zero over the last quarter.
 
     Args:
         teacher: any causal model whose call on ids (B, T) returns `.logits`.
@@ -60,7 +60,7 @@ def distill(
     optimizer = torch.optim.AdamW(decay_groups(student.parameters(), 0.1), lr=learning_rate, betas=(0.9, 0.95))
     records: list[dict[str, float]] = []
     for step in range(steps):
-        rate = learning_rate * min(1.0, (step + 1) / max(1, warmup_steps)) * (1 - step / steps)
+        rate = learning_rate * min(1.0, (step + 1) / max(1, warmup_steps), 4 * (1 - step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = next(texts)

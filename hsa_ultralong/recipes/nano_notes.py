@@ -1,0 +1,36 @@
+"""From the shipped checkpoint to one that also finds facts which are documents of their own, on a CPU."""
+
+from __future__ import annotations
+
+from hsa_ultralong.train import StageConfig, TrainConfig
+
+
+def nano_notes() -> TrainConfig:
+    """`hsa train nano_notes --data SHARDS --init-from checkpoints/nano -o runs/notes --export models/notes`, one CPU
+    core, 29 minutes.
+
+    Two rows in five hide sentences that are whole documents, as `hsa memory append` makes them, among others like them;
+    the rows of a step compete for retrieval. Of 40 such facts behind 262,144 tokens of a book the model found 29, the
+    shipped one none (docs/log.md). SHARDS need the shipped tokenizer: `hsa data ... --tokenizer checkpoints/nano`.
+    """
+    return TrainConfig(
+        preset="nano",
+        stages=[
+            StageConfig(
+                name="notes",
+                seq_len=1024,
+                tokens=1_000_000,
+                batch_tokens=8192,
+                learning_rate=3e-4,
+                mixture={"text": 0.25, "needles": 0.35, "short_facts": 0.4},
+                warmup_steps=10,
+                micro_batch_rows=8,
+                pool_memory="compete",
+                schedule="linear",
+            ),
+        ],
+        compile=False,
+        log_every=5,
+        probe_every=30,
+        probe_rows=8,
+    )
