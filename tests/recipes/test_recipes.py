@@ -12,7 +12,7 @@ from hsa_ultralong.train.planning import plan_run
 from hsa_ultralong.train.schedule import learning_rate
 
 FIVE = ("warmup", "pretrain", "long", "anneal", "sft")
-OF_FIVE_STAGES = [name for name in RECIPES if name not in ("nano", "debug")]
+OF_FIVE_STAGES = [name for name in RECIPES if name not in ("nano", "nano_notes", "debug")]
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
@@ -58,7 +58,7 @@ def test_the_learning_rate_never_rises_between_stages_and_ends_at_zero(name):
 @every_recipe
 def test_context_grows_until_fine_tuning(name):
     lengths = [stage.seq_len for stage in recipe(name).stages if stage.name != "sft"]
-    assert lengths == sorted(lengths) and lengths[-1] > lengths[0]
+    assert lengths == sorted(lengths) and (len(lengths) == 1 or lengths[-1] > lengths[0])
 
 
 @pytest.mark.parametrize("name", OF_FIVE_STAGES)
