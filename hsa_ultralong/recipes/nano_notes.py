@@ -1,4 +1,4 @@
-"""From the shipped checkpoint to one that also finds facts which are documents of their own, on a CPU."""
+"""The last stage of the shipped checkpoint: facts that are documents of their own, on a CPU."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from hsa_ultralong.train import StageConfig, TrainConfig
 
 
 def nano_notes() -> TrainConfig:
-    """`hsa train nano_notes --data SHARDS --init-from checkpoints/nano -o runs/notes --export models/notes`, one CPU
-    core, 29 minutes.
+    """`hsa train nano_notes --data SHARDS --init-from runs/export -o runs/notes --export checkpoints/mine`, after
+    `nano`; one CPU core, 29 minutes.
 
     Two rows in five hide sentences that are whole documents, as `hsa memory append` makes them, among others like them;
-    the rows of a step compete for retrieval. Of 40 such facts behind 262,144 tokens of a book the model found 29, the
-    shipped one none (docs/log.md). SHARDS need the shipped tokenizer: `hsa data ... --tokenizer checkpoints/nano`.
+    the rows of a step compete for retrieval. Of 40 such facts behind 262,144 tokens of a book the model finds 29, `nano`
+    alone none (docs/log.md). SHARDS need the model's tokenizer: `hsa data ... --tokenizer checkpoints/nano`.
     """
     return TrainConfig(
         preset="nano",
