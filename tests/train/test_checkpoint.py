@@ -41,7 +41,7 @@ def check_kills(runs, folder, times):
     generator, context = random.Random(times), multiprocessing.get_context("fork")
 
     def run():
-        # the state of the random generator must come from the checkpoint
+        # nothing may depend on the state of the random generator
         torch.manual_seed(time.monotonic_ns())
         assert runs.trainer(folder / "killed", config).train()
 
@@ -50,6 +50,7 @@ def check_kills(runs, folder, times):
         child = context.Process(target=run)
         child.start()
         child.join(generator.uniform(0, 0.6 * duration))
+        assert child.exitcode in (None, 0)
         killed += child.exitcode is None
         child.kill()
         child.join()
