@@ -10,7 +10,7 @@ specification. tests/memory/test_landmark_index.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -163,6 +163,7 @@ class LandmarkIndex:
         query: torch.Tensor,
         topk: int,
         *,
+        visible: ChunkVisibility | None = None,
         num_scored: int | None = None,
         scale: float | None = None,
         temperature: torch.Tensor | float | None = None,
@@ -171,6 +172,7 @@ class LandmarkIndex:
 
         Args:
             query: (B, T, Hr, R), any float dtype. topk, scale, temperature: as in chunk_topk, the factor positive.
+            visible: tokens of a negative segment find nothing; all others may read every chunk.
             num_scored: candidates per query and head whose full landmarks are read, at least K; default 4 * K. C or
                 more makes the search exact.
 
@@ -190,8 +192,10 @@ class LandmarkIndex:
                 raise ValueError(f"{name} must be positive, got {number}")
         wanted = min(self.num_chunks, max(topk, num_scored or _SCORED_PER_KEPT * topk))
         if self.basis is None or wanted == self.num_chunks:
-            visible = _see_all(query, self.num_chunks)
-            return chunk_topk(query, self.landmarks[None], visible, topk=topk, scale=scale, temperature=temperature)
+            everyone = _see_all(query, self.num_chunks)
+            if visible is not None:
+                everyone = replace(everyone, query_segment=visible.query_segment)
+            return chunk_topk(query, self.landmarks[None], everyone, topk=topk, scale=scale, temperature=temperature)
         batch, num_tokens = query.shape[:2]
         rows = query.permute(2, 0, 1, 3).reshape(heads, batch * num_tokens, dim)  # (Hr, B*T, R)
         indices = torch.empty((heads, batch * num_tokens, topk), dtype=torch.int32, device=query.device)
@@ -207,7 +211,11 @@ class LandmarkIndex:
         if isinstance(factor, torch.Tensor):
             factor = factor.float().reshape(-1, 1)  # (Hr or 1, 1)
         scores = products.view(shape).permute(1, 2, 0, 3) * factor  # (B, T, Hr, K)
-        return indices.view(shape).permute(1, 2, 0, 3).contiguous(), scores.contiguous()
+        indices = indices.view(shape).permute(1, 2, 0, 3)
+        if visible is not None:
+            is_padding = (visible.query_segment < 0)[:, :, None, None]
+            indices, scores = indices.masked_fill(is_padding, -1), scores.masked_fill(is_padding, -torch.inf)
+        return indices.contiguous(), scores.contiguous()
 
     def _score(self, query: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidates (Hr, m, n) int64 of the rows (Hr, m, R), ascending, and their exact products, fp32."""

@@ -16,7 +16,6 @@ from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks
 from hsa_ultralong.ops.chunk_topk.quantized import chunk_topk_quantized
-from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
 
 _SCALED = ("int8", "fp8")
 # chunks of a block: 4M tokens of 64 each, 512 MiB for 64 dimensions of keys and values in 8 bits
@@ -102,7 +101,6 @@ class QuantizedLandmarks:
         self.payload = torch.empty((1, capacity, heads, dim), dtype=torch.int8, device=device)
         self.scales = torch.empty((1, capacity, heads), dtype=torch.bfloat16, device=device)
         self.num_chunks = 0
-        self._places: torch.Tensor | None = None
 
     def write(self, first: int, landmarks: torch.Tensor) -> None:
         """Put landmarks (1, n, Hr, R) at chunk `first` and following; there must be room."""
@@ -128,17 +126,17 @@ class QuantizedLandmarks:
         self.payload, self.scales = grow(self.payload), grow(self.scales)
 
     def search(
-        self, query: torch.Tensor, topk: int, *, temperature: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        topk: int,
+        *,
+        visible: ChunkVisibility,
+        temperature: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk."""
-        zeros = torch.zeros(query.shape[:2], dtype=torch.int32, device=query.device)
-        if self._places is None or self._places.shape[2] != self.num_chunks:
-            self._places = torch.zeros((2, 1, self.num_chunks), dtype=torch.int32, device=query.device)
-            self._places[0] = READABLE_BY_ALL
-        everyone = ChunkVisibility(zeros, zeros, *self._places)
         part = slice(0, self.num_chunks)
         return chunk_topk_quantized(
-            query, self.payload[:, part], self.scales[:, part], everyone, topk=topk, temperature=temperature
+            query, self.payload[:, part], self.scales[:, part], visible, topk=topk, temperature=temperature
         )
 
     @property

@@ -85,9 +85,15 @@ class LandmarkLookup(Protocol):
     """A faster way to the best chunks of a memory that every query may read, in place of scanning all landmarks."""
 
     def search(
-        self, query: torch.Tensor, topk: int, *, temperature: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        topk: int,
+        *,
+        visible: ChunkVisibility,
+        temperature: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk."""
+        """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk; a token of a
+        negative segment finds nothing, any other may read every chunk."""
         ...
 
 

@@ -83,9 +83,7 @@ class ChunkRetriever(nn.Module):
             landmarks = view.memory.landmarks.to(query.dtype)
             seed = noise_seed + number if use_noise and noise_seed is not None else None
             if view.lookup is not None and seed is None:
-                indices, scores = view.lookup.search(query, topk, temperature=temperature)
-                is_padding = (view.visible.query_segment < 0)[:, :, None, None]
-                indices, scores = indices.masked_fill(is_padding, -1), scores.masked_fill(is_padding, -torch.inf)
+                indices, scores = view.lookup.search(query, topk, visible=view.visible, temperature=temperature)
             else:
                 indices, scores = chunk_topk(
                     query, landmarks, view.visible, topk=topk, temperature=temperature, noise_seed=seed

@@ -108,7 +108,8 @@ def test_the_set_is_that_of_topk_over_the_kernels_own_scores():
 )  # fmt: skip
 def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk, chunks, share):
     monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
-    monkeypatch.setattr(triton_topk, "_DECODE", triton_topk.DecodeOptions(share=share))
+    chosen = triton_topk.decode_options
+    monkeypatch.setattr(triton_topk, "decode_options", lambda *case: chosen(*case)._replace(share=share))
     monkeypatch.setattr(triton_topk._Problem, "stream", None)
     visible = places(2, 2, chunks, "past")
     query, landmarks = integers(2, 2, heads, 8), integers(rows, chunks, heads, 8, seed=1)

@@ -206,9 +206,9 @@ class Recorder:
         text = memory.documents[0].tokens[: self.settings.steps][None].long().to(self.device)
         queries: list[tuple[torch.Tensor, Any]] = []
 
-        def keep(query: torch.Tensor, topk: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def keep(query: torch.Tensor, topk: int, *, visible: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
             queries.append((query, options))
-            return index.search(query, topk, **options)
+            return index.search(query, topk, visible=visible, **options)
 
         memory.lookup = _Observed(keep)
         self.model(text, past_key_values=HSACache(self.model.config, library=memory), logits_to_keep=1)

@@ -26,43 +26,27 @@ _LARGEST = tl.constexpr(32512.0)
 
 
 @triton.jit
-def digits_kernel(query, digits, steps, queries, R: tl.constexpr, RP: tl.constexpr):
-    """A query (queries, R) as steps (queries,) * (256 * digits[0] + digits[1]), digits (2, queries, R) int8."""
-    row = tl.program_id(0).to(tl.int64)
-    dims = tl.arange(0, RP)
-    numbers = tl.load(query + row * R + dims, mask=dims < R, other=0.0).to(tl.float32)
-    step = tl.max(tl.abs(numbers), 0) / _LARGEST
-    whole = tl.floor(numbers / tl.where(step == 0.0, 1.0, step) + 0.5).to(tl.int32)
+def _digits(rows, is_real, is_high, R: tl.constexpr, RP: tl.constexpr):
+    """Queries at `rows` as 16-bit fixed point: their high or low digits (rows, RP) int8, and what one unit is worth."""
+    numbers = _load_slab(rows, is_real, 0, R, RP).to(tl.float32)
+    step = tl.max(tl.abs(numbers), 1) / _LARGEST
+    whole = tl.floor(numbers / tl.where(step == 0.0, 1.0, step)[:, None] + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
-    tl.store(digits + row * R + dims, high.to(tl.int8), mask=dims < R)
-    tl.store(digits + (queries + row) * R + dims, (whole - high * 256).to(tl.int8), mask=dims < R)
-    tl.store(steps + row, step)
-
-
-@triton.jit
-def _digit_products(high_rows, low_rows, is_real, columns, exists, R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr):
-    """<256 * high + low, landmark> of 8-bit numbers, RS dimensions at a time."""
-    block = tl.trans(_load_slab(columns, exists, 0, R, RS))
-    high = tl.dot(_load_slab(high_rows, is_real, 0, R, RS), block, out_dtype=tl.int32)
-    low = tl.dot(_load_slab(low_rows, is_real, 0, R, RS), block, out_dtype=tl.int32)
-    for slab in tl.static_range(RS, RP, RS):
-        block = tl.trans(_load_slab(columns, exists, slab, R, RS))
-        high = tl.dot(_load_slab(high_rows, is_real, slab, R, RS), block, high, out_dtype=tl.int32)
-        low = tl.dot(_load_slab(low_rows, is_real, slab, R, RS), block, low, out_dtype=tl.int32)
-    return high.to(tl.float32) * 256.0 + low.to(tl.float32)
+    digits = tl.where(is_high[:, None], high, whole - high * 256).to(tl.int8)
+    return digits, tl.where(is_high, step * 256.0, step)
 
 
 @triton.jit
 def scan_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor,
-    steps, row_scales, keys, lane_tops, share_tops, C, HR, queries, padded_chunks, all_queries,
+    row_scales, keys, lane_tops, share_tops, C, HR, queries, padded_chunks,
     R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr, BQ: tl.constexpr, TILE: tl.constexpr, SHARE: tl.constexpr,
     FOREIGN: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Candidates (rows of the landmarks, HR, queries, padded_chunks) of SHARE chunks for BQ of the `queries` tokens
     that share the landmarks; the best of the share, and of its chunks at every lane (chunk modulo TILE). 8-bit
-    landmarks have row_scales (rows, C, HR), and queries in the form of digits_kernel, `all_queries` of them."""
+    landmarks have row_scales (rows, C, HR), and meet both digits of BQ queries in one product of 2 * BQ rows."""
     split = tl.program_id(0)
     part = tl.program_id(1).to(tl.int64)  # (row of the landmarks, head)
     hr = part % HR
@@ -73,8 +57,9 @@ def scan_kernel(
     rows = query + (token * HR + hr) * R
     scale = tl.load(factor + hr)
     if HAS_SCALES:
-        low_rows = rows + tl.full((), R, tl.int64) * all_queries
-        step = tl.load(steps + token * HR + hr, mask=is_real, other=0.0)
+        row = tl.arange(0, 2 * BQ)
+        wanted = tl.program_id(2) * BQ + row % BQ
+        q, worth = _digits(query + ((b * queries + wanted) * HR + hr) * R, wanted < queries, row < BQ, R, RP)
     else:
         q = _load_slab(rows, is_real, 0, R, RS)
     segment = tl.load(query_segment + token, mask=is_real, other=-1)
@@ -93,7 +78,9 @@ def scan_kernel(
         exists = chunk < C
         columns = landmarks + (chunk.to(tl.int64) * HR + hr) * R
         if HAS_SCALES:
-            ranking = _digit_products(rows, low_rows, is_real, columns, exists, R, RP, RS) * step[:, None]
+            products = tl.dot(q, tl.trans(_load_slab(columns, exists, 0, R, RP)), out_dtype=tl.int32)
+            products = products.to(tl.float32) * worth[:, None]
+            ranking = tl.sum(tl.reshape(products, (2, BQ, TILE)), 0)
             row_scale = tl.load(row_scales + chunk.to(tl.int64) * HR + hr, mask=exists, other=0.0)
             ranking *= row_scale.to(tl.float32)[None, :]
         else:

@@ -38,17 +38,15 @@ class TileOptions(NamedTuple):
 
 
 class DecodeOptions(NamedTuple):
-    """Chunks that a program of the scan scores, of many chunks; programs wanted for fewer; its stages and warps, warps
-    of the last kernel."""
+    """Chunks of a tile; chunks that a program of the scan scores, of many chunks; programs wanted for fewer; its stages
+    and warps, warps of the last kernel."""
 
+    tile: int = 64
     share: int = 512
     programs: int = 512
     stages: int = 4
     scan_warps: int = 4
     last_warps: int = 16
-
-
-_DECODE = DecodeOptions()
 
 
 def tile_options(kind: str, kept: int, queries: int) -> TileOptions:
@@ -59,6 +57,14 @@ def tile_options(kind: str, kept: int, queries: int) -> TileOptions:
         return TileOptions(16, kept, 8)
     # few queries need small tiles to fill the device, many are faster in tiles that fit the wide matrix units
     return TileOptions(64, 64, 8) if kind == "stream" and queries > 16_384 else TileOptions(16, 64, 4)
+
+
+def decode_options(kept: int, landmark_bytes: int) -> DecodeOptions:
+    """Measured on an H200 (docs/kernels.md); kept is the padded K."""
+    if landmark_bytes >= 1024:
+        # a stage of the pipeline holds whole landmarks
+        return DecodeOptions(tile=32, stages=3)
+    return DecodeOptions(tile=64 if kept <= 64 else 32)
 
 
 class _Problem:
@@ -120,11 +126,9 @@ class _Problem:
 
     def decode(self, row_scales: torch.Tensor | None = None) -> None:
         """row_scales (1 or B, C, Hr): of 8-bit landmarks."""
-        options, device = _DECODE, self.query.device
-        kept = next_power_of_two(self.keep)
-        # a stage of the pipeline holds whole landmarks
-        is_wide = self.constants["RP"] * self.landmarks.element_size() >= 1024
-        tile = 64 if kept <= 64 and not is_wide else 32
+        device, kept = self.query.device, next_power_of_two(self.keep)
+        options = decode_options(kept, self.constants["RP"] * self.landmarks.element_size())
+        tile = options.tile
         # queries that read the same landmarks are scored together
         is_shared = not (self.constants["LANDMARK_ROWS"] or self.constants["CHUNK_ROWS"])
         rows, queries = (1, self.batch * self.tokens) if is_shared else (self.batch, self.tokens)
@@ -133,23 +137,20 @@ class _Problem:
         share = max(share, next_power_of_two(-(-self.chunks // _MOST_SHARES)))
         shares = -(-self.chunks // share)
         # a single tile has nothing to load ahead
-        stages = 1 if share == tile else 3 if is_wide else options.stages
+        stages = 1 if share == tile else options.stages
         padded = shares * share
         keys, lane_tops, share_tops = (
             torch.empty((self.queries, width), dtype=torch.int64, device=device)
             for width in (padded, shares * tile, shares)
         )
-        query, *others = self.operands()
-        steps = scales = self.factor  # of no use, but of the right kind
+        at_once, scales = 16, self.factor  # scales of no use, but of the right kind
         if row_scales is not None:
+            at_once, scales = 8, row_scales.contiguous()
             # products of 8-bit numbers take 32 dimensions at least
-            self.constants.update(RP=max(32, self.constants["RP"]), RS=max(32, self.constants["RS"]))
-            query, steps = self._digits()
-            scales = row_scales.contiguous()
-        kernel_decode.scan_kernel[(shares, rows * self.heads, -(-queries // 16))](
-            query, *others, steps, scales,
-            keys, lane_tops, share_tops, self.chunks, self.heads, queries, padded, self.queries,
-            BQ=16, TILE=tile, SHARE=share, STAGES=stages, PRECISION=self.precision,
+            self.constants["RP"] = max(32, self.constants["RP"])
+        kernel_decode.scan_kernel[(shares, rows * self.heads, -(-queries // at_once))](
+            *self.operands(), scales, keys, lane_tops, share_tops, self.chunks, self.heads, queries, padded,
+            BQ=at_once, TILE=tile, SHARE=share, STAGES=stages, PRECISION=self.precision,
             HAS_SCALES=row_scales is not None, num_warps=options.scan_warps, **self.constants,
         )  # fmt: skip
         all_shares = next_power_of_two(shares)
@@ -160,15 +161,6 @@ class _Problem:
             KP=min(kept, kept_lanes * (share // tile)), SHARES=all_shares, KS=kept_shares, KL=kept_lanes,
             SHARE=share, TILE=tile, num_warps=options.last_warps,
         )  # fmt: skip
-
-    def _digits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The queries as 8-bit numbers, (2, queries, R) and (queries,), so that 8-bit landmarks need no conversion."""
-        digits = torch.empty((2, self.queries, self.dim), dtype=torch.int8, device=self.query.device)
-        steps = torch.empty(self.queries, dtype=torch.float32, device=self.query.device)
-        kernel_decode.digits_kernel[(self.queries,)](
-            self.query, digits, steps, self.queries, R=self.dim, RP=self.constants["RP"], num_warps=4
-        )
-        return digits, steps
 
 
 def _solve(query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed: int | None) -> _Problem:
