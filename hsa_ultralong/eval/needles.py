@@ -28,7 +28,11 @@ Progress = Callable[[int, int, int, int], None]
 
 @dataclass(frozen=True)
 class NeedleSample:
-    """One needle: where it was written, what was asked and answered, and the retrieval weight on the best chunk."""
+    """One needle: where it was written, what was asked and answered, and the retrieval weight on the best chunk.
+
+    margin: after the question, by how much the needle's chunk scores above the best other one, in nats, in the upper
+    group where that is most; of a chunk that was not retrieved at most this.
+    """
 
     length: int
     depth: float
@@ -39,6 +43,7 @@ class NeedleSample:
     weight: float
     found: bool
     form: str = ""
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -224,14 +229,15 @@ def run_forms(
             if not together:
                 edit(model, memory, start, stop, statement)
             answer = ask(model, tokenizer, memory, needle.question, max_new_tokens=16)
-            logits = _question_logits(model, tokenizer, memory, needle.question)
+            chunks = range(start // memory.chunk_size, (stop - 1) // memory.chunk_size + 1)
+            logits, margin = _question_logits(model, tokenizer, memory, needle.question, chunks)
             if not together:
                 edit(model, memory, start, stop, text[start:stop])
             found = any(source.start < stop and start < source.stop for source in answer.sources[:1])
             done.append(
                 NeedleSample(
                     length, (number + 0.5) / samples, needle.question, needle.value, answer.text,
-                    is_right(answer.text, needle.value), answer.weight, found, form,
+                    is_right(answer.text, needle.value), answer.weight, found, form, margin,
                 )
             )  # fmt: skip
             if len(expected) <= number:
@@ -249,8 +255,34 @@ def run_forms(
 
 
 @torch.no_grad()
-def _question_logits(model: HSAForCausalLM, tokenizer: Any, memory: ChunkMemory, question: str) -> torch.Tensor:
-    """Logits (V,) after the question, in fp32 on the host."""
+def _question_logits(
+    model: HSAForCausalLM, tokenizer: Any, memory: ChunkMemory, question: str, chunks: range
+) -> tuple[torch.Tensor, float]:
+    """Logits (V,) after the question, in fp32 on the host, and the margin of these chunks."""
     ids = torch.tensor([tokenizer(question)["input_ids"]], device=model.model.embed_tokens.weight.device)
     cache = HSACache(model.config, library=memory)
-    return model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].float().cpu()
+    margins: list[float] = []
+    handles = [
+        group.retriever.register_forward_hook(
+            lambda _, inputs, found: margins.append(score_margin(found.indices[0, -1], found.scores[0, -1], chunks))
+        )
+        for group in model.model.upper_groups()
+    ]
+    try:
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits.float().cpu(), max(margins)
+
+
+def score_margin(indices: torch.Tensor, scores: torch.Tensor, chunks: range) -> float:
+    """Best score of these chunks above the best other one, in nats, in the head where that is most; indices and scores
+    (Hr, K) of a token, -1 = empty. Chunks that are not among the K count as the last of them; 0 where no other is."""
+    kept, wanted = indices >= 0, (indices >= chunks.start) & (indices < chunks.stop)
+    if not (kept & ~wanted).any():
+        return 0.0
+    others = scores.masked_fill(~kept | wanted, -torch.inf).amax(-1)  # (Hr,)
+    worst = scores.masked_fill(~kept, torch.inf).amin(-1)
+    best = torch.maximum(scores.masked_fill(~wanted, -torch.inf).amax(-1), worst)
+    return float((best - others).max())

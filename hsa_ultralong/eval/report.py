@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hsa_ultralong.eval.metadata import write_json
@@ -30,6 +31,10 @@ def study_records(study: NeedleStudy, model: str) -> list[dict[str, Any]]:
                 **_place(result),
             }
         )
+        margins = [sample.margin for sample in result.samples if sample.margin is not None]
+        if margins:
+            margin = {"metric": "score_margin", "preset": model, "tokens": result.length, "value": median(margins)}
+            records.append({**margin, **_place(result)})
         if result.logits_error is not None and result.form:
             error = {"metric": "logits_error", "preset": model, "tokens": result.length, "value": result.logits_error}
             records.append({**error, **_place(result)})

@@ -21,7 +21,7 @@ def nano_stages() -> TrainConfig:
             StageConfig(
                 name="warmup",
                 seq_len=2048,
-                tokens=150_000_000,
+                tokens=80_000_000,
                 batch_tokens=65_536,
                 learning_rate=2e-3,
                 mixture={"text": 0.3, "self_copy": 0.3, "needles": 0.4},
@@ -31,7 +31,7 @@ def nano_stages() -> TrainConfig:
             StageConfig(
                 name="pretrain",
                 seq_len=4096,
-                tokens=100_000_000,
+                tokens=60_000_000,
                 batch_tokens=65_536,
                 learning_rate=2e-3,
                 mixture={"text": 0.6, "self_copy": 0.2, "needles": 0.2},
@@ -41,7 +41,7 @@ def nano_stages() -> TrainConfig:
             StageConfig(
                 name="long",
                 seq_len=32_768,
-                tokens=60_000_000,
+                tokens=40_000_000,
                 batch_tokens=131_072,
                 micro_batch_rows=2,
                 learning_rate=1e-3,
@@ -52,7 +52,7 @@ def nano_stages() -> TrainConfig:
             StageConfig(
                 name="anneal",
                 seq_len=32_768,
-                tokens=30_000_000,
+                tokens=20_000_000,
                 batch_tokens=131_072,
                 micro_batch_rows=2,
                 learning_rate=1e-3,
@@ -64,7 +64,7 @@ def nano_stages() -> TrainConfig:
             StageConfig(
                 name="sft",
                 seq_len=8192,
-                tokens=10_000_000,
+                tokens=8_000_000,
                 batch_tokens=65_536,
                 learning_rate=2e-4,
                 mixture={"instructions": 0.8, "needles": 0.2},

@@ -9,7 +9,7 @@ from hsa_ultralong.cli.common import load_model
 from hsa_ultralong.eval import needles as study_module
 from hsa_ultralong.eval.haystack import opticks
 from hsa_ultralong.eval.metadata import run_metadata, write_json
-from hsa_ultralong.eval.needles import is_right, run_needles, wilson_interval
+from hsa_ultralong.eval.needles import is_right, run_needles, score_margin, wilson_interval
 from hsa_ultralong.eval.plots import human_tokens, plot_needles, plot_training, read_jsonl
 from hsa_ultralong.eval.report import study_records, write_study
 
@@ -106,3 +106,15 @@ def test_results_files_have_the_documented_form(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["meta"]["seed"] == 3
     write_json(tmp_path / "x.json", {"a": 1})
     assert not list(tmp_path.glob(".partial*"))
+
+
+def test_the_score_margin_is_that_of_the_wanted_chunk_above_the_best_other():
+    indices, scores = torch.tensor([[9, 7, 4, -1]]), torch.tensor([[1.0, 3.0, 2.5, -torch.inf]])
+    assert score_margin(indices, scores, range(7, 8)) == 0.5
+    assert score_margin(indices, scores, range(4, 5)) == -0.5
+    assert score_margin(indices, scores, range(7, 10)) == 0.5
+    # not retrieved: the last of the kept bounds it
+    assert score_margin(indices, scores, range(5, 6)) == -2.0
+    # the head that sees it best counts
+    assert score_margin(indices.repeat(2, 1), torch.stack((scores[0], -scores[0])), range(9, 10)) == 1.5
+    assert score_margin(torch.tensor([[3, -1]]), torch.tensor([[1.0, -torch.inf]]), range(3, 4)) == 0.0
