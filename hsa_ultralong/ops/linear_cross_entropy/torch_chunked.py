@@ -5,15 +5,23 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide
 
 # logits of one slice, in elements
 _SLICE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+# the vocabulary is padded to a multiple of this: rows of logits that do not begin at multiples of 16 bytes take matrix
+# kernels of a third of the speed (docs/kernels.md)
+_ALIGNMENT = 64
 
 
-def _loss_and_slope(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, dtype: torch.dtype):
-    """Summed loss of a slice and d loss / d logits in `dtype`."""
+def _loss_and_slope(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, vocab_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of a slice and d loss / d logits in `dtype`; columns from vocab_size on are padding."""
+    if logits.shape[-1] > vocab_size:
+        logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= vocab_size, -torch.inf)
     kept = labels != ignore_index
     target = labels.clamp_min(0)[:, None]
     norm = logits.logsumexp(-1, keepdim=True)
@@ -25,7 +33,8 @@ def _loss_and_slope(logits: torch.Tensor, labels: torch.Tensor, ignore_index: in
 
 @lru_cache(maxsize=1)
 def _compiled():
-    return torch.compile(_loss_and_slope, dynamic=True)
+    # the vocabulary stays a constant, so that rows are known to be aligned
+    return torch.compile(_loss_and_slope)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -36,17 +45,19 @@ class _ChunkedLoss(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_gradient else None
-        size = max(1, _SLICE_ELEMENTS.get(hidden.device.type, 1 << 24) // weight.shape[0])
+        vocab_size = weight.shape[0]
+        head = F.pad(weight.to(hidden.dtype), (0, 0, 0, -vocab_size % _ALIGNMENT))  # (V', M)
+        grad_weight = torch.zeros(head.shape, dtype=wide, device=weight.device) if needs_gradient else None
+        size = max(1, _SLICE_ELEMENTS.get(hidden.device.type, 1 << 24) // len(head))
         for start, stop in blocks(hidden.shape[0], size):
             rows = hidden[start:stop]
-            logits = matmul_wide(rows[None], weight.to(hidden.dtype).T[None])[0]  # (n, V)
-            loss, slope = step(logits, labels[start:stop], ignore_index, hidden.dtype)
+            logits = matmul_wide(rows[None], head.T[None])[0]  # (n, V')
+            loss, slope = step(logits, labels[start:stop], ignore_index, vocab_size, hidden.dtype)
             total += loss
             if grad_hidden is not None and grad_weight is not None:
-                grad_hidden[start:stop] = slope @ weight.to(hidden.dtype)
+                grad_hidden[start:stop] = slope @ head
                 grad_weight += matmul_wide(slope.T[None], rows[None])[0]
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab_size])
         ctx.weight_dtype = weight.dtype
         return total
 
