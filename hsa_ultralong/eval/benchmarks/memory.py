@@ -146,14 +146,17 @@ class Recorder:
     ) -> list[dict[str, Any]]:
         """Milliseconds of one greedy step for sequences that share a memory, and what a store had to fetch.
 
-        On a GPU the time of all steps is shared out: they follow each other without waiting for the host.
+        On a GPU the time of all steps is shared out: they follow each other without waiting for the host. Records of
+        tuned layers name the store "device, tuned".
         """
+        is_compiled = self.device.type == "cuda" and self.settings.compile_layers
         generator = torch.Generator().manual_seed(self.settings.seed + 1)
         prompts = torch.randint(3, self.model.config.vocab_size, (batch, _PROMPT_TOKENS), generator=generator)
         engine = DecodingEngine(
             self.model, memory, batch=batch, max_tokens=_PROMPT_TOKENS + _WARM_STEPS + self.settings.steps,
-            compile_layers=self.device.type == "cuda" and self.settings.compile_layers, tune=self.settings.tune,
+            compile_layers=is_compiled, tune=self.settings.tune,
         )  # fmt: skip
+        store += ", tuned" if is_compiled and self.settings.tune else ""
         start = time.perf_counter()
         engine.start(0, prompts[0])
         _synchronize(self.device)
