@@ -21,6 +21,11 @@ def _parts(pairs: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     return [high, (pairs - high.to(pairs.dtype)).to(dtype)]
 
 
+def as_one_row(landmarks: torch.Tensor, *by_token: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors (B, T, ...) as (1, B * T, ...) where all rows share the landmarks, so that nothing is repeated by row."""
+    return [part.flatten(0, 1)[None] if landmarks.shape[0] == 1 else part for part in by_token]
+
+
 def product_gradients(
     query: torch.Tensor, landmarks: torch.Tensor, indices: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,31 +33,29 @@ def product_gradients(
 
     query (B, T, Hr, R), landmarks (1 or B, C, Hr, R). Nothing of size T * C is stored, and no atomic addition is used.
     """
+    rows_shape = query.shape
+    query, indices, grad = as_one_row(landmarks, query, indices, grad)
     batch, num_tokens, heads, dim = query.shape
-    num_chunks, is_shared = landmarks.shape[1], landmarks.shape[0] == 1
+    num_chunks = landmarks.shape[1]
     wide = accumulation_dtype(query.dtype)
     narrow = query.dtype if query.is_cuda and query.dtype == landmarks.dtype == torch.bfloat16 else wide
     multiply: Callable = matmul_wide if narrow != wide else torch.matmul
     grad_query = torch.empty_like(query)
-    grad_landmarks = torch.zeros(heads * landmarks.shape[0], num_chunks, dim, dtype=wide, device=query.device)
+    grad_landmarks = torch.zeros(batch * heads, num_chunks, dim, dtype=wide, device=query.device)
     width = -(-(num_chunks + 1) // 8) * 8  # rows of 16 bytes, which matrix products need to be fast
-    columns = landmarks.to(narrow).expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1)  # (B*Hr, C, R)
+    columns = landmarks.to(narrow).transpose(1, 2).flatten(0, 1)  # (B*Hr, C, R)
     for start, stop in blocks(num_tokens, max(1, BLOCK_ELEMENTS // max(1, batch * heads * num_chunks))):
         index = indices[:, start:stop].long()
         pairs = grad[:, start:stop].to(wide).masked_fill(index < 0, 0.0)
         # a column more than there are chunks takes the empty slots; other slots of a token hold different chunks
         index = index.masked_fill(index < 0, num_chunks)
-        rows = query[:, start:stop].to(narrow).transpose(1, 2)  # (B, Hr, t, R)
+        rows = query[:, start:stop].to(narrow).transpose(1, 2).flatten(0, 1)  # (B*Hr, t, R)
         found = torch.zeros(batch * heads, stop - start, dim, dtype=wide, device=query.device)
         for part in _parts(pairs, narrow):
             dense = part.new_zeros(*part.shape[:-1], width).scatter_(-1, index, part)[..., :num_chunks]
-            dense = dense.transpose(1, 2)  # (B, Hr, t, C)
-            found += multiply(dense.flatten(0, 1), columns)
-            if is_shared:
-                flat = dense.transpose(0, 1).reshape(heads, -1, num_chunks)
-                grad_landmarks += multiply(flat.transpose(1, 2), rows.transpose(0, 1).reshape(heads, -1, dim))
-            else:
-                grad_landmarks += multiply(dense.flatten(0, 1).transpose(1, 2), rows.flatten(0, 1))
+            dense = dense.transpose(1, 2).flatten(0, 1)  # (B*Hr, t, C)
+            found += multiply(dense, columns)
+            grad_landmarks += multiply(dense.transpose(1, 2), rows)
         grad_query[:, start:stop] = found.unflatten(0, (batch, heads)).transpose(1, 2)
-    grad_landmarks = grad_landmarks.unflatten(0, (landmarks.shape[0], heads)).transpose(1, 2)
-    return grad_query, grad_landmarks.to(landmarks.dtype)
+    grad_landmarks = grad_landmarks.unflatten(0, (batch, heads)).transpose(1, 2)
+    return grad_query.view(rows_shape), grad_landmarks.to(landmarks.dtype)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from hsa_ultralong.ops._common import blocks, matmul_wide
 from hsa_ultralong.ops._triton import next_power_of_two
+from hsa_ultralong.ops.chunk_topk.gradients import as_one_row
 
 # scores that one block of rows stands for: 4 bytes each
 BLOCK_ELEMENTS = 1 << 26
@@ -50,15 +51,16 @@ def spread_gradients(
 
     indices, grad: (B, T, Hr, K) int32 and fp32; -1 counts nothing. factor: (Hr,) fp32.
     """
+    rows_shape = query.shape
+    query, indices, grad = (part.contiguous() for part in as_one_row(landmarks, query, indices, grad))
     batch, num_tokens, heads, dim = query.shape
-    rows, num_chunks = landmarks.shape[:2]
-    indices, grad = indices.contiguous(), grad.contiguous()
+    num_chunks = landmarks.shape[1]
     slots, parts = indices.shape[-1], batch * heads
     width = -(-num_chunks // 8) * 8  # rows of 16 bytes, which matrix products need to be fast
-    columns = landmarks.transpose(1, 2)  # (1 or B, Hr, C, R)
+    columns = landmarks.transpose(1, 2)  # (B, Hr, C, R)
     if width > num_chunks:
         columns = torch.nn.functional.pad(columns, (0, 0, 0, width - num_chunks))
-    columns = torch.cat((columns, columns), dim=2).expand(batch, -1, -1, -1).reshape(parts, 2 * width, dim)
+    columns = torch.cat((columns, columns), dim=2).reshape(parts, 2 * width, dim)
     grad_query, grad_landmarks = torch.empty_like(query), None
     for start, stop in blocks(num_tokens, max(1, BLOCK_ELEMENTS // (parts * width))):
         count = stop - start
@@ -77,7 +79,5 @@ def spread_gradients(
             product = matmul_wide(dense[:, :, part, :num_chunks].transpose(1, 2), read)  # (B * Hr, C, R)
             grad_landmarks = product if grad_landmarks is None else grad_landmarks.add_(product)
     assert grad_landmarks is not None
-    by_row = grad_landmarks.unflatten(0, (batch, heads))
-    if rows < batch:
-        by_row = by_row.sum(0, keepdim=True)
-    return grad_query, by_row.transpose(1, 2).to(landmarks.dtype)
+    grad_landmarks = grad_landmarks.unflatten(0, (batch, heads)).transpose(1, 2)
+    return grad_query.view(rows_shape), grad_landmarks.to(landmarks.dtype)

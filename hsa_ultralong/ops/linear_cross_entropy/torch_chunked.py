@@ -11,6 +11,8 @@ from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide
 
 # logits of one slice, in elements
 _SLICE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+# tokens of a slice at least on a GPU: every slice is added to the gradient of the whole weight
+_LEAST_TOKENS = 4096
 # the vocabulary is padded to a multiple of this: rows of logits that do not begin at multiples of 16 bytes take matrix
 # kernels of a third of the speed (docs/kernels.md)
 _ALIGNMENT = 64
@@ -49,6 +51,8 @@ class _ChunkedLoss(torch.autograd.Function):
         head = F.pad(weight.to(hidden.dtype), (0, 0, 0, -vocab_size % _ALIGNMENT))  # (V', M)
         grad_weight = torch.zeros(head.shape, dtype=wide, device=weight.device) if needs_gradient else None
         size = max(1, _SLICE_ELEMENTS.get(hidden.device.type, 1 << 24) // len(head))
+        if hidden.is_cuda:
+            size = max(size, _LEAST_TOKENS)
         for start, stop in blocks(hidden.shape[0], size):
             rows = hidden[start:stop]
             logits = matmul_wide(rows[None], head.T[None])[0]  # (n, V')
