@@ -35,11 +35,12 @@ class UpperGroup(nn.Module):
         states: list[WindowState] | None,
         topk: int,
         noise_seed: int | None,
+        noise_start: int,
     ) -> torch.Tensor:
         empty: list[WindowState | None] = [None] * (1 + len(self.layers))
         first, *rest = states or empty
         if views:
-            retrieval = self.retriever(x, views, topk=topk, noise_seed=noise_seed)
+            retrieval = self.retriever(x, views, topk=topk, noise_seed=noise_seed, noise_start=noise_start)
             x = self.hsa_layer(x, retrieval, views, rotary, segments, first)
         else:
             x = self.hsa_layer.without_memory(x, rotary, segments, first)

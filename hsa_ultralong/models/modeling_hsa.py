@@ -180,6 +180,8 @@ class HSAModel(HSAPreTrainedModel):
         if self.training and self.config.gumbel_noise:
             # one draw on the host generator: reproducible, and the same again when a layer is recomputed
             seed = int(torch.randint(2**31, ()))
+        # a slice of rows that are shared over processes draws its part of their noise
+        start = 0 if self.context_ranks is None else self.context_ranks.rank * x.shape[1]
         number = self.config.num_lower_layers
         for index, group in enumerate(self.groups):
             states = None
@@ -187,7 +189,7 @@ class HSAModel(HSAPreTrainedModel):
                 states = [windows.state(number + i) for i in range(self.config.num_layers_per_group)]
             number += self.config.num_layers_per_group
             noise_seed = None if seed is None else seed + 7919 * index
-            x = self._run(group, x, views, rotary, segments, states, self.config.chunk_topk, noise_seed)
+            x = self._run(group, x, views, rotary, segments, states, self.config.chunk_topk, noise_seed, start)
         return x
 
     def _run(self, layer: nn.Module, *args: Any) -> torch.Tensor:

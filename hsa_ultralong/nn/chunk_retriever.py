@@ -70,9 +70,16 @@ class ChunkRetriever(nn.Module):
         self.position_decay = nn.Parameter(torch.zeros(())) if position_decay else None
 
     def forward(
-        self, x: torch.Tensor, views: Sequence[MemoryView], *, topk: int, noise_seed: int | None = None
+        self,
+        x: torch.Tensor,
+        views: Sequence[MemoryView],
+        *,
+        topk: int,
+        noise_seed: int | None = None,
+        noise_start: int = 0,
     ) -> Retrieval:
-        """x (B, T, M); views in order of age; noise is added only in training of a model configured for it."""
+        """x (B, T, M), tokens from noise_start on of their rows; views in order of age; noise is added only in training
+        of a model configured for it."""
         query = self.query_proj(self.norm(x)).unflatten(-1, (self.num_retrieval_heads, -1))  # (B, T, Hr, R)
         if self.normalize_queries:
             query = rms_normalize(query).to(query.dtype)
@@ -86,14 +93,16 @@ class ChunkRetriever(nn.Module):
                 indices, scores = view.lookup.search(query, topk, visible=view.visible, temperature=temperature)
             else:
                 indices, scores = chunk_topk(
-                    query, landmarks, view.visible, topk=topk, temperature=temperature, noise_seed=seed
-                )
+                    query, landmarks, view.visible, topk=topk, temperature=temperature, noise_seed=seed,
+                    noise_start=noise_start,
+                )  # fmt: skip
             if view.ranks is not None:
                 indices, scores = view.ranks.best(indices, scores, topk)
             ranking = scores.detach()
             if seed is not None and len(views) > 1:
                 batch, length, heads, _ = indices.shape
-                ranking = ranking + gumbel_noise(seed, batch, 0, length, heads, indices, indices.device)
+                places = noise_start, noise_start + length
+                ranking = ranking + gumbel_noise(seed, batch, *places, heads, indices, indices.device)
             found.append((torch.where(indices < 0, indices, indices + offset), scores, ranking))
             offsets.append(offset)
             offset += landmarks.shape[1] if view.ranks is None else view.ranks.num_chunks

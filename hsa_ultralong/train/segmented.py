@@ -112,7 +112,7 @@ def segmented_loss_backward(
     """Loss of a batch; adds its gradients, times `loss_scale`, to the parameters', segment by segment.
 
     Call it under the autocast that the ordinary forward would have. All layers run twice forward, once without
-    gradients; the head runs once. Gumbel noise is drawn anew for every segment: another draw than a whole row's.
+    gradients; the head runs once.
 
     Args:
         batch: input_ids and labels (B, T), optionally segment_ids (B, T) and isolate_documents, as HSAForCausalLM takes
@@ -184,7 +184,7 @@ class _Pass:
         lower = self.config.num_lower_layers
         self.windows = self.config.layer_windows[:lower], self.config.layer_windows[lower:]
         self.places = chunk_places(row.layout, self.config.chunk_size)
-        # one draw on the host generator: the same again when a segment is recomputed
+        # one draw on the host generator, as for a whole row
         uses_noise = model.training and self.config.gumbel_noise
         self.noise_seed = int(torch.randint(2**31, ())) if uses_noise else None
 
@@ -230,9 +230,9 @@ class _Pass:
         rotary, segments = self._rotary(windows, x), self._window_segments(start, stop)
         per_group = self.config.num_layers_per_group
         for number, group in enumerate(self.inner.upper_groups()):
-            seed = None if self.noise_seed is None else self.noise_seed + 7919 * number + 104_729 * start
+            seed = None if self.noise_seed is None else self.noise_seed + 7919 * number
             states: list[Any] = windows.states[number * per_group : (number + 1) * per_group]
-            x = group(x, views, rotary, segments, states, self.config.chunk_topk, seed)
+            x = group(x, views, rotary, segments, states, self.config.chunk_topk, seed, start)
         return x
 
     def _loss(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,20 @@ def test_noise_is_finite_for_the_extreme_states(monkeypatch):
     for state in (0, 2**32 - 1):
         monkeypatch.setattr(noise_module, "_mix", lambda x, state=state: torch.full_like(x, state))
         assert bool(gumbel_noise(0, 1, 0, 1, 1, 1, "cpu").isfinite().all())
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_pieces_of_a_row_draw_its_noise(impl):
+    query, landmarks = inputs(tokens=30, chunks=20)
+    visible = ChunkVisibility.causal(2, 30, 20, 1)
+    whole = chunk_topk(query, landmarks, visible, topk=4, noise_seed=1, impl=impl)
+    for start, stop in ((0, 7), (7, 30)):
+        places = {name: getattr(visible, name)[:, start:stop] for name in ("query_segment", "query_position")}
+        seen = replace(visible, **places)
+        options = {"topk": 4, "noise_seed": 1, "noise_start": start, "impl": impl}
+        part = chunk_topk(query[:, start:stop], landmarks, seen, **options)
+        assert torch.equal(part[0], whole[0][:, start:stop])
+        torch.testing.assert_close(part[1], whole[1][:, start:stop], **EXACT)
 
 
 def test_noise_changes_the_choice_and_never_the_scores():

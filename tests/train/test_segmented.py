@@ -121,6 +121,18 @@ def test_under_autocast_it_is_as_exact_as_the_ordinary_pass():
     assert 0 < error(parts) < 3 * error(usual)
 
 
+@pytest.mark.parametrize("pieces", [4, 12, 32])
+def test_segments_draw_the_noise_of_the_whole_row(pieces):
+    model = tiny_model(gumbel_noise=True, chunk_topk=2).train()
+    batch = packed(2, [17, 3, 22, 8], 60)
+    torch.manual_seed(3)
+    expected = ordinary(model, batch)
+    torch.manual_seed(3)
+    assert_equal(results(model, lambda: segmented_loss_backward(model, batch, pieces)), expected)
+    torch.manual_seed(4)
+    assert ordinary(model, batch)["loss"] != expected["loss"]
+
+
 def test_noise_is_the_same_when_a_segment_runs_again():
     """Gradients equal finite differences of the loss under one seed: the recomputed choice is the first one."""
     model = tiny_model(gumbel_noise=True, chunk_topk=2).train()

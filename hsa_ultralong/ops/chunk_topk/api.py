@@ -45,6 +45,7 @@ def chunk_topk(
     scale: float | None = None,
     temperature: torch.Tensor | float | None = None,
     noise_seed: int | None = None,
+    noise_start: int = 0,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Select the `topk` visible chunks of highest score s = scale / temperature * <query, landmark>.
@@ -57,6 +58,7 @@ def chunk_topk(
         scale: default 1 / sqrt(R).
         temperature: positive scalar or (Hr,); a tensor receives its gradient.
         noise_seed: adds counter-based Gumbel noise to the scores for the choice only (training).
+        noise_start: number of the first query in its row, where rows come in pieces: the noise is that of the row.
         impl: "auto", "triton", "torch" or "reference". "auto" is "triton" on an NVIDIA GPU for bf16 and fp16.
 
     Returns:
@@ -90,4 +92,4 @@ def chunk_topk(
         if factor.dim() == 1:
             factor = factor[:, None]  # (Hr, 1)
     backend = _BACKENDS[choose_impl("chunk_topk", impl, tuple(_BACKENDS), _automatic(query, landmarks, topk))]
-    return backend(query, landmarks, visible, topk=topk, factor=factor, noise_seed=noise_seed)
+    return backend(query, landmarks, visible, topk=topk, factor=factor, noise_seed=noise_seed, noise_start=noise_start)

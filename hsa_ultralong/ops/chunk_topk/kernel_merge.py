@@ -53,10 +53,10 @@ def _reach(
     return tl.minimum(tl.min(first, 0), last), last
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "first_token"])
 def merge_select_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
-    T, C, K, HR, seed,
+    T, C, K, HR, seed, first_token,
     R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
     FOREIGN: tl.constexpr, NOISE: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr,
     FEW: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -93,7 +93,7 @@ def merge_select_kernel(
         columns = landmarks + chunk.to(tl.int64) * (HR * R)
         ranking = _products(queries, rows, is_real, columns, exists, R, RP, RS, PRECISION) * scale
         if NOISE:
-            ranking += _gumbel(seed, b, token[:, None], hr, chunk[None, :])
+            ranking += _gumbel(seed, b, first_token + token[:, None], hr, chunk[None, :])
         ends = tl.load(chunk_end + chunk, mask=exists, other=0)
         owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
         mask = _visible(segment[:, None], position[:, None], owners[None, :], ends[None, :], FOREIGN)

@@ -92,10 +92,10 @@ def _products(
     return product
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "first_token"])
 def select_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
-    T, C, K, HR, seed,
+    T, C, K, HR, seed, first_token,
     R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, KP: tl.constexpr,
     FOREIGN: tl.constexpr, NOISE: tl.constexpr, LANDMARK_ROWS: tl.constexpr, CHUNK_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -128,7 +128,7 @@ def select_kernel(
             columns = landmarks + chunk.to(tl.int64) * (HR * R)
             ranking = _products(queries, rows, is_real, columns, exists, R, RP, RS, PRECISION) * scale
             if NOISE:
-                ranking += _gumbel(seed, b, token[:, None], hr, chunk[None, :])
+                ranking += _gumbel(seed, b, first_token + token[:, None], hr, chunk[None, :])
             keys = _pack(ranking, chunk[None, :], mask)
             # both lists descend: their larger halves, one reversed, are the KP best of all
             best = tl.sort(tl.maximum(best, tl.flip(tl.topk(keys, KP), 1)), descending=True)

@@ -17,6 +17,7 @@ def chunk_topk_reference(
     topk: int,
     factor: torch.Tensor | float,
     noise_seed: int | None,
+    noise_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """s[t, i] = factor * <query_t, landmark_i>; keep the K visible chunks of highest s (+ noise); newest first."""
     dtype = accumulation_dtype(query.dtype)
@@ -29,7 +30,8 @@ def chunk_topk_reference(
     hidden = ~visible.mask()[:, :, None]  # (B, T, 1, C)
     ranking = scores.detach()
     if noise_seed is not None:
-        ranking = ranking + gumbel_noise(noise_seed, batch, 0, num_tokens, heads, num_chunks, query.device)
+        stop = noise_start + num_tokens
+        ranking = ranking + gumbel_noise(noise_seed, batch, noise_start, stop, heads, num_chunks, query.device)
     ranking = ranking.masked_fill(hidden, -torch.inf)
     # a stable sort prefers the lower index among equal scores
     chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[..., :keep]  # (B, T, Hr, K)

@@ -58,7 +58,9 @@ def _select(products: torch.Tensor, mask: torch.Tensor, keep: int, factor, noise
 
 class _SelectedProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, landmarks, visible: ChunkVisibility, keep: int, factor, noise_seed: int | None):
+    def forward(
+        ctx, query, landmarks, visible: ChunkVisibility, keep: int, factor, noise_seed: int | None, noise_start: int
+    ):
         batch, num_tokens, heads, _ = query.shape
         num_chunks = landmarks.shape[1]
         shape = (batch, num_tokens, heads, keep)
@@ -68,7 +70,8 @@ class _SelectedProducts(torch.autograd.Function):
             products = _products(query[:, start:stop], landmarks)
             noise = None
             if noise_seed is not None and keep < num_chunks:
-                noise = gumbel_noise(noise_seed, batch, start, stop, heads, num_chunks, query.device)
+                places = noise_start + start, noise_start + stop
+                noise = gumbel_noise(noise_seed, batch, *places, heads, num_chunks, query.device)
             chosen = _select(products, visible.mask(start, stop), keep, factor, noise)
             indices[:, start:stop] = chosen
             selected[:, start:stop] = products.gather(-1, chosen.clamp_min(0)).masked_fill(chosen < 0, 0.0)
@@ -79,7 +82,7 @@ class _SelectedProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, grad):
         query, landmarks, indices = ctx.saved_tensors
-        return *product_gradients(query, landmarks, indices, grad), None, None, None, None
+        return *product_gradients(query, landmarks, indices, grad), None, None, None, None, None
 
 
 @torch.compiler.disable
@@ -91,11 +94,12 @@ def chunk_topk_torch(
     topk: int,
     factor: torch.Tensor | float,
     noise_seed: int | None,
+    noise_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same result as chunk_topk_reference; peak extra memory is one block of scores."""
     keep = min(topk, landmarks.shape[1])
     plain = factor.detach() if isinstance(factor, torch.Tensor) else factor
     with torch.autocast(device_type=query.device.type, enabled=False):
-        indices, products = _SelectedProducts.apply(query, landmarks, visible, keep, plain, noise_seed)
+        indices, products = _SelectedProducts.apply(query, landmarks, visible, keep, plain, noise_seed, noise_start)
         scores = (products * factor).masked_fill(indices < 0, -torch.inf)
     return indices, scores

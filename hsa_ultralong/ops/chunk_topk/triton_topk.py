@@ -103,7 +103,7 @@ class _Problem:
             BT=options.tokens, BC=options.chunks, PRECISION=self.precision, num_warps=options.warps, **self.constants,
         )  # fmt: skip
 
-    def stream(self, noise_seed: int | None) -> None:
+    def stream(self, noise_seed: int | None, noise_start: int) -> None:
         kept = next_power_of_two(self.keep)
         seed = (0 if noise_seed is None else noise_seed) & 0xFFFFFFFF
         is_merged = kept <= _MOST_INSERTED
@@ -114,7 +114,7 @@ class _Problem:
             more = {"FEW": _FEW, "STAGES": 2 if self.constants["RP"] <= 512 else 1}
         kernel[self.grid(options.tokens)](
             *self.operands(), self.indices, self.scores, self.tokens, self.chunks, self.keep, self.heads,
-            seed - (1 << 32) * (seed >> 31), BT=options.tokens, BC=max(options.chunks, kept), KP=kept,
+            seed - (1 << 32) * (seed >> 31), noise_start, BT=options.tokens, BC=max(options.chunks, kept), KP=kept,
             NOISE=noise_seed is not None, PRECISION=self.precision, num_warps=options.warps, **more, **self.constants,
         )  # fmt: skip
         if noise_seed is not None:
@@ -163,19 +163,21 @@ class _Problem:
         )  # fmt: skip
 
 
-def _solve(query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed: int | None) -> _Problem:
+def _solve(
+    query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed: int | None, noise_start: int
+) -> _Problem:
     problem = _Problem(query, landmarks, visible, keep, factor)
     if keep == problem.chunks:
         problem.cover()
     else:
-        problem.stream(noise_seed)
+        problem.stream(noise_seed, noise_start)
     return problem
 
 
 class _KeptScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed: int | None):
-        problem = _solve(query, landmarks, factor, visible, keep, noise_seed)
+    def forward(ctx, query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed, noise_start):
+        problem = _solve(query, landmarks, factor, visible, keep, noise_seed, noise_start)
         ctx.save_for_backward(query, landmarks, factor, problem.indices, problem.scores)
         ctx.mark_non_differentiable(problem.indices)
         return problem.indices, problem.scores
@@ -197,7 +199,7 @@ class _KeptScores(torch.autograd.Function):
             products = torch.where(kept, scores, 0.0) / by_head
             grad_factor = (grad * products).sum((0, 1, 3))  # (Hr,)
             grad_factor = grad_factor.sum_to_size(factor.shape)
-        return grad_query, grad_landmarks, grad_factor, None, None, None
+        return grad_query, grad_landmarks, grad_factor, None, None, None, None
 
 
 @lru_cache(maxsize=16)
@@ -214,6 +216,7 @@ def chunk_topk_triton(
     topk: int,
     factor: torch.Tensor | float,
     noise_seed: int | None,
+    noise_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same result as chunk_topk_reference; scores are products of the inputs as they are, accumulated in fp32."""
     require_triton("chunk_topk", query)
@@ -240,9 +243,9 @@ def chunk_topk_triton(
         problem.decode()
         return problem.indices, problem.scores
     if not needs_gradient:
-        problem = _solve(query, landmarks, factors, visible, keep, noise_seed)
+        problem = _solve(query, landmarks, factors, visible, keep, noise_seed, noise_start)
         return problem.indices, problem.scores
-    return _KeptScores.apply(query, landmarks, factors, visible, keep, noise_seed)
+    return _KeptScores.apply(query, landmarks, factors, visible, keep, noise_seed, noise_start)
 
 
 def scan_quantized(
