@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hsa_ultralong.data import Source
+    from hsa_ultralong.data.sources import BadRecords
     from hsa_ultralong.inference import Library
 
 FORMATS = ("bf16", "int8", "fp8", "fp16", "fp32")
@@ -32,6 +35,7 @@ def memorize(
     text_field: Annotated[
         str, typer.Option(help="Field of .jsonl and column of .parquet that holds the text.")
     ] = "text",
+    max_bad: Annotated[int, typer.Option(min=0, help="Unreadable records to pass over, with a report.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable summary, no progress bar.")] = False,
@@ -45,7 +49,7 @@ def memorize(
 
       hsa memorize books/ notes.md -o lib.hsa
 
-      hsa memorize corpus.jsonl --text-field body --key-values int8 -o lib.hsa
+      hsa memorize corpus.jsonl --text-field body --max-bad 100 --key-values int8 -o lib.hsa
 
       cat *.txt | hsa memorize - -o lib.hsa
     """
@@ -59,7 +63,8 @@ def memorize(
     network, tokenizer = load_model(model, device, dtype)
     _require_room(network.config, files, output, key_values, landmarks)
     with open_or_create(network, tokenizer, output, key_values, landmarks) as library:
-        summary = memorize_files(library, tokenizer, files, text_field=text_field, is_quiet=as_json)
+        options: dict[str, Any] = {"text_field": text_field, "max_bad": max_bad, "is_quiet": as_json}
+        summary = memorize_files(library, tokenizer, files, **options)
     _show(output, summary, as_json)
 
 
@@ -109,21 +114,48 @@ def _require_room(config: Any, files: list[Path | None], output: Path, key_value
 
 
 def memorize_files(
-    library: Library, tokenizer: Any, files: list[Path | None], *, text_field: str = "text", is_quiet: bool = False
+    library: Library,
+    tokenizer: Any,
+    files: list[Path | None],
+    *,
+    text_field: str = "text",
+    max_bad: int = 0,
+    is_quiet: bool = False,
 ) -> dict[str, Any]:
-    """Bring a library up to date with the documents of files; returns what was done."""
-    from hsa_ultralong.data import read_sources
+    """Bring a library up to date with the documents of files; returns what was done.
 
+    Raises:
+        ValueError: a record that cannot be read, after `max_bad` others; the documents before it are kept.
+    """
+    from hsa_ultralong.data.sources import BadRecords
+
+    bad = BadRecords(max_bad) if max_bad else None
     counts = {"added": 0, "changed": 0, "unchanged": 0, "tokens_read": 0}
     known = [file.stat().st_size if file is not None else 0 for file in files]
     start = time.monotonic()
     with _Bar(sum(known), is_quiet) as bar:
         for file, size in zip(files, known, strict=True):
-            for source in read_sources(file, text_field=text_field):
+            for source in _sources(library, file, text_field, bad):
                 _memorize_source(library, tokenizer, source, counts, bar)
             bar.finish_file(size)
         library.commit()
-    return {**counts, "seconds": time.monotonic() - start}
+    return {**counts, "bad": bad.count if bad else 0, "seconds": time.monotonic() - start}
+
+
+def _sources(library: Library, file: Path | None, text_field: str, bad: BadRecords | None) -> Iterator[Source]:
+    """The documents of a file; those before an unreadable one are committed before the error goes on."""
+    from hsa_ultralong.data import read_sources
+
+    sources = read_sources(file, text_field=text_field, on_bad=bad)
+    while True:
+        try:
+            source = next(sources, None)
+        except ValueError:
+            library.commit()
+            raise
+        if source is None:
+            return
+        yield source
 
 
 def _memorize_source(library: Library, tokenizer: Any, source: Source, counts: dict[str, Any], bar: _Bar) -> None:
@@ -221,6 +253,8 @@ def _show(path: Path, summary: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(value, indent=1))
         return
     rate = value["tokens_read"] / max(value["seconds"], 1e-9)
+    if value["bad"]:
+        typer.echo(f"passed over {value['bad']:,} bad records, named above", err=True)
     typer.echo(
         f"{path}: {value['documents']:,} documents, {value['tokens']:,} tokens, {format_bytes(value['bytes'])}; "
         f"{value['added']} added, {value['changed']} changed, {value['unchanged']} unchanged; "

@@ -106,7 +106,8 @@ def append(
                 raise ValueError(f"{path} holds no document to go on with; leave --to-last away")
             # its text is no longer that of its file
             library.extend(tokens, close=True, metadata={**library.documents[-1].metadata, "sha256": "extended"})
-            summary = {"added": 0, "changed": 1, "unchanged": 0, "tokens_read": len(tokens), "seconds": 0.0}
+            counts = {"added": 0, "changed": 1, "unchanged": 0, "bad": 0}
+            summary = {**counts, "tokens_read": len(tokens), "seconds": 0.0}
         else:
             summary = memorize_files(library, tokenizer, files, text_field=text_field, is_quiet=as_json)
     _show(path, summary, as_json)

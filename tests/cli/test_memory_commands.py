@@ -240,3 +240,20 @@ def test_a_memory_of_another_model_is_refused(library, checkpoint, tmp_path):
         other.model.embed_tokens.weight[5] += 1
     export_model(other, load_tokenizer(checkpoint), tmp_path / "other", topk=4)
     assert_one_clear_line(hsa("ask", "-m", library, "--model", tmp_path / "other", "What?"), "another model")
+
+
+def test_a_bad_record_ends_the_reading_and_keeps_what_came_before_or_is_passed_over(checkpoint, tmp_path):
+    table, library = tmp_path / "table.jsonl", tmp_path / "lib.hsa"
+    rows = [json.dumps({"text": SENTENCE}), "no json", json.dumps({"text": 2 * SENTENCE}), json.dumps({"body": "x"})]
+    table.write_text("\n".join(rows) + "\n")
+    refused = hsa("memorize", table, "-o", library, "--model", checkpoint)
+    assert refused.exit_code == 2 and "table.jsonl, line 2: no JSON" in refused.stderr.splitlines()[-1]
+    assert [name for name, _ in contents(library)[0]] == [f"{table}:1"]
+    assert "not committed" not in refused.stderr
+    result = hsa("memorize", table, "-o", library, "--model", checkpoint, "--max-bad", 2)
+    assert result.exit_code == 0 and "passed over 2 bad records" in result.stderr
+    assert [name for name, _ in contents(library)[0]] == [f"{table}:1", f"{table}:3"]
+    again = json.loads(run("memorize", table, "-o", library, "--model", checkpoint, "--max-bad", 2, "--json"))
+    assert again["unchanged"] == 2 and again["bad"] == 2
+    few = hsa("memorize", table, "-o", library, "--model", checkpoint, "--max-bad", 1)
+    assert few.exit_code == 2 and "more than 1 bad records" in few.stderr.splitlines()[-1]
