@@ -8,7 +8,7 @@ from hsa_ultralong.train import StageConfig, TrainConfig
 def nano_stages() -> TrainConfig:
     """`hsa train nano_stages --text corpus.txt --device cuda -o runs/stages --export models/nano-sft`.
 
-    Hardware: one GPU with 16 GiB. Time: 7 minutes of an H100 or H200 by `--dry-run`, not measured. Numbers: not
+    Hardware: one GPU with 16 GiB. Time: 4 minutes of an H100 or H200 by `--dry-run`, not measured. Numbers: not
     measured; the shipped model comes from `nano`, whose stages warmup and long these resemble.
 
     warmup: window 128 and full coverage make retrieval emerge. pretrain: sparse (K = 32) at twice the length. long:
