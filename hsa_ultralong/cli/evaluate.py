@@ -31,6 +31,14 @@ def needles(
     together: Annotated[
         bool, typer.Option("--together", help="All sentences at once: distractors of each other.")
     ] = False,
+    notes: Annotated[
+        bool,
+        typer.Option(
+            "--notes",
+            help="Every sentence is a document of its own, appended behind the text, all at once; asked for by its "
+            "beginning ('The secret code of the calm ferry is'), not by a question.",
+        ),
+    ] = False,
     segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     topk: Annotated[int | None, typer.Option(min=1, help="Chunks read per token.", show_default="the model's")] = None,
@@ -41,7 +49,7 @@ def needles(
     """Hide sentences in a text of any length, one at a time, and ask for each; every form memorises the text once.
 
     A text that is shorter than a length goes on with its lines in new random orders; the number of different chunks is
-    reported. Written after every length: summary.json, records.jsonl, needles.png.
+    reported. Written after every length: summary.json, records.jsonl, needles.png. --together and --notes: all at once.
 
     Examples:
 
@@ -50,12 +58,16 @@ def needles(
       hsa eval needles --lengths 1M --needles 100 --forms own,int8 --shards .data/shards -o results/needles-forms
 
       hsa eval needles --lengths 1G --store tiered --forms int8 --shards .data/shards -o results/needles-1g
+
+      hsa eval needles --lengths 256K --needles 40 --notes -o results/needles-notes
     """
     from hsa_ultralong.cli.common import load_model
     from hsa_ultralong.eval.haystack import recombined
     from hsa_ultralong.eval.metadata import run_metadata
     from hsa_ultralong.eval.needles import NeedleStudy, run_forms
 
+    if notes and together:
+        raise ValueError("give --notes or --together, not both: notes lie behind the text, not in it")
     wanted = [parse_size(part) for part in lengths.split(",")]
     kinds = ["" if part.strip() == "own" else part.strip() for part in forms.split(",")]
     network, tokenizer = load_model(model, device, dtype)
@@ -69,7 +81,7 @@ def needles(
         with _Bars(length, samples) as bars:
             found = run_forms(
                 network, tokenizer, recombined(source, length, tokenizer, seed), samples=samples, forms=kinds,
-                store=store, together=together, seed=seed, progress=bars.show,
+                store=store, together=together, notes=notes, seed=seed, progress=bars.show,
                 segment_tokens=None if segment is None else parse_size(segment),
             )  # fmt: skip
         study = NeedleStudy([*study.results, *found.results], found.topk, seed, found.peak_host_bytes)
@@ -131,46 +143,45 @@ class _Bars:
 
 
 def _write(study: Any, output: Path, name: str, meta: dict[str, Any]) -> None:
-    import dataclasses
-
-    from hsa_ultralong.eval.plots import plot_needles
+    from hsa_ultralong.eval.figures import draw
     from hsa_ultralong.eval.report import write_study
 
     write_study(output, study, name, meta, "summary.json")
-    first = study.results[0].form
-    samples = [dataclasses.asdict(s) for result in study.results if result.form == first for s in result.samples]
-    plot_needles(samples, output / "needles.png", f"Hidden sentences, {name}, K={study.topk}")
+    title = f"Hidden sentences, {name}, K={study.topk}"
+    draw(output / "records.jsonl", output / "needles.png", "needles", title)
 
 
 def _print(study: Any, output: Path) -> None:
+    from statistics import median
+
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    from hsa_ultralong.cli.plan import format_count
     from hsa_ultralong.eval.needles import wilson_interval
     from hsa_ultralong.eval.plots import human_tokens
 
-    names = (
-        "tokens",
-        "store",
-        "form",
-        "exact",
-        "95% interval",
-        "logits error",
-        "tokens/s",
-        "memory",
-        "distinct chunks",
+    where = "behind" if study.results[0].task == "notes" else "in"
+    caption = "margin: median, nats; logits: distance from the first; chunks: different ones"
+    table = Table(
+        title=f"Sentences hidden {where} a text, asked for after memorising it",
+        caption=caption,
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    table = Table(title="Sentences hidden in a text, asked for after memorising it")
-    for name in names:
+    for name in ("tokens", "memory", "exact", "95%", "margin", "logits", "tok/s", "size", "chunks"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in study.results:
         right = sum(sample.correct for sample in result.samples)
         low, high = wilson_interval(right, len(result.samples))
-        error = "-" if result is study.results[0] else f"{result.logits_error:.2%}"
+        place = "" if result.store == "device" else f"{result.store} "
         table.add_row(
-            human_tokens(result.length), result.store, result.form or "own", f"{right}/{len(result.samples)}",
-            f"{low:.0%}-{high:.0%}", error, f"{result.length / result.read_seconds:,.0f}",
-            format_bytes(result.memory_bytes), f"{result.distinct_chunks:,}",
+            human_tokens(result.length), f"{place}{result.form or 'own'}", f"{right}/{len(result.samples)}",
+            f"{100 * low:.0f}-{high:.0%}", f"{median(sample.margin for sample in result.samples):+.2f}",
+            "-" if result is study.results[0] else f"{result.logits_error:.2%}",
+            format_count(result.length / result.read_seconds), format_bytes(result.memory_bytes),
+            format_count(result.distinct_chunks),
         )  # fmt: skip
     Console().print(table)
     typer.echo(f"Written: {output}/summary.json, records.jsonl, needles.png")

@@ -1,7 +1,8 @@
 """Needles in a memorised text: memorise once per length, write a sentence in by an exact edit, ask for it, take it out.
 
-The edit makes many needles per length cheap (fact 6). Used by `hsa quickstart` and the needle studies; the form of the
-records is that of results/ (see docs/results.md). tests/eval/test_needles.py.
+The edit makes many needles per length cheap (fact 6). Or all at once: in the text, or as notes, documents of their own
+behind it. Used by `hsa quickstart` and the needle studies; the form of the records is that of results/ (see
+docs/results.md). tests/eval/test_needles.py, test_haystack.py, test_notes.py.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hsa_ultralong.data import evaluation_needles
 from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.inference import ask, edit, memorize
+from hsa_ultralong.inference.ask import Source
 from hsa_ultralong.memory import ChunkMemory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 
@@ -30,6 +32,7 @@ Progress = Callable[[int, int, int, int], None]
 class NeedleSample:
     """One needle: where it was written, what was asked and answered, and the retrieval weight on the best chunk.
 
+    depth: 0..1 in the text; of a note among the notes. found: the best chunk is of the needle (of a note: its own).
     margin: after the question, by how much the needle's chunk scores above the best other one, in nats, in the upper
     group where that is most; of a chunk that was not retrieved at most this.
     """
@@ -181,6 +184,21 @@ def plant(text: torch.Tensor, statements: Sequence[Sequence[int]]) -> list[tuple
     return places
 
 
+class Place(NamedTuple):
+    """Where a needle lies: number of the document, and tokens of it."""
+
+    document: int
+    start: int
+    stop: int
+
+    def chunks(self, memory: ChunkMemory) -> range:
+        first, size = memory.documents[self.document].first_chunk, memory.chunk_size
+        return range(first + self.start // size, first + (self.stop - 1) // size + 1)
+
+    def overlaps(self, source: Source) -> bool:
+        return source.document == self.document and source.start < self.stop and self.start < source.stop
+
+
 def run_forms(
     model: HSAForCausalLM,
     tokenizer: Any,
@@ -190,6 +208,7 @@ def run_forms(
     forms: Sequence[str] = ("",),
     store: str = "device",
     together: bool = False,
+    notes: bool = False,
     segment_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -203,40 +222,51 @@ def run_forms(
         store: "device", "host" or "tiered".
         together: all needles are in the text at once (written into `text`), each a distractor of the others; else one
             at a time, by exact edits.
+        notes: all needles are documents of their own behind the text, as `hsa memory append` makes them, and are asked
+            for by the beginning of their sentence instead of by a question. Depths are their places in this order.
 
     Raises:
-        ValueError: a text too short, or a memory that does not fit.
+        ValueError: notes that are in the text together, a text too short, or a memory that does not fit.
     """
+    if together and notes:
+        raise ValueError("give notes or together, not both: notes lie behind the text, not in it")
     report = progress or (lambda *_: None)
     length, device = len(text), model.model.embed_tokens.weight.device
     needles = evaluation_needles(seed + length, samples)
-    statements = [tokenizer(needle.statement, add_special_tokens=False)["input_ids"] for needle in needles]
-    places = plant(text if together else text.clone(), statements)
+    prompts = [needle.completion if notes else needle.question for needle in needles]
+    if notes:
+        statements = [tokenizer(needle.statement.strip())["input_ids"] for needle in needles]
+        places = [Place(number, 0, len(statement)) for number, statement in enumerate(statements, 1)]
+    else:
+        statements = [tokenizer(needle.statement, add_special_tokens=False)["input_ids"] for needle in needles]
+        places = [Place(0, *place) for place in plant(text if together else text.clone(), statements)]
     distinct = count_distinct(text, model.config.chunk_size, device)
+    is_edited = not (together or notes)
+    task = "notes" if notes else "mk_niah" if together else "s_niah"
     results: list[LengthResult] = []
     expected: list[torch.Tensor] = []
     for form in forms:
         started = time.monotonic()
         memory = memorize(
-            model, text, store=store, key_values=form or None, landmarks=("int8" if form == "fp8" else form) or None,
-            segment_tokens=segment_tokens, progress=lambda done, _: report(length, 0, samples, done),
+            model, [text, *statements] if notes else [text], store=store, key_values=form or None,
+            landmarks=("int8" if form == "fp8" else form) or None, segment_tokens=segment_tokens,
+            progress=lambda done, _: report(length, 0, samples, done),
         )  # fmt: skip
         if device.type == "cuda":
             torch.cuda.synchronize()
         read_seconds, started = time.monotonic() - started, time.monotonic()
         done, errors = [], []
-        for number, (needle, statement, (start, stop)) in enumerate(zip(needles, statements, places, strict=True)):
-            if not together:
-                edit(model, memory, start, stop, statement)
-            answer = ask(model, tokenizer, memory, needle.question, max_new_tokens=16)
-            chunks = range(start // memory.chunk_size, (stop - 1) // memory.chunk_size + 1)
-            logits, margin = _question_logits(model, tokenizer, memory, needle.question, chunks)
-            if not together:
-                edit(model, memory, start, stop, text[start:stop])
-            found = any(source.start < stop and start < source.stop for source in answer.sources[:1])
+        for number, (needle, prompt, place) in enumerate(zip(needles, prompts, places, strict=True)):
+            if is_edited:
+                edit(model, memory, place.start, place.stop, statements[number])
+            answer = ask(model, tokenizer, memory, prompt, max_new_tokens=16)
+            logits, margin = _question_logits(model, tokenizer, memory, prompt, place.chunks(memory))
+            if is_edited:
+                edit(model, memory, place.start, place.stop, text[place.start : place.stop])
+            found = any(place.overlaps(source) for source in answer.sources[:1])
             done.append(
                 NeedleSample(
-                    length, (number + 0.5) / samples, needle.question, needle.value, answer.text,
+                    length, (number + 0.5) / samples, prompt, needle.value, answer.text,
                     is_right(answer.text, needle.value), answer.weight, found, form, margin,
                 )
             )  # fmt: skip
@@ -247,7 +277,7 @@ def run_forms(
         results.append(
             LengthResult(
                 length, done, read_seconds, time.monotonic() - started, distinct, memory.num_bytes, store=store,
-                form=form, logits_error=sum(errors) / len(errors), task="mk_niah" if together else "s_niah",
+                form=form, logits_error=sum(errors) / len(errors), task=task,
             )
         )  # fmt: skip
         del memory

@@ -57,7 +57,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_needles(samples: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Heat map of exact match by length and depth; `samples` are lines of records.jsonl."""
+    """Heat map of exact match by length and depth, of notes by their order; `samples` are lines of records.jsonl."""
+    is_notes = all(sample.get("task") == "notes" for sample in samples)
     lengths = sorted({sample["length"] for sample in samples})
     right = np.zeros((_DEPTH_BINS, len(lengths)))
     count = np.zeros_like(right)
@@ -78,8 +79,10 @@ def plot_needles(samples: Sequence[dict[str, Any]], path: Path, title: str) -> N
     means = [np.nansum(right[:, i]) / count[:, i].sum() for i in range(len(lengths))]
     axes.set_xticks(range(len(lengths)), [f"{human_tokens(n)}\n{m:.0%}" for n, m in zip(lengths, means, strict=True)])
     axes.set_yticks(range(_DEPTH_BINS), [f"{(i + 0.5) / _DEPTH_BINS:.0%}" for i in range(_DEPTH_BINS)])
-    axes.set_xlabel("tokens memorised, and exact match over all depths")
-    axes.set_ylabel("depth of the hidden sentence")
+    # one or two columns are narrower than the line
+    gap = "\n" if len(lengths) < 3 else " "
+    axes.set_xlabel(f"tokens memorised,{gap}and exact match over all {'notes' if is_notes else 'depths'}")
+    axes.set_ylabel("place in the order of the notes" if is_notes else "depth of the hidden sentence")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, label="exact match", shrink=0.8)
     path.parent.mkdir(parents=True, exist_ok=True)

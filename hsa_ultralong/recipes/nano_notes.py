@@ -10,8 +10,9 @@ def nano_notes() -> TrainConfig:
     `nano`; one CPU core, 29 minutes.
 
     Two rows in five hide sentences that are whole documents, as `hsa memory append` makes them, among others like them;
-    the rows of a step compete for retrieval. Of 40 such facts behind 262,144 tokens of a book it finds 29, `nano`
-    alone none (docs/log.md). SHARDS need the model's tokenizer: `hsa data ... --tokenizer checkpoints/nano`.
+    the rows of a step compete for retrieval. Of 40 such facts behind 262,144 tokens of a book it finds 28 (`hsa eval
+    needles --notes`, results/needles-notes), `nano` alone none (docs/log.md). SHARDS need the model's
+    tokenizer: `hsa data ... --tokenizer checkpoints/nano`.
     """
     return TrainConfig(
         preset="nano",
