@@ -158,9 +158,10 @@ def test_a_process_shows_a_traceback_only_when_asked(debug, has_traceback, monke
     monkeypatch.delenv("HSA_DEBUG", raising=False)
     for name, value in debug.items():
         monkeypatch.setenv(name, value)
-    command = [sys.executable, "-m", "hsa_ultralong.cli.main", "plan", "nanoo"]
+    # a command that fails before it needs torch
+    command = [sys.executable, "-m", "hsa_ultralong.cli.main", "plot", "nowhere"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "did you mean 'nano'" in done.stderr
+    assert "nowhere holds neither log.jsonl" in done.stderr
     assert ("Traceback" in done.stderr) == has_traceback
     if not has_traceback:
         assert done.returncode == 2 and done.stderr.count("\n") == 1

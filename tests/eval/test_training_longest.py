@@ -232,6 +232,7 @@ def test_the_report_shows_every_cap_and_what_ended_the_search(monkeypatch, tmp_p
 
 def test_the_command_searches_on_a_cpu_and_goes_on(tmp_path):
     arguments = "bench training --longest --preset debug --segment-tokens 32 --device cpu --hardware x --attention hsa"
+    arguments += " --methods plain,segmented"
 
     def run(*more):
         return CliRunner().invoke(app, [*arguments.split(), "-o", str(tmp_path), *more], env={"COLUMNS": "200"})
@@ -243,7 +244,7 @@ def test_the_command_searches_on_a_cpu_and_goes_on(tmp_path):
     trials = [record for record in found["records"] if record["metric"] == "trial"]
     assert {(one["parallel"], one["context"], one["run"]) for one in trials} == {
         (parallel, context, int(context == 64))
-        for parallel in ("checkpointing none", "checkpointing full", "segments of 32")
+        for parallel in ("checkpointing none", "segments of 32")
         for context in (16, 32, 64)
     }
     longest = [record for record in found["records"] if record["metric"] == "longest_sequence"]
