@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -73,16 +72,10 @@ def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -
     return model.to(place).eval(), load_tokenizer(folder)
 
 
-def file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def verify_checksums(folder: Path) -> None:
     """Compare every file named in checksums.json; a folder without one is taken as it is."""
+    from hsa_ultralong.data.checksum import file_digest
+
     table = folder / CHECKSUMS
     if not table.is_file():
         return

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.chat import conversation_pieces, parse_messages
+from hsa_ultralong.data.checksum import file_record
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
 from hsa_ultralong.data.partial import PartialBuild
 from hsa_ultralong.data.shards import (
@@ -301,7 +302,7 @@ class _Build:
             "num_tokens": self.num_tokens,
             "num_text_bytes": self.num_bytes,
             "num_words": len(bank),
-            "files": {name: _file_record(folder / name) for name in files},
+            "files": {name: file_record(folder / name) for name in files},
             "bad_records": {"count": self.bad.count, "first": self.bad.messages},
             "validation_fraction": validation_fraction,
             "validation_documents": held_out,
@@ -412,11 +413,3 @@ def _validation_documents(hashes: np.ndarray, fraction: float) -> list[int]:
     num_chosen = int(np.searchsorted(order, np.uint64(int(fraction * 2.0**64))))
     limit = order[min(max(num_chosen, 1), len(order) - 1)]
     return [int(i) for i in np.flatnonzero(hashes < limit)]
-
-
-def _file_record(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -9,7 +9,6 @@ tests/train/test_checkpoint.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hsa_ultralong.data.checksum import file_record
 from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Checkpoints:
             # every process surely sees what it wrote itself
             listings = everywhere(lambda: [file.name for file in partial.iterdir()], self._group)
             own = sorted({name for names in listings for name in names})[self._rank :: self._world]
-            parts = everywhere(lambda: {name: _describe(partial / name) for name in own}, self._group)
+            parts = everywhere(lambda: {name: file_record(partial / name) for name in own}, self._group)
             files = dict(sorted(item for part in parts for item in part.items()))
             on_first(
                 lambda: self._publish(partial, final, {"format": FORMAT_VERSION, "files": files, **state}), self._group
@@ -287,17 +287,9 @@ def _appears(file: Path) -> bool:
     return True
 
 
-def _describe(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
 def _is_whole(file: Path, expected: dict[str, Any]) -> bool:
     try:
-        return file.stat().st_size == expected["bytes"] and _describe(file) == expected
+        return file.stat().st_size == expected["bytes"] and file_record(file) == expected
     except OSError:
         return False
 

@@ -7,7 +7,6 @@ Called by cli/train.py; tests/train/test_safety.py.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from hsa_ultralong.data.checksum import file_digest
 from hsa_ultralong.models import HSAForCausalLM
 
 
@@ -42,7 +42,8 @@ def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: i
     shutil.rmtree(partial, ignore_errors=True)
     plain.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    table = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+    _forget_where(partial / "tokenizer_config.json")
+    table = {file.name: file_digest(file) for file in sorted(partial.iterdir())}
     (partial / "checksums.json").write_text(json.dumps(table, indent=1) + "\n")
     if not folder.exists():
         partial.rename(folder)
@@ -58,9 +59,9 @@ def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: i
     partial.rmdir()
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _forget_where(config: Path) -> None:
+    """Drop what transformers notes of where a tokenizer was loaded from: it is no part of the tokenizer."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):
+        settings.pop(name, None)
+    config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hsa_ultralong.data import TokenShards, build_shards, train_tokenizer
+from hsa_ultralong.data import TokenShards, build_shards, load_tokenizer, train_tokenizer
 from hsa_ultralong.eval.probes import needle_probe
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.train import (
@@ -230,6 +230,10 @@ def test_an_exported_model_computes_what_the_trained_one_does(corpus, tmp_path):
         one.model.config.chunk_topk = 3
         difference = one.model(tokens).logits - loaded(tokens).logits
     assert difference.abs().max() < 0.02 * loaded(tokens).logits.abs().max() + 1e-3
+    # a tokenizer that was loaded from a folder does not say so
+    export_model(one.model, load_tokenizer(tmp_path / "model"), tmp_path / "again", topk=3)
+    settings = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert not {"is_local", "local_files_only"} & set(settings) and "eos_token" in settings
 
 
 def test_exporting_again_leaves_no_weights_of_the_model_before(corpus, tmp_path):
