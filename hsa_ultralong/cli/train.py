@@ -227,6 +227,7 @@ def _show_plan(config: TrainConfig, as_json: bool) -> None:
 
 
 def _plan_table(config: TrainConfig, plan: dict[str, Any]) -> Table:
+    from rich import box
     from rich.table import Table
 
     from hsa_ultralong.cli.plan import format_bytes, format_count
@@ -241,23 +242,22 @@ def _plan_table(config: TrainConfig, plan: dict[str, Any]) -> Table:
         f"Time: FLOP at {plan['mfu']:.0%} of {plan['peak_flops'] / 1e12:.0f} TFLOP/s a GPU (H100, H200), probes and "
         "checkpoints left out. Activations are an estimate (train/planning.py)."
     )
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for name in ("stage", "context", "steps", "tokens", "weights", "gradients", "optimiser", "activations", "sum"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
-    has_host = any(stage["host"] for stage in plan["stages"])
-    if has_host:
-        table.add_column("host", justify="right")
-    table.add_column("time", justify="right")
-    for stage in plan["stages"]:
-        sizes = (stage[name] for name in ("weights", "gradients", "optimizer", "activations", "total_bytes"))
-        counts = (f"{stage['seq_len']:,}", f"{stage['steps']:,}", format_count(stage["tokens"]))
-        host = [format_bytes(stage["host"])] if has_host else []
-        table.add_row(stage["stage"], *counts, *map(format_bytes, sizes), *host, _duration(stage["seconds"]))
-    table.add_section()
-    tokens = format_count(sum(stage["tokens"] for stage in plan["stages"]))
-    steps = f"{sum(stage['steps'] for stage in plan['stages']):,}"
-    empty = [""] * (6 if has_host else 5)
-    table.add_row("all", "", steps, tokens, *empty, _duration(plan["seconds"]))
+    # stages side by side: there are five at most, and terminals are narrow
+    style: dict[str, Any] = {"box": box.SIMPLE, "padding": (0, 1, 0, 0), "title_justify": "left"}
+    table = Table("", title=title, caption=caption, caption_justify="left", **style)
+    stages = plan["stages"]
+    for name in (*(stage["stage"] for stage in stages), "all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    steps, tokens = (sum(stage[name] for stage in stages) for name in ("steps", "tokens"))
+    table.add_row("context", *(f"{stage['seq_len']:,}" for stage in stages))
+    table.add_row("steps", *(f"{stage['steps']:,}" for stage in stages), f"{steps:,}")
+    table.add_row("tokens", *(format_count(stage["tokens"]) for stage in stages), format_count(tokens))
+    kinds = {"optimizer": "optimiser", "total_bytes": "sum"}
+    for key in ("weights", "gradients", "optimizer", "activations", "total_bytes"):
+        table.add_row(kinds.get(key, key), *(format_bytes(stage[key]) for stage in stages))
+    if any(stage["host"] for stage in stages):
+        table.add_row("host", *(format_bytes(stage["host"]) if stage["host"] else "" for stage in stages))
+    table.add_row("time", *(_duration(stage["seconds"]) for stage in stages), _duration(plan["seconds"]))
     return table
 
 
@@ -265,7 +265,7 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+    return f"{seconds:.3g} s" if seconds >= 0.1 else "< 0.1 s"
 
 
 class _Display:

@@ -1,5 +1,6 @@
 """hsa bench training --longest: the search, what caps teach each other, going on, the command on a CPU."""
 
+import io
 import json
 import math
 import time
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from hsa_ultralong.baselines import FullAttentionLM
@@ -222,8 +224,13 @@ def test_the_report_shows_every_cap_and_what_ended_the_search(monkeypatch, tmp_p
         add_record(result, record)
     assert len(result["records"]) == len(records)
     (table,) = tables(result)
-    assert table.row_count == 6 and set(table.columns[2].cells) == {"80GB", "card"}
+    assert table.row_count == 6 and set(table.columns[1].cells) == {"80GB", "card"}
     assert set(table.columns[-1].cells) == {"memory", "--max-tokens"}
+    # nothing is cut off in a narrow terminal
+    printed = io.StringIO()
+    Console(file=printed, width=80).print(table)
+    assert "…" not in printed.getvalue()
+    assert all(f"{one['value']:,}" in printed.getvalue() for one in records if one["metric"] == "longest_sequence")
     plot_training_speed(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to plot"):

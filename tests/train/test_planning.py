@@ -1,11 +1,15 @@
 """The plan of a run: exact where it can be, near the measured peaks elsewhere."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
+from hsa_ultralong.cli.train import _plan_table
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
-from hsa_ultralong.recipes import recipe
+from hsa_ultralong.recipes import RECIPES, recipe
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 from hsa_ultralong.testing.live_bytes import LiveBytes, SavedBytes
 from hsa_ultralong.train import ParallelConfig, StageConfig, TrainConfig
@@ -67,6 +71,15 @@ def stage_plan(seq_len, preset="small_345m", model=None, **options):
     """One row of seq_len tokens on one GPU."""
     stage = StageConfig("long", seq_len, seq_len, seq_len, 1e-4, {"text": 1.0}, **{"chunk_topk": 32, **options})
     return plan_run(TrainConfig(preset, [stage], model=model or {}))[0]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_table_of_a_plan_is_whole_in_a_narrow_terminal(name):
+    config = recipe(name)
+    plan, printed = plan_as_dict(config, plan_run(config)), io.StringIO()
+    Console(file=printed, width=80).print(_plan_table(config, plan))
+    text = printed.getvalue()
+    assert "…" not in text and all(stage.name in text and f"{stage.seq_len:,}" in text for stage in config.stages)
 
 
 def test_the_peaks_seen_for_rows_in_segments_are_met_within_five_percent():

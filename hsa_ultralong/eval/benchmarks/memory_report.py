@@ -22,7 +22,8 @@ _UNITS = {
     "recall_32": "{:.5f}", "recall_64": "{:.5f}", "exact_scan_ms": "{:,.2f} ms",
     "lookup_ms": "{:,.2f} ms",
 }  # fmt: skip
-_STYLES = {"device": "o-", "host": "s--", "file": "d:"}
+# markers of tiers; what decodes tuned has a dashed line
+_MARKERS = {"device": "o", "host": "s", "file": "d", "tiered": "^"}
 
 
 def format_value(record: dict[str, Any]) -> str:
@@ -62,13 +63,18 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
     decoding = [record for record in records if record["metric"] == "decode_ms"]
     if not reading and not decoding:
         raise ValueError("the results hold neither reading nor decoding: nothing to plot")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    # a colour for a model and its form, open markers for several sequences
+    models = sorted({(record["preset"], record["dtype"]) for record in (*reading, *decoding)})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
     for axes, found in ((left, reading), (right, decoding)):
         for preset, store, dtype, batch in sorted({_curve_of(record) for record in found}):
             points = [(r["tokens"], r["value"]) for r in found if _curve_of(r) == (preset, store, dtype, batch)]
             label = f"{preset}, {store}, {dtype}" + (f", batch {batch}" if batch > 1 else "")
-            style = _STYLES.get(store.split(",")[0], "x:")
-            axes.plot(*zip(*sorted(points), strict=True), style, ms=4, label=label)
+            axes.plot(
+                *zip(*sorted(points), strict=True), _MARKERS.get(store.split(",")[0], "x"), ms=4.5, label=label,
+                ls="--" if "," in store else "-", color=f"C{models.index((preset, dtype)) % 10}",
+                markerfacecolor="white" if batch > 1 else None,
+            )  # fmt: skip
     if reading:
         left.set_yscale("log")
     right.set_ylim(bottom=0)
@@ -83,7 +89,8 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.grid(True, alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, frameon=False)
+            # below the axes, where it covers nothing
+            axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.suptitle(f"Memory on {result['meta']['hardware']}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

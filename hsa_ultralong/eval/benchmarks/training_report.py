@@ -41,16 +41,19 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def _table(title: str, names: tuple[str, ...]) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in names:
-        table.add_column(name, justify="left" if name in ("model", "attention", "how", "cap", "ended by") else "right")
+        is_text = name in ("model", "how", "cap", "ended by")
+        # numbers are never cut, words go on in the next line
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     return table
 
 
 def _speed_table(result: dict[str, Any]) -> Table:
-    names = ("model", "attention", "how", "tokens a row", "rows", "speed", "MFU", "peak")
+    names = ("model", "how", "context", "rows", "tokens/s", "MFU", "peak")
     table = _table(f"Training on {result['meta']['hardware']}", names)
     points: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for record in result["records"]:
@@ -58,9 +61,10 @@ def _speed_table(result: dict[str, Any]) -> Table:
             key = tuple(record[name] for name in ("preset", "attention", "parallel", "context"))
             points.setdefault(key, {})[record["metric"]] = record
     for (preset, attention, parallel, context), found in sorted(points.items()):
-        values = [format_value(found[name]) if name in found else "" for name in ("tokens_per_s", "mfu", "peak_bytes")]
+        speed = f"{found['tokens_per_s']['value']:,.0f}" if "tokens_per_s" in found else ""
+        values = [format_value(found[name]) if name in found else "" for name in ("mfu", "peak_bytes")]
         rows = str(next(iter(found.values()))["micro_batch_rows"])
-        table.add_row(preset, attention, parallel, f"{context:,}", rows, *values)
+        table.add_row(f"{preset}, {attention}", parallel, f"{context:,}", rows, speed, *values)
     return table
 
 
@@ -72,15 +76,15 @@ def _longest(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _longest_table(result: dict[str, Any]) -> Table:
-    names = ("model", "attention", "cap", "how", "longest row", "too long", "speed", "peak", "ended by")
+    names = ("model", "cap", "how", "longest", "too long", "tokens/s", "peak", "ended by")
     table = _table(f"Longest row that trains on {result['meta']['hardware']}", names)
     for record in _longest(result):
         failed = "" if record["shortest_failed"] is None else f"{record['shortest_failed']:,}"
-        speed = "" if record["tokens_per_s"] is None else f"{record['tokens_per_s']:,.0f} tokens/s"
+        speed = "" if record["tokens_per_s"] is None else f"{record['tokens_per_s']:,.0f}"
         peak = "unknown" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 1e9:.1f} GB"
         table.add_row(
-            record["preset"], record["attention"], record["cap"], record["parallel"], format_value(record), failed,
-            speed, peak, _LIMITS[record["limit"]],
+            f"{record['preset']}, {record['attention']}", record["cap"], record["parallel"], f"{record['value']:,}",
+            failed, speed, peak, _LIMITS[record["limit"]],
         )  # fmt: skip
     return table
 
@@ -106,16 +110,24 @@ def plot_training_speed(result: dict[str, Any], path: Path) -> None:
 
 
 def _draw_speed(axes: Axes, records: list[dict[str, Any]]) -> None:
-    for key in sorted({(r["preset"], r["attention"], r["parallel"]) for r in records}):
-        curve = sorted(
-            (r["context"], r["value"]) for r in records if (r["preset"], r["attention"], r["parallel"]) == key
+    """One colour a model and attention, one marker a way to train; a thin line joins the ways."""
+    ways = sorted({record["parallel"] for record in records}, reverse=True)
+    for number, model in enumerate(sorted({(r["preset"], r["attention"]) for r in records}, reverse=True)):
+        mine = sorted(
+            ((r["context"], r["value"], r["parallel"]) for r in records if (r["preset"], r["attention"]) == model),
         )
-        axes.plot(*zip(*curve, strict=True), "o-" if key[1] == "hsa" else "s--", ms=4, label=", ".join(key))
+        axes.plot([one[0] for one in mine], [one[1] for one in mine], "-", color=f"C{number}", lw=0.8, alpha=0.4)
+        for way in ways:
+            curve = [one[:2] for one in mine if one[2] == way]
+            if curve:
+                style = f"{'osd^v'[ways.index(way) % 5]}-"
+                axes.plot(*zip(*curve, strict=True), style, color=f"C{number}", ms=5, label=", ".join((*model, way)))
     lengths = sorted({record["context"] for record in records})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("tokens a row")
     axes.set_ylabel("tokens trained per second")
     axes.grid(True, alpha=0.25)
