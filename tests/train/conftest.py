@@ -15,17 +15,26 @@ WORDS = [a + b + c for a in ("ba", "ce", "di", "fo") for b in ("lo", "mu", "na",
 
 
 @pytest.fixture(scope="session")
-def shards_folder(tmp_path_factory):
-    """Folder of token shards with `tokenizer/` inside, as `hsa data` writes it."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    texts = [" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 900)) for _ in range(4)]
-    (folder / "corpus.txt").write_text("\n\x1e\n".join(texts), encoding="utf-8")
-    facts = ["Question: What is the secret code of the one?\nAnswer: The access number for serial locker magic."] * 20
-    tokenizer = train_tokenizer(texts + facts, vocab_size=400)
-    build_shards(folder / "corpus.txt", tokenizer, folder / "shards", validation_fraction=0.3)
-    tokenizer.save_pretrained(folder / "shards" / "tokenizer")
-    return folder / "shards", tokenizer
+def make_corpus(tmp_path_factory):
+    """Builds a folder of token shards with `tokenizer/` inside, as `hsa data` writes it."""
+
+    def make(num_texts, num_words, vocab_size):
+        folder = tmp_path_factory.mktemp("corpus")
+        rng = np.random.default_rng(0)
+        texts = [" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), num_words)) for _ in range(num_texts)]
+        (folder / "corpus.txt").write_text("\n\x1e\n".join(texts), encoding="utf-8")
+        fact = "Question: What is the secret code of the one?\nAnswer: The access number for serial locker magic."
+        tokenizer = train_tokenizer([*texts, *[fact] * 20], vocab_size=vocab_size)
+        build_shards(folder / "corpus.txt", tokenizer, folder / "shards", validation_fraction=0.3)
+        tokenizer.save_pretrained(folder / "shards" / "tokenizer")
+        return folder / "shards", tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shards_folder(make_corpus):
+    return make_corpus(4, 900, 400)
 
 
 @pytest.fixture(scope="session")

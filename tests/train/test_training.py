@@ -2,11 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
-from hsa_ultralong.data import TokenShards, build_shards, train_tokenizer
+from hsa_ultralong.data import TokenShards
 from hsa_ultralong.eval.probes import answer_accuracy, needle_probe
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.train import (
@@ -18,24 +17,11 @@ from hsa_ultralong.train.export import export_model
 from hsa_ultralong.train.schedule import learning_rate
 from hsa_ultralong.train.stages import set_window
 
-WORDS = [
-    a + b + c
-    for a in ("ba", "ce", "di", "fo", "gu", "ha")
-    for b in ("lo", "mu", "na", "pe", "ro")
-    for c in ("nd", "rs")
-]
-
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    texts = [" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 1500)) for _ in range(5)]
-    (folder / "corpus.txt").write_text("\n\x1e\n".join(texts), encoding="utf-8")
-    facts = ["Question: What is the secret code of the one?\nAnswer: The access number for serial locker magic."] * 20
-    tokenizer = train_tokenizer(texts + facts, vocab_size=500)
-    build_shards(folder / "corpus.txt", tokenizer, folder / "shards", validation_fraction=0.3)
-    return TokenShards.open(folder / "shards", tokenizer), tokenizer
+def corpus(make_corpus):
+    path, tokenizer = make_corpus(5, 1500, 500)
+    return TokenShards.open(path, tokenizer), tokenizer
 
 
 def stage(name="warmup", **options):
