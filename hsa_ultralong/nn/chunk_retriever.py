@@ -69,6 +69,11 @@ class ChunkRetriever(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(num_retrieval_heads)) if learned_temperature else None
         self.position_decay = nn.Parameter(torch.zeros(())) if position_decay else None
 
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, M) -> (B, T, Hr, R)."""
+        query = self.query_proj(self.norm(x)).unflatten(-1, (self.num_retrieval_heads, -1))
+        return rms_normalize(query).to(query.dtype) if self.normalize_queries else query
+
     def forward(
         self,
         x: torch.Tensor,
@@ -80,9 +85,7 @@ class ChunkRetriever(nn.Module):
     ) -> Retrieval:
         """x (B, T, M), tokens from noise_start on of their rows; views in order of age; noise is added only in training
         of a model configured for it."""
-        query = self.query_proj(self.norm(x)).unflatten(-1, (self.num_retrieval_heads, -1))  # (B, T, Hr, R)
-        if self.normalize_queries:
-            query = rms_normalize(query).to(query.dtype)
+        query = self.queries(x)
         temperature = None if self.log_temperature is None else self.log_temperature.exp()
         use_noise = self.training and self.gumbel_noise and noise_seed is not None
         found, offsets, offset = [], [], 0

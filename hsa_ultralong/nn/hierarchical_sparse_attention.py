@@ -45,8 +45,12 @@ class HierarchicalSparseAttention(nn.Module):
         self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
 
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, M) -> (B, T, Hq, D)."""
+        return self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
+
     def forward(self, x: torch.Tensor, retrieval: Retrieval, views: Sequence[MemoryView]) -> torch.Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (B, T, Hq, D)
+        q = self.queries(x)
         out = torch.zeros_like(q)
         for view, offset in zip(views, retrieval.offsets, strict=True):
             if not view.is_read:

@@ -21,9 +21,16 @@ def compile_layers(model: HSAForCausalLM | FullAttentionLM) -> None:
         layer.compile(dynamic=False)
     for layer in model.model.chunk_encoder.layers:
         layer.compile(dynamic=False)
+    model.model.norm.compile(dynamic=False)
     for group in model.model.upper_groups():
         hsa_layer: Any = group.hsa_layer
-        hsa_layer.attend_window = torch.compile(hsa_layer.attend_window, dynamic=False)
-        hsa_layer.feed_forward = torch.compile(hsa_layer.feed_forward, dynamic=False)
+        hsa_layer.hsa_norm.compile(dynamic=False)
+        for part, names in (
+            (hsa_layer, ("attend_window", "feed_forward")),
+            (hsa_layer.hsa, ("queries",)),
+            (group.retriever, ("queries",)),
+        ):
+            for name in names:
+                setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         for layer in group.layers:
             layer.compile(dynamic=False)
