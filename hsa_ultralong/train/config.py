@@ -124,7 +124,7 @@ class TrainConfig:
 
     Attributes:
         preset, model: preset name and overrides of its HSAConfig fields.
-        optimizer: "adamw", or "muon": Muon on the matrices of the layers, AdamW on the rest (train/optim.py).
+        optimizer: "adamw", or "muon": Muon on the matrices of layers and experts, AdamW on the rest (optim.py).
         weight_decay: on matrices only. betas, clip_norm: AdamW and gradient clipping.
         parallel: how a step is spread over processes, and what it keeps in memory.
         checkpoint_minutes: wall-clock minutes between checkpoints. keep_checkpoints: older ones are deleted.

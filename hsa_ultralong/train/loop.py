@@ -93,8 +93,13 @@ class Trainer:
         self.is_first = self.mesh is None or self.mesh.get_rank() == 0
         torch.manual_seed(config.seed)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        self.model = HSAForCausalLM(preset(config.preset, vocab_size=len(tokenizer), **ids, **config.model))
-        self.preset = copy.deepcopy(self.model.config)
+        self.preset = preset(config.preset, **{"vocab_size": len(tokenizer), **ids, **config.model})
+        if self.preset.vocab_size < len(tokenizer):
+            wanted = self.preset.vocab_size
+            raise ValueError(f"model.vocab_size={wanted} has no room for the {len(tokenizer)} tokens of the tokenizer")
+        # on the device from the start: the host of 8 processes could not hold 8 large models
+        with self.device:
+            self.model = HSAForCausalLM(copy.deepcopy(self.preset))
         # a stage that cannot run must not come to light after hours of the ones before it
         self.mixtures = [self._checked_mixture(index) for index in range(len(config.stages))]
         self.model.to(self.device).train()

@@ -1,12 +1,14 @@
-"""Optimisers of a run: AdamW, or Muon on the matrices of the layers beside AdamW on the rest.
+"""Optimisers of a run: AdamW, or Muon on the matrices of the layers and of the experts beside AdamW on the rest.
 
 Muon (Jordan 2024; torch.optim.Muon) orthogonalises the momentum of every matrix; steps are scaled to the size of
-AdamW's (Liu et al. 2025, arXiv 2502.16982), so both take the same learning rates. Made anew at every stage by loop.py;
+AdamW's (Liu et al. 2025, arXiv 2502.16982), so both take the same learning rates. torch has it for single matrices;
+the stacked ones of a mixture of experts are done all at once here. Made anew at every stage by loop.py;
 tests/train/test_optim.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +20,8 @@ from hsa_ultralong.train.config import TrainConfig
 
 # looked up or multiplied as tables, not as maps of hidden states
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
+# stacks (E, M, 2 I) that hold two matrices side by side
+_PAIRS = ("gate_up",)
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -29,23 +33,97 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
+class StackedMuon(torch.optim.Optimizer):
+    """torch.optim.Muon, with its numbers, for stacks of matrices (E, M, N); every matrix of a stack is one of its own.
+
+    Args:
+        stacks: parameters (E, M, N).
+        pairs: parameters (E, M, 2 N) of two matrices side by side.
+        weight_decay, momentum: as in torch.optim.Muon.
+    """
+
+    coefficients = (3.4445, -4.7750, 2.0315)
+    iterations = 5
+
+    def __init__(
+        self,
+        stacks: list[nn.Parameter],
+        pairs: list[nn.Parameter],
+        *,
+        lr: float = 0.0,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "matrices": 1}
+        groups: list[dict[str, Any]] = [{"params": stacks, "matrices": 1}, {"params": pairs, "matrices": 2}]
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; parameters without a gradient stay."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        weight, grad, average = (_local(part) for part in (parameter, parameter.grad, state["momentum_buffer"]))
+        average.lerp_(grad, 1 - group["momentum"])
+        update = grad.lerp(average, group["momentum"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        width = weight.shape[-1] // group["matrices"]
+        step = 0.2 * math.sqrt(max(weight.shape[-2], width)) * group["lr"]
+        for part, change in zip(weight.split(width, dim=-1), update.split(width, dim=-1), strict=True):
+            part.add_(self.orthogonal(change), alpha=-step)
+
+    @classmethod
+    def orthogonal(cls, matrices: torch.Tensor) -> torch.Tensor:
+        """(E, M, N) -> (E, M, N) bf16: the orthogonal factor of each, about, by Newton-Schulz iteration."""
+        a, b, c = cls.coefficients
+        is_tall = matrices.shape[-2] > matrices.shape[-1]
+        x = (matrices.mT if is_tall else matrices).bfloat16()
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+        for _ in range(cls.iterations):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if is_tall else x
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """One optimiser, or two that together hold every parameter once; their learning rate is set before every step.
+    """One optimiser, or several that together hold every parameter once; their learning rate is set before every step.
 
     Raises:
         ValueError: for Muon on weights that are cut over processes, whose matrices no process holds.
     """
-    use_muon = config.optimizer == "muon"
-    hidden: list[nn.Parameter] = []
+    is_cuda = next(model.parameters()).is_cuda
+
+    def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            decay_groups(parameters, config.weight_decay), betas=config.betas, lr=0.0, fused=is_cuda
+        )
+
+    if config.optimizer != "muon":
+        return [adamw(model.parameters())]
+    matrices: list[nn.Parameter] = []
+    stacks: list[nn.Parameter] = []
+    pairs: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_hidden = use_muon and parameter.dim() == 2 and not name.endswith(_TABLES)
-        (hidden if is_hidden else others).append(parameter)
-    is_cuda = next(model.parameters()).is_cuda
-    adamw = torch.optim.AdamW(decay_groups(others, config.weight_decay), betas=config.betas, lr=0.0, fused=is_cuda)
-    if not use_muon:
-        return [adamw]
-    if any(isinstance(parameter, DTensor) and parameter.to_local().numel() < parameter.numel() for parameter in hidden):
+        if name.endswith(_TABLES) or parameter.dim() < 2:
+            others.append(parameter)
+        elif parameter.dim() == 2:
+            matrices.append(parameter)
+        else:
+            (pairs if name.endswith(_PAIRS) else stacks).append(parameter)
+    if any(_local(part).numel() < part.numel() for part in matrices):
         raise ValueError("optimizer=muon needs whole matrices on every process: set parallel.shard=1, or use adamw")
-    muon = torch.optim.Muon(hidden, lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    experts = [StackedMuon(stacks, pairs, weight_decay=config.weight_decay)] if stacks or pairs else []
+    return [muon, *experts, adamw(others)]

@@ -143,3 +143,24 @@ def test_routing_in_bf16_scores_in_fp32():
 def test_the_learned_bias_is_saved_and_the_load_is_not():
     names = mixture().state_dict().keys()
     assert "router_bias" in names and "expert_load" not in names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_grouped_products_equal_the_loop_also_for_experts_without_tokens(monkeypatch):
+    module = mixture(hidden_size=128, intermediate_size=64, num_experts=8).float().cuda().train()
+    randomize(module, std=0.05)
+    module.router_bias[3] = -10.0  # nobody chooses it
+    x = random_tensor(2, 500, 128).float().cuda()
+    found = []
+    for _ in range(2):
+        module.zero_grad()
+        rows = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = module(rows)
+        out.float().square().sum().backward()
+        found.append([out.detach(), rows.grad, *(part.grad for part in module.parameters())])
+        monkeypatch.setattr(MixtureOfExperts, "_is_grouped", staticmethod(lambda rows: False))
+    assert module.gate_up.grad[3].count_nonzero() == 0
+    for grouped, looped in zip(*found, strict=True):
+        assert (grouped.float() - looped.float()).norm() <= 0.02 * looped.float().norm()

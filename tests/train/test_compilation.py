@@ -11,8 +11,9 @@ from hsa_ultralong.train import ParallelConfig
 from hsa_ultralong.train.parallelize import parallelize
 
 
+@pytest.mark.parametrize("num_experts", [0, 4], ids=["dense", "experts"])
 @pytest.mark.parametrize("recomputed", ["none", "full"])
-def test_compiled_parts_give_the_same_loss_and_gradients(monkeypatch, recomputed):
+def test_compiled_parts_give_the_same_loss_and_gradients(monkeypatch, recomputed, num_experts):
     traced = []
 
     def compile_eagerly(function=None, **options):
@@ -21,7 +22,7 @@ def test_compiled_parts_give_the_same_loss_and_gradients(monkeypatch, recomputed
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", functools.wraps(real)(compile_eagerly))
-    plain = tiny_model(gumbel_noise=True, chunk_topk=2).train()
+    plain = tiny_model(gumbel_noise=True, chunk_topk=2, num_experts=num_experts).train()
     compiled = copy.deepcopy(plain)
     parallelize(compiled, None, ParallelConfig(activation_checkpointing=recomputed), use_compile=True)
     groups = compiled.model.upper_groups()

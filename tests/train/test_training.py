@@ -54,6 +54,15 @@ def assert_equal_weights(one, other):
         assert torch.equal(tensor, other[name]), name
 
 
+def test_a_vocabulary_may_be_larger_than_the_tokenizer_but_not_smaller(corpus, tmp_path):
+    size = len(corpus[1])
+    one = trainer(corpus, tmp_path / "large", run_config(model={"vocab_size": size + 60}))
+    assert one.model.config.vocab_size == size + 60
+    assert one.train()
+    with pytest.raises(ValueError, match=f"no room for the {size} tokens"):
+        trainer(corpus, tmp_path / "small", run_config(model={"vocab_size": size - 1}))
+
+
 def test_loss_falls(corpus, tmp_path):
     one = trainer(corpus, tmp_path, run_config(stage(tokens=20_480, learning_rate=1e-2)))
     assert one.train()
