@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,15 +67,15 @@ def bench_ops(
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.eval.benchmarks.ops import OPS, run_ops
     from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, short_hardware
+    from hsa_ultralong.eval.metadata import command_line, run_metadata
     from hsa_ultralong.eval.metadata import hardware as measured_on
-    from hsa_ultralong.eval.metadata import run_metadata
 
     place = choose_device(device)
     settings = _settings(place, lengths, topk, full_max, quick, longest, seed)
     if text is not None and not text.is_file():
         raise ValueError(f"{text} is no file: give --text a text that the model shall read")
     name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
-    meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, hardware_name=name, device=place)
+    meta = run_metadata(command_line(), seed, hardware_name=name, device=place)
     wanted = tuple(part.strip() for part in ops.split(",")) if ops else OPS
     path = output / f"ops-{name}.json"
     result = run_ops(
@@ -143,8 +142,8 @@ def memory(
     )
     from hsa_ultralong.eval.benchmarks.memory_report import format_value, plot_memory, table
     from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
+    from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
     from hsa_ultralong.eval.metadata import hardware as measured_on
-    from hsa_ultralong.eval.metadata import run_metadata, write_json
 
     place = choose_device(device)
     settings = MemorySettings(
@@ -161,7 +160,7 @@ def memory(
     network, label = _network(preset_name, model, place, dtype, seed)
     name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
     path = output / f"memory-{name}.json"
-    meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, hardware_name=name, device=place)
+    meta = run_metadata(command_line(), seed, hardware_name=name, device=place)
     result = continued(path, meta)
 
     def keep(record: dict[str, Any]) -> None:
@@ -237,15 +236,15 @@ def training(
     from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
     from hsa_ultralong.eval.benchmarks.training import TrainingSettings, training_records
     from hsa_ultralong.eval.benchmarks.training_report import add_record, format_value
+    from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
     from hsa_ultralong.eval.metadata import hardware as measured_on
-    from hsa_ultralong.eval.metadata import run_metadata, write_json
     from hsa_ultralong.models.presets import preset
 
     place = choose_device(device)
     use_compile = place == "cuda" and (not longest if compile_layers is None else compile_layers)
     name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
     path = output / f"training-{name}.json"
-    meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, hardware_name=name, device=place)
+    meta = run_metadata(command_line(), seed, hardware_name=name, device=place)
     result = continued(path, meta)
     model = preset(preset_name)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +62,7 @@ def needles(
     """
     from hsa_ultralong.cli.common import load_model
     from hsa_ultralong.eval.haystack import recombined
-    from hsa_ultralong.eval.metadata import run_metadata
+    from hsa_ultralong.eval.metadata import command_line, run_metadata
     from hsa_ultralong.eval.needles import NeedleStudy, run_forms
 
     if notes and together:
@@ -85,7 +84,7 @@ def needles(
                 segment_tokens=None if segment is None else parse_size(segment),
             )  # fmt: skip
         study = NeedleStudy([*study.results, *found.results], found.topk, seed, found.peak_host_bytes)
-        meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, dtype=str(network.dtype).removeprefix("torch."))
+        meta = run_metadata(command_line(), seed, dtype=str(network.dtype).removeprefix("torch."))
         _write(study, output, name, {**meta, "source_tokens": len(source)})
     _print(study, output)
 

@@ -1,4 +1,4 @@
-"""`hsa plot`: draw a training run, needle records or operator times; `--all` redraws all committed figures."""
+"""`hsa plot`: draw training runs, needle records or operator times; `--all` redraws all committed figures."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ def register(app: typer.Typer) -> None:
 
 
 def plot(
-    source: Annotated[
-        Path | None,
-        typer.Argument(help="A run or report folder, log.jsonl, records.jsonl, ops-, memory- or training-*.json."),
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="SOURCE...",
+            help="A run or report folder, log.jsonl, records.jsonl, ops-, memory- or training-*.json; several runs, or "
+            "several reports of hidden sentences, make one figure.",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG to write.", show_default="beside the source")
+        Path | None,
+        typer.Option("--output", "-o", help="PNG to write; needed for several.", show_default="beside the source"),
     ] = None,
     all_figures: Annotated[bool, typer.Option("--all", help="Redraw every committed figure from its numbers.")] = False,
 ) -> None:
-    """Draw all curves of a run, the needle map of a report, or the times of `hsa bench ops`.
+    """Draw all curves of a run, the needle map of a report, the times of a benchmark, or several runs or reports beside
+    one another.
 
     Examples:
 
@@ -32,17 +38,26 @@ def plot(
 
       hsa plot benchmarks/results/ops-h200.json
 
+      hsa plot runs/adamw runs/muon -o optimisers.png
+
       hsa plot --all
     """
-    if all_figures == (source is not None):
-        raise ValueError("give either a run or report to draw, or --all")
-    from hsa_ultralong.eval.figures import draw, draw_all
+    if all_figures == bool(sources):
+        raise ValueError("give either what to draw, such as a run or a report, or --all")
+    from hsa_ultralong.eval.figures import compare, draw, draw_all
 
-    if source is None:
+    if not sources:
         for path in draw_all(Path.cwd()):
             typer.echo(f"written {path}")
         return
-    file, kind = _find(source)
+    found = [_find(source) for source in sources]
+    if len(found) > 1:
+        if output is None:
+            raise ValueError("several sources need --output FILE.png")
+        compare([file for file, _ in found], output, "")
+        typer.echo(f"written {output}")
+        return
+    (file, kind), source = found[0], sources[0]
     name = {"needles": "needles.png", "training": "loss.png"}.get(kind, f"{file.stem}.png")
     target = output or file.with_name(name)
     draw(file, target, kind, "" if kind in ("ops", "memory", "training_speed") else f"{source.resolve().name}")

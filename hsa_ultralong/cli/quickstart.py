@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,13 +91,13 @@ def _finish(study: Any, output: Path, seed: int, network: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hsa_ultralong.eval.metadata import run_metadata
+    from hsa_ultralong.eval.metadata import command_line, run_metadata
     from hsa_ultralong.eval.needles import wilson_interval
     from hsa_ultralong.eval.plots import human_tokens, plot_needles
     from hsa_ultralong.eval.report import write_study
     from hsa_ultralong.inference.ask import low_weight
 
-    meta = run_metadata("hsa " + " ".join(sys.argv[1:]), seed, dtype=str(network.dtype).removeprefix("torch."))
+    meta = run_metadata(command_line(), seed, dtype=str(network.dtype).removeprefix("torch."))
     write_study(output, study, "nano", meta)
     samples = [dataclasses.asdict(sample) for result in study.results for sample in result.samples]
     plot_needles(samples, output / "needles.png", f"Sentences hidden in Opticks, nano, K={study.topk}")

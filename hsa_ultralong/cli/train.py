@@ -129,9 +129,11 @@ def _run(
         done = trainer.train(max_minutes=math.inf if max_minutes is None else max_minutes, last_stage=until)
     if export is not None and done:
         _export(trainer, export)
+    gpus = dist.get_world_size() if dist.is_initialized() else 1
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_first:
+        _summarise(run, config.seed, gpus)
         state = "finished" if done else "stopped"
         advice = "" if done else "; run the same command again to go on"
         typer.echo(f"{state} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; run folder: {run}{advice}")
@@ -197,6 +199,19 @@ def _stop_on_signals(trainer: Trainer) -> None:
 
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop)
+
+
+def _summarise(run: Path, seed: int, gpus: int) -> None:
+    """What was measured, with command, commit and hardware, as summary.json in the run folder (docs/results.md)."""
+    import json
+
+    from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
+    from hsa_ultralong.eval.plots import read_jsonl
+    from hsa_ultralong.eval.run_summary import run_summary
+
+    log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    write_json(run / "summary.json", run_summary(log, config, run_metadata(command_line(), seed), gpus=gpus))
 
 
 def _draw(run: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
 from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, read_benchmark
 from hsa_ultralong.eval.benchmarks.training_report import plot_training_speed
+from hsa_ultralong.eval.comparisons import compare_needles, compare_training
 from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl
 
 # source, figure, kind, title
@@ -18,6 +20,20 @@ FIGURES = (
         "nano: sentences hidden in Opticks",
     ),
     ("results/training-nano/log.jsonl", "docs/images/training-nano.png", "training", "nano: training"),
+)
+
+# sources, figure, title: drawn beside one another
+COMPARISONS = (
+    (
+        ("results/needles-before-pool", "results/needles-unpooled", "results/needles-pooled"),
+        "docs/images/pooled-memory.png",
+        "nano after 21M tokens more, whose rows share a memory of 1M tokens or do not",
+    ),
+    (
+        ("results/training-adamw", "results/training-muon"),
+        "docs/images/optimisers.png",
+        "nano from scratch: AdamW and Muon",
+    ),
 )
 
 
@@ -40,6 +56,21 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
         plot_needles([line for line in lines if line.get("form", "") == lines[0].get("form", "")], figure, title)
         return
     plot_training(lines, figure, title)
+
+
+def compare(sources: Sequence[Path], figure: Path, title: str) -> None:
+    """One figure of several needle studies (records.jsonl), or of several runs (log.jsonl), named by their folders.
+
+    Raises:
+        ValueError: for a mixture of both, for files of another kind, or for two of one name.
+    """
+    kinds = {source.name for source in sources}
+    if kinds not in ({"records.jsonl"}, {"log.jsonl"}):
+        raise ValueError("only runs (log.jsonl) or only reports of hidden sentences (records.jsonl) go into one figure")
+    named = {source.resolve().parent.name: read_jsonl(source) for source in sources}
+    if len(named) < len(sources):
+        raise ValueError("the sources are told apart by the names of their folders, which must differ")
+    (compare_needles if kinds == {"records.jsonl"} else compare_training)(named, figure, title)
 
 
 def benchmark_figures(root: Path) -> list[tuple[str, str, str, str]]:
@@ -66,4 +97,7 @@ def draw_all(root: Path) -> list[Path]:
     figures = [*FIGURES, *study_figures(root), *benchmark_figures(root)]
     for source, figure, kind, title in figures:
         draw(root / source, root / figure, kind, title)
-    return [root / figure for _, figure, _, _ in figures]
+    for folders, figure, title in COMPARISONS:
+        name = "records.jsonl" if "needles" in folders[0] else "log.jsonl"
+        compare([root / folder / name for folder in folders], root / figure, title)
+    return [*(root / figure for _, figure, _, _ in figures), *(root / figure for _, figure, _ in COMPARISONS)]

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ def commit() -> str:
     if head.returncode != 0:
         return "unknown"
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def command_line() -> str:
+    """The `hsa` command of this process."""
+    return "hsa " + " ".join(sys.argv[1:])
 
 
 def run_metadata(command: str, seed: int, **more: Any) -> dict[str, Any]:

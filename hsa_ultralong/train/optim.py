@@ -64,13 +64,13 @@ class StackedMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        weight, grad, average = (_local(part) for part in (parameter, parameter.grad, state["momentum_buffer"]))
+        weight, grad, average = (_local(part) for part in (parameter, gradient, state["momentum_buffer"]))
         average.lerp_(grad, 1 - group["momentum"])
         update = grad.lerp(average, group["momentum"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])

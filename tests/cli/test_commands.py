@@ -91,6 +91,8 @@ def test_data_train_and_plot_run_end_to_end(tmp_path):
     again = hsa("train", "debug", "--data", shards, "-o", run, "--device", "cpu", *small)
     assert "finished at step 3" in again.stdout
     assert hsa("plot", run).exit_code == 0
+    measured = json.loads((run / "summary.json").read_text())
+    assert measured["meta"]["hardware"] and {"tokens_per_s", "loss"} <= {one["metric"] for one in measured["records"]}
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     answer = hsa("ask", "--text", corpus, "--model", tmp_path / "model", "The river")
     assert answer.exit_code == 0, answer.output

@@ -1,0 +1,100 @@
+"""Several needle studies, or several training runs, in one figure: recall and margin by length, loss and needles by
+tokens. Called by cli/plot.py and figures.py; tests/eval/test_comparisons.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.plots import human_tokens, plt, training_panels
+
+Records = Sequence[dict[str, Any]]
+_MARKS = "osD^vP"
+
+
+def compare_needles(studies: Mapping[str, Records], path: Path, title: str) -> None:
+    """Exact match with its 95% interval, and the score margin (median, quartiles) where measured, by length.
+
+    Args:
+        studies: name and lines of records.jsonl of each.
+    """
+    with_margin = any(line.get("margin") is not None for lines in studies.values() for line in lines)
+    figure, grid = plt.subplots(
+        1, 1 + with_margin, figsize=(4.6 * (1 + with_margin), 3.6), layout="constrained", squeeze=False
+    )
+    recall, margin = grid[0, 0], grid[0, -1]
+    for number, (name, lines) in enumerate(studies.items()):
+        style: dict[str, Any] = {"color": f"C{number}", "label": name, "marker": _MARKS[number % len(_MARKS)], "ms": 5}
+        lengths = sorted({line["length"] for line in lines})
+        of_length = [[line for line in lines if line["length"] == length] for length in lengths]
+        right = [sum(line["correct"] for line in some) for some in of_length]
+        shares = [count / len(some) for count, some in zip(right, of_length, strict=True)]
+        ends = [wilson_interval(count, len(some)) for count, some in zip(right, of_length, strict=True)]
+        low = [max(0.0, share - end[0]) for share, end in zip(shares, ends, strict=True)]
+        high = [max(0.0, end[1] - share) for share, end in zip(shares, ends, strict=True)]
+        recall.errorbar(lengths, shares, yerr=[low, high], capsize=3, lw=1.4, **style)
+        found = [(length, [line["margin"] for line in some if line.get("margin") is not None])
+                 for length, some in zip(lengths, of_length, strict=True)]  # fmt: skip
+        cuts = [(length, *quantiles(values, n=4)) for length, values in found if len(values) > 1]
+        if cuts:
+            places, lower, middle, upper = zip(*cuts, strict=True)
+            margin.plot(places, middle, lw=1.4, **style)
+            margin.fill_between(places, lower, upper, color=f"C{number}", alpha=0.12, lw=0)
+    recall.set_ylim(-0.03, 1.03)
+    recall.set_title("sentences answered exactly", fontsize=9)
+    if with_margin:
+        margin.axhline(0, color="0.4", lw=0.8)
+        margin.set_title("score of the right chunk over the best other (nats)", fontsize=9)
+    lengths = sorted({line["length"] for lines in studies.values() for line in lines})
+    for axes in grid.flat:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens memorised", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(True, alpha=0.2)
+    recall.legend(fontsize=8, frameon=False, loc="lower left")
+    _write(figure, path, title)
+
+
+def compare_training(runs: Mapping[str, Records], path: Path, title: str) -> None:
+    """Every panel that all the runs have numbers for, a curve for each; of needles, the longest length of each.
+
+    Args:
+        runs: name and lines of log.jsonl of each.
+
+    Raises:
+        ValueError: if a log holds no step yet.
+    """
+    panels = {name: training_panels(log) for name, log in runs.items()}
+    for name, log in runs.items():
+        if not any("loss" in record for record in log):
+            raise ValueError(f"{name} holds no training step yet: nothing to plot")
+    first, *others = panels.values()
+    shared = [kind for kind in first if all(kind in one for one in others) and kind != "learning rate"]
+    rows = -(-len(shared) // 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(10.4, 2.5 * rows + 0.5), layout="constrained", squeeze=False)
+    for axes, kind in zip(grid.flat, shared, strict=False):
+        for number, (name, own) in enumerate(panels.items()):
+            curve = own[kind][-1]
+            label = f"{name}, {curve.label}" if curve.label else name
+            style = "o-" if len(curve.points) < 40 else "-"
+            axes.plot(*zip(*curve.points, strict=True), style, ms=2.5, lw=1.1, color=f"C{number}", label=label)
+        axes.set_title(kind, fontsize=9)
+        axes.set_xlabel("training tokens (millions)", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(True, alpha=0.2)
+        axes.legend(fontsize=7, frameon=False)
+    for axes in grid.flat[len(shared) :]:
+        axes.axis("off")
+    _write(figure, path, title)
+
+
+def _write(figure: Any, path: Path, title: str) -> None:
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
