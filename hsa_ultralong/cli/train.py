@@ -47,6 +47,12 @@ def train(
     init_from: Annotated[
         Path | None, typer.Option(help="Start from the weights of this exported model folder.")
     ] = None,
+    freeze_memory: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-memory", help="With --init-from: train the upper half only; memories of that model stay valid."
+        ),
+    ] = False,
     export: Annotated[Path | None, typer.Option(help="When done, write a bf16 Hugging Face model folder here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its plan, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: everything as one JSON object.")] = False,
@@ -63,6 +69,8 @@ def train(
 
       hsa train nano_stages --text corpus.txt --chat chats.jsonl --device cuda --export models/mine
 
+      hsa train nano_notes --data .data/shards --init-from checkpoints/nano --freeze-memory --export models/mine
+
       hsa train dense_0_5b --set gpus=64 --dry-run
     """
     from hsa_ultralong.recipes import recipe as find_recipe
@@ -72,12 +80,15 @@ def train(
     if chat:
         _use_conversations(config)
     config = apply_overrides(config, assignments or [])
+    config.freeze_memory |= freeze_memory
     if until is not None:
         config.stage(until)
     if dry_run:
         _show_plan(config, as_json)
         return
     run = output or Path("runs") / recipe
+    if config.freeze_memory and init_from is None:
+        raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
     if chat and not text:
         raise ValueError("--chat goes with --text; shards get conversations from `hsa data corpus.txt --chat FILE`")
     if (data is None) == (not text):

@@ -123,8 +123,9 @@ class MixtureOfExperts(nn.Module):
         Returns the imbalance max / mean load (fp32 scalar), 1 when perfectly even.
         """
         load = self.expert_load.to(torch.float32)
-        mean = load.mean().clamp_min(1e-9)
-        imbalance = load.max() / mean
+        mean = load.mean()
+        imbalance = load.max() / mean.clamp_min(1e-9)
+        # without any load nothing moves
         self.router_bias += rate * torch.sign(mean - load)
         self.expert_load.zero_()
         return imbalance

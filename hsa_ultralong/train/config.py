@@ -125,6 +125,7 @@ class TrainConfig:
     Attributes:
         preset, model: preset name and overrides of its HSAConfig fields.
         optimizer: "adamw", or "muon": Muon on the matrices of layers and experts, AdamW on the rest (optim.py).
+        freeze_memory: train the upper decoder only, so that memories built before stay valid (train/freezing.py).
         weight_decay: on matrices only. betas, clip_norm: AdamW and gradient clipping.
         parallel: how a step is spread over processes, and what it keeps in memory.
         checkpoint_minutes: wall-clock minutes between checkpoints. keep_checkpoints: older ones are deleted.
@@ -142,6 +143,7 @@ class TrainConfig:
     model: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     optimizer: str = "adamw"
+    freeze_memory: bool = False
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0

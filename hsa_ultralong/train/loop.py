@@ -31,6 +31,7 @@ from hsa_ultralong.train.checkpoint import (
     read_state,
 )
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
+from hsa_ultralong.train.freezing import freeze_memory
 from hsa_ultralong.train.metrics import (
     Listener,
     Meter,
@@ -103,6 +104,8 @@ class Trainer:
         # a stage that cannot run must not come to light after hours of the ones before it
         self.mixtures = [self._checked_mixture(index) for index in range(len(config.stages))]
         self.model.to(self.device).train()
+        if config.freeze_memory:
+            freeze_memory(self.model)
         use_compile = config.compile and self.device.type == "cuda"
         parallelize(self.model, self.mesh, config.parallel, use_compile=use_compile)
         self.optimizers = build_optimizers(self.model, config)
@@ -136,6 +139,11 @@ class Trainer:
             raise ValueError(
                 f"stage {stage.name!r}: segment_tokens must be a multiple of chunk_size={size}, "
                 "and needs parallel.context=1"
+            )
+        if self.config.freeze_memory and stage.sliding_window not in (0, self.preset.sliding_window):
+            raise ValueError(
+                f"stage {stage.name!r}: freeze_memory keeps the window that memories were built with, "
+                f"{self.preset.sliding_window}; leave sliding_window={stage.sliding_window} out"
             )
         if stage.segment_tokens and parallel.offload_activations:
             raise ValueError(

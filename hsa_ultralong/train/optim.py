@@ -110,12 +110,14 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         )
 
     if config.optimizer != "muon":
-        return [adamw(model.parameters())]
+        return [adamw(parameter for parameter in model.parameters() if parameter.requires_grad)]
     matrices: list[nn.Parameter] = []
     stacks: list[nn.Parameter] = []
     pairs: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if name.endswith(_TABLES) or parameter.dim() < 2:
             others.append(parameter)
         elif parameter.dim() == 2:

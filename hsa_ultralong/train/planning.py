@@ -85,10 +85,12 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
     counted = accounting.count_parameters(model)
     held = counted.total // cut
     tables = counted.embedding + counted.head
-    state = 8 * held
+    frozen = counted.embedding + counted.lower + counted.encoder if config.freeze_memory else 0
+    trained = (counted.total - frozen) // cut
+    state = 8 * trained
     if config.optimizer == "muon":
         # one momentum instead of two
-        state -= 4 * (counted.total - tables) // cut
+        state -= 4 * (counted.total - max(frozen, tables)) // cut
     copies = counted.total if gpus == 1 or not parallel.reshard_after_forward else tables + _largest_unit(model) * 2
     flops = accounting.flops_per_token(model, stage.seq_len, training=True)
     tokens = rows * stage.seq_len // parallel.context
@@ -99,7 +101,7 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
         seq_len=stage.seq_len,
         forward_tokens=tokens,
         weights=_FP32 * held + _BF16 * copies,
-        gradients=_FP32 * held,
+        gradients=_FP32 * trained,
         optimizer=state,
         activations=_activations(config, stage, model, tokens),
         host=_FP32 * model.hidden_size * tokens if stage.segment_offload else 0,

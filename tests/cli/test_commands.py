@@ -114,6 +114,7 @@ def test_dry_run_prints_the_resolved_recipe():
         (["train", "nano", "--set", "warmup.tokens=many", "--dry-run"], ["warmup.tokens", "int"]),
         (["train", "nano", "--set", "model.chunk_topk=0", "--data", "nowhere"], []),
         (["train", "nano"], ["--data"]),
+        (["train", "nano", "--data", "nowhere", "--freeze-memory"], ["--init-from"]),
         (["train", "nano", "--until", "end", "--dry-run"], ["end", "warmup"]),
         (["plan", "nanoo"], ["nanoo"]),
         (["plan", "nano", "--set", "chunk_top=3"], ["chunk_top"]),

@@ -1,0 +1,30 @@
+"""Training the upper half alone: every memory that the model has built stays valid (fact 5). Called by loop.py;
+tests/train/test_freezing.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from hsa_ultralong.models import HSAForCausalLM
+
+
+def freeze_memory(model: HSAForCausalLM) -> None:
+    """Freeze in place what a memory depends on (inference.memory_fingerprint): embedding, lower decoder, encoder.
+
+    They stay in evaluation mode, also after `model.train()`, so that the landmark centre and router biases keep still.
+    A head that is tied to the embedding is frozen with it.
+    """
+    inner = model.model
+    parts: tuple[nn.Module, ...] = (inner.embed_tokens, inner.lower_layers, inner.chunk_encoder)
+    for part in parts:
+        part.eval().requires_grad_(False)
+        part.train = _stay(part)  # type: ignore[method-assign, assignment]
+
+
+def _stay(part: nn.Module) -> Callable[[bool], nn.Module]:
+    def train(mode: bool = True) -> nn.Module:
+        return part
+
+    return train
