@@ -9,7 +9,7 @@ from statistics import quantiles
 from typing import Any
 
 from hsa_ultralong.eval.needles import wilson_interval
-from hsa_ultralong.eval.plots import human_tokens, plt, training_panels
+from hsa_ultralong.eval.plots import LOSS, NEEDLES, human_tokens, plt, training_panels
 
 Records = Sequence[dict[str, Any]]
 _MARKS = "osD^vP"
@@ -60,11 +60,12 @@ def compare_needles(studies: Mapping[str, Records], path: Path, title: str) -> N
     _write(figure, path, title)
 
 
-def compare_training(runs: Mapping[str, Records], path: Path, title: str) -> None:
+def compare_training(runs: Mapping[str, Records], path: Path, title: str, *, is_short: bool = False) -> None:
     """Every panel that all the runs have numbers for, a curve for each; of needles, the longest length of each.
 
     Args:
         runs: name and lines of log.jsonl of each.
+        is_short: loss and needles only, for runs whose speeds say nothing of each other.
 
     Raises:
         ValueError: if a log holds no step yet.
@@ -75,6 +76,8 @@ def compare_training(runs: Mapping[str, Records], path: Path, title: str) -> Non
             raise ValueError(f"{name} holds no training step yet: nothing to plot")
     first, *others = panels.values()
     shared = [kind for kind in first if all(kind in one for one in others) and kind != "learning rate"]
+    if is_short:
+        shared = [kind for kind in shared if kind in (LOSS, NEEDLES)]
     rows = -(-len(shared) // 2)
     figure, grid = plt.subplots(rows, 2, figsize=(10.4, 2.5 * rows + 0.5), layout="constrained", squeeze=False)
     for axes, kind in zip(grid.flat, shared, strict=False):

@@ -25,9 +25,14 @@ FIGURES = (
 # sources, figure, title: drawn beside one another
 COMPARISONS = (
     (
-        ("results/needles-before-pool", "results/needles-unpooled", "results/needles-pooled"),
+        (
+            "results/needles-before-pool",
+            "results/needles-unpooled",
+            "results/needles-pooled",
+            "results/needles-pool-then-notes",
+        ),
         "docs/images/pooled-memory.png",
-        "nano after 21M tokens more, whose rows share a memory of 1M tokens or do not",
+        "nano and 21M tokens more, whose rows share a memory of 1M tokens or do not",
     ),
     (
         ("results/training-adamw", "results/training-muon"),
@@ -58,8 +63,11 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
     plot_training(lines, figure, title)
 
 
-def compare(sources: Sequence[Path], figure: Path, title: str) -> None:
+def compare(sources: Sequence[Path], figure: Path, title: str, *, is_short: bool = False) -> None:
     """One figure of several needle studies (records.jsonl), or of several runs (log.jsonl), named by their folders.
+
+    Args:
+        is_short: of runs, loss and needles only.
 
     Raises:
         ValueError: for a mixture of both, for files of another kind, or for two of one name.
@@ -67,10 +75,19 @@ def compare(sources: Sequence[Path], figure: Path, title: str) -> None:
     kinds = {source.name for source in sources}
     if kinds not in ({"records.jsonl"}, {"log.jsonl"}):
         raise ValueError("only runs (log.jsonl) or only reports of hidden sentences (records.jsonl) go into one figure")
-    named = {source.resolve().parent.name: read_jsonl(source) for source in sources}
-    if len(named) < len(sources):
+    names = [source.resolve().parent.name for source in sources]
+    if len(set(names)) < len(names):
         raise ValueError("the sources are told apart by the names of their folders, which must differ")
-    (compare_needles if kinds == {"records.jsonl"} else compare_training)(named, figure, title)
+    named = {_short(name): read_jsonl(source) for name, source in zip(names, sources, strict=True)}
+    if kinds == {"records.jsonl"}:
+        compare_needles(named, figure, title)
+    else:
+        compare_training(named, figure, title, is_short=is_short)
+
+
+def _short(name: str) -> str:
+    """Of a folder of results/ what tells it from the others of its kind."""
+    return name.removeprefix("needles-").removeprefix("training-").replace("-", " ")
 
 
 def benchmark_figures(root: Path) -> list[tuple[str, str, str, str]]:
@@ -99,5 +116,6 @@ def draw_all(root: Path) -> list[Path]:
         draw(root / source, root / figure, kind, title)
     for folders, figure, title in COMPARISONS:
         name = "records.jsonl" if "needles" in folders[0] else "log.jsonl"
-        compare([root / folder / name for folder in folders], root / figure, title)
+        # the two optimisers shared a card
+        compare([root / folder / name for folder in folders], root / figure, title, is_short=True)
     return [*(root / figure for _, figure, _, _ in figures), *(root / figure for _, figure, _ in COMPARISONS)]

@@ -17,15 +17,16 @@ import numpy as np
 _DEPTH_BINS = 10
 _INK = "#22313f"
 # fields of a log record and the titles of their panels
+LOSS = "training loss (nats per token)"
 _STEP_PANELS = {
-    "loss": "training loss (nats per token)",
+    "loss": LOSS,
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm before clipping",
     "tokens_per_s": "tokens per second",
     "mfu": "model FLOP utilisation",
     "expert_imbalance": "experts: largest load / mean load",
 }
-_NEEDLES = "held-out needles answered exactly, by length"
+NEEDLES = "held-out needles answered exactly, by length"
 _RETRIEVAL_PANELS = {
     "entropy": "retrieval: entropy of the weights (nats)",
     "distance": "retrieval: distance of what is read (tokens)",
@@ -111,7 +112,7 @@ def training_panels(log: Sequence[dict[str, Any]]) -> dict[str, list[Curve]]:
         points = [(record["tokens"] / 1e6, record["probe"]["needle_accuracy"]) for record in of_length]
         needles.append(Curve(human_tokens(length) if length else "", points))
     if needles:
-        panels[_NEEDLES] = needles
+        panels[NEEDLES] = needles
     for key, title in _RETRIEVAL_PANELS.items():
         # every length is measured after the same step: the longest says most
         found = [record for record in probes if record.get("retrieval", {}).get(key)]
@@ -141,7 +142,7 @@ def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str) -> None
         for number, curve in enumerate(curves):
             style = "o-" if len(curve.points) < 40 else "-"
             axes.plot(*zip(*curve.points, strict=True), style, ms=2.5, lw=1.1, color=f"C{number}", label=curve.label)
-        if name == _NEEDLES:
+        if name == NEEDLES:
             axes.set_ylim(-0.03, 1.03)
         if any(curve.label for curve in curves):
             axes.legend(fontsize=7, frameon=False)

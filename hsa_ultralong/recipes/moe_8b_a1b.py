@@ -12,6 +12,10 @@ def moe_8b_a1b() -> TrainConfig:
     a host (`--set parallel.replicate=N` for N hosts). Time: 11 days at the 35% of peak that the plan assumes, not
     measured. Numbers: not measured; the paper's are in docs/paper_facts.md, D.
 
+    Its first steps fit one H200: `--set optimizer=muon --set parallel.replicate=1 --set parallel.shard=1 --set
+    parallel.expert=1 --set warmup.batch_tokens=65536`, 18,400 tokens/s, 108 GiB (docs/training.md,
+    results/training-moe-8b).
+
     From the paper: windows, contexts, 8T tokens of pre-training, 175B long, 400B annealing, 16.8M tokens a step, rate
     3.87e-4, weight decay 0.01, 1% synthetic retrieval. Not in the paper: tokens of warm-up and sft, steps of rate
     warm-up. The sft rate is a tenth of the one that the paper prints, which is that of pre-training.
