@@ -44,13 +44,13 @@ def plot(
     """
     if all_figures == bool(sources):
         raise ValueError("give either what to draw, such as a run or a report, or --all")
+    found = [_find(source) for source in sources or ()]
     from hsa_ultralong.eval.figures import compare, draw, draw_all
 
     if not sources:
         for path in draw_all(Path.cwd()):
             typer.echo(f"written {path}")
         return
-    found = [_find(source) for source in sources]
     if len(found) > 1:
         if output is None:
             raise ValueError("several sources need --output FILE.png")
