@@ -28,27 +28,15 @@ def compare_needles(studies: Mapping[str, Records], path: Path, title: str) -> N
     recall, margin = grid[0, 0], grid[0, -1]
     for number, (name, lines) in enumerate(studies.items()):
         style: dict[str, Any] = {"color": f"C{number}", "label": name, "marker": _MARKS[number % len(_MARKS)], "ms": 5}
-        lengths = sorted({line["length"] for line in lines})
-        of_length = [[line for line in lines if line["length"] == length] for length in lengths]
-        right = [sum(line["correct"] for line in some) for some in of_length]
-        shares = [count / len(some) for count, some in zip(right, of_length, strict=True)]
-        ends = [wilson_interval(count, len(some)) for count, some in zip(right, of_length, strict=True)]
-        low = [max(0.0, share - end[0]) for share, end in zip(shares, ends, strict=True)]
-        high = [max(0.0, end[1] - share) for share, end in zip(shares, ends, strict=True)]
-        recall.errorbar(lengths, shares, yerr=[low, high], capsize=3, lw=1.4, **style)
-        found = [(length, [line["margin"] for line in some if line.get("margin") is not None])
-                 for length, some in zip(lengths, of_length, strict=True)]  # fmt: skip
-        cuts = [(length, *quantiles(values, n=4)) for length, values in found if len(values) > 1]
-        if cuts:
-            places, lower, middle, upper = zip(*cuts, strict=True)
-            margin.plot(places, middle, lw=1.4, **style)
-            margin.fill_between(places, lower, upper, color=f"C{number}", alpha=0.12, lw=0)
+        of_length = {length: [line for line in lines if line["length"] == length] for length in _lengths(lines)}
+        _draw_recall(recall, of_length, style)
+        _draw_margins(margin, of_length, style)
     recall.set_ylim(-0.03, 1.03)
     recall.set_title("sentences answered exactly", fontsize=9)
     if with_margin:
         margin.axhline(0, color="0.4", lw=0.8)
         margin.set_title("score of the right chunk over the best other (nats)", fontsize=9)
-    lengths = sorted({line["length"] for lines in studies.values() for line in lines})
+    lengths = _lengths([line for lines in studies.values() for line in lines])
     for axes in grid.flat:
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
@@ -58,6 +46,36 @@ def compare_needles(studies: Mapping[str, Records], path: Path, title: str) -> N
         axes.grid(True, alpha=0.2)
     recall.legend(fontsize=8, frameon=False, loc="lower left")
     _write(figure, path, title)
+
+
+def _lengths(lines: Records) -> list[int]:
+    return sorted({line["length"] for line in lines})
+
+
+def _draw_recall(axes: Any, of_length: Mapping[int, Records], style: dict[str, Any]) -> None:
+    """Share of right answers with its Wilson interval."""
+    shares, below, above = [], [], []
+    for lines in of_length.values():
+        right = sum(line["correct"] for line in lines)
+        low, high = wilson_interval(right, len(lines))
+        shares.append(right / len(lines))
+        # rounding may put an end of 0 or 1 on the wrong side
+        below.append(max(0.0, shares[-1] - low))
+        above.append(max(0.0, high - shares[-1]))
+    axes.errorbar(list(of_length), shares, yerr=[below, above], capsize=3, lw=1.4, **style)
+
+
+def _draw_margins(axes: Any, of_length: Mapping[int, Records], style: dict[str, Any]) -> None:
+    """Median of the margins, the middle half shaded; nothing for a study without."""
+    cuts = []
+    for length, lines in of_length.items():
+        margins = [line["margin"] for line in lines if line.get("margin") is not None]
+        if len(margins) > 1:
+            cuts.append((length, *quantiles(margins, n=4)))
+    if cuts:
+        lengths, lower, middle, upper = zip(*cuts, strict=True)
+        axes.plot(lengths, middle, lw=1.4, **style)
+        axes.fill_between(lengths, lower, upper, color=style["color"], alpha=0.12, lw=0)
 
 
 def compare_training(runs: Mapping[str, Records], path: Path, title: str, *, is_short: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
 from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, read_benchmark
@@ -57,10 +58,14 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
         return
     lines = read_jsonl(source)
     if kind == "needles":
-        # a study of several forms shows the first
-        plot_needles([line for line in lines if line.get("form", "") == lines[0].get("form", "")], figure, title)
+        plot_needles(_first_form(lines), figure, title)
         return
     plot_training(lines, figure, title)
+
+
+def _first_form(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a study of several forms of one memory, the first."""
+    return [line for line in lines if line.get("form", "") == lines[0].get("form", "")]
 
 
 def compare(sources: Sequence[Path], figure: Path, title: str, *, is_short: bool = False) -> None:
@@ -80,7 +85,7 @@ def compare(sources: Sequence[Path], figure: Path, title: str, *, is_short: bool
         raise ValueError("the sources are told apart by the names of their folders, which must differ")
     named = {_short(name): read_jsonl(source) for name, source in zip(names, sources, strict=True)}
     if kinds == {"records.jsonl"}:
-        compare_needles(named, figure, title)
+        compare_needles({name: _first_form(lines) for name, lines in named.items()}, figure, title)
     else:
         compare_training(named, figure, title, is_short=is_short)
 
