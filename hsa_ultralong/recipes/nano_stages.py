@@ -8,8 +8,9 @@ from hsa_ultralong.train import StageConfig, TrainConfig
 def nano_stages() -> TrainConfig:
     """`hsa train nano_stages --text corpus.txt --device cuda -o runs/stages --export models/nano-sft`.
 
-    Hardware: one GPU with 16 GiB. Time: 4 minutes of an H100 or H200 by `--dry-run`, not measured. Numbers: not
-    measured; the shipped model comes from `nano`, whose stages warmup and long these resemble.
+    Hardware: one GPU with 16 GiB. Time: 5 minutes on an H200, the tokens of 200 MB of text included. Numbers: 20 of 20
+    sentences at 32K and at 256K tokens (results/training-stages, needles-stages). The shipped model comes from `nano`,
+    whose stages warmup and long these resemble.
 
     warmup: window 128 and full coverage make retrieval emerge. pretrain: sparse (K = 32) at twice the length. long:
     full coverage at 32K, long documents; anneal: the same with the rate falling to zero. sft: sparse again at 8K, with
