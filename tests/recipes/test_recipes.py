@@ -1,6 +1,8 @@
 """Every recipe can be resolved, printed and started: its stages fit its model, its data, its GPUs and each other."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ from hsa_ultralong.recipes import RECIPES, recipe
 from hsa_ultralong.train import as_dict
 from hsa_ultralong.train.planning import plan_run
 from hsa_ultralong.train.schedule import learning_rate
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FIVE = ("warmup", "pretrain", "long", "anneal", "sft")
 OF_FIVE_STAGES = [name for name in RECIPES if name not in ("nano", "nano_notes", "nano_pool", "debug")]
@@ -106,7 +110,10 @@ def test_its_docstring_says_how_to_run_it_on_what_and_for_how_long(name):
     text = RECIPES[name].__doc__ or ""
     assert f"hsa train {name}" in text
     if name in OF_FIVE_STAGES and not name.startswith("debug"):
-        assert all(word in text for word in ("Hardware:", "Time:", "Numbers:", "not measured"))
+        assert all(word in text for word in ("Hardware:", "Time:", "Numbers:"))
+        named = re.findall(r"results/([\w-]+)", text)
+        assert named or "not measured" in text
+        assert all((ROOT / "results" / study).is_dir() for study in named)
 
 
 @every_recipe

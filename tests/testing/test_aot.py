@@ -95,7 +95,7 @@ def test_resource_usage_is_read_from_cuobjdumps_text():
 def test_every_kernel_compiles_for_hopper_without_heavy_spills():
     result = run("-m", "hsa_ultralong.testing.aot", PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) kernels compiled for sm_90, 0 failed", result.stdout)[1]) >= 30
+    assert int(re.search(r"(\d+) kernels compiled for sm_90, 0 failed", result.stdout)[1]) >= 20
 
 
 def test_cases_cover_the_benchmark_shape_and_on_request_every_variant():

@@ -114,7 +114,7 @@ def test_what_segments_keep_of_the_row_grows_as_planned(lower, groups, vocabular
         return live.most
 
     most(32)
-    slope = (most(192) - most(96)) / 96
+    slope = (most(128) - most(64)) / 64
     assert slope == pytest.approx(segmented_bytes(model.config, 16)[half], rel=0.05)
 
 
