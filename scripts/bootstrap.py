@@ -29,6 +29,9 @@ def succeeds(*command: str) -> bool:
 def pip(python: str, *arguments: str) -> None:
     """Run pip in the environment, with progress bars in a terminal only; stop with one line if it fails."""
     flags = [] if sys.stdout.isatty() else ["--quiet"]
+    if arguments[0] == "install":
+        # python compiles the part of torch and transformers that is imported, when it is
+        flags.append("--no-compile")
     # setuptools warns about every editable install of a package that lies beside its pyproject.toml.
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONWARNINGS": "ignore"}
     if subprocess.run([python, "-m", "pip", *arguments, *flags], env=environment).returncode:

@@ -65,7 +65,9 @@ def work(rank, world, address, options, lengths):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world", "lengths"), [(2, (90, 33)), (3, (50,)), (3, (5,))])
+@pytest.mark.parametrize(
+    ("world", "lengths"), [(2, (90, 33)), (3, (50,)), pytest.param(3, (5,), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("options", ["default", "hsa_only_layer"])
 def test_ranks_together_answer_like_one(tmp_path, world, lengths, options):
     context = mp.start_processes(

@@ -65,7 +65,9 @@ CHANGES = st.lists(
 )
 
 
-@pytest.mark.parametrize("options", ["default", "window_of_one", "mixture_of_experts"])
+@pytest.mark.parametrize(
+    "options", ["default", "window_of_one", pytest.param("mixture_of_experts", marks=pytest.mark.slow)]
+)
 @given(CHANGES)
 @torch.no_grad()
 def test_any_sequence_of_edits_appends_and_deletions_equals_a_rebuild(options, changes):
