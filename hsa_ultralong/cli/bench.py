@@ -1,4 +1,5 @@
-"""`hsa bench`: measure speed on this machine; `hsa bench ops` puts every operator beside its baselines."""
+"""`hsa bench`: measure speed on this machine. `ops` puts every operator beside its baselines, `memory` times reading
+and decoding; `training` is in bench_training.py."""
 
 from __future__ import annotations
 
@@ -8,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.bench_training import training
 from hsa_ultralong.cli.plan import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from hsa_ultralong.eval.benchmarks.memory import MemorySettings
     from hsa_ultralong.eval.benchmarks.points import Settings
-    from hsa_ultralong.eval.benchmarks.training_longest import LongestSettings
-    from hsa_ultralong.models import HSAConfig
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 
@@ -25,6 +24,7 @@ _ON_CPU = {"lengths": (1024, 4096), "topks": (32,), "decode_chunks": (1024,)}
 
 
 def register(app: typer.Typer) -> None:
+    bench.command("training")(training)
     app.add_typer(bench, name="bench")
 
 
@@ -64,7 +64,7 @@ def bench_ops(
       hsa bench ops --device cpu --lengths 256,512 --topk 4
     """
     from hsa_ultralong import ops as operators
-    from hsa_ultralong.cli.common import choose_device
+    from hsa_ultralong.cli.common import choose_device, processor_name
     from hsa_ultralong.eval.benchmarks.ops import OPS, run_ops
     from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, short_hardware
     from hsa_ultralong.eval.metadata import command_line, run_metadata
@@ -74,7 +74,7 @@ def bench_ops(
     settings = _settings(place, lengths, topk, full_max, quick, longest, seed)
     if text is not None and not text.is_file():
         raise ValueError(f"{text} is no file: give --text a text that the model shall read")
-    name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
+    name = hardware or (short_hardware(measured_on()) if place == "cuda" else processor_name())
     meta = run_metadata(command_line(), seed, hardware_name=name, device=place)
     wanted = tuple(part.strip() for part in ops.split(",")) if ops else OPS
     path = output / f"ops-{name}.json"
@@ -131,21 +131,25 @@ def memory(
       hsa bench memory --lengths 1G --store tiered --key-values int8 --landmarks int8
 
       hsa bench memory --lengths none --file lib.hsa --stores file
+
+      torchrun --standalone --nproc-per-node=2 --no-python hsa bench memory --preset small_345m --lengths 8K,16M
+
+    Started by torchrun, decoding is timed once with the whole memory on every GPU and once with its chunks shared out
+    over the processes.
     """
-    from hsa_ultralong.cli.common import choose_device
-    from hsa_ultralong.eval.benchmarks.memory import (
-        MemorySettings,
-        add_record,
-        continued,
-        file_records,
-        memory_records,
-    )
-    from hsa_ultralong.eval.benchmarks.memory_report import format_value, plot_memory, table
+    import torch.distributed as dist
+
+    from hsa_ultralong.cli.common import choose_device, processor_name
+    from hsa_ultralong.distributed.mesh import init_distributed
+    from hsa_ultralong.eval.benchmarks.memory import MemorySettings
     from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
-    from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
+    from hsa_ultralong.eval.metadata import command_line, run_metadata
     from hsa_ultralong.eval.metadata import hardware as measured_on
 
     place = choose_device(device)
+    init_distributed(place)
+    if dist.is_initialized() and (store != "device" or key_values or landmarks):
+        raise ValueError("processes share out a memory on the device in the model's form, or --file: leave --store out")
     settings = MemorySettings(
         lengths=() if lengths == "none" else tuple(parse_size(part) for part in lengths.split(",")),
         stores=tuple(stores.split(",")),
@@ -158,194 +162,53 @@ def memory(
         store=store, key_values=key_values, landmarks=landmarks, tune=tune, seed=seed,
     )  # fmt: skip
     network, label = _network(preset_name, model, place, dtype, seed)
-    name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
+    name = hardware or (short_hardware(measured_on()) if place == "cuda" else processor_name())
     path = output / f"memory-{name}.json"
     meta = run_metadata(command_line(), seed, hardware_name=name, device=place)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    result = _measure_memory(network, label, settings, file, path, meta, is_first=is_first)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if is_first:
+        _report_memory(result, path, as_json)
+
+
+def _measure_memory(
+    network: Any, label: str, settings: MemorySettings, file: Path | None, path: Path, meta: dict[str, Any], *,
+    is_first: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """All records, those of earlier runs besides; the first process writes after every one."""
+    from hsa_ultralong.eval.benchmarks.memory import add_record, continued, file_records, memory_records
+    from hsa_ultralong.eval.benchmarks.memory_report import format_value
+    from hsa_ultralong.eval.metadata import write_json
+
     result = continued(path, meta)
 
     def keep(record: dict[str, Any]) -> None:
-        add_record(result, record)
-        write_json(path, result)
-        typer.echo(f"{record['metric']} {record['tokens']:,} {record['store']}: {format_value(record)}", err=True)
+        if is_first:
+            add_record(result, record)
+            write_json(path, result)
+            typer.echo(f"{record['metric']} {record['tokens']:,} {record['store']}: {format_value(record)}", err=True)
 
     if settings.lengths:
         memory_records(network, label, settings, keep)
     if file is not None:
         file_records(network, label, file, settings, keep)
+    return result
+
+
+def _report_memory(result: dict[str, Any], path: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from hsa_ultralong.eval.benchmarks.memory_report import plot_memory, table
+
     if any(record["metric"] in ("read_tokens_per_s", "decode_ms") for record in result["records"]):
         plot_memory(result, path.with_suffix(".png"))
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
-    from rich.console import Console
-
     Console().print(table(result))
     typer.echo(f"Written: {path} and {path.with_suffix('.png').name}")
-
-
-@bench.command("training")
-def training(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("benchmarks/results"),
-    preset_name: Annotated[str, typer.Option("--preset", help="Preset, with random weights.")] = "small_345m",
-    contexts: Annotated[str, typer.Option(help="Tokens a row: 8K,16K,32K,128K.")] = "8K,16K,32K,128K",
-    attention: Annotated[str, typer.Option(help="hsa, and full for the full-attention twin.")] = "hsa,full",
-    batch_tokens: Annotated[str, typer.Option(help="Tokens of an optimiser step.")] = "128K",
-    micro_tokens: Annotated[str, typer.Option(help="Tokens of a forward to try; the fastest counts.")] = "16K,32K",
-    checkpointing: Annotated[str, typer.Option(help="Activation checkpointing: none or full.")] = "none",
-    longest: Annotated[bool, typer.Option("--longest", help="Instead: search the longest row that trains.")] = False,
-    methods: Annotated[
-        str, typer.Option(help="For --longest: plain, checkpointing, segmented, offloaded (segments on the host).")
-    ] = "plain,checkpointing,segmented",
-    caps: Annotated[str | None, typer.Option(help="For --longest: limits on memory.", show_default="80GB,card")] = None,
-    max_tokens: Annotated[str | None, typer.Option(help="For --longest: no longer row.", show_default="16M")] = None,
-    segment_tokens: Annotated[str, typer.Option(help="For --longest: tokens of a segment.")] = "32K",
-    max_minutes: Annotated[float, typer.Option(help="For --longest: begin no trial that ends later.")] = 1e9,
-    compile_layers: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="torch.compile by layer.", show_default="on a GPU, not for --longest"
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps timed.")] = 4,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and weights.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of a table.")] = False,
-) -> None:
-    """Time optimiser steps against the context, beside a transformer of the same width with full attention.
-
-    --longest doubles one row until it no longer trains and bisects, under every cap: plain, with activation
-    checkpointing, and in segments. Run it again to go on where it was cut off.
-
-    Writes training-HARDWARE.json after every record, keeping what earlier runs measured besides, and draws it.
-
-    Examples:
-
-      hsa bench training --contexts 8K,128K
-
-      hsa bench training --longest --caps 80GB,card --max-minutes 25
-
-      hsa bench training --preset debug --contexts 256 --batch-tokens 1024 --micro-tokens 256,512 --device cpu
-
-      hsa bench training --longest --preset debug --max-tokens 512 --segment-tokens 64 --device cpu
-    """
-    import torch
-
-    from hsa_ultralong.cli.common import choose_device
-    from hsa_ultralong.eval.benchmarks.memory import continued
-    from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
-    from hsa_ultralong.eval.benchmarks.training import TrainingSettings, training_records
-    from hsa_ultralong.eval.benchmarks.training_report import add_record, format_value
-    from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
-    from hsa_ultralong.eval.metadata import hardware as measured_on
-    from hsa_ultralong.models.presets import preset
-
-    place = choose_device(device)
-    use_compile = place == "cuda" and (not longest if compile_layers is None else compile_layers)
-    name = hardware or (short_hardware(measured_on()) if place == "cuda" else _processor_name())
-    path = output / f"training-{name}.json"
-    meta = run_metadata(command_line(), seed, hardware_name=name, device=place)
-    result = continued(path, meta)
-    model = preset(preset_name)
-
-    def keep(record: dict[str, Any]) -> None:
-        add_record(result, record)
-        write_json(path, result)
-        # a search says itself how its trials went
-        if record["metric"] in ("tokens_per_s", "mfu", "peak_bytes"):
-            where = f"{record['attention']} {record['context']:,}"
-            typer.echo(f"{where} {record['metric']}: {format_value(record)}", err=True)
-
-    kinds = [kind.strip() for kind in attention.split(",")]
-    if longest:
-        rows = _longest_settings(methods, caps, max_tokens, segment_tokens, max_minutes, use_compile, seed, place)
-        _search_longest(model, preset_name, kinds, rows, place, result, keep)
-    else:
-        sizes = [tuple(parse_size(part) for part in text.split(",")) for text in (contexts, micro_tokens)]
-        settings = TrainingSettings(sizes[0], parse_size(batch_tokens), sizes[1], steps, checkpointing, seed)
-        for kind in kinds:
-            training_records(
-                model, preset_name, kind, settings, torch.device(place), keep, _preparation(use_compile),
-                on_failure=lambda text: typer.echo(text, err=True),
-            )  # fmt: skip
-    _report_training(result, path, as_json)
-
-
-def _report_training(result: dict[str, Any], path: Path, as_json: bool) -> None:
-    from rich.console import Console
-
-    from hsa_ultralong.eval.benchmarks.training_report import plot_training_speed, tables
-
-    curves = ("tokens_per_s", "longest_sequence")
-    has_figure = any(record["metric"] in curves and record["value"] for record in result["records"])
-    if has_figure:
-        plot_training_speed(result, path.with_suffix(".png"))
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-        return
-    for table in tables(result):
-        Console().print(table)
-    typer.echo(f"Written: {path}" + (f" and {path.with_suffix('.png').name}" if has_figure else ""))
-
-
-def _preparation(use_compile: bool) -> Any:
-    """What the trainer does to a model before its first step (train/parallelize.py), for one process."""
-    from hsa_ultralong.models import HSAForCausalLM
-    from hsa_ultralong.train.activations import recompute_activations
-    from hsa_ultralong.train.compilation import compile_layers
-
-    def prepare(model: Any, checkpointing: str) -> None:
-        if isinstance(model, HSAForCausalLM):
-            recompute_activations(model, checkpointing)
-        if use_compile:
-            compile_layers(model)
-
-    return prepare
-
-
-def _longest_settings(
-    methods: str, caps: str | None, max_tokens: str | None, segment_tokens: str, max_minutes: float,
-    use_compile: bool, seed: int, place: str,
-) -> LongestSettings:  # fmt: skip
-    import time
-
-    import torch
-
-    from hsa_ultralong.eval.benchmarks.training_longest import LongestSettings, choose_caps, choose_methods
-
-    if max_tokens is None and place == "cpu":
-        raise ValueError("--longest on a CPU needs a bound, such as --max-tokens 4K")
-    names = [part.strip() for part in methods.split(",")]
-    return LongestSettings(
-        max_tokens=parse_size(max_tokens or "16M"),
-        methods=choose_methods(names, parse_size(segment_tokens), use_compile),
-        caps=choose_caps(caps, torch.device(place)),
-        deadline=time.monotonic() + 60 * max_minutes,
-        seed=seed,
-    )
-
-
-def _search_longest(
-    model: HSAConfig, name: str, kinds: list[str], settings: LongestSettings, place: str, result: dict[str, Any],
-    keep: Callable[[dict[str, Any]], None],
-) -> None:  # fmt: skip
-    """The longest rows of the model and its twin, from the trials in `result` on."""
-    import torch
-
-    from hsa_ultralong.eval.benchmarks.training_longest import LongestSearch, usable_trials
-    from hsa_ultralong.train.segmented import segmented_loss_backward
-
-    known = usable_trials(result, name)
-    searches = [
-        LongestSearch(
-            model, name, kind, settings, torch.device(place), segmented=segmented_loss_backward,
-            prepare=_preparation(settings.methods[0].compiled), on_record=keep,
-            say=lambda text: typer.echo(text, err=True), known=known,
-        )
-        for kind in kinds
-    ]  # fmt: skip
-    for search in searches:
-        search.run()
 
 
 def _network(preset_name: str | None, folder: Path | None, device: str, dtype: str, seed: int) -> tuple[Any, str]:
@@ -391,13 +254,6 @@ def _count(text: str) -> int:
     if not text.strip().isdigit() or int(text) < 1:
         raise ValueError(f"--topk must be whole numbers above 0 such as 16,32, got {text!r}")
     return int(text)
-
-
-def _processor_name() -> str:
-    import os
-
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"cpu{count}"
 
 
 def _recorder(settings: Settings, folder: Path | None, text: Path | None) -> Any:

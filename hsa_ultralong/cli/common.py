@@ -36,6 +36,14 @@ def choose_dtype(name: str, device: str) -> Any:
     return known[name]
 
 
+def processor_name() -> str:
+    """Name of measurements on this machine's processor, such as cpu2."""
+    import os
+
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"cpu{count}"
+
+
 def default_checkpoint() -> Path:
     """checkpoints/nano of the current folder or of the checkout that holds this package."""
     places = [Path("checkpoints/nano"), Path(__file__).resolve().parents[2] / "checkpoints" / "nano"]

@@ -1,8 +1,8 @@
 """One memory over several ranks: each scans its own landmarks, the K best of all are agreed on, partial outputs add up.
 
 All ranks run the same tokens. Per retrieval layer one all-gather of K candidates a query, per HSA layer one all-reduce
-of the outputs: nothing grows with the memory. The `ranks` of ChunkMemory (nn/chunk_memory.py), made by
-inference/sharding.py; tests/distributed/test_memory_ranks.py.
+of the outputs: nothing grows with the memory. Over NCCL both become part of a decoding graph (inference/engine.py). The
+`ranks` of a ChunkMemory, made by inference/sharding.py; tests/distributed/test_memory_ranks.py, test_gpu_ranks.py.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ class RankedMemory:
         missing = topk - indices.shape[-1]
         indices = F.pad(torch.where(indices < 0, -1, indices + self.first), (0, missing), value=-1)
         scores = F.pad(scores, (0, missing), value=-torch.inf)
-        every_index, every_score = (torch.cat(self._gather(part), -1) for part in (indices, scores))
+        # one message: indices travel as scores of the same bits
+        bits = {4: torch.int32, 8: torch.int64}[scores.element_size()]
+        lists = self._gather(torch.stack((scores, indices.to(bits).view(scores.dtype))))
+        # every list descends and ranks hold ascending ranges: now from the first chunk to the last
+        every = torch.cat([part.flip(-1) for part in lists], -1)
+        every_score, every_index = every[0], every[1].view(bits).to(indices.dtype)
         # ties go to the lower chunk, as in chunk_topk
-        order = every_index.argsort(dim=-1, stable=True)
-        order = order.gather(-1, every_score.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
-        kept = order[..., : min(topk, self.num_chunks)]
+        kept = every_score.argsort(dim=-1, descending=True, stable=True)[..., : min(topk, self.num_chunks)]
         indices, place = every_index.gather(-1, kept).sort(-1, descending=True)
         return indices, every_score.gather(-1, kept).gather(-1, place)
 
@@ -46,8 +49,13 @@ class RankedMemory:
         dist.all_reduce(part, group=self.group)
         return part
 
+    @property
+    def is_capturable(self) -> bool:
+        """A graph of this device can hold the exchange."""
+        return "nccl" in dist.get_backend_config(self.group)
+
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        tensor = tensor.contiguous()
+        """The tensor of every rank."""
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, tensor, group=self.group)
         return parts

@@ -96,7 +96,7 @@ class DecodingEngine:
             compile_layers: fuse the layers with torch.compile; takes about 20 seconds on a GPU, once per process.
             tune: with compile_layers, let the compiler measure its choices, which takes longer.
             use_graph: default on a GPU where nothing in a step needs the host (a file's store and a sketched lookup do,
-                as do experts and ranks).
+                as do experts, and ranks that do not talk over NCCL).
 
         Raises:
             ValueError: another model's memory, a number of memories other than `batch`, or sampling out of range.
@@ -185,7 +185,7 @@ class DecodingEngine:
         from hsa_ultralong.memory.tiers import QuantizedLandmarks
 
         return all(
-            view.ranks is None
+            (view.ranks is None or view.ranks.is_capturable)
             and (view.store is None or isinstance(view.store, GatheringStore))
             and (view.lookup is None or isinstance(view.lookup, QuantizedLandmarks))
             for view in self.views
@@ -251,10 +251,10 @@ class DecodingEngine:
                     self._complete()
             torch.cuda.current_stream().wait_stream(side)
             self._step_graph, self._complete_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._step_graph):
-                self._step()
-            with torch.cuda.graph(self._complete_graph):
-                self._complete()
+            # other threads, such as the one that watches over NCCL, may meanwhile ask the device
+            for graph, part in ((self._step_graph, self._step), (self._complete_graph, self._complete)):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    part()
         for row in range(self.batch):
             self._clear(row)
 

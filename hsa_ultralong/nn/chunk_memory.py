@@ -103,6 +103,11 @@ class MemoryRanks(Protocol):
     first: int
     num_chunks: int
 
+    @property
+    def is_capturable(self) -> bool:
+        """A CUDA graph can hold what the ranks exchange."""
+        ...
+
     def best(self, indices: torch.Tensor, scores: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The K best of all ranks' candidates (B, T, Hr, <= K), counted through all ranks; descending, -1 last."""
         ...

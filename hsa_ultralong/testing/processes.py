@@ -1,4 +1,4 @@
-"""Start a few processes that talk over gloo, and compare what they sum up to with one process."""
+"""Start a few processes that talk over gloo or NCCL, and compare what they sum up to with one process."""
 
 from __future__ import annotations
 
@@ -10,20 +10,32 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _enter(rank, world, address, work, args):
+def _enter(rank, world, address, work, args, device):
+    backend = "gloo"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    if device == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        count = torch.cuda.device_count()
+        torch.cuda.set_device(rank % count)
+        if count < world:
+            # NCCL refuses two ranks on one card of one host: let each be a host of its own, that talk over sockets
+            os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
     meet = {"init_method": f"file://{address}", "rank": rank, "world_size": world}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120), **meet)
+    dist.init_process_group(backend, timeout=timedelta(seconds=120), **meet)
     try:
         work(rank, world, *args)
     finally:
         dist.destroy_process_group()
 
 
-def launch(world, address, work, *args):
-    """Run work(rank, world, *args) in `world` processes; an assertion in any of them fails the test."""
-    context = mp.start_processes(_enter, (world, address, work, args), nprocs=world, start_method="fork", join=False)
+def launch(world, address, work, *args, device="cpu"):
+    """Run work(rank, world, *args) in `world` processes; an assertion in any of them fails the test. With "cuda" they
+    share the GPUs out, one card to several if there are not enough: right, and slow."""
+    start = "fork" if device == "cpu" else "spawn"
+    context = mp.start_processes(
+        _enter, (world, address, work, args, device), nprocs=world, start_method=start, join=False
+    )
     while not context.join(timeout=60):
         pass
 

@@ -1,15 +1,13 @@
 """A memory shared out over processes answers like one: gloo, fp64, on the CPU."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hsa_ultralong.inference import append, ask, open_shared, share_out
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+from hsa_ultralong.testing.processes import launch
 
 
 def document(length, seed=0):
@@ -27,42 +25,36 @@ class Words:
 
 
 def work(rank, world, address, options, lengths):
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
-    try:
-        model = tiny_model(**options)
-        whole = model.memorize([document(n, seed) for seed, n in enumerate(lengths)])
-        part = share_out(whole)
-        assert part.num_chunks in (whole.num_chunks // world, -(-whole.num_chunks // world))
-        assert part.num_chunks_of_all == whole.num_chunks
-        for batch, tokens in ((1, 1), (3, 9), (1, 70)):
-            ids = random_tokens(batch, tokens, seed=tokens)
-            logits = []
-            for memory in (whole, part):
-                cache = HSACache(model.config, library=memory)
-                with torch.no_grad():
-                    first = model(ids, past_key_values=cache).logits
-                    logits.append((first, model(ids[:, :1], past_key_values=cache).logits))
-            for one, other in zip(*logits, strict=True):
-                torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-12)
-        ids = random_tokens(2, 6, seed=3)
-        more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
-        assert torch.equal(model.generate(ids, memory=part, **more), model.generate(ids, memory=whole, **more))
-        one, other = (ask(model, Words(), memory, "what is it", max_new_tokens=4) for memory in (whole, part))
-        assert one.tokens == other.tokens and abs(one.weight - other.weight) < 1e-9
-        assert [(s.document, s.start) for s in one.sources] == [(s.document, s.start) for s in other.sources]
-        with pytest.raises(ValueError, match="shared out over processes"):
-            append(model, part, document(5))
-        if rank == 0:
-            whole.save(f"{address}.hsa")
-        dist.barrier()
-        for store in ("device", "host", "file"):
-            opened = open_shared(f"{address}.hsa", store=store, dtype=torch.float64)
-            assert (opened.num_chunks, opened.num_chunks_of_all) == (part.num_chunks, whole.num_chunks)
-            assert torch.equal(model.generate(ids, memory=opened, **more), model.generate(ids, memory=whole, **more))
-    finally:
-        dist.destroy_process_group()
+    model = tiny_model(**options)
+    whole = model.memorize([document(n, seed) for seed, n in enumerate(lengths)])
+    part = share_out(whole)
+    assert part.num_chunks in (whole.num_chunks // world, -(-whole.num_chunks // world))
+    assert part.num_chunks_of_all == whole.num_chunks
+    for batch, tokens in ((1, 1), (3, 9), (1, 70)):
+        ids = random_tokens(batch, tokens, seed=tokens)
+        logits = []
+        for memory in (whole, part):
+            cache = HSACache(model.config, library=memory)
+            with torch.no_grad():
+                first = model(ids, past_key_values=cache).logits
+                logits.append((first, model(ids[:, :1], past_key_values=cache).logits))
+        for one, other in zip(*logits, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-12)
+    ids = random_tokens(2, 6, seed=3)
+    more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, memory=part, **more), model.generate(ids, memory=whole, **more))
+    one, other = (ask(model, Words(), memory, "what is it", max_new_tokens=4) for memory in (whole, part))
+    assert one.tokens == other.tokens and abs(one.weight - other.weight) < 1e-9
+    assert [(s.document, s.start) for s in one.sources] == [(s.document, s.start) for s in other.sources]
+    with pytest.raises(ValueError, match="shared out over processes"):
+        append(model, part, document(5))
+    if rank == 0:
+        whole.save(f"{address}.hsa")
+    dist.barrier()
+    for store in ("device", "host", "file"):
+        opened = open_shared(f"{address}.hsa", store=store, dtype=torch.float64)
+        assert (opened.num_chunks, opened.num_chunks_of_all) == (part.num_chunks, whole.num_chunks)
+        assert torch.equal(model.generate(ids, memory=opened, **more), model.generate(ids, memory=whole, **more))
 
 
 @pytest.mark.parametrize(
@@ -70,11 +62,7 @@ def work(rank, world, address, options, lengths):
 )
 @pytest.mark.parametrize("options", ["default", "hsa_only_layer"])
 def test_ranks_together_answer_like_one(tmp_path, world, lengths, options):
-    context = mp.start_processes(
-        work, (world, tmp_path / "meet", MODEL_OPTIONS[options], lengths), nprocs=world, start_method="fork", join=False
-    )
-    while not context.join(timeout=60):
-        pass
+    launch(world, tmp_path / "meet", work, tmp_path / "library", MODEL_OPTIONS[options], lengths)
 
 
 def test_sharing_out_needs_a_process_group():

@@ -12,6 +12,7 @@ from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
 from hsa_ultralong.memory import landmark_index
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
+from hsa_ultralong.testing.processes import launch
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +79,21 @@ def test_a_file_is_measured_with_and_without_a_lookup(tmp_path, monkeypatch):
     assert values["recall_32", "sketch"] > 0.9 and values["lookup_ms", "sketch"] > 0
     assert values["decode_ms", "file"] > 0 and values["decode_ms", "file, sketch"] > 0
     assert {record["dtype"] for record in found} == {"int8"} and {record["tokens"] for record in found} == {3000}
+
+
+def work_together(rank, world, path):
+    torch.manual_seed(0)
+    model, found = HSAForCausalLM(preset("debug")).eval(), []
+    memory_records(model, "debug", MemorySettings(lengths=(600,), steps=2), found.append)
+    places = {record["store"] for record in found if record["metric"] == "decode_ms"}
+    assert places == {"device", "device, 2 processes"}
+    found.clear()
+    file_records(model, "debug", path, MemorySettings(stores=("file",), steps=2), found.append)
+    assert {record["store"] for record in found} == {"file, 2 processes"}
+    assert {record["tokens"] for record in found} == {900}
+
+
+def test_processes_decode_alone_and_together(tmp_path):
+    torch.manual_seed(0)
+    HSAForCausalLM(preset("debug")).eval().memorize(torch.randint(3, 500, (900,))).save(tmp_path / "a.hsa")
+    launch(2, tmp_path / "meet", work_together, tmp_path / "a.hsa")

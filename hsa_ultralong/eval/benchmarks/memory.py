@@ -1,6 +1,7 @@
 """Points of the memory itself: reading speed against length, decoding latency against length, store and format.
 
-Records have the form of docs/results.md (suite memory). Tokens are random: no timing depends on what is read.
+Records have the form of docs/results.md (suite memory). Tokens are random: no timing depends on what is read. In a
+process group all processes measure the same points; what they do together names the store "device, 2 processes".
 Called by `hsa bench memory`; tests/eval/test_memory_benchmark.py.
 """
 
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from hsa_ultralong.inference import DecodingEngine
+from hsa_ultralong.inference import DecodingEngine, open_shared, share_out
 from hsa_ultralong.memory import ChunkMemory, LandmarkIndex, MemoryFile, open_memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 
@@ -193,10 +195,11 @@ class Recorder:
     ) -> tuple[ChunkMemory, list[dict[str, Any]]]:
         """Open a file; the memory and its records."""
         start = time.perf_counter()
-        memory = open_memory(path, store=store, device=self.device, dtype=self.dtype, lookup=lookup)
+        opened = open_shared if dist.is_initialized() else open_memory
+        memory = opened(path, store=store, device=self.device, dtype=self.dtype, lookup=lookup)
         _synchronize(self.device)
         seconds = time.perf_counter() - start
-        name = label(store, lookup)
+        name = label(store, lookup, is_shared=dist.is_initialized())
         return memory, [self.record("open_s", seconds, memory.num_tokens, store=name, format=format)]
 
     @torch.no_grad()
@@ -247,9 +250,10 @@ class _Observed:
         self.search = search
 
 
-def label(store: str, lookup: str) -> str:
-    """How records name a store: "file", "file, sketch"."""
-    return store if lookup == "exact" else f"{store}, {lookup}"
+def label(store: str, lookup: str = "exact", *, is_shared: bool = False) -> str:
+    """How records name a store: "file", "file, sketch", "device, 2 processes"."""
+    parts = [store] if lookup == "exact" else [store, lookup]
+    return ", ".join([*parts, f"{dist.get_world_size()} processes"] if is_shared else parts)
 
 
 def memory_records(
@@ -261,9 +265,13 @@ def memory_records(
         memory, found = recorder.reading(tokens)
         for batch in settings.batches:
             found += recorder.decoding(memory, tokens, store=settings.store, format=settings.form, batch=batch)
+        if dist.is_initialized():
+            part, place = share_out(memory), label(settings.store, is_shared=True)
+            for batch in settings.batches:
+                found += recorder.decoding(part, tokens, store=place, format=settings.form, batch=batch)
         for record in found:
             on_record(record)
-        if tokens <= settings.file_max and memory.store is None:
+        if not dist.is_initialized() and tokens <= settings.file_max and memory.store is None:
             for record in _through_files(recorder, memory, tokens):
                 on_record(record)
 
@@ -296,7 +304,7 @@ def file_records(
         format = file.spec.metadata.get("formats", {}).get("key_values", "")
     for store, lookup in product(settings.stores, settings.lookups):
         memory, found = recorder.opening(path, store, format=format, lookup=lookup)
-        tokens, place = memory.num_tokens, label(store, lookup)
+        tokens, place = memory.num_tokens, label(store, lookup, is_shared=dist.is_initialized())
         for batch in settings.batches:
             found += recorder.decoding(memory, tokens, store=place, format=format, batch=batch)
         found.append(recorder.record("peak_host_bytes", peak_host_bytes(), tokens, store=place, format=format))
