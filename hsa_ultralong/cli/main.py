@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from hsa_ultralong.cli import (
     ask,
+    average,
     bench,
     convert,
     data,
@@ -29,7 +30,7 @@ from hsa_ultralong.cli import (
     train,
 )
 
-COMMANDS = (quickstart, memorize, ask, memory, generate, data, train, convert, plot, plan, evaluate, bench)
+COMMANDS = (quickstart, memorize, ask, memory, generate, data, train, average, convert, plot, plan, evaluate, bench)
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -130,6 +130,8 @@ class _Offload(torch.autograd.graph.saved_tensors_hooks):
         self.stream: torch.cuda.Stream | None = None
         super().__init__(self._pack, self._unpack)
 
+    # called between compiled layers too, where the compiler would trace them and stop at record_stream
+    @torch.compiler.disable
     def _pack(self, tensor: torch.Tensor) -> Any:
         num_bytes = tensor.numel() * tensor.element_size()
         is_expanded = tensor.untyped_storage().nbytes() < num_bytes
@@ -144,6 +146,7 @@ class _Offload(torch.autograd.graph.saved_tensors_hooks):
         tensor.record_stream(self.stream)
         return tensor.device, host
 
+    @torch.compiler.disable
     def _unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed

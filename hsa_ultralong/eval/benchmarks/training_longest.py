@@ -214,11 +214,13 @@ def _limited(device: torch.device, cap: Cap) -> Iterator[None]:
         return
     _free_memory(device)
     card = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap.bytes / card), device)
+    # torch takes numbered devices only
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap.bytes / card), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def usable_trials(result: dict[str, Any], preset: str) -> list[Record]:
