@@ -84,7 +84,8 @@ def check_training(rank, world):
         error = distance(found[2], exact)
         assert error < 2e-2, f"{parallel}: gradients are {error:.1e} from those of one process in fp32"
         rounded = gradients(options, None, bf16=True, **inputs)
-        found = gradients(options, parallel, bf16=True, use_compile=not options, **inputs)
+        use_compile = parallel.get("shard", 0) == 2
+        found = gradients(options, parallel, bf16=True, use_compile=use_compile, **inputs)
         torch.testing.assert_close(found[0], loss, rtol=5e-3, atol=0)
         error, usual = distance(found[2], exact), distance(rounded[2], exact)
         if rank == 0:
