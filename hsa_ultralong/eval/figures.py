@@ -30,10 +30,11 @@ COMPARISONS = (
             "results/needles-before-pool",
             "results/needles-unpooled",
             "results/needles-pooled",
-            "results/needles-pool-then-notes",
+            "results/needles-pooled-60-steps",
+            "results/needles-averaged",
         ),
         "docs/images/pooled-memory.png",
-        "nano and 21M tokens more, whose rows share a memory of 1M tokens or do not",
+        "nano and 21M tokens more (63M: 60 steps), whose rows share a memory of 1M tokens or do not",
     ),
     (
         ("results/training-adamw", "results/training-muon"),

@@ -11,7 +11,6 @@ from hsa_ultralong.recipes.moe_8b_a1b import moe_8b_a1b
 from hsa_ultralong.recipes.nano import nano
 from hsa_ultralong.recipes.nano_notes import nano_notes
 from hsa_ultralong.recipes.nano_pool import nano_pool
-from hsa_ultralong.recipes.nano_reach import nano_reach
 from hsa_ultralong.recipes.nano_stages import nano_stages
 from hsa_ultralong.recipes.small_345m import small_345m
 from hsa_ultralong.train import TrainConfig
@@ -20,7 +19,6 @@ _ALL: tuple[Callable[[], TrainConfig], ...] = (
     nano,
     nano_notes,
     nano_pool,
-    nano_reach,
     nano_stages,
     small_345m,
     dense_0_5b,

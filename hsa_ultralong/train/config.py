@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,7 +39,6 @@ class StageConfig:
         isolate_documents: retrieval stays inside a document, also where a row holds several.
         pool_memory: rows of a micro-batch read each other's chunks: "" (no), "attended" or "compete"
             (docs/pooled-memory.md).
-        pool_share: share of the forwards that pool, evenly spread; the rows of the others read themselves only.
         segment_tokens: run rows this many tokens at a time, so that activations are those of one piece
             (train/segmented.py); 0 = whole rows.
         segment_offload: with segment_tokens on a GPU, lower outputs and their gradients wait in pinned host memory
@@ -63,7 +61,6 @@ class StageConfig:
     long_documents: bool = False
     isolate_documents: bool = False
     pool_memory: str | bool = ""
-    pool_share: float = 1.0
     segment_tokens: int = 0
     segment_offload: bool = False
     data_options: dict[str, Any] = field(default_factory=dict)
@@ -90,10 +87,6 @@ class StageConfig:
                 f"stage {self.name!r}: {self.rows} rows a step are no multiple of "
                 f"micro_batch_rows={self.micro_batch_rows}"
             )
-        if not 0 < self.pool_share <= 1:
-            raise ValueError(f"stage {self.name!r}: pool_share must be above 0 and at most 1, got {self.pool_share}")
-        if self.pool_share < 1 and not self.pool_memory:
-            raise ValueError(f"stage {self.name!r}: pool_share={self.pool_share} needs pool_memory")
         if self.segment_tokens and self.pool_memory:
             raise ValueError(f"stage {self.name!r}: segment_tokens does not go with pool_memory")
         if self.segment_offload and not self.segment_tokens:
@@ -109,12 +102,6 @@ class StageConfig:
     @property
     def num_steps(self) -> int:
         return -(-self.tokens // self.batch_tokens)
-
-    def pools(self, forward: int) -> str | bool:
-        """What `forward` number so many of the stage, the same on every process, does with its rows: pool_memory."""
-        # rounding must not let 0.1 * 10 fall short of a whole number
-        done, due = (math.floor(number * self.pool_share + 1e-9) for number in (forward, forward + 1))
-        return due > done and (self.pool_memory or False)
 
     def forward_rows(self, data_world: int) -> int:
         """Rows per forward of one of `data_world` processes that share out the rows of a step.

@@ -301,8 +301,7 @@ class Trainer:
             self._seed_noise(stage, batch, number)
             # copies of the weights on other hosts hear of the gradients once a step
             require_all_reduce(self.model, number + 1 == len(batches))
-            pool = stage.pools(self.step * len(batches) + number)
-            loss += self._backward(stage, batch, max(1, labels), pool)
+            loss += self._backward(stage, batch, max(1, labels))
         norm = clip_gradients(self.model, self.config.clip_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -322,7 +321,7 @@ class Trainer:
         seed = namespaced_rng("noise", self.config.seed, self.stage_index, row).integers(2**63)
         torch.default_generator.manual_seed(int(seed))
 
-    def _backward(self, stage: StageConfig, batch: Batch, labels: int, pool: str | bool) -> torch.Tensor:
+    def _backward(self, stage: StageConfig, batch: Batch, labels: int) -> torch.Tensor:
         """Add the gradients of one micro-batch; its share of the loss, which all processes' labels divide."""
         inputs = self._inputs(stage, batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -332,6 +331,7 @@ class Trainer:
                         self.model, inputs, stage.segment_tokens, num_items=labels, offload=stage.segment_offload
                     )
             with activation_context(self.config.parallel):
+                pool = stage.pool_memory or False
                 loss = self.model(**inputs, pool_memory=pool, num_items_in_batch=labels).loss
         loss.backward()
         return loss.detach()

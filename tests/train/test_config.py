@@ -1,6 +1,5 @@
 """Stages and runs: what they refuse, what `--set` reaches, and how a step's rows are shared out."""
 
-import itertools
 import json
 
 import pytest
@@ -65,8 +64,6 @@ def test_overrides_reach_the_run_its_model_its_stages_and_its_processes(tiny_run
         ("warmup.learning_rate=-1", "learning_rate must be >= 0"),
         ("warmup.schedule=step", "schedule must be one of"),
         ("warmup.pool_memory=some", "pool_memory must be one of"),
-        ("warmup.pool_share=0.0", "pool_share must be above 0"),
-        ("warmup.pool_share=0.5", "needs pool_memory"),
         ("warmup.gumbel_noise=3", "must be of type bool or NoneType"),
     ],
 )
@@ -78,15 +75,6 @@ def test_overrides_that_cannot_work_say_why(tiny_runs, assignment, message):
 def test_segments_and_pools_exclude_each_other(tiny_runs):
     with pytest.raises(ValueError, match="segment_tokens does not go with pool_memory"):
         tiny_runs.stage(segment_tokens=32, pool_memory=True)
-
-
-@pytest.mark.parametrize(("share", "count"), [(0.5, 50), (0.1, 10), (0.3, 30), (2 / 3, 66), (1.0, 100)])
-def test_forwards_that_pool_are_spread_evenly(tiny_runs, share, count):
-    found = [tiny_runs.stage(pool_memory="compete", pool_share=share).pools(number) for number in range(100)]
-    assert found.count("compete") == count and set(found) <= {"compete", False}
-    places = [number for number, pool in enumerate(found) if pool]
-    assert max(later - place for place, later in itertools.pairwise(places)) <= -(-1 // share)
-    assert not any(tiny_runs.stage().pools(number) for number in range(9))
 
 
 def test_rows_of_a_step_are_shared_out_evenly_or_refused(tiny_runs):
