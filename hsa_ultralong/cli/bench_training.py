@@ -11,9 +11,11 @@ import typer
 from hsa_ultralong.cli.plan import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import torch
 
+    from hsa_ultralong.eval.benchmarks.training import TrainingSettings
     from hsa_ultralong.eval.benchmarks.training_longest import LongestSettings
+    from hsa_ultralong.eval.benchmarks.training_ranks import Way
     from hsa_ultralong.models import HSAConfig
 
 
@@ -33,6 +35,12 @@ def training(
     max_tokens: Annotated[str | None, typer.Option(help="For --longest: no longer row.", show_default="16M")] = None,
     segment_tokens: Annotated[str, typer.Option(help="For --longest: tokens of a segment.")] = "32K",
     max_minutes: Annotated[float, typer.Option(help="For --longest: begin no trial that ends later.")] = 1e9,
+    start: Annotated[
+        str | None, typer.Option("--from", help="For --longest: first row to try.", show_default="8K")
+    ] = None,
+    spread: Annotated[
+        str, typer.Option(help="Under torchrun: shard, replicate, context, each also with -fp32 weights.")
+    ] = "shard,context",
     compile_layers: Annotated[
         bool | None,
         typer.Option(
@@ -50,6 +58,9 @@ def training(
     --longest doubles one row until it no longer trains and bisects, under every cap: plain, with activation
     checkpointing, and in segments. Run it again to go on where it was cut off.
 
+    Started by torchrun, steps are timed once in every process alone and once spread over all, by FSDP2 or with shared
+    rows.
+
     Writes training-HARDWARE.json after every record, keeping what earlier runs measured besides, and draws it.
 
     Examples:
@@ -61,47 +72,120 @@ def training(
       hsa bench training --preset debug --contexts 256 --batch-tokens 1024 --micro-tokens 256,512 --device cpu
 
       hsa bench training --longest --preset debug --max-tokens 512 --segment-tokens 64 --device cpu
-    """
-    import torch
 
-    from hsa_ultralong.cli.common import choose_device, processor_name
-    from hsa_ultralong.eval.benchmarks.memory import continued
-    from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
-    from hsa_ultralong.eval.benchmarks.training import TrainingSettings, training_records
-    from hsa_ultralong.eval.benchmarks.training_report import add_record, format_value
-    from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
-    from hsa_ultralong.eval.metadata import hardware as measured_on
+      torchrun --standalone --nproc-per-node=2 --no-python hsa bench training --contexts 8K --spread shard
+    """
+    from hsa_ultralong.cli.common import choose_device
+    from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.models.presets import preset
 
     place = choose_device(device)
+    here = init_distributed(place)
     use_compile = place == "cuda" and (not longest if compile_layers is None else compile_layers)
-    name = hardware or (short_hardware(measured_on()) if place == "cuda" else processor_name())
-    path = output / f"training-{name}.json"
-    meta = run_metadata(command_line(), seed, hardware_name=name, device=place)
-    result = continued(path, meta)
-    model = preset(preset_name)
-
-    def keep(record: dict[str, Any]) -> None:
-        add_record(result, record)
-        write_json(path, result)
-        # a search says itself how its trials went
-        if record["metric"] in ("tokens_per_s", "mfu", "peak_bytes"):
-            where = f"{record['attention']} {record['context']:,}"
-            typer.echo(f"{where} {record['metric']}: {format_value(record)}", err=True)
-
-    kinds = [kind.strip() for kind in attention.split(",")]
+    results = _Results(output, hardware, place, seed)
+    model, kinds = preset(preset_name), [kind.strip() for kind in attention.split(",")]
+    if longest and results.is_shared:
+        raise ValueError("--longest searches on one card: start it without torchrun")
     if longest:
-        rows = _longest_settings(methods, caps, max_tokens, segment_tokens, max_minutes, use_compile, seed, place)
-        _search_longest(model, preset_name, kinds, rows, place, result, keep)
+        rows = _longest_settings(
+            methods, caps, max_tokens, segment_tokens, max_minutes, start, use_compile, seed, place
+        )  # fmt: skip
+        _search_longest(model, preset_name, kinds, rows, place, results)
     else:
+        from hsa_ultralong.eval.benchmarks.training import TrainingSettings
+
         sizes = [tuple(parse_size(part) for part in text.split(",")) for text in (contexts, micro_tokens)]
         settings = TrainingSettings(sizes[0], parse_size(batch_tokens), sizes[1], steps, checkpointing, seed)
-        for kind in kinds:
-            training_records(
-                model, preset_name, kind, settings, torch.device(place), keep, _preparation(use_compile),
-                on_failure=lambda text: typer.echo(text, err=True),
-            )  # fmt: skip
-    _report_training(result, path, as_json)
+        _measure_speed(model, preset_name, kinds, settings, spread, use_compile, here, results)
+    if results.is_first:
+        _report_training(results.found, results.path, as_json)
+
+
+class _Results:
+    """The results file, those of earlier runs besides; the first process writes it after every record."""
+
+    def __init__(self, output: Path, hardware: str | None, place: str, seed: int) -> None:
+        import torch.distributed as dist
+
+        from hsa_ultralong.cli.common import processor_name
+        from hsa_ultralong.eval.benchmarks.memory import continued
+        from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
+        from hsa_ultralong.eval.metadata import command_line, run_metadata
+        from hsa_ultralong.eval.metadata import hardware as measured_on
+
+        self.is_shared = dist.is_initialized()
+        self.is_first = not self.is_shared or dist.get_rank() == 0
+        name = hardware or (short_hardware(measured_on()) if place == "cuda" else processor_name())
+        self.path = output / f"training-{name}.json"
+        self.found = continued(self.path, run_metadata(command_line(), seed, hardware_name=name, device=place))
+
+    def keep(self, record: dict[str, Any]) -> None:
+        from hsa_ultralong.eval.benchmarks.training_report import REPORTED, add_record, format_value
+        from hsa_ultralong.eval.metadata import write_json
+
+        if not self.is_first:
+            return
+        add_record(self.found, record)
+        write_json(self.path, self.found)
+        # a search says itself how its trials went
+        if record["metric"] in REPORTED:
+            way = f", {record['parallel']}" if self.is_shared else ""
+            self.say(f"{record['attention']} {record['context']:,}{way} {record['metric']}: {format_value(record)}")
+
+    def say(self, text: str) -> None:
+        if self.is_first:
+            typer.echo(text, err=True)
+
+
+def _measure_speed(
+    model: HSAConfig, name: str, kinds: list[str], settings: TrainingSettings, spread: str, use_compile: bool,
+    device: torch.device, results: _Results,
+) -> None:  # fmt: skip
+    """Steps of the model and its twin; under torchrun of the model alone, in one process and over all."""
+    import torch.distributed as dist
+
+    from hsa_ultralong.eval.benchmarks.training import training_records
+    from hsa_ultralong.eval.benchmarks.training_ranks import ranks_records
+
+    if dist.is_initialized():
+        ways = _ways(spread, settings.checkpointing, use_compile, device)
+        ranks_records(model, name, ways, settings, device, results.keep, results.say)
+        dist.destroy_process_group()
+        return
+    for kind in kinds:
+        training_records(
+            model, name, kind, settings, device, results.keep, _preparation(use_compile), on_failure=results.say
+        )
+
+
+def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device) -> list[Way]:
+    """One process, then the ways called `names`: shard, replicate, context, with "-fp32" for weights in fp32."""
+    import torch.distributed as dist
+
+    from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, total
+    from hsa_ultralong.eval.benchmarks.training_ranks import SPREADS, Way
+    from hsa_ultralong.train.parallelize import clip_gradients, parallelize
+
+    world = dist.get_world_size()
+
+    def way(name: str) -> Way:
+        kind, _, dtype = name.partition("-")
+        if name and (kind not in SPREADS or dtype not in ("", "fp32")):
+            raise ValueError(f"--spread takes {', '.join(SPREADS)}, each also with -fp32; got {name!r}")
+        sizes: dict[str, Any] = {"replicate": {"replicate": world}, "context": {"context": world}}.get(kind, {})
+        config = ParallelConfig(
+            **sizes, activation_checkpointing=checkpointing, param_dtype="float32" if dtype else "bfloat16"
+        )
+        mesh = build_mesh(config, place.type) if name else None
+        slice_of_row = mesh.get_local_rank("context") if mesh is not None else 0
+        return Way(
+            f"{kind} {world}" + (", fp32 weights" if dtype else "") if name else "",
+            world if name else 1, config.context,
+            lambda model: parallelize(model, mesh, config, use_compile=use_compile),
+            (data_rank(mesh), slice_of_row), lambda part: total(part, mesh), clip_gradients,
+        )  # fmt: skip
+
+    return [way(name) for name in ("", *(part.strip() for part in names.split(",")))]
 
 
 def _report_training(result: dict[str, Any], path: Path, as_json: bool) -> None:
@@ -138,7 +222,7 @@ def _preparation(use_compile: bool) -> Any:
 
 def _longest_settings(
     methods: str, caps: str | None, max_tokens: str | None, segment_tokens: str, max_minutes: float,
-    use_compile: bool, seed: int, place: str,
+    start: str | None, use_compile: bool, seed: int, place: str,
 ) -> LongestSettings:  # fmt: skip
     import time
 
@@ -153,27 +237,26 @@ def _longest_settings(
         max_tokens=parse_size(max_tokens or "16M"),
         methods=choose_methods(names, parse_size(segment_tokens), use_compile),
         caps=choose_caps(caps, torch.device(place)),
+        first=None if start is None else parse_size(start),
         deadline=time.monotonic() + 60 * max_minutes,
         seed=seed,
     )
 
 
 def _search_longest(
-    model: HSAConfig, name: str, kinds: list[str], settings: LongestSettings, place: str, result: dict[str, Any],
-    keep: Callable[[dict[str, Any]], None],
-) -> None:  # fmt: skip
-    """The longest rows of the model and its twin, from the trials in `result` on."""
+    model: HSAConfig, name: str, kinds: list[str], settings: LongestSettings, place: str, results: _Results
+) -> None:
+    """The longest rows of the model and its twin, from the trials in `results` on."""
     import torch
 
     from hsa_ultralong.eval.benchmarks.training_longest import LongestSearch, usable_trials
     from hsa_ultralong.train.segmented import segmented_loss_backward
 
-    known = usable_trials(result, name)
+    known = usable_trials(results.found, name)
     searches = [
         LongestSearch(
             model, name, kind, settings, torch.device(place), segmented=segmented_loss_backward,
-            prepare=_preparation(settings.methods[0].compiled), on_record=keep,
-            say=lambda text: typer.echo(text, err=True), known=known,
+            prepare=_preparation(settings.methods[0].compiled), on_record=results.keep, say=results.say, known=known,
         )
         for kind in kinds
     ]  # fmt: skip

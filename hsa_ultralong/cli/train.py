@@ -146,7 +146,8 @@ def _run(
     if is_first:
         _summarise(run, config.seed, gpus)
         state = "finished" if done else "stopped"
-        advice = "" if done else "; run the same command again to go on"
+        is_kept = config.keep_checkpoints > 0
+        advice = "" if done else "; run the same command again to go on" if is_kept else "; no checkpoint was kept"
         typer.echo(f"{state} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; run folder: {run}{advice}")
         _draw(run)
         if export is not None and done:

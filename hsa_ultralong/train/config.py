@@ -128,7 +128,8 @@ class TrainConfig:
         freeze_memory: train the upper decoder only, so that memories built before stay valid (train/freezing.py).
         weight_decay: on matrices only. betas, clip_norm: AdamW and gradient clipping.
         parallel: how a step is spread over processes, and what it keeps in memory.
-        checkpoint_minutes: wall-clock minutes between checkpoints. keep_checkpoints: older ones are deleted.
+        checkpoint_minutes: wall-clock minutes between checkpoints. keep_checkpoints: older ones are deleted; 0 writes
+            none, for trying things on a large model: such a run cannot be resumed.
         log_every, probe_every: optimiser steps.
         probe_rows: held-out synthetic rows per in-training needle probe.
         probe_lengths: lengths in tokens that are probed besides the stage's own.
@@ -165,15 +166,16 @@ class TrainConfig:
     mfu: float = 0.3
 
     def __post_init__(self) -> None:
-        at_least_one = ("keep_checkpoints", "log_every", "probe_every", "probe_rows", "spike_steps", "gpus")
+        at_least_one = ("log_every", "probe_every", "probe_rows", "spike_steps", "gpus")
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name, choices in (("optimizer", _OPTIMIZERS), ("on_spike", _ON_SPIKE)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        for name in ("seed", "keep_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         for name in ("clip_norm", "spike_threshold", "mfu"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")

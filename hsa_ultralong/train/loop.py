@@ -192,7 +192,7 @@ class Trainer:
             load_weights(self.model, weights)
 
     def save(self, *, wait: bool = True) -> None:
-        """Write a checkpoint of this moment; without `wait`, beside the next steps.
+        """Write a checkpoint of this moment; without `wait`, beside the next steps. None if the run keeps none.
 
         Raises:
             TrainingDiverged: if the last loss or gradient norm is not finite; nothing is written then.
@@ -201,6 +201,8 @@ class Trainer:
         for what, value in self.last.items():
             if not math.isfinite(value.item()):
                 raise TrainingDiverged(self._advice(f"{what} {value.item()}"))
+        if not self.config.keep_checkpoints:
+            return
         state = {
             "stage_index": self.stage_index,
             "step": self.step,

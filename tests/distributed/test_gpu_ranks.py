@@ -43,9 +43,9 @@ def part_of(batch, mesh):
     return {name: value.cuda() for name, value in part.items()}
 
 
-def gradients(options, parallel, *, bf16, use_compile=False, **inputs):
+def gradients(options, parallel, *, bf16, use_compile=False, name="nano", **inputs):
     """Loss, norm and all gradients in one row, of one step of a model spread as `parallel` says (None: not)."""
-    model = build(**options)
+    model = build(name, **options)
     config = ParallelConfig(**(parallel or {}))
     mesh = None if parallel is None else build_mesh(config, "cuda")
     parallelize(model, mesh, config, use_compile=use_compile)
@@ -91,6 +91,23 @@ def check_training(rank, world):
         if rank == 0:
             print(f"{parallel}: bf16 gradients are {error:.4f} from fp32, those of one process {usual:.4f}")
         assert error < 1.5 * usual + 0.01, f"{parallel}: {error:.1e}, one process in bf16 {usual:.1e}"
+
+
+def check_size(rank, world):
+    """A model of full size on rows that two processes share."""
+    loss, _, exact = gradients({}, None, bf16=False, name="small_345m")
+    rounded = gradients({}, None, bf16=True, name="small_345m")
+    found = gradients({}, {"context": 2}, bf16=True, use_compile=True, name="small_345m")
+    torch.testing.assert_close(found[0], loss, rtol=5e-3, atol=0)
+    error, usual = distance(found[2], exact), distance(rounded[2], exact)
+    if rank == 0:
+        print(f"small_345m, context 2: bf16 gradients are {error:.4f} from fp32, those of one process {usual:.4f}")
+        print(f"small_345m: loss {found[0]:.5f}, of one process in bf16 {rounded[0]:.5f}, in fp32 {loss:.5f}")
+    assert error < 1.5 * usual + 0.01
+
+
+def test_two_processes_share_the_rows_of_small_345m(tmp_path):
+    launch(2, tmp_path / "meet", check_size, device="cuda")
 
 
 def test_two_processes_train_as_one_on_gpus(tmp_path):

@@ -121,6 +121,11 @@ def test_what_is_saved_is_the_moment_of_the_call_not_of_the_writing(tiny_runs, t
     assert any(state["exp_avg"].abs().max() > 0 for state in again.optimizers[0].state.values())
 
 
+def test_a_run_that_keeps_no_checkpoint_writes_none(tiny_runs, tmp_path):
+    assert tiny_runs.trainer(tmp_path, tiny_runs.config(checkpoint_minutes=0.0, keep_checkpoints=0)).train()
+    assert not list_checkpoints(tmp_path) and (tmp_path / "log.jsonl").is_file()
+
+
 def test_only_the_newest_checkpoints_are_kept_and_no_file_is_a_pickle(tiny_runs, tmp_path):
     tiny_runs.trainer(tmp_path, tiny_runs.config(checkpoint_minutes=0.0, keep_checkpoints=2)).train()
     saved = list_checkpoints(tmp_path)

@@ -51,7 +51,7 @@ def test_overrides_reach_the_run_its_model_its_stages_and_its_processes(tiny_run
         ("log_every=0", "log_every must be >= 1"),
         ("probe_every=0", "probe_every must be >= 1"),
         ("probe_lengths=(12, 'x')", "probe_lengths must be numbers of tokens"),
-        ("keep_checkpoints=0", "keep_checkpoints must be >= 1"),
+        ("keep_checkpoints=-1", "keep_checkpoints must be >= 0"),
         ("optimizer=sgd", "optimizer must be one of"),
         ("on_spike=ignore", "on_spike must be one of"),
         ("parallel.activation_checkpointing=some", "activation_checkpointing must be one of"),

@@ -24,6 +24,8 @@ from hsa_ultralong.models import HSAConfig
 
 METHODS = ("plain", "checkpointing", "segmented", "offloaded")
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+# the row that a search begins with, and on which kernels are compiled and tuned
+_SHORT = 8192
 # a step that takes longer is not repeated: what was compiled or tuned on the way is a small part of it
 _REPEATED_BELOW_S = 30.0
 # the seconds of a step grow with this power of the row, about, where the attention over it all decides
@@ -59,12 +61,14 @@ class Cap(NamedTuple):
 
 @dataclass(frozen=True)
 class LongestSettings:
-    """max_tokens: no longer row is tried. deadline: of time.monotonic; no trial begins that may end later. precision:
-    the search ends when the shortest row that failed is at most this part longer than the longest that fitted."""
+    """max_tokens: no longer row is tried. first: the row that doubling begins with, short if None. deadline: of
+    time.monotonic; no trial begins that may end later. precision: the search ends when the shortest row that failed is
+    at most this part longer than the longest that fitted."""
 
     max_tokens: int
     methods: tuple[Method, ...]
     caps: tuple[Cap, ...]
+    first: int | None = None
     deadline: float = math.inf
     precision: float = 1 / 8
     seed: int = 0
@@ -276,7 +280,8 @@ class LongestSearch:
             if method.segment_tokens % self.unit:
                 raise ValueError(f"--segment-tokens must be a multiple of chunk_size={self.unit}")
         # at least three doublings, so that a small bound is searched too
-        self.first = max(self.unit, min(8192, self.last // 8) // self.unit * self.unit)
+        short = min(_SHORT, self.last // 8)
+        self.first = max(self.unit, min(settings.first or short, self.last) // self.unit * self.unit)
 
     def run(self) -> None:
         for method in self.settings.methods:
@@ -316,7 +321,7 @@ class LongestSearch:
         model = build(self.attention, self.config, self.device, method.checkpointing)
         self.prepare(model, method.checkpointing)
         trainer = RowTrainer(model, self.config.vocab_size, method, self.segmented, self.settings.seed)
-        trainer.trial(self.first)
+        trainer.trial(min(self.first, _SHORT))
         return trainer
 
     def _of(self, method: Method) -> list[Record]:

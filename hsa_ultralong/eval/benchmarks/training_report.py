@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-_UNITS = {"tokens_per_s": "{:,.0f} tokens/s", "mfu": "{:.1%}", "loss": "{:.4f}", "longest_sequence": "{:,} tokens"}
+_UNITS = {
+    "tokens_per_s": "{:,.0f} tokens/s", "mfu": "{:.1%}", "loss": "{:.4f}", "grad_norm": "{:.4f}", "scaling": "{:.2f}x",
+    "longest_sequence": "{:,} tokens",
+}  # fmt: skip
+# metrics of a point of speed
+REPORTED = ("tokens_per_s", "mfu", "peak_bytes", "loss", "grad_norm", "scaling")
 _LIMITS = {"memory": "memory", "max_tokens": "--max-tokens", "time": "time: run again"}
 _POINT = ("metric", "preset", "attention", "context", "gpus", "parallel", "cap")
 
@@ -53,16 +58,20 @@ def _table(title: str, names: tuple[str, ...]) -> Table:
 
 
 def _speed_table(result: dict[str, Any]) -> Table:
-    names = ("model", "how", "context", "rows", "tokens/s", "MFU", "peak")
+    names: tuple[str, ...] = ("model", "how", "context", "rows", "tokens/s", "MFU", "peak")
+    has_ranks = any(record["metric"] == "scaling" for record in result["records"])
+    if has_ranks:
+        names = (*names[:5], "faster", *names[5:], "loss")
     table = _table(f"Training on {result['meta']['hardware']}", names)
     points: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for record in result["records"]:
-        if record["metric"] in ("tokens_per_s", "mfu", "peak_bytes"):
+        if record["metric"] in REPORTED:
             key = tuple(record[name] for name in ("preset", "attention", "parallel", "context"))
             points.setdefault(key, {})[record["metric"]] = record
     for (preset, attention, parallel, context), found in sorted(points.items()):
         speed = f"{found['tokens_per_s']['value']:,.0f}" if "tokens_per_s" in found else ""
-        values = [format_value(found[name]) if name in found else "" for name in ("mfu", "peak_bytes")]
+        shown = ("scaling", "mfu", "peak_bytes", "loss") if has_ranks else ("mfu", "peak_bytes")
+        values = [format_value(found[name]) if name in found else "" for name in shown]
         rows = str(next(iter(found.values()))["micro_batch_rows"])
         table.add_row(f"{preset}, {attention}", parallel, f"{context:,}", rows, speed, *values)
     return table

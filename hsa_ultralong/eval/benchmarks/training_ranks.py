@@ -1,0 +1,171 @@
+"""Training speed over processes: the same optimiser step in one process and spread over all, on the same machine.
+
+Every process first measures alone, all at once, then all together by every way of spreading a step. The rate is 0, so
+that weights stay and the losses of all ways compare. Records as in training.py, with "scaling": times as fast as one
+process. Called by `hsa bench training` under torchrun; tests/eval/test_training_ranks.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from hsa_ultralong.eval.benchmarks.training import PEAK_FLOPS, TrainingSettings
+from hsa_ultralong.models import HSAConfig, HSAForCausalLM, accounting
+
+SPREADS = ("shard", "replicate", "context")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is spread: over `gpus` processes, of which `slices` share every row.
+
+    Attributes:
+        name: in the records, "" for one process.
+        spread: changes a model in place, before its optimiser is made.
+        place: of this process: (part of the rows, slice of every row).
+        total: the sum of a tensor over the processes. clip: (model, largest norm) -> the norm of the whole gradient.
+    """
+
+    name: str
+    gpus: int
+    slices: int
+    spread: Callable[[HSAForCausalLM], None]
+    place: tuple[int, int]
+    total: Callable[[torch.Tensor], torch.Tensor]
+    clip: Callable[[HSAForCausalLM, float], torch.Tensor]
+
+    @property
+    def data_world(self) -> int:
+        """Parts that the rows of a step are shared out in."""
+        return self.gpus // self.slices
+
+
+class Speed(NamedTuple):
+    """tokens_per_s: of all processes, by the slowest one. peak_bytes: of this process. loss, grad_norm: of the step."""
+
+    tokens_per_s: float
+    peak_bytes: int
+    loss: float
+    grad_norm: float
+
+
+class RankedBench:
+    """Times optimiser steps of one model, spread by one way."""
+
+    def __init__(self, config: HSAConfig, way: Way, settings: TrainingSettings, device: torch.device) -> None:
+        self.config, self.way, self.settings, self.device = config, way, settings, device
+        torch.manual_seed(settings.seed)
+        with device:
+            self.model = HSAForCausalLM(config).train()
+        way.spread(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=device.type == "cuda")
+
+    def _rows(self, context: int, rows: int) -> tuple[torch.Tensor, int]:
+        """This process's tokens of a step in forwards of `rows` rows, and the rows of all processes."""
+        way = self.way
+        count = max(1, self.settings.batch_tokens // (context * rows * way.data_world)) * rows * way.data_world
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        ids = torch.randint(3, self.config.vocab_size, (count, context), generator=generator)
+        own = ids.chunk(way.data_world)[way.place[0]].chunk(way.slices, 1)[way.place[1]]
+        return own.contiguous().to(self.device), count
+
+    def _step(self, own: torch.Tensor, rows: int, labels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = torch.zeros((), device=self.device)
+        for part in own.split(rows):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                share = self.model(part, labels=part, num_items_in_batch=labels).loss
+            share.backward()
+            loss += share.detach()
+        norm = self.way.clip(self.model, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.way.total(loss), norm
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def measure(self, context: int, rows: int) -> Speed:
+        """Steps in forwards of `rows` rows."""
+        own, count = self._rows(context, rows)
+        labels, is_cuda = count * (context - 1), self.device.type == "cuda"
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for _ in range(2):
+            loss, norm = self._step(own, rows, labels)
+        self._synchronize()
+        start = time.perf_counter()
+        for _ in range(self.settings.steps):
+            self._step(own, rows, labels)
+        self._synchronize()
+        # the processes wait for each other in every step: their times differ by little, and must agree
+        seconds = float(self.way.total(torch.tensor(time.perf_counter() - start, device=self.device))) / self.way.gpus
+        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else 0
+        return Speed(self.settings.steps * count * context / seconds, peak, float(loss), float(norm))
+
+    def best(self, context: int, on_failure: Callable[[str], None]) -> tuple[Speed, int] | None:
+        """The fastest of the forwards to be tried, and its rows; None if none fits."""
+        found: tuple[Speed, int] | None = None
+        slices = self.way.slices
+        for rows in sorted({max(1, tokens * slices // context) for tokens in self.settings.micro_tokens}):
+            try:
+                speed = self.measure(context, rows)
+            except torch.OutOfMemoryError:
+                # one process that gives up leaves the others waiting: torchrun ends them
+                if self.way.gpus > 1:
+                    raise
+                self.optimizer.zero_grad(set_to_none=True)
+                on_failure(f"{context:,} tokens, {rows} rows, one process: out of memory")
+                continue
+            if found is None or speed.tokens_per_s > found[0].tokens_per_s:
+                found = speed, rows
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+
+def ranks_records(
+    config: HSAConfig,
+    name: str,
+    ways: list[Way],
+    settings: TrainingSettings,
+    device: torch.device,
+    on_record: Callable[[dict[str, Any]], None],
+    on_failure: Callable[[str], None],
+) -> None:
+    """Every way at every context; the first way is that of one process, which "scaling" is against."""
+    alone: dict[int, float] = {}
+    for way in ways:
+        bench = RankedBench(config, way, settings, device)
+        for context in settings.contexts:
+            found = bench.best(context, on_failure)
+            if found is None:
+                continue
+            speed, rows = found
+            if way.gpus == 1:
+                alone[context] = speed.tokens_per_s
+            flops = accounting.flops_per_token(config, context, training=True)
+            values = {
+                "tokens_per_s": speed.tokens_per_s,
+                "mfu": speed.tokens_per_s * flops / (PEAK_FLOPS * way.gpus),
+                "peak_bytes": speed.peak_bytes,
+                "loss": speed.loss,
+                "grad_norm": speed.grad_norm,
+            }
+            if way.gpus > 1 and context in alone:
+                values["scaling"] = speed.tokens_per_s / alone[context]
+            kept = f"checkpointing {settings.checkpointing}"
+            shared = {
+                "preset": name, "attention": "hsa", "context": context, "gpus": way.gpus,
+                "parallel": f"{way.name}, {kept}" if way.name else kept, "micro_batch_rows": rows,
+            }  # fmt: skip
+            for metric, value in values.items():
+                on_record({"metric": metric, **shared, "value": value})
+        del bench
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
