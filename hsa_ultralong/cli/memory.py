@@ -14,6 +14,7 @@ memory = typer.Typer(no_args_is_help=True, help="Look at a memory file, change i
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of the memory, such as lib.hsa.")]
 Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Dtype = Annotated[str, typer.Option(help="bf16, fp32 or auto; best that of `hsa memorize`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -84,6 +85,7 @@ def append(
     text_field: Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")] = "text",
     model: Model = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Add documents, or text at the end of the last one, exactly as if it had been longer.
@@ -98,7 +100,7 @@ def append(
     from hsa_ultralong.data import read_sources, source_files
 
     files = source_files(texts)
-    with _open(path, model, device) as (library, tokenizer):
+    with _open(path, model, device, dtype) as (library, tokenizer):
         if to_last:
             parts = [source.text for file in files for source in read_sources(file, text_field=text_field)]
             tokens = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
@@ -124,6 +126,7 @@ def edit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
     model: Model = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Change or delete a document; says first how many chunks must be read again. The result equals memorising anew.
@@ -138,7 +141,7 @@ def edit(
     """
     if sum((find is not None, text is not None, delete)) != 1 or (find is None) != (replace is None):
         raise ValueError("give --find with --replace, or --text FILE, or --delete")
-    with _open(path, model, device) as (library, tokenizer):
+    with _open(path, model, device, dtype) as (library, tokenizer):
         chosen = library.document(int(document) if document.isdigit() else document)
         if delete:
             value = {"document": chosen.name, "chunks_to_read": 0, "chunks": chosen.num_chunks, "is_done": not dry_run}
@@ -294,14 +297,14 @@ def compact(path: MemoryPath, as_json: AsJson = False) -> None:
 class _open:
     """The library at a path with its model and tokenizer; refuses another tokenizer's."""
 
-    def __init__(self, path: Path, model: Path | None, device: str) -> None:
-        self.path, self.model, self.device = path, model, device
+    def __init__(self, path: Path, model: Path | None, device: str, dtype: str) -> None:
+        self.path, self.model, self.device, self.dtype = path, model, device, dtype
 
     def __enter__(self) -> tuple[Any, Any]:
         from hsa_ultralong.cli.common import load_model
         from hsa_ultralong.inference import Library
 
-        network, tokenizer = load_model(self.model, self.device)
+        network, tokenizer = load_model(self.model, self.device, self.dtype)
         self.library = Library.open(network, self.path)
         try:
             require_tokenizer(self.library.writer.spec, tokenizer)

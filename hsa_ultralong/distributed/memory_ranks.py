@@ -13,39 +13,37 @@ import torch.nn.functional as F
 
 
 class RankedMemory:
-    """This rank's place in a memory of `num_chunks` chunks: it holds `first` and following ones."""
+    """This rank's place in a memory of `num_chunks` chunks: it holds `first` and following ones; ranks hold ascending
+    ranges."""
 
     def __init__(self, first: int, num_chunks: int, group: dist.ProcessGroup | None = None) -> None:
         self.first, self.num_chunks, self.group = first, num_chunks, group
+        self._firsts: list[int] | None = None
 
     @torch.no_grad()
-    def best(self, indices: torch.Tensor, scores: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The K best of all ranks' candidates, the same on every rank bit for bit.
+    def lists(
+        self, indices: torch.Tensor, scores: torch.Tensor, topk: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """The candidates of every rank, (indices, scores, number of its first chunk), the same on all ranks.
 
         Args:
             indices, scores: (B, T, Hr, k), k <= topk: int32 counted from this rank's first chunk, -1 and -inf if empty.
-
-        Returns:
-            indices counted through all ranks, in descending order with -1 last, and scores, (B, T, Hr, topk or C).
         """
         missing = topk - indices.shape[-1]
-        indices = F.pad(torch.where(indices < 0, -1, indices + self.first), (0, missing), value=-1)
-        scores = F.pad(scores, (0, missing), value=-torch.inf)
+        if missing:
+            indices, scores = F.pad(indices, (0, missing), value=-1), F.pad(scores, (0, missing), value=-torch.inf)
         # one message: indices travel as scores of the same bits
         bits = {4: torch.int32, 8: torch.int64}[scores.element_size()]
-        lists = self._gather(torch.stack((scores, indices.to(bits).view(scores.dtype))))
-        # every list descends and ranks hold ascending ranges: now from the first chunk to the last
-        every = torch.cat([part.flip(-1) for part in lists], -1)
-        every_score, every_index = every[0], every[1].view(bits).to(indices.dtype)
-        # ties go to the lower chunk, as in chunk_topk
-        kept = every_score.argsort(dim=-1, descending=True, stable=True)[..., : min(topk, self.num_chunks)]
-        indices, place = every_index.gather(-1, kept).sort(-1, descending=True)
-        return indices, every_score.gather(-1, kept).gather(-1, place)
+        every = self._gather(torch.stack((scores, indices.to(bits).view(scores.dtype))))  # (ranks, 2, B, T, Hr, K)
+        if self._firsts is None:
+            self._firsts = self._gather(torch.tensor([self.first], device=scores.device)).flatten().tolist()
+        parts = zip(every.unbind(), self._firsts, strict=True)
+        return [(part[1].view(bits).to(indices.dtype), part[0], first) for part, first in parts]
 
     @torch.no_grad()
     def total(self, part: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks."""
-        part = part.contiguous().clone()
+        """Sum over the ranks, in place where `part` is contiguous."""
+        part = part.contiguous()
         dist.all_reduce(part, group=self.group)
         return part
 
@@ -54,8 +52,9 @@ class RankedMemory:
         """A graph of this device can hold the exchange."""
         return "nccl" in dist.get_backend_config(self.group)
 
-    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensor of every rank."""
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, tensor, group=self.group)
-        return parts
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor of every rank, (ranks, ...)."""
+        every = tensor.new_empty((dist.get_world_size(self.group), *tensor.shape))
+        # gloo wants the tensors of all ranks behind one another
+        dist.all_gather_into_tensor(every.flatten(0, 1), tensor.contiguous(), group=self.group)
+        return every

@@ -52,14 +52,22 @@ def sample(
     return order.gather(-1, (probabilities / times).argmax(-1, keepdim=True))[:, 0]
 
 
-def run_window(layer: Any, x: torch.Tensor, rotary: RotaryTable, ring: RingWindow | None) -> torch.Tensor:
-    """The first part of an HSA layer, before it reads the memory."""
-    return layer.attend_window(x, rotary, None, ring)
+def run_queries(retriever: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What retrieval of a group asks for: queries, and what products are multiplied by."""
+    return retriever.queries(x), retriever.factor()
+
+
+def run_window(
+    layer: Any, x: torch.Tensor, rotary: RotaryTable, ring: RingWindow | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first part of an HSA layer, before it reads the memory: the stream, and its queries."""
+    x = layer.attend_window(x, rotary, None, ring)
+    return x, layer.hsa.queries(layer.hsa_norm(x))
 
 
 def run_feed_forward(layer: Any, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    """The last part of an HSA layer."""
-    return layer.feed_forward(x, read)
+    """The last part of an HSA layer, from what its queries read (B, 1, Hq, D)."""
+    return layer.feed_forward(x, layer.hsa.output(read, x.dtype))
 
 
 def run_head(norm: torch.nn.Module, head: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,10 +122,10 @@ class DecodingEngine:
         self.sampling = (temperature, top_k, top_p)
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        parts: tuple[Callable[..., Any], ...] = (run_layer, run_window, run_feed_forward, run_head)
+        parts: tuple[Callable[..., Any], ...] = (run_layer, run_queries, run_window, run_feed_forward, run_head)
         if compile_layers:
             parts = tuple(compiled(part, tune) for part in parts)
-        self._run_layer, self._run_window, self._run_feed_forward, self._run_head = parts
+        self._run_layer, self._run_queries, self._run_window, self._run_feed_forward, self._run_head = parts
         self._make_state()
         self.views = [*self._library_views(), self._own_view()]
         self.is_captured = self._can_capture() if use_graph is None else use_graph
@@ -209,11 +217,12 @@ class DecodingEngine:
         rows = torch.arange(self.batch, device=self.device)
         self.pending[rows, self.places % config.chunk_size] = x[:, 0]
         for number, group in enumerate(inner.upper_groups()):
-            retrieval = group.retriever(x, self.views, topk=config.chunk_topk)
+            queries, factor = self._run_queries(group.retriever, x)
+            retrieval = group.retriever.select(queries, factor, self.views, topk=config.chunk_topk)
             self._note(slice(None), number, retrieval)
-            hsa = group.hsa_layer
-            x = self._run_window(hsa, x, rotary, next(rings))
-            x = self._run_feed_forward(hsa, x, hsa.hsa(hsa.hsa_norm(x), retrieval, self.views))
+            layer = group.hsa_layer
+            x, queries = self._run_window(layer, x, rotary, next(rings))
+            x = self._run_feed_forward(layer, x, layer.hsa.read(queries, retrieval, self.views))
             for layer in group.layers:
                 x = self._run_layer(layer, x, rotary, next(rings))
         logits, best = self._run_head(inner.norm, self.model.lm_head, x)

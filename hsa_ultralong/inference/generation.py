@@ -10,6 +10,7 @@ import torch
 from hsa_ultralong.inference.fingerprint import require_same_model
 from hsa_ultralong.inference.reader import evaluating, replay_upper
 from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.models.cache_hsa import CACHE_NAME
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 
@@ -62,7 +63,7 @@ def generate_with_memory(
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError("generate with a memory needs a prompt: input_ids (B, T) with T >= 1")
     if not continue_document:
-        return generate(input_ids, past_key_values=question_cache(model, memory), **kwargs)
+        return generate(input_ids, **{CACHE_NAME: question_cache(model, memory)}, **kwargs)
     if input_ids.shape[0] != 1 or kwargs.get("num_beams", 1) > 1 or kwargs.get("num_return_sequences", 1) > 1:
         raise ValueError("continuing a document takes one sequence: batch 1, no beams, one returned sequence")
     if kwargs.get("attention_mask") is not None and not bool(kwargs.pop("attention_mask").all()):
@@ -72,7 +73,7 @@ def generate_with_memory(
     for name in ("max_length", "min_length"):
         if kwargs.get(name) is not None:
             kwargs[name] += len(open_tokens)
-    result = generate(prompt, past_key_values=cache, **kwargs)
+    result = generate(prompt, **{CACHE_NAME: cache}, **kwargs)
     if isinstance(result, torch.Tensor):
         return result[:, len(open_tokens) :]
     result.sequences = result.sequences[:, len(open_tokens) :]

@@ -165,7 +165,7 @@ class LandmarkIndex:
         *,
         visible: ChunkVisibility | None = None,
         num_scored: int | None = None,
-        scale: float | None = None,
+        scale: torch.Tensor | float | None = None,
         temperature: torch.Tensor | float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best of the candidates, in the order and format of chunk_topk.

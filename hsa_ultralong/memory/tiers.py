@@ -131,13 +131,15 @@ class QuantizedLandmarks:
         topk: int,
         *,
         visible: ChunkVisibility,
+        scale: torch.Tensor | None = None,
         temperature: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk."""
         part = slice(0, self.num_chunks)
         return chunk_topk_quantized(
-            query, self.payload[:, part], self.scales[:, part], visible, topk=topk, temperature=temperature
-        )
+            query, self.payload[:, part], self.scales[:, part], visible, topk=topk, scale=scale,
+            temperature=temperature,
+        )  # fmt: skip
 
     @property
     def num_bytes(self) -> int:

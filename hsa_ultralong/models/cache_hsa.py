@@ -7,15 +7,19 @@ reading and decoding lives here; the model code is the same. tests/models/test_c
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors
 from hsa_ultralong.nn.window_attention import WindowState
 
+# how transformers calls the cache of a model: "past_key_values" up to 5.23
+CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 # tokens that crop() can take back: kept beyond what the windows and the open chunk need
 REWIND = 64
 
@@ -159,3 +163,14 @@ class HSACache(Cache):
         for layer in self.layers:
             layer.reset()
         self._clear()
+
+
+def given_cache(past_key_values: HSACache | None, cache: HSACache | None) -> HSACache | None:
+    """The cache, whichever name it came by.
+
+    Raises:
+        ValueError: if both were given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache name the same thing: give one of them")
+    return cache if past_key_values is None else past_key_values

@@ -62,7 +62,7 @@ class HSAConfig(PreTrainedConfig):
     """
 
     model_type = "hsa_ultralong"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 8192
     hidden_size: int = 256

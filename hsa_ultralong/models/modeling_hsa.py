@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hsa_ultralong.models.build import UpperGroup, build_encoder, build_group, build_lower_layer
-from hsa_ultralong.models.cache_hsa import HSACache
+from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict, slice_layout
 from hsa_ultralong.models.ranks import ContextRanks, PoolRanks, Windows
@@ -37,7 +37,7 @@ class HSAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer", "HSALayer", "EncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -104,6 +104,7 @@ class HSAModel(HSAPreTrainedModel):
         isolate_documents: bool | torch.Tensor | None = None,
         pool_memory: bool | str = False,
         source_ids: torch.Tensor | None = None,
+        cache: HSACache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -111,7 +112,8 @@ class HSAModel(HSAPreTrainedModel):
             input_ids: (B, T). inputs_embeds: (B, T, M) instead.
             attention_mask: (B, n + T), 0 at padding (left or right), n = tokens in the cache.
             position_ids: accepted for transformers' sake; positions follow from the mask and the cache.
-            past_key_values: HSACache to continue; built when `use_cache`.
+            past_key_values, cache: HSACache to continue, by the older or the newer of transformers' names; built when
+                `use_cache`.
             segment_ids: (B, T) int32 packed documents, each starting at a multiple of the chunk size, numbered
                 upwards along the row, -1 on padding. Windows stay inside a document; retrieval also reaches the
                 documents before it in the row.
@@ -132,7 +134,7 @@ class HSAModel(HSAPreTrainedModel):
             raise ValueError(f"pool_memory must be one of {POOLS}, got {pool_memory!r}")
         if pool_memory and not self.config.is_composable:
             raise ValueError("pool_memory needs softmax fusion without position decay: a pool has no order (fact 4)")
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(given_cache(past_key_values, cache), use_cache)
         layout = self._layout(x, attention_mask, segment_ids, cache)
         layout = restrict(layout, isolate_documents, source_ids if pool_memory else None)
         windows = self._windows(cache, x.shape[1])
@@ -142,7 +144,8 @@ class HSAModel(HSAPreTrainedModel):
         x = self.decode_upper(x, rotary, views, layout.window_segments, windows)
         if cache is not None:
             cache.advance(x.shape[1])
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+        named: dict[str, Any] = {CACHE_NAME: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **named)
 
     def _windows(self, cache: HSACache | None, num_tokens: int) -> Windows | None:
         """What the windows read before the call's own tokens."""
@@ -352,6 +355,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         pool_memory: bool | str = False,
         source_ids: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        cache: HSACache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As HSAModel.forward, and:
@@ -367,7 +371,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
@@ -390,7 +394,8 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         if labels is None or not self.training:
             kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
             logits = self.lm_head(kept)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        named: dict[str, Any] = {CACHE_NAME: getattr(outputs, CACHE_NAME)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **named)
 
     def update_router_bias(self) -> list[torch.Tensor]:
         """After an optimiser step: balance every mixture of experts; returns their imbalance (max / mean load)."""
@@ -410,6 +415,8 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
 
         With `continue_document=True` the input continues the memory's open document instead, exactly.
         """
+        if "past_key_values" in kwargs:
+            kwargs[CACHE_NAME] = kwargs.pop("past_key_values")
         if memory is None:
             return super().generate(input_ids, *args, **kwargs)
         from hsa_ultralong.inference import generate_with_memory
@@ -420,10 +427,10 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ):
         """generate() would otherwise build a cache of its own kind."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
                 raise ValueError("HSA-UltraLong has its own cache; leave cache_implementation unset")
-            model_kwargs["past_key_values"] = HSACache(self.config)
+            model_kwargs[CACHE_NAME] = HSACache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 

@@ -90,10 +90,10 @@ class LandmarkLookup(Protocol):
         topk: int,
         *,
         visible: ChunkVisibility,
-        temperature: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk; a token of a
-        negative segment finds nothing, any other may read every chunk."""
+        """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk, scale included; a
+        token of a negative segment finds nothing, any other may read every chunk."""
         ...
 
 
@@ -108,12 +108,15 @@ class MemoryRanks(Protocol):
         """A CUDA graph can hold what the ranks exchange."""
         ...
 
-    def best(self, indices: torch.Tensor, scores: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The K best of all ranks' candidates (B, T, Hr, <= K), counted through all ranks; descending, -1 last."""
+    def lists(
+        self, indices: torch.Tensor, scores: torch.Tensor, topk: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Every rank's candidates (B, T, Hr, K) and the number of its first chunk, from low chunks to high ones, given
+        this rank's own of at most K."""
         ...
 
     def total(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over the ranks."""
+        """The sum of a tensor over the ranks; may be the tensor itself."""
         ...
 
 

@@ -16,7 +16,9 @@ from torch import nn
 
 from hsa_ultralong.nn.chunk_encoder import rms_normalize
 from hsa_ultralong.nn.chunk_memory import MemoryView
-from hsa_ultralong.ops import chunk_topk
+from hsa_ultralong.ops import ScoredChunks, chunk_topk, combine_topk
+from hsa_ultralong.ops._common import accumulation_dtype
+from hsa_ultralong.ops.chunk_topk.combined import softmax_fusion
 from hsa_ultralong.ops.chunk_topk.noise import gumbel_noise
 
 
@@ -30,12 +32,6 @@ class Retrieval(NamedTuple):
     weights: torch.Tensor
     scores: torch.Tensor
     offsets: tuple[int, ...]
-
-
-def softmax_fusion(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over the kept chunks; all zero where there are none (fact 1)."""
-    empty = scores == -torch.inf
-    return scores.masked_fill(empty.all(-1, keepdim=True), 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
 def stick_breaking_fusion(scores: torch.Tensor) -> torch.Tensor:
@@ -74,6 +70,14 @@ class ChunkRetriever(nn.Module):
         query = self.query_proj(self.norm(x)).unflatten(-1, (self.num_retrieval_heads, -1))
         return rms_normalize(query).to(query.dtype) if self.normalize_queries else query
 
+    def factor(self) -> torch.Tensor | None:
+        """What products are multiplied by, 1 / (sqrt(R) * temperature), (Hr,); None without a learned temperature."""
+        if self.log_temperature is None:
+            return None
+        dim = self.query_proj.out_features // self.num_retrieval_heads
+        # 16 bits would move all scores
+        return dim**-0.5 / self.log_temperature.to(accumulation_dtype(self.log_temperature.dtype)).exp()
+
     def forward(
         self,
         x: torch.Tensor,
@@ -85,44 +89,52 @@ class ChunkRetriever(nn.Module):
     ) -> Retrieval:
         """x (B, T, M), tokens from noise_start on of their rows; views in order of age; noise is added only in training
         of a model configured for it."""
-        query = self.queries(x)
-        temperature = None if self.log_temperature is None else self.log_temperature.exp()
         use_noise = self.training and self.gumbel_noise and noise_seed is not None
-        found, offsets, offset = [], [], 0
+        return self.select(
+            self.queries(x), self.factor(), views, topk=topk, noise_seed=noise_seed if use_noise else None,
+            noise_start=noise_start,
+        )  # fmt: skip
+
+    def select(
+        self,
+        query: torch.Tensor,
+        factor: torch.Tensor | None,
+        views: Sequence[MemoryView],
+        *,
+        topk: int,
+        noise_seed: int | None = None,
+        noise_start: int = 0,
+    ) -> Retrieval:
+        """The chunks of queries (B, T, Hr, R) and their weights; with a noise_seed, chosen by noisy scores."""
+        found: list[ScoredChunks] = []
+        rankings, offsets, offset = [], [], 0
         for number, view in enumerate(views):
-            landmarks = view.memory.landmarks.to(query.dtype)
-            seed = noise_seed + number if use_noise and noise_seed is not None else None
+            seed = None if noise_seed is None else noise_seed + number
             if view.lookup is not None and seed is None:
-                indices, scores = view.lookup.search(query, topk, visible=view.visible, temperature=temperature)
+                indices, scores = view.lookup.search(query, topk, visible=view.visible, scale=factor)
             else:
                 indices, scores = chunk_topk(
-                    query, landmarks, view.visible, topk=topk, temperature=temperature, noise_seed=seed,
-                    noise_start=noise_start,
+                    query, view.memory.landmarks.to(query.dtype), view.visible, topk=topk, scale=factor,
+                    noise_seed=seed, noise_start=noise_start,
                 )  # fmt: skip
-            if view.ranks is not None:
-                indices, scores = view.ranks.best(indices, scores, topk)
-            ranking = scores.detach()
-            if seed is not None and len(views) > 1:
-                batch, length, heads, _ = indices.shape
-                places = noise_start, noise_start + length
-                ranking = ranking + gumbel_noise(seed, batch, *places, heads, indices, indices.device)
-            found.append((torch.where(indices < 0, indices, indices + offset), scores, ranking))
+            parts = [(indices, scores, 0)] if view.ranks is None else view.ranks.lists(indices, scores, topk)
+            found += [ScoredChunks(chunks, values, offset + first) for chunks, values, first in parts]
+            if noise_seed is not None:
+                ranking = scores.detach()
+                if len(views) > 1:
+                    batch, length, heads, _ = indices.shape
+                    places = noise_start, noise_start + length
+                    ranking = ranking + gumbel_noise(
+                        noise_seed + number, batch, *places, heads, indices, indices.device
+                    )
+                rankings.append(ranking)
             offsets.append(offset)
-            offset += landmarks.shape[1] if view.ranks is None else view.ranks.num_chunks
-        indices, scores = found[0][:2] if len(found) == 1 else _merge(found, topk)
+            offset += view.memory.landmarks.shape[1] if view.ranks is None else view.ranks.num_chunks
+        indices, scores, weights = combine_topk(found, topk=topk, rankings=rankings or None)
         if self.position_decay is not None:
             rank = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
             scores = scores + rank * self.position_decay
-        weights = softmax_fusion(scores) if self.fusion == "softmax" else stick_breaking_fusion(scores)
+            weights = softmax_fusion(scores)
+        if self.fusion != "softmax":
+            weights = stick_breaking_fusion(scores)
         return Retrieval(indices, weights, scores, tuple(offsets))
-
-
-def _merge(
-    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], topk: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top K of several (indices, scores, ranking), by ranking; descending index, empty slots last."""
-    indices, scores, ranking = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
-    kept = ranking.topk(min(topk, ranking.shape[-1]), dim=-1).indices
-    indices, scores = indices.gather(-1, kept), scores.gather(-1, kept)
-    indices, order = indices.sort(dim=-1, descending=True)
-    return indices, scores.gather(-1, order)

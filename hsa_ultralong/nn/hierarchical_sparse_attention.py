@@ -17,6 +17,7 @@ from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.window_attention import WindowAttention, WindowState
 from hsa_ultralong.ops import hsa_attention
 from hsa_ultralong.ops._common import blocks
+from hsa_ultralong.ops.hsa import within
 
 # tokens whose chunks are fetched from a store together: at most this times K of them
 _TOKENS_PER_FETCH = 128
@@ -50,37 +51,43 @@ class HierarchicalSparseAttention(nn.Module):
         return self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
 
     def forward(self, x: torch.Tensor, retrieval: Retrieval, views: Sequence[MemoryView]) -> torch.Tensor:
-        q = self.queries(x)
-        out = torch.zeros_like(q)
+        return self.output(self.read(self.queries(x), retrieval, views), x.dtype)
+
+    def output(self, read: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What was read, (B, T, Hq, D) -> (B, T, M)."""
+        return self.o_proj(read.flatten(-2).to(dtype))
+
+    def read(self, q: torch.Tensor, retrieval: Retrieval, views: Sequence[MemoryView]) -> torch.Tensor:
+        """Attention of queries (B, T, Hq, D) inside the retrieved chunks of all memories, of the same shape."""
+        out: torch.Tensor | None = None
         for view, offset in zip(views, retrieval.offsets, strict=True):
             if not view.is_read:
                 continue
-            num_chunks = view.memory.landmarks.shape[1]
-            first = offset if view.ranks is None else offset + view.ranks.first
-            indices = retrieval.indices - first
-            if len(views) > 1 or view.ranks is not None:
-                indices = torch.where((indices >= 0) & (indices < num_chunks), indices, -1)
+            first = None if len(views) == 1 else offset
+            if view.ranks is not None:
+                first = offset + view.ranks.first
+            # ranks that hold no chunk take part in the sum all the same
+            part = self._read(q, view, retrieval, first) if view.memory.landmarks.shape[1] else torch.zeros_like(q)
+            part = part if view.ranks is None else view.ranks.total(part)
             # outputs of several memories add up: the fusion weights are already normalised over all of them
-            if num_chunks:
-                part = self._read(q, view, indices, retrieval.weights)
-                out = out + (part if view.ranks is None else view.ranks.total(part))
-            elif view.ranks is not None:
-                out = out + view.ranks.total(torch.zeros_like(q))
-        return self.o_proj(out.flatten(-2).to(x.dtype))
+            out = part if out is None else out + part
+        return torch.zeros_like(q) if out is None else out
 
-    def _read(self, q: torch.Tensor, view: MemoryView, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Attention inside the chunks of one memory, (B, T, Hq, D)."""
+    def _read(self, q: torch.Tensor, view: MemoryView, retrieval: Retrieval, first: int | None) -> torch.Tensor:
+        """Attention inside the chunks of one memory, numbered from `first`, (B, T, Hq, D)."""
         memory = view.memory
         if view.store is not None:
-            return self._read_store(q, view.store, memory, indices, weights)
+            indices = within(retrieval.indices, first, memory.landmarks.shape[1])
+            return self._read_store(q, view.store, memory, indices, retrieval.weights)
         return hsa_attention(
             q.to(memory.v.dtype),
             memory.k,
             memory.v,
-            indices,
-            weights,
+            retrieval.indices,
+            retrieval.weights,
             chunk_size=self.chunk_size,
             chunk_lengths=memory.lengths,
+            first_chunk=first,
             causal=view.is_causal,
         )
 

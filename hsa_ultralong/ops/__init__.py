@@ -1,8 +1,16 @@
 """Operators: tensors in, tensors out. Each folder holds api.py, reference.py (the specification) and its backends."""
 
-from hsa_ultralong.ops.chunk_topk import ChunkVisibility, chunk_topk
+from hsa_ultralong.ops.chunk_topk import ChunkVisibility, ScoredChunks, chunk_topk, combine_topk
 from hsa_ultralong.ops.hsa import hsa_attention
 from hsa_ultralong.ops.linear_cross_entropy import linear_cross_entropy
 from hsa_ultralong.ops.sliding_window import sliding_window_attention
 
-__all__ = ["ChunkVisibility", "chunk_topk", "hsa_attention", "linear_cross_entropy", "sliding_window_attention"]
+__all__ = [
+    "ChunkVisibility",
+    "ScoredChunks",
+    "chunk_topk",
+    "combine_topk",
+    "hsa_attention",
+    "linear_cross_entropy",
+    "sliding_window_attention",
+]

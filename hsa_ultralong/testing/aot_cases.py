@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from hsa_ultralong.ops import ChunkVisibility, chunk_topk, hsa_attention
+from hsa_ultralong.ops import ChunkVisibility, ScoredChunks, chunk_topk, combine_topk, hsa_attention
 from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks
 from hsa_ultralong.ops.chunk_topk.quantized import chunk_topk_quantized
 
@@ -90,6 +90,14 @@ def _run_quantized(shape: Shape, chunks: int) -> None:
     chunk_topk_quantized(query, payload, scales, visible, topk=shape.K, impl="triton")
 
 
+def _run_combine(widths: tuple[int, ...], topk: int) -> None:
+    lists = [
+        ScoredChunks(torch.zeros((1, 1, 1, width), dtype=torch.int32), torch.zeros((1, 1, 1, width)), 1000 * number)
+        for number, width in enumerate(widths)
+    ]
+    combine_topk(lists, topk=topk, impl="triton")
+
+
 def _run_gather(shape: Shape, payload: torch.dtype) -> None:
     row = (16, 2, shape.S, shape.Hkv, shape.D)
     blocks = ChunkBlocks(16, torch.device("cpu"), addresses=torch.zeros((2, 64), dtype=torch.int64))
@@ -127,6 +135,9 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
             cases.append((f"chunk_topk decode {name}", _with_shape(_run_topk, shape, 1, False, scanned)))
             if shape.dtype != torch.float32 and (is_complete or shape == SHAPES[0]):
                 cases.append((f"chunk_topk quantized {name}", _with_shape(_run_quantized, shape, scanned)))
+    # a library, and own chunks; two processes; three, and full coverage of a few
+    for widths, topk in (((64, 64), 64), ((32, 32, 32), 32), ((32, 32, 32, 7), 32), ((256, 256), 256)):
+        cases.append((f"combine_topk {widths}", _with_shape(_run_combine, widths, topk)))
     for payload in (torch.bfloat16, torch.int8, torch.float8_e4m3fn) if is_complete else (torch.int8,):
         cases.append((f"gather_chunks {payload}", _with_shape(_run_gather, SHAPES[0], payload)))
     return cases

@@ -65,19 +65,19 @@ def texts(tmp_path):
 @pytest.fixture
 def library(texts, checkpoint, tmp_path):
     path = tmp_path / "lib.hsa"
-    run("memorize", texts, "-o", path, "--model", checkpoint)
+    run("memorize", texts, "-o", path, "--model", checkpoint, "--dtype", "fp32")
     return path
 
 
 def test_memorize_says_what_it_did_and_passes_over_what_is_known(library, texts, checkpoint):
-    again = json.loads(run("memorize", texts, "-o", library, "--model", checkpoint, "--json"))
+    again = json.loads(run("memorize", texts, "-o", library, "--model", checkpoint, "--dtype", "fp32", "--json"))
     assert (again["added"], again["changed"], again["unchanged"], again["tokens_read"]) == (0, 0, 3, 0)
     (texts / "b.md").write_text("Document 1. " + SENTENCE * 16 + "The end.", encoding="utf-8")
     (texts / "d.txt").write_text(SENTENCE, encoding="utf-8")
-    again = json.loads(run("memorize", texts, "-o", library, "--model", checkpoint, "--json"))
+    again = json.loads(run("memorize", texts, "-o", library, "--model", checkpoint, "--dtype", "fp32", "--json"))
     assert (again["added"], again["changed"], again["unchanged"]) == (1, 1, 2)
     fresh = library.with_name("fresh.hsa")
-    run("memorize", texts, "-o", fresh, "--model", checkpoint)
+    run("memorize", texts, "-o", fresh, "--model", checkpoint, "--dtype", "fp32")
     assert_same(library, fresh)
 
 
@@ -133,13 +133,14 @@ def test_edit_states_its_cost_and_equals_memorising_the_changed_text(library, te
     )  # fmt: skip
     assert "chunks are read again" in dry and "nothing was changed" in dry
     assert all(torch.equal(a, b) for a, b in zip(before[1], contents(library)[1], strict=True))
-    run("memory", "edit", library, name, "--find", "Document 2.", "--replace", "Chapter 2.", "--model", checkpoint)
+    change = ("--find", "Document 2.", "--replace", "Chapter 2.", "--model", checkpoint, "--dtype", "fp32")
+    run("memory", "edit", library, name, *change)
     file = texts / "c.txt"
     file.write_text(file.read_text(encoding="utf-8").replace("Document 2.", "Chapter 2."), encoding="utf-8")
     fresh = library.with_name("fresh.hsa")
-    run("memorize", texts, "-o", fresh, "--model", checkpoint)
+    run("memorize", texts, "-o", fresh, "--model", checkpoint, "--dtype", "fp32")
     assert_same(library, fresh)
-    again = json.loads(run("memorize", texts, "-o", library, "--model", checkpoint, "--json"))
+    again = json.loads(run("memorize", texts, "-o", library, "--model", checkpoint, "--dtype", "fp32", "--json"))
     assert again["unchanged"] == 3
 
 

@@ -111,6 +111,17 @@ def test_a_left_padded_batch_generates_what_its_rows_generate_alone(options):
         assert torch.equal(batch[b, 11:], generate(model, row, **options)[0, row.shape[1] :])
 
 
+def test_a_cache_goes_by_both_names():
+    model, tokens = tiny_model(), random_tokens(1, 12)
+    expected = model(tokens).logits[:, 8:]
+    for name in ("past_key_values", "cache"):
+        cache = HSACache(model.config)
+        model(tokens[:, :8], **{name: cache})
+        torch.testing.assert_close(model(tokens[:, 8:], **{name: cache}).logits, expected, rtol=1e-9, atol=1e-10)
+    with pytest.raises(ValueError, match="name the same thing"):
+        model(tokens, past_key_values=HSACache(model.config), cache=HSACache(model.config))
+
+
 def test_generation_continues_from_a_returned_cache():
     model, tokens = tiny_model(), random_tokens(2, 10)
     whole = generate(model, tokens)

@@ -120,6 +120,20 @@ def test_gradients_pass_gradcheck(shared):
     assert torch.autograd.gradcheck(kept_scores, (query, landmarks, temperature))
 
 
+def test_a_scale_that_is_a_tensor_equals_a_temperature_and_receives_its_gradient():
+    query, landmarks = inputs()
+    visible, temperature = random_visibility(2, 9, 7), torch.tensor([0.5, 1.5], dtype=torch.float64)
+    expected = chunk_topk(query, landmarks, visible, topk=3, temperature=temperature)
+    scale = (query.shape[-1] ** -0.5 / temperature).requires_grad_()
+    indices, scores = chunk_topk(query, landmarks, visible, topk=3, scale=scale)
+    assert torch.equal(indices, expected[0])
+    torch.testing.assert_close(scores, expected[1], **EXACT)
+    scores[scores > -torch.inf].sum().backward()
+    assert (scale.grad != 0).all()
+    with pytest.raises(ValueError, match="scale must be a scalar or"):
+        chunk_topk(query, landmarks, visible, topk=3, scale=torch.ones(3))
+
+
 def test_a_scalar_temperature_tensor_receives_its_gradient():
     query, landmarks = inputs()
     grads = []

@@ -245,6 +245,22 @@ def test_for_any_weights_it_is_dense_attention_with_a_bias_per_chunk(impl, group
 
 
 @pytest.mark.parametrize("impl", ["reference", *BACKENDS])
+def test_parts_of_a_memory_read_by_the_same_indices_add_up_to_the_whole(impl):
+    inputs, size = random_attention(num_chunks=6, is_short=True), 4
+    parts = []
+    for first, last in ((0, 2), (2, 6)):
+        k, v = (x[:, first * size : last * size] for x in (inputs.k, inputs.v))
+        lengths = inputs.chunk_lengths[:, first:last]
+        parts.append(
+            hsa_attention(
+                inputs.q, k, v, inputs.indices, inputs.weights, chunk_size=size, chunk_lengths=lengths,
+                first_chunk=first, impl=impl,
+            )
+        )  # fmt: skip
+    torch.testing.assert_close(sum(parts), run(inputs, impl)[0], **EXACT)
+
+
+@pytest.mark.parametrize("impl", ["reference", *BACKENDS])
 def test_permuting_chunks_with_their_indices_changes_nothing(impl):
     inputs = random_attention(num_chunks=6, is_short=True)
     order = torch.tensor([3, 0, 5, 1, 4, 2])

@@ -96,6 +96,24 @@ def test_few_tokens_without_gradient_take_the_decoding_kernel(monkeypatch, shape
     assert_close([out], [exact])
 
 
+@pytest.mark.parametrize("most_decoded", [0, 64])
+def test_parts_of_a_memory_read_by_the_same_indices_add_up_to_the_whole(monkeypatch, most_decoded):
+    monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", most_decoded)
+    inputs = problem(num_tokens=3, is_short=True)
+    operands = [x.float() for x in (inputs.q, inputs.k, inputs.v)]
+    out = 0
+    for first, last in ((0, 3), (3, 7)):
+        k, v = (x[:, first * SIZE : last * SIZE] for x in operands[1:])
+        lengths = inputs.chunk_lengths[:, first:last]
+        out = out + hsa_attention(
+            operands[0], k, v, inputs.indices, inputs.weights.float(), chunk_size=SIZE, chunk_lengths=lengths,
+            first_chunk=first, impl="triton",
+        )  # fmt: skip
+    options = {"chunk_size": SIZE, "chunk_lengths": inputs.chunk_lengths, "impl": "reference"}
+    exact = hsa_attention(*inputs[:3], inputs.indices, inputs.weights, **options)
+    assert_close([out], [exact])
+
+
 def test_segments_of_tokens_change_nothing(monkeypatch):
     inputs = problem(kv_heads=1, group=4)
     whole = run(inputs, "triton", torch.float32)

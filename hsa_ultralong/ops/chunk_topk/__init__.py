@@ -1,4 +1,5 @@
 from hsa_ultralong.ops.chunk_topk.api import chunk_topk
+from hsa_ultralong.ops.chunk_topk.combined import ScoredChunks, combine_topk
 from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
 
-__all__ = ["ChunkVisibility", "chunk_topk"]
+__all__ = ["ChunkVisibility", "ScoredChunks", "chunk_topk", "combine_topk"]

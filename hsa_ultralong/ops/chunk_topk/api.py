@@ -42,7 +42,7 @@ def chunk_topk(
     visible: ChunkVisibility,
     *,
     topk: int,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     temperature: torch.Tensor | float | None = None,
     noise_seed: int | None = None,
     noise_start: int = 0,
@@ -55,8 +55,7 @@ def chunk_topk(
         landmarks: (1 or B, C, Hr, R); batch 1 is one memory shared by the whole batch.
         visible: who may see what, see ChunkVisibility.
         topk: K >= 1; K >= C means full coverage.
-        scale: default 1 / sqrt(R).
-        temperature: positive scalar or (Hr,); a tensor receives its gradient.
+        scale: default 1 / sqrt(R). temperature: positive. Scalars or (Hr,); a tensor receives its gradient.
         noise_seed: adds counter-based Gumbel noise to the scores for the choice only (training).
         noise_start: number of the first query in its row, where rows come in pieces: the noise is that of the row.
         impl: "auto", "triton", "torch" or "reference". "auto" is "triton" on an NVIDIA GPU for bf16 and fp16.
@@ -83,8 +82,9 @@ def chunk_topk(
     factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
     if isinstance(temperature, float | int) and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if isinstance(temperature, torch.Tensor) and tuple(temperature.shape) not in ((), (1,), (heads,)):
-        raise ValueError(f"temperature must be a scalar or ({heads},), got {tuple(temperature.shape)}")
+    for name, value in (("scale", scale), ("temperature", temperature)):
+        if isinstance(value, torch.Tensor) and tuple(value.shape) not in ((), (1,), (heads,)):
+            raise ValueError(f"{name} must be a scalar or ({heads},), got {tuple(value.shape)}")
     if temperature is not None:
         factor = factor / temperature
     if isinstance(factor, torch.Tensor):

@@ -26,7 +26,7 @@ def chunk_topk_quantized(
     visible: ChunkVisibility,
     *,
     topk: int,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     temperature: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +51,9 @@ def chunk_topk_quantized(
     if topk < 1:
         raise ValueError(f"topk must be >= 1, got {topk}")
     keep = min(topk, num_chunks)
-    factor = torch.full((), dim**-0.5 if scale is None else scale, device=query.device)
+    factor = dim**-0.5 if scale is None else scale
+    if not isinstance(factor, torch.Tensor):
+        factor = torch.full((), factor, device=query.device)
     if temperature is not None:
         factor = factor / temperature.to(factor)
     auto = "torch"

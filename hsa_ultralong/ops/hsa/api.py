@@ -9,6 +9,7 @@ import torch
 
 from hsa_ultralong.ops._common import choose_impl, require_shape
 from hsa_ultralong.ops._triton import triton_runs_on
+from hsa_ultralong.ops.hsa.indices import within
 from hsa_ultralong.ops.hsa.reference import hsa_attention_reference
 from hsa_ultralong.ops.hsa.torch_dense import hsa_attention_dense
 from hsa_ultralong.ops.hsa.torch_gather import hsa_attention_gather
@@ -56,6 +57,7 @@ def hsa_attention(
     chunk_size: int,
     chunk_lengths: torch.Tensor | None = None,
     scale: float | None = None,
+    first_chunk: int | None = None,
     causal: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
@@ -69,6 +71,8 @@ def hsa_attention(
         chunk_size: S.
         chunk_lengths: (1 or B, C) int32, tokens in each chunk (1..S); None means all full.
         scale: default 1 / sqrt(D).
+        first_chunk: the indices count through several memories, of which this one holds chunks first_chunk ..
+            first_chunk + C - 1; those of others are empty slots here. None: all are of this memory.
         causal: promise that token t selects only chunks i with (i + 1) * S <= t (T tokens beside their own chunks,
             fact 1); lets the paths for full coverage skip tiles.
         impl: "auto", "triton", "torch_gather", "torch_dense" or "reference". "auto" is "triton" on an NVIDIA GPU for
@@ -107,7 +111,13 @@ def hsa_attention(
         return q * 0
     scale = dim**-0.5 if scale is None else scale
     auto = _automatic(q, k, v, num_chunks, indices.shape[-1], chunk_size, scale)
-    backend = _BACKENDS[choose_impl("hsa_attention", impl, tuple(_BACKENDS), auto)]
-    return backend(
+    name = choose_impl("hsa_attention", impl, tuple(_BACKENDS), auto)
+    if name == "triton":
+        return _triton(
+            q, k, v, indices, weights, chunk_size=chunk_size, chunk_lengths=chunk_lengths, scale=scale,
+            first_chunk=first_chunk, causal=causal,
+        )  # fmt: skip
+    indices = within(indices, first_chunk, num_chunks)
+    return _BACKENDS[name](
         q, k, v, indices, weights, chunk_size=chunk_size, chunk_lengths=chunk_lengths, scale=scale, causal=causal
     )

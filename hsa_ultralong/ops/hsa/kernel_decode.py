@@ -8,10 +8,10 @@ import triton.language as tl
 from hsa_ultralong.ops.hsa.kernel_tiles import _dot, chunk_softmax
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk"])
 def decode_kernel(
     q, k, v, weights, indices, lengths, partial,
-    T, C, K, per_program, scale,
+    T, C, K, per_program, first_chunk, scale,
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -37,7 +37,8 @@ def decode_kernel(
     acc = tl.zeros((GP, D), tl.float32)
     first = split * per_program
     for slot in tl.range(first, tl.minimum(first + per_program, K), num_stages=STAGES):
-        chunk = tl.load(indices + list_row + slot)
+        chunk = tl.load(indices + list_row + slot) - first_chunk
+        chunk = tl.where(chunk < C, chunk, -1)
         w = tl.where(chunk >= 0, tl.load(weights + list_row + slot).to(tl.float32), 0.0)
         start = tile_kv + chunk.to(tl.int64) * (S * HKV * D)
         is_kept = (columns * 0 + chunk >= 0)[:, None]  # an empty slot reads nothing

@@ -12,6 +12,7 @@ import torch
 
 from hsa_ultralong.ops._triton import next_power_of_two, num_processors, require_kernel_dtype, require_triton
 from hsa_ultralong.ops.hsa import kernel_chunks, kernel_decode, kernel_tiles
+from hsa_ultralong.ops.hsa.indices import within
 from hsa_ultralong.ops.hsa.kernel_lists import TileLists, coverage_slots, inverse_lists, tile_lists
 
 _SIZES = (16, 32, 64, 128)
@@ -175,8 +176,9 @@ class _Problem:
         )  # fmt: skip
         return grad_k, grad_v
 
-    def decode(self) -> torch.Tensor:
-        """Forward for few tokens: slots shared out over programs, partial sums added."""
+    def decode(self, first_chunk: int = 0) -> torch.Tensor:
+        """Forward for few tokens: slots shared out over programs, partial sums added. Indices count from first_chunk;
+        those outside the memory are empty slots."""
         constants = self.constants(16, 2)
         del constants["BT"]
         constants["GP"] = max(16, next_power_of_two(self.group))
@@ -187,8 +189,8 @@ class _Problem:
         partial = torch.empty((splits, *self.q.shape), dtype=torch.float32, device=self.q.device)
         kernel_decode.decode_kernel[(self.batch * self.tokens, self.kv_heads, splits)](
             self.q, self.k, self.v, self.weights, self.indices, self.lengths, partial,
-            self.tokens, self.chunks, self.slots, per_program, self.scale_log2, self.kv_heads, self.list_heads,
-            KV_BATCH=self.kv_batch > 1, num_warps=4, **constants,
+            self.tokens, self.chunks, self.slots, per_program, first_chunk, self.scale_log2, self.kv_heads,
+            self.list_heads, KV_BATCH=self.kv_batch > 1, num_warps=4, **constants,
         )  # fmt: skip
         return partial.sum(0).to(self.q.dtype)
 
@@ -223,7 +225,9 @@ def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_size: int
 
 
 @torch.compiler.disable
-def hsa_attention_triton(q, k, v, indices, weights, *, chunk_size, chunk_lengths, scale, causal=False):
+def hsa_attention_triton(
+    q, k, v, indices, weights, *, chunk_size, chunk_lengths, scale, first_chunk=None, causal=False
+):
     """Same result as hsa_attention_reference, up to the rounding of the input dtype."""
     require_triton("hsa_attention", q)
     require_kernel_dtype("hsa_attention", q)
@@ -234,5 +238,6 @@ def hsa_attention_triton(q, k, v, indices, weights, *, chunk_size, chunk_lengths
         )
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, weights))
     if not needs_gradient and q.shape[0] * q.shape[1] <= _DECODE_TOKENS:
-        return _Problem(q, k, v, indices, weights, chunk_lengths, chunk_size, scale, causal).decode()
+        return _Problem(q, k, v, indices, weights, chunk_lengths, chunk_size, scale, causal).decode(first_chunk or 0)
+    indices = within(indices, first_chunk, k.shape[1] // chunk_size)
     return _TritonAttention.apply(q, k, v, indices, weights, chunk_size, chunk_lengths, scale, causal)

@@ -1,0 +1,100 @@
+"""The best of several lists of scored chunks, as chunk_topk returns them, and the fusion weights of what is kept.
+
+A token reads several memories (a library, perhaps in parts over processes, and its own chunks): each is ranked alone,
+then their lists are ranked together. While nothing is trained a GPU does it in one launch (kernel_combine.py). Called
+by nn/chunk_retriever.py; tests/ops/test_combined.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from hsa_ultralong.ops._common import choose_impl
+from hsa_ultralong.ops._triton import triton_runs_on
+
+# lists that the kernel takes, and entries of all of them
+MOST_LISTS, MOST_ENTRIES = 4, 1024
+
+
+class ScoredChunks(NamedTuple):
+    """indices (B, T, Hr, k) int32 and scores of the same shape, in the form of chunk_topk; numbers count from
+    `offset`."""
+
+    indices: torch.Tensor
+    scores: torch.Tensor
+    offset: int = 0
+
+
+def softmax_fusion(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the kept chunks; all zero where there are none (fact 1 of docs/architecture.md)."""
+    empty = scores == -torch.inf
+    return scores.masked_fill(empty.all(-1, keepdim=True), 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def combine_topk(
+    lists: Sequence[ScoredChunks],
+    *,
+    topk: int,
+    rankings: Sequence[torch.Tensor] | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `topk` best chunks of all lists, and the softmax of their scores.
+
+    Args:
+        lists: from low chunk numbers to high ones, their ranges disjoint, each in descending order with -1 last.
+        topk: K >= 1.
+        rankings: what to choose by instead of the scores, one tensor a list (scores with noise).
+        impl: "auto", "triton" or "torch". "triton" takes fp32 scores without gradients or rankings.
+
+    Returns:
+        indices (B, T, Hr, min(K, all k)) int32 in descending order, -1 last; their scores, -inf in empty slots;
+        weights = softmax(scores), 0 in empty slots. Ties go to the lower chunk. Gradients reach the scores.
+
+    Raises:
+        ValueError: without lists, for topk < 1, an unknown impl, or what impl="triton" does not take.
+    """
+    if not lists or topk < 1:
+        raise ValueError(f"needs at least one list and topk >= 1, got {len(lists)} lists and topk={topk}")
+    scores = [one.scores for one in lists]
+    needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in scores)
+    entries = sum(part.shape[-1] for part in scores)
+    is_plain = rankings is None and not needs_gradient and entries <= MOST_ENTRIES
+    is_plain = is_plain and all(part.dtype == torch.float32 for part in scores)
+    auto = "triton" if is_plain and entries and triton_runs_on(scores[0]) else "torch"
+    if choose_impl("combine_topk", impl, ("triton", "torch"), auto) == "triton":
+        if not is_plain:
+            raise ValueError(
+                f'combine_topk: impl="triton" takes fp32 scores without gradients or rankings and at most '
+                f"{MOST_ENTRIES} entries a token; got {entries} of {scores[0].dtype}"
+            )
+        from hsa_ultralong.ops.chunk_topk.triton_topk import combine_lists
+
+        while len(lists) > MOST_LISTS:
+            lists = [_joined(lists[:2]), *lists[2:]]
+        return combine_lists(lists, topk)
+    if len(lists) == 1 and entries <= topk:
+        only = _joined(lists)
+        return only.indices, only.scores, softmax_fusion(only.scores)
+    # from the lowest chunk on and stable, so that ties go to the lower one
+    rising = _joined([ScoredChunks(one.indices.flip(-1), one.scores.flip(-1), one.offset) for one in lists])
+    ranking = rising.scores.detach()
+    if rankings is not None:
+        ranking = torch.cat([part.flip(-1) for part in rankings], -1)
+    kept = ranking.argsort(dim=-1, descending=True, stable=True)[..., :topk]
+    indices, place = rising.indices.gather(-1, kept).sort(-1, descending=True)
+    values = rising.scores.gather(-1, kept).gather(-1, place)
+    return indices, values, softmax_fusion(values)
+
+
+def _joined(lists: Sequence[ScoredChunks]) -> ScoredChunks:
+    """One list, counted from 0, the lists behind one another."""
+    indices = []
+    for one in lists:
+        numbers = torch.where(one.indices < 0, -1, one.indices + one.offset) if one.offset else one.indices
+        indices.append(numbers)
+    if len(lists) == 1:
+        return ScoredChunks(indices[0], lists[0].scores)
+    return ScoredChunks(torch.cat(indices, -1), torch.cat([one.scores for one in lists], -1))
