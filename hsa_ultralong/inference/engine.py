@@ -16,7 +16,7 @@ import torch
 from hsa_ultralong.inference.fingerprint import require_same_model
 from hsa_ultralong.inference.generation import continuation_cache
 from hsa_ultralong.inference.reader import compiled, evaluating, run_layer
-from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.models import HSACache, HSAConfig, HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, GatheringStore, MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindow
@@ -50,6 +50,19 @@ def sample(
     # the smallest of exponential times with these rates is a draw
     times = torch.empty_like(probabilities).exponential_(generator=generator)
     return order.gather(-1, (probabilities / times).argmax(-1, keepdim=True))[:, 0]
+
+
+def run_start(
+    inner: Any, tokens: torch.Tensor, seen: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, RotaryTable]:
+    """The stream (B, 1, M) of tokens (B,), and the angles of their places in the windows."""
+    return inner.embed_tokens(tokens[:, None]), rotary_of(inner.config, seen, dtype)
+
+
+def rotary_of(config: HSAConfig, places: torch.Tensor, dtype: torch.dtype) -> RotaryTable:
+    """Angles of places (n,) as the model's layers take them."""
+    assert config.head_dim is not None
+    return rotary_at(places, config.head_dim, config.rope_theta, dtype, config.rope_scaling)
 
 
 def run_queries(retriever: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -122,10 +135,12 @@ class DecodingEngine:
         self.sampling = (temperature, top_k, top_p)
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        parts: tuple[Callable[..., Any], ...] = (run_layer, run_queries, run_window, run_feed_forward, run_head)
-        if compile_layers:
-            parts = tuple(compiled(part, tune) for part in parts)
-        self._run_layer, self._run_queries, self._run_window, self._run_feed_forward, self._run_head = parts
+        functions: tuple[Callable[..., Any], ...] = (
+            run_start, run_layer, run_queries, run_window, run_feed_forward, run_head,
+        )  # fmt: skip
+        parts = tuple(compiled(one, tune) for one in functions) if compile_layers else functions
+        self._run_start, self._run_layer, self._run_queries = parts[:3]
+        self._run_window, self._run_feed_forward, self._run_head = parts[3:]
         self._make_state()
         self.views = [*self._library_views(), self._own_view()]
         self.is_captured = self._can_capture() if use_graph is None else use_graph
@@ -201,17 +216,12 @@ class DecodingEngine:
 
     # one step ---------------------------------------------------------------------------------------------------------
 
-    def _rotary(self, places: torch.Tensor) -> RotaryTable:
-        config = self.config
-        assert config.head_dim is not None
-        return rotary_at(places, config.head_dim, config.rope_theta, self.dtype, config.rope_scaling)
-
     def _step(self) -> None:
         """Read `tokens`, leave the next ones there; completes no chunks."""
         config, inner = self.config, self.model.model
         self.positions.copy_(self.places[:, None])
-        rotary, rings = self._rotary(self.seen), iter(self.rings)
-        x = inner.embed_tokens(self.tokens[:, None])  # (B, 1, M)
+        x, rotary = self._run_start(inner, self.tokens, self.seen, self.dtype)
+        rings = iter(self.rings)
         for layer in inner.lower_layers:
             x = self._run_layer(layer, x, rotary, next(rings))
         rows = torch.arange(self.batch, device=self.device)
@@ -338,12 +348,11 @@ class DecodingEngine:
         size, length = self.config.chunk_size, cache.num_seen
         states = [layer.state for layer in cache.layers]
         seen = max(length, *(state.length for state in states))
-        assert self.config.head_dim is not None
         for ring, state in zip(self.rings, states, strict=True):
             if ring is None or state.keys is None or state.values is None:
                 continue
             # angles of the places that the kept keys have
-            rotary = self._rotary(torch.arange(seen - state.length, seen, device=self.device))
+            rotary = rotary_of(self.config, torch.arange(seen - state.length, seen, device=self.device), self.dtype)
             ring.load(row, state.keys[0], state.values[0], rotary, seen)
         rest = length % size
         if rest:

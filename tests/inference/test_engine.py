@@ -214,4 +214,4 @@ def test_every_compiled_part_is_one_graph(monkeypatch):
     memory, prompt = model.memorize(document(70)), document(11, seed=3)
     expected = DecodingEngine(model, memory, max_tokens=40).generate([prompt], 9)
     assert DecodingEngine(model, memory, max_tokens=40, compile_layers=True).generate([prompt], 9) == expected
-    assert parts == ["run_layer", "run_queries", "run_window", "run_feed_forward", "run_head"]
+    assert parts == ["run_start", "run_layer", "run_queries", "run_window", "run_feed_forward", "run_head"]

@@ -27,8 +27,8 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # tokens of a question, and steps before the clock starts
 _PROMPT_TOKENS, _WARM_STEPS = 16, 2
-# half of what is read before the clock starts: a segment of reading on a GPU, unless the settings name another
-_WARM_TOKENS = 1 << 16
+# what is read before the clock starts, in segments of reading on a GPU, and such a segment unless the settings name one
+_WARM_SEGMENTS, _WARM_TOKENS = 8, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Recorder:
 
     @torch.no_grad()
     def reading(self, tokens: int) -> tuple[ChunkMemory, list[dict[str, Any]]]:
-        """Memorise random tokens; the memory and its records. On a GPU two segments are read before the clock starts,
-        and what they took, compiling included, is a record of its own."""
+        """Memorise random tokens; the memory and its records. On a GPU eight segments are read before the clock
+        starts, and what they took, compiling included, is a record of its own."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         ids = torch.randint(3, self.model.config.vocab_size, (tokens,), generator=generator, dtype=torch.int32)
         is_gpu = self.device.type == "cuda"
@@ -115,7 +115,7 @@ class Recorder:
         place: Any = {"store": self.settings.store, "format": self.settings.form}
         if is_gpu:
             if not self._is_warm:
-                start, warm = time.perf_counter(), 2 * (self.settings.segment_tokens or _WARM_TOKENS)
+                start, warm = time.perf_counter(), _WARM_SEGMENTS * (self.settings.segment_tokens or _WARM_TOKENS)
                 self._memorize(ids[:warm])
                 found.append(self.record("warmup_s", time.perf_counter() - start, tokens, **place))
                 self._is_warm = tokens >= warm
