@@ -70,7 +70,8 @@ def test_parts_of_a_memory_are_ranked_like_the_whole():
 def test_one_list_that_fits_stays_as_it_is():
     (only,) = scored((5,), (9,))
     indices, scores, weights = combine_topk([only._replace(offset=10)], topk=8)
-    assert torch.equal(indices, torch.where(only.indices < 0, -1, only.indices + 10)) and scores is only.scores
+    assert torch.equal(indices, torch.where(only.indices < 0, -1, only.indices + 10))
+    assert torch.equal(scores, only.scores)
     assert torch.equal(weights > 0, only.indices >= 0)
 
 

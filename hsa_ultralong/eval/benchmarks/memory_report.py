@@ -52,6 +52,11 @@ def _curve_of(record: dict[str, Any]) -> tuple[str, str, str, int]:
     return record["preset"], record["store"], record["dtype"], record["batch"]
 
 
+def _kind_of(preset: str, store: str, dtype: str) -> tuple[str, str, str]:
+    """What has a colour of its own."""
+    return preset, dtype, ", ".join(part for part in store.split(", ") if part.endswith("processes"))
+
+
 def plot_memory(result: dict[str, Any], path: Path) -> None:
     """Tokens read per second, and milliseconds a token decoded by store and form, against the length.
 
@@ -63,8 +68,8 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
     decoding = [record for record in records if record["metric"] == "decode_ms"]
     if not reading and not decoding:
         raise ValueError("the results hold neither reading nor decoding: nothing to plot")
-    # a colour for a model and its form, open markers for several sequences
-    models = sorted({(record["preset"], record["dtype"]) for record in (*reading, *decoding)})
+    # a colour for a model, its form and the processes that share the memory, open markers for several sequences
+    models = sorted({_kind_of(record["preset"], record["store"], record["dtype"]) for record in (*reading, *decoding)})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
     for axes, found in ((left, reading), (right, decoding)):
         for preset, store, dtype, batch in sorted({_curve_of(record) for record in found}):
@@ -72,7 +77,7 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
             label = f"{preset}, {store}, {dtype}" + (f", batch {batch}" if batch > 1 else "")
             axes.plot(
                 *zip(*sorted(points), strict=True), _MARKERS.get(store.split(",")[0], "x"), ms=4.5, label=label,
-                ls="--" if "," in store else "-", color=f"C{models.index((preset, dtype)) % 10}",
+                ls="--" if "," in store else "-", color=f"C{models.index(_kind_of(preset, store, dtype)) % 10}",
                 markerfacecolor="white" if batch > 1 else None,
             )  # fmt: skip
     if reading:

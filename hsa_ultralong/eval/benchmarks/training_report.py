@@ -119,13 +119,18 @@ def plot_training_speed(result: dict[str, Any], path: Path) -> None:
 
 
 def _draw_speed(axes: Axes, records: list[dict[str, Any]]) -> None:
-    """One colour a model and attention, one marker a way to train; a thin line joins the ways."""
+    """One colour a model, attention and number of GPUs, one marker a way to train; where every context was trained in
+    one way only, a thin line joins the ways."""
     ways = sorted({record["parallel"] for record in records}, reverse=True)
-    for number, model in enumerate(sorted({(r["preset"], r["attention"]) for r in records}, reverse=True)):
+    kinds = sorted({(-r["gpus"], r["preset"], r["attention"]) for r in records}, reverse=True)
+    for number, (gpus, *model) in enumerate(kinds):
         mine = sorted(
-            ((r["context"], r["value"], r["parallel"]) for r in records if (r["preset"], r["attention"]) == model),
+            (r["context"], r["value"], r["parallel"])
+            for r in records
+            if (-r["gpus"], r["preset"], r["attention"]) == (gpus, *model)
         )
-        axes.plot([one[0] for one in mine], [one[1] for one in mine], "-", color=f"C{number}", lw=0.8, alpha=0.4)
+        if len({one[0] for one in mine}) == len(mine):
+            axes.plot([one[0] for one in mine], [one[1] for one in mine], "-", color=f"C{number}", lw=0.8, alpha=0.4)
         for way in ways:
             curve = [one[:2] for one in mine if one[2] == way]
             if curve:
