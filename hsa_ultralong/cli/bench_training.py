@@ -23,7 +23,9 @@ def training(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("benchmarks/results"),
     preset_name: Annotated[str, typer.Option("--preset", help="Preset, with random weights.")] = "small_345m",
     contexts: Annotated[str, typer.Option(help="Tokens a row: 8K,16K,32K,128K.")] = "8K,16K,32K,128K",
-    attention: Annotated[str, typer.Option(help="hsa, and full for the full-attention twin.")] = "hsa,full",
+    attention: Annotated[
+        str, typer.Option(help="hsa, and full for its full-attention twin (one process).")
+    ] = "hsa,full",
     batch_tokens: Annotated[str, typer.Option(help="Tokens of an optimiser step.")] = "128K",
     micro_tokens: Annotated[str, typer.Option(help="Tokens of a forward to try; the fastest counts.")] = "16K,32K",
     checkpointing: Annotated[str, typer.Option(help="Activation checkpointing: none or full.")] = "none",
@@ -148,6 +150,8 @@ def _measure_speed(
     from hsa_ultralong.eval.benchmarks.training_ranks import ranks_records
 
     if dist.is_initialized():
+        if "hsa" not in kinds:
+            raise ValueError("under torchrun the model alone is measured: leave --attention out")
         ways = _ways(spread, settings.checkpointing, use_compile, device)
         ranks_records(model, name, ways, settings, device, results.keep, results.say)
         dist.destroy_process_group()
@@ -164,7 +168,7 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
 
     from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, total
     from hsa_ultralong.eval.benchmarks.training_ranks import SPREADS, Way
-    from hsa_ultralong.train.parallelize import clip_gradients, parallelize
+    from hsa_ultralong.train.parallelize import clip_gradients, parallelize, require_all_reduce
 
     world = dist.get_world_size()
 
@@ -182,10 +186,13 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
             f"{kind} {world}" + (", fp32 weights" if dtype else "") if name else "",
             world if name else 1, config.context,
             lambda model: parallelize(model, mesh, config, use_compile=use_compile),
-            (data_rank(mesh), slice_of_row), lambda part: total(part, mesh), clip_gradients,
+            (data_rank(mesh), slice_of_row), lambda part: total(part, mesh), clip_gradients, require_all_reduce,
         )  # fmt: skip
 
-    return [way(name) for name in ("", *(part.strip() for part in names.split(",")))]
+    wanted = [part.strip() for part in names.split(",")]
+    if not all(wanted):
+        raise ValueError(f"--spread takes {', '.join(SPREADS)}, separated by commas; got {names!r}")
+    return [way(name) for name in ("", *wanted)]
 
 
 def _report_training(result: dict[str, Any], path: Path, as_json: bool) -> None:

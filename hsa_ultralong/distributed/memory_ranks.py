@@ -42,8 +42,8 @@ class RankedMemory:
 
     @torch.no_grad()
     def total(self, part: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place where `part` is contiguous."""
-        part = part.contiguous()
+        """Sum over the ranks, in place where `part` is contiguous; no gradient."""
+        part = part.detach().contiguous()
         dist.all_reduce(part, group=self.group)
         return part
 
@@ -55,6 +55,7 @@ class RankedMemory:
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor of every rank, (ranks, ...)."""
         every = tensor.new_empty((dist.get_world_size(self.group), *tensor.shape))
-        # gloo wants the tensors of all ranks behind one another
-        dist.all_gather_into_tensor(every.flatten(0, 1), tensor.contiguous(), group=self.group)
+        # gloo wants the tensors of all ranks behind one another; torch 2.13 gave the call another name
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(every.flatten(0, 1), tensor.contiguous(), group=self.group)
         return every

@@ -14,11 +14,13 @@ from hsa_ultralong.memory.files import (
 )
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.saving import open_memory, save_memory
+from hsa_ultralong.memory.tiers import TieredStore
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 __all__ = [
     "ChunkMemory",
     "LandmarkIndex",
+    "TieredStore",
     "open_memory",
     "save_memory",
     "Column",

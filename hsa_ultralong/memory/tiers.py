@@ -88,6 +88,10 @@ class TieredStore:
             is_wanted = [not wanted for wanted in is_wanted]
         return sum(part.numel() * part.element_size() for part, wanted in zip(parts, is_wanted, strict=True) if wanted)
 
+    def is_on_host(self, chunks: torch.Tensor) -> torch.Tensor:
+        """Whether each of these chunks (any shape) lies in host memory."""
+        return chunks >= self.device_chunks // self.blocks.per_block * self.blocks.per_block
+
     @property
     def num_bytes(self) -> int:
         parts = [*self.blocks.payloads[:1], *self.blocks.scales[:1]]
@@ -132,14 +136,12 @@ class QuantizedLandmarks:
         *,
         visible: ChunkVisibility,
         scale: torch.Tensor | None = None,
-        temperature: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk."""
         part = slice(0, self.num_chunks)
         return chunk_topk_quantized(
-            query, self.payload[:, part], self.scales[:, part], visible, topk=topk, scale=scale,
-            temperature=temperature,
-        )  # fmt: skip
+            query, self.payload[:, part], self.scales[:, part], visible, topk=topk, scale=scale
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -202,7 +202,7 @@ class HSAModel(HSAPreTrainedModel):
 
     def _cache(self, cache: HSACache | None, use_cache: bool | None) -> HSACache | None:
         if cache is not None and not isinstance(cache, HSACache):
-            raise ValueError(f"past_key_values must be an HSACache, got {type(cache).__name__}")
+            raise ValueError(f"a cache (past_key_values) must be an HSACache, got {type(cache).__name__}")
         if cache is not None and self.context_ranks is not None:
             raise ValueError("a row shared over processes (context_ranks) cannot continue a cache")
         if use_cache is None:
@@ -415,8 +415,9 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
 
         With `continue_document=True` the input continues the memory's open document instead, exactly.
         """
-        if "past_key_values" in kwargs:
-            kwargs[CACHE_NAME] = kwargs.pop("past_key_values")
+        cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         if memory is None:
             return super().generate(input_ids, *args, **kwargs)
         from hsa_ultralong.inference import generate_with_memory

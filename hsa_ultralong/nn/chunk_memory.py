@@ -116,7 +116,7 @@ class MemoryRanks(Protocol):
         ...
 
     def total(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over the ranks; may be the tensor itself."""
+        """The sum of a tensor over the ranks; the tensor itself may be overwritten by it."""
         ...
 
 

@@ -117,6 +117,8 @@ class ChunkRetriever(nn.Module):
                     query, view.memory.landmarks.to(query.dtype), view.visible, topk=topk, scale=factor,
                     noise_seed=seed, noise_start=noise_start,
                 )  # fmt: skip
+            if view.ranks is not None and noise_seed is not None:
+                raise ValueError("a memory shared out over processes is for reading: train without noise")
             parts = [(indices, scores, 0)] if view.ranks is None else view.ranks.lists(indices, scores, topk)
             found += [ScoredChunks(chunks, values, offset + first) for chunks, values, first in parts]
             if noise_seed is not None:

@@ -68,7 +68,8 @@ class HierarchicalSparseAttention(nn.Module):
                 first = offset + view.ranks.first
             # ranks that hold no chunk take part in the sum all the same
             part = self._read(q, view, retrieval, first) if view.memory.landmarks.shape[1] else torch.zeros_like(q)
-            part = part if view.ranks is None else view.ranks.total(part)
+            # in one dtype on all ranks, whatever each has read
+            part = part if view.ranks is None else view.ranks.total(part.to(q.dtype))
             # outputs of several memories add up: the fusion weights are already normalised over all of them
             out = part if out is None else out + part
         return torch.zeros_like(q) if out is None else out

@@ -377,6 +377,8 @@ class Trainer:
 
     def _advice(self, what: str, alternative: str = "") -> str:
         finite = "" if alternative else " is not finite"
+        if not self.config.keep_checkpoints:
+            return f"{what}{finite} (step {self.global_step}), and the run keeps no checkpoint: lower the learning rate"
         return (
             f"{what}{finite} (step {self.global_step}); the last checkpoint in {self.run} is intact: {alternative}"
             "lower the learning rate and run again"

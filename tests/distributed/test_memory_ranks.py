@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from hsa_ultralong.inference import append, ask, open_shared, share_out
 from hsa_ultralong.models import HSACache
+from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.testing.processes import launch
 
@@ -63,6 +64,26 @@ def work(rank, world, address, options, lengths):
 @pytest.mark.parametrize("options", ["default", "hsa_only_layer"])
 def test_ranks_together_answer_like_one(tmp_path, world, lengths, options):
     launch(world, tmp_path / "meet", work, tmp_path / "library", MODEL_OPTIONS[options], lengths)
+
+
+def ask_in_another_dtype(rank, world, address):
+    """A memory in bf16 read by a model in fp32; one chunk a token, so that one process reads nothing."""
+    model = tiny_model(chunk_topk=1).float()
+    if rank == 0:
+        model.memorize(document(90)).save(f"{address}.hsa", key_values="bf16")
+    dist.barrier()
+    ids, logits = random_tokens(1, 5, seed=3), []
+    whole = ChunkMemory.load(f"{address}.hsa", store="file")
+    part = share_out(ChunkMemory.load(f"{address}.hsa", store="device", dtype=torch.bfloat16))
+    for memory in (whole, open_shared(f"{address}.hsa", store="file"), part):
+        with torch.no_grad():
+            logits.append(model(ids, past_key_values=HSACache(model.config, library=memory)).logits)
+    for found in logits[1:]:
+        torch.testing.assert_close(found, logits[0], rtol=3e-2, atol=3e-2)
+
+
+def test_ranks_read_a_memory_of_another_dtype(tmp_path):
+    launch(2, tmp_path / "meet", ask_in_another_dtype, tmp_path / "library")
 
 
 def test_sharing_out_needs_a_process_group():

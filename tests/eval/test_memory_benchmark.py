@@ -27,7 +27,7 @@ def records():
 def test_every_metric_of_the_suite_is_measured(records):
     assert {record["metric"] for record in records} == {
         "read_s", "read_tokens_per_s", "peak_host_bytes", "bytes_per_token", "decode_ms", "first_token_s", "save_s",
-        "open_s", "hit_rate", "fetch_fraction",
+        "open_s", "hit_rate", "fetch_fraction", "host_share",
     }  # fmt: skip
     assert {"metric", "preset", "store", "dtype", "tokens", "batch", "value"} == set(records[0])
     decoded = {(r["store"], r["dtype"], r["tokens"], r["batch"]) for r in records if r["metric"] == "decode_ms"}
@@ -35,6 +35,15 @@ def test_every_metric_of_the_suite_is_measured(records):
     assert not any(store == "file" and tokens == 1200 for store, _, tokens, _ in decoded)
     assert all(record["value"] > 0 for record in records)
     assert all(record["value"] <= 1 for record in records if record["metric"] in ("hit_rate", "fetch_fraction"))
+
+
+def test_a_memory_on_tiers_says_how_much_was_read_on_the_host():
+    torch.manual_seed(0)
+    model, found = HSAForCausalLM(preset("debug")).eval(), []
+    settings = MemorySettings(lengths=(900,), steps=2, store="host", key_values="int8", landmarks="int8")
+    memory_records(model, "debug", settings, found.append)
+    values = {record["metric"]: record["value"] for record in found}
+    assert values["host_share"] == 1.0 and values["decode_ms"] > 0
 
 
 def test_a_later_run_replaces_its_own_points_and_keeps_the_others(tmp_path, records):

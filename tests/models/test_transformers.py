@@ -118,6 +118,11 @@ def test_a_cache_goes_by_both_names():
         cache = HSACache(model.config)
         model(tokens[:, :8], **{name: cache})
         torch.testing.assert_close(model(tokens[:, 8:], **{name: cache}).logits, expected, rtol=1e-9, atol=1e-10)
+    whole = generate(model, tokens)
+    for name in ("past_key_values", "cache"):
+        assert torch.equal(generate(model, tokens, **{name: HSACache(model.config)}), whole)
+    with pytest.raises(ValueError, match="name the same thing"):
+        generate(model, tokens, past_key_values=HSACache(model.config), cache=HSACache(model.config))
     with pytest.raises(ValueError, match="name the same thing"):
         model(tokens, past_key_values=HSACache(model.config), cache=HSACache(model.config))
 

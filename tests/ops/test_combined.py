@@ -25,7 +25,6 @@ def scored(widths, chunks, *, batch=2, tokens=3, heads=2, empty=0.3, seed=0, dty
     return lists
 
 
-
 @pytest.mark.parametrize(
     ("widths", "chunks"),
     [((4, 4), (9, 7)), ((8, 1), (8, 5)), ((3, 5, 2), (6, 6, 6)), ((5, 5, 5, 5), (9,) * 4), ((2,) * 6, (4,) * 6)],
@@ -102,5 +101,7 @@ def test_what_the_kernel_does_not_take_is_refused():
     lists = scored((4,), (9,))
     with pytest.raises(ValueError, match="without gradients or rankings"):
         combine_topk(lists, topk=2, rankings=[lists[0].scores], impl="triton")
+    with pytest.raises(ValueError, match="one tensor for each"):
+        combine_topk([*lists, lists[0]], topk=2, rankings=[lists[0].scores])
     with pytest.raises(ValueError, match="at least one list"):
         combine_topk([], topk=2)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from hsa_ultralong.inference import DecodingEngine, open_shared, share_out
-from hsa_ultralong.memory import ChunkMemory, LandmarkIndex, MemoryFile, open_memory
+from hsa_ultralong.memory import ChunkMemory, LandmarkIndex, MemoryFile, TieredStore, open_memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # tokens of a question, and steps before the clock starts
@@ -188,6 +188,11 @@ class Recorder:
                 ("fetch_fraction", misses / max(1, memory.num_chunks)),
             ):
                 found.append(self.record(metric, value, tokens, store=store, format=format, batch=batch))
+        if isinstance(counts, TieredStore):
+            read = torch.cat([indices.flatten() for indices, _ in engine.retrieved])
+            read = read[(read >= 0) & (read < memory.num_chunks)]
+            share = float(counts.is_on_host(read).float().mean()) if len(read) else 0.0
+            found.append(self.record("host_share", share, tokens, store=store, format=format, batch=batch))
         return found
 
     def opening(

@@ -1,12 +1,14 @@
 """Training speed over processes: the same optimiser step in one process and spread over all, on the same machine.
 
 Every process first measures alone, all at once, then all together by every way of spreading a step. The rate is 0, so
-that weights stay and the losses of all ways compare. Records as in training.py, with "scaling": times as fast as one
+that weights stay; ways whose steps have the same rows (batch_tokens fills a forward of every process) have the same
+loss, but for the noise of retrieval. Records as in training.py, with "scaling": times as fast as one
 process. Called by `hsa bench training` under torchrun; tests/eval/test_training_ranks.py.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ class Way:
         spread: changes a model in place, before its optimiser is made.
         place: of this process: (part of the rows, slice of every row).
         total: the sum of a tensor over the processes. clip: (model, largest norm) -> the norm of the whole gradient.
+        sums_next: (model, whether the next backward adds the gradients of copies), as the trainer does.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Way:
     place: tuple[int, int]
     total: Callable[[torch.Tensor], torch.Tensor]
     clip: Callable[[HSAForCausalLM, float], torch.Tensor]
+    sums_next: Callable[[HSAForCausalLM, bool], None]
 
     @property
     def data_world(self) -> int:
@@ -76,7 +80,9 @@ class RankedBench:
 
     def _step(self, own: torch.Tensor, rows: int, labels: int) -> tuple[torch.Tensor, torch.Tensor]:
         loss = torch.zeros((), device=self.device)
-        for part in own.split(rows):
+        parts = own.split(rows)
+        for number, part in enumerate(parts):
+            self.way.sums_next(self.model, number + 1 == len(parts))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 share = self.model(part, labels=part, num_items_in_batch=labels).loss
             share.backward()
@@ -167,5 +173,7 @@ def ranks_records(
             for metric, value in values.items():
                 on_record({"metric": metric, **shared, "value": value})
         del bench
+        # compiled and recomputing layers stand in cycles
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -123,11 +123,12 @@ def _draw_speed(axes: Axes, records: list[dict[str, Any]]) -> None:
     one way only, a thin line joins the ways."""
     ways = sorted({record["parallel"] for record in records}, reverse=True)
     kinds = sorted({(-r["gpus"], r["preset"], r["attention"]) for r in records}, reverse=True)
-    for number, (gpus, *model) in enumerate(kinds):
+    for number, kind in enumerate(kinds):
+        model = kind[1:]
         mine = sorted(
             (r["context"], r["value"], r["parallel"])
             for r in records
-            if (-r["gpus"], r["preset"], r["attention"]) == (gpus, *model)
+            if (-r["gpus"], r["preset"], r["attention"]) == kind
         )
         if len({one[0] for one in mine}) == len(mine):
             axes.plot([one[0] for one in mine], [one[1] for one in mine], "-", color=f"C{number}", lw=0.8, alpha=0.4)

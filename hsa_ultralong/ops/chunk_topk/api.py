@@ -63,7 +63,7 @@ def chunk_topk(
     Returns:
         indices (B, T, Hr, min(K, C)) int32 in descending chunk index (most recent first), empty slots last as -1;
         scores of the same shape, fp32 (fp64 for fp64 inputs), -inf in empty slots, without the noise. Ties go to the
-        lower chunk index. Gradients reach query, landmarks and temperature through the kept pairs only.
+        lower chunk index. Gradients reach query, landmarks, scale and temperature through the kept pairs only.
 
     Raises:
         ValueError: on shapes that do not fit, topk < 1, an unknown impl, or what impl="triton" does not take.

@@ -54,11 +54,14 @@ def combine_topk(
         weights = softmax(scores), 0 in empty slots. Ties go to the lower chunk. Gradients reach the scores.
 
     Raises:
-        ValueError: without lists, for topk < 1, an unknown impl, or what impl="triton" does not take.
+        ValueError: without lists, for topk < 1, rankings that do not fit, an unknown impl, or what impl="triton" does
+            not take.
     """
     if not lists or topk < 1:
         raise ValueError(f"needs at least one list and topk >= 1, got {len(lists)} lists and topk={topk}")
     scores = [one.scores for one in lists]
+    if rankings is not None and [one.shape for one in rankings] != [part.shape for part in scores]:
+        raise ValueError(f"rankings must be one tensor for each of the {len(lists)} lists, of its shape")
     needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in scores)
     entries = sum(part.shape[-1] for part in scores)
     is_plain = rankings is None and not needs_gradient and entries <= MOST_ENTRIES
@@ -72,8 +75,9 @@ def combine_topk(
             )
         from hsa_ultralong.ops.chunk_topk.triton_topk import combine_lists
 
-        while len(lists) > MOST_LISTS:
-            lists = [_joined(lists[:2]), *lists[2:]]
+        surplus = len(lists) - MOST_LISTS
+        if surplus > 0:
+            lists = [_joined(lists[: surplus + 1]), *lists[surplus + 1 :]]
         return combine_lists(lists, topk)
     if len(lists) == 1 and entries <= topk:
         only = _joined(lists)
