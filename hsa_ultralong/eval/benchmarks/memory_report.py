@@ -61,7 +61,7 @@ def _kind_of(preset: str, store: str, dtype: str) -> tuple[str, str, str]:
 # title, unit and metrics of a panel, factor of the values, whether its axis is logarithmic
 _PANELS = (
     ("memorising", "tokens read per second", ("read_tokens_per_s",), 1.0, True),
-    ("memory while memorising", "GiB at the peak", ("peak_device_bytes", "peak_host_bytes"), 2.0**-30, True),
+    ("peak memory", "GiB", ("peak_device_bytes", "peak_host_bytes"), 2.0**-30, True),
     ("decoding on top of the memory", "milliseconds a token", ("decode_ms",), 1.0, False),
     ("chunks read that the cache held", "share", ("hit_rate",), 1.0, False),
 )
