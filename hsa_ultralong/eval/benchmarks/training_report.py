@@ -73,7 +73,10 @@ def _speed_table(result: dict[str, Any]) -> Table:
         shown = ("scaling", "mfu", "peak_bytes", "loss") if has_ranks else ("mfu", "peak_bytes")
         values = [format_value(found[name]) if name in found else "" for name in shown]
         rows = str(next(iter(found.values()))["micro_batch_rows"])
-        table.add_row(f"{preset}, {attention}", parallel, f"{context:,}", rows, speed, *values)
+        # beside ways to spread a step, what is not recomputed goes without saying
+        plain = "checkpointing none"
+        how = {plain: "one process"}.get(parallel, parallel.removesuffix(f", {plain}")) if has_ranks else parallel
+        table.add_row(f"{preset}, {attention}", how, f"{context:,}", rows, speed, *values)
     return table
 
 
