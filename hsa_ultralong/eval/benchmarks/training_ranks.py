@@ -50,7 +50,8 @@ class Way:
 
 
 class Speed(NamedTuple):
-    """tokens_per_s: of all processes, by the mean of their times. peak_bytes: of this process. loss, grad_norm: of the step."""
+    """tokens_per_s: of all processes, by the mean of their times. peak_bytes: of this process. loss, grad_norm: of the
+    step."""
 
     tokens_per_s: float
     peak_bytes: int
