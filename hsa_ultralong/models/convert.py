@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from hsa_ultralong.models.causal_lm import HSAForCausalLM
 from hsa_ultralong.models.configuration_hsa import HSAConfig
-from hsa_ultralong.models.modeling_hsa import HSAForCausalLM
 from hsa_ultralong.nn.rotary import SCALING_KEYS
 
 SOURCES = ("llama", "mistral", "qwen2", "qwen3")
