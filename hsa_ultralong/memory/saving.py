@@ -5,18 +5,15 @@ Called by ChunkMemory.save and ChunkMemory.load and by inference/library.py; tes
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hsa_ultralong.memory.columns import from_payload, memory_spec, to_columns
-from hsa_ultralong.memory.files import MemoryFile, MemoryFileError, MemoryWriter
-from hsa_ultralong.memory.files.durable import WriterLock, clear_errors, sync_folder
+from hsa_ultralong.memory.files import MemoryFile, MemoryWriter
+from hsa_ultralong.memory.files.housekeeping import new_folder
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, QuantizedLandmarks, TieredStore
@@ -103,7 +100,7 @@ def save_memory(
         is_composable=memory.is_composable,
         metadata=metadata,
     )
-    with _new_folder(Path(path)) as partial, MemoryWriter.create(partial, spec) as writer:
+    with new_folder(Path(path), "saving") as partial, MemoryWriter.create(partial, spec) as writer:
         for document in memory.documents:
             id = writer.begin_document(document.name)
             # an open document may be too short for a chunk
@@ -120,27 +117,6 @@ def save_memory(
             else:
                 writer.close_document(id)
         writer.commit()
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder that takes the name `path` when the block is done; what a killed block left is removed."""
-    target = path.absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise MemoryFileError(f"{target} exists already; choose another name")
-    partial = target.with_name(f".{target.name}.partial")
-    with clear_errors(target, "saving"):
-        if partial.exists():
-            # left by a killed save, unless one is running
-            WriterLock.acquire(partial).release()
-            shutil.rmtree(partial)
-        try:
-            yield partial
-            os.rename(partial, target)
-            sync_folder(target.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
 
 def open_memory(

@@ -105,6 +105,8 @@ def die_at(step: int, calls: list[str] | None = None) -> None:
 
         def call(*arguments: object, **options: object) -> object:
             nonlocal count
+            if name == "open" and not arguments[1] & os.O_CREAT:
+                return original(*arguments, **options)
             if calls is not None:
                 calls.append(name)
             if count == step:
@@ -271,16 +273,16 @@ def test_every_file_is_on_disk_before_the_manifest_names_it(tmp_path, monkeypatc
                 for name in os.listdir(descriptor)
             )
 
-    def checking_replace(source, target):
+    def checking_replace(source, target, *, src_dir_fd, dst_dir_fd):
         nonlocal checked
-        assert os.stat(source).st_ino in synced, "renamed before it was synced"
+        assert os.stat(source, dir_fd=src_dir_fd).st_ino in synced, "renamed before it was synced"
         if str(target).endswith("manifest.json"):
-            for name in durable_names(source):
+            for name in durable_names(path / source):
                 inode = os.stat(path / name).st_ino
                 if inode not in known:
                     assert inode in synced and -inode in synced, name
                     checked += 1
-        replace(source, target)
+        replace(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
     def durable_names(source) -> set[str]:
         from hsa_ultralong.memory.files.manifest import decode
@@ -337,10 +339,10 @@ def test_staged_chunks_survive_a_failed_commit(tmp_path, monkeypatch):
         replace = os.replace
         for failing in ("safetensors", "pages.json", "manifest.json"):
 
-            def full(source, target, failing=failing):
+            def full(source, target, failing=failing, **folders):
                 if str(target).endswith(failing):
                     raise OSError(errno.ENOSPC, "No space left on device")
-                replace(source, target)
+                replace(source, target, **folders)
 
             with monkeypatch.context() as patch:
                 patch.setattr(os, "replace", full)
@@ -356,8 +358,8 @@ def test_an_interrupt_right_after_the_manifest_was_replaced_loses_nothing(tmp_pa
     path = build(tmp_path / "a.hsa", [[1]])
     replace = os.replace
 
-    def interrupted(source, target):
-        replace(source, target)
+    def interrupted(source, target, **folders):
+        replace(source, target, **folders)
         if str(target).endswith("manifest.json"):
             raise KeyboardInterrupt
 

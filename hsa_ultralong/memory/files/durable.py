@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hsa_ultralong.memory.files.folder import FILE_FLAGS, is_same_file, open_file, parent_of
 from hsa_ultralong.memory.files.spec import MemoryFileError
 
 logger = logging.getLogger(__name__)
@@ -39,24 +40,35 @@ def clear_errors(path: Path, doing: str) -> Iterator[None]:
             raise MemoryFileError(
                 f"{path}: too many open files while {doing}; raise the limit (ulimit -n) or compact the memory"
             ) from error
-        raise MemoryFileError(f"{path}: failed while {doing}: {error.strerror or error}") from error
+        name = f"{error.filename} " if isinstance(error.filename, str) and error.filename != str(path) else ""
+        raise MemoryFileError(f"{path}: failed while {doing}: {name}{error.strerror or error}") from error
 
 
-def write_file(path: Path, pieces: Iterable[Buffer]) -> None:
-    """Write a complete new file, on disk before its name appears; the caller syncs the folder afterwards."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
+def write_file(folder: Path, name: str, pieces: Iterable[Buffer]) -> None:
+    """Write a complete new file, on disk before its name appears; the caller syncs the folder afterwards.
+
+    A file of that name is replaced, never changed: what is hard-linked elsewhere stays there as it was.
+    """
+    with parent_of(folder, name) as (parent, leaf):
+        temporary = leaf + TEMPORARY
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | FILE_FLAGS
         try:
-            for piece in pieces:
-                write_all(descriptor, piece)
-            _sync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        remove_file(temporary)
-        raise
+            descriptor = os.open(temporary, flags, 0o644, dir_fd=parent)
+        except FileExistsError:
+            # left by a killed writer; of a link the link goes, not what it points to
+            os.unlink(temporary, dir_fd=parent)
+            descriptor = os.open(temporary, flags, 0o644, dir_fd=parent)
+        try:
+            try:
+                for piece in pieces:
+                    write_all(descriptor, piece)
+                _sync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, leaf, src_dir_fd=parent, dst_dir_fd=parent)
+        except BaseException:
+            _unlink(temporary, parent, folder)
+            raise
 
 
 def write_all(descriptor: int, data: Buffer) -> None:
@@ -66,35 +78,36 @@ def write_all(descriptor: int, data: Buffer) -> None:
         rest = rest[os.write(descriptor, rest[:_WRITE_BYTES]) :]
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def make_folder(folder: Path, name: str) -> None:
+    """Make a folder inside the memory's; one that is there already stays, a link is refused."""
+    with parent_of(folder, name) as (parent, leaf), suppress(FileExistsError):
+        os.mkdir(leaf, dir_fd=parent)
+    with parent_of(folder, f"{name}/."):
+        pass
 
 
-def remove_file(path: Path) -> None:
+def sync_folder(folder: Path, name: str = "") -> None:
+    """Make the names in a folder, or in the folder `name` of it, durable."""
+    with parent_of(folder, f"{name}/." if name else ".") as (parent, _):
+        os.fsync(parent)
+
+
+def remove_file(folder: Path, name: str) -> None:
     """Remove a file that is no longer needed; what cannot be removed is left to the next writer."""
     try:
-        os.unlink(path)
+        with parent_of(folder, name) as (parent, leaf):
+            _unlink(leaf, parent, folder)
+    except OSError as error:
+        logger.warning("cannot remove %s: %s", folder / name, error)
+
+
+def _unlink(leaf: str, parent: int, folder: Path) -> None:
+    try:
+        os.unlink(leaf, dir_fd=parent)
     except FileNotFoundError:
         pass
     except OSError as error:
-        logger.warning("cannot remove %s: %s", path, error)
-
-
-def read_bytes(descriptor: int, offset: int, count: int) -> bytes:
-    """Up to `count` bytes at `offset`; fewer only at the end of the file."""
-    parts = []
-    while count:
-        part = os.pread(descriptor, count, offset)
-        if not part:
-            break
-        parts.append(part)
-        offset, count = offset + len(part), count - len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        logger.warning("cannot remove %s of %s: %s", leaf, folder, error)
 
 
 def _sync(descriptor: int) -> None:
@@ -110,7 +123,8 @@ def _sync(descriptor: int) -> None:
 class WriterLock:
     """The right to change a memory: an flock on `writer.lock`, released by the kernel when the process dies."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, folder: Path, descriptor: int) -> None:
+        self._folder = folder
         self._descriptor: int | None = descriptor
         self._process = os.getpid()
 
@@ -122,6 +136,11 @@ class WriterLock:
         """Whether this process, not one that it was forked from, may write."""
         return self._descriptor is not None and self._process == os.getpid()
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether `writer.lock` is still the file that is locked: without it another writer can begin."""
+        return self._descriptor is not None and is_same_file(self._descriptor, self._folder, LOCK_FILE)
+
     @staticmethod
     def acquire(folder: Path) -> WriterLock:
         """Take the lock or refuse at once.
@@ -129,27 +148,32 @@ class WriterLock:
         Raises:
             MemoryFileError: another writer has the memory open; the message names its process.
         """
-        path = folder / LOCK_FILE
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-                os.close(descriptor)
-                raise MemoryFileError(
-                    f"{folder} is being written by process {owner or 'unknown'}; a memory has one writer at a time, "
-                    "wait until it is done or open the memory for reading"
-                ) from error
-            except OSError:
-                os.close(descriptor)
-                raise
+            with parent_of(folder, LOCK_FILE) as (parent, leaf):
+                descriptor = open_file(parent, leaf, os.O_RDWR | os.O_CREAT)
+                try:
+                    lock = WriterLock(folder, descriptor)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    is_shared = os.fstat(descriptor).st_nlink > 1
+                    if is_shared and lock.is_in_place:
+                        # hard-linked elsewhere, by a copy of the folder for example: it is not ours to write to
+                        os.unlink(leaf, dir_fd=parent)
+                except BlockingIOError as error:
+                    owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+                    lock.release()
+                    raise MemoryFileError(
+                        f"{folder} is being written by process {owner if owner.isdecimal() else 'unknown'}; a memory "
+                        "has one writer at a time, wait until it is done or open the memory for reading"
+                    ) from error
+                except BaseException:
+                    lock.release()
+                    raise
             # Between open and flock the folder may have been removed or renamed and made anew.
-            if _is_same_file(descriptor, path):
+            if not is_shared and lock.is_in_place:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-                return WriterLock(descriptor)
-            os.close(descriptor)
+                return lock
+            lock.release()
 
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""
@@ -159,9 +183,3 @@ class WriterLock:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    return False

@@ -1,20 +1,36 @@
 """What a memory folder contains besides its current generation: leftovers of killed writers, strangers, gaps.
 
-Called by writer.py; tests/memory/test_files_crash.py, tests/memory/test_files_refusals.py.
+Called by writer.py, transfer.py and saving.py; tests/memory/test_files_crash.py, tests/memory/test_files_refusals.py.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from hsa_ultralong.memory.files.durable import LOCK_FILE, TEMPORARY, remove_file
-from hsa_ultralong.memory.files.manifest import FILE, Manifest
+from hsa_ultralong.memory.files.durable import (
+    LOCK_FILE,
+    TEMPORARY,
+    WriterLock,
+    clear_errors,
+    make_folder,
+    remove_file,
+    sync_folder,
+)
+from hsa_ultralong.memory.files.folder import parent_of
+from hsa_ultralong.memory.files.manifest import FILE, Manifest, generation_on_disk
 from hsa_ultralong.memory.files.shard import FOLDER
 from hsa_ultralong.memory.files.spec import MemoryFileError
 
-_OURS = re.compile(r"(\d{6,}\.safetensors|\d{6,}\.pages\.json|continuation-\d+\.safetensors|manifest\.json)(\.tmp)?")
+# by the folder inside the memory's, "" for the memory's own
+_OURS = {
+    "": re.compile(r"(continuation-\d{6,}\.safetensors|manifest\.json)(\.tmp)?", re.ASCII),
+    FOLDER: re.compile(r"\d{6,}\.(safetensors|pages\.json)(\.tmp)?", re.ASCII),
+}
 
 
 def require_empty(folder: Path) -> None:
@@ -26,39 +42,79 @@ def require_empty(folder: Path) -> None:
     names = sorted(entry.name for entry in folder.iterdir() if entry.name not in (LOCK_FILE, FILE + TEMPORARY))
     if FILE in names:
         raise MemoryFileError(f"{folder} holds a memory already; open it, or choose another name")
-    if names and (names != [FOLDER] or any((folder / FOLDER).iterdir())):
+    if names and (names != [FOLDER] or _names(folder, FOLDER)):
         raise MemoryFileError(f"{folder} is not empty ({names[0]}); choose another name, or empty the folder")
 
 
-def require_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse to go on with a memory that lacks files; pages of shards are not read.
+def require_own_generation(folder: Path, lock: WriterLock, stamp: bytes) -> None:
+    """Refuse to write where another writer was: one can begin when `writer.lock` or the folder is taken away.
+
+    Args:
+        stamp: `generation_on_disk` of the writer's last generation.
 
     Raises:
-        MemoryFileError: a file of this generation is missing, truncated, or (page tables, continuation) damaged.
+        MemoryFileError: the lock file is another one or gone, or another generation is on disk.
     """
-    sizes = {record.file: record.num_bytes for record in manifest.shards}
-    sums = {record.pages_file: record.sha256 for record in manifest.shards}
-    if manifest.continuation is not None:
-        sums[manifest.continuation.file] = manifest.continuation.sha256
-    for name in sorted(manifest.files()):
-        path = folder / name
-        if not path.is_file():
-            problem = "is missing"
-        elif name in sizes and path.stat().st_size != sizes[name]:
-            problem = f"has {path.stat().st_size:,} bytes, not {sizes[name]:,}"
-        elif name in sums and hashlib.sha256(path.read_bytes()).hexdigest() != sums[name]:
-            problem = "is damaged (its checksum differs)"
-        else:
-            continue
-        raise MemoryFileError(f"{path} {problem}; restore the memory from a copy or build it again")
+    if not lock.is_in_place:
+        what = "writer.lock, or the whole folder, was removed or replaced"
+    elif generation_on_disk(folder) != stamp:
+        what = "another writer committed"
+    else:
+        return
+    raise MemoryFileError(
+        f"{folder}: {what} while the memory was open for writing; nothing more is written by this writer, open the "
+        "memory again and repeat the change"
+    )
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> None:
     """Remove temporary files and what no manifest names; files that are not ours stay."""
+    make_folder(folder, FOLDER)
     wanted = manifest.files() | {FILE}
-    for directory, prefix in ((folder, ""), (folder / FOLDER, f"{FOLDER}/")):
-        if directory.is_dir():
-            for entry in directory.iterdir():
-                if _OURS.fullmatch(entry.name) and prefix + entry.name not in wanted:
-                    remove_file(entry)
-    (folder / FOLDER).mkdir(exist_ok=True)
+    for inside, pattern in _OURS.items():
+        prefix = f"{inside}/" if inside else ""
+        for name in _names(folder, inside):
+            if pattern.fullmatch(name) and prefix + name not in wanted:
+                remove_file(folder, prefix + name)
+
+
+@contextmanager
+def new_folder(path: Path, doing: str) -> Iterator[Path]:
+    """A folder that takes the name `path` when the block is done; what a killed block left is removed.
+
+    Raises:
+        MemoryFileError: something is there already, or is in the way of the unfinished folder `.NAME.partial`.
+    """
+    target = path.absolute()
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise MemoryFileError(f"{target} exists already; choose another name")
+    partial = target.with_name(f".{target.name}.partial")
+    with clear_errors(target, doing):
+        if os.path.lexists(partial):
+            _require_partial(partial)
+            # left by a killed block, unless one is running
+            WriterLock.acquire(partial).release()
+            shutil.rmtree(partial)
+        try:
+            yield partial
+            os.rename(partial, target)
+            sync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _require_partial(folder: Path) -> None:
+    """Refuse to remove what is not a memory that was being written."""
+    known = {LOCK_FILE, FOLDER}
+    is_ours = folder.is_dir() and not folder.is_symlink()
+    is_ours = is_ours and all(name in known or _OURS[""].fullmatch(name) for name in os.listdir(folder))
+    if is_ours and os.path.lexists(folder / FOLDER):
+        is_ours = all(_OURS[FOLDER].fullmatch(name) for name in _names(folder, FOLDER))
+    if not is_ours:
+        raise MemoryFileError(f"{folder} is in the way and no unfinished memory; remove it, or choose another name")
+
+
+def _names(folder: Path, inside: str) -> list[str]:
+    with parent_of(folder, f"{inside}/." if inside else ".") as (descriptor, _):
+        return os.listdir(descriptor)

@@ -6,8 +6,7 @@ verified now, pages of the others when first used. docs/memory-format.md; tests/
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_safetensors
 
+from hsa_ultralong.memory.files.continuation import Continuation, read_continuation
 from hsa_ultralong.memory.files.durable import clear_errors
-from hsa_ultralong.memory.files.manifest import ContinuationRecord, Manifest, read_manifest
+from hsa_ultralong.memory.files.manifest import Manifest, read_manifest
 from hsa_ultralong.memory.files.shard import Shard, ShardDamage, shard_layout
 from hsa_ultralong.memory.files.spec import Damage, MemoryDocument, MemoryFileError, MemorySpec
 
 Progress = Callable[[int, int], None]
-Continuation = tuple[dict[str, torch.Tensor], dict[str, Any]]
-CONTINUATION_KEY = "hsa"
 _MAX_RETRIES = 20
+# what is wrong with one file, not with the machine or the whole folder
+_BAD_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO)
 
 
 class MemoryFile:
@@ -197,7 +196,7 @@ class MemoryFile:
             raise ValueError(f"chunks must be (n,) numbers within 0..{self.num_chunks - 1}")
         shape = (len(numbers), *kind.shape)
         if out is None:
-            out = torch.empty(shape, dtype=kind.dtype)
+            out = self._room(column, len(numbers))
         elif out.shape != shape or out.dtype != kind.dtype or out.device.type != "cpu" or not out.is_contiguous():
             raise ValueError(f"out must be a contiguous host tensor {shape} {kind.dtype}, got {tuple(out.shape)}")
         if column in self._residents:
@@ -248,8 +247,7 @@ class MemoryFile:
         return self.spec.columns[name]
 
     def _read(self, column: str, first: int, stop: int) -> torch.Tensor:
-        kind = self._column(column)
-        out = torch.empty((stop - first, *kind.shape), dtype=kind.dtype)
+        out = self._room(column, stop - first)
         if stop > first:
             low = np.searchsorted(self._extent_start, first, side="right") - 1
             high = np.searchsorted(self._extent_start, stop, side="left")
@@ -259,6 +257,16 @@ class MemoryFile:
             starts[0] = first
             self._gather(column, shards.tolist(), rows.tolist(), np.diff(starts, append=stop).tolist(), out)
         return out
+
+    def _room(self, column: str, count: int) -> torch.Tensor:
+        kind = self._column(column)
+        try:
+            return torch.empty((count, *kind.shape), dtype=kind.dtype)
+        except RuntimeError as error:
+            raise MemoryFileError(
+                f"{self.path}: {count:,} chunks of column {column!r} need {count * kind.row_bytes:,} bytes of memory, "
+                "which there are not; read fewer at a time, or use a machine with more"
+            ) from error
 
     def _gather(
         self, column: str, shards: list[int], rows: list[int], counts: list[int] | None, out: torch.Tensor
@@ -331,36 +339,29 @@ def _open_files(path: Path, manifest: Manifest, found: list[Damage]) -> tuple[di
     for record in manifest.shards:
         try:
             shards[record.number] = Shard.open(path, record, manifest.spec)
-        except FileNotFoundError as error:
+        except OSError as error:
             name = record.pages_file if str(error.filename).endswith(".json") else record.file
-            gone = ShardDamage(name, None, "is missing", 0, record.num_bytes)
-            found.append(name_documents(manifest, gone))
+            found.append(name_documents(manifest, ShardDamage(name, None, _why_not_opened(error), 0, record.num_bytes)))
         except ShardDamage as error:
             found.append(name_documents(manifest, error))
     state = None
     if manifest.continuation is not None:
         try:
             state = read_continuation(path, manifest.continuation)
-        except (FileNotFoundError, MemoryFileError) as error:
-            what = "is missing" if isinstance(error, FileNotFoundError) else str(error)
+        except (OSError, MemoryFileError) as error:
+            what = _why_not_opened(error) if isinstance(error, OSError) else str(error)
             open_document = manifest.open_document
             assert open_document is not None
             found.append(Damage(manifest.continuation.file, None, what, (open_document.label,), (open_document.id,)))
     return shards, state
 
 
-def read_continuation(path: Path, record: ContinuationRecord) -> Continuation:
-    """Read and check a continuation file.
-
-    Raises:
-        FileNotFoundError: it is gone.
-        MemoryFileError: it is damaged.
-    """
-    data = (path / record.file).read_bytes()
-    if hashlib.sha256(data).hexdigest() != record.sha256:
-        raise MemoryFileError("the checksum differs")
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return load_safetensors(data), json.loads(header["__metadata__"][CONTINUATION_KEY])
+def _why_not_opened(error: OSError) -> str:
+    if error.errno not in _BAD_FILE:
+        raise error
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return str(error.strerror) if error.errno == errno.ELOOP else f"cannot be opened: {error.strerror}"
 
 
 def name_documents(manifest: Manifest, error: ShardDamage) -> Damage:

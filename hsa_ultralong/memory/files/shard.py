@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hsa_ultralong.memory.files.durable import Buffer, read_bytes, remove_file, write_file
+from hsa_ultralong.memory.files.durable import Buffer, remove_file, write_file
+from hsa_ultralong.memory.files.fields import one_of, parse_json, require, rows, table, whole
+from hsa_ultralong.memory.files.folder import open_to_read, read_bytes, read_file
 from hsa_ultralong.memory.files.spec import DTYPE_NAMES, MemorySpec
 
 PAGE_BYTES = 2**20
@@ -137,7 +139,7 @@ def write_shard(
 
     sums = PageSums()
     record = ShardRecord(number, num_chunks, layout.num_bytes, "")
-    write_file(folder / record.file, sums.passing(pieces()))
+    write_file(folder, record.file, sums.passing(pieces()))
     return write_page_table(folder, record, sums.finish())
 
 
@@ -146,19 +148,48 @@ def write_page_table(folder: Path, record: ShardRecord, sums: Sequence[int]) -> 
     body = {"crc32": list(sums), "num_bytes": record.num_bytes, "page_bytes": PAGE_BYTES}
     data = json.dumps(body, separators=(",", ":")).encode("ascii") + b"\n"
     try:
-        write_file(folder / record.pages_file, [data])
+        write_file(folder, record.pages_file, [data])
     except BaseException:
         # Useless without its table.
-        remove_file(folder / record.file)
+        remove_file(folder, record.file)
         raise
     return ShardRecord(record.number, record.num_chunks, record.num_bytes, hashlib.sha256(data).hexdigest())
+
+
+def read_page_table(folder: Path, record: ShardRecord) -> list[int]:
+    """The CRC-32 of every page of a shard.
+
+    Raises:
+        FileNotFoundError: the table is gone.
+        ShardDamage: it is damaged, or not one for a file of this size.
+    """
+    # at most ten digits and a comma each; a larger file is not read to its end
+    data = read_file(folder, record.pages_file, 11 * record.num_pages + 100)
+    count = record.num_pages
+    fields = {
+        "crc32": rows(whole(0, 2**32 - 1), count, count),
+        "num_bytes": one_of([record.num_bytes]),
+        "page_bytes": one_of([PAGE_BYTES]),
+    }
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        what = "the page table's checksum differs"
+        raise ShardDamage(record.pages_file, None, what, 0, record.num_bytes)
+    try:
+        value = parse_json(data)
+        require(table(fields), value, "table")
+    except ValueError as error:
+        what = f"the page table is not that of the shard: {error}"
+        raise ShardDamage(record.pages_file, None, what, 0, record.num_bytes) from error
+    return value["crc32"]
 
 
 class Shard:
     """An open shard. It stays readable when its name is gone; the file closes with the last reference."""
 
-    def __init__(self, record: ShardRecord, layout: ShardLayout, descriptor: int, sums: Sequence[int]) -> None:
-        self.record, self.layout, self.descriptor, self.sums = record, layout, descriptor, sums
+    def __init__(self, record: ShardRecord, layout: ShardLayout, descriptor: int) -> None:
+        """descriptor: of a file whose size was found to be `record.num_bytes`."""
+        self.record, self.layout, self.descriptor = record, layout, descriptor
+        self.sums: Sequence[int] = ()
         self._is_verified: np.ndarray = np.zeros(record.num_pages, dtype=bool)
 
     def __del__(self) -> None:
@@ -172,18 +203,16 @@ class Shard:
             FileNotFoundError: it is gone (a newer generation does not need it, or it is lost).
             ShardDamage: it is truncated, or table or header are damaged.
         """
-        descriptor = os.open(folder / record.file, os.O_RDONLY | os.O_CLOEXEC)
-        shard = Shard(record, shard_layout(spec, record.num_chunks), descriptor, ())
+        descriptor = open_to_read(folder, record.file)
+        # before memory is taken for what the manifest says
         size = os.fstat(descriptor).st_size
-        if size != record.num_bytes or size != shard.layout.num_bytes:
+        if size != record.num_bytes:
+            os.close(descriptor)
             kind = "truncated" if size < record.num_bytes else "changed"
             what = f"{kind}: it has {size:,} bytes, the manifest says {record.num_bytes:,}"
             raise ShardDamage(record.file, None, what, min(size, record.num_bytes), record.num_bytes)
-        table = (folder / record.pages_file).read_bytes()
-        if hashlib.sha256(table).hexdigest() != record.sha256:
-            what = "the page table's checksum differs"
-            raise ShardDamage(record.pages_file, None, what, 0, record.num_bytes)
-        shard.sums = json.loads(table)["crc32"]
+        shard = Shard(record, shard_layout(spec, record.num_chunks), descriptor)
+        shard.sums = read_page_table(folder, record)
         header = shard.layout.header
         if read_bytes(descriptor, 0, len(header)) != header:
             raise ShardDamage(record.file, 0, "the header differs", 0, record.num_bytes)

@@ -14,6 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.memory.files.fields import (
+    flag,
+    free_object,
+    mapping,
+    one_of,
+    parse_json,
+    require,
+    rows,
+    shown,
+    table,
+    text,
+    whole,
+)
+
 # The names of the safetensors format.
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -30,6 +44,31 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 NAMES_IN_A_MESSAGE = 3
+# of one chunk in all columns
+LARGEST_ROW = 2**40
+
+
+def _column_name(value: Any) -> str | None:
+    # safetensors keeps `__metadata__` for itself
+    is_name = type(value) is str and value.isidentifier() and len(value) <= 100 and value != "__metadata__"
+    return None if is_name else f" must be an identifier of at most 100 characters, got {shown(value)}"
+
+
+SPEC = table(
+    {
+        "chunk_size": whole(1, 2**31 - 1),
+        "columns": mapping(
+            _column_name,
+            table({"shape": rows(whole(1, LARGEST_ROW), 0, 16), "dtype": one_of(DTYPES), "resident": flag}),
+            1,
+            100,
+        ),
+        "fingerprint": text(),
+        "tokenizer": text(),
+        "is_composable": flag,
+        "metadata": free_object,
+    }
+)
 
 
 class MemoryFileError(ValueError):
@@ -62,8 +101,10 @@ class Column:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         if self.dtype not in DTYPE_NAMES:
             raise ValueError(f"a column's dtype must be one of {', '.join(map(str, DTYPE_NAMES))}; got {self.dtype}")
-        if any(size < 1 for size in self.shape):
-            raise ValueError(f"a column's shape must be positive, got {self.shape}")
+        if any(size < 1 for size in self.shape) or self.row_bytes > LARGEST_ROW:
+            raise ValueError(
+                f"a column's shape must be positive and take at most {LARGEST_ROW:,} bytes, got {self.shape}"
+            )
 
     @property
     def row_bytes(self) -> int:
@@ -113,7 +154,8 @@ class MemorySpec:
         metadata: free JSON (model name, dtype of the weights).
 
     Raises:
-        ValueError: no columns, a chunk size below 1, a column name that is no identifier, or metadata that is no JSON.
+        ValueError: no columns, a chunk size below 1, a column name that is no identifier, metadata that is no JSON, or
+            anything that SPEC does not take.
     """
 
     chunk_size: int
@@ -124,14 +166,10 @@ class MemorySpec:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be >= 1, got {self.chunk_size}")
-        if not self.columns:
-            raise ValueError("a memory needs at least one column")
-        for name in self.columns:
-            if not name.isidentifier():
-                raise ValueError(f"a column's name must be an identifier, got {name!r}")
         object.__setattr__(self, "metadata", as_json_object(self.metadata, "metadata"))
+        require(SPEC, self.to_json(), "a memory's spec")
+        if self.row_bytes > LARGEST_ROW:
+            raise ValueError(f"a chunk has {self.row_bytes:,} bytes, at most {LARGEST_ROW:,} are allowed")
 
     @property
     def row_bytes(self) -> int:
@@ -154,18 +192,12 @@ class MemorySpec:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> MemorySpec:
+        """The spec in an object that SPEC takes."""
         columns = {
-            name: Column(tuple(column["shape"]), DTYPES[column["dtype"]], bool(column["resident"]))
+            name: Column(tuple(column["shape"]), DTYPES[column["dtype"]], column["resident"])
             for name, column in value["columns"].items()
         }
-        return MemorySpec(
-            int(value["chunk_size"]),
-            columns,
-            str(value["fingerprint"]),
-            str(value["tokenizer"]),
-            bool(value["is_composable"]),
-            value["metadata"],
-        )
+        return MemorySpec(**{**value, "columns": columns})
 
     def require_compatible(self, other: MemorySpec, who: str) -> None:
         """Refuse chunks of `other` (called `who` in the message) in a memory of this kind; metadata may differ.
@@ -248,9 +280,11 @@ def as_json_object(value: Mapping[str, Any], what: str) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{what} must be a JSON object with string keys, got {type(value).__name__}")
     try:
-        return dict(json.loads(json.dumps(dict(value), allow_nan=False)))
-    except (TypeError, ValueError) as error:
+        copy = dict(parse_json(json.dumps(dict(value), allow_nan=False).encode("ascii")))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} must be JSON: {error}") from error
+    require(free_object, copy, what)
+    return copy
 
 
 def splice(extents: Sequence[Extent], first: int, stop: int, new: Sequence[Extent]) -> tuple[Extent, ...]:

@@ -63,8 +63,8 @@ class Staging:
         """Remove shards that turned out not to be needed."""
         for record in records:
             self.written.remove(record)
-            remove_file(self._folder / record.file)
-            remove_file(self._folder / record.pages_file)
+            remove_file(self._folder, record.file)
+            remove_file(self._folder, record.pages_file)
 
 
 def check_columns(spec: MemorySpec, columns: Mapping[str, torch.Tensor]) -> int:

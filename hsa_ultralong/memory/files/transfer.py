@@ -7,20 +7,13 @@ line; tests/memory/test_files_writing.py, test_files_refusals.py, test_files_cra
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hsa_ultralong.memory.files.durable import (
-    WriterLock,
-    clear_errors,
-    read_bytes,
-    remove_file,
-    sync_folder,
-    write_file,
-)
+from hsa_ultralong.memory.files.durable import clear_errors, remove_file, write_file
+from hsa_ultralong.memory.files.folder import read_bytes
+from hsa_ultralong.memory.files.housekeeping import new_folder
 from hsa_ultralong.memory.files.manifest import Manifest
 from hsa_ultralong.memory.files.reader import MemoryFile, Progress
 from hsa_ultralong.memory.files.shard import PAGE_BYTES, PageSums, Shard, ShardRecord, write_page_table
@@ -125,9 +118,6 @@ def export_memory(
         MemoryFileError: the folder exists, the model depends on the order of chunks, an open document that would not
             be the last, damage, or no space.
     """
-    target = Path(path).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise MemoryFileError(f"{target} exists already; choose another name")
     selected = file.documents if documents is None else tuple(file.document(id) for id in documents)
     if len({document.id for document in selected}) != len(selected):
         raise ValueError("documents must be different, got one twice")
@@ -136,26 +126,15 @@ def export_memory(
     for document in selected[:-1]:
         if document.is_open:
             raise MemoryFileError(f"{document.label} is open and must be the last of the new memory; close it first")
-    require_undamaged(file, "exporting")
-    partial = target.with_name(f".{target.name}.partial")
-    with clear_errors(target, "exporting"):
-        if partial.exists():
-            # Left by a killed export, unless one is running.
-            WriterLock.acquire(partial).release()
-            shutil.rmtree(partial)
-        try:
-            with MemoryWriter.create(partial, file.spec, shard_bytes=shard_bytes) as writer:
-                for document in copy_documents(writer, file, selected, progress):
-                    writer.adopt_document(document)
-                state = file.continuation()
-                if writer.open_document is not None and state is not None:
-                    writer.set_continuation(*state)
-                writer.commit(build_state=file.build_state if documents is None else None)
-            os.rename(partial, target)
-            sync_folder(target.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with new_folder(Path(path), "exporting") as partial:
+        require_undamaged(file, "exporting")
+        with MemoryWriter.create(partial, file.spec, shard_bytes=shard_bytes) as writer:
+            for document in copy_documents(writer, file, selected, progress):
+                writer.adopt_document(document)
+            state = file.continuation()
+            if writer.open_document is not None and state is not None:
+                writer.set_continuation(*state)
+            writer.commit(build_state=file.build_state if documents is None else None)
 
 
 def copy_documents(
@@ -196,9 +175,10 @@ def _copy_shard(writer: MemoryWriter, shard: Shard) -> ShardRecord:
         for offset in range(0, size, PAGE_BYTES):
             yield read_bytes(shard.descriptor, offset, min(PAGE_BYTES, size - offset))
 
-    write_file(writer.path / record.file, sums.passing(pieces()))
+    writer.require_own_generation()
+    write_file(writer.path, record.file, sums.passing(pieces()))
     if sums.finish() != list(shard.sums):
-        remove_file(writer.path / record.file)
+        remove_file(writer.path, record.file)
         raise MemoryFileError(f"{shard.record.file} changed while it was copied; verify the memory")
     record = write_page_table(writer.path, record, shard.sums)
     writer.staging.written.append(record)

@@ -6,8 +6,6 @@ table, and `compact` frees the room. docs/memory-format.md; tests/memory/test_fi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_safetensors
 
-from hsa_ultralong.memory.files.durable import WriterLock, clear_errors, remove_file, sync_folder, write_file
-from hsa_ultralong.memory.files.housekeeping import remove_leftovers, require_empty, require_files
-from hsa_ultralong.memory.files.manifest import FILE, ContinuationRecord, Manifest, read_manifest, write_manifest
-from hsa_ultralong.memory.files.reader import CONTINUATION_KEY, MemoryFile, Progress, require_fingerprint
+from hsa_ultralong.memory.files.continuation import encode_continuation, write_continuation
+from hsa_ultralong.memory.files.durable import WriterLock, clear_errors, make_folder, remove_file, sync_folder
+from hsa_ultralong.memory.files.fields import require
+from hsa_ultralong.memory.files.housekeeping import remove_leftovers, require_empty, require_own_generation
+from hsa_ultralong.memory.files.manifest import (
+    DOCUMENT,
+    FILE,
+    ContinuationRecord,
+    Manifest,
+    document_fields,
+    generation_on_disk,
+    read_manifest,
+    write_manifest,
+)
+from hsa_ultralong.memory.files.reader import MemoryFile, Progress
 from hsa_ultralong.memory.files.shard import FOLDER
 from hsa_ultralong.memory.files.spec import Extent, MemoryDocument, MemoryFileError, MemorySpec, as_json_object, splice
 from hsa_ultralong.memory.files.staging import SHARD_BYTES, Staging, check_columns
@@ -37,7 +45,7 @@ class MemoryWriter:
     def __init__(self, path: Path, lock: WriterLock, manifest: Manifest, shard_bytes: int) -> None:
         self.path, self.shard_bytes = path, shard_bytes
         self._lock = lock
-        self._committed = manifest
+        self._committed, self._stamp = manifest, generation_on_disk(path)
         self._documents: dict[int, MemoryDocument] = {}
         # bytes that are to be written, the record of the file that stays, or None
         self._continuation: bytes | ContinuationRecord | None = None
@@ -71,7 +79,7 @@ class MemoryWriter:
             lock = WriterLock.acquire(folder)
             try:
                 require_empty(folder)
-                (folder / FOLDER).mkdir(exist_ok=True)
+                make_folder(folder, FOLDER)
                 write_manifest(folder, Manifest(spec))
                 sync_folder(folder)
                 sync_folder(folder.absolute().parent)
@@ -92,9 +100,9 @@ class MemoryWriter:
         with clear_errors(folder, "opening the memory for writing"):
             lock = WriterLock.acquire(folder)
             try:
-                manifest = read_manifest(folder)
-                require_fingerprint(folder, manifest.spec, fingerprint)
-                require_files(folder, manifest)
+                # every file of this generation is there, of the right size, with right page tables and headers
+                with MemoryFile.open_unverified(folder, fingerprint) as file:
+                    manifest = file.manifest
                 remove_leftovers(folder, manifest)
                 return MemoryWriter(folder, lock, manifest, shard_bytes)
             except BaseException:
@@ -159,9 +167,8 @@ class MemoryWriter:
         if self.open_document is not None:
             raise ValueError(f"{self.open_document.label} is still open; close it with close_document first")
         id = self._next_document
-        document = MemoryDocument(id, name, as_json_object(metadata or {}, "metadata"), is_open=True)
+        self._put(MemoryDocument(id, name, as_json_object(metadata or {}, "metadata"), is_open=True))
         self._next_document += 1
-        self._put(document)
         return id
 
     def append_chunks(self, id: int, columns: Mapping[str, torch.Tensor], num_tokens: int) -> None:
@@ -196,6 +203,7 @@ class MemoryWriter:
             raise ValueError(f"num_tokens must be >= 0, got {num_tokens}")
         new: tuple[Extent, ...] = ()
         if columns is not None and check_columns(self.spec, columns):
+            self.require_own_generation()
             with clear_errors(self.path, "writing a shard"):
                 new = self.staging.add(columns)
         self._put(replace(document, extents=splice(document.extents, first, stop, new), num_tokens=num_tokens))
@@ -206,8 +214,8 @@ class MemoryWriter:
         Raises:
             ValueError: unknown document, or `metadata` is no JSON.
         """
-        document = replace(self._document(id), metadata=as_json_object(metadata, "metadata"))
         self._require_lock()
+        document = replace(self._document(id), metadata=as_json_object(metadata, "metadata"))
         self._documents[id], self._is_changed = document, True
 
     def close_document(self, id: int) -> None:
@@ -271,10 +279,7 @@ class MemoryWriter:
         self._require_lock()
         if self.open_document is None:
             raise ValueError("a continuation needs an open document; call begin_document or reopen_document first")
-        text = json.dumps(as_json_object(metadata or {}, "metadata"), separators=(",", ":"))
-        # safetensors refuses views into one storage.
-        copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        self._continuation = save_safetensors(copies, {CONTINUATION_KEY: text})
+        self._continuation = encode_continuation(tensors, metadata or {})
         self._is_continuation_stale, self._is_changed = False, True
 
     def clear_continuation(self) -> None:
@@ -292,8 +297,8 @@ class MemoryWriter:
 
         Raises:
             ValueError: the open document changed after its continuation was set, or `build_state` is no JSON.
-            MemoryFileError: nothing could be written; memory and staged changes are as before, so commit again
-                or discard.
+            MemoryFileError: nothing could be written, or another writer was here since the lock was removed; memory and
+                staged changes are as before, so commit again or discard.
         """
         from hsa_ultralong.memory.files.transfer import fold_small_shards
 
@@ -315,6 +320,7 @@ class MemoryWriter:
                 "the open document changed after its continuation was set; call set_continuation or "
                 "clear_continuation before commit"
             )
+        self.require_own_generation()
         with clear_errors(self.path, "committing"):
             self.staging.flush()
             manifest = replace(
@@ -330,22 +336,26 @@ class MemoryWriter:
             sync_folder(self.path / FOLDER)
             # The names of what the manifest refers to must be on disk before the manifest.
             sync_folder(self.path)
-            write_manifest(self.path, manifest)
+            self.require_own_generation()
+            self._stamp = write_manifest(self.path, manifest)
             obsolete = (self._committed.files() | self._staged_files()) - manifest.files()
             self._committed = manifest
             self._adopt(manifest)
             sync_folder(self.path)
         for name in obsolete:
-            remove_file(self.path / name)
+            remove_file(self.path, name)
         return self.generation
 
     def discard(self) -> None:
         """Drop all changes since the last commit, and the shards written for them."""
         if self._lock.is_held and (self._is_changed or self._next_shard != self._committed.next_shard):
-            # What counts is the disk: an interrupt may have come just after the manifest was replaced.
-            self._committed = read_manifest(self.path)
+            # What counts is the disk: an interrupt may have come just after the manifest was replaced. Without the
+            # lock file the files may be another writer's.
+            if is_ours := self._lock.is_in_place:
+                self._committed, self._stamp = read_manifest(self.path), generation_on_disk(self.path)
             self._adopt(self._committed)
-            remove_leftovers(self.path, self._committed)
+            if is_ours:
+                remove_leftovers(self.path, self._committed)
 
     def compact(self, progress: Progress | None = None) -> int:
         """Free the bytes of deleted and replaced chunks for good; returns how many bytes the memory lost.
@@ -375,8 +385,8 @@ class MemoryWriter:
     def adopt_document(self, document: MemoryDocument) -> int:
         """Add a record whose chunks are staged already, under a new id, at the end (for merging and exporting)."""
         id = self._next_document
-        self._next_document += 1
         self._put(replace(document, id=id))
+        self._next_document += 1
         return id
 
     def move_chunks(self, id: int, extents: Sequence[Extent]) -> None:
@@ -407,8 +417,14 @@ class MemoryWriter:
         if not self._lock.is_held:
             raise ValueError(f"this writer of {self.path} was closed, or belongs to a parent process; open a new one")
 
+    def require_own_generation(self) -> None:
+        """Refuse to write where another writer was: see housekeeping.require_own_generation."""
+        self._require_lock()
+        require_own_generation(self.path, self._lock, self._stamp)
+
     def _put(self, document: MemoryDocument) -> None:
         self._require_lock()
+        require(DOCUMENT, document_fields(document), document.label)
         self._documents[document.id] = document
         self._is_changed = True
         if document.is_open and self._continuation is not None:
@@ -421,6 +437,4 @@ class MemoryWriter:
         data = self._continuation
         if not isinstance(data, bytes):
             return data
-        name = f"continuation-{self.generation + 1:06d}.safetensors"
-        write_file(self.path / name, [data])
-        return ContinuationRecord(name, len(data), hashlib.sha256(data).hexdigest())
+        return write_continuation(self.path, self.generation + 1, data)
