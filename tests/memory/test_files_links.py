@@ -130,12 +130,12 @@ def copy(path: Path) -> None:
 
 def test_what_is_not_a_file_is_named_as_what_it_is(place):
     path, outside = place
-    for kind, word in ((to_file, "is a link"), (fifo, "is a pipe"), (listening, "is a socket"), (in_a_folder, "is a folder")):
+    for kind, word in ((to_file, "a link"), (fifo, "a pipe"), (listening, "a socket"), (in_a_folder, "a folder")):
         shutil.rmtree(path)
         build(path, [[1]])
         (path / "shards/000001.safetensors").unlink()
         kind(path / "shards/000001.safetensors", outside)
-        with pytest.raises(MemoryFileError, match=rf"000001\.safetensors: {word}, not a plain file .*: 'd0'"):
+        with pytest.raises(MemoryFileError, match=rf"000001\.safetensors: is {word}, not a plain file .*: 'd0'"):
             MemoryFile.open(path)
         assert [damage.documents for damage in verify_memory(path)] == [("'d0'",)]
 
