@@ -1,15 +1,14 @@
 """Resumable checkpoints: every process writes its own part of weights and optimiser state while training goes on.
 
 A checkpoint is a folder `step-<n>`: safetensors files of torch.distributed.checkpoint, one a process, and state.json
-(format version, position in the run, random state, size and SHA-256 of every file). It is written beside its final
-name and renamed when all is on disk, so what carries the name is whole. Any number of processes reads it, whatever the
-number that wrote it. No file is a pickle: DCP's own files are, its Hugging Face form is not. Called by loop.py;
+(state.py: position in the run, size and SHA-256 of every file). It is written beside its final name and renamed when
+all is on disk, so what carries the name is whole. Any number of processes reads it, whatever the number that wrote it.
+No file is a pickle: DCP's own files are, its Hugging Face form is not. Called by loop.py;
 tests/train/test_checkpoint.py.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -26,15 +25,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hsa_ultralong.data.checksum import file_record
+from hsa_ultralong.data.files import open_regular, write_whole
 from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
+from hsa_ultralong.train.state import STATE_FILE, advice, encode_state, list_checkpoints, read_state
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-_STATE = "state.json"
 _OPTIMIZER = "optimizer/"
 # what one host writes may show up late on another
 _VISIBLE_SECONDS = 30.0
@@ -78,8 +78,10 @@ class Checkpoints:
         self._is_distributed = dist.is_initialized()
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if self._is_distributed else (0, 1)
         # saving goes on beside training: its exchanges must not mix with the others'
-        self._group = patient_group()
+        self.group = patient_group()
         self._pending: Future[Path] | None = None
+        # the newest checkpoint as far as this process knows
+        self.last: Path | None = None
         self._check_shared()
         # one process is no mistake
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -87,9 +89,9 @@ class Checkpoints:
     def _check_shared(self) -> None:
         if not self._is_distributed:
             return
-        mark = self.run / on_first(lambda: f".shared-{uuid.uuid4().hex}", self._group)
-        on_first(mark.touch, self._group)
-        sees = everywhere(lambda: _appears(mark), self._group)
+        mark = self.run / on_first(lambda: f".shared-{uuid.uuid4().hex}", self.group)
+        on_first(mark.touch, self.group)
+        sees = everywhere(lambda: _appears(mark), self.group)
         if self._rank == 0:
             mark.unlink()
         if not all(sees):
@@ -100,7 +102,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, the same one on every process; None if there is none."""
-        name = on_first(lambda: max((path.name for path in list_checkpoints(self.run)), default=None), self._group)
+        name = on_first(lambda: max((path.name for path in list_checkpoints(self.run)), default=None), self.group)
         return None if name is None else self.folder / name
 
     def save(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], *, wait: bool) -> None:
@@ -114,9 +116,9 @@ class Checkpoints:
         self.wait()
         final = self.folder / f"step-{state['global_step']:08d}"
         partial = self.folder / f".partial-{final.name}"
-        on_first(self._make_room, self._group)
+        on_first(self._make_room, self.group)
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._is_distributed}
+        options: dict[str, Any] = {"process_group": self.group, "no_dist": not self._is_distributed}
         written = dcp.async_save(dict(tensors), storage_writer=writer, **options)
         assert isinstance(written, Future)
         executor = ThreadPoolExecutor(1)
@@ -129,32 +131,34 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         # what an interrupted save left behind would keep its room on a full disk
         for stale in self.folder.glob(".partial-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+            if stale.is_symlink():
+                stale.unlink()
+            else:
+                shutil.rmtree(stale, ignore_errors=True)
 
     def _finish(self, written: Future[Any], partial: Path, final: Path, state: dict[str, Any]) -> Path:
         """Once the files of all processes are on disk, the checkpoint gets its name; it ends alike on all processes."""
         try:
             written.result()
             # every process surely sees what it wrote itself
-            listings = everywhere(lambda: [file.name for file in partial.iterdir()], self._group)
+            listings = everywhere(lambda: [file.name for file in partial.iterdir()], self.group)
             own = sorted({name for names in listings for name in names})[self._rank :: self._world]
-            parts = everywhere(lambda: {name: file_record(partial / name) for name in own}, self._group)
+            parts = everywhere(lambda: {name: file_record(partial / name) for name in own}, self.group)
             files = dict(sorted(item for part in parts for item in part.items()))
-            on_first(
-                lambda: self._publish(partial, final, {"format": FORMAT_VERSION, "files": files, **state}), self._group
-            )
+            on_first(lambda: self._publish(partial, final, {"files": files, **state}), self.group)
         except (Exception, CheckpointException) as error:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             saved = list_checkpoints(self.run)
             kept = f"the last one, {saved[-1].name}, is intact" if saved else "there is none before it"
-            advice = "make room or permit writing there and run the same command again"
-            raise CheckpointError(f"checkpoint {final} could not be written ({cause}); {kept}; {advice}") from error
+            remedy = "make room or permit writing there and run the same command again"
+            raise CheckpointError(f"checkpoint {final} could not be written ({cause}); {kept}; {remedy}") from error
+        self.last = final
         return final
 
     def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
-        _write_json(partial / _STATE, state)
+        write_whole(partial / STATE_FILE, encode_state(state))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in list_checkpoints(self.run)[: -self.keep]:
@@ -175,6 +179,11 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._pending is not None and not self._pending.done()
+
     def load(self, path: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
         """Read weights and optimiser state into `model` and `optimizers`; returns the rest of the state.
 
@@ -184,24 +193,50 @@ class Checkpoints:
         state = read_state(path)
         own = sorted(state["files"])[self._rank :: self._world]
         parts = everywhere(
-            lambda: [name for name in own if not _is_whole(path / name, state["files"][name])], self._group
+            lambda: [name for name in own if not _is_whole(path / name, state["files"][name])], self.group
         )
         if damaged := [name for part in parts for name in part]:
-            raise ValueError(
-                f"checkpoint file {path / damaged[0]} is missing, truncated or corrupt; delete {path} to use an "
-                "older one"
-            )
-        stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-        shapes = {name: tuple(entry.size) for name, entry in stored.items()}  # type: ignore[union-attr]
+            raise ValueError(f"checkpoint file {path / damaged[0]} is missing, truncated or corrupt; {advice(path)}")
+        shapes = _stored_shapes(path)
         targets = model_tensors(model)
         _check_fit({name: size for name, size in shapes.items() if not name.startswith(_OPTIMIZER)}, targets)
         slots = _optimizer_slots(model, optimizers, shapes)
         targets.update({name: tensor for name, (_, _, _, tensor) in slots.items()})
         reader = HuggingFaceStorageReader(str(path))
-        dcp.load(targets, storage_reader=reader, process_group=self._group, no_dist=not self._is_distributed)
+        dcp.load(targets, storage_reader=reader, process_group=self.group, no_dist=not self._is_distributed)
         for optimizer, parameter, key, tensor in slots.values():
             optimizer.state[parameter][key] = tensor
+        broken = everywhere(lambda: [name for name, tensor in targets.items() if not _is_finite(tensor)], self.group)
+        if names := [name for part in broken for name in part]:
+            raise ValueError(f"checkpoint {path} holds numbers that are not finite ({names[0]}); {advice(path)}")
+        self.last = path
         return state
+
+
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a checkpoint, all of whose parts are there.
+
+    Raises:
+        ValueError: a file is no safetensors file, or lacks a part.
+    """
+    try:
+        stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        shapes = {}
+        for name, entry in stored.items():
+            assert isinstance(entry, TensorStorageMetadata)
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise ValueError(f"{name} is not whole")
+            shapes[name] = tuple(entry.size)
+    # whatever a file that follows no rule makes the reader stumble over
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"checkpoint {path} cannot be read ({cause}); {advice(path)}") from error
+    return shapes
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return not local.is_floating_point() or bool(torch.isfinite(local).all())
 
 
 def _optimizer_slots(
@@ -214,7 +249,12 @@ def _optimizer_slots(
         if not name.startswith(_OPTIMIZER):
             continue
         key, _, parameter_name = name.removeprefix(_OPTIMIZER).partition("/")
-        parameter = parameters[parameter_name]
+        parameter = parameters.get(parameter_name)
+        if parameter is None or parameter not in owner or shape not in ((), tuple(parameter.shape)):
+            raise ValueError(
+                f"checkpoint does not fit the model: no optimiser here keeps {name} of shape {shape}; go on with the "
+                "settings of the command that wrote it"
+            )
         optimizer = owner[parameter]
         if shape == tuple(parameter.shape) and key != "step":
             tensor = torch.zeros_like(parameter, requires_grad=False)
@@ -222,7 +262,20 @@ def _optimizer_slots(
             is_fused = optimizer.defaults.get("fused")
             tensor = torch.zeros(shape, device=parameter.device if is_fused else "cpu")
         slots[name] = (optimizer, parameter, key, tensor)
+    _check_complete(slots)
     return slots
+
+
+def _check_complete(slots: Mapping[str, tuple[torch.optim.Optimizer, torch.nn.Parameter, str, torch.Tensor]]) -> None:
+    """Every parameter of an optimiser that has a state at all has all of it."""
+    wanted: dict[torch.optim.Optimizer, set[str]] = {}
+    found: dict[torch.nn.Parameter, set[str]] = {}
+    for optimizer, parameter, key, _ in slots.values():
+        wanted.setdefault(optimizer, set()).add(key)
+        found.setdefault(parameter, set()).add(key)
+    for name, (optimizer, parameter, _, _) in slots.items():
+        if missing := sorted(wanted[optimizer] - found[parameter]):
+            raise ValueError(f"checkpoint does not fit the model: beside {name} it lacks {missing[0]}")
 
 
 def _check_fit(stored: Mapping[str, tuple[int, ...]], own: Mapping[str, torch.Tensor]) -> None:
@@ -253,30 +306,6 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
         target.copy_(source)
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folder = run / "checkpoints"
-    return sorted(path for path in folder.glob("step-*") if (path / _STATE).is_file()) if folder.is_dir() else []
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint.
-
-    Raises:
-        ValueError: if it is unreadable or of another format.
-    """
-    try:
-        state = json.loads((path / _STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint {path} has no readable {_STATE} ({error}); use an older checkpoint") from error
-    if state.get("format") != FORMAT_VERSION:
-        raise ValueError(
-            f"checkpoint {path} has format {state.get('format')}, this version reads {FORMAT_VERSION}: finish the run "
-            "with the version that began it, or start a new one from its exported model with --init-from"
-        )
-    return state
-
-
 def _appears(file: Path) -> bool:
     """Whether the file is there, perhaps after a while."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
@@ -289,13 +318,7 @@ def _appears(file: Path) -> bool:
 
 def _is_whole(file: Path, expected: dict[str, Any]) -> bool:
     try:
+        os.close(open_regular(file, os.O_RDONLY | os.O_NOFOLLOW))
         return file.stat().st_size == expected["bytes"] and file_record(file) == expected
-    except OSError:
+    except (OSError, ValueError):
         return False
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -14,7 +14,7 @@ from hsa_ultralong.distributed.mesh import ParallelConfig
 FULL_COVERAGE = 0
 _SCHEDULES = ("constant", "linear", "cosine")
 _POOLS = ("", "attended", "compete")
-_OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon")
 _ON_SPIKE = ("stop", "warn")
 
 
@@ -170,7 +170,7 @@ class TrainConfig:
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name, choices in (("optimizer", _OPTIMIZERS), ("on_spike", _ON_SPIKE)):
+        for name, choices in (("optimizer", OPTIMIZERS), ("on_spike", _ON_SPIKE)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name in ("seed", "keep_checkpoints"):

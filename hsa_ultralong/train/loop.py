@@ -18,7 +18,7 @@ import torch
 
 from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards
 from hsa_ultralong.data.seeds import namespaced_rng
-from hsa_ultralong.distributed.mesh import build_mesh, data_rank, data_world, total
+from hsa_ultralong.distributed.mesh import build_mesh, data_rank, data_world, everywhere, total
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.train.activations import activation_context
@@ -28,7 +28,6 @@ from hsa_ultralong.train.checkpoint import (
     load_weights,
     model_tensors,
     optimizer_tensors,
-    read_state,
 )
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
 from hsa_ultralong.train.freezing import freeze_memory
@@ -36,12 +35,10 @@ from hsa_ultralong.train.metrics import (
     Listener,
     Meter,
     RetrievalStatistics,
-    RunLog,
     SpikeGuard,
     open_writers,
     peak_flops,
     training_flops,
-    write_settings,
 )
 from hsa_ultralong.train.optim import build_optimizers
 from hsa_ultralong.train.parallelize import (
@@ -52,9 +49,11 @@ from hsa_ultralong.train.parallelize import (
     require_all_reduce,
     synchronize_buffers,
 )
+from hsa_ultralong.train.run_folder import RunFolder, RunLog, write_settings
 from hsa_ultralong.train.schedule import learning_rate
 from hsa_ultralong.train.segmented import segmented_loss_backward
-from hsa_ultralong.train.stages import enter_stage
+from hsa_ultralong.train.stages import check_stage, enter_stage
+from hsa_ultralong.train.state import read_state
 
 logger = logging.getLogger(__name__)
 # (model in eval mode, tokens a row) -> needle_accuracy and what else was measured
@@ -68,12 +67,15 @@ class TrainingDiverged(RuntimeError):
 class Trainer:
     """Runs the stages of `config`, in one process or in all that torchrun started (distributed.mesh).
 
+    No other process can train in the folder of the run from now on until `train` returns.
+
     Args:
         run: folder of the run, the same one for all processes: config.json, log.jsonl, checkpoints/, tensorboard/.
         shards, tokenizer: tokenised corpus and its tokenizer.
         device: of this process.
         probe: measures needle accuracy at a length; called with the model in eval mode, on every process.
         listener: called with every log record, on the first process.
+        folder: of `run`, if the caller holds it already, who then gives it back.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Trainer:
         device: str | torch.device = "cpu",
         probe: Probe | None = None,
         listener: Listener | None = None,
+        folder: RunFolder | None = None,
     ) -> None:
         self.config, self.run, self.shards, self.tokenizer = config, run, shards, tokenizer
         self.device, self.probe, self.listener = torch.device(device), probe, listener
@@ -113,14 +116,18 @@ class Trainer:
         self.last: dict[str, torch.Tensor] = {}
         self.meter = Meter()
         self.guard = SpikeGuard(config.spike_threshold, config.spike_steps)
-        run.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(run, config.keep_checkpoints)
-        self.resumed_from = self._resume()
-        self.log = RunLog(run, self.global_step) if self.is_first else None
+        self.log: RunLog | None = None
         self.writers: list[Listener] = []
-        if self.is_first:
-            made = {stage.name: mix.synthetic_share for stage, mix in zip(config.stages, self.mixtures, strict=True)}
-            write_settings(run, {**as_dict(config), "synthetic_share": made}, is_resumed=self.resumed_from is not None)
+        self._is_own = folder is None
+        self.folder = RunFolder(run) if folder is None else folder
+        if not self.folder.is_held:
+            self.folder.take()
+        try:
+            self.checkpoints = Checkpoints(run, config.keep_checkpoints)
+            self.resumed_from = self._resume()
+        except BaseException:
+            self._let_go()
+            raise
 
     @property
     def topk(self) -> int:
@@ -128,29 +135,8 @@ class Trainer:
         return self.preset.chunk_topk
 
     def _checked_mixture(self, index: int) -> MixtureConfig:
-        stage, parallel, size = self.config.stages[index], self.config.parallel, self.preset.chunk_size
-        stage.forward_rows(data_world(self.mesh))
-        if stage.seq_len % (parallel.context * size):
-            raise ValueError(
-                f"stage {stage.name!r}: seq_len={stage.seq_len} must be a multiple of chunk_size={size} times "
-                f"parallel.context={parallel.context}"
-            )
-        if stage.segment_tokens and (parallel.context > 1 or stage.segment_tokens % size):
-            raise ValueError(
-                f"stage {stage.name!r}: segment_tokens must be a multiple of chunk_size={size}, "
-                "and needs parallel.context=1"
-            )
-        if self.config.freeze_memory and stage.sliding_window not in (0, self.preset.sliding_window):
-            raise ValueError(
-                f"stage {stage.name!r}: freeze_memory keeps the window that memories were built with, "
-                f"{self.preset.sliding_window}; leave sliding_window={stage.sliding_window} out"
-            )
-        if stage.segment_tokens and parallel.offload_activations:
-            raise ValueError(
-                f"stage {stage.name!r}: parallel.offload_activations acts on whole rows; with segment_tokens take "
-                "segment_offload=true instead"
-            )
-        return stage_mixture(self.config, index, size)
+        check_stage(self.config, index, self.preset, data_world(self.mesh))
+        return stage_mixture(self.config, index, self.preset.chunk_size)
 
     def _check_data(self, final: int) -> None:
         """The shards have what the stages to come need, such as documents that are long enough."""
@@ -160,6 +146,35 @@ class Trainer:
             except ValueError as error:
                 raise ValueError(f"stage {self.config.stages[index].name!r}: {error}") from error
 
+    def _hold(self) -> None:
+        """Take the run folder again, after it was given back.
+
+        Raises:
+            ValueError: another process trains there, or has done so meanwhile.
+        """
+        if self.folder.is_held:
+            return
+        self.folder.take()
+        if self.checkpoints.newest() != self.checkpoints.last:
+            self._let_go()
+            raise ValueError(
+                f"another process went on with {self.run} meanwhile: make a new Trainer to go on from there"
+            )
+
+    def _let_go(self) -> None:
+        """Give the run folder back, unless a checkpoint is still being written into it."""
+        if self._is_own and not (hasattr(self, "checkpoints") and self.checkpoints.is_pending):
+            self.folder.release()
+
+    def _begin(self) -> None:
+        """Settings and log, written once nothing can be refused any more."""
+        if self.is_first:
+            self.log = RunLog(self.run, self.global_step)
+            shares = zip(self.config.stages, self.mixtures, strict=True)
+            made = {stage.name: mixture.synthetic_share for stage, mixture in shares}
+            settings = {**as_dict(self.config), "synthetic_share": made}
+            write_settings(self.run, settings, is_resumed=self.resumed_from is not None)
+
     def _resume(self) -> Path | None:
         """Go on from the newest checkpoint; returns it."""
         newest = self.checkpoints.newest()
@@ -168,7 +183,7 @@ class Trainer:
         before = read_state(newest)
         kind, begun = before["optimizer"], before.get("stages", [])
         names = [stage.name for stage in self.config.stages]
-        if begun != names[: len(begun)]:
+        if begun != names[: len(begun)] or before["stage_index"] > len(names):
             raise ValueError(
                 f"checkpoint {newest} has gone through the stages {', '.join(begun)}, this run has {', '.join(names)}: "
                 "stages may be added after those, not before"
@@ -203,6 +218,8 @@ class Trainer:
                 raise TrainingDiverged(self._advice(f"{what} {value.item()}"))
         if not self.config.keep_checkpoints:
             return
+        was_held = self.folder.is_held
+        self._hold()
         state = {
             "stage_index": self.stage_index,
             "step": self.step,
@@ -214,7 +231,11 @@ class Trainer:
             "guard": self.guard.state(),
         }
         tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizers)}
-        self.checkpoints.save(tensors, state, wait=wait)
+        try:
+            self.checkpoints.save(tensors, state, wait=wait)
+        finally:
+            if not was_held:
+                self._let_go()
 
     def train(self, *, max_minutes: float = math.inf, last_stage: str | None = None) -> bool:
         """Train until the stages are done, `max_minutes` are over or `should_stop` is set; saves before returning.
@@ -223,8 +244,16 @@ class Trainer:
         """
         deadline = time.monotonic() + 60 * max_minutes
         final = len(self.config.stages) - 1 if last_stage is None else self.config.stage(last_stage)
+        self._hold()
+        try:
+            self._check_data(final)
+            everywhere(self._begin, self.checkpoints.group)
+            return self._train(final, deadline)
+        finally:
+            self._let_go()
+
+    def _train(self, final: int, deadline: float) -> bool:
         config = self.config
-        self._check_data(final)
         if self.is_first and self.stage_index <= final:
             self.writers = open_writers(self.run, config, self.global_step)
         while self.stage_index <= final:

@@ -5,7 +5,6 @@ All of it reads the device only when a log line is written. Called by loop.py; t
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -224,55 +223,3 @@ def open_writers(run: Path, config: TrainConfig, last_step: int) -> list[Listene
         )
         writers.append(lambda record: session.log(scalars(record), step=record["global_step"]))
     return writers
-
-
-def write_settings(run: Path, settings: dict[str, Any], *, is_resumed: bool) -> None:
-    """config.json of a run; a resumed run warns of what its last command set otherwise."""
-    file, partial = run / "config.json", run / ".partial-config.json"
-    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    if is_resumed and file.is_file():
-        try:
-            old = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            logger.warning("%s cannot be read, it is written anew", file)
-        else:
-            if changes := _changes(old, json.loads(partial.read_text(encoding="utf-8"))):
-                logger.warning("the run goes on with other settings than before: %s", "; ".join(changes))
-    partial.replace(file)
-
-
-def _changes(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two settings: "warmup.tokens: 100 -> 200"."""
-    if path == "stages":
-        old, new = ({stage["name"]: stage for stage in stages} for stages in (old, new))
-        path = ""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*new, *(old.keys() - new.keys())]
-        return [part for name in names for part in _changes(old.get(name), new.get(name), f"{path}.{name}".strip("."))]
-    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
-
-
-class RunLog:
-    """log.jsonl of a run, one record a line.
-
-    Args:
-        last_step: of the checkpoint that the run goes on from; records of later steps are dropped, as a run that died
-            takes these steps again.
-    """
-
-    def __init__(self, run: Path, last_step: int) -> None:
-        self.path = run / "log.jsonl"
-        if not self.path.is_file():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # a line without its end was cut off while it was written
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["global_step"] <= last_step]
-        if kept != lines:
-            partial = self.path.with_name(".partial-log.jsonl")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self.path)
-
-    def write(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")

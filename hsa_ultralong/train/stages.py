@@ -1,11 +1,42 @@
-"""What a stage changes in the model: how many chunks a token keeps, how far windows reach, noise (paper sec. 3.2)."""
+"""What a stage needs, and what it changes in the model: how many chunks a token keeps, how far windows reach, noise
+(paper sec. 3.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
-from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig
+from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig
+
+
+def check_stage(config: TrainConfig, index: int, preset: HSAConfig, data_world: int) -> None:
+    """Stage `index` can run with the rest of the run, on `data_world` processes that have rows of their own.
+
+    Raises:
+        ValueError: it cannot; naming the stage.
+    """
+    stage, parallel, size = config.stages[index], config.parallel, preset.chunk_size
+    stage.forward_rows(data_world)
+    if stage.seq_len % (parallel.context * size):
+        raise ValueError(
+            f"stage {stage.name!r}: seq_len={stage.seq_len} must be a multiple of chunk_size={size} times "
+            f"parallel.context={parallel.context}"
+        )
+    if stage.segment_tokens and (parallel.context > 1 or stage.segment_tokens % size):
+        raise ValueError(
+            f"stage {stage.name!r}: segment_tokens must be a multiple of chunk_size={size}, "
+            "and needs parallel.context=1"
+        )
+    if config.freeze_memory and stage.sliding_window not in (0, preset.sliding_window):
+        raise ValueError(
+            f"stage {stage.name!r}: freeze_memory keeps the window that memories were built with, "
+            f"{preset.sliding_window}; leave sliding_window={stage.sliding_window} out"
+        )
+    if stage.segment_tokens and parallel.offload_activations:
+        raise ValueError(
+            f"stage {stage.name!r}: parallel.offload_activations acts on whole rows; with segment_tokens take "
+            "segment_offload=true instead"
+        )
 
 
 def enter_stage(model: HSAForCausalLM, stages: Sequence[StageConfig], index: int, preset: HSAConfig) -> None:

@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_older_one_works(tiny_ru
     else:
         content[len(content) // 2] ^= 1
         file.write_bytes(content if damage == "flip" else content[:100])
-    words = {"format": "format 1, this version reads 2", "state": "state.json"}.get(damage, file.name)
+    words = {"format": "format 1, this version reads 2 and 3", "state": "state.json"}.get(damage, file.name)
     with pytest.raises(ValueError, match=words):
         tiny_runs.trainer(tmp_path)
     shutil.rmtree(newest)
@@ -167,7 +167,7 @@ def fill_disk(monkeypatch, where):
     if where == "tensors":
         monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
     else:
-        monkeypatch.setattr("hsa_ultralong.train.checkpoint.os.fsync", full)
+        monkeypatch.setattr("hsa_ultralong.train.checkpoint.write_whole", full)
 
 
 @pytest.mark.parametrize("where", ["tensors", "state"])
@@ -250,4 +250,4 @@ def test_state_json_describes_every_file(tiny_runs, tmp_path):
     (saved,) = list_checkpoints(tmp_path)
     state = json.loads((saved / "state.json").read_text())
     assert set(state["files"]) == {file.name for file in saved.glob("*.safetensors")}
-    assert (state["format"], state["global_step"], state["stage_index"], state["step"]) == (2, 3, 1, 0)
+    assert (state["format"], state["global_step"], state["stage_index"], state["step"]) == (3, 3, 1, 0)

@@ -11,7 +11,8 @@ from hsa_ultralong.models.accounting import flops_per_token
 from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.train import TrainingDiverged
 from hsa_ultralong.train.checkpoint import list_checkpoints
-from hsa_ultralong.train.metrics import Meter, RetrievalStatistics, RunLog, SpikeGuard, scalars, training_flops
+from hsa_ultralong.train.metrics import Meter, RetrievalStatistics, SpikeGuard, scalars, training_flops
+from hsa_ultralong.train.run_folder import RunLog
 
 
 def test_a_meter_that_was_saved_goes_on_with_the_same_numbers():

@@ -83,7 +83,7 @@ def check_failures(rank, runs, folder):
         raise OSError(28, "No space left on device")
 
     config = spread(runs.config(runs.stage(tokens=256 * 9), checkpoint_minutes=0.0), shard=2)
-    for place, name, failing in ((HuggingFaceStorageWriter, "write_data", 1), (checkpoint, "_write_json", 0)):
+    for place, name, failing in ((HuggingFaceStorageWriter, "write_data", 1), (checkpoint, "write_whole", 0)):
         one = runs.trainer(folder / name, config)
         one.train(max_minutes=0)
         works = getattr(place, name)

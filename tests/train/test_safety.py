@@ -244,9 +244,11 @@ def test_exporting_again_leaves_no_weights_of_the_model_before(corpus, tmp_path)
 def test_a_run_that_goes_on_with_other_settings_says_which(corpus, tmp_path, caplog):
     trainer(corpus, tmp_path, run_config(stage(tokens=1024), stage("long"))).train(max_minutes=0)
     with caplog.at_level(logging.WARNING):
-        trainer(corpus, tmp_path, run_config(stage(tokens=1024), stage("long")))
+        trainer(corpus, tmp_path, run_config(stage(tokens=1024), stage("long"))).train(max_minutes=0)
         (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"seed": 0', '"seed": 3'))
-        trainer(corpus, tmp_path, run_config(stage(tokens=1280), stage("long"), stage("more"), betas=(0.9, 0.9)))
+        trainer(corpus, tmp_path, run_config(stage(tokens=1280), stage("long"), stage("more"), betas=(0.9, 0.9))).train(
+            max_minutes=0
+        )
     (message,) = [one.getMessage() for one in caplog.records if one.name.startswith("hsa_ultralong")]
     assert "warmup.tokens: 1024 -> 1280" in message and "seed: 3 -> 0" in message and "more: null ->" in message
     assert "betas: [0.9, 0.95] -> [0.9, 0.9]" in message and "long.tokens" not in message
