@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.inference.engine import DecodingEngine
+from hsa_ultralong.inference.wrapped import unwrapped
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
@@ -93,6 +94,7 @@ def ask(
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask something like 'The secret code of the amber falcon is'")
+    model = unwrapped(model)
     ids = torch.tensor(tokenizer(prompt)["input_ids"])
     num_chunks = memory.num_chunks_of_all
     engine = DecodingEngine(model, memory, max_tokens=len(ids) + max_new_tokens)

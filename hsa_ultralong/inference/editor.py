@@ -20,6 +20,7 @@ from hsa_ultralong.inference.reader import (
     kept_lower_outputs,
     segment_length,
 )
+from hsa_ultralong.inference.wrapped import device_of, unwrapped
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation
 
@@ -66,7 +67,7 @@ def recompute_chunks(
     model: HSAForCausalLM, tokens: torch.Tensor, first: int, stop: int, segment: int, step: int | None = None
 ) -> Iterator[ChunkTensors]:
     """Chunks first..stop of a document of all these tokens (n,), in pieces; a last one that is not full is short."""
-    size, device = model.config.chunk_size, model.model.embed_tokens.weight.device
+    size, device = model.config.chunk_size, device_of(model)
     begin, end = first * size, min(stop * size, len(tokens))
     lead = max(0, begin - model.config.lower_reach)
     reader, step = DocumentReader(model, keep=0), segment_length(model, step)
@@ -88,7 +89,7 @@ def continuation_at_end(model: HSAForCausalLM, tokens: torch.Tensor) -> Continua
     keep = kept_lower_outputs(model)
     length = keep + model.config.lower_reach + model.config.sliding_window
     reader = DocumentReader(model, keep=keep)
-    reader.read(tokens[max(0, len(tokens) - length) :].to(model.model.embed_tokens.weight.device))
+    reader.read(tokens[max(0, len(tokens) - length) :].to(device_of(model)))
     return reader.continuation()
 
 
@@ -107,6 +108,7 @@ def edit(model: HSAForCausalLM, memory: ChunkMemory, start: int, stop: int, toke
         ValueError: for another model's memory or one with a store, an unknown document, a range outside it, or an edit
             that would leave it empty.
     """
+    model = unwrapped(model)
     require_same_model(model, memory)
     if not 0 <= document < len(memory.documents):
         raise ValueError(f"document {document} does not exist; the memory holds {len(memory.documents)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,21 @@ import torch
 from hsa_ultralong.inference.fingerprint import require_same_model
 from hsa_ultralong.inference.generation import continuation_cache
 from hsa_ultralong.inference.reader import compiled, evaluating, run_layer
-from hsa_ultralong.models import HSACache, HSAConfig, HSAForCausalLM
+from hsa_ultralong.inference.steps import (
+    rotary_of,
+    run_feed_forward,
+    run_head,
+    run_queries,
+    run_start,
+    run_window,
+    sample,
+)
+from hsa_ultralong.inference.weights import is_plain, refuse_hooks, state_key, weights_of
+from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
+from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, GatheringStore, MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindow
-from hsa_ultralong.nn.rotary import RotaryTable, rotary_at
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
 
@@ -33,64 +44,11 @@ class Step(NamedTuple):
     retrieved: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def sample(
-    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: Any = None
-) -> torch.Tensor:
-    """Tokens (B,) from logits (B, V): the best where temperature is 0, else drawn from the `top_k` best (0: all) that
-    hold the first `top_p` of the probability; no answer of the device is waited for."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    ordered, order = (logits.float() / temperature).sort(-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    # a token stays if those before it hold less than top_p
-    dropped = probabilities.cumsum(-1) - probabilities >= top_p
-    if top_k:
-        dropped[:, top_k:] = True
-    probabilities = probabilities.masked_fill(dropped, 0.0)
-    # the smallest of exponential times with these rates is a draw
-    times = torch.empty_like(probabilities).exponential_(generator=generator)
-    return order.gather(-1, (probabilities / times).argmax(-1, keepdim=True))[:, 0]
-
-
-def run_start(
-    inner: Any, tokens: torch.Tensor, seen: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, RotaryTable]:
-    """The stream (B, 1, M) of tokens (B,), and the angles of their places in the windows."""
-    return inner.embed_tokens(tokens[:, None]), rotary_of(inner.config, seen, dtype)
-
-
-def rotary_of(config: HSAConfig, places: torch.Tensor, dtype: torch.dtype) -> RotaryTable:
-    """Angles of places (n,) as the model's layers take them."""
-    assert config.head_dim is not None
-    return rotary_at(places, config.head_dim, config.rope_theta, dtype, config.rope_scaling)
-
-
-def run_queries(retriever: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What retrieval of a group asks for: queries, and what products are multiplied by."""
-    return retriever.queries(x), retriever.factor()
-
-
-def run_window(
-    layer: Any, x: torch.Tensor, rotary: RotaryTable, ring: RingWindow | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first part of an HSA layer, before it reads the memory: the stream, and its queries."""
-    x = layer.attend_window(x, rotary, None, ring)
-    return x, layer.hsa.queries(layer.hsa_norm(x))
-
-
-def run_feed_forward(layer: Any, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    """The last part of an HSA layer, from what its queries read (B, 1, Hq, D)."""
-    return layer.feed_forward(x, layer.hsa.output(read, x.dtype))
-
-
-def run_head(norm: torch.nn.Module, head: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, V) and the best tokens (B,) of x (B, 1, M)."""
-    logits = head(norm(x))[:, 0]
-    return logits, logits.argmax(-1)
-
-
 class DecodingEngine:
-    """Decodes `batch` sequences of at most `max_tokens` tokens each, prompt included.
+    """Decodes `batch` sequences of at most `max_tokens` tokens each, prompt included, with the model as it is now.
+
+    The model may be wrapped (wrapped.py). A change of it (training, adapters) is refused when the next prompt starts;
+    sequences under way must not live through one.
 
     Attributes:
         is_captured: a step is one launch of a CUDA graph; otherwise the same code runs as it is.
@@ -117,11 +75,13 @@ class DecodingEngine:
             compile_layers: fuse the layers with torch.compile; takes about 20 seconds on a GPU, once per process.
             tune: with compile_layers, let the compiler measure its choices, which takes longer.
             use_graph: default on a GPU where nothing in a step needs the host (a file's store and a sketched lookup do,
-                as do experts, and ranks that do not talk over NCCL).
+                as do experts, and ranks that do not talk over NCCL) and nothing but plain layers computes.
 
         Raises:
-            ValueError: another model's memory, a number of memories other than `batch`, or sampling out of range.
+            ValueError: another model's memory, a number of memories other than `batch`, sampling out of range, hooks on
+                parts that a step does not call, or adapters and quantised layers that are to be compiled or captured.
         """
+        model = unwrapped(model)
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
         memories = list(memory) if isinstance(memory, Sequence) else [memory] * batch
@@ -130,11 +90,11 @@ class DecodingEngine:
         for one in memories:
             if one is not None:
                 require_same_model(model, one)
+        self._check_parts(model, compile_layers, use_graph)
         self.model, self.config, self.memories = model, model.config, memories
         self.batch, self.max_tokens = batch, max_tokens
         self.sampling = (temperature, top_k, top_p)
-        weight = model.model.embed_tokens.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = device_of(model), computing_dtype(model)
         functions: tuple[Callable[..., Any], ...] = (
             run_start, run_layer, run_queries, run_window, run_feed_forward, run_head,
         )  # fmt: skip
@@ -146,6 +106,32 @@ class DecodingEngine:
         self.is_captured = self._can_capture() if use_graph is None else use_graph
         if self.is_captured:
             self._capture()
+        self._weights = self._weights_now()
+
+    @staticmethod
+    def _check_parts(model: HSAForCausalLM, compile_layers: bool, use_graph: bool | None) -> None:
+        """Refuse what a step would pass by: it calls pieces of the upper groups, and a graph calls no Python at all."""
+        groups = model.model.upper_groups()
+        passed = [(group, group.hsa_layer, group.hsa_layer.hsa, group.retriever) for group in groups]
+        refuse_hooks(
+            "the upper decoder",
+            (model, model.model, *chain(*passed)),
+            "a decoding step does not call it; use generate(memory=...), which does",
+        )
+        if (compile_layers or use_graph) and not is_plain(model):
+            raise ValueError(
+                "compile_layers and use_graph need plain layers; this model has adapters, hooks or quantised weights: "
+                "merge the adapters (merge_and_unload), or leave these options out"
+            )
+
+    def _weights_now(self) -> Any:
+        """What the model computes with; a graph reads addresses, so there these count, and versions of tensors."""
+        parts = (("model", self.model.model), ("head", self.model.lm_head))
+        entries = chain(*(weights_of(name, part) for name, part in parts))
+        if not self.is_captured:
+            return state_key(entries)
+        found = [(label, tensor) for label, tensor in entries if tensor is not None]
+        return [(label, part.data_ptr(), 0 if part.is_inference() else part._version) for label, part in found]
 
     # state -----------------------------------------------------------------------------------------------------------
 
@@ -203,7 +189,7 @@ class DecodingEngine:
         return MemoryView(self.own, ChunkVisibility(segment, self.positions, self.own.segments, self.own.ends))
 
     def _can_capture(self) -> bool:
-        if self.device.type != "cuda" or self.config.num_experts:
+        if self.device.type != "cuda" or self.config.num_experts or not is_plain(self.model):
             return False
         from hsa_ultralong.memory.tiers import QuantizedLandmarks
 
@@ -310,8 +296,13 @@ class DecodingEngine:
         `tokens[row]` is then the first token of the answer, and `logits[row]` are its logits.
 
         Raises:
-            ValueError: an empty prompt, one longer than max_tokens, or a memory without an open document.
+            ValueError: an empty prompt, one longer than max_tokens, a memory without an open document, or a model that
+                was changed (weights, adapters) since the engine was made.
         """
+        if self._weights != self._weights_now():
+            raise ValueError(
+                "the model (its weights or adapters) was changed after this engine was made; make a new one"
+            )
         memory, prompt = self.memories[row], prompt.to(self.device)
         if continue_document:
             if memory is None:

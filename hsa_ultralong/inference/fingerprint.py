@@ -1,4 +1,4 @@
-"""A fingerprint of exactly the parameters that a memory depends on: embedding, lower decoder, encoder (fact 5)."""
+"""A fingerprint of exactly what a memory depends on: embedding, lower decoder, encoder (fact 5)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.inference.weights import refuse_hooks, state_key, weights_of
+from hsa_ultralong.inference.wrapped import unwrapped
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
@@ -31,37 +33,56 @@ _CONFIG_KEYS = (
 
 
 def memory_fingerprint(model: HSAForCausalLM) -> str:
-    """SHA-256 (hex) of the configuration and parameters below the upper decoder; kept until one of them changes.
+    """SHA-256 (hex) of the configuration and of all that computes below the upper decoder; kept until that changes.
 
     Values count, not dtypes: a bf16 checkpoint loaded in bf16 and in fp32 has one fingerprint, so both share memories.
+    Active adapters, quantised weights and modules of others count as they are; adapters that are disabled, or on the
+    upper decoder and the head only, do not. The model may be wrapped (wrapped.py).
+
+    Raises:
+        ValueError: weights that are cut over processes or offloaded, or a hook below the upper decoder, whose effect
+            cannot be known.
     """
+    model = unwrapped(model)
     inner = model.model
-    parts: list[tuple[str, torch.Tensor]] = [("embed_tokens", inner.embed_tokens.weight)]
-    for prefix, module in (("lower", inner.lower_layers), ("encoder", inner.chunk_encoder)):
-        parts += [(f"{prefix}.{name}", tensor) for name, tensor in module.state_dict(keep_vars=True).items()]
-    if any(hasattr(tensor, "full_tensor") for _, tensor in parts):
-        raise ValueError(
-            "the weights of this model are cut over processes; memorise and ask with an ordinary model, exported by "
-            "`hsa train --export` or loaded from a checkpoint"
-        )
+    parts = (("embed_tokens", inner.embed_tokens), ("lower", inner.lower_layers), ("encoder", inner.chunk_encoder))
+    for name, module in parts:
+        refuse_hooks(name, module.modules(), "what it does to a memory cannot be checked; remove it first")
+    # plain models keep the fingerprint that their memories on disk have
+    entries = [
+        ("embed_tokens" if label == "embed_tokens.weight" else label, tensor)
+        for name, module in parts
+        for label, tensor in weights_of(name, module)
+    ]
     options = repr([getattr(model.config, name) for name in _CONFIG_KEYS])
     if model.config.rope_scaling is not None:
         # appended, so that memories of models without it keep their fingerprint
         options += repr(sorted(model.config.rope_scaling.items()))
-    key: Any = (options, *((tensor.data_ptr(), tensor._version, tensor.dtype) for _, tensor in parts))
+    # versions and addresses of tensors tell nothing: `.data` and kernels write past them
+    key = (options, *state_key(entries))
     known = getattr(model, "_known_fingerprint", None)
     if known is not None and known[0] == key:
         return known[1]
     digest = hashlib.sha256(options.encode())
-    for name, tensor in parts:
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        exact = tensor.detach().cpu()
+    for label, tensor in entries:
+        if tensor is None:
+            digest.update(label.encode())
+        else:
+            _add(digest, label, tensor)
+    model._known_fingerprint = (key, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _add(digest: Any, label: str, tensor: torch.Tensor) -> None:
+    exact = tensor.cpu()
+    if exact.is_floating_point():
         narrow = exact.float()
         if exact.dtype != torch.float64 or torch.equal(narrow.double(), exact):
             exact = narrow
-        digest.update(exact.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    model._known_fingerprint = (key, digest.hexdigest())
-    return digest.hexdigest()
+    else:
+        label += str(exact.dtype)
+    digest.update(f"{label}{tuple(tensor.shape)}".encode())
+    digest.update(exact.contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def require_same_model(model: HSAForCausalLM, memory: ChunkMemory) -> None:

@@ -26,6 +26,7 @@ from hsa_ultralong.inference.reader import (
     segment_length,
     show_progress,
 )
+from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.memory.columns import memory_spec, to_columns
 from hsa_ultralong.memory.files import MemoryDocument, MemoryFile, MemoryWriter
 from hsa_ultralong.memory.saving import pack_continuation, unpack_continuation
@@ -40,7 +41,7 @@ class Library:
     """A memory file opened for writing by the model that it belongs to. A context manager; one writer at a time."""
 
     def __init__(self, model: HSAForCausalLM, writer: MemoryWriter) -> None:
-        self.model, self.writer = model, writer
+        self.model, self.writer = unwrapped(model), writer
         # of the open document while it changes: how to go on, and the tokens of its unfinished chunk
         self._staged: tuple[Continuation, torch.Tensor] | None = None
 
@@ -66,6 +67,7 @@ class Library:
             MemoryFileError: it exists (or is of another kind), is being written, or cannot be written.
             ValueError: an unknown format.
         """
+        model = unwrapped(model)
         config = model.config
         assert config.head_dim is not None
         spec = memory_spec(
@@ -230,17 +232,32 @@ class Library:
         self.writer.close_document(id)
 
     def commit(self) -> None:
-        """Make documents visible that were added with commit=False."""
+        """Make documents visible that were added with commit=False.
+
+        Raises:
+            ValueError: the model was changed since the file was opened (training, adapters).
+        """
+        self._check_model()
         self.writer.commit()
+
+    def _check_model(self) -> None:
+        if memory_fingerprint(self.model) != self.writer.spec.fingerprint:
+            self.writer.discard()
+            raise ValueError(
+                "the model (its weights or adapters) was changed after this memory was opened; open it again with the "
+                "model that wrote it"
+            )
 
     @contextmanager
     def _change(self, commit: bool = True) -> Iterator[None]:
         """Commit what the block staged, or drop it if the block fails."""
         self._staged = None
+        if commit:
+            self._check_model()
         try:
             yield
             if commit:
-                self.writer.commit()
+                self.commit()
         except BaseException:
             self.writer.discard()
             raise
@@ -330,8 +347,7 @@ class Library:
         return self._unpack(stored[0]), stored[0]["tail_tokens"]
 
     def _unpack(self, tensors: Mapping[str, torch.Tensor]) -> Continuation:
-        weight = self.model.model.chunk_encoder.v_proj.weight
-        return unpack_continuation(tensors, weight.device, weight.dtype)
+        return unpack_continuation(tensors, device_of(self.model), computing_dtype(self.model))
 
     def _continuation(self) -> Continuation:
         stored = self.writer.snapshot().continuation()
@@ -359,7 +375,7 @@ class Library:
     ) -> None:
         """Read tokens done.. of a document, with a commit now and then; the end is staged, not committed."""
         model, spec, size = self.model, self.writer.spec, self.model.config.chunk_size
-        step, device = segment_length(model, segment_tokens), model.model.embed_tokens.weight.device
+        step, device = segment_length(model, segment_tokens), device_of(model)
         reader = DocumentReader(model, keep=kept_lower_outputs(model))
         if state is not None:
             reader.resume(state)

@@ -17,6 +17,7 @@ import torch
 
 from hsa_ultralong.inference.fingerprint import memory_fingerprint, require_same_model
 from hsa_ultralong.inference.tiers import tiered_memory
+from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, MemoryView
 from hsa_ultralong.nn.rotary import RotaryTable
@@ -47,14 +48,16 @@ def compiled(function: Callable[..., Any], tune: bool = False) -> Callable[..., 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the former mode comes back."""
-    was_training = model.training
-    model.eval()
+    """Evaluation mode without gradients; every part's former mode comes back."""
+    training = [part for part in model.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for part in training:
+            part.training = True
 
 
 def kept_lower_outputs(model: HSAForCausalLM) -> int:
@@ -209,6 +212,7 @@ def memorize(
         ValueError: empty or malformed input, or a memory that does not fit.
         MemoryFileError: the path of `store` exists already or cannot be written.
     """
+    model = unwrapped(model)
     documents = _as_documents(tokens)
     if names is not None and len(names) != len(documents):
         raise ValueError(f"{len(names)} names for {len(documents)} documents")
@@ -218,12 +222,12 @@ def memorize(
     known = [len(part) for document in documents if isinstance(document, list) for part in document]
     total = sum(known) if len(known) == len(documents) else None
     size = model.config.chunk_size
-    weight = model.model.chunk_encoder.v_proj.weight
-    if segment_tokens is None and weight.is_cuda and total is not None and total >= _COMPILED_FROM:
+    device, dtype = device_of(model), computing_dtype(model)
+    if segment_tokens is None and device.type == "cuda" and total is not None and total >= _COMPILED_FROM:
         segment_tokens = _COMPILED_SEGMENT
     chunks = sum(-(-n // size) for n in known)
     if store == "device" and key_values is None and landmarks is None:
-        memory = model.model.empty_memory(1, weight.dtype, weight.device, chunks, fingerprint=memory_fingerprint(model))
+        memory = model.model.empty_memory(1, dtype, device, chunks, fingerprint=memory_fingerprint(model))
     else:
         memory = tiered_memory(
             model, chunks, store=str(store), key_values=key_values, landmarks=landmarks, device_bytes=device_bytes
@@ -250,8 +254,8 @@ def _memorize_to_file(
     from hsa_ultralong.inference.library import Library
     from hsa_ultralong.memory.saving import open_memory
 
-    weight = model.model.chunk_encoder.v_proj.weight
-    format = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}.get(weight.dtype, "bf16")
+    dtype = computing_dtype(model)
+    format = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}.get(dtype, "bf16")
     with Library.create(model, path, key_values=forms[0] or format, landmarks=forms[1] or format) as library:
         for number, pieces in enumerate(documents):
             library.add(
@@ -261,7 +265,7 @@ def _memorize_to_file(
                 segment_tokens=segment_tokens,
                 progress=progress,
             )
-    return open_memory(path, device=weight.device, dtype=weight.dtype)
+    return open_memory(path, device=device_of(model), dtype=dtype)
 
 
 def append(
@@ -280,6 +284,7 @@ def append(
     Raises:
         ValueError: if the memory is another model's, `document` is not the open one, or the input is empty.
     """
+    model = unwrapped(model)
     require_same_model(model, memory)
     pieces = [as_tokens(tokens)]
     # all refusals come before the first change of the memory
@@ -305,7 +310,7 @@ def _read_document(
     report: Progress,
     resume: bool = False,
 ) -> None:
-    device = model.model.embed_tokens.weight.device
+    device = device_of(model)
     step = segment_length(model, segment_tokens)
     is_compiled = device.type == "cuda" and step == _COMPILED_SEGMENT
     reader = DocumentReader(model, keep=kept_lower_outputs(model), compiled_segment=step if is_compiled else None)
@@ -343,7 +348,7 @@ def _read_document(
 
 def segment_length(model: HSAForCausalLM, segment_tokens: int | None) -> int:
     if segment_tokens is None:
-        return _SEGMENT_TOKENS.get(model.model.embed_tokens.weight.device.type, 2048)
+        return _SEGMENT_TOKENS.get(device_of(model).type, 2048)
     if segment_tokens < 1:
         raise ValueError(f"segment_tokens must be >= 1, got {segment_tokens}")
     return segment_tokens
@@ -367,9 +372,10 @@ def check_range(tokens: torch.Tensor, vocab_size: int) -> None:
 
 def close_document(model: HSAForCausalLM, memory: ChunkMemory) -> None:
     """Close the open document, if any: its last m < S tokens become a short chunk, visible to other documents."""
-    document = memory.open_document
+    model, document = unwrapped(model), memory.open_document
     if document is None:
         return
+    require_same_model(model, memory)
     reader = DocumentReader(model, keep=0)
     rest = document.num_tokens - document.num_chunks * reader.size
     if rest:
@@ -412,6 +418,7 @@ def last_logits(model: HSAForCausalLM, memory: ChunkMemory, num_logits: int = 1)
     Raises:
         ValueError: without an open document, or for more than chunk_size logits.
     """
+    model = unwrapped(model)
     require_same_model(model, memory)
     if memory.open_document is None:
         raise ValueError("the memory has no open document; memorise with close=False")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.inference.fingerprint import memory_fingerprint
+from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.memory.quantization import FORMATS, row_bytes
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, TieredMemory
 from hsa_ultralong.models import HSAForCausalLM
@@ -67,8 +68,9 @@ def tiered_memory(
     """
     if store not in TIERS:
         raise ValueError(f"store must be one of {', '.join(TIERS)} or the path of a new file, got {store!r}")
-    weight, config = model.model.chunk_encoder.v_proj.weight, model.config
-    own = _own_format(weight.dtype)
+    model = unwrapped(model)
+    config, device, dtype = model.config, device_of(model), computing_dtype(model)
+    own = _own_format(dtype)
     forms: list[Any] = [key_values or own, landmarks or own]
     for form in forms:
         if form not in FORMATS:
@@ -77,14 +79,14 @@ def tiered_memory(
     chunk_bytes = 2 * config.chunk_size * config.num_memory_heads * row_bytes(forms[0], config.head_dim)
     per_head = config.retrieval_dim // config.num_retrieval_heads
     landmark_bytes = num_chunks * (config.num_retrieval_heads * row_bytes(forms[1], per_head) + 12)
-    free = _available_device_bytes(weight.device)
+    free = _available_device_bytes(device)
     room = free - landmark_bytes if device_bytes is None or store == "device" else min(device_bytes, free)
     fitting = max(0, room // chunk_bytes)
     above = {"device": num_chunks, "host": 0, "tiered": fitting}[store]
     block = min(block_chunks, max(1, num_chunks)) if num_chunks else block_chunks
     above = above if store == "device" else above // block * block
     _refuse_what_does_not_fit(store, num_chunks, min(above, num_chunks), fitting, chunk_bytes, landmark_bytes)
-    plain = model.model.empty_memory(1, weight.dtype, weight.device, fingerprint=memory_fingerprint(model))
+    plain = model.model.empty_memory(1, dtype, device, fingerprint=memory_fingerprint(model))
     return TieredMemory.make(
         plain,
         key_values=forms[0],

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hsa_ultralong.models.adapters import offer_adapter_targets
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.modeling_hsa import HSAModel, HSAPreTrainedModel
@@ -28,6 +29,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         self.model = HSAModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        offer_adapter_targets()
 
     def forward(
         self,

@@ -85,7 +85,8 @@ class HSAModel(HSAPreTrainedModel):
 
     def upper_groups(self) -> list[UpperGroup]:
         """The groups, from the memory up."""
-        return [group for group in self.groups if isinstance(group, UpperGroup)]
+        # wrapped groups (compiled, trained by an adapter) pass their attributes on
+        return list(self.groups)  # type: ignore[arg-type]
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value

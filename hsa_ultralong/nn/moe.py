@@ -70,10 +70,18 @@ class MixtureOfExperts(nn.Module):
         """Experts and their weights for tokens x (N, M): both (N, k); weights fp32 (fp64 kept), sum 1."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(device_type=x.device.type, enabled=False):
-            affinity = (x.to(wide) @ self.router.weight.to(wide).T).sigmoid()  # (N, E)
+            affinity = self._router_logits(x, wide).sigmoid()  # (N, E)
         chosen = (affinity.detach() + self.router_bias).topk(self.num_experts_per_token, dim=-1).indices  # (N, k)
         weights = affinity.gather(-1, chosen)
         return chosen, weights / weights.sum(-1, keepdim=True)
+
+    def _router_logits(self, x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+        router, weight = self.router, self.router.weight
+        hooks = router._forward_hooks or router._forward_pre_hooks
+        if type(router) is not nn.Linear or hooks or hasattr(weight, "__tensor_flatten__"):
+            # an adapter, a hook or quantised weights: the module knows how
+            return router(x).to(wide)
+        return x.to(wide) @ weight.to(wide).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, -2)  # (N, M)
