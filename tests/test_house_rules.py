@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from hsa_ultralong.testing.processes import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hsa_ultralong"
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
@@ -276,3 +278,16 @@ def test_documents_name_tests_that_exist():
     for file in files:
         known |= set(re.findall(r"def (test_[a-z0-9_]+)", file.read_text(encoding="utf-8")))
     assert named <= known, f"no such test: {sorted(named - known)}"
+
+
+def test_limits_of_time_in_tests_guard_against_hangs_only():
+    """A limit that a slow or busy machine can reach makes a test fail for no fault: name HANG_SECONDS instead."""
+    short = re.compile(r"timeout\s*=\s*(\d+(?:\.\d+)?)|timeout\((\d+)\)|monotonic\(\) \+ (\d+)$")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for match in [short.search(line)]
+        if match and 0 < float(next(filter(None, match.groups()))) < HANG_SECONDS
+    ]
+    assert not found, f"limits below {HANG_SECONDS} s: {', '.join(found)}"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# against hangs only: other work may share the machine
-pytestmark = pytest.mark.timeout(1200)
+from hsa_ultralong.testing.processes import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = [
@@ -34,7 +34,7 @@ def run(arguments, folder, stdin=None):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG_SECONDS,
         input=stdin,
     )
 

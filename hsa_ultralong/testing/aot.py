@@ -29,6 +29,8 @@ from unittest import mock
 
 import torch
 
+from hsa_ultralong.testing.processes import HANG_SECONDS
+
 CAPABILITY = 90
 SHARED_LIMIT = 232_448  # bytes that one program may use on an H100 or H200
 # what the largest tiles (D = S = 128) may spill; the benchmark shape spills 32 bytes at most
@@ -255,7 +257,7 @@ def compile_for_hopper(launch: Launch) -> Resources:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])
         command = [str(_cuobjdump()), "--dump-resource-usage", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG_SECONDS).stdout
     usage = parse_resource_usage(text)
     shared = max(int(getattr(kernel.metadata, "shared", 0)), usage.get("SHARED", 0))
     return Resources(launch.name, usage["REG"], usage["STACK"], usage["LOCAL"], shared)

@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# a guard against hangs: no test may depend on how fast the machine is
+HANG_SECONDS = 600
+
 
 def _enter(rank, world, address, work, args, device):
     backend = "gloo"
@@ -22,7 +25,7 @@ def _enter(rank, world, address, work, args, device):
             # NCCL refuses two ranks on one card of one host: let each be a host of its own, that talk over sockets
             os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
     meet = {"init_method": f"file://{address}", "rank": rank, "world_size": world}
-    dist.init_process_group(backend, timeout=timedelta(seconds=120), **meet)
+    dist.init_process_group(backend, timeout=timedelta(seconds=HANG_SECONDS), **meet)
     try:
         work(rank, world, *args)
     finally:

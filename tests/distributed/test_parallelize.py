@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, data_world, init_distributed, total
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
-from hsa_ultralong.testing.processes import launch
+from hsa_ultralong.testing.processes import HANG_SECONDS, launch
 from hsa_ultralong.train.parallelize import alone, clip_gradients, gathered, parallelize, synchronize_buffers
 from hsa_ultralong.train.segmented import segmented_loss_backward
 
@@ -212,7 +212,7 @@ def test_torchrun_starts_the_processes():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert ended.returncode == 0, ended.stderr
 
 

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.testing.processes import HANG_SECONDS
 
 ARGUMENTS = (
     "bench training --preset debug --contexts 256 --batch-tokens 1024 --micro-tokens 256,512 --steps 1 --device cpu "
@@ -20,7 +21,7 @@ def test_one_process_beside_two_by_every_way(tmp_path):
     hsa = str(Path(sys.executable).with_name("hsa"))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", hsa]
     command = [sys.executable, *launcher, *ARGUMENTS.split(), "-o", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr
     records = json.loads((tmp_path / "training-x.json").read_text())["records"]
     found = {(record["parallel"], record["metric"]): record for record in records}

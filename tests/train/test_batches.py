@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from hsa_ultralong.data import MixtureConfig
+from hsa_ultralong.testing.processes import HANG_SECONDS
 from hsa_ultralong.train.batches import step_batches
 
 
@@ -37,7 +38,7 @@ def test_workers_end_when_the_trainer_ends_them(steps):
     for worker in workers:
         # as multiprocessing does where a program ends amid a stage
         worker.terminate()
-        worker.join(timeout=20)
+        worker.join(timeout=HANG_SECONDS)
         assert not worker.is_alive() and worker.exitcode in (0, -signal.SIGTERM)
     with pytest.raises(OSError, match="cannot read the rows of step"):
         list(steps)
