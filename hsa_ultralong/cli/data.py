@@ -46,7 +46,7 @@ def data(
     ] = None,
     chat_field: Annotated[str, typer.Option(help="Field or column that holds the messages.")] = "messages",
 ) -> None:
-    """Tokenise text into memory-mapped shards for training. Documents end at a line holding only U+001E.
+    """Tokenise text into token shards for training. Documents end at a line holding only U+001E.
 
     Interrupt it at any time: the same command goes on where it stood, and the shards come out the same.
 

@@ -7,7 +7,6 @@ and ``tests/data/test_resume.py``.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import time
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from hsa_ultralong.data.chat import conversation_pieces, parse_messages
 from hsa_ultralong.data.checksum import file_record
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
+from hsa_ultralong.data.files import sealed, write_whole
 from hsa_ultralong.data.partial import PartialBuild
 from hsa_ultralong.data.shards import (
     DOCUMENTS_FILE,
@@ -33,6 +33,7 @@ from hsa_ultralong.data.shards import (
     TOKENS_FILE,
     WORDS_FILE,
     TokenShards,
+    open_new,
 )
 from hsa_ultralong.data.sources import (
     HUB_PREFIX,
@@ -141,7 +142,7 @@ def build_shards(
             partial.close()
             logger.warning("the build so far is kept in %s; the same command goes on from there", partial.path)
         raise
-    return TokenShards.open(out_dir)
+    return open_new(out_dir)
 
 
 def _chat_inputs(chats: Sequence[PathLike]) -> list[Input]:
@@ -307,7 +308,7 @@ class _Build:
             "validation_fraction": validation_fraction,
             "validation_documents": held_out,
         }
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / MANIFEST_FILE, sealed(manifest))
         logger.info("%d documents, %d bytes of text, %d tokens", self.num_documents, self.num_bytes, self.num_tokens)
 
 

@@ -86,9 +86,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_regular(path), path)
 
 
-def sealed(content: Mapping[str, Any]) -> bytes:
+def sealed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
     """`content` as JSON whose first field is the SHA-256 of the text in which that field is empty."""
-    text = json.dumps({_SEAL: "", **content}, indent=1) + "\n"
+    text = json.dumps({_SEAL: "", **content}, indent=indent) + "\n"
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     return text.replace(f'"{_SEAL}": ""', f'"{_SEAL}": "{digest}"', 1).encode("utf-8")
 
@@ -103,7 +103,7 @@ def unsealed(data: bytes, path: Path) -> tuple[dict[str, Any], bool]:
     if _SEAL not in content:
         return content, False
     del content[_SEAL]
-    if sealed(content) != data:
+    if sealed(content, 1 if data.startswith(b"{\n") else None) != data:
         raise ValueError(f"{path} is damaged (its SHA-256 is not that which it states)")
     return content, True
 

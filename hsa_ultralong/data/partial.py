@@ -7,7 +7,6 @@ last checkpoint: what was written later is cut off and made again. Called by ``b
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from hsa_ultralong.data.files import (
+    Field,
+    FileLock,
+    check_fields,
+    is_whole,
+    open_regular,
+    read_regular,
+    sealed,
+    unsealed,
+    whole,
+    write_whole,
+)
 from hsa_ultralong.data.shards import LABELS_FILE, TOKENIZER_FOLDER, TOKENS_FILE
 
 STATE_FILE = "state.json"
@@ -24,6 +35,32 @@ _LOCK_FILE = "lock"
 LENGTHS_FILE = "lengths.bin"
 HASHES_FILE = "hashes.bin"
 _GROWING = (TOKENS_FILE, LABELS_FILE, LENGTHS_FILE, HASHES_FILE)
+_STATE_BYTES = 2**31
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_whole, value))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_whole, value.values()))
+
+
+def _is_bad(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and is_whole(value[0]) and isinstance(value[1], list)
+
+
+_SAVED_FIELDS = {
+    "identity": Field(lambda value: isinstance(value, dict), "a JSON object"),
+    "sizes": Field(lambda value: _is_count(value) and value.keys() == set(_GROWING), "sizes of the growing files"),
+    "state": Field(lambda value: isinstance(value, dict), "a JSON object"),
+}
+_STATE_FIELDS = {
+    "place": Field(_is_place, "two whole numbers"),
+    **{name: whole() for name in ("num_bytes", "num_tokens", "num_documents", "num_conversations")},
+    "words": Field(_is_count, "numbers by word"),
+    "bad": Field(_is_bad, "a count and messages"),
+}
 
 
 def partial_folder(out_dir: Path) -> Path:
@@ -55,37 +92,39 @@ class PartialBuild:
     def __init__(self, out_dir: Path, identity: dict[str, Any]) -> None:
         self.path = partial_folder(out_dir)
         self._identity = identity
+        if self.path.is_symlink():
+            raise ValueError(f"{self.path} is a symbolic link, which is not followed here; remove it")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / _LOCK_FILE).open("w")
+        self._lock = FileLock.acquire(self.path / _LOCK_FILE, f"{out_dir} is being built (in {self.path})")
+        self._files: dict[str, Any] = {}
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise ValueError(
-                f"another process is building {out_dir} (in {self.path}); wait for it or stop it"
-            ) from error
-        saved = self._read(out_dir)
-        self.state: dict[str, Any] | None = None if saved is None else saved["state"]
-        self._files = {name: (self.path / name).open("ab") for name in _GROWING}
-        for name, file in self._files.items():
-            file.truncate(0 if saved is None else saved["sizes"][name])
+            saved = self._read(out_dir)
+            self.state: dict[str, Any] | None = None if saved is None else saved["state"]
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            for name in _GROWING:
+                self._files[name] = os.fdopen(open_regular(self.path / name, flags), "ab")
+                self._files[name].truncate(0 if saved is None else saved["sizes"][name])
+        except BaseException:
+            self.close()
+            raise
 
     def _read(self, out_dir: Path) -> dict[str, Any] | None:
         file = self.path / STATE_FILE
-        if not file.is_file():
+        if not os.path.lexists(file):
             return None
         try:
-            saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            sizes = {name: (self.path / name).stat().st_size for name in _GROWING}
-            is_whole = all(sizes[name] >= saved["sizes"][name] for name in _GROWING)
-        except (OSError, ValueError, KeyError):
-            is_whole = False
-        if not is_whole:
-            self._lock.close()
-            raise ValueError(f"the interrupted build in {self.path} is damaged; remove that folder to start again")
+            saved, _ = unsealed(read_regular(file, _STATE_BYTES, follow=False), file)
+            check_fields(saved, _SAVED_FIELDS, str(file))
+            check_fields(saved["state"], _STATE_FIELDS, f"{file}: state")
+            for name in _GROWING:
+                if (self.path / name).stat().st_size < saved["sizes"][name]:
+                    raise ValueError(f"{name} is too short")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the interrupted build in {self.path} is damaged ({error}); remove that folder to start again"
+            ) from error
         # through JSON, as it was saved
         if saved["identity"] != json.loads(json.dumps(self._identity)):
-            self._lock.close()
             raise ValueError(
                 f"an interrupted build of {out_dir} had other inputs, tokenizer or options; repeat the command that "
                 f"began it, or remove {self.path} to start again"
@@ -106,12 +145,8 @@ class PartialBuild:
             file.flush()
             os.fsync(file.fileno())
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
-        new = self.path / f"{STATE_FILE}.new"
-        with new.open("w", encoding="utf-8") as stream:
-            json.dump({"identity": self._identity, "sizes": sizes, "state": state}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.replace(self.path / STATE_FILE)
+        content = {"identity": self._identity, "sizes": sizes, "state": state}
+        write_whole(self.path / STATE_FILE, sealed(content, indent=None))
         self.state = state
 
     def lengths_and_hashes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +169,7 @@ class PartialBuild:
         """Leave the folder to whoever goes on."""
         for file in self._files.values():
             file.close()
-        self._lock.close()
+        self._lock.release()
 
     def discard(self) -> None:
         """Remove the folder: there is nothing to go on from."""

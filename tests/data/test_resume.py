@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import shutil
 
 import pytest
@@ -160,7 +161,43 @@ def test_more_bad_records_than_allowed_stop_a_build_that_can_go_on(inputs, token
 
 def test_two_processes_do_not_build_the_same_folder(inputs, tokenizer, tmp_path):
     held = PartialBuild(tmp_path / "out", {})
-    with pytest.raises(ValueError, match="another process is building"):
+    with pytest.raises(ValueError, match=r"is being built .* by process \d+"):
         build(inputs, tokenizer, tmp_path / "out")
     held.discard()
     build(inputs, tokenizer, tmp_path / "out")
+
+
+def test_the_state_of_a_build_shows_every_flipped_bit(inputs, tokenizer, tmp_path):
+    out_dir = tmp_path / "cut"
+    with pytest.raises(Killed):
+        build(inputs, tokenizer, out_dir, progress=stop_at(3, []))
+    file = partial_folder(out_dir) / "state.json"
+    data, bits = file.read_bytes(), random.Random(0)
+    for _ in range(40):
+        bit = bits.randrange(8 * len(data))
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"is damaged .* remove that folder to start again"):
+            build(inputs, tokenizer, out_dir)
+    file.write_bytes(data)
+    build(inputs, tokenizer, out_dir)
+
+
+@pytest.mark.parametrize("name", [".", "lock", "tokens.bin", "state.json", ".partial-state.json"])
+def test_a_build_writes_through_no_link(inputs, tokenizer, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    folder = partial_folder(tmp_path / "out")
+    if name == ".":
+        folder.symlink_to(outside)
+    else:
+        folder.mkdir()
+        (folder / name).symlink_to(outside / "mine")
+    if name == ".partial-state.json":
+        build(inputs, tokenizer, tmp_path / "out")
+    else:
+        with pytest.raises(ValueError, match="symbolic link"):
+            build(inputs, tokenizer, tmp_path / "out")
+    assert [(path.name, path.read_text()) for path in outside.iterdir()] == [("mine", "mine")]
