@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-CHECKSUMS = "checksums.json"
 MAX_PROMPT_TOKENS = 4096
 
 
@@ -54,47 +52,16 @@ def default_checkpoint() -> Path:
 
 
 def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
-    """Model in eval mode and tokenizer of a checkpoint folder, checked against its checksums.
+    """Model in eval mode and tokenizer of a checkpoint folder, all of whose files are checked first.
 
     Raises:
-        ValueError: if the folder is no checkpoint, is damaged, or lacks weights.
+        ValueError: if the folder is no checkpoint, is damaged, or its files do not fit one another.
     """
-    folder = folder or default_checkpoint()
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no model folder: it has no config.json")
-    verify_checksums(folder)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    from hsa_ultralong.data import load_tokenizer
-    from hsa_ultralong.models import HSAForCausalLM
+    from hsa_ultralong.cli.model_folder import load_folder
 
     place = choose_device(device)
-    if json.loads((folder / "config.json").read_text()).get("model_type") != "hsa_ultralong":
-        raise ValueError(f"{folder} holds another kind of model, not hsa_ultralong")
-    model, info = HSAForCausalLM.from_pretrained(folder, dtype=choose_dtype(dtype, place), output_loading_info=True)
-    missing = [*info["missing_keys"], *info.get("mismatched_keys", [])]
-    if missing:
-        raise ValueError(f"checkpoint {folder} lacks weights, e.g. {missing[0]}; export the model again")
-    return model.to(place).eval(), load_tokenizer(folder)
-
-
-def verify_checksums(folder: Path) -> None:
-    """Compare every file named in checksums.json; a folder without one is taken as it is."""
-    from hsa_ultralong.data.checksum import file_digest
-
-    table = folder / CHECKSUMS
-    if not table.is_file():
-        return
-    for name, expected in json.loads(table.read_text()).items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"checkpoint {folder} is incomplete: {name} is missing")
-        if file_digest(file) != expected:
-            raise ValueError(
-                f"checkpoint file {file} is corrupt (its SHA-256 is not that of {CHECKSUMS}); get it again"
-            )
+    model, tokenizer = load_folder(folder or default_checkpoint(), choose_dtype(dtype, place))
+    return model.to(place), tokenizer
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

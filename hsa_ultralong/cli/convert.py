@@ -52,6 +52,7 @@ def convert(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from hsa_ultralong.cli.model_folder import weight_files
     from hsa_ultralong.models.convert import convert_model, converted_config
     from hsa_ultralong.models.presets import parse_options
 
@@ -67,7 +68,8 @@ def convert(
     options |= layout
     # refuses what cannot be converted before the weights are read
     converted_config(_source_config(source), **options)
-    teacher = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    weight_files(source)
+    teacher = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
     found = convert_model(teacher, **options)
     report = {
         "source": source.name,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hsa_ultralong.train import TrainConfig, Trainer
+    from hsa_ultralong.train.run_folder import RunFolder
 
 
 def register(app: typer.Typer) -> None:
@@ -87,6 +88,8 @@ def train(
         _show_plan(config, as_json)
         return
     run = output or Path("runs") / recipe
+    if max_minutes is not None and not max_minutes >= 0:
+        raise ValueError(f"--max-minutes must be at least 0, got {max_minutes}")
     if config.freeze_memory and init_from is None:
         raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
     if chat and not text:
@@ -97,15 +100,41 @@ def train(
         )
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.distributed.mesh import init_distributed
+    from hsa_ultralong.train.run_folder import RunFolder
 
+    _check_folders(run, data, export, init_from)
+    if init_from is not None and tokenizer is None and data is None and (init_from / "tokenizer.json").is_file():
+        # tokens must mean to the new rows what they mean to the weights
+        tokenizer = init_from
     place = init_distributed(choose_device(device))
-    shards = data or _prepare_shards(text or [], chat or [], run / "shards", tokenizer, config)
-    _run(config, run, shards, tokenizer or shards / "tokenizer", place, until, max_minutes, init_from, export)
+    folder = RunFolder(run)
+    folder.take()
+    try:
+        shards = data or _prepare_shards(text or [], chat or [], run / "shards", tokenizer, config)
+        _run(config, folder, shards, tokenizer or shards / "tokenizer", place, until, max_minutes, init_from, export)
+    finally:
+        folder.release()
+
+
+def _check_folders(run: Path, data: Path | None, export: Path | None, init_from: Path | None) -> None:
+    """Everything named by the command can be read or written, before any work; nothing is written."""
+    from hsa_ultralong.cli.model_folder import check_model_folder
+    from hsa_ultralong.eval.plots import read_log
+    from hsa_ultralong.train.export import check_export
+    from hsa_ultralong.train.run_folder import check_run_folder
+    from hsa_ultralong.train.state import list_checkpoints
+
+    check_run_folder(run)
+    read_log(run / "log.jsonl")
+    if export is not None:
+        check_export(export, [run, run / "shards", *([data] if data else [])])
+    if init_from is not None and not list_checkpoints(run):
+        check_model_folder(init_from)
 
 
 def _run(
     config: TrainConfig,
-    run: Path,
+    held: RunFolder,
     folder: Path,
     tokenizer: Path,
     place: torch.device,
@@ -120,21 +149,26 @@ def _run(
 
     import torch.distributed as dist
 
+    from hsa_ultralong.cli.model_folder import load_checkpoint
     from hsa_ultralong.data import TokenShards, load_tokenizer
-    from hsa_ultralong.models import HSAForCausalLM
+    from hsa_ultralong.distributed.mesh import on_first, patient_group
     from hsa_ultralong.train import Trainer
 
+    run = held.path
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     if not is_first:
         # warnings are the same on all processes
         logging.getLogger("hsa_ultralong").setLevel(logging.ERROR)
     tokens = load_tokenizer(tokenizer)
+    # files are hashed by one process, and known to the others
+    on_first(lambda: bool(TokenShards.open(folder, tokens)), patient_group())
     shards = TokenShards.open(folder, tokens)
     with _Display(config, is_first) as display:
         probe = _probe(shards, tokens, config, place)
-        trainer = Trainer(config, run, shards, tokens, device=place, probe=probe, listener=display.show)
+        trainer = Trainer(config, run, shards, tokens, device=place, probe=probe, listener=display.show, folder=held)
         if init_from is not None and trainer.resumed_from is None:
-            trainer.initialize_from(HSAForCausalLM.from_pretrained(init_from).state_dict())
+            _require_same_tokenizer(init_from, tokens)
+            trainer.initialize_from(load_checkpoint(init_from, "auto").state_dict())
         display.start(trainer)
         _stop_on_signals(trainer)
         done = trainer.train(max_minutes=math.inf if max_minutes is None else max_minutes, last_stage=until)
@@ -152,6 +186,19 @@ def _run(
         _draw(run)
         if export is not None and done:
             typer.echo(f"model written to {export}")
+
+
+def _require_same_tokenizer(init_from: Path, tokens: Any) -> None:
+    """The same number must mean the same token to the weights and to the rows."""
+    from hsa_ultralong.data import load_tokenizer, tokenizer_fingerprint
+
+    if not (init_from / "tokenizer.json").is_file():
+        return
+    if tokenizer_fingerprint(load_tokenizer(init_from)) != tokenizer_fingerprint(tokens):
+        raise ValueError(
+            f"{init_from} has another tokenizer than the shards, the same number means another token to each: build "
+            f"the shards with hsa data --tokenizer {init_from}"
+        )
 
 
 def _export(trainer: Trainer, folder: Path) -> None:
@@ -190,15 +237,23 @@ def _prepare_shards(
 
 
 def _probe(shards: Any, tokens: Any, config: TrainConfig, place: Any) -> Any:
-    """Needle accuracy on held-out documents; None if there are none."""
+    """Needle accuracy on held-out documents; None, with a warning, if they give no rows of needles."""
     import logging
 
     from hsa_ultralong.eval.probes import needle_probe
+    from hsa_ultralong.models.presets import preset
 
+    logger = logging.getLogger(__name__)
     if not len(shards.documents("validation")):
-        logging.getLogger(__name__).warning("no document is held out: needle accuracy is not measured in training")
+        logger.warning("no document is held out: needle accuracy is not measured in training")
         return None
-    return needle_probe(shards, tokens, rows=config.probe_rows, device=place)
+    lengths = sorted({stage.seq_len for stage in config.stages} | set(config.probe_lengths))
+    size = preset(config.preset, **config.model).chunk_size
+    try:
+        return needle_probe(shards, tokens, rows=config.probe_rows, device=place, lengths=lengths, chunk_size=size)
+    except ValueError as error:
+        logger.warning("needle accuracy is not measured in training: %s", error)
+        return None
 
 
 def _stop_on_signals(trainer: Trainer) -> None:
@@ -218,19 +273,19 @@ def _summarise(run: Path, seed: int, gpus: int) -> None:
     import json
 
     from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
-    from hsa_ultralong.eval.plots import read_jsonl
+    from hsa_ultralong.eval.plots import read_log
     from hsa_ultralong.eval.run_summary import run_summary
 
-    log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    log = read_log(run / "log.jsonl")
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     write_json(run / "summary.json", run_summary(log, config, run_metadata(command_line(), seed), gpus=gpus))
 
 
 def _draw(run: Path) -> None:
     """All curves so far as loss.png in the run folder."""
-    from hsa_ultralong.eval.plots import plot_training, read_jsonl
+    from hsa_ultralong.eval.plots import plot_training, read_log
 
-    log = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    log = read_log(run / "log.jsonl")
     if any("loss" in record for record in log):
         plot_training(log, run / "loss.png", f"{run.resolve().name}: training")
         typer.echo(f"curves drawn to {run / 'loss.png'}")

@@ -95,8 +95,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"{path} holds no tokenizer.json; pass a directory written by tokenizer.save_pretrained(...)")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-    # The backend raises a bare Exception on a damaged file, so nothing narrower can be caught.
-    except Exception as error:
+    # The backend raises a bare Exception on a damaged file, so nothing narrower can be caught; on some it panics.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{path / 'tokenizer.json'} cannot be read as a tokenizer: {error}") from error
     special_token_ids(tokenizer)
     return tokenizer

@@ -10,7 +10,7 @@ from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
 from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, read_benchmark
 from hsa_ultralong.eval.benchmarks.training_report import plot_training_speed
 from hsa_ultralong.eval.comparisons import compare_needles, compare_training
-from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl
+from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl, read_log
 
 # source, figure, kind, title
 FIGURES = (
@@ -57,11 +57,10 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
     if kind == "training_speed":
         plot_training_speed(read_benchmark(source), figure)
         return
-    lines = read_jsonl(source)
     if kind == "needles":
-        plot_needles(_first_form(lines), figure, title)
+        plot_needles(_first_form(read_jsonl(source)), figure, title)
         return
-    plot_training(lines, figure, title)
+    plot_training(read_log(source), figure, title)
 
 
 def _first_form(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,7 +83,8 @@ def compare(sources: Sequence[Path], figure: Path, title: str, *, is_short: bool
     names = [source.resolve().parent.name for source in sources]
     if len(set(names)) < len(names):
         raise ValueError("the sources are told apart by the names of their folders, which must differ")
-    named = {_short(name): read_jsonl(source) for name, source in zip(names, sources, strict=True)}
+    read = read_jsonl if kinds == {"records.jsonl"} else read_log
+    named = {_short(name): read(source) for name, source in zip(names, sources, strict=True)}
     if kinds == {"records.jsonl"}:
         compare_needles({name: _first_form(lines) for name, lines in named.items()}, figure, title)
     else:

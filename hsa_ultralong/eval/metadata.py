@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.data.files import write_whole
+
 
 def hardware() -> str:
     """The GPU's name, or the processor with its number of usable cores."""
@@ -81,6 +83,4 @@ def run_metadata(command: str, seed: int, **more: Any) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")

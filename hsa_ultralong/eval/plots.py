@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from hsa_ultralong.data.files import TEXT, check_fields, is_number, read_regular, whole, write_whole
+
+_LOG_FIELDS = {"stage": TEXT, "global_step": whole(), "tokens": whole()}
+_LOG_BYTES = 2**32
 _DEPTH_BINS = 10
 _INK = "#22313f"
 # fields of a log record and the titles of their panels
@@ -48,13 +53,54 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: for a line that is not JSON, naming file and line.
     """
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    return _parse_lines(path, read_regular(path, _LOG_BYTES))
+
+
+def _parse_lines(path: Path, data: bytes) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    # whatever stands in a text, lines end at line feeds only
+    for number, line in enumerate(data.decode("utf-8").rstrip("\n").split("\n") if data else (), 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} is not JSON ({getattr(error, 'msg', 'nested too deeply')})") from error
+        if not isinstance(records[-1], dict):
+            raise ValueError(f"{path}:{number} is no JSON object")
     return records
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Records of a run's log.jsonl; none if there is no such file yet.
+
+    Raises:
+        ValueError: for a line that is no record of a run, naming file and line.
+    """
+    data = read_regular(path, _LOG_BYTES) if path.exists() else b""
+    # the last line of a run that is under way, or was killed, may be unfinished
+    records = _parse_lines(path, data[: data.rfind(b"\n") + 1])
+    for number, record in enumerate(records, 1):
+        where = f"{path}:{number}"
+        check_fields(record, _LOG_FIELDS, where, is_open=True)
+        probe, retrieval = record.get("probe", {}), record.get("retrieval", {})
+        numbers = {name: value for name, value in record.items() if name not in (*_LOG_FIELDS, "probe", "retrieval")}
+        is_valid = all(map(is_number, numbers.values()))
+        is_valid &= isinstance(probe, dict) and all(map(is_number, probe.values()))
+        is_valid &= "probe" not in record or "needle_accuracy" in probe
+        is_valid &= isinstance(retrieval, dict) and all(
+            isinstance(values, list) and all(map(is_number, values)) for values in retrieval.values()
+        )
+        if not is_valid:
+            raise ValueError(f"{where} holds something else than numbers; remove that line")
+    return records
+
+
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure whole or not at all."""
+    data = io.BytesIO()
+    figure.savefig(data, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
+    plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, data.getvalue())
 
 
 def plot_needles(samples: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -86,9 +132,7 @@ def plot_needles(samples: Sequence[dict[str, Any]], path: Path, title: str) -> N
     axes.set_ylabel("place in the order of the notes" if is_notes else "depth of the hidden sentence")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, label="exact match", shrink=0.8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, path, 150)
 
 
 class Curve(NamedTuple):
@@ -157,9 +201,7 @@ def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str) -> None
         axes.set_xlabel("training tokens (millions)", fontsize=8)
         axes.tick_params(labelbottom=True)
     figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path, 130)
 
 
 def _shade_stages(panels: Sequence[Any], steps: Sequence[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,15 +32,31 @@ def answer_accuracy(
 
 
 def needle_probe(
-    shards: TokenShards, tokenizer: Any, *, rows: int, device: torch.device | str
+    shards: TokenShards,
+    tokenizer: Any,
+    *,
+    rows: int,
+    device: torch.device | str,
+    lengths: Iterable[int] = (),
+    chunk_size: int = 64,
 ) -> Callable[[HSAForCausalLM, int], dict[str, float]]:
-    """A probe for train.Trainer: held-out documents and needle seeds, at most `rows` rows of the length asked for."""
+    """A probe for train.Trainer: held-out documents and needle seeds, at most `rows` rows of the length asked for.
+
+    Raises:
+        ValueError: rows of one of `lengths`, with chunks of `chunk_size`, cannot be made; else the probe raises it.
+    """
     cache: dict[int, list[dict[str, Any]]] = {}
+
+    def rows_of(length: int, chunk_size: int) -> MixtureDataset:
+        config = MixtureConfig(weights={"needles": 1.0}, seq_len=length, chunk_size=chunk_size, seed=1)
+        return MixtureDataset(shards, tokenizer, config, split="validation")
+
+    for length in lengths:
+        rows_of(length, chunk_size)
 
     def probe(model: HSAForCausalLM, length: int) -> dict[str, float]:
         if length not in cache:
-            config = MixtureConfig(weights={"needles": 1.0}, seq_len=length, chunk_size=model.config.chunk_size, seed=1)
-            dataset = MixtureDataset(shards, tokenizer, config, split="validation")
+            dataset = rows_of(length, model.config.chunk_size)
             count = max(2, min(rows, _PROBE_TOKENS // length))
             group = max(1, min(count, 65_536 // length))
             cache[length] = [

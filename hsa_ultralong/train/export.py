@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from hsa_ultralong.data.checksum import file_digest
+from hsa_ultralong.data.files import read_json
 from hsa_ultralong.models import HSAForCausalLM
 
 
@@ -39,7 +42,10 @@ def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: i
     plain = HSAForCausalLM(config)
     plain.load_state_dict(weights)
     partial = folder.with_name(f".partial-{folder.name}")
+    if partial.is_symlink():
+        partial.unlink()
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     plain.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     _forget_where(partial / "tokenizer_config.json")
@@ -57,6 +63,32 @@ def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: i
             file.unlink()
     (partial / "checksums.json").replace(folder / "checksums.json")
     partial.rmdir()
+
+
+def check_export(folder: Path, others: Sequence[Path]) -> None:
+    """A model can be written to the folder, which is none of `others`; nothing is written.
+
+    Raises:
+        ValueError: it cannot; naming why.
+    """
+    exists = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not exists.is_dir():
+        raise ValueError(f"the model cannot be written to {folder}: {exists} is no folder")
+    for place in {exists, folder.absolute().parent if exists == folder else exists}:
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"the model cannot be written to {folder}: no permission in {place}")
+    for other in others:
+        if folder.resolve() == other.resolve():
+            raise ValueError(
+                f"the model cannot be written to {folder}, which holds something else; choose another folder"
+            )
+    if os.path.lexists(folder / "config.json"):
+        kind = read_json(folder / "config.json").get("model_type")
+        if kind != HSAForCausalLM.config_class.model_type:
+            raise ValueError(f"{folder} holds something else than a model of this kind; choose another folder")
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "checksums.json"):
+        if (folder / name).is_dir():
+            raise ValueError(f"the model cannot be written to {folder}: {folder / name} is a folder")
 
 
 def _forget_where(config: Path) -> None:

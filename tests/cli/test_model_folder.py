@@ -1,0 +1,298 @@
+"""A model folder that is damaged, foreign or hostile is one line, before memory is taken, whatever command loads it."""
+
+import json
+import os
+import resource
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli.common import load_model
+from hsa_ultralong.cli.main import app
+from hsa_ultralong.cli.model_folder import check_model_folder, load_checkpoint
+from hsa_ultralong.data import train_tokenizer
+from hsa_ultralong.data.checksum import file_digest
+from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.presets import preset
+from hsa_ultralong.train.export import export_model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["some words that are here to be read " * 20], 300)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = HSAForCausalLM(preset("debug", vocab_size=len(tokenizer), **ids))
+    folder = tmp_path_factory.mktemp("models") / "small"
+    export_model(model, tokenizer, folder, topk=model.config.chunk_topk)
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "model")
+
+
+def set_config(folder, file="config.json", **changes):
+    """Other values with the right checksum."""
+    content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps({**content, **changes}))
+    reseal(folder)
+
+
+def reseal(folder):
+    table = {
+        file.name: file_digest(file) for file in folder.iterdir() if file.name != "checksums.json" and file.is_file()
+    }
+    (folder / "checksums.json").write_text(json.dumps(table))
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    reseal(folder)
+
+
+@contextmanager
+def little_memory():
+    """What is allocated beyond 2 GiB fails."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as stream:
+        now = int(stream.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def refused(folder, words):
+    with pytest.raises(ValueError, match=words) as caught, little_memory():
+        load_model(folder, "cpu", "fp32")
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 600
+    return said
+
+
+def test_a_whole_folder_loads_with_and_without_checksums(folder):
+    for _ in range(2):
+        model, tokenizer = load_model(folder, "cpu", "fp32")
+        assert model.config.vocab_size == len(tokenizer) and not model.training
+        (folder / "checksums.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 10**25}, "vocab_size.* is beyond any model"),
+        ({"vocab_size": 1e25}, "config.json"),
+        ({"vocab_size": 2**30}, "more than .* bytes can hold|asks for"),
+        ({"hidden_size": 2**40}, "beyond any model"),
+        ({"hidden_size": 2**30}, "config.json"),
+        ({"hidden_size": "x"}, "hidden_size"),
+        ({"hidden_size": None}, "config.json"),
+        ({"hidden_size": [1]}, "hidden_size"),
+        ({"hidden_size": 48}, "shape|config.json"),
+        ({"num_lower_layers": 2**30}, "layers, but there are"),
+        ({"num_upper_groups": 2**20, "num_layers_per_group": 2**20}, "layers, but there are"),
+        ({"num_lower_layers": 5}, "lacks weights"),
+        ({"num_lower_layers": 1}, "no place for|lacks weights"),
+        ({"num_experts": 2**28, "moe_intermediate_size": 2**28}, "config.json"),
+        ({"rms_norm_eps": float("nan")}, "beyond any model"),
+        ({"eos_token_id": 10**6}, "eos_token_id must be below vocab_size"),
+        ({"eos_token_id": [1, -1]}, "eos_token_id must be below vocab_size"),
+        ({"fusion": "prayer"}, "fusion"),
+        ({"model_type": "llama"}, "another kind of model"),
+        ({"model_type": ["x"]}, "another kind of model"),
+        ({"chunk_sise": 3}, "chunk_sise"),
+        ({"rope_scaling": [[[3]]]}, "rope_scaling"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused_before_memory_is_taken(folder, changes, words):
+    set_config(folder, **changes)
+    refused(folder, words)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"a":' * 100_000, "\x00", '"x"'])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "checksums.json"])
+def test_json_of_the_wrong_type_is_refused(folder, name, text):
+    (folder / name).write_text(text)
+    if name != "checksums.json":
+        reseal(folder)
+    refused(folder, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"max_new_tokens": 1e30}, "max_new_tokens must be a whole number"),
+        ({"top_k": -4}, "top_k must be a whole number"),
+        ({"do_sample": "yes"}, "do_sample must be true or false"),
+        ({"eos_token_id": 10**6}, "eos_token_id must be below"),
+        ({"eos_token_id": "a"}, "eos_token_id must be below"),
+    ],
+)
+def test_generation_settings_of_the_wrong_kind_are_refused(folder, changes, words):
+    set_config(folder, "generation_config.json", **changes)
+    refused(folder, words)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"../secret": "0" * 64}, "must be a file of the folder"),
+        ({"config.json": 3}, "must be a file of the folder"),
+        ({}, "says nothing about model.safetensors"),
+        ({"gone.json": "0" * 64}, "is incomplete: gone.json is missing"),
+        ({"config.json": "0" * 64, "model.safetensors": "0" * 64}, "is corrupt"),
+    ],
+)
+def test_checksums_that_make_no_sense_are_refused(folder, table, words):
+    (folder / "checksums.json").write_text(json.dumps(table))
+    refused(folder, words)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    def change(tensors):
+        tensors["model.norm.weight"][7] = value
+
+    change_weights(folder, change)
+    refused(folder, "not finite .model.norm.weight")
+
+
+def test_large_finite_weights_are_no_damage(folder):
+    def change(tensors):
+        tensors["model.embed_tokens.weight"].fill_(3e38)
+
+    change_weights(folder, change)
+    load_model(folder, "cpu", "fp32")
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "kind", "cut", "header", "empty"])
+def test_weights_that_do_not_fit_the_configuration_are_refused(folder, damage):
+    name, file = "model.norm.weight", folder / "model.safetensors"
+
+    def change(tensors):
+        if damage == "missing":
+            del tensors[name]
+        elif damage == "extra":
+            tensors["model.\x1b[2J"] = tensors[name].clone()
+        elif damage == "shape":
+            tensors[name] = tensors[name][:-1].clone()
+        else:
+            tensors[name] = tensors[name].to(torch.int8)
+
+    if damage in ("cut", "header", "empty"):
+        data = file.read_bytes()
+        file.write_bytes({"cut": data[:-1], "header": b"\xff" * 8 + data[8:], "empty": b""}[damage])
+        reseal(folder)
+    else:
+        change_weights(folder, change)
+    words = {"missing": "lacks weights", "extra": "no place for", "shape": "has the shape", "kind": "of the kind I8"}
+    assert "\x1b" not in refused(folder, words.get(damage, "model.safetensors is damaged"))
+
+
+def test_a_pickle_is_never_opened(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "checksums.json").unlink()
+    refused(folder, r"pytorch_model.bin only, a pickle, .* save_pretrained")
+    (folder / "pytorch_model.bin").unlink()
+    refused(folder, "has no model.safetensors")
+
+
+def shard(folder):
+    HSAForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    reseal(folder)
+    return folder / "model.safetensors.index.json"
+
+
+def test_weights_in_several_files_load_and_must_lie_in_the_folder(folder, tmp_path):
+    index = shard(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    load_model(folder, "cpu", "fp32")
+    table = json.loads(index.read_text())
+    name, file = next(iter(table["weight_map"].items()))
+    shutil.copy(folder / file, tmp_path / "other.safetensors")
+    for place in ("../other.safetensors", str(tmp_path / "other.safetensors"), "x\n", "pytorch_model.bin"):
+        index.write_text(json.dumps({**table, "weight_map": {**table["weight_map"], name: place}}))
+        reseal(folder)
+        refused(folder, "which is no safetensors file of the folder")
+    for content in ([], {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 1}}):
+        index.write_text(json.dumps(content))
+        refused(folder, "index.json")
+    index.write_text(json.dumps(table))
+    (folder / file).unlink()
+    reseal(folder)
+    refused(folder, f"is incomplete: {file} is missing")
+
+
+def test_links_of_a_hub_cache_are_followed(folder, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.move(file, tmp_path / "blobs" / str(number))
+        (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/{number}")
+    load_model(tmp_path / "snapshot", "cpu", "fp32")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_regular_file_is_refused_and_never_opened(folder, name, kind):
+    (folder / name).unlink()
+    (folder / "checksums.json").unlink()
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    refused(folder, "no regular file|is no model folder|holds no tokenizer")
+
+
+def test_a_tokenizer_of_another_size_is_refused(folder, tmp_path):
+    text = " ".join(f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in "lmnrst")
+    train_tokenizer([text * 9], 400).save_pretrained(folder)
+    reseal(folder)
+    refused(folder, "they do not belong together")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": 3}', "\x00" * 99, "[" * 100_000])
+def test_a_tokenizer_that_cannot_be_read_is_refused(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    reseal(folder)
+    refused(folder, "tokenizer.json")
+
+
+def test_all_commands_refuse_the_same_folder_with_the_same_line(folder, tmp_path):
+    set_config(folder, hidden_size=2**30)
+    text = tmp_path / "a.txt"
+    text.write_text("some words")
+    commands = (
+        ["ask", "x", "--text", text, "--model", folder],
+        ["generate", "x", "--model", folder],
+        ["quickstart", "--model", folder],
+        ["memorize", text, "-o", tmp_path / "m.hsa", "--model", folder],
+        ["average", folder, folder, "-o", tmp_path / "mean"],
+        ["eval", "needles", "-o", tmp_path / "study", "--model", folder],
+        ["bench", "memory", "--model", folder, "-o", tmp_path / "bench"],
+        ["train", "debug", "--data", tmp_path, "--init-from", folder, "-o", tmp_path / "run"],
+    )
+    for command in commands:
+        result = CliRunner().invoke(app, [str(one) for one in command])
+        assert result.exit_code == 2, (command, result.output)
+        assert "asks for" in result.stderr, (command, result.stderr)
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_the_check_reads_no_weights(folder):
+    config = check_model_folder(folder)
+    assert config.vocab_size == load_checkpoint(folder, "auto").config.vocab_size
