@@ -88,16 +88,7 @@ def train(
         _show_plan(config, as_json)
         return
     run = output or Path("runs") / recipe
-    if max_minutes is not None and not max_minutes >= 0:
-        raise ValueError(f"--max-minutes must be at least 0, got {max_minutes}")
-    if config.freeze_memory and init_from is None:
-        raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
-    if chat and not text:
-        raise ValueError("--chat goes with --text; shards get conversations from `hsa data corpus.txt --chat FILE`")
-    if (data is None) == (not text):
-        raise ValueError(
-            "training needs --data SHARDS, made with `hsa data corpus.txt -o SHARDS`, or --text corpus.txt"
-        )
+    _check_options(config, data, text, chat, init_from, max_minutes)
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.train.run_folder import RunFolder
@@ -114,6 +105,26 @@ def train(
         _run(config, folder, shards, tokenizer or shards / "tokenizer", place, until, max_minutes, init_from, export)
     finally:
         folder.release()
+
+
+def _check_options(
+    config: TrainConfig,
+    data: Path | None,
+    text: list[str] | None,
+    chat: list[str] | None,
+    init_from: Path | None,
+    max_minutes: float | None,
+) -> None:
+    if max_minutes is not None and not max_minutes >= 0:
+        raise ValueError(f"--max-minutes must be at least 0, got {max_minutes}")
+    if config.freeze_memory and init_from is None:
+        raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
+    if chat and not text:
+        raise ValueError("--chat goes with --text; shards get conversations from `hsa data corpus.txt --chat FILE`")
+    if (data is None) == (not text):
+        raise ValueError(
+            "training needs --data SHARDS, made with `hsa data corpus.txt -o SHARDS`, or --text corpus.txt"
+        )
 
 
 def _check_folders(run: Path, data: Path | None, export: Path | None, init_from: Path | None) -> None:
