@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hsa_ultralong.models.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from hsa_ultralong.models import HSACache, HSAConfig, HSAForCausalLM, HSAModel
 
@@ -17,3 +19,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(models, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_with_transformers()

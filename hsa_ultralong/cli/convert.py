@@ -114,10 +114,23 @@ def _save(model: Any, source: Path, output: Path, report: dict[str, Any]) -> Non
     for file in sorted(source.iterdir()):
         if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")):
             shutil.copy(file, partial / file.name)
+    if (settings := partial / "tokenizer_config.json").is_file():
+        # the length of the source's context is none of the new model's: tools would cut texts to it
+        _drop(settings, "model_max_length", "max_len")
     write_json(partial / "conversion.json", report)
     if output.exists():
         output.rmdir()
     partial.rename(output)
+
+
+def _drop(file: Path, *names: str) -> None:
+    """Remove keys from a JSON file; one without them stays byte for byte."""
+    import json
+
+    table = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in table.items() if key not in names}
+    if kept != table:
+        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _summary(found: Any, output: Path) -> str:

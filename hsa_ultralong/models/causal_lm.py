@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hsa_ultralong.models.adapters import offer_adapter_targets
@@ -125,8 +125,3 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
             model_kwargs[CACHE_NAME] = HSACache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-
-AutoConfig.register("hsa_ultralong", HSAConfig, exist_ok=True)
-AutoModel.register(HSAConfig, HSAModel, exist_ok=True)
-AutoModelForCausalLM.register(HSAConfig, HSAForCausalLM, exist_ok=True)

@@ -1,30 +1,35 @@
 """Every option of the model, declared, documented and validated in one place (docs/architecture.md, Letters)."""
 
+import logging
 from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
+from hsa_ultralong.models.registration import is_own_auto_class, own_auto_map, register_models, write_remote_module
 from hsa_ultralong.nn.rotary import check_scaling
+
+logger = logging.getLogger(__name__)
 
 _CHOICES = {
     "landmark_source": ("cls", "mean"),
     "hsa_residual": ("standard", "bypass"),
     "fusion": ("softmax", "stick_breaking"),
 }
-# keys that transformers itself passes through a configuration
-_FOREIGN_KEYS = {
-    "_name_or_path",
-    "_commit_hash",
-    "attn_implementation",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "torch_dtype",
-}
+# keys beside our own that transformers and tools around it write into configurations; they change nothing here
+_NOTED_KEYS = {
+    "add_cross_attention", "attn_implementation", "auto_map", "base_model_tp_plan", "cross_attention_hidden_size",
+    "experts_implementation", "finetuning_task", "is_decoder", "model_name", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "peft_config", "per_layer_config", "prefix", "pretraining_tp", "pruned_heads",
+    "quantization_config", "task_specific_params", "text_config", "tf_legacy_loss", "tie_encoder_decoder",
+    "tie_last_hidden_states", "tokenizer_class", "torch_dtype", "torchscript", "transformers_weights",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16",
+}  # fmt: skip
+# an int32 counts the tokens of a row
+MAX_POSITIONS = 2**31 - 1
 
 
 @strict
@@ -59,6 +64,16 @@ class HSAConfig(PreTrainedConfig):
     Mixture of experts
         num_experts: 0 = dense. num_experts_per_token, num_shared_experts, moe_intermediate_size,
         num_dense_layers: first layers that stay dense (paper: 1), router_bias_update_rate.
+    For tools
+        max_position_embeddings: the length that tools may assume (lm-eval cuts prompts to it). No part of the model
+            has a size or a limit by it: windows count positions from their own start, the memory has none. The default
+            is the largest number of tokens that a row can have.
+        attn_implementation: None, "sdpa" or "eager", all the same: every layer has its own kernels.
+        auto_map: names the classes for `trust_remote_code`; `save_pretrained` writes the module that it names.
+
+    Keys of transformers and of tools (`quantization_config`, `tokenizer_class`, ...) are kept. Other unknown keys are
+    kept too, as tools annotate configurations, with one line in the log: they change nothing. What looks like a
+    misspelt option, is a part of its name or follows from other options is refused, wherever it is set.
     """
 
     model_type = "hsa_ultralong"
@@ -102,26 +117,67 @@ class HSAConfig(PreTrainedConfig):
     moe_intermediate_size: int | None = None
     num_dense_layers: int = 1
     router_bias_update_rate: float | int = 1e-3
+    max_position_embeddings: int | None = MAX_POSITIONS
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "HSAConfig":
+        # every way to a model leads through a configuration, new or unpickled
+        register_models()
+        return super().__new__(cls)
+
     def __post_init__(self, **kwargs: Any) -> None:
         self._read_rope(kwargs.pop("rope_parameters", None))
-        unknown = sorted(set(kwargs) - _FOREIGN_KEYS)
-        if unknown:
-            close = get_close_matches(unknown[0], config_fields(), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "; see HSAConfig for the list"
-            raise ValueError(f"unknown configuration key {unknown[0]!r}{hint}")
+        for key in kwargs:
+            # generation keys, which transformers drops, never come to be set
+            _refuse_similar(type(self), key)
+        for key in ("attn_implementation", "_attn_implementation"):
+            if kwargs.get(key) not in (None, "sdpa", "eager"):
+                raise ValueError(
+                    f"attn_implementation={kwargs[key]!r}: the layers of HSA-UltraLong have their own kernels, chosen "
+                    "by device (docs/kernels.md); leave it out"
+                )
+        if kwargs.get("per_layer_config"):
+            raise ValueError("per_layer_config: the layers of HSA-UltraLong have their options in common; leave it out")
         if self.head_dim is None and self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.encoder_intermediate_size is None:
             self.encoder_intermediate_size = self.intermediate_size
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
+        if self.max_position_embeddings is None:
+            self.max_position_embeddings = MAX_POSITIONS
+        kwargs["auto_map"] = own_auto_map(kwargs.get("auto_map"))
         self._check()
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key not in self.__dict__ and not hasattr(type(self), key):
+            _refuse_similar(type(self), key)
+            if not _is_noted(key):
+                _note_unknown(key)
+        super().__setattr__(key, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, which drops what it does not know: a misspelt option is refused here too."""
+        for key in kwargs:
+            _refuse_similar(cls, key)
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers, with the module that `auto_map` names."""
+        if not Path(save_directory).is_file():
+            write_remote_module(Path(save_directory))
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Needed for classes derived from ours only: what we save names our own classes in any case."""
+        if not is_own_auto_class(cls, auto_class):
+            super().register_for_auto_class(auto_class)
 
     def _read_rope(self, parameters: dict[str, Any] | None) -> None:
         if parameters and self.rope_scaling:
@@ -167,6 +223,7 @@ class HSAConfig(PreTrainedConfig):
             "moe_intermediate_size": 1, "num_memory_heads": 1, "chunk_topk": 1,
             "retrieval_dim": 1, "num_retrieval_heads": 1, "num_experts": 0,
             "num_experts_per_token": 1, "num_shared_experts": 0, "num_dense_layers": 0,
+            "max_position_embeddings": 1,
         }  # fmt: skip
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
@@ -208,3 +265,38 @@ class HSAConfig(PreTrainedConfig):
 def config_fields() -> list[str]:
     """Names of the options declared by HSAConfig itself."""
     return [name for name in HSAConfig.__annotations__ if name not in ("model_type", "keys_to_ignore_at_inference")]
+
+
+def _refuse_similar(kind: type[HSAConfig], key: str) -> None:
+    """Refuse a key that looks like an option and is none.
+
+    Raises:
+        ValueError: for a derived number, a misspelt option, or a part of its name.
+    """
+    declared = vars(HSAConfig).get(key)
+    if isinstance(declared, property):
+        raise ValueError(f"{key} follows from other options of HSAConfig; set those")
+    # `top_k` belongs to sampling: transformers drops it from configurations without a word
+    meant = ["chunk_topk"] if key == "top_k" else []
+    if not (meant or hasattr(kind, key) or _is_noted(key)):
+        options, words = config_fields(), set(key.lower().split("_"))
+        meant = get_close_matches(key.lower(), options, n=1, cutoff=0.85)
+        meant = meant or [option for option in options if words < set(option.split("_"))]
+    if meant:
+        raise ValueError(f"unknown configuration key {key!r}; did you mean {meant[0]!r}?")
+
+
+def _is_noted(key: str) -> bool:
+    """True for what transformers and its tools are known to write."""
+    return key.startswith("_") or key.endswith("_token_id") or key in _NOTED_KEYS or key in _generation_keys()
+
+
+@cache
+def _generation_keys() -> frozenset[str]:
+    return frozenset(vars(GenerationConfig()))
+
+
+@cache
+def _note_unknown(key: str) -> None:
+    """Once a key."""
+    logger.warning("configuration key %r is none of HSAConfig's: it is kept and changes nothing", key)

@@ -20,6 +20,7 @@ from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict, slice_layout
 from hsa_ultralong.models.ranks import ContextRanks, PoolRanks, Windows
+from hsa_ultralong.models.registration import is_own_auto_class
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
@@ -55,6 +56,12 @@ class HSAPreTrainedModel(PreTrainedModel):
             init.normal_(module.down, mean=0.0, std=std)
             init.zeros_(module.router_bias)
             init.zeros_(module.expert_load)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Needed for classes derived from ours only, as in HSAConfig."""
+        if not is_own_auto_class(cls, auto_class):
+            super().register_for_auto_class(auto_class)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any):
         """As in transformers; only the non-reentrant form, because gradients also flow through the shared memory."""

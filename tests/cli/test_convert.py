@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.registration import REMOTE_MODULE
 
 
 def run(*arguments):
@@ -23,13 +24,16 @@ def test_a_converted_folder_loads_and_says_where_it_comes_from(tmp_path):
     )  # fmt: skip
     teacher = LlamaForCausalLM(config)
     teacher.save_pretrained(tmp_path / "llama")
-    (tmp_path / "llama" / "tokenizer_config.json").write_text("{}")
+    stated = {"model_max_length": 2048, "eos_token": "é"}
+    (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(stated))
     result = run(tmp_path / "llama", "-o", tmp_path / "ours", "--window", 16, "--set", "retrieval_dim=16", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["source"] == "llama" and report["window"] == 16 and 0.5 < report["reused_share"] < 1
     assert json.loads((tmp_path / "ours" / "conversion.json").read_text()) == report
-    assert (tmp_path / "ours" / "tokenizer_config.json").is_file()
+    # the source's length would cut what the new model can read
+    assert json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text()) == {"eos_token": "é"}
+    assert (tmp_path / "ours" / f"{REMOTE_MODULE}.py").is_file()
     student = HSAForCausalLM.from_pretrained(tmp_path / "ours")
     ids = torch.randint(61, (1, 16))
     with torch.no_grad():

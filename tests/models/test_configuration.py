@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from hsa_ultralong.models import HSAConfig
 from hsa_ultralong.models.configuration_hsa import config_fields
@@ -46,12 +47,88 @@ def test_an_unknown_choice_is_refused_with_the_choices(name):
         ({"num_experts": 2, "num_experts_per_token": 3}, "num_experts_per_token=3 exceeds num_experts=2"),
         ({"top_k": 5}, "unknown configuration key 'top_k'"),
         ({"chunk_topkk": 5}, "did you mean 'chunk_topk'"),
-        ({"nonsense_xyz": 5}, "see HSAConfig for the list"),
+        ({"per_layer_config": {0: {"head_dim": 8}}}, "have their options in common"),
+        ({"attn_implementation": "flash_attention_2"}, "have their own kernels"),
+        ({"_attn_implementation": "flex_attention"}, "have their own kernels"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**options)
+
+
+NEAR_MISSES = {
+    "chunk_top_k": "chunk_topk", "topk": "chunk_topk", "top_k": "chunk_topk", "chunk_sise": "chunk_size",
+    "chunkSize": "chunk_size", "hiden_size": "hidden_size", "num_experts_per_tok": "num_experts_per_token",
+    "window": "sliding_window", "sliding_windows": "sliding_window", "num_heads": "num_attention_heads",
+    "num_layers": "num_lower_layers", "qk_norm": "use_qk_norm", "learned_temprature": "learned_temperature",
+    "max_positions_embeddings": "max_position_embeddings",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NEAR_MISSES)
+def test_what_looks_like_an_option_is_refused_wherever_it_is_set(key):
+    message = f"unknown configuration key '{key}'; did you mean '{NEAR_MISSES[key]}'"
+    config = tiny_config()
+    for use in (
+        lambda: HSAConfig(**{key: 3}),
+        lambda: setattr(config, key, 3),
+        lambda: config.update({key: 3}),
+        lambda: HSAConfig.from_dict({}, **{key: 3}),
+        lambda: HSAConfig.from_dict({key: 3}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_a_number_that_follows_from_others_cannot_be_given():
+    with pytest.raises(ValueError, match="num_hidden_layers follows from other options"):
+        HSAConfig(num_hidden_layers=3)
+
+
+# as transformers, Trainer, peft, trl, unsloth and quantisers write them
+NOTED = {
+    "_name_or_path": "here", "architectures": ["HSAForCausalLM"], "auto_map": {"AutoTokenizer": ["a.B", None]},
+    "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}, "tokenizer_class": "Any",
+    "max_position_embeddings": 4096, "_attn_implementation": "sdpa", "transformers_version": "4.57.0",
+    "torch_dtype": "bfloat16", "id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1},
+    "task_specific_params": {"text-generation": {"do_sample": True}}, "problem_type": "regression",
+    "max_length": 20, "temperature": 0.7, "do_sample": True, "num_beams": 1, "sep_token_id": 2, "cls_token_id": None,
+    "eod_token_id": 1, "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False,
+    "pruned_heads": {}, "torchscript": False, "use_bfloat16": False, "pretraining_tp": 1, "unsloth_version": "2026.1",
+    "unsloth_fixed": True, "model_name": "x", "chunk_size_feed_forward": 0,
+    "finetuning_task": None, "prefix": None, "tf_legacy_loss": False, "tie_encoder_decoder": False,
+    "output_hidden_states": False, "output_attentions": False, "_commit_hash": None, "_unsloth_note": 1,
+}  # fmt: skip
+
+
+def test_keys_of_transformers_and_its_tools_are_kept_without_a_word(tmp_path, caplog):
+    config = tiny_config(**NOTED)
+    assert config.quantization_config == NOTED["quantization_config"] and config.dtype == torch.bfloat16
+    config.save_pretrained(tmp_path)
+    again = HSAConfig.from_pretrained(tmp_path)
+    assert {**again.to_dict(), "_name_or_path": "here"} == config.to_dict() and again.tokenizer_class == "Any"
+    assert again.auto_map["AutoTokenizer"] == ["a.B", None]
+    assert not caplog.records
+
+
+def test_a_key_that_nobody_knows_is_kept_and_named_once(tmp_path, caplog):
+    config = tiny_config(nonsense_xyz=5)
+    config.save_pretrained(tmp_path)
+    assert HSAConfig.from_pretrained(tmp_path).nonsense_xyz == 5
+    assert ["nonsense_xyz" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_attention_by_transformers_names_is_one_and_the_same():
+    for name in (None, "sdpa", "eager"):
+        assert tiny_config(attn_implementation=name)._attn_implementation == name
+
+
+def test_a_length_is_stated_for_tools_that_no_row_can_exceed():
+    assert tiny_config().max_position_embeddings == tiny_config(max_position_embeddings=None).max_position_embeddings
+    assert tiny_config().max_position_embeddings == 2**31 - 1
+    with pytest.raises(ValueError, match="max_position_embeddings must be >= 1"):
+        tiny_config(max_position_embeddings=0)
 
 
 @pytest.mark.parametrize(

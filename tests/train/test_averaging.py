@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.cli.common import load_model
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.models.registration import AUTO_MAP, REMOTE_MODULE
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, tiny_model
 from hsa_ultralong.train.averaging import average_models
 from hsa_ultralong.train.export import export_model
@@ -50,6 +51,9 @@ def test_the_command_writes_a_model_that_loads(tmp_path, shards_folder):
     run = lambda *words: CliRunner().invoke(app, ["average", *map(str, words)])  # noqa: E731
     result = run(*folders, "--weights", "0.7,0.3", "-o", tmp_path / "mean")
     assert result.exit_code == 0 and "0.7 x" in result.output, result.output
+    for folder in (folders[0], tmp_path / "mean"):
+        assert f"{REMOTE_MODULE}.py" in json.loads((folder / "checksums.json").read_text())
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
     mean = load_model(tmp_path / "mean", "cpu", "fp32")[0]
     assert mean.config.chunk_topk == 3
     name = "model.embed_tokens.weight"
