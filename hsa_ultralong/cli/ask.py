@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.common import Encoding, TextField
+
 
 def register(app: typer.Typer) -> None:
     app.command("ask")(ask)
@@ -15,13 +17,16 @@ def register(app: typer.Typer) -> None:
 def ask(
     prompt: Annotated[str, typer.Argument(help="A question ending in '?', or the beginning of a sentence.")],
     text: Annotated[
-        list[Path] | None, typer.Option("--text", "-t", help="Text file to memorise now; repeat for more.")
+        list[Path] | None,
+        typer.Option("--text", "-t", help="File, folder or - for stdin to memorise now; repeat for more."),
     ] = None,
     memory: Annotated[
         Path | None, typer.Option("--memory", "-m", help="Memory made by hsa memorize, instead of --text.")
     ] = None,
     hide: Annotated[str | None, typer.Option(help="Hide this sentence in the first text before memorising.")] = None,
     depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where to hide it, 0 = start, 1 = end.")] = 0.5,
+    text_field: TextField = "text",
+    encoding: Encoding = "auto",
     model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     lookup: Annotated[str, typer.Option(help="exact, or sketch: faster in large memories.")] = "exact",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 24,
@@ -49,16 +54,17 @@ def ask(
 
       hsa ask -m lib.hsa --show-sources 3 "What is the secret code of the silver lantern?"
     """
-    from hsa_ultralong.cli.common import encode_prompt, load_model
-    from hsa_ultralong.data import read_text
+    from hsa_ultralong.cli.common import encode_prompt, load_model, read_named
 
     if (memory is None) == (not text):
         raise ValueError("give --memory lib.hsa, or --text FILE to memorise now")
     if hide is not None and memory is not None:
         raise ValueError("--hide needs --text: a memory is changed with hsa memory edit")
-    contents = [read_text(path) for path in text or []]
+    if memory is not None and (text_field, encoding) != ("text", "auto"):
+        raise ValueError("--text-field and --encoding go with --text FILE")
+    named = read_named(text or [], text_field, encoding)
     if hide is not None:
-        contents[0] = _hide(contents[0], hide, depth)
+        named[0] = (named[0][0], _hide(named[0][1], hide, depth))
     network, tokenizer = load_model(model, device, dtype)
     question = as_question(prompt)
     encode_prompt(tokenizer, question)
@@ -70,9 +76,8 @@ def ask(
     if memory is not None:
         library = open_library(network, tokenizer, memory, store, lookup)
     else:
-        documents = [torch.tensor(tokenizer(part)["input_ids"], dtype=torch.int32) for part in contents]
-        names = [str(path) for path in text or []]
-        library = memorize(network, documents, names=names, progress=not as_json)
+        documents = [torch.tensor(tokenizer(part)["input_ids"], dtype=torch.int32) for _, part in named]
+        library = memorize(network, documents, names=[name for name, _ in named], progress=not as_json)
     answer = ask_memory(
         network,
         tokenizer,

@@ -263,11 +263,12 @@ def _recorder(settings: Settings, folder: Path | None, text: Path | None) -> Any
         import torch
 
         from hsa_ultralong.cli.common import load_model
+        from hsa_ultralong.data import read_text
         from hsa_ultralong.eval.benchmarks.selections import recorded_lists
         from hsa_ultralong.eval.haystack import opticks
 
         network, tokenizer = load_model(folder, settings.device)
-        source = text.read_text(encoding="utf-8") if text else opticks()
+        source = read_text(text) if text else opticks()
         longest = min(settings.recorded_max, max(settings.lengths))
         # no token is shorter than a character
         tokens = torch.tensor(tokenizer(source[: 16 * longest])["input_ids"][:longest])

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 MAX_PROMPT_TOKENS = 4096
+
+Encoding = Annotated[
+    str, typer.Option(help="Of text that is not UTF-8 and has no byte order mark: cp1252, shift_jis, utf-16-le ...")
+]
+TextField = Annotated[
+    str, typer.Option("--text-field", "--field", help="Field or column of tables that holds the text.")
+]
 
 
 def choose_device(name: str) -> str:
@@ -62,6 +71,21 @@ def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -
     place = choose_device(device)
     model, tokenizer = load_folder(folder or default_checkpoint(), choose_dtype(dtype, place))
     return model.to(place), tokenizer
+
+
+def read_named(paths: list[Path], text_field: str = "text", encoding: str = "auto") -> list[tuple[str, str]]:
+    """Names and texts of all documents of files, folders or standard input, for commands that hold them in memory.
+
+    Raises:
+        ValueError: what cannot be read.
+    """
+    from hsa_ultralong.data import Spool, read_sources, source_files
+
+    if not paths:
+        return []
+    with Spool() as spool:
+        files = source_files(paths, spool=spool, field=text_field, encoding=encoding)
+        return [(one.name, one.text) for file in files for one in read_sources(file, text_field=text_field)]
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

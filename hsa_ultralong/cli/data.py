@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.common import Encoding, TextField
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from hsa_ultralong.data.inputs import Input
 
 
 class Format(str, Enum):
@@ -26,7 +30,7 @@ def data(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Text files (.txt, .md, .xz), tables (.jsonl, .parquet), folders, or hf:NAME:CONFIG:SPLIT."
+            help="Text, tables (.jsonl, .csv ...), documents (.pdf ...), folders, - for stdin, hf:NAME:CONFIG:SPLIT."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the shards; must not exist yet.")],
@@ -34,9 +38,8 @@ def data(
     vocab_size: Annotated[int, typer.Option(help="Vocabulary of a newly trained tokenizer.")] = 8192,
     sample_mb: Annotated[int, typer.Option(help="Text, in MB, that a new tokenizer is trained on.")] = 30,
     validation_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.005,
-    text_field: Annotated[
-        str, typer.Option("--text-field", "--field", help="Field or column of tables that holds the text.")
-    ] = "text",
+    text_field: TextField = "text",
+    encoding: Encoding = "auto",
     max_bad: Annotated[int, typer.Option(min=0, help="Unreadable records to pass over, with a report.")] = 100,
     kind: Annotated[
         Format, typer.Option("--format", help="What PATHS hold: plain text or conversations.")
@@ -48,6 +51,9 @@ def data(
 ) -> None:
     """Tokenise text into token shards for training. Documents end at a line holding only U+001E.
 
+    Files may be packed (.gz, .xz, .bz2, .zst). What is passed over in a folder is counted, named and listed in the
+    manifest.
+
     Interrupt it at any time: the same command goes on where it stood, and the shards come out the same.
 
     Examples:
@@ -56,26 +62,40 @@ def data(
 
       hsa data books/ notes.md articles.jsonl -o .data/shards --tokenizer checkpoints/nano
 
+      cat corpus.txt | hsa data - -o .data/shards
+
+      hsa data old-texts/ --encoding cp1252 -o .data/shards
+
       hsa data hf:wikitext:wikitext-103-raw-v1:train -o .data/wiki --tokenizer checkpoints/nano
 
       hsa data corpus.txt --chat chat.jsonl -o .data/shards
 
       hsa data chat.jsonl --format chat -o .data/chat --tokenizer checkpoints/nano
     """
-    from hsa_ultralong.data import build_shards
+    from hsa_ultralong.data import build_shards, inputs_of, spool_of
+    from hsa_ultralong.data.build import chat_inputs_of
 
     if output.exists():
         raise ValueError(f"{output} exists already; remove it or choose another folder")
     texts, chats = ([], [*paths, *(chat or [])]) if kind is Format.chat else (paths, chat or [])
-    with _Bar() as bar:
-        options: dict[str, Any] = {"chats": chats, "text_field": text_field, "chat_field": chat_field}
-        tokens = _tokenizer(texts, output, tokenizer, vocab_size, sample_mb, bar, options)
+    passed_over: list[Any] = []
+    with spool_of(output) as spool, _Bar() as bar:
+        common: dict[str, Any] = {"encoding": encoding, "spool": spool, "passed_over": passed_over}
+        # once, as what comes through a pipe is read for the tokenizer and for the shards
+        options: dict[str, Any] = {
+            "chats": chat_inputs_of(chats, field=chat_field, **common),
+            "text_field": text_field,
+            "chat_field": chat_field,
+        }
+        inputs = inputs_of(texts, field=text_field, **common) if texts else []
+        tokens = _tokenizer(inputs, output, tokenizer, vocab_size, sample_mb, bar, options)
         shards = build_shards(
-            texts,
+            inputs,
             tokens,
             output,
             validation_fraction=validation_fraction,
             max_bad=max_bad,
+            passed_over=passed_over,
             progress=bar.progress,
             **options,
         )
@@ -91,7 +111,7 @@ def data(
 
 
 def _tokenizer(
-    texts: list[str],
+    inputs: list[Input],
     output: Path,
     folder: Path | None,
     vocab_size: int,
@@ -106,7 +126,7 @@ def _tokenizer(
     if folder := folder or partial_tokenizer(output):
         return load_tokenizer(folder)
     bar.describe("training the tokenizer")
-    return train_tokenizer(sample_text(texts, sample_mb * 1_000_000, **options), vocab_size)
+    return train_tokenizer(sample_text(inputs, sample_mb * 1_000_000, **options), vocab_size)
 
 
 class _Bar:

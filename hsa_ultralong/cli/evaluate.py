@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.common import Encoding, TextField
 from hsa_ultralong.cli.plan import format_bytes, parse_size
 
 evaluate = typer.Typer(help="Measure what a model remembers.", no_args_is_help=True)
@@ -22,8 +23,10 @@ def needles(
     lengths: Annotated[str, typer.Option(help="Tokens to memorise: 64K,1M,1G.")] = "64K",
     samples: Annotated[int, typer.Option("--needles", min=1, help="Sentences hidden at uniform depths.")] = 20,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Haystack: text file or folder.", show_default="Opticks")
+        list[Path] | None, typer.Option(help="Haystack: file, folder or - for stdin.", show_default="Opticks")
     ] = None,
+    text_field: TextField = "text",
+    encoding: Encoding = "auto",
     shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
     forms: Annotated[str, typer.Option(help="Forms of the memory, compared: own,int8,fp8,bf16.")] = "own",
     store: Annotated[str, typer.Option(help="Where the memory lies: device, host or tiered.")] = "device",
@@ -72,7 +75,7 @@ def needles(
     network, tokenizer = load_model(model, device, dtype)
     if topk is not None:
         network.config.chunk_topk = topk
-    source = _haystack(tokenizer, text, shards, max(wanted)).to(network.device)
+    source = _haystack(tokenizer, text, text_field, encoding, shards, max(wanted)).to(network.device)
     study = NeedleStudy([], network.config.chunk_topk, seed)
     name = "nano" if model is None else model.name
     for length in wanted:
@@ -89,21 +92,25 @@ def needles(
     _print(study, output)
 
 
-def _haystack(tokenizer: Any, text: list[Path] | None, shards: Path | None, longest: int) -> Any:
+def _haystack(
+    tokenizer: Any, text: list[Path] | None, text_field: str, encoding: str, shards: Path | None, longest: int
+) -> Any:
     """(n,) int32 token ids, no more than are wanted."""
     import torch
 
     if text and shards:
         raise ValueError("give --text or --shards, not both")
+    if not text and (text_field, encoding) != ("text", "auto"):
+        raise ValueError("--text-field and --encoding go with --text FILE")
     if shards is not None:
         from hsa_ultralong.data import TokenShards
 
         opened = TokenShards.open(shards, tokenizer)
         return torch.from_numpy(opened.data[:longest].astype("int32"))
     if text:
-        from hsa_ultralong.data import read_text, text_files
+        from hsa_ultralong.cli.common import read_named
 
-        contents = "\n".join(read_text(file) for path in text for file in text_files(path))
+        contents = "\n".join(part for _, part in read_named(text, text_field, encoding))
     else:
         from hsa_ultralong.eval.haystack import opticks
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.common import Encoding, TextField
+
 
 def register(app: typer.Typer) -> None:
     app.command("generate")(generate)
@@ -14,14 +16,18 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from; may be empty with --continue.")] = "",
-    text: Annotated[Path | None, typer.Option("--text", "-t", help="Memorise this text file first.")] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", "-t", help="Memorise this file or folder first; - is stdin.")
+    ] = None,
     go_on: Annotated[
-        bool, typer.Option("--continue", help="Continue the text itself, exactly, instead of a new document.")
+        bool, typer.Option("--continue", help="Continue the (last) text itself, exactly, instead of a new document.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus sampling.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    text_field: TextField = "text",
+    encoding: Encoding = "auto",
     model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
@@ -38,10 +44,11 @@ def generate(
         raise ValueError("--continue needs --text FILE: the text to continue")
     if not prompt and not go_on:
         raise ValueError("give a prompt, or --text FILE --continue to go on with a text")
-    from hsa_ultralong.cli.common import encode_prompt, load_model
-    from hsa_ultralong.data import read_text
+    if text is None and (text_field, encoding) != ("text", "auto"):
+        raise ValueError("--text-field and --encoding go with --text FILE")
+    from hsa_ultralong.cli.common import encode_prompt, load_model, read_named
 
-    content = None if text is None else read_text(text)
+    contents = [part for _, part in read_named([] if text is None else [text], text_field, encoding)]
     network, tokenizer = load_model(model, device, dtype)
     import torch
 
@@ -50,27 +57,26 @@ def generate(
     if temperature > 0:
         options.update(temperature=temperature, top_p=top_p, top_k=0)
     tokens = encode_prompt(tokenizer, prompt) if prompt else []
-    if content is not None:
-        tokens = _memorize(network, tokenizer, content, tokens, go_on, options)
+    if contents:
+        tokens = _memorize(network, tokenizer, contents, tokens, go_on, options)
     ids = torch.tensor([tokens], device=network.device)
     out = network.generate(ids, attention_mask=torch.ones_like(ids), **options)
     typer.echo(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 def _memorize(
-    network: Any, tokenizer: Any, content: str, tokens: list[int], go_on: bool, options: dict[str, Any]
+    network: Any, tokenizer: Any, contents: list[str], tokens: list[int], go_on: bool, options: dict[str, Any]
 ) -> list[int]:
-    """Memorise the text into options["memory"]; returns the prompt's tokens."""
+    """Memorise the texts into options["memory"]; returns the prompt's tokens."""
     import torch
 
     from hsa_ultralong.inference import memorize
 
-    document = tokenizer(content)["input_ids"]
+    documents = [tokenizer(content)["input_ids"] for content in contents]
     if go_on:
         # a continued prompt has no bos of its own; without a prompt the text's last token is the prompt
-        tokens = tokens[1:]
-        if not tokens:
-            document, tokens = document[:-1], document[-1:]
+        tokens = tokens[1:] or [documents[-1].pop()]
         options["continue_document"] = True
-    options["memory"] = memorize(network, torch.tensor(document, dtype=torch.int32), close=not go_on, progress=True)
+    ids = [torch.tensor(document, dtype=torch.int32) for document in documents]
+    options["memory"] = memorize(network, ids, close=not go_on, progress=True)
     return tokens

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.common import Encoding, TextField
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hsa_ultralong.data import Source
+    from hsa_ultralong.data import InputFile, Source
+    from hsa_ultralong.data.inputs import PassedOver
     from hsa_ultralong.data.sources import BadRecords
     from hsa_ultralong.inference import Library
 
@@ -27,14 +30,13 @@ def register(app: typer.Typer) -> None:
 
 
 def memorize(
-    paths: Annotated[list[str], typer.Argument(help="Files, folders (.txt .md .jsonl .parquet, .xz), - for stdin.")],
+    paths: Annotated[list[str], typer.Argument(help="Text, tables, documents (.pdf ...), folders, - for stdin.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the memory, such as lib.hsa.")],
     model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     key_values: Annotated[str, typer.Option(help=f"Form of keys and values: {', '.join(FORMATS)}.")] = "bf16",
     landmarks: Annotated[str, typer.Option(help="Form of landmarks: bf16, int8, fp16, fp32.")] = "bf16",
-    text_field: Annotated[
-        str, typer.Option(help="Field of .jsonl and column of .parquet that holds the text.")
-    ] = "text",
+    text_field: TextField = "text",
+    encoding: Encoding = "auto",
     max_bad: Annotated[int, typer.Option(min=0, help="Unreadable records to pass over, with a report.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
@@ -54,17 +56,20 @@ def memorize(
       cat *.txt | hsa memorize - -o lib.hsa
     """
     from hsa_ultralong.cli.common import load_model
-    from hsa_ultralong.data import source_files
+    from hsa_ultralong.data import source_files, spool_of
 
     for name, value in (("--key-values", key_values), ("--landmarks", landmarks)):
         if value not in FORMATS:
             raise ValueError(f"{name} must be one of {', '.join(FORMATS)}, got {value!r}")
-    files = source_files(paths)
-    network, tokenizer = load_model(model, device, dtype)
-    _require_room(network.config, files, output, key_values, landmarks)
-    with open_or_create(network, tokenizer, output, key_values, landmarks) as library:
-        options: dict[str, Any] = {"text_field": text_field, "max_bad": max_bad, "is_quiet": as_json}
-        summary = memorize_files(library, tokenizer, files, **options)
+    passed_over: list[PassedOver] = []
+    with spool_of(output) as spool:
+        files = source_files(paths, spool=spool, field=text_field, encoding=encoding, passed_over=passed_over)
+        network, tokenizer = load_model(model, device, dtype)
+        _require_room(network.config, files, output, key_values, landmarks)
+        with open_or_create(network, tokenizer, output, key_values, landmarks) as library:
+            options: dict[str, Any] = {"text_field": text_field, "max_bad": max_bad, "is_quiet": as_json}
+            summary = memorize_files(library, tokenizer, files, **options)
+    summary["passed_over"] = [one._asdict() for one in passed_over]
     _show(output, summary, as_json)
 
 
@@ -84,16 +89,15 @@ def open_or_create(network: Any, tokenizer: Any, path: Path, key_values: str, la
     )
 
 
-def _require_room(config: Any, files: list[Path | None], output: Path, key_values: str, landmarks: str) -> None:
+def _require_room(config: Any, files: list[InputFile], output: Path, key_values: str, landmarks: str) -> None:
     """Refuse, with the plan, what the disk cannot hold; the number of tokens is estimated from the texts' sizes."""
     import shutil
 
     from hsa_ultralong.cli.plan import format_bytes
     from hsa_ultralong.memory.quantization import bytes_per_token
 
-    known = [file for file in files if file is not None]
     # packed text is about four times as long when unpacked
-    size = sum(file.stat().st_size * (4 if file.suffix in (".xz", ".parquet") else 1) for file in known)
+    size = sum(file.num_bytes * (4 if file.is_packed else 1) for file in files)
     tokens = size / _CHARACTERS_PER_TOKEN
     per_token = 4 + bytes_per_token(
         key_values,  # type: ignore[arg-type]
@@ -116,7 +120,7 @@ def _require_room(config: Any, files: list[Path | None], output: Path, key_value
 def memorize_files(
     library: Library,
     tokenizer: Any,
-    files: list[Path | None],
+    files: list[InputFile],
     *,
     text_field: str = "text",
     max_bad: int = 0,
@@ -131,7 +135,7 @@ def memorize_files(
 
     bad = BadRecords(max_bad) if max_bad else None
     counts = {"added": 0, "changed": 0, "unchanged": 0, "tokens_read": 0}
-    known = [file.stat().st_size if file is not None else 0 for file in files]
+    known = [file.num_bytes for file in files]
     start = time.monotonic()
     with _Bar(sum(known), is_quiet) as bar:
         for file, size in zip(files, known, strict=True):
@@ -142,7 +146,7 @@ def memorize_files(
     return {**counts, "bad": bad.count if bad else 0, "seconds": time.monotonic() - start}
 
 
-def _sources(library: Library, file: Path | None, text_field: str, bad: BadRecords | None) -> Iterator[Source]:
+def _sources(library: Library, file: InputFile, text_field: str, bad: BadRecords | None) -> Iterator[Source]:
     """The documents of a file; those before an unreadable one are committed before the error goes on."""
     from hsa_ultralong.data import read_sources
 

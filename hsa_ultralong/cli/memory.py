@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.common import Encoding, TextField
+
 memory = typer.Typer(no_args_is_help=True, help="Look at a memory file, change it, check it.")
 
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of the memory, such as lib.hsa.")]
@@ -82,7 +84,8 @@ def append(
     path: MemoryPath,
     texts: Annotated[list[str], typer.Argument(help="Files, folders, - for stdin.")],
     to_last: Annotated[bool, typer.Option("--to-last", help="Go on with the last document instead.")] = False,
-    text_field: Annotated[str, typer.Option(help="Field of .jsonl and .parquet that holds the text.")] = "text",
+    text_field: TextField = "text",
+    encoding: Encoding = "auto",
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -97,21 +100,22 @@ def append(
       echo "Later that day it rained." | hsa memory append lib.hsa --to-last -
     """
     from hsa_ultralong.cli.memorize import _show, memorize_files
-    from hsa_ultralong.data import read_sources, source_files
+    from hsa_ultralong.data import read_sources, source_files, spool_of
 
-    files = source_files(texts)
-    with _open(path, model, device, dtype) as (library, tokenizer):
-        if to_last:
-            parts = [source.text for file in files for source in read_sources(file, text_field=text_field)]
-            tokens = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
-            if not library.documents:
-                raise ValueError(f"{path} holds no document to go on with; leave --to-last away")
-            # its text is no longer that of its file
-            library.extend(tokens, close=True, metadata={**library.documents[-1].metadata, "sha256": "extended"})
-            counts = {"added": 0, "changed": 1, "unchanged": 0, "bad": 0}
-            summary = {**counts, "tokens_read": len(tokens), "seconds": 0.0}
-        else:
-            summary = memorize_files(library, tokenizer, files, text_field=text_field, is_quiet=as_json)
+    with spool_of(path) as spool:
+        files = source_files(texts, spool=spool, field=text_field, encoding=encoding)
+        with _open(path, model, device, dtype) as (library, tokenizer):
+            if to_last:
+                parts = [source.text for file in files for source in read_sources(file, text_field=text_field)]
+                tokens = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+                if not library.documents:
+                    raise ValueError(f"{path} holds no document to go on with; leave --to-last away")
+                # its text is no longer that of its file
+                library.extend(tokens, close=True, metadata={**library.documents[-1].metadata, "sha256": "extended"})
+                counts = {"added": 0, "changed": 1, "unchanged": 0, "bad": 0}
+                summary = {**counts, "tokens_read": len(tokens), "seconds": 0.0}
+            else:
+                summary = memorize_files(library, tokenizer, files, text_field=text_field, is_quiet=as_json)
     _show(path, summary, as_json)
 
 
@@ -124,6 +128,7 @@ def edit(
     text: Annotated[Path | None, typer.Option(help="File whose text replaces the whole document.")] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Delete the document.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would cost.")] = False,
+    encoding: Encoding = "auto",
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -141,6 +146,11 @@ def edit(
     """
     if sum((find is not None, text is not None, delete)) != 1 or (find is None) != (replace is None):
         raise ValueError("give --find with --replace, or --text FILE, or --delete")
+    from hsa_ultralong.data import read_text
+
+    if text is None and encoding != "auto":
+        raise ValueError("--encoding goes with --text FILE")
+    content = None if text is None else read_text(text, encoding=encoding)
     with _open(path, model, device, dtype) as (library, tokenizer):
         chosen = library.document(int(document) if document.isdigit() else document)
         if delete:
@@ -148,7 +158,7 @@ def edit(
             if not dry_run:
                 library.delete(chosen.id)
         else:
-            value = _change(library, tokenizer, chosen, find, replace, text, dry_run, as_json)
+            value = _change(library, tokenizer, chosen, find, replace, content, dry_run, as_json)
     if as_json:
         typer.echo(json.dumps(value, indent=1))
     elif dry_run:
@@ -163,18 +173,15 @@ def _change(
     chosen: Any,
     find: str | None,
     replace: str | None,
-    text: Path | None,
+    content: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> dict[str, Any]:
-    from hsa_ultralong.data import read_text
     from hsa_ultralong.inference.editor import plan_edit
     from hsa_ultralong.inference.library import difference
 
     old = library.tokens(chosen.id)
-    if text is not None:
-        content = read_text(text)
-    else:
+    if content is None:
         assert find is not None and replace is not None
         whole = tokenizer.decode(old.tolist(), skip_special_tokens=True)
         count = whole.count(find)

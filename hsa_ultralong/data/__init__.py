@@ -1,16 +1,18 @@
 """Data: tokenizer, text files, token shards, needles, training rows and their mixtures."""
 
-from hsa_ultralong.data.build import build_shards, sample_text
+from hsa_ultralong.data.build import build_shards
 from hsa_ultralong.data.chat import chat_prompt, conversation_pieces
 from hsa_ultralong.data.evaluation_words import EVALUATION_ADJECTIVES, EVALUATION_NOUNS, EVALUATION_WORDS
+from hsa_ultralong.data.inputs import InputFile, Spool, inputs_of, source_files, spool_of
 from hsa_ultralong.data.mixture import ROW_KINDS, MixtureConfig, MixtureDataset, StepSampler, collate
 from hsa_ultralong.data.needles import Needle, evaluation_needles, make_needle, sample_needles
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, self_copy_row, text_row
 from hsa_ultralong.data.sampler import DocumentSampler
+from hsa_ultralong.data.samples import sample_text
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.data.shards import TokenShards
-from hsa_ultralong.data.sources import Source, read_sources, source_files
-from hsa_ultralong.data.text import DOCUMENT_SEPARATOR, iter_documents, read_text, text_files
+from hsa_ultralong.data.sources import Source, iter_texts, read_sources, read_text
+from hsa_ultralong.data.text import DOCUMENT_SEPARATOR
 from hsa_ultralong.data.tokenizer import (
     PieceTokenizer,
     load_tokenizer,
@@ -26,6 +28,7 @@ __all__ = [
     "EVALUATION_WORDS",
     "ROW_KINDS",
     "DocumentSampler",
+    "InputFile",
     "MixtureConfig",
     "MixtureDataset",
     "Needle",
@@ -34,6 +37,7 @@ __all__ = [
     "Row",
     "RowLayout",
     "Source",
+    "Spool",
     "StepSampler",
     "TokenShards",
     "build_shards",
@@ -41,7 +45,8 @@ __all__ = [
     "collate",
     "conversation_pieces",
     "evaluation_needles",
-    "iter_documents",
+    "inputs_of",
+    "iter_texts",
     "load_tokenizer",
     "make_needle",
     "namespaced_rng",
@@ -52,8 +57,8 @@ __all__ = [
     "sample_text",
     "self_copy_row",
     "source_files",
+    "spool_of",
     "special_token_ids",
-    "text_files",
     "text_row",
     "tokenizer_fingerprint",
     "train_tokenizer",

@@ -21,8 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.chat import conversation_pieces, parse_messages
 from hsa_ultralong.data.checksum import file_record
+from hsa_ultralong.data.encodings import AUTO
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
 from hsa_ultralong.data.files import sealed, write_whole
+from hsa_ultralong.data.inputs import Input, InputFile, PassedOver, Spool, inputs_of, spool_of
+from hsa_ultralong.data.kinds import JSON, JSON_LINES, PARQUET
 from hsa_ultralong.data.partial import PartialBuild
 from hsa_ultralong.data.shards import (
     DOCUMENTS_FILE,
@@ -35,23 +38,12 @@ from hsa_ultralong.data.shards import (
     TokenShards,
     open_new,
 )
-from hsa_ultralong.data.sources import (
-    HUB_PREFIX,
-    TABLE_SUFFIXES,
-    BadRecords,
-    Input,
-    OnBad,
-    inputs_of,
-    iter_texts,
-    parse_text,
-    read_parsed,
-    read_sources,
-)
-from hsa_ultralong.data.text import PathLike
+from hsa_ultralong.data.sources import BadRecords, parse_text, read_parsed
 from hsa_ultralong.data.tokenizer import plain_backend, special_token_ids, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
+PathLike = str | Path
 Progress = Callable[[int, int], None]
 
 MAX_WORDS = 20_000
@@ -64,6 +56,8 @@ _MAX_COUNTED_WORDS = 2_000_000
 _CUT = re.compile(r"(?<=\S)[ \n](?=[^\W\d_])")
 _PIECE_CHARACTERS = 1 << 16
 _BATCH_CHARACTERS = 1 << 22
+# files of folders that a manifest names
+_MAX_PASSED_OVER = 10_000
 
 
 class _Document(NamedTuple):
@@ -76,15 +70,17 @@ class _Document(NamedTuple):
 
 
 def build_shards(
-    paths: PathLike | Iterable[PathLike],
+    paths: PathLike | Iterable[PathLike | Input],
     tokenizer: PreTrainedTokenizerFast,
     out_dir: str | Path,
     *,
-    chats: Iterable[PathLike] = (),
+    chats: Iterable[PathLike | Input] = (),
     validation_fraction: float = 0.005,
     text_field: str = "text",
     chat_field: str = "messages",
+    encoding: str = AUTO,
     max_bad: int = 0,
+    passed_over: Sequence[PassedOver] = (),
     progress: Progress | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> TokenShards:
@@ -95,16 +91,18 @@ def build_shards(
     are two different ones and the fraction is above 0; the same holds for conversations.
 
     An interrupted build leaves a hidden folder beside ``out_dir``; the same call goes on there and ends with the same
-    files as one that was never interrupted (not if it reads standard input).
+    files as one that was never interrupted. What comes through pipes is copied beside ``out_dir`` until the end.
 
     Args:
-        paths: inputs of plain documents, see ``sources.inputs_of``; may be empty if there are chats.
+        paths: inputs of plain documents, see ``inputs.inputs_of``; may be empty if there are chats.
         tokenizer: a fast tokenizer with bos, eos and pad; kept in the directory.
         out_dir: directory to create; must not exist yet, or be empty.
-        chats: inputs of conversations: .jsonl and .parquet files, folders of them, hub datasets; see ``chat.py``.
+        chats: inputs of conversations: JSON and parquet files, folders of them, hub datasets; see ``chat.py``.
         validation_fraction: share of documents held out, 0 <= fraction < 1.
         text_field, chat_field: field or column of tables that holds the text, the messages.
+        encoding: of text that has no byte order mark and is not UTF-8, such as "cp1252".
         max_bad: so many records that cannot be read are passed over, logged and counted in the manifest.
+        passed_over: files of folders that were left out when ``paths`` were made inputs, for the manifest.
         progress: called with the numbers of UTF-8 bytes of text and of tokens so far.
         checkpoint_seconds: least time between two checkpoints.
 
@@ -121,45 +119,62 @@ def build_shards(
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists already; remove it or choose another directory")
     special_token_ids(tokenizer)
-    chat_inputs = _chat_inputs(list(chats))
-    named = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    inputs = inputs_of(named) if named or not chat_inputs else []
-    identity = {
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "documents": [text_field, *map(_identify, inputs)],
-        "conversations": [chat_field, *map(_identify, chat_inputs)],
-    }
-    partial = PartialBuild(out_dir, identity)
-    build = _Build(partial, tokenizer, max_bad)
-    try:
-        build.run(inputs, chat_inputs, text_field, chat_field, progress, checkpoint_seconds)
-        build.finish(validation_fraction)
-        partial.publish(out_dir, has_labels=build.num_conversations > 0)
-    except BaseException:
-        if None in inputs or not build.keep():
-            partial.discard()
-        else:
-            partial.close()
-            logger.warning("the build so far is kept in %s; the same command goes on from there", partial.path)
-        raise
+    skipped = list(passed_over)
+    with spool_of(out_dir) as spool:
+        chat_inputs = chat_inputs_of(chats, spool, chat_field, encoding, skipped)
+        named = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        options: dict[str, Any] = {"field": text_field, "encoding": encoding, "passed_over": skipped}
+        inputs = inputs_of(named, spool=spool, **options) if named or not chat_inputs else []
+        identity = {
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "documents": [text_field, *map(_identify, inputs)],
+            "conversations": [chat_field, *map(_identify, chat_inputs)],
+        }
+        partial = PartialBuild(out_dir, identity)
+        build = _Build(partial, tokenizer, max_bad)
+        try:
+            build.run(inputs, chat_inputs, text_field, chat_field, progress, checkpoint_seconds)
+            build.finish(validation_fraction, skipped)
+            partial.publish(out_dir, has_labels=build.num_conversations > 0)
+        except BaseException:
+            if build.keep():
+                partial.close()
+                logger.warning("the build so far is kept in %s; the same command goes on from there", partial.path)
+            else:
+                partial.discard()
+            raise
     return open_new(out_dir)
 
 
-def _chat_inputs(chats: Sequence[PathLike]) -> list[Input]:
-    inputs = inputs_of(chats) if chats else []
+def chat_inputs_of(
+    chats: Iterable[PathLike | Input],
+    spool: Spool,
+    field: str = "messages",
+    encoding: str = AUTO,
+    passed_over: list[PassedOver] | None = None,
+) -> list[Input]:
+    """The inputs of conversations, see ``inputs.inputs_of``; none for none.
+
+    Raises:
+        ValueError: a file that can hold none.
+    """
+    named = list(chats)
+    options: dict[str, Any] = {"field": field, "encoding": encoding, "passed_over": passed_over}
+    inputs = inputs_of(named, spool=spool, **options) if named else []
     for one in inputs:
-        if not isinstance(one, str) and not str(one).endswith(TABLE_SUFFIXES):
-            place = "standard input" if one is None else one
-            raise ValueError(f"conversations are read from {', '.join(TABLE_SUFFIXES)} and hf:NAME, got {place}")
+        if isinstance(one, InputFile) and (kind := one.kind()) not in (JSON_LINES, JSON, PARQUET):
+            raise ValueError(f"conversations are read from .jsonl, .json, .parquet, hf:NAME; got {one.name} ({kind})")
     return inputs
 
 
 def _identify(one: Input) -> list[Any]:
-    """An input and, of a file, size and time of change: a build must not go on with another text."""
-    if not isinstance(one, Path):
+    """An input and, of a file, size and time of change or digest: a build must not go on with another text."""
+    if isinstance(one, str):
         return [one]
-    status = one.stat()
-    return [str(one.resolve()), status.st_size, status.st_mtime_ns]
+    if one.digest:
+        return [one.name, one.encoding, one.digest]
+    status = one.path.stat()
+    return [str(one.path.resolve()), one.encoding, status.st_size, status.st_mtime_ns]
 
 
 class _Build:
@@ -239,9 +254,7 @@ class _Build:
             first = first_record if number == first_input else 1
             if number < first_input:
                 continue
-            if one is None:
-                yield from (_Document(source.text, None, number + 1, 1) for source in read_sources(None))
-            elif number < len(inputs):
+            if number < len(inputs):
                 for record, text in read_parsed(one, parse_text, field=text_field, on_bad=on_bad, first=first):
                     yield _Document(text, None, number, record.number + 1)
             else:
@@ -282,7 +295,7 @@ class _Build:
             return document.pieces
         return [(piece, True) for piece in split_pieces(document.text)] if self._can_cut else [(document.text, True)]
 
-    def finish(self, validation_fraction: float) -> None:
+    def finish(self, validation_fraction: float, passed_over: Sequence[PassedOver]) -> None:
         """Write offsets, word bank and manifest."""
         folder = self._partial.path
         lengths, hashes = self._partial.lengths_and_hashes()
@@ -305,56 +318,12 @@ class _Build:
             "num_words": len(bank),
             "files": {name: file_record(folder / name) for name in files},
             "bad_records": {"count": self.bad.count, "first": self.bad.messages},
+            "passed_over": {"count": len(passed_over), "files": [list(one) for one in passed_over[:_MAX_PASSED_OVER]]},
             "validation_fraction": validation_fraction,
             "validation_documents": held_out,
         }
         write_whole(folder / MANIFEST_FILE, sealed(manifest))
         logger.info("%d documents, %d bytes of text, %d tokens", self.num_documents, self.num_bytes, self.num_tokens)
-
-
-def sample_text(
-    paths: Sequence[PathLike],
-    num_characters: int,
-    text_field: str = "text",
-    *,
-    chats: Sequence[PathLike] = (),
-    chat_field: str = "messages",
-    piece: int = 20_000,
-) -> Iterator[str]:
-    """Pieces of text to train a tokenizer on, about ``num_characters`` in all, spread evenly over all documents and
-    conversations (two passes over the inputs); from hub datasets, the first characters. Bad records are passed over."""
-
-    def ignore(message: str) -> None:
-        pass
-
-    def texts() -> Iterator[str]:
-        yield from iter_texts(paths, text_field=text_field, on_bad=ignore) if paths else ()
-        yield from _chat_texts(chats, chat_field, ignore)
-
-    if any(str(path).startswith(HUB_PREFIX) for path in (*paths, *chats)):
-        for document in texts():
-            yield document[:num_characters]
-            num_characters -= len(document)
-            if num_characters <= 0:
-                return
-        return
-    total = sum(len(document) for document in texts())
-    share = min(1.0, num_characters / max(1, total))
-    owed = 0.0
-    for document in texts():
-        for start in range(0, len(document), piece):
-            part = document[start : start + piece]
-            owed += share * len(part)
-            if owed >= len(part):
-                owed -= len(part)
-                yield part
-
-
-def _chat_texts(chats: Sequence[PathLike], field: str, on_bad: OnBad) -> Iterator[str]:
-    for one in _chat_inputs(chats):
-        assert one is not None
-        for _, messages in read_parsed(one, parse_messages, field=field, on_bad=on_bad):
-            yield "".join(text for text, _ in conversation_pieces(messages))
 
 
 def _batches(documents: Iterator[_Document]) -> Iterator[list[_Document]]:

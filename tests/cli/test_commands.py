@@ -59,6 +59,25 @@ def test_ask_answers_with_source_and_says_when_it_is_unsure(checkpoint, book):
     assert ("Unsure" in shown.stdout) == answer["is_uncertain"]
 
 
+def test_ask_and_generate_read_what_people_have(checkpoint, tmp_path):
+    sentences = "It was a bright cold day in April. " * 20
+    (tmp_path / "a.csv").write_text(f"id,body\n1,{sentences}\n2,{sentences}\n")
+    (tmp_path / "b.txt").write_bytes(("d\xe9j\xe0 vu. " + sentences).encode("cp1252"))
+    options = ("--model", checkpoint, "--text-field", "body", "--encoding", "cp1252")
+    answer = hsa("ask", "-t", tmp_path / "a.csv", "-t", tmp_path / "b.txt", *options, "--json", "--sources", 9, "It")
+    assert answer.exit_code == 0, answer.output
+    names = {source["name"] for source in json.loads(answer.stdout)["sources"]}
+    assert names <= {f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:3", f"{tmp_path}/b.txt"} and names
+    for go_on in ([], ["--continue"]):
+        result = hsa("generate", "-t", tmp_path, *options, "--max-new-tokens", 2, *go_on, "It")
+        assert result.exit_code == 0, result.output
+    piped = CliRunner().invoke(app, ["ask", "-t", "-", "--model", str(checkpoint), "--json", "It"], input=sentences)
+    assert json.loads(piped.stdout)["sources"][0]["name"] == "standard input"
+    for words in (["ask", "-m", tmp_path], ["generate"], ["eval", "needles", "-o", tmp_path / "x"]):
+        refused = hsa(*words, *(["It"] if words[0] != "eval" else []), "--encoding", "cp1252", "--model", checkpoint)
+        assert_one_clear_line(refused, "--encoding", "--text")
+
+
 def test_generate_with_and_without_a_text(checkpoint, book):
     for extra in (["def main():"], ["--text", book, "--continue"], ["--text", book, "A word"]):
         result = hsa("generate", "--model", checkpoint, "--max-new-tokens", 4, "--temperature", 0, *extra)

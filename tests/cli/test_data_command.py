@@ -1,6 +1,9 @@
 """`hsa data`: tables with bad records, conversations, an interrupted build, and errors of one line."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -72,9 +75,42 @@ def test_an_interrupted_build_goes_on_with_the_tokenizer_it_began_with(hsa, tabl
     assert (tmp_path / "cut" / "tokens.bin").read_bytes() == (whole.path / "tokens.bin").read_bytes()
 
 
+def test_a_corpus_through_a_pipe_gives_the_shards_of_its_file(request, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\x1e\n".join(f"Article {i} says little. " * 9 for i in range(6)))
+    command = f"{sys.executable} -m hsa_ultralong.cli.main data"
+    for words, out in (
+        ("- -o piped <", "piped"),
+        ("<(cat {}) -o substituted #", "substituted"),
+        ("{} -o file #", "file"),
+    ):
+        line = f"{command} --vocab-size 300 {words.format(corpus)} {corpus}"
+        environment = {**os.environ, "PYTHONPATH": str(request.config.rootpath)}
+        result = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "6 documents" in result.stdout and out in result.stdout
+    tokens = {(tmp_path / out / "tokens.bin").read_bytes() for out in ("piped", "substituted", "file")}
+    assert len(tokens) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "file", "piped", "substituted"]
+
+
+def test_what_a_folder_holds_besides_is_said_and_listed(hsa, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("One text. " * 30)
+    (folder / "b.png").write_bytes(b"x")
+    result = hsa(folder, "-o", tmp_path / "out", *TOKENIZER)
+    assert result.exit_code == 0 and "1 images (b.png)" in result.stderr, result.output
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["passed_over"] == {"count": 1, "files": [[str(folder / "b.png"), "images"]]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["latin.txt", "--max-bad", 0, "-o", "x", *TOKENIZER], ["offset 3", "--encoding cp1252"]),
+        (["-", "-o", "x", *TOKENIZER], ["standard input is empty"]),
+        (["a.txt", "--encoding", "klingon", "-o", "x", *TOKENIZER], ["klingon", "cp1252"]),
         (["nowhere.txt", "-o", "x"], ["nowhere.txt", "does not exist"]),
         (["a.txt", "--format", "chat", "-o", "x", *TOKENIZER], ["conversations are read from", ".jsonl"]),
         (["-", "--format", "chat", "-o", "x", *TOKENIZER], ["standard input"]),
@@ -82,7 +118,9 @@ def test_an_interrupted_build_goes_on_with_the_tokenizer_it_began_with(hsa, tabl
 )
 def test_bad_arguments_end_in_one_line(hsa, arguments, words, tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    result = hsa(*(str(tmp_path / word) if word in ("x", "a.txt") else word for word in arguments))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    files = ("x", "a.txt", "latin.txt")
+    result = hsa(*(str(tmp_path / word) if word in files else word for word in arguments))
     last = result.stderr.strip().splitlines()[-1]
     assert result.exit_code == 2 and last.startswith("error: ") and all(word in last for word in words)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "latin.txt"]

@@ -84,7 +84,7 @@ def test_memorize_says_what_it_did_and_passes_over_what_is_known(library, texts,
 def test_an_interrupted_memorize_goes_on_and_ends_with_the_same_memory(library, texts, checkpoint, monkeypatch):
     from hsa_ultralong.cli import memorize as command
     from hsa_ultralong.cli.common import load_model
-    from hsa_ultralong.data import source_files
+    from hsa_ultralong.data import Spool, source_files
     from hsa_ultralong.inference.library import Library
 
     monkeypatch.setattr(command, "_COMMIT_TOKENS", 1)
@@ -106,11 +106,11 @@ def test_an_interrupted_memorize_goes_on_and_ends_with_the_same_memory(library, 
         shutil.rmtree(path, ignore_errors=True)
         monkeypatch.setattr(Library, "_read_on", stop)
         with pytest.raises(KeyboardInterrupt), open_or_create(network, tokenizer, path, "bf16", "bf16") as opened:
-            memorize_files(opened, tokenizer, source_files([texts]), is_quiet=True)
+            memorize_files(opened, tokenizer, source_files([texts], spool=Spool()), is_quiet=True)
         monkeypatch.setattr(Library, "_read_on", read_on)
         with open_or_create(network, tokenizer, path, "bf16", "bf16") as opened:
             assert len(opened.documents) in (cut - 1, cut)
-            memorize_files(opened, tokenizer, source_files([texts]), is_quiet=True)
+            memorize_files(opened, tokenizer, source_files([texts], spool=Spool()), is_quiet=True)
         assert_same(path, library)
 
 

@@ -8,12 +8,14 @@ import types
 
 import pytest
 
-from hsa_ultralong.data import build_shards, read_sources, source_files
+from hsa_ultralong.data import InputFile, Spool, build_shards, read_sources, source_files
 from hsa_ultralong.data.sources import BadRecords, iter_texts, parse_text, read_parsed
 
 
 def names_and_texts(path, **options):
-    return [(source.name, source.text) for file in source_files([path]) for source in read_sources(file, **options)]
+    with Spool() as spool:
+        files = source_files([path], spool=spool)
+        return [(source.name, source.text) for file in files for source in read_sources(file, **options)]
 
 
 def test_documents_of_one_text_file_are_numbered(tmp_path):
@@ -50,7 +52,7 @@ def test_parquet_rows_are_read(tmp_path):
 
 
 def test_standard_input_is_one_document(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
     assert names_and_texts("-") == [("standard input", "hello")]
     with pytest.raises(ValueError, match="standard input is empty"):
         names_and_texts("-")
@@ -74,19 +76,20 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
 
 def test_missing_paths_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        source_files([tmp_path / "no"])
+        source_files([tmp_path / "no"], spool=Spool())
     with pytest.raises(ValueError, match="holds nothing to read"):
-        source_files([tmp_path])
+        source_files([tmp_path], spool=Spool())
     with pytest.raises(ValueError, match="no paths given"):
-        source_files([])
+        source_files([], spool=Spool())
 
 
 def test_the_digest_is_that_of_the_text(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one")
-    first = next(read_sources(file)).digest
+    source = InputFile(file, "a.txt")
+    first = next(read_sources(source)).digest
     file.write_text("two")
-    assert next(read_sources(file)).digest != first and len(first) == 64
+    assert next(read_sources(source)).digest != first and len(first) == 64
 
 
 def test_bad_records_are_named_counted_and_limited(tmp_path, tokenizer):
@@ -113,7 +116,7 @@ def test_a_bad_document_of_a_text_file_is_named_by_line_and_the_others_are_read(
     file = tmp_path / "a.txt"
     file.write_bytes(b"one\n\x1e\nfine\ncaf\xe9\n\x1e\nthree\n")
     seen = BadRecords(10)
-    sources = list(read_sources(file, on_bad=seen))
+    sources = list(read_sources(InputFile(file, str(file)), on_bad=seen))
     assert [(source.name, source.text) for source in sources] == [(str(file), "one\n"), (f"{file}#3", "three\n")]
     assert seen.count == 1 and "byte 0xe9 at offset 14, line 4" in seen.messages[0]
 
@@ -160,7 +163,7 @@ def test_reading_can_begin_at_any_record(tmp_path):
     else:
         files.append(tmp_path / "t.parquet")
         parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(1, 200)]}), files[-1])
-    for file in files:
+    for file in (InputFile(path, path.name) for path in files):
         seen = BadRecords(1)
         whole = [record.number for record, _ in read_parsed(file, parse_text, field="text", on_bad=seen)]
         for first in (1, 3, 4, 7, 70):
