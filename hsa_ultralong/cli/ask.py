@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.numbers import MAX_COUNT, finite
+from hsa_ultralong.cli.terminal import echo, echo_json
 
 
 def register(app: typer.Typer) -> None:
@@ -24,14 +26,16 @@ def ask(
         Path | None, typer.Option("--memory", "-m", help="Memory made by hsa memorize, instead of --text.")
     ] = None,
     hide: Annotated[str | None, typer.Option(help="Hide this sentence in the first text before memorising.")] = None,
-    depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where to hide it, 0 = start, 1 = end.")] = 0.5,
+    depth: Annotated[
+        float, typer.Option(min=0.0, max=1.0, callback=finite, help="Where to hide it, 0 = start, 1 = end.")
+    ] = 0.5,
     text_field: TextField = "text",
     encoding: Encoding = "auto",
     model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     lookup: Annotated[str, typer.Option(help="exact, or sketch: faster in large memories.")] = "exact",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Longest answer in tokens.")] = 24,
     sources: Annotated[
-        int, typer.Option("--sources", "--show-sources", min=0, help="Show so many retrieved passages.")
+        int, typer.Option("--sources", "--show-sources", min=0, max=MAX_COUNT, help="Show so many retrieved passages.")
     ] = 1,
     store: Annotated[
         str, typer.Option(help="Where the memory's keys and values lie while asking: file, host, device.")
@@ -99,7 +103,7 @@ class _Writer:
     def __call__(self, piece: str) -> None:
         piece = piece.lstrip() if self.is_first else piece
         self.is_first = self.is_first and not piece
-        typer.echo(piece, nl=False)
+        echo(piece, nl=False)
 
 
 def open_library(network: Any, tokenizer: Any, path: Path, store: str, lookup: str = "exact") -> Any:
@@ -135,8 +139,6 @@ def _show(answer: Any, memory: Any, tokenizer: Any, sources: int, as_json: bool)
         tokens = memory.documents[source.document].tokens[source.start : source.stop]
         passages.append({**source.__dict__, "passage": tokenizer.decode(tokens.tolist(), skip_special_tokens=True)})
     if as_json:
-        import json
-
         value = {
             "answer": answer.text.strip(),
             "weight": answer.weight,
@@ -144,15 +146,15 @@ def _show(answer: Any, memory: Any, tokenizer: Any, sources: int, as_json: bool)
             "memorised_tokens": memory.num_tokens,
             "sources": passages,
         }
-        typer.echo(json.dumps(value, indent=1))
+        echo_json(value)
         return
     # the answer itself was shown while it came
-    typer.echo("" if answer.text.strip() else "(no answer)")
+    echo("" if answer.text.strip() else "(no answer)")
     for passage in passages:
         where = f"{passage['name']}, tokens {passage['start']:,}-{passage['stop']:,}, weight {passage['weight']:.2f}"
-        typer.echo(f"\nfrom {where}:\n  {' '.join(passage['passage'].split())}")
+        echo(f"\nfrom {where}:\n  {' '.join(passage['passage'].split())}")
     if answer.is_uncertain:
-        typer.echo(
+        echo(
             f"\nUnsure: no passage stood out (best retrieval weight {answer.weight:.2f} < {answer.threshold:.2f}), "
             "so this may be a guess. "
             "Is it stated in the text, in a form like the question?"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hsa_ultralong.cli.terminal import echo
 
 
 def register(app: typer.Typer) -> None:
@@ -31,27 +34,33 @@ def average(
       hsa average checkpoints/nano models/pool --weights 0.7,0.3 -o models/mine
     """
     from hsa_ultralong.cli.common import load_model
+    from hsa_ultralong.cli.places import removed_on_failure, require_folder
     from hsa_ultralong.data.checksum import file_digest
     from hsa_ultralong.train.averaging import average_models
     from hsa_ultralong.train.export import export_model
 
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists already; choose another name")
+    require_folder(output, is_new=True)
     shares = _shares(weights, len(models))
     loaded = [load_model(folder, "cpu", "fp32") for folder in models]
     digests = {file_digest(folder / "tokenizer.json") for folder in models}
     if len(digests) > 1:
         raise ValueError("the models have different tokenizers: the same number means another token to each")
     mean = average_models([model for model, _ in loaded], shares)
-    export_model(mean, loaded[0][1], output, topk=mean.config.chunk_topk)
+    with removed_on_failure(output.with_name(f".partial-{output.name}")):
+        export_model(mean, loaded[0][1], output, topk=mean.config.chunk_topk)
     parts = " + ".join(f"{share:g} x {folder}" for share, folder in zip(shares, models, strict=True))
-    typer.echo(f"Written: {output} = {parts}")
+    echo(f"Written: {output} = {parts}")
 
 
 def _shares(text: str | None, count: int) -> list[float]:
     if text is None:
         return [1 / count] * count
     try:
-        return [float(part) for part in text.split(",")]
+        shares = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--weights must be numbers such as 0.7,0.3, got {text!r}") from None
+        shares = [math.nan]
+    if not all(map(math.isfinite, shares)):
+        raise ValueError(f"--weights must be numbers such as 0.7,0.3, got {text!r}")
+    if len(shares) != count:
+        raise ValueError(f"--weights must be {count} numbers, one for each model, got {len(shares)}")
+    return shares

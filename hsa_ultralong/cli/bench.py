@@ -3,14 +3,15 @@ and decoding; `training` is in bench_training.py."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hsa_ultralong.cli.bench_training import training
-from hsa_ultralong.cli.plan import parse_size
+from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_counts, parse_size, parse_sizes
+from hsa_ultralong.cli.places import require_folder
+from hsa_ultralong.cli.terminal import console, echo, echo_json
 
 if TYPE_CHECKING:
     from hsa_ultralong.eval.benchmarks.memory import MemorySettings
@@ -45,7 +46,7 @@ def bench_ops(
     text: Annotated[Path | None, typer.Option(help="Text for recorded selections.", show_default="Opticks")] = None,
     model: Annotated[Path | None, typer.Option(help="Model that reads it.", show_default="checkpoints/nano")] = None,
     hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of inputs and selections.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of inputs and selections.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
 ) -> None:
     """Time HSA, retrieval, windows and decoding beside full attention, in one run on one card.
@@ -70,6 +71,7 @@ def bench_ops(
     from hsa_ultralong.eval.metadata import command_line, run_metadata
     from hsa_ultralong.eval.metadata import hardware as measured_on
 
+    require_folder(output)
     place = choose_device(device)
     settings = _settings(place, lengths, topk, full_max, quick, longest, seed)
     if text is not None and not text.is_file():
@@ -85,7 +87,7 @@ def bench_ops(
     if any(record["op"] in ("hsa", "full_attention", "window") for record in result["records"]):
         plot_ops(result, path.with_suffix(".png"))
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        echo_json(result)
         return
     _print_tables(result, path)
 
@@ -109,13 +111,13 @@ def memory(
     file_max: Annotated[str, typer.Option(help="Longest memory that is also written to a file.")] = "1M",
     batches: Annotated[str, typer.Option(help="Sequences that share the memory while decoding.")] = "1",
     lookups: Annotated[str, typer.Option(help="For --file: exact, sketch or both.")] = "exact",
-    steps: Annotated[int, typer.Option(min=1, help="Tokens decoded and timed.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Tokens decoded and timed.")] = 32,
     segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
     tune: Annotated[bool, typer.Option(help="Let the compiler measure its choices for decoding (GPU).")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
     hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of tokens and weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of a table.")] = False,
 ) -> None:
     """Time reading and decoding against the length of the memory, its store and its form.
@@ -146,19 +148,20 @@ def memory(
     from hsa_ultralong.eval.metadata import command_line, run_metadata
     from hsa_ultralong.eval.metadata import hardware as measured_on
 
+    require_folder(output)
     place = choose_device(device)
     init_distributed(place)
     if dist.is_initialized() and (store != "device" or key_values or landmarks):
         raise ValueError("processes share out a memory on the device in the model's form, or --file: leave --store out")
     settings = MemorySettings(
-        lengths=() if lengths == "none" else tuple(parse_size(part) for part in lengths.split(",")),
+        lengths=() if lengths == "none" else tuple(parse_sizes(lengths, "--lengths")),
         stores=tuple(stores.split(",")),
         formats=tuple(formats.split(",")),
-        file_max=parse_size(file_max),
-        batches=tuple(_count(part) for part in batches.split(",")),
+        file_max=parse_size(file_max, "--file-max", 0),
+        batches=tuple(parse_counts(batches, "--batches")),
         steps=steps,
         lookups=tuple(lookups.split(",")),
-        segment_tokens=None if segment is None else parse_size(segment),
+        segment_tokens=None if segment is None else parse_size(segment, "--segment"),
         store=store, key_values=key_values, landmarks=landmarks, tune=tune, seed=seed,
     )  # fmt: skip
     network, label = _network(preset_name, model, place, dtype, seed)
@@ -188,7 +191,7 @@ def _measure_memory(
         if is_first:
             add_record(result, record)
             write_json(path, result)
-            typer.echo(f"{record['metric']} {record['tokens']:,} {record['store']}: {format_value(record)}", err=True)
+            echo(f"{record['metric']} {record['tokens']:,} {record['store']}: {format_value(record)}", err=True)
 
     if settings.lengths:
         memory_records(network, label, settings, keep)
@@ -198,17 +201,16 @@ def _measure_memory(
 
 
 def _report_memory(result: dict[str, Any], path: Path, as_json: bool) -> None:
-    from rich.console import Console
 
     from hsa_ultralong.eval.benchmarks.memory_report import plot_memory, table
 
     if any(record["metric"] in ("read_tokens_per_s", "decode_ms") for record in result["records"]):
         plot_memory(result, path.with_suffix(".png"))
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        echo_json(result)
         return
-    Console().print(table(result))
-    typer.echo(f"Written: {path} and {path.with_suffix('.png').name}")
+    console().print(table(result))
+    echo(f"Written: {path} and {path.with_suffix('.png').name}")
 
 
 def _network(preset_name: str | None, folder: Path | None, device: str, dtype: str, seed: int) -> tuple[Any, str]:
@@ -233,27 +235,21 @@ def _settings(
 
     from hsa_ultralong.eval.benchmarks.points import Settings
 
-    fields: dict[str, Any] = {"device": device, "seed": seed, "full_max": parse_size(full_max)}
+    fields: dict[str, Any] = {"device": device, "seed": seed, "full_max": parse_size(full_max, "--full-max", 0)}
     if device == "cpu":
         fields |= {**_ON_CPU, "dtype": torch.float32}
     elif quick:
         fields |= _QUICK
     if lengths:
-        fields["lengths"] = tuple(parse_size(part) for part in lengths.split(","))
+        fields["lengths"] = tuple(parse_sizes(lengths, "--lengths"))
     if topk:
-        fields["topks"] = tuple(_count(part) for part in topk.split(","))
+        fields["topks"] = tuple(parse_counts(topk, "--topk", MAX_TOPK))
     if quick:
         fields["budget_s"] = _QUICK["budget_s"]
     if longest:
         fields["lengths"] = (*fields.get("lengths", Settings.lengths), _MILLION)
     fields |= {key: tuple(dict.fromkeys(fields[key])) for key in ("lengths", "topks") if key in fields}
     return Settings(**fields)
-
-
-def _count(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ValueError(f"--topk must be whole numbers above 0 such as 16,32, got {text!r}")
-    return int(text)
 
 
 def _recorder(settings: Settings, folder: Path | None, text: Path | None) -> Any:
@@ -284,17 +280,16 @@ def _show(found: dict[str, Any]) -> None:
     )
     kind = "" if found["selection"] == "none" else f" {found['selection']}"
     outcome = f"failed: {found['error']}" if "error" in found else f"{found['ms']:.3f} ms"
-    typer.echo(f"{found['op']} {found['impl']} {found['direction']}{kind} {size}: {outcome}", err=True)
+    echo(f"{found['op']} {found['impl']} {found['direction']}{kind} {size}: {outcome}", err=True)
 
 
 def _print_tables(result: dict[str, Any], path: Path) -> None:
-    from rich.console import Console
 
     from hsa_ultralong.eval.benchmarks.ops_report import tables
 
-    console = Console()
+    screen = console()
     for table in tables(result):
-        console.print(table)
+        screen.print(table)
     if failures := result["meta"]["failures"]:
-        typer.echo(f'{len(failures)} points failed, see meta["failures"].')
-    typer.echo(f"Written: {path} and {path.with_suffix('.png').name}")
+        echo(f'{len(failures)} points failed, see meta["failures"].')
+    echo(f"Written: {path} and {path.with_suffix('.png').name}")

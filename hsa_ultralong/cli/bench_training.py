@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hsa_ultralong.cli.plan import parse_size
+from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, finite, parse_size, parse_sizes
+from hsa_ultralong.cli.places import require_folder
+from hsa_ultralong.cli.terminal import console, echo, echo_json
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,9 @@ def training(
     caps: Annotated[str | None, typer.Option(help="For --longest: limits on memory.", show_default="80GB,card")] = None,
     max_tokens: Annotated[str | None, typer.Option(help="For --longest: no longer row.", show_default="16M")] = None,
     segment_tokens: Annotated[str, typer.Option(help="For --longest: tokens of a segment.")] = "32K",
-    max_minutes: Annotated[float, typer.Option(help="For --longest: begin no trial that ends later.")] = 1e9,
+    max_minutes: Annotated[
+        float, typer.Option(min=0, max=1e9, callback=finite, help="For --longest: begin no trial that ends later.")
+    ] = 1e9,
     start: Annotated[
         str | None, typer.Option("--from", help="For --longest: first row to try.", show_default="8K")
     ] = None,
@@ -49,10 +52,10 @@ def training(
             "--compile/--no-compile", help="torch.compile by layer.", show_default="on a GPU, not for --longest"
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps timed.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Steps timed.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of tokens and weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of a table.")] = False,
 ) -> None:
     """Time optimiser steps against the context, beside a transformer of the same width with full attention.
@@ -81,6 +84,7 @@ def training(
     from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.models.presets import preset
 
+    require_folder(output)
     place = choose_device(device)
     here = init_distributed(place)
     use_compile = place == "cuda" and (not longest if compile_layers is None else compile_layers)
@@ -96,8 +100,9 @@ def training(
     else:
         from hsa_ultralong.eval.benchmarks.training import TrainingSettings
 
-        sizes = [tuple(parse_size(part) for part in text.split(",")) for text in (contexts, micro_tokens)]
-        settings = TrainingSettings(sizes[0], parse_size(batch_tokens), sizes[1], steps, checkpointing, seed)
+        rows_of, micro = parse_sizes(contexts, "--contexts"), parse_sizes(micro_tokens, "--micro-tokens")
+        tokens = parse_size(batch_tokens, "--batch-tokens")
+        settings = TrainingSettings(tuple(rows_of), tokens, tuple(micro), steps, checkpointing, seed)
         _measure_speed(model, preset_name, kinds, settings, spread, use_compile, here, results)
     if results.is_first:
         _report_training(results.found, results.path, as_json)
@@ -136,7 +141,7 @@ class _Results:
 
     def say(self, text: str) -> None:
         if self.is_first:
-            typer.echo(text, err=True)
+            echo(text, err=True)
 
 
 def _measure_speed(
@@ -196,7 +201,6 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
 
 
 def _report_training(result: dict[str, Any], path: Path, as_json: bool) -> None:
-    from rich.console import Console
 
     from hsa_ultralong.eval.benchmarks.training_report import plot_training_speed, tables
 
@@ -205,11 +209,11 @@ def _report_training(result: dict[str, Any], path: Path, as_json: bool) -> None:
     if has_figure:
         plot_training_speed(result, path.with_suffix(".png"))
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        echo_json(result)
         return
     for table in tables(result):
-        Console().print(table)
-    typer.echo(f"Written: {path}" + (f" and {path.with_suffix('.png').name}" if has_figure else ""))
+        console().print(table)
+    echo(f"Written: {path}" + (f" and {path.with_suffix('.png').name}" if has_figure else ""))
 
 
 def _preparation(use_compile: bool) -> Any:
@@ -241,10 +245,10 @@ def _longest_settings(
         raise ValueError("--longest on a CPU needs a bound, such as --max-tokens 4K")
     names = [part.strip() for part in methods.split(",")]
     return LongestSettings(
-        max_tokens=parse_size(max_tokens or "16M"),
-        methods=choose_methods(names, parse_size(segment_tokens), use_compile),
+        max_tokens=parse_size(max_tokens or "16M", "--max-tokens"),
+        methods=choose_methods(names, parse_size(segment_tokens, "--segment-tokens"), use_compile),
         caps=choose_caps(caps, torch.device(place)),
-        first=None if start is None else parse_size(start),
+        first=None if start is None else parse_size(start, "--from"),
         deadline=time.monotonic() + 60 * max_minutes,
         seed=seed,
     )

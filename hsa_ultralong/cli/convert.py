@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED
+from hsa_ultralong.cli.terminal import echo, echo_json
+
 # what a parameter's name contains -> the part of the model that it belongs to
 PARTS = {
     "lower_layers": "layers below the memory",
@@ -24,16 +27,18 @@ def register(app: typer.Typer) -> None:
 def convert(
     source: Annotated[Path, typer.Argument(help="Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3 model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New model folder.")],
-    window: Annotated[int, typer.Option("--window", min=1, help="Keys that each layer's attention keeps.")] = 512,
+    window: Annotated[
+        int, typer.Option("--window", min=1, max=MAX_COUNT, help="Keys that each layer's attention keeps.")
+    ] = 512,
     lower_layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers below the memory.", show_default="half")
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="Layers below the memory.", show_default="half")
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Layers that read the memory, one per group.")] = 2,
+    groups: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Layers that read the memory, one per group.")] = 2,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Options of the memory: chunk_topk=32, retrieval_dim=256."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the new parts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the new parts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Turn a transformer into a model with a memory: its layers keep their weights, their attention becomes a window.
@@ -47,19 +52,18 @@ def convert(
 
       hsa convert models/llama -o models/llama-hsa --lower-layers 10 --groups 2 --set chunk_topk=64
     """
-    import json
 
     import torch
     from transformers import AutoModelForCausalLM
 
     from hsa_ultralong.cli.model_folder import weight_files
+    from hsa_ultralong.cli.places import removed_on_failure, require_folder
     from hsa_ultralong.models.convert import convert_model, converted_config
     from hsa_ultralong.models.presets import parse_options
 
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} is no model folder: it has no config.json")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists already; choose another name")
+    require_folder(output, is_new=True)
     torch.manual_seed(seed)
     layout = {"sliding_window": window, "num_lower_layers": lower_layers, "num_upper_groups": groups}
     options = parse_options(changes or [])
@@ -80,8 +84,9 @@ def convert(
         "reused": found.reused,
         "initialised": found.initialised,
     }
-    _save(found.model, source, output, report)
-    typer.echo(json.dumps(report, indent=1) if as_json else _summary(found, output))
+    with removed_on_failure(output.with_name(f".partial-{output.name}")):
+        _save(found.model, source, output, report)
+    echo_json(report) if as_json else echo(_summary(found, output))
 
 
 def _source_config(source: Path) -> Any:

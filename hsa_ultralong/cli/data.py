@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.numbers import MAX_COUNT, finite
+from hsa_ultralong.cli.terminal import echo, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,12 +37,18 @@ def data(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the shards; must not exist yet.")],
     tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer folder instead of training one.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="Vocabulary of a newly trained tokenizer.")] = 8192,
-    sample_mb: Annotated[int, typer.Option(help="Text, in MB, that a new tokenizer is trained on.")] = 30,
-    validation_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.005,
+    vocab_size: Annotated[int, typer.Option(min=1, max=2**24, help="Vocabulary of a newly trained tokenizer.")] = 8192,
+    sample_mb: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Text, in MB, that a new tokenizer is trained on.")
+    ] = 30,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0, max=0.999, callback=finite, help="Share of documents held out.")
+    ] = 0.005,
     text_field: TextField = "text",
     encoding: Encoding = "auto",
-    max_bad: Annotated[int, typer.Option(min=0, help="Unreadable records to pass over, with a report.")] = 100,
+    max_bad: Annotated[
+        int, typer.Option(min=0, max=MAX_COUNT, help="Unreadable records to pass over, with a report.")
+    ] = 100,
     kind: Annotated[
         Format, typer.Option("--format", help="What PATHS hold: plain text or conversations.")
     ] = Format.text,
@@ -72,11 +80,11 @@ def data(
 
       hsa data chat.jsonl --format chat -o .data/chat --tokenizer checkpoints/nano
     """
+    from hsa_ultralong.cli.places import require_folder
     from hsa_ultralong.data import build_shards, inputs_of, spool_of
     from hsa_ultralong.data.build import chat_inputs_of
 
-    if output.exists():
-        raise ValueError(f"{output} exists already; remove it or choose another folder")
+    require_folder(output, is_new=True)
     texts, chats = ([], [*paths, *(chat or [])]) if kind is Format.chat else (paths, chat or [])
     passed_over: list[Any] = []
     with spool_of(output) as spool, _Bar() as bar:
@@ -101,10 +109,10 @@ def data(
         )
     bad = shards.manifest["bad_records"]
     if bad["count"]:
-        typer.echo(f"passed over {bad['count']} bad records, the first: {bad['first'][0]}", err=True)
+        echo(f"passed over {bad['count']} bad records, the first: {bad['first'][0]}", err=True)
     held_out = len(shards.documents("validation")) + len(shards.conversations("validation"))
     conversations = f", {shards.num_conversations:,} of them conversations" if shards.num_conversations else ""
-    typer.echo(
+    echo(
         f"{shards.num_tokens:,} tokens of {shards.num_documents:,} documents{conversations} in {output}; "
         f"{held_out:,} of the documents are held out for validation"
     )
@@ -133,11 +141,9 @@ class _Bar:
     """A progress bar of unknown end with amounts and speed."""
 
     def __enter__(self) -> _Bar:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, TimeElapsedColumn
 
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
-        )
+        self._progress = progress("{task.description}", BarColumn(), "{task.fields[note]}", TimeElapsedColumn())
         self._progress.start()
         self._task = self._progress.add_task("reading", total=None, note="")
         self._first: tuple[float, int] | None = None

@@ -8,9 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from hsa_ultralong.cli.common import Encoding, TextField
-from hsa_ultralong.cli.plan import format_bytes, parse_size
+from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size, parse_sizes
+from hsa_ultralong.cli.plan import format_bytes
+from hsa_ultralong.cli.terminal import console, echo, progress
 
 evaluate = typer.Typer(help="Measure what a model remembers.", no_args_is_help=True)
+
+
+_FORMS = ("own", "bf16", "int8", "fp8", "fp16", "fp32")
+_STORES = ("device", "host", "tiered")
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +27,9 @@ def register(app: typer.Typer) -> None:
 def needles(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study: summary.json, needles.png ...")],
     lengths: Annotated[str, typer.Option(help="Tokens to memorise: 64K,1M,1G.")] = "64K",
-    samples: Annotated[int, typer.Option("--needles", min=1, help="Sentences hidden at uniform depths.")] = 20,
+    samples: Annotated[
+        int, typer.Option("--needles", min=1, max=MAX_COUNT, help="Sentences hidden at uniform depths.")
+    ] = 20,
     text: Annotated[
         list[Path] | None, typer.Option(help="Haystack: file, folder or - for stdin.", show_default="Opticks")
     ] = None,
@@ -43,15 +51,18 @@ def needles(
     ] = False,
     segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
-    topk: Annotated[int | None, typer.Option(min=1, help="Chunks read per token.", show_default="the model's")] = None,
+    topk: Annotated[
+        int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of needles and haystack.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of needles and haystack.")] = 0,
 ) -> None:
     """Hide sentences in a text of any length, one at a time, and ask for each; every form memorises the text once.
 
     A text that is shorter than a length goes on with its lines in new random orders; the number of different chunks is
-    reported. Written after every length: summary.json, records.jsonl, needles.png. --together and --notes: all at once.
+    reported. summary.json, records.jsonl and needles.png are written after every length and form, and when a run is
+    cut off, with what was asked so far. --together and --notes: all sentences at once.
 
     Examples:
 
@@ -64,32 +75,70 @@ def needles(
       hsa eval needles --lengths 256K --needles 40 --notes -o results/needles-notes
     """
     from hsa_ultralong.cli.common import load_model
+    from hsa_ultralong.cli.places import require_folder
     from hsa_ultralong.eval.haystack import recombined
-    from hsa_ultralong.eval.metadata import command_line, run_metadata
-    from hsa_ultralong.eval.needles import NeedleStudy, run_forms
+    from hsa_ultralong.eval.needles import run_forms
 
     if notes and together:
         raise ValueError("give --notes or --together, not both: notes lie behind the text, not in it")
-    wanted = [parse_size(part) for part in lengths.split(",")]
-    kinds = ["" if part.strip() == "own" else part.strip() for part in forms.split(",")]
+    require_folder(output)
+    wanted, kinds = parse_sizes(lengths, "--lengths"), _forms(forms, store)
+    segment_tokens = None if segment is None else parse_size(segment, "--segment")
     network, tokenizer = load_model(model, device, dtype)
     if topk is not None:
         network.config.chunk_topk = topk
     source = _haystack(tokenizer, text, text_field, encoding, shards, max(wanted)).to(network.device)
-    study = NeedleStudy([], network.config.chunk_topk, seed)
-    name = "nano" if model is None else model.name
-    for length in wanted:
-        typer.echo(f"{length:,} tokens from a text of {len(source):,}", err=True)
-        with _Bars(length, samples) as bars:
-            found = run_forms(
-                network, tokenizer, recombined(source, length, tokenizer, seed), samples=samples, forms=kinds,
-                store=store, together=together, notes=notes, seed=seed, progress=bars.show,
-                segment_tokens=None if segment is None else parse_size(segment),
-            )  # fmt: skip
-        study = NeedleStudy([*study.results, *found.results], found.topk, seed, found.peak_host_bytes)
-        meta = run_metadata(command_line(), seed, dtype=str(network.dtype).removeprefix("torch."))
-        _write(study, output, name, {**meta, "source_tokens": len(source)})
-    _print(study, output)
+    study = _Study(output, network, "nano" if model is None else model.name, seed, len(source))
+    try:
+        for length in wanted:
+            echo(f"{length:,} tokens from a text of {len(source):,}", err=True)
+            with _Bars(length, samples) as bars:
+                run_forms(
+                    network, tokenizer, recombined(source, length, tokenizer, seed), samples=samples, forms=kinds,
+                    store=store, together=together, notes=notes, seed=seed, progress=bars.show,
+                    segment_tokens=segment_tokens, keep=study.keep,
+                )  # fmt: skip
+    except BaseException:
+        study.say_what_is_kept()
+        raise
+    _print(study.found, output)
+
+
+def _forms(forms: str, store: str) -> list[str]:
+    """The forms to compare, "" for the model's own; refused before the first is read."""
+    kinds = [part.strip() for part in forms.split(",")]
+    if unknown := [kind for kind in kinds if kind not in _FORMS]:
+        raise ValueError(f"--forms must be of {', '.join(_FORMS)}, got {unknown[0]!r}")
+    if store not in _STORES:
+        raise ValueError(f"--store must be one of {', '.join(_STORES)}, got {store!r}")
+    return ["" if kind == "own" else kind for kind in kinds]
+
+
+class _Study:
+    """What was measured so far, written after every form of every length; the last one may be cut off."""
+
+    def __init__(self, output: Path, network: Any, name: str, seed: int, source_tokens: int) -> None:
+        self.output, self.network, self.name, self.seed = output, network, name, seed
+        self.source_tokens = source_tokens
+        self.results: list[Any] = []
+
+    @property
+    def found(self) -> Any:
+        from hsa_ultralong.eval.needles import NeedleStudy, peak_host_bytes
+
+        return NeedleStudy(self.results, self.network.config.chunk_topk, self.seed, peak_host_bytes())
+
+    def keep(self, result: Any) -> None:
+        from hsa_ultralong.eval.metadata import command_line, run_metadata
+
+        self.results.append(result)
+        meta = run_metadata(command_line(), self.seed, dtype=str(self.network.dtype).removeprefix("torch."))
+        _write(self.found, self.output, self.name, {**meta, "source_tokens": self.source_tokens})
+
+    def say_what_is_kept(self) -> None:
+        if self.results:
+            number = sum(len(result.samples) for result in self.results)
+            echo(f"cut off; the {number:,} sentences asked for so far are in {self.output}", err=True)
 
 
 def _haystack(
@@ -123,11 +172,9 @@ class _Bars:
     """Progress of reading and asking, once for every form."""
 
     def __init__(self, length: int, samples: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.bar = progress("{task.description}", BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.task = self.bar.add_task("memorise", total=length)
         self.is_terminal = self.bar.console.is_terminal
         self.length, self.samples = length, samples
@@ -161,7 +208,6 @@ def _print(study: Any, output: Path) -> None:
     from statistics import median
 
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from hsa_ultralong.cli.plan import format_count
@@ -189,5 +235,5 @@ def _print(study: Any, output: Path) -> None:
             format_count(result.length / result.read_seconds), format_bytes(result.memory_bytes),
             format_count(result.distinct_chunks),
         )  # fmt: skip
-    Console().print(table)
-    typer.echo(f"Written: {output}/summary.json, records.jsonl, needles.png")
+    console().print(table)
+    echo(f"Written: {output}/summary.json, records.jsonl, needles.png")

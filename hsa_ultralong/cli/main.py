@@ -7,8 +7,13 @@ of the help. Let errors of the user rise as ValueError or OSError: they become "
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 import sys
+import traceback
+import warnings
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -29,9 +34,11 @@ from hsa_ultralong.cli import (
     quickstart,
     train,
 )
+from hsa_ultralong.cli.terminal import LogFormatter, echo, one_line, shown
 
 COMMANDS = (quickstart, memorize, ask, memory, generate, data, train, average, convert, plot, plan, evaluate, bench)
 
+EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -39,21 +46,55 @@ EXIT_INTERRUPTED = 130
 _LIBRARIES = {"hsa_ultralong", "huggingface_hub", "safetensors", "safetensors_rust", "tokenizers", "transformers"}
 
 
+# how torch, on a CPU and a GPU, and allocators below it say that a size is beyond the machine
+_TOO_LARGE = re.compile(
+    "can't allocate memory|not enough memory|out of memory|bad_alloc|cannot allocate|size calculation overflowed|"
+    "multiplication overflow|overflow when unpacking",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"\d[\d.,_e+]*[KMBG]?", re.IGNORECASE)
+
+
+def is_too_large(error: Exception) -> bool:
+    """True for errors of allocation and of numbers that fit nowhere."""
+    if isinstance(error, MemoryError | OverflowError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and _TOO_LARGE.search(str(error)) is not None
+
+
 def is_user_error(error: Exception) -> bool:
     """True for what a user can mend: bad values, files, missing packages, too little memory; bugs keep a traceback."""
     if isinstance(error, BrokenPipeError):
         return False
-    if isinstance(error, ValueError | OSError | ImportError | MemoryError):
+    if isinstance(error, ValueError | OSError | ImportError | RecursionError) or is_too_large(error):
         return True
-    kind = type(error)
-    return kind.__module__.split(".")[0] in _LIBRARIES or kind.__name__ == "OutOfMemoryError"
+    return type(error).__module__.split(".")[0] in _LIBRARIES
 
 
-def describe(error: Exception) -> str:
-    """The error in one line."""
+def describe(error: Exception, arguments: Sequence[str] = ()) -> str:
+    """The error in one line; where memory or the range of a number is the limit, with the numbers of the command."""
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return one_line(f"{error.strerror}: {error.filename}")
+    text = one_line(" ".join(str(error).split()) or type(error).__name__)
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply to be read: {text}"
+    if not is_too_large(error):
+        return text
+    given = numbers_given(arguments)
+    advice = f"smaller {', '.join(given)} may fit" if given else "a smaller input or model may fit"
+    return f"too large for this machine: {text[:200]}; {one_line(advice)}"
+
+
+def numbers_given(arguments: Sequence[str]) -> list[str]:
+    """The options of a command line whose values are numbers, such as "--lengths 64K"."""
+    pairs = [one.partition("=")[::2] for one in arguments if one.startswith("--") and "=" in one]
+    pairs += [pair for pair in itertools.pairwise(arguments) if pair[0].startswith("--") and "=" not in pair[0]]
+    found = []
+    for name, value in pairs:
+        # lists of numbers, and --set KEY=NUMBER
+        if all(_NUMBER.fullmatch(part) for part in value.rpartition("=")[2].split(",")):
+            found.append(f"{name} {value if len(value) <= 40 else value[:20] + '...'}")
+    return found
 
 
 class _StandardError(logging.StreamHandler):
@@ -65,23 +106,38 @@ class _StandardError(logging.StreamHandler):
 
 
 _log_handler = _StandardError()
-_log_handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+_log_handler.setFormatter(LogFormatter("%(levelname)s %(name)s: %(message)s"))
 
 
 class CommandGroup(TyperGroup):
     """A typer group whose commands end with "error: ..." and code 2 on bad input, with code 130 on Ctrl-C."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        ctx.meta["arguments"] = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            _show_message(error)
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
+            echo("interrupted", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except Exception as error:
+            _show_message(error)
             if not is_user_error(error) or ctx.params.get("debug"):
                 raise
-            typer.echo(f"error: {describe(error)}", err=True)
+            echo(f"error: {describe(error, ctx.meta['arguments'])}", err=True)
             raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+def _show_message(error: Exception) -> None:
+    """Make the message of a wrong command line, which quotes it, fit to be shown."""
+    if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
+        error.message = shown(error.message)  # type: ignore[attr-defined]
 
 
 app = typer.Typer(
@@ -100,9 +156,9 @@ def _print_version(is_wanted: bool) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        typer.echo(f"hsa-ultralong {version('hsa-ultralong')}")
+        echo(f"hsa-ultralong {version('hsa-ultralong')}")
     except PackageNotFoundError:
-        typer.echo("hsa-ultralong (a checkout that is not installed)")
+        echo("hsa-ultralong (a checkout that is not installed)")
     raise typer.Exit
 
 
@@ -132,7 +188,13 @@ for _module in COMMANDS:
 
 def main() -> None:
     """Entry point of the `hsa` script."""
-    app(prog_name="hsa")
+    warnings.showwarning = lambda message, *_, **__: echo(f"warning: {one_line(message)}", err=True)
+    try:
+        app(prog_name="hsa")
+    except Exception:
+        # a bug; what it quotes must not act on the terminal either
+        echo(traceback.format_exc(), err=True, nl=False)
+        sys.exit(EXIT_BUG)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.numbers import MAX_COUNT
+from hsa_ultralong.cli.terminal import echo, echo_json, progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +39,9 @@ def memorize(
     landmarks: Annotated[str, typer.Option(help="Form of landmarks: bf16, int8, fp16, fp32.")] = "bf16",
     text_field: TextField = "text",
     encoding: Encoding = "auto",
-    max_bad: Annotated[int, typer.Option(min=0, help="Unreadable records to pass over, with a report.")] = 0,
+    max_bad: Annotated[
+        int, typer.Option(min=0, max=MAX_COUNT, help="Unreadable records to pass over, with a report.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable summary, no progress bar.")] = False,
@@ -196,15 +200,13 @@ class _Bar:
     """Progress over all files in bytes, with tokens, tokens/s and the remaining time; silent where asked or piped."""
 
     def __init__(self, total_bytes: int, is_quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TimeRemainingColumn
 
-        self.bar = Progress(
-            TextColumn("memorising {task.fields[name]}"),
+        self.bar = progress(
+            "memorising {task.fields[name]}",
             BarColumn(),
-            TextColumn("{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f} tokens/s"),
+            "{task.fields[tokens]:,} tokens, {task.fields[rate]:,.0f} tokens/s",
             TimeRemainingColumn(),
-            console=Console(stderr=True),
             disable=is_quiet,
         )
         self.task = self.bar.add_task("", total=total_bytes or None, name="", tokens=0, rate=0.0)
@@ -220,7 +222,7 @@ class _Bar:
         self.bar.stop()
 
     def note(self, text: str) -> None:
-        typer.echo(f"note: {text}", err=True)
+        echo(f"note: {text}", err=True)
 
     def start(self, name: str, num_tokens: int, num_characters: int, before: int) -> None:
         self.before, self.characters_per_token = before, num_characters / max(1, num_tokens)
@@ -239,7 +241,6 @@ class _Bar:
 
 
 def _show(path: Path, summary: dict[str, Any], as_json: bool) -> None:
-    import json
 
     from hsa_ultralong.cli.plan import format_bytes
     from hsa_ultralong.memory import MemoryFile
@@ -254,14 +255,14 @@ def _show(path: Path, summary: dict[str, Any], as_json: bool) -> None:
             "bytes": file.num_bytes,
         }
     if as_json:
-        typer.echo(json.dumps(value, indent=1))
+        echo_json(value)
         return
     rate = value["tokens_read"] / max(value["seconds"], 1e-9)
     if value["bad"]:
-        typer.echo(f"passed over {value['bad']:,} bad records, named above", err=True)
-    typer.echo(
+        echo(f"passed over {value['bad']:,} bad records, named above", err=True)
+    echo(
         f"{path}: {value['documents']:,} documents, {value['tokens']:,} tokens, {format_bytes(value['bytes'])}; "
         f"{value['added']} added, {value['changed']} changed, {value['unchanged']} unchanged; "
         f"{value['tokens_read']:,} tokens read in {value['seconds']:.1f} s ({rate:,.0f} tokens/s)"
     )
-    typer.echo(f'Ask it: hsa ask -m {path} "..."')
+    echo(f'Ask it: hsa ask -m {path} "..."')

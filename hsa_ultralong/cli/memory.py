@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.terminal import console, echo, echo_json, progress
 
 memory = typer.Typer(no_args_is_help=True, help="Look at a memory file, change it, check it.")
 
@@ -57,9 +57,8 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
             ],
         }
     if as_json:
-        typer.echo(json.dumps(value, indent=1))
+        echo_json(value)
         return
-    from rich.console import Console
     from rich.table import Table
 
     from hsa_ultralong.cli.plan import format_bytes
@@ -70,9 +69,9 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
     for row in value["documents"]:
         state = "open" if row["is_open"] else ""
         table.add_row(str(row["id"]), row["name"], f"{row['tokens']:,}", f"{row['chunks']:,}", state)
-    Console().print(table)
+    console().print(table)
     formats = value["formats"]
-    typer.echo(
+    echo(
         f"{value['tokens']:,} tokens in {value['chunks']:,} chunks, {format_bytes(value['bytes'])} "
         f"({format_bytes(value['dead_bytes'])} of them deleted: hsa memory compact frees them); keys and values "
         f"{formats.get('key_values')}, landmarks {formats.get('landmarks')}; model {value['fingerprint'][:12]}"
@@ -160,11 +159,11 @@ def edit(
         else:
             value = _change(library, tokenizer, chosen, find, replace, content, dry_run, as_json)
     if as_json:
-        typer.echo(json.dumps(value, indent=1))
+        echo_json(value)
     elif dry_run:
-        typer.echo("nothing was changed (--dry-run)")
+        echo("nothing was changed (--dry-run)")
     else:
-        typer.echo("deleted; hsa memory compact frees its bytes" if delete else "done")
+        echo("deleted; hsa memory compact frees its bytes" if delete else "done")
 
 
 def _change(
@@ -202,7 +201,7 @@ def _change(
         "is_done": not dry_run,
     }
     if not as_json:
-        typer.echo(
+        echo(
             f"{chosen.label}: {stop - start:,} tokens become {num_new:,}; {plan.num_chunks:,} of {chosen.num_chunks:,} "
             "chunks are read again"
         )
@@ -228,11 +227,11 @@ def merge(
 
     with MemoryWriter.open(path) as writer:
         files = [MemoryFile.open(other) for other in others]
-        with _bytes_bar("merging", as_json) as progress:
-            ids = writer.merge(files, progress)
+        with _bytes_bar("merging", as_json) as report:
+            ids = writer.merge(files, report)
             writer.commit()
     value = {"path": str(path), "added": len(ids)}
-    typer.echo(json.dumps(value) if as_json else f"{path}: {len(ids)} documents added")
+    echo_json(value, indent=None) if as_json else echo(f"{path}: {len(ids)} documents added")
 
 
 @memory.command("export")
@@ -257,10 +256,10 @@ def export(
             if len(found) != 1:
                 raise ValueError(f"{len(found)} documents of {path} are named {wanted!r}; hsa memory info lists them")
             ids += found
-        with _bytes_bar("exporting", as_json) as progress:
-            export_memory(file, output, ids, progress=progress)
+        with _bytes_bar("exporting", as_json) as report:
+            export_memory(file, output, ids, progress=report)
     value = {"path": str(output), "documents": len(ids)}
-    typer.echo(json.dumps(value) if as_json else f"{output}: {len(ids)} documents")
+    echo_json(value, indent=None) if as_json else echo(f"{output}: {len(ids)} documents")
 
 
 @memory.command("verify")
@@ -273,14 +272,14 @@ def verify(path: MemoryPath, as_json: AsJson = False) -> None:
     """
     from hsa_ultralong.memory import verify_memory
 
-    with _bytes_bar("verifying", as_json) as progress:
-        damages = verify_memory(path, progress)
+    with _bytes_bar("verifying", as_json) as report:
+        damages = verify_memory(path, report)
     if as_json:
-        typer.echo(json.dumps([{**damage.__dict__, "text": str(damage)} for damage in damages], indent=1))
+        echo_json([{**damage.__dict__, "text": str(damage)} for damage in damages])
     else:
         for damage in damages:
-            typer.echo(str(damage))
-        typer.echo(f"{path}: {len(damages)} damaged places" if damages else f"{path}: all checksums are right")
+            echo(str(damage))
+        echo(f"{path}: {len(damages)} damaged places" if damages else f"{path}: all checksums are right")
     if damages:
         raise typer.Exit(1)
 
@@ -296,9 +295,10 @@ def compact(path: MemoryPath, as_json: AsJson = False) -> None:
     from hsa_ultralong.cli.plan import format_bytes
     from hsa_ultralong.memory import MemoryWriter
 
-    with MemoryWriter.open(path) as writer, _bytes_bar("compacting", as_json) as progress:
-        freed = writer.compact(progress)
-    typer.echo(json.dumps({"path": str(path), "freed": freed}) if as_json else f"{path}: {format_bytes(freed)} freed")
+    with MemoryWriter.open(path) as writer, _bytes_bar("compacting", as_json) as report:
+        freed = writer.compact(report)
+    value = {"path": str(path), "freed": freed}
+    echo_json(value, indent=None) if as_json else echo(f"{path}: {format_bytes(freed)} freed")
 
 
 class _open:
@@ -341,11 +341,9 @@ class _bytes_bar:
     def __enter__(self) -> Any:
         if self.is_quiet:
             return None
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
 
-        columns = (TextColumn(self.what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.bar = progress(self.what, BarColumn(), DownloadColumn(), TimeRemainingColumn())
         self.bar.start()
         task = self.bar.add_task("", total=None)
         return lambda done, total: self.bar.update(task, completed=done, total=total)

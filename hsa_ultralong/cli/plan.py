@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from hsa_ultralong.cli.numbers import finite, parse_size
+from hsa_ultralong.cli.terminal import console, echo_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,27 +15,10 @@ if TYPE_CHECKING:
     from hsa_ultralong.models import HSAConfig
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "B": 2**30, "G": 2**30}
 
 
 def register(app: typer.Typer) -> None:
     app.command("plan")(plan)
-
-
-def parse_size(text: str) -> int:
-    """Number of tokens: "4096", "32K", "16M", "1B" (or "1G"), in binary multiples: 16M = 16 * 2^20 = 16,777,216.
-
-    Raises:
-        ValueError: for anything else, and for fractions of a token.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\d{1,3}(?:[,_]\d{3})+)([KMBG]?)", text.strip().upper())
-    if match is None:
-        raise ValueError(f"expected a number of tokens such as 4096, 32K, 16M or 1B, got {text!r}")
-    number, unit = match[1].replace(",", "").replace("_", ""), _UNITS[match[2]]
-    tokens = float(number) * unit if "." in number else int(number) * unit
-    if tokens != int(tokens):
-        raise ValueError(f"{text!r} is not a whole number of tokens")
-    return int(tokens)
 
 
 def format_bytes(count: float) -> str:
@@ -63,7 +47,9 @@ def plan(
     dtype: Annotated[str, typer.Option(help=f"Type of weights and memory: {', '.join(DTYPE_BYTES)}.")] = "bf16",
     key_values: Annotated[str, typer.Option(help="Form of the memory's keys and values: bf16, int8, fp8, ...")] = "",
     landmarks: Annotated[str, typer.Option(help="Form of its landmarks.")] = "",
-    device_memory: Annotated[float, typer.Option(help="GiB of the device for a memory on tiers.")] = 128.0,
+    device_memory: Annotated[
+        float, typer.Option(min=0, max=2**20, callback=finite, help="GiB of the device for a memory on tiers.")
+    ] = 128.0,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one option; may be repeated.")
     ] = None,
@@ -85,9 +71,7 @@ def plan(
     """
     from hsa_ultralong.models.presets import preset, set_options
 
-    tokens = parse_size(context)
-    if tokens < 1:
-        raise ValueError("--context must be at least 1 token")
+    tokens = parse_size(context, "--context")
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
     config = set_options(preset(name), changes or [])
@@ -96,11 +80,10 @@ def plan(
     costs["stores"] = store_costs(config, tokens, *forms, DTYPE_BYTES[dtype], int(device_memory * 2**30))
     costs["least_seconds"] = least_seconds(costs)
     if as_json:
-        typer.echo(json.dumps(costs, indent=2))
+        echo_json(costs, indent=2)
         return
-    from rich.console import Console
 
-    Console().print(_table(costs))
+    console().print(_table(costs))
 
 
 def plan_costs(config: HSAConfig, tokens: int, dtype_bytes: int) -> dict[str, Any]:

@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+from hsa_ultralong.cli.places import require_file
+from hsa_ultralong.cli.terminal import echo
+
+_FIGURES = (".png", ".pdf", ".svg")
+
 
 def register(app: typer.Typer) -> None:
     app.command("plot")(plot)
@@ -44,24 +49,29 @@ def plot(
     """
     if all_figures == bool(sources):
         raise ValueError("give either what to draw, such as a run or a report, or --all")
+    if all_figures and output is not None:
+        raise ValueError("--all redraws every figure in its place: leave --output away")
     found = [_find(source) for source in sources or ()]
+    if len(found) > 1 and output is None:
+        raise ValueError("several sources need --output FILE.png")
+    if output is not None:
+        require_file(output, suffixes=_FIGURES)
     from hsa_ultralong.eval.figures import compare, draw, draw_all
 
     if not sources:
         for path in draw_all(Path.cwd()):
-            typer.echo(f"written {path}")
+            echo(f"written {path}")
         return
     if len(found) > 1:
-        if output is None:
-            raise ValueError("several sources need --output FILE.png")
+        assert output is not None
         compare([file for file, _ in found], output, "")
-        typer.echo(f"written {output}")
+        echo(f"written {output}")
         return
     (file, kind), source = found[0], sources[0]
     name = {"needles": "needles.png", "training": "loss.png"}.get(kind, f"{file.stem}.png")
     target = output or file.with_name(name)
     draw(file, target, kind, "" if kind in ("ops", "memory", "training_speed") else f"{source.resolve().name}")
-    typer.echo(f"written {target}")
+    echo(f"written {target}")
 
 
 def _find(source: Path) -> tuple[Path, str]:

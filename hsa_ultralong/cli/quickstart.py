@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hsa_ultralong.cli.plan import parse_size
+from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_sizes
+from hsa_ultralong.cli.terminal import console, echo, progress
 
 
 def register(app: typer.Typer) -> None:
@@ -20,10 +21,14 @@ def quickstart(
     ),
     model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, e.g. 4K,32K,256K (K = 1,024).")] = "4K,32K,256K",
-    needles: Annotated[int, typer.Option(min=1, help="Hidden sentences per length.")] = 30,
-    controls: Annotated[int, typer.Option(min=0, help="Questions per length about sentences never hidden.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the hidden sentences.")] = 0,
-    topk: Annotated[int | None, typer.Option(min=1, help="Chunks kept per token.", show_default="the model's")] = None,
+    needles: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Hidden sentences per length.")] = 30,
+    controls: Annotated[
+        int, typer.Option(min=0, max=MAX_COUNT, help="Questions per length about sentences never hidden.")
+    ] = 10,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the hidden sentences.")] = 0,
+    topk: Annotated[
+        int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks kept per token.", show_default="the model's")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
 ) -> None:
@@ -37,11 +42,13 @@ def quickstart(
 
       hsa quickstart -o report --lengths 4K,64K --needles 50
     """
-    wanted = [parse_size(part) for part in lengths.split(",")]
+    wanted = parse_sizes(lengths, "--lengths")
     from hsa_ultralong.cli.common import load_model
+    from hsa_ultralong.cli.places import require_folder
     from hsa_ultralong.eval.haystack import opticks
 
-    typer.echo("Loading the model and the book (Isaac Newton, Opticks, 1730) ...")
+    require_folder(output)
+    echo("Loading the model and the book (Isaac Newton, Opticks, 1730) ...")
     network, tokenizer = load_model(model, device, dtype)
     if topk is not None:
         network.config.chunk_topk = topk
@@ -50,25 +57,35 @@ def quickstart(
     text = torch.tensor(tokenizer(opticks())["input_ids"], dtype=torch.int32)
     if max(wanted) > len(text):
         raise ValueError(f"the book has {len(text):,} tokens, {max(wanted):,} wanted; choose smaller --lengths")
-    study = _run(network, tokenizer, text, wanted, needles, controls, seed)
-    _finish(study, output, seed, network)
+    kept: list[Any] = []
+    try:
+        study = _run(network, tokenizer, text, wanted, needles, controls, seed, kept)
+    except BaseException:
+        if kept:
+            from hsa_ultralong.eval.needles import NeedleStudy
+
+            _write(NeedleStudy(kept, network.config.chunk_topk, seed), output, network)
+            echo(f"cut off; what was measured so far is in {output}", err=True)
+        raise
+    _finish(study, output, network)
 
 
-def _run(network: Any, tokenizer: Any, text: Any, lengths: list[int], needles: int, controls: int, seed: int) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+def _run(
+    network: Any, tokenizer: Any, text: Any, lengths: list[int], needles: int, controls: int, seed: int, kept: list[Any]
+) -> Any:
+    from rich.progress import BarColumn, TimeElapsedColumn
 
     from hsa_ultralong.eval.needles import run_needles
     from hsa_ultralong.eval.plots import human_tokens
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(), transient=False) as bar:
+    columns = ("{task.description}", BarColumn(), "{task.fields[note]}", TimeElapsedColumn())
+    with progress(*columns, err=False) as bar:
         reading = {n: bar.add_task(f"memorise {human_tokens(n):>5}", total=n, start=False, note="") for n in lengths}
         asking = {
             n: bar.add_task(f"ask at   {human_tokens(n):>5}", total=needles, start=False, note="") for n in lengths
         }
 
-        def progress(length: int, done: int, total: int, tokens: int) -> None:
+        def report(length: int, done: int, total: int, tokens: int) -> None:
             if done == 0:
                 bar.start_task(reading[length])
                 bar.update(reading[length], completed=tokens, note=f"{tokens:,} tokens")
@@ -81,26 +98,39 @@ def _run(network: Any, tokenizer: Any, text: Any, lengths: list[int], needles: i
                     bar.stop_task(asking[length])
 
         return run_needles(
-            network, tokenizer, text, lengths=lengths, samples=needles, controls=controls, seed=seed, progress=progress
+            network,
+            tokenizer,
+            text,
+            lengths=lengths,
+            samples=needles,
+            controls=controls,
+            seed=seed,
+            progress=report,
+            keep=kept.append,
         )
 
 
-def _finish(study: Any, output: Path, seed: int, network: Any) -> None:
+def _write(study: Any, output: Path, network: Any) -> None:
     import dataclasses
 
-    from rich.console import Console
-    from rich.table import Table
-
     from hsa_ultralong.eval.metadata import command_line, run_metadata
-    from hsa_ultralong.eval.needles import wilson_interval
-    from hsa_ultralong.eval.plots import human_tokens, plot_needles
+    from hsa_ultralong.eval.plots import plot_needles
     from hsa_ultralong.eval.report import write_study
-    from hsa_ultralong.inference.ask import low_weight
 
-    meta = run_metadata(command_line(), seed, dtype=str(network.dtype).removeprefix("torch."))
+    meta = run_metadata(command_line(), study.seed, dtype=str(network.dtype).removeprefix("torch."))
     write_study(output, study, "nano", meta)
     samples = [dataclasses.asdict(sample) for result in study.results for sample in result.samples]
     plot_needles(samples, output / "needles.png", f"Sentences hidden in Opticks, nano, K={study.topk}")
+
+
+def _finish(study: Any, output: Path, network: Any) -> None:
+    from rich.table import Table
+
+    from hsa_ultralong.eval.needles import wilson_interval
+    from hsa_ultralong.eval.plots import human_tokens
+    from hsa_ultralong.inference.ask import low_weight
+
+    _write(study, output, network)
     table = Table(title="Sentences hidden in a book, asked for after memorising it")
     for name in ("tokens", "hidden", "exact", "95% interval", "memorised", "tokens/s", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -116,28 +146,24 @@ def _finish(study: Any, output: Path, seed: int, network: Any) -> None:
             f"{result.length / result.read_seconds:,.0f}",
             f"{result.memory_bytes / 2**20:.1f} MiB",
         )
-    Console().print(table)
+    console().print(table)
     controls = [
         weight < low_weight(-(-result.length // network.config.chunk_size))
         for result in study.results
         for weight in result.control_weights
     ]
     if controls:
-        typer.echo(
-            f"Asked about sentences never hidden, it said it was unsure {sum(controls)} of {len(controls)} times."
-        )
+        echo(f"Asked about sentences never hidden, it said it was unsure {sum(controls)} of {len(controls)} times.")
     example = study.results[-1].samples[0]
     asked, told = example.prompt.splitlines()[0], example.answered.strip()
-    typer.echo(f'For example, asked "{asked}" it answered "{told}" (hidden: {example.expected}).')
-    typer.echo(
+    echo(f'For example, asked "{asked}" it answered "{told}" (hidden: {example.expected}).')
+    echo(
         f"Peak memory {study.peak_host_bytes / 2**30:.2f} GiB. "
         f"Written: {output}/report.json, records.jsonl, needles.png"
     )
-    typer.echo("\nThe same with your own text and your own sentence:\n")
-    typer.echo(
+    echo("\nThe same with your own text and your own sentence:\n")
+    echo(
         '  hsa ask --text YOUR.txt --hide "The secret code of the silver lantern is 4821937." '
         '"What is the secret code of the silver lantern?"\n'
     )
-    typer.echo(
-        "This model has 9 million parameters: it recalls stated facts of this kind, and does not converse or reason."
-    )
+    echo("This model has 9 million parameters: it recalls stated facts of this kind, and does not converse or reason.")

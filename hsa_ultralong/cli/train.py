@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.numbers import finite
+from hsa_ultralong.cli.terminal import console, echo, echo_json, progress
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -43,7 +46,8 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     max_minutes: Annotated[
-        float | None, typer.Option(help="Save and stop after so many minutes; run again to go on.")
+        float | None,
+        typer.Option(min=0, max=1e9, callback=finite, help="Save and stop after so many minutes; run again to go on."),
     ] = None,
     init_from: Annotated[
         Path | None, typer.Option(help="Start from the weights of this exported model folder.")
@@ -193,10 +197,10 @@ def _run(
         state = "finished" if done else "stopped"
         is_kept = config.keep_checkpoints > 0
         advice = "" if done else "; run the same command again to go on" if is_kept else "; no checkpoint was kept"
-        typer.echo(f"{state} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; run folder: {run}{advice}")
+        echo(f"{state} at step {trainer.global_step}, {trainer.tokens_seen:,} tokens; run folder: {run}{advice}")
         _draw(run)
         if export is not None and done:
-            typer.echo(f"model written to {export}")
+            echo(f"model written to {export}")
 
 
 def _require_same_tokenizer(init_from: Path, tokens: Any) -> None:
@@ -235,7 +239,7 @@ def _prepare_shards(
 
     def prepare() -> None:
         if folder.exists():
-            typer.echo(f"training on {folder}, made before; remove it to read {', '.join([*text, *chat])} again")
+            echo(f"training on {folder}, made before; remove it to read {', '.join([*text, *chat])} again")
             return
         from hsa_ultralong.cli.data import data as tokenise
         from hsa_ultralong.models.presets import preset
@@ -299,24 +303,22 @@ def _draw(run: Path) -> None:
     log = read_log(run / "log.jsonl")
     if any("loss" in record for record in log):
         plot_training(log, run / "loss.png", f"{run.resolve().name}: training")
-        typer.echo(f"curves drawn to {run / 'loss.png'}")
+        echo(f"curves drawn to {run / 'loss.png'}")
 
 
 def _show_plan(config: TrainConfig, as_json: bool) -> None:
     """The resolved run, and what each stage takes."""
-    import json
 
     from hsa_ultralong.train import as_dict
     from hsa_ultralong.train.planning import plan_as_dict, plan_run
 
     plan = plan_as_dict(config, plan_run(config))
     if as_json:
-        typer.echo(json.dumps({**as_dict(config), "plan": plan}, indent=1))
+        echo_json({**as_dict(config), "plan": plan})
         return
-    from rich.console import Console
 
-    typer.echo(json.dumps(as_dict(config), indent=1))
-    Console().print(_plan_table(config, plan))
+    echo_json(as_dict(config))
+    console().print(_plan_table(config, plan))
 
 
 def _plan_table(config: TrainConfig, plan: dict[str, Any]) -> Table:
@@ -365,16 +367,16 @@ class _Display:
     """Progress bar over all stages with loss, tokens/s and needle accuracy; nothing unless `is_shown`."""
 
     def __init__(self, config: TrainConfig, is_shown: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            "{task.description}",
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            "{task.fields[note]}",
         )
-        self.progress = Progress(*columns, disable=not is_shown)
+        self.progress = progress(*columns, err=False, disable=not is_shown)
         self.task = self.progress.add_task("training", total=sum(stage.num_steps for stage in config.stages), note="")
         self.needles = ""
 

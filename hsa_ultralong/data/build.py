@@ -24,7 +24,16 @@ from hsa_ultralong.data.checksum import file_record
 from hsa_ultralong.data.encodings import AUTO
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
 from hsa_ultralong.data.files import sealed, write_whole
-from hsa_ultralong.data.inputs import Input, InputFile, PassedOver, Spool, inputs_of, spool_of
+from hsa_ultralong.data.inputs import (
+    Input,
+    InputFile,
+    PassedOver,
+    Spool,
+    inputs_of,
+    missing_parents,
+    remove_empty,
+    spool_of,
+)
 from hsa_ultralong.data.kinds import JSON, JSON_LINES, PARQUET
 from hsa_ultralong.data.partial import PartialBuild
 from hsa_ultralong.data.shards import (
@@ -130,6 +139,7 @@ def build_shards(
             "documents": [text_field, *map(_identify, inputs)],
             "conversations": [chat_field, *map(_identify, chat_inputs)],
         }
+        made = missing_parents(out_dir)
         partial = PartialBuild(out_dir, identity)
         build = _Build(partial, tokenizer, max_bad)
         try:
@@ -142,6 +152,7 @@ def build_shards(
                 logger.warning("the build so far is kept in %s; the same command goes on from there", partial.path)
             else:
                 partial.discard()
+                remove_empty(made)
             raise
     return open_new(out_dir)
 

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from hsa_ultralong.data.encodings import AUTO, HEAD_BYTES, choose_encoding, marked_encoding
 from hsa_ultralong.data.inputs import InputFile
-from hsa_ultralong.data.kinds import DOCX, EPUB, HTML, INSTALL, PDF, as_seekable
+from hsa_ultralong.data.kinds import DOCX, EPUB, HTML, PDF, as_seekable, needs
 from hsa_ultralong.data.text import cannot_be_read
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def document_text(file: InputFile, kind: str) -> str:
         with file.open() as stream:
             return _READERS[kind](file, as_seekable(stream))
     except ImportError as error:
-        raise ImportError(f"{file.name}: reading {kind} needs more: {INSTALL}") from error
+        raise ImportError(f"{file.name}: {needs(kind)}") from error
     except ValueError:
         raise
     except OSError as error:

@@ -14,6 +14,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -105,6 +106,7 @@ class Spool:
         self._place = place
         self._lock: BinaryIO | None = None
         self._num_copies = 0
+        self._made: list[Path] = []
 
     def __enter__(self) -> Spool:
         return self
@@ -115,6 +117,7 @@ class Spool:
             # removed while it is held, so that nobody finds a folder that is about to go
             shutil.rmtree(self._place, ignore_errors=True)
             self._lock.close()
+            remove_empty(self._made)
 
     def copy(self, stream: BinaryIO, name: str, encoding: str) -> InputFile:
         """Read a stream to its end into a file.
@@ -135,6 +138,7 @@ class Spool:
         if self._place is None:
             self._place = Path(tempfile.mkdtemp(prefix="hsa-"))
         if self._lock is None:
+            self._made = missing_parents(self._place)
             self._place.mkdir(parents=True, exist_ok=True)
             lock = (self._place / "lock").open("wb")
             try:
@@ -144,6 +148,18 @@ class Spool:
                 raise ValueError(f"another process reads its input into {self._place}; wait for it") from error
             self._lock = lock
         return self._place
+
+
+def missing_parents(path: Path) -> list[Path]:
+    """The folders around a path that do not exist yet, innermost first."""
+    return [folder for folder in path.absolute().parents if not os.path.lexists(folder)]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that were made in vain; what holds something stays."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def spool_of(output: Path) -> Spool:

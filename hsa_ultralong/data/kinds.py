@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import zipfile
 from pathlib import PurePath
 from typing import BinaryIO
@@ -37,9 +38,14 @@ READABLE = (
     ".pdf .docx), also packed (.gz .xz .bz2 .zst)"
 )
 
-# what each kind of document is read by, and what installs it
-_LIBRARIES = {HTML: "bs4", EPUB: "bs4", PDF: "pypdf", DOCX: "docx"}
-INSTALL = 'pip install "hsa-ultralong[documents]"'
+# what reads it, and the extra that brings it
+_LIBRARIES = {
+    HTML: ("bs4", "documents"),
+    EPUB: ("bs4", "documents"),
+    PDF: ("pypdf", "documents"),
+    DOCX: ("docx", "documents"),
+    PARQUET: ("pyarrow", "data"),
+}
 
 # first bytes of what is no text, and what to do about it
 _OFFICE = "save it as .docx, .txt or .csv"
@@ -67,6 +73,7 @@ _REFUSED: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x93NUMPY", "an array of numbers"),
     (0, b"GGUF", "the weights of a model"),
 )
+_LONG_LINE = 60_000
 _OTHER_SUFFIXES = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".svg", ".ico"), "images"),
     **dict.fromkeys((".mp3", ".wav", ".ogg", ".flac", ".mp4", ".mkv", ".mov", ".avi", ".webm"), "audio and video"),
@@ -87,11 +94,14 @@ def why_unreadable(name: str) -> str:
 
 
 def missing_library(kind: str) -> str:
-    """What must be installed to read a kind of document, "" if nothing."""
-    library = _LIBRARIES.get(kind)
-    if library is None or importlib.util.find_spec(library) is not None:
-        return ""
-    return f"reading {kind} needs more: {INSTALL}"
+    """What must be installed to read a kind of file, "" if nothing."""
+    library, _ = _LIBRARIES.get(kind, ("", ""))
+    return "" if not library or importlib.util.find_spec(library) is not None else needs(kind)
+
+
+def needs(kind: str) -> str:
+    """The line that installs what reads a kind of file."""
+    return f'reading {kind} needs more: pip install "hsa-ultralong[{_LIBRARIES[kind][1]}]"'
 
 
 def kind_of(name: str, head: bytes) -> str:
@@ -125,12 +135,18 @@ def _kind_by_content(name: str, head: bytes) -> str:
     if PurePath(strip_packing(name)).suffix:
         return TEXT
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if re.match(rb'\[\s*\{\s*"', start):
+        return JSON
     if start[:14].lower().startswith((b"<!doctype html", b"<html")):
         return HTML
     if not start.startswith(b"{"):
         return TEXT
+    line, has_end, _ = start.partition(b"\n")
+    if not has_end and len(head) > _LONG_LINE:
+        # cut off by the end of the head; what is no JSON will say so
+        return JSON_LINES if re.match(rb'\{\s*"', start) else TEXT
     try:
-        return JSON_LINES if isinstance(json.loads(start.split(b"\n")[0]), dict) else TEXT
+        return JSON_LINES if isinstance(json.loads(line), dict) else TEXT
     except (ValueError, RecursionError):
         return TEXT
 

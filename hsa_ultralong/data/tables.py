@@ -248,7 +248,7 @@ def _parquet_rows(file: InputFile, field: str, first: int) -> Iterator[Record]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ImportError('reading .parquet needs pyarrow: pip install "hsa-ultralong[data]"') from error
+        raise ImportError(f"{file.name}: {kinds.needs(kinds.PARQUET)}") from error
     with file.open() as stream:
         try:
             table = parquet.ParquetFile(as_seekable(stream))

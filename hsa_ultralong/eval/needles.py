@@ -11,8 +11,10 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # (length, needles done, needles wanted, tokens read)
 Progress = Callable[[int, int, int, int], None]
+Keep = Callable[["LengthResult"], None]
 
 
 @dataclass(frozen=True)
@@ -112,59 +115,83 @@ def run_needles(
     controls: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> NeedleStudy:
     """Needle accuracy at uniform depths for every length.
 
     Args:
         haystack: (n,) token ids, at least max(lengths), never repeated. samples: needles per length, depths
             (i + 1/2) / samples. controls: questions per length about sentences that were never hidden. seed: of the
-            evaluation needles, whose key words no training needle has.
+            evaluation needles, whose key words no training needle has. keep: called with every result as soon
+            as it is known, and with what there is of one that is cut off.
 
     Raises:
         ValueError: if the haystack is shorter than a length or a length too short for its needle.
     """
-    report = progress or (lambda *_: None)
+    report, kept = progress or (lambda *_: None), keep or (lambda _: None)
     results = []
     # the first reading of a process pays for set-up that has nothing to do with the text
     memorize(model, haystack[:256])
     for length in lengths:
         if length > len(haystack):
             raise ValueError(f"the haystack has {len(haystack)} tokens, {length} wanted; add more text")
-        results.append(_one_length(model, tokenizer, haystack[:length], samples, controls, seed, report))
+        results.append(_one_length(model, tokenizer, haystack[:length], samples, controls, seed, report, kept))
     return NeedleStudy(results, model.config.chunk_topk, seed, peak_host_bytes())
 
 
 def _one_length(
-    model: HSAForCausalLM, tokenizer: Any, text: torch.Tensor, samples: int, controls: int, seed: int, report: Progress
-) -> LengthResult:
+    model: HSAForCausalLM, tokenizer: Any, text: torch.Tensor, samples: int, controls: int, seed: int, report: Progress,
+    keep: Keep,
+) -> LengthResult:  # fmt: skip
     length = len(text)
     started = time.monotonic()
     memory = memorize(model, text, progress=lambda done, _: report(length, 0, samples, done))
     if memory.k.is_cuda:
         torch.cuda.synchronize()
     read_seconds = time.monotonic() - started
-    done = []
+    done: list[NeedleSample] = []
     started = time.monotonic()
     needles = evaluation_needles(seed + length, samples + controls)
-    for number, needle in enumerate(needles[:samples]):
-        statement = tokenizer(needle.statement, add_special_tokens=False)["input_ids"]
-        depth = (number + 0.5) / samples
-        start = 1 + round(depth * (length - len(statement) - 1))
-        stop = start + len(statement)
-        if stop > length:
-            raise ValueError(f"{length} tokens are too few for a needle of {len(statement)}")
-        edit(model, memory, start, stop, statement)
-        answer = ask(model, tokenizer, memory, needle.question, max_new_tokens=16)
-        edit(model, memory, start, stop, text[start:stop])
-        found = any(source.start < stop and start < source.stop for source in answer.sources[:1])
-        expected = needle.value
-        correct = is_right(answer.text, expected)
-        done.append(NeedleSample(length, depth, needle.question, expected, answer.text, correct, answer.weight, found))
-        report(length, number + 1, samples, length)
-    ask_seconds = time.monotonic() - started
-    absent = [ask(model, tokenizer, memory, needle.question, max_new_tokens=16).weight for needle in needles[samples:]]
+    absent: list[float] = []
     distinct = count_distinct(text, memory.chunk_size)
-    return LengthResult(length, done, read_seconds, ask_seconds, distinct, memory.num_bytes, absent)
+    spans: list[float] = []
+
+    def result() -> LengthResult:
+        seconds = spans[0] if spans else time.monotonic() - started
+        return LengthResult(length, done, read_seconds, seconds, distinct, memory.num_bytes, absent)
+
+    with _kept(keep, done, result):
+        for number, needle in enumerate(needles[:samples]):
+            statement = tokenizer(needle.statement, add_special_tokens=False)["input_ids"]
+            depth = (number + 0.5) / samples
+            start = 1 + round(depth * (length - len(statement) - 1))
+            stop = start + len(statement)
+            if stop > length:
+                raise ValueError(f"{length} tokens are too few for a needle of {len(statement)}")
+            edit(model, memory, start, stop, statement)
+            answer = ask(model, tokenizer, memory, needle.question, max_new_tokens=16)
+            edit(model, memory, start, stop, text[start:stop])
+            found = any(source.start < stop and start < source.stop for source in answer.sources[:1])
+            correct = is_right(answer.text, needle.value)
+            told = (needle.question, needle.value, answer.text)
+            done.append(NeedleSample(length, depth, *told, correct, answer.weight, found))
+            report(length, number + 1, samples, length)
+        spans.append(time.monotonic() - started)
+        for needle in needles[samples:]:
+            absent.append(ask(model, tokenizer, memory, needle.question, max_new_tokens=16).weight)
+    return result()
+
+
+@contextmanager
+def _kept(keep: Keep, done: list[NeedleSample], result: Callable[[], LengthResult]) -> Iterator[None]:
+    """Hand on the result at the end of the block, also of one that is cut off after some samples."""
+    try:
+        yield
+    except BaseException:
+        if done:
+            keep(result())
+        raise
+    keep(result())
 
 
 def plant(text: torch.Tensor, statements: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -212,6 +239,7 @@ def run_forms(
     segment_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> NeedleStudy:
     """The same needles in memories of one text that differ in form, on any tier.
 
@@ -224,6 +252,7 @@ def run_forms(
             at a time, by exact edits.
         notes: all needles are documents of their own behind the text, as `hsa memory append` makes them, and are asked
             for by the beginning of their sentence instead of by a question. Depths are their places in this order.
+        keep: called with every result as soon as it is known, and with what there is of one that is cut off.
 
     Raises:
         ValueError: notes that are in the text together, a text too short, or a memory that does not fit.
@@ -255,31 +284,36 @@ def run_forms(
         if device.type == "cuda":
             torch.cuda.synchronize()
         read_seconds, started = time.monotonic() - started, time.monotonic()
-        done, errors = [], []
-        for number, (needle, prompt, place) in enumerate(zip(needles, prompts, places, strict=True)):
-            if is_edited:
-                edit(model, memory, place.start, place.stop, statements[number])
-            answer = ask(model, tokenizer, memory, prompt, max_new_tokens=16)
-            logits, margin = _question_logits(model, tokenizer, memory, prompt, place.chunks(memory))
-            if is_edited:
-                edit(model, memory, place.start, place.stop, text[place.start : place.stop])
-            found = any(place.overlaps(source) for source in answer.sources[:1])
-            done.append(
-                NeedleSample(
-                    length, (number + 0.5) / samples, prompt, needle.value, answer.text,
-                    is_right(answer.text, needle.value), answer.weight, found, form, margin,
-                )
-            )  # fmt: skip
-            if len(expected) <= number:
-                expected.append(logits)
-            errors.append(((logits - expected[number]).norm() / expected[number].norm()).item())
-            report(length, number + 1, samples, length)
-        results.append(
-            LengthResult(
-                length, done, read_seconds, time.monotonic() - started, distinct, memory.num_bytes, store=store,
-                form=form, logits_error=sum(errors) / len(errors), task=task,
-            )
+        done: list[NeedleSample] = []
+        errors: list[float] = []
+        find = partial(
+            LengthResult, length, done, read_seconds, distinct_chunks=distinct, memory_bytes=memory.num_bytes,
+            store=store, form=form, task=task,
         )  # fmt: skip
+
+        def result(find: Any = find, errors: list[float] = errors, started: float = started) -> LengthResult:
+            return find(ask_seconds=time.monotonic() - started, logits_error=sum(errors) / max(1, len(errors)))
+
+        with _kept(keep or (lambda _: None), done, result):
+            for number, (needle, prompt, place) in enumerate(zip(needles, prompts, places, strict=True)):
+                if is_edited:
+                    edit(model, memory, place.start, place.stop, statements[number])
+                answer = ask(model, tokenizer, memory, prompt, max_new_tokens=16)
+                logits, margin = _question_logits(model, tokenizer, memory, prompt, place.chunks(memory))
+                if is_edited:
+                    edit(model, memory, place.start, place.stop, text[place.start : place.stop])
+                found = any(place.overlaps(source) for source in answer.sources[:1])
+                done.append(
+                    NeedleSample(
+                        length, (number + 0.5) / samples, prompt, needle.value, answer.text,
+                        is_right(answer.text, needle.value), answer.weight, found, form, margin,
+                    )
+                )  # fmt: skip
+                if len(expected) <= number:
+                    expected.append(logits)
+                errors.append(((logits - expected[number]).norm() / expected[number].norm()).item())
+                report(length, number + 1, samples, length)
+        results.append(result())
         del memory
     return NeedleStudy(results, model.config.chunk_topk, seed, peak_host_bytes())
 

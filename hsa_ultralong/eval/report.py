@@ -65,4 +65,6 @@ def write_study(
         for result in study.results
         for sample in result.samples
     ]
-    (folder / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    new = folder / ".partial-records.jsonl"
+    new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    new.replace(folder / "records.jsonl")

@@ -161,6 +161,11 @@ PRESETS: dict[str, Callable[[], HSAConfig]] = {
 }
 
 
+# beyond what any machine holds; counting layers one by one must end
+_LARGEST, _LARGEST_REAL, _MOST_LAYERS = 2**31 - 1, 10**18, 1000
+_LAYERS = ("num_lower_layers", "num_upper_groups", "num_layers_per_group", "num_encoder_layers", "num_dense_layers")
+
+
 def preset(name: str, **overrides: Any) -> HSAConfig:
     """The configuration called `name`, with some options changed.
 
@@ -256,6 +261,11 @@ def _check_kind(key: str, value: Any) -> None:
     }
     if not any(fits[kind] for kind in kinds):
         raise _mismatch(key, value)
+    for number in value if isinstance(value, list) else [value]:
+        largest = _MOST_LAYERS if key in _LAYERS else _LARGEST if isinstance(number, int) else _LARGEST_REAL
+        # not a number is in no range
+        if isinstance(number, int | float) and not -largest <= number <= largest:
+            raise ValueError(f"{key} must be at most {largest:,}, got {str(number)[:40]}")
 
 
 def _parse(key: str, text: str) -> Any:

@@ -13,7 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli import main as cli
-from hsa_ultralong.cli.plan import format_bytes, format_count, parse_size
+from hsa_ultralong.cli.numbers import parse_size
+from hsa_ultralong.cli.plan import format_bytes, format_count
 from hsa_ultralong.models.accounting import count_parameters, flops_per_token, memory_bytes
 from hsa_ultralong.models.presets import PRESETS, preset
 
@@ -185,7 +186,7 @@ def raising(error: BaseException):
         (FileNotFoundError(2, "No such file or directory", "a.txt"), "error: No such file or directory: a.txt"),
         (ValueError("two\n  lines"), "error: two lines"),
         (ImportError("install lm_eval"), "error: install lm_eval"),
-        (MemoryError(), "error: MemoryError"),
+        (MemoryError(), "error: too large for this machine: MemoryError; a smaller input or model may fit"),
     ],
 )
 def test_errors_of_the_user_become_one_line(error, line):

@@ -1,6 +1,7 @@
 """Kinds of files: told by content and name; binary ones refused by what they are."""
 
 import io
+import json
 import zipfile
 
 import pytest
@@ -62,6 +63,9 @@ def test_files_of_other_names_are_text_and_nameless_tables_show_themselves(tmp_p
         ("a.py", "import this\n", ["import this\n"]),
         ("LICENSE", "You may.\n", ["You may.\n"]),
         ("rows", rows, ["one", "two"]),
+        ("array", '[\n {"text": "one"}, {"text": "two"}]', ["one", "two"]),
+        ("long", json.dumps({"text": "word " * 30_000}), ["word " * 30_000]),
+        ("list", "[1] A footnote.\n", ["[1] A footnote.\n"]),
         ("log.log", rows, [rows]),
         ("braces", "{not json}\n", ["{not json}\n"]),
     ):
