@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 CHECKSUMS = "checksums.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
+_ADAPTER = "adapter_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST = 2**31 - 1
 _JSON_BYTES = 2**28
+_DEPTH = 50
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # of a number in the smallest form that weights are kept in, half a bit
 _LEAST_BYTES = 1 / 16
@@ -72,6 +74,11 @@ def check_model_folder(folder: Path) -> Any:
     Raises:
         ValueError: they do not; naming the file.
     """
+    if os.path.lexists(folder / _ADAPTER):
+        raise ValueError(
+            f"{folder} holds an adapter ({_ADAPTER}), which commands do not load: merge it into its model "
+            "(merge_and_unload of peft, then save_pretrained)"
+        )
     if not folder.is_dir() or not os.path.lexists(folder / _CONFIG):
         raise ValueError(f"{folder} is no model folder: it has no {_CONFIG}")
     for file in folder.iterdir():
@@ -88,35 +95,32 @@ def check_model_folder(folder: Path) -> Any:
 
 
 def _check_config(folder: Path) -> Any:
-    from hsa_ultralong.data.files import read_json, shown
+    from hsa_ultralong.data.files import read_json, reason
     from hsa_ultralong.models import HSAConfig
 
     file = folder / _CONFIG
     content = read_json(file)
     if content.get("model_type") != HSAConfig.model_type:
         raise ValueError(f"{folder} holds another kind of model, not {HSAConfig.model_type}")
-    for name, value in _leaves(content):
-        if (type(value) is int and abs(value) > _LARGEST) or (type(value) is float and not math.isfinite(value)):
-            raise ValueError(f"{file}: {shown(name)} is {shown(value)}, which is beyond any model")
+    _check_leaves(file, content)
     try:
         return HSAConfig.from_dict(content)
     # whatever a value of the wrong kind makes a library stumble over
     except Exception as error:
-        raise ValueError(f"{file} cannot be used: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} cannot be used: {reason(error)}") from error
 
 
-def _leaves(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Every number and text in nested JSON, with the name that it stands under."""
-    if depth > 50:
-        raise ValueError(f"configuration value {name!r} is nested too deeply")
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _leaves(value, name or key, depth + 1)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _leaves(value, name, depth + 1)
-    else:
-        yield name, content
+def _check_leaves(file: Path, content: Any, name: str = "", depth: int = 0) -> None:
+    """No number of a file is beyond what any model needs, and it is not nested deeper than libraries can copy."""
+    from hsa_ultralong.data.files import shown
+
+    if depth > _DEPTH:
+        raise ValueError(f"{file}: {shown(name)} is nested too deeply")
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else ((name, value) for value in content):
+            _check_leaves(file, value, name or str(key), depth + 1)
+    elif (type(content) is int and abs(content) > _LARGEST) or (type(content) is float and not math.isfinite(content)):
+        raise ValueError(f"{file}: {shown(name)} is {shown(content)}, which is beyond any model")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -192,6 +196,8 @@ def _stored(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and kind of every tensor, from the headers of the files."""
     from safetensors import SafetensorError, safe_open
 
+    from hsa_ultralong.data.files import reason
+
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         try:
@@ -202,7 +208,7 @@ def _stored(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
                         raise ValueError(f"{file} holds {name!a}, which another file of the model holds too")
                     found[name] = tuple(entry.get_shape()), str(entry.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+            raise ValueError(f"{file} is damaged: {reason(error)}") from error
     return found
 
 
@@ -212,6 +218,7 @@ def _expected(folder: Path, config: Any) -> tuple[dict[str, tuple[tuple[int, ...
 
     import torch
 
+    from hsa_ultralong.data.files import reason
     from hsa_ultralong.models import HSAForCausalLM
 
     try:
@@ -219,8 +226,7 @@ def _expected(folder: Path, config: Any) -> tuple[dict[str, tuple[tuple[int, ...
             model = HSAForCausalLM(copy.deepcopy(config))
     # sizes whose product no tensor can have
     except (RuntimeError, OverflowError, TypeError, ValueError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / _CONFIG} describes no model that can be built: {cause}") from error
+        raise ValueError(f"{folder / _CONFIG} describes no model that can be built: {reason(error)}") from error
     table = model.state_dict()
     own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     return {name: (tuple(part.shape), part.is_floating_point()) for name, part in table.items()}, table.keys() - own
@@ -233,6 +239,7 @@ def _check_generation(folder: Path, config: Any) -> None:
     content: dict[str, Any] = {}
     if os.path.lexists(folder / _GENERATION):
         content = read_json(folder / _GENERATION)
+        _check_leaves(folder / _GENERATION, content)
     tests = {
         "a whole number": lambda value: is_whole(value, 0, _LARGEST),
         "a number": is_finite,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hsa_ultralong.cli.numbers import finite
-from hsa_ultralong.cli.terminal import console, echo, echo_json, progress
+from hsa_ultralong.cli.terminal import console, echo, echo_json
 
 if TYPE_CHECKING:
     import torch
@@ -165,6 +165,7 @@ def _run(
     import torch.distributed as dist
 
     from hsa_ultralong.cli.model_folder import load_checkpoint
+    from hsa_ultralong.cli.train_display import Display
     from hsa_ultralong.data import TokenShards, load_tokenizer
     from hsa_ultralong.distributed.mesh import on_first, patient_group
     from hsa_ultralong.train import Trainer
@@ -178,7 +179,7 @@ def _run(
     # files are hashed by one process, and known to the others
     on_first(lambda: bool(TokenShards.open(folder, tokens)), patient_group())
     shards = TokenShards.open(folder, tokens)
-    with _Display(config, is_first) as display:
+    with Display(config, is_first) as display:
         probe = _probe(shards, tokens, config, place)
         trainer = Trainer(config, run, shards, tokens, device=place, probe=probe, listener=display.show, folder=held)
         if init_from is not None and trainer.resumed_from is None:
@@ -361,45 +362,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s" if seconds >= 0.1 else "< 0.1 s"
-
-
-class _Display:
-    """Progress bar over all stages with loss, tokens/s and needle accuracy; nothing unless `is_shown`."""
-
-    def __init__(self, config: TrainConfig, is_shown: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-
-        columns = (
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            "{task.fields[note]}",
-        )
-        self.progress = progress(*columns, err=False, disable=not is_shown)
-        self.task = self.progress.add_task("training", total=sum(stage.num_steps for stage in config.stages), note="")
-        self.needles = ""
-
-    def __enter__(self) -> _Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def start(self, trainer: Trainer) -> None:
-        self.progress.update(self.task, completed=trainer.global_step)
-        if trainer.resumed_from is not None:
-            self.progress.console.print(f"going on from {trainer.resumed_from}", highlight=False, soft_wrap=True)
-
-    def show(self, record: dict[str, Any]) -> None:
-        if "probe" in record:
-            self.needles = f"needles@{record['probe']['length']} {record['probe']['needle_accuracy']:.2f}"
-            self.progress.console.print(
-                f"step {record['global_step']}: {self.needles}, answer loss {record['probe']['answer_loss']:.3f}"
-            )
-            return
-        note = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tok/s  {self.needles}"
-        self.progress.update(self.task, completed=record["global_step"], description=record["stage"], note=note)
-        if not self.progress.console.is_terminal:
-            self.progress.console.print(f"{record['stage']} step {record['global_step']}: {note}", highlight=False)

@@ -34,7 +34,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """A descriptor of a regular file; devices, pipes and sockets are not opened.
 
     Raises:
-        ValueError: it is no regular file. OSError: it cannot be opened.
+        ValueError: it is no regular file, or to be written and has more than one name. OSError: it cannot be opened.
     """
     try:
         # a pipe without a peer would wait for ever
@@ -45,9 +45,13 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
         if error.errno in (errno.ENXIO, errno.EISDIR):
             raise ValueError(f"{path} is no regular file") from error
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise ValueError(f"{path} is no regular file")
+    if flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
+        os.close(descriptor)
+        raise ValueError(f"{path} has other names (hard links), under which it would change too; remove it, or copy it")
     return descriptor
 
 
@@ -75,7 +79,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{path} is not readable JSON (nested too deeply)") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error})") from error
+        raise ValueError(f"{path} is not readable JSON ({reason(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {shown(content)}")
     return content
@@ -187,6 +191,13 @@ def shown(value: Any, width: int = 60) -> str:
         text = ascii(value)
     except (RecursionError, ValueError):
         text = type(value).__name__
+    return text if len(text) <= width else f"{text[:width]}..."
+
+
+def reason(error: BaseException, width: int = 200) -> str:
+    """What an error says, in a message: short, on one line, nothing that acts on a terminal."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error)) or type(error).__name__
+    text = " ".join(text.split())
     return text if len(text) <= width else f"{text[:width]}..."
 
 

@@ -28,6 +28,7 @@ from hsa_ultralong.data.files import (
     is_whole,
     list_of,
     read_regular,
+    reason,
     shown,
     unsealed,
     whole,
@@ -268,7 +269,7 @@ def _read_offsets(path: Path, manifest: dict[str, Any]) -> np.ndarray:
         header = np.lib.format.read_array_header_1_0(stream)  # type: ignore[no-untyped-call]
     # whatever a header that follows no rule makes numpy stumble over
     except Exception as error:
-        raise ValueError(f"{path / DOCUMENTS_FILE} is no array ({error}); build the shards again") from error
+        raise ValueError(f"{path / DOCUMENTS_FILE} is no array ({reason(error)}); build the shards again") from error
     if header != (shape, False, np.dtype("<i8")) or len(data) - stream.tell() != 8 * shape[0]:
         raise ValueError(f"{path / DOCUMENTS_FILE} does not fit {MANIFEST_FILE}; build the shards again")
     return np.frombuffer(data, dtype="<i8", offset=stream.tell())

@@ -16,6 +16,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hsa_ultralong.data.files import reason
+
 BOS_TOKEN = "<|bos|>"
 EOS_TOKEN = "<|eos|>"
 PAD_TOKEN = "<|pad|>"
@@ -99,7 +101,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{path / 'tokenizer.json'} cannot be read as a tokenizer: {error}") from error
+        raise ValueError(f"{path / 'tokenizer.json'} cannot be read as a tokenizer: {reason(error)}") from error
     special_token_ids(tokenizer)
     return tokenizer
 

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hsa_ultralong.data.checksum import file_record
-from hsa_ultralong.data.files import open_regular, write_whole
+from hsa_ultralong.data.files import open_regular, reason, write_whole
 from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
 from hsa_ultralong.train.state import STATE_FILE, advice, encode_state, list_checkpoints, read_state
 
@@ -229,7 +229,7 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             shapes[name] = tuple(entry.size)
     # whatever a file that follows no rule makes the reader stumble over
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {reason(error)}"
         raise ValueError(f"checkpoint {path} cannot be read ({cause}); {advice(path)}") from error
     return shapes
 

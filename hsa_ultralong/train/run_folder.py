@@ -28,16 +28,21 @@ class RunFolder:
 
     Attributes:
         path: the folder, the same one for all processes.
-        is_held: whether it is held.
     """
 
     _holders: weakref.WeakValueDictionary[Path, RunFolder] = weakref.WeakValueDictionary()
 
     def __init__(self, path: Path) -> None:
-        self.path, self.is_held = path, False
+        self.path = path
+        self._process: int | None = None
         self._group = patient_group()
         self._lock: FileLock | None = None
         self._made: list[Path] = []
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process, not one that it was forked from, holds the folder."""
+        return self._process == os.getpid()
 
     def take(self) -> None:
         """Make the folder if it is missing, and lock it; every process calls it.
@@ -49,11 +54,11 @@ class RunFolder:
         before = self._holders.get(place)
         if before is not None and before.is_held:
             self._lock, self._made = before._lock, before._made
-            before.is_held, before._lock, before._made = False, None, []
+            before._process, before._lock, before._made = None, None, []
         else:
             on_first(self._take, self._group)
         self._holders[place] = self
-        self.is_held = True
+        self._process = os.getpid()
 
     def _take(self) -> None:
         check_run_folder(self.path)
@@ -69,7 +74,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Give the folder back; it goes if it was made here and nothing lies in it."""
-        self.is_held = False
+        self._process = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -159,7 +164,8 @@ class RunLog:
         # a line without its end was cut off while it was written
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for number, line in enumerate(whole, 1) if self._step(number, line) <= last_step]
-        if kept != lines:
+        # what other names the file has, in a copy of the run say, must not grow with it
+        if kept != lines or self.path.stat().st_nlink > 1:
             write_whole(self.path, "".join(kept))
 
     def _step(self, number: int, line: str) -> int:

@@ -66,7 +66,7 @@ FIELDS: Mapping[str, Field] = {
     "step": whole(),
     "global_step": whole(),
     "tokens_seen": whole(),
-    "stages": list_of(lambda name: isinstance(name, str) and name != "", "names of stages"),
+    "stages": list_of(lambda name: isinstance(name, str) and name != "" and name.isprintable(), "names of stages"),
     "optimizer": Field(lambda value: value in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
     "meter": Field(_is_meter, "lists of numbers by name"),
     "guard": Field(_is_guard, "the last losses, and how many were high"),

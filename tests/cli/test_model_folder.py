@@ -111,6 +111,7 @@ def test_a_whole_folder_loads_with_and_without_checksums(folder):
         ({"model_type": ["x"]}, "another kind of model"),
         ({"chunk_sise": 3}, "chunk_sise"),
         ({"rope_scaling": [[[3]]]}, "rope_scaling"),
+        ({"rope_scaling": {"factor": json.loads("[" * 500 + "]" * 500)}}, "nested too deeply"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused_before_memory_is_taken(folder, changes, words):
@@ -136,6 +137,7 @@ def test_json_of_the_wrong_type_is_refused(folder, name, text):
         ({"do_sample": "yes"}, "do_sample must be true or false"),
         ({"eos_token_id": 10**6}, "eos_token_id must be below"),
         ({"eos_token_id": "a"}, "eos_token_id must be below"),
+        ({"more": json.loads("[" * 500 + "]" * 500)}, "nested too deeply"),
     ],
 )
 def test_generation_settings_of_the_wrong_kind_are_refused(folder, changes, words):
@@ -206,6 +208,14 @@ def test_a_pickle_is_never_opened(folder):
     refused(folder, r"pytorch_model.bin only, a pickle, .* save_pretrained")
     (folder / "pytorch_model.bin").unlink()
     refused(folder, "has no model.safetensors")
+
+
+@pytest.mark.parametrize("has_model", [True, False])
+def test_an_adapter_is_refused_with_what_to_do(folder, has_model):
+    (folder / "adapter_config.json").write_text("{}")
+    if not has_model:
+        (folder / "config.json").unlink()
+    refused(folder, "holds an adapter .* merge it into its model")
 
 
 def shard(folder):

@@ -64,6 +64,17 @@ def test_writing_replaces_links_and_never_follows_them(tmp_path):
     assert mine.read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == ["mine", "x", "y"]
 
 
+def test_what_has_another_name_is_not_written_through(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    os.link(tmp_path / "mine", tmp_path / "x")
+    with pytest.raises(ValueError, match="hard links"):
+        files.append_text(tmp_path / "x", "more")
+    with pytest.raises(ValueError, match="hard links"):
+        files.FileLock.acquire(tmp_path / "x", "it is used")
+    files.write_whole(tmp_path / "x", "new")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch):
     files.write_whole(tmp_path / "x", "old")
 

@@ -14,6 +14,7 @@ from hsa_ultralong.testing.processes import launch
 from hsa_ultralong.train import ParallelConfig, checkpoint
 from hsa_ultralong.train.checkpoint import CheckpointError, list_checkpoints, load_weights
 from hsa_ultralong.train.export import export_model
+from hsa_ultralong.train.run_folder import RunFolder
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-5}
 
@@ -78,6 +79,9 @@ def check_failures(rank, runs, folder):
     checkpoint._VISIBLE_SECONDS = 0.5
     with pytest.raises(ValueError, match=r"process 1 does not see .*: the run folder must be one that all hosts share"):
         runs.trainer(folder / f"host-{rank}")
+    # one process of each run asks for the folder; all of a run are refused
+    with pytest.raises((ValueError, OSError), match="is being trained by process"):
+        runs.trainer(folder / "held", spread(runs.config(), shard=2))
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -141,7 +145,10 @@ def test_two_processes_make_the_run_of_one_and_share_its_checkpoints(tiny_runs, 
     tiny_runs.trainer(tmp_path / "muon", recipe(tiny_runs, optimizer="muon")).train()
     tiny_runs.trainer(tmp_path / "noisy", noisy(tiny_runs)).train()
     tiny_runs.trainer(tmp_path / "begun", config, probe=probe).train(max_minutes=0)
+    held = RunFolder(tmp_path / "held")
+    held.take()
     launch(2, tmp_path / "meet", check_two, tiny_runs, tmp_path)
+    held.release()
     (*_, newest) = list_checkpoints(tmp_path / "begun")
     assert len(list(newest.glob("*.safetensors"))) == 2
     resumed = tiny_runs.trainer(tmp_path / "begun", config, probe=probe)

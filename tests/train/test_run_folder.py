@@ -98,6 +98,22 @@ def test_in_one_process_a_new_trainer_takes_over_from_an_old_one(tiny_runs, tmp_
         old.train()
 
 
+def test_a_forked_child_does_not_hold_what_its_parent_holds(tmp_path):
+    held = RunFolder(tmp_path)
+    held.take()
+
+    def child(send):
+        try:
+            RunFolder(tmp_path).take()
+        except ValueError as error:
+            send.send((held.is_held, str(error)))
+
+    worker, receive = in_child(child)
+    is_held, said = receive.recv()
+    worker.join()
+    assert not is_held and f"is being trained by process {os.getpid()}" in said and held.is_held
+
+
 def test_a_forked_child_does_not_keep_the_lock_of_its_parent(tmp_path):
     def parent(send):
         RunFolder(tmp_path).take()
