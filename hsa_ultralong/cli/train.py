@@ -92,7 +92,7 @@ def train(
         _show_plan(config, as_json)
         return
     run = output or Path("runs") / recipe
-    _check_options(config, data, text, chat, init_from, max_minutes)
+    _check_options(config, data, text, chat, init_from)
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.train.run_folder import RunFolder
@@ -117,10 +117,7 @@ def _check_options(
     text: list[str] | None,
     chat: list[str] | None,
     init_from: Path | None,
-    max_minutes: float | None,
 ) -> None:
-    if max_minutes is not None and not max_minutes >= 0:
-        raise ValueError(f"--max-minutes must be at least 0, got {max_minutes}")
     if config.freeze_memory and init_from is None:
         raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
     if chat and not text:

@@ -80,7 +80,6 @@ def place(tmp_path, shards_folder, model):
         (["--init-from", "gone"], "is no model folder"),
         (["--init-from", "broken"], "is not readable JSON"),
         (["--tokenizer", "llama"], "holds no tokenizer.json"),
-        (["--max-minutes", "nan"], "--max-minutes must be at least 0"),
         (["--set", "model.hidden_size=64", "--init-from", "model"], "does not fit the model"),
         (["--set", "warmup.seq_len=8192", "--set", "warmup.batch_tokens=8192", "--set", "warmup.long_documents=true"],
          "stage 'warmup'"),
