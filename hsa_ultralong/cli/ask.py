@@ -66,6 +66,8 @@ def ask(
         raise ValueError("--hide needs --text: a memory is changed with hsa memory edit")
     if memory is not None and (text_field, encoding) != ("text", "auto"):
         raise ValueError("--text-field and --encoding go with --text FILE")
+    if memory is not None:
+        _require_filled(memory)
     named = read_named(text or [], text_field, encoding)
     if hide is not None:
         named[0] = (named[0][0], _hide(named[0][1], hide, depth))
@@ -94,6 +96,17 @@ def ask(
     _show(answer, library, tokenizer, sources, as_json)
 
 
+def _require_filled(path: Path) -> None:
+    """Refuse a memory that holds nothing to ask for, before the model is loaded."""
+    from hsa_ultralong.inference.fingerprint import nothing_to_read
+    from hsa_ultralong.memory import MemoryFile
+
+    with MemoryFile.open_unverified(path) as file:
+        if file.num_chunks == 0:
+            way = f"close it: hsa memory close {path}" if file.num_tokens else f"fill it: hsa memorize FILES -o {path}"
+            raise ValueError(f"{path} is empty: {nothing_to_read(file.num_tokens)}; {way}")
+
+
 class _Writer:
     """Shows pieces of the answer as they come, without the space that it begins with."""
 
@@ -108,7 +121,7 @@ class _Writer:
 
 def open_library(network: Any, tokenizer: Any, path: Path, store: str, lookup: str = "exact") -> Any:
     """A memory file for asking, checked against model and tokenizer."""
-    from hsa_ultralong.cli.memory import require_tokenizer
+    from hsa_ultralong.cli.memory_common import require_tokenizer
     from hsa_ultralong.inference import memory_fingerprint
     from hsa_ultralong.memory import MemoryFile
     from hsa_ultralong.memory.saving import open_memory

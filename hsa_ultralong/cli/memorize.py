@@ -13,16 +13,11 @@ from hsa_ultralong.cli.numbers import MAX_COUNT
 from hsa_ultralong.cli.terminal import echo, echo_json, progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from hsa_ultralong.data import InputFile, Source
+    from hsa_ultralong.data import InputFile
     from hsa_ultralong.data.inputs import PassedOver
-    from hsa_ultralong.data.sources import BadRecords
     from hsa_ultralong.inference import Library
 
 FORMATS = ("bf16", "int8", "fp8", "fp16", "fp32")
-# of small documents: a kill costs at most so many tokens
-_COMMIT_TOKENS = 2**18
 # characters of English text per token of the shipped tokenizer, for plans before reading
 _CHARACTERS_PER_TOKEN = 3.6
 
@@ -60,21 +55,26 @@ def memorize(
       cat *.txt | hsa memorize - -o lib.hsa
     """
     from hsa_ultralong.cli.common import load_model
+    from hsa_ultralong.cli.outputs import nothing_left, require_output
+    from hsa_ultralong.cli.updating import memorize_files
     from hsa_ultralong.data import source_files, spool_of
 
     for name, value in (("--key-values", key_values), ("--landmarks", landmarks)):
         if value not in FORMATS:
             raise ValueError(f"{name} must be one of {', '.join(FORMATS)}, got {value!r}")
+    require_output(output, may_exist=True)
     passed_over: list[PassedOver] = []
-    with spool_of(output) as spool:
+    with nothing_left(output), spool_of(output) as spool:
         files = source_files(paths, spool=spool, field=text_field, encoding=encoding, passed_over=passed_over)
         network, tokenizer = load_model(model, device, dtype)
         _require_room(network.config, files, output, key_values, landmarks)
-        with open_or_create(network, tokenizer, output, key_values, landmarks) as library:
-            options: dict[str, Any] = {"text_field": text_field, "max_bad": max_bad, "is_quiet": as_json}
-            summary = memorize_files(library, tokenizer, files, **options)
+        library = open_or_create(network, tokenizer, output, key_values, landmarks)
+        with library, Bar(files, as_json) as bar:
+            summary = memorize_files(library, tokenizer, files, bar, text_field=text_field, max_bad=max_bad)
+            if not library.documents:
+                raise ValueError(f"nothing could be read: all {summary['bad']:,} records, named above, are bad")
     summary["passed_over"] = [one._asdict() for one in passed_over]
-    _show(output, summary, as_json)
+    show_summary(output, summary, as_json)
 
 
 def open_or_create(network: Any, tokenizer: Any, path: Path, key_values: str, landmarks: str) -> Library:
@@ -121,85 +121,10 @@ def _require_room(config: Any, files: list[InputFile], output: Path, key_values:
         )
 
 
-def memorize_files(
-    library: Library,
-    tokenizer: Any,
-    files: list[InputFile],
-    *,
-    text_field: str = "text",
-    max_bad: int = 0,
-    is_quiet: bool = False,
-) -> dict[str, Any]:
-    """Bring a library up to date with the documents of files; returns what was done.
-
-    Raises:
-        ValueError: a record that cannot be read, after `max_bad` others; the documents before it are kept.
-    """
-    from hsa_ultralong.data.sources import BadRecords
-
-    bad = BadRecords(max_bad) if max_bad else None
-    counts = {"added": 0, "changed": 0, "unchanged": 0, "tokens_read": 0}
-    known = [file.num_bytes for file in files]
-    start = time.monotonic()
-    with _Bar(sum(known), is_quiet) as bar:
-        for file, size in zip(files, known, strict=True):
-            for source in _sources(library, file, text_field, bad):
-                _memorize_source(library, tokenizer, source, counts, bar)
-            bar.finish_file(size)
-        library.commit()
-    return {**counts, "bad": bad.count if bad else 0, "seconds": time.monotonic() - start}
-
-
-def _sources(library: Library, file: InputFile, text_field: str, bad: BadRecords | None) -> Iterator[Source]:
-    """The documents of a file; those before an unreadable one are committed before the error goes on."""
-    from hsa_ultralong.data import read_sources
-
-    sources = read_sources(file, text_field=text_field, on_bad=bad)
-    while True:
-        try:
-            source = next(sources, None)
-        except ValueError:
-            library.commit()
-            raise
-        if source is None:
-            return
-        yield source
-
-
-def _memorize_source(library: Library, tokenizer: Any, source: Source, counts: dict[str, Any], bar: _Bar) -> None:
-    metadata = {"sha256": source.digest}
-    found = [document for document in library.documents if document.name == source.name]
-    if found and not found[0].is_open and found[0].metadata == metadata:
-        counts["unchanged"] += 1
-        return
-    tokens = tokenizer(source.text)["input_ids"]
-    # a document that a kill left open is complete only if this is its text: anything else is read anew
-    open_document = library.writer.open_document
-    is_other = open_document is not None and (open_document.name, open_document.metadata) != (source.name, metadata)
-    if open_document is not None and is_other and "sha256" in open_document.metadata:
-        bar.note(f"{open_document.name} was not read to its end by an earlier run and is not given now: removed")
-        library.delete(open_document.id)
-        found = [document for document in found if document.id != open_document.id]
-    if found and not found[0].is_open:
-        plan = library.replace(found[0].id, tokens, metadata=metadata)
-        counts["changed"] += 1
-        counts["tokens_read"] += plan.num_chunks * library.model.config.chunk_size
-        return
-    before = found[0].num_tokens if found else 0
-    bar.start(source.name, len(tokens), len(source.text), before)
-    library.add(tokens, name=source.name, metadata=metadata, commit=False, progress=bar.report)
-    bar.uncommitted += len(tokens) - before
-    if bar.uncommitted >= _COMMIT_TOKENS:
-        library.commit()
-        bar.uncommitted = 0
-    counts["added"] += 1
-    counts["tokens_read"] += len(tokens) - before
-
-
-class _Bar:
+class Bar:
     """Progress over all files in bytes, with tokens, tokens/s and the remaining time; silent where asked or piped."""
 
-    def __init__(self, total_bytes: int, is_quiet: bool) -> None:
+    def __init__(self, files: list[InputFile], is_quiet: bool) -> None:
         from rich.progress import BarColumn, TimeRemainingColumn
 
         self.bar = progress(
@@ -209,22 +134,27 @@ class _Bar:
             TimeRemainingColumn(),
             disable=is_quiet,
         )
+        total_bytes = sum(file.num_bytes for file in files)
         self.task = self.bar.add_task("", total=total_bytes or None, name="", tokens=0, rate=0.0)
-        self.files_done = self.tokens = self.before = self.uncommitted = 0
-        self.characters_per_token, self.file_start, self.text_done = 1.0, 0, 0
-        self.began = time.monotonic()
+        self.files_done = self.tokens = self.before = 0
+        self.characters_per_token, self.text_done = 1.0, 0
+        self.began, self.is_shown = time.monotonic(), False
 
-    def __enter__(self) -> _Bar:
-        self.bar.start()
+    def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.is_shown:
+            self.bar.stop()
 
     def note(self, text: str) -> None:
         echo(f"note: {text}", err=True)
 
     def start(self, name: str, num_tokens: int, num_characters: int, before: int) -> None:
+        # what is refused shows no bar
+        if not self.is_shown:
+            self.bar.start()
+            self.is_shown = True
         self.before, self.characters_per_token = before, num_characters / max(1, num_tokens)
         self.bar.update(self.task, name=name if len(name) < 40 else f"...{name[-36:]}")
 
@@ -240,7 +170,7 @@ class _Bar:
         self.bar.update(self.task, completed=self.files_done)
 
 
-def _show(path: Path, summary: dict[str, Any], as_json: bool) -> None:
+def show_summary(path: Path, summary: dict[str, Any], as_json: bool) -> None:
 
     from hsa_ultralong.cli.plan import format_bytes
     from hsa_ultralong.memory import MemoryFile

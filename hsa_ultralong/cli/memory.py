@@ -8,19 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli import memory_mend
 from hsa_ultralong.cli.common import Encoding, TextField
-from hsa_ultralong.cli.terminal import console, echo, echo_json, progress
+from hsa_ultralong.cli.memory_common import AsJson, Device, Dtype, MemoryPath, Model, bytes_bar, open_to_write
+from hsa_ultralong.cli.terminal import console, echo, echo_json
 
 memory = typer.Typer(no_args_is_help=True, help="Look at a memory file, change it, check it.")
 
-MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of the memory, such as lib.hsa.")]
-Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-Dtype = Annotated[str, typer.Option(help="bf16, fp32 or auto; best that of `hsa memorize`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-
 
 def register(app: typer.Typer) -> None:
+    memory_mend.register(memory)
     app.add_typer(memory, name="memory")
 
 
@@ -33,8 +30,10 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
       hsa memory info lib.hsa
     """
     from hsa_ultralong.memory import MemoryFile
+    from hsa_ultralong.memory.half_read import half_read, way_on
 
     with MemoryFile.open(path) as file:
+        half = half_read(file.manifest.open_document, file.build_state)
         value: dict[str, Any] = {
             "path": str(path),
             "generation": file.generation,
@@ -52,6 +51,8 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
                     "tokens": document.num_tokens,
                     "chunks": document.num_chunks,
                     "is_open": document.is_open,
+                    "half_read_of": half.num_tokens if half is not None and half.document == document else None,
+                    "closed_early_of": document.metadata.get("closed_early"),
                 }
                 for document in file.documents
             ],
@@ -68,6 +69,10 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
         column.justify = "right"
     for row in value["documents"]:
         state = "open" if row["is_open"] else ""
+        if row["half_read_of"]:
+            state = f"half-read, of {row['half_read_of']:,} tokens"
+        elif isinstance(row["closed_early_of"], int):
+            state = f"the beginning of {row['closed_early_of']:,} tokens"
         table.add_row(str(row["id"]), row["name"], f"{row['tokens']:,}", f"{row['chunks']:,}", state)
     console().print(table)
     formats = value["formats"]
@@ -76,6 +81,8 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
         f"({format_bytes(value['dead_bytes'])} of them deleted: hsa memory compact frees them); keys and values "
         f"{formats.get('key_values')}, landmarks {formats.get('landmarks')}; model {value['fingerprint'][:12]}"
     )
+    if half is not None:
+        echo(f"{half}: {way_on(path)}")
 
 
 @memory.command("append")
@@ -98,24 +105,26 @@ def append(
 
       echo "Later that day it rained." | hsa memory append lib.hsa --to-last -
     """
-    from hsa_ultralong.cli.memorize import _show, memorize_files
+    from hsa_ultralong.cli.memorize import Bar, show_summary
+    from hsa_ultralong.cli.updating import changed_by_hand, memorize_files
     from hsa_ultralong.data import read_sources, source_files, spool_of
 
     with spool_of(path) as spool:
         files = source_files(texts, spool=spool, field=text_field, encoding=encoding)
-        with _open(path, model, device, dtype) as (library, tokenizer):
+        with open_to_write(path, model, device, dtype) as (library, tokenizer):
             if to_last:
                 parts = [source.text for file in files for source in read_sources(file, text_field=text_field)]
                 tokens = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
                 if not library.documents:
                     raise ValueError(f"{path} holds no document to go on with; leave --to-last away")
                 # its text is no longer that of its file
-                library.extend(tokens, close=True, metadata={**library.documents[-1].metadata, "sha256": "extended"})
+                library.extend(tokens, close=True, metadata=changed_by_hand(library.documents[-1], "extended"))
                 counts = {"added": 0, "changed": 1, "unchanged": 0, "bad": 0}
                 summary = {**counts, "tokens_read": len(tokens), "seconds": 0.0}
             else:
-                summary = memorize_files(library, tokenizer, files, text_field=text_field, is_quiet=as_json)
-    _show(path, summary, as_json)
+                with Bar(files, as_json) as bar:
+                    summary = memorize_files(library, tokenizer, files, bar, text_field=text_field)
+    show_summary(path, summary, as_json)
 
 
 @memory.command("edit")
@@ -150,7 +159,7 @@ def edit(
     if text is None and encoding != "auto":
         raise ValueError("--encoding goes with --text FILE")
     content = None if text is None else read_text(text, encoding=encoding)
-    with _open(path, model, device, dtype) as (library, tokenizer):
+    with open_to_write(path, model, device, dtype) as (library, tokenizer):
         chosen = library.document(int(document) if document.isdigit() else document)
         if delete:
             value = {"document": chosen.name, "chunks_to_read": 0, "chunks": chosen.num_chunks, "is_done": not dry_run}
@@ -176,8 +185,8 @@ def _change(
     dry_run: bool,
     as_json: bool,
 ) -> dict[str, Any]:
-    from hsa_ultralong.inference.editor import plan_edit
-    from hsa_ultralong.inference.library import difference
+    from hsa_ultralong.cli.updating import changed_by_hand
+    from hsa_ultralong.inference.editor import difference, plan_edit
 
     old = library.tokens(chosen.id)
     if content is None:
@@ -207,7 +216,7 @@ def _change(
         )
     if not dry_run:
         digest = hashlib.sha256(content.encode()).hexdigest()
-        library.replace(chosen.id, new, metadata={**chosen.metadata, "sha256": digest}, progress=not as_json)
+        library.replace(chosen.id, new, metadata=changed_by_hand(chosen, digest), progress=not as_json)
     return value
 
 
@@ -227,7 +236,7 @@ def merge(
 
     with MemoryWriter.open(path) as writer:
         files = [MemoryFile.open(other) for other in others]
-        with _bytes_bar("merging", as_json) as report:
+        with bytes_bar("merging", as_json) as report:
             ids = writer.merge(files, report)
             writer.commit()
     value = {"path": str(path), "added": len(ids)}
@@ -247,8 +256,10 @@ def export(
 
       hsa memory export lib.hsa notes.md 3 -o small.hsa
     """
+    from hsa_ultralong.cli.outputs import require_output
     from hsa_ultralong.memory import MemoryFile, export_memory
 
+    require_output(output)
     with MemoryFile.open(path) as file:
         ids = []
         for wanted in documents:
@@ -256,7 +267,7 @@ def export(
             if len(found) != 1:
                 raise ValueError(f"{len(found)} documents of {path} are named {wanted!r}; hsa memory info lists them")
             ids += found
-        with _bytes_bar("exporting", as_json) as report:
+        with bytes_bar("exporting", as_json) as report:
             export_memory(file, output, ids, progress=report)
     value = {"path": str(output), "documents": len(ids)}
     echo_json(value, indent=None) if as_json else echo(f"{output}: {len(ids)} documents")
@@ -272,7 +283,7 @@ def verify(path: MemoryPath, as_json: AsJson = False) -> None:
     """
     from hsa_ultralong.memory import verify_memory
 
-    with _bytes_bar("verifying", as_json) as report:
+    with bytes_bar("verifying", as_json) as report:
         damages = verify_memory(path, report)
     if as_json:
         echo_json([{**damage.__dict__, "text": str(damage)} for damage in damages])
@@ -295,59 +306,7 @@ def compact(path: MemoryPath, as_json: AsJson = False) -> None:
     from hsa_ultralong.cli.plan import format_bytes
     from hsa_ultralong.memory import MemoryWriter
 
-    with MemoryWriter.open(path) as writer, _bytes_bar("compacting", as_json) as report:
+    with MemoryWriter.open(path) as writer, bytes_bar("compacting", as_json) as report:
         freed = writer.compact(report)
     value = {"path": str(path), "freed": freed}
     echo_json(value, indent=None) if as_json else echo(f"{path}: {format_bytes(freed)} freed")
-
-
-class _open:
-    """The library at a path with its model and tokenizer; refuses another tokenizer's."""
-
-    def __init__(self, path: Path, model: Path | None, device: str, dtype: str) -> None:
-        self.path, self.model, self.device, self.dtype = path, model, device, dtype
-
-    def __enter__(self) -> tuple[Any, Any]:
-        from hsa_ultralong.cli.common import load_model
-        from hsa_ultralong.inference import Library
-
-        network, tokenizer = load_model(self.model, self.device, self.dtype)
-        self.library = Library.open(network, self.path)
-        try:
-            require_tokenizer(self.library.writer.spec, tokenizer)
-        except ValueError:
-            self.library.close()
-            raise
-        return self.library, tokenizer
-
-    def __exit__(self, *_: object) -> None:
-        self.library.close()
-
-
-def require_tokenizer(spec: Any, tokenizer: Any) -> None:
-    """Refuse a memory whose token ids are another tokenizer's."""
-    from hsa_ultralong.data import tokenizer_fingerprint
-
-    if spec.tokenizer and spec.tokenizer != tokenizer_fingerprint(tokenizer):
-        raise ValueError("this memory was built with another tokenizer; use the model folder that built it")
-
-
-class _bytes_bar:
-    """A progress bar over bytes as a callable (done, total); None where silent."""
-
-    def __init__(self, what: str, is_quiet: bool) -> None:
-        self.what, self.is_quiet = what, is_quiet
-
-    def __enter__(self) -> Any:
-        if self.is_quiet:
-            return None
-        from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
-
-        self.bar = progress(self.what, BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self.bar.start()
-        task = self.bar.add_task("", total=None)
-        return lambda done, total: self.bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if not self.is_quiet:
-            self.bar.stop()

@@ -7,6 +7,7 @@ from hsa_ultralong.inference.fingerprint import memory_fingerprint
 from hsa_ultralong.inference.generation import generate_with_memory
 from hsa_ultralong.inference.library import Library
 from hsa_ultralong.inference.reader import append, close_document, last_logits, memorize
+from hsa_ultralong.inference.rebuilding import rebuild
 from hsa_ultralong.inference.sharding import open_shared, share_out
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "memorize",
     "memory_fingerprint",
     "open_shared",
+    "rebuild",
     "share_out",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.inference.engine import DecodingEngine
+from hsa_ultralong.inference.fingerprint import require_chunks
 from hsa_ultralong.inference.wrapped import unwrapped
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
@@ -90,11 +91,12 @@ def ask(
         on_text: called with every new piece of the answer as soon as it is known.
 
     Raises:
-        ValueError: for an empty prompt or another model's memory.
+        ValueError: for an empty prompt, an empty memory or another model's.
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask something like 'The secret code of the amber falcon is'")
     model = unwrapped(model)
+    require_chunks(memory)
     ids = torch.tensor(tokenizer(prompt)["input_ids"])
     num_chunks = memory.num_chunks_of_all
     engine = DecodingEngine(model, memory, max_tokens=len(ids) + max_new_tokens)

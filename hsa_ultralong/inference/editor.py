@@ -63,6 +63,17 @@ def plan_edit(
     return EditPlan(first, new_stop - growth // size, new_stop)
 
 
+def difference(old: torch.Tensor, new: torch.Tensor) -> tuple[int, int, int]:
+    """(start, stop, count): replacing old[start:stop] by new[start:start + count] gives `new`, (n,) each."""
+    shorter = min(len(old), len(new))
+    differs = (old[:shorter] != new[:shorter]).nonzero()
+    start = int(differs[0]) if len(differs) else shorter
+    rest = shorter - start
+    backwards = (old.flip(0)[:rest] != new.flip(0)[:rest]).nonzero()
+    same = int(backwards[0]) if len(backwards) else rest
+    return start, len(old) - same, len(new) - same - start
+
+
 def recompute_chunks(
     model: HSAForCausalLM, tokens: torch.Tensor, first: int, stop: int, segment: int, step: int | None = None
 ) -> Iterator[ChunkTensors]:

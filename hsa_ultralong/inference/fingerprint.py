@@ -90,5 +90,19 @@ def require_same_model(model: HSAForCausalLM, memory: ChunkMemory) -> None:
     if memory.fingerprint != memory_fingerprint(model):
         raise ValueError(
             "this memory was built by another model (or by this one before its lower half changed); memorise the text "
-            "again with the model at hand"
+            "again with the model at hand, or a file by: hsa memory rebuild MEMORY --model MODEL"
         )
+
+
+def require_chunks(memory: ChunkMemory) -> None:
+    """Refuse to ask a memory that holds nothing to read."""
+    if memory.num_chunks_of_all == 0:
+        way = "close the document" if memory.num_tokens else "memorise a text first"
+        raise ValueError(f"the memory is empty: {nothing_to_read(memory.num_tokens)}; {way}")
+
+
+def nothing_to_read(num_tokens: int) -> str:
+    """Why a memory of so many tokens has no chunk that could be read."""
+    if num_tokens == 0:
+        return "it holds no document"
+    return f"its only document is still open and has no full chunk yet ({num_tokens} tokens)"

@@ -5,6 +5,7 @@ Called by ChunkMemory.save and ChunkMemory.load and by inference/library.py; tes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 from hsa_ultralong.memory.columns import from_payload, memory_spec, to_columns
 from hsa_ultralong.memory.files import MemoryFile, MemoryWriter
 from hsa_ultralong.memory.files.housekeeping import new_folder
+from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, QuantizedLandmarks, TieredStore
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, KeyValueStore
 
+logger = logging.getLogger(__name__)
 STORES = ("device", "host", "tiered", "file")
 LOOKUPS = ("exact", "sketch")
 # chunks converted at a time
@@ -157,6 +160,9 @@ def open_memory(
     kind = file.spec.columns["keys_values"]
     if dtype is None:
         dtype = kind.dtype if kind.dtype.itemsize > 1 else torch.bfloat16
+    half = half_read(file.manifest.open_document, file.build_state)
+    if half is not None:
+        logger.warning("%s: %s; only that much is known here; to finish it, %s", path, half, way_on(path))
     state = file.continuation()
     continuation = None if state is None else unpack_continuation(state[0], device, dtype)
     counts = torch.tensor([document.num_chunks for document in file.documents], dtype=torch.int64)

@@ -356,7 +356,7 @@ class ChunkMemory:
             if memory.fingerprint != first.fingerprint:
                 raise ValueError(
                     f"memory {number} was built by another model: {memory.fingerprint[:12]!r}, "
-                    f"not {first.fingerprint[:12]!r}"
+                    f"not {first.fingerprint[:12]!r}; read it again by that model (a file: hsa memory rebuild)"
                 )
             if memory.chunk_size != first.chunk_size:
                 raise ValueError(

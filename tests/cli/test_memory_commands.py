@@ -8,7 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.cli.memorize import memorize_files, open_or_create
+from hsa_ultralong.cli.memorize import Bar, open_or_create
+from hsa_ultralong.cli.updating import memorize_files
 from hsa_ultralong.memory import MemoryFile, MemoryWriter
 
 SENTENCE = "It was a bright cold day in April, and the clocks were striking. "
@@ -82,18 +83,18 @@ def test_memorize_says_what_it_did_and_passes_over_what_is_known(library, texts,
 
 
 def test_an_interrupted_memorize_goes_on_and_ends_with_the_same_memory(library, texts, checkpoint, monkeypatch):
-    from hsa_ultralong.cli import memorize as command
+    from hsa_ultralong.cli import updating
     from hsa_ultralong.cli.common import load_model
     from hsa_ultralong.data import Spool, source_files
-    from hsa_ultralong.inference.library import Library
+    from hsa_ultralong.inference.file_reader import FileReader
 
-    monkeypatch.setattr(command, "_COMMIT_TOKENS", 1)
-    read_on, path = Library._read_on, library.with_name("cut.hsa")
+    monkeypatch.setattr(updating, "_COMMIT_TOKENS", 1)
+    read_on, path, files = FileReader.read_on, library.with_name("cut.hsa"), source_files([texts], spool=Spool())
     network, tokenizer = load_model(checkpoint, "cpu", "fp32")
     for cut in (1, 2, 3):
         calls = []
 
-        def stop(self, id, tokens, done, state, segment, commit, report, cut=cut, calls=calls):
+        def stop(self, id, tokens, done, state, *, report, cut=cut, calls=calls, **_):
             calls.append(id)
 
             def limited(stop, total):
@@ -101,16 +102,16 @@ def test_an_interrupted_memorize_goes_on_and_ends_with_the_same_memory(library, 
                     raise KeyboardInterrupt
                 report(stop, total)
 
-            read_on(self, id, tokens, done, state, 64, 64, limited)
+            read_on(self, id, tokens, done, state, segment_tokens=64, commit_tokens=64, report=limited)
 
         shutil.rmtree(path, ignore_errors=True)
-        monkeypatch.setattr(Library, "_read_on", stop)
+        monkeypatch.setattr(FileReader, "read_on", stop)
         with pytest.raises(KeyboardInterrupt), open_or_create(network, tokenizer, path, "bf16", "bf16") as opened:
-            memorize_files(opened, tokenizer, source_files([texts], spool=Spool()), is_quiet=True)
-        monkeypatch.setattr(Library, "_read_on", read_on)
+            memorize_files(opened, tokenizer, files, Bar(files, is_quiet=True))
+        monkeypatch.setattr(FileReader, "read_on", read_on)
         with open_or_create(network, tokenizer, path, "bf16", "bf16") as opened:
             assert len(opened.documents) in (cut - 1, cut)
-            memorize_files(opened, tokenizer, source_files([texts], spool=Spool()), is_quiet=True)
+            memorize_files(opened, tokenizer, files, Bar(files, is_quiet=True))
         assert_same(path, library)
 
 

@@ -130,6 +130,7 @@ def test_a_bad_document_of_a_text_file_is_named_by_line_and_the_others_are_read(
         (b"[" * 100_000, "line 2: no JSON"),
         (b'{"text": ' + b"9" * 5000 + b"}", "line 2: no JSON"),
         (b'{"text": ["a"]}', "got list in it"),
+        (b'{"text": null, "body": "x"}', "got null in it"),
     ],
 )
 def test_every_kind_of_bad_row_is_passed_over(tmp_path, line, reason):

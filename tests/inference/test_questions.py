@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hsa_ultralong.inference import ask
+from hsa_ultralong.inference import Library, ask
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
@@ -194,3 +194,13 @@ def test_asking_leaves_no_hooks_and_the_mode_as_it_was():
         ask(model, Words(), memory, "1 2 3", max_new_tokens="many")
     assert model.training
     assert not any(part._forward_hooks for part in model.modules() if isinstance(part, ChunkRetriever))
+
+
+@pytest.mark.parametrize(("num_tokens", "words"), [(0, "it holds no document"), (3, "has no full chunk yet")])
+def test_asking_an_empty_memory_says_that_it_is_empty(num_tokens, words, tmp_path):
+    model = tiny_model()
+    with Library.create(model, tmp_path / "a.hsa", key_values="fp64", landmarks="fp64") as library:
+        if num_tokens:
+            library.add(list(range(num_tokens)), close=False)
+    with pytest.raises(ValueError, match=f"the memory is empty: .*{words}"):
+        ask(model, Words(), ChunkMemory.load(tmp_path / "a.hsa"), "1 2 3")

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = "writer.lock"
 TEMPORARY = ".tmp"
 _WRITE_BYTES = 2**23
+# no hard links: across file systems, not supported, not allowed, too many
+_NO_LINKS = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EMLINK)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Buffer = bytes | bytearray | memoryview
 
@@ -69,6 +71,24 @@ def write_file(folder: Path, name: str, pieces: Iterable[Buffer]) -> None:
         except BaseException:
             _unlink(temporary, parent, folder)
             raise
+
+
+def link_file(source: Path, name: str, folder: Path, new_name: str) -> None:
+    """Give a file of another memory a name in this one too; a copy where the file system has no hard links.
+
+    Both then hold the same bytes: shards and page tables are never changed. The caller syncs the folder afterwards.
+    """
+    with parent_of(source, name) as (old_parent, old), parent_of(folder, new_name) as (parent, leaf):
+        descriptor = open_file(old_parent, old, os.O_RDONLY)
+        try:
+            try:
+                os.link(old, leaf, src_dir_fd=old_parent, dst_dir_fd=parent, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                write_file(folder, new_name, iter(lambda: os.read(descriptor, _WRITE_BYTES), b""))
+        finally:
+            os.close(descriptor)
 
 
 def write_all(descriptor: int, data: Buffer) -> None:

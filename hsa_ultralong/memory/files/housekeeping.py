@@ -90,11 +90,7 @@ def new_folder(path: Path, doing: str) -> Iterator[Path]:
         raise MemoryFileError(f"{target} exists already; choose another name")
     partial = target.with_name(f".{target.name}.partial")
     with clear_errors(target, doing):
-        if os.path.lexists(partial):
-            _require_partial(partial)
-            # left by a killed block, unless one is running
-            WriterLock.acquire(partial).release()
-            shutil.rmtree(partial)
+        remove_unfinished(partial)
         try:
             yield partial
             os.rename(partial, target)
@@ -102,6 +98,18 @@ def new_folder(path: Path, doing: str) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove a memory that a killed command began, if there is one.
+
+    Raises:
+        MemoryFileError: it is being written, or is no memory.
+    """
+    if os.path.lexists(folder):
+        _require_partial(folder)
+        WriterLock.acquire(folder).release()
+        shutil.rmtree(folder)
 
 
 def _require_partial(folder: Path) -> None:

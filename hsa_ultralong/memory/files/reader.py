@@ -131,6 +131,10 @@ class MemoryFile:
             raise ValueError(f"document {id} does not exist in {self.path}")
         return self._documents[id]
 
+    def holds(self, document: MemoryDocument) -> bool:
+        """Whether this snapshot has exactly this record."""
+        return self._documents.get(document.id) == document
+
     def chunk_range(self, id: int) -> tuple[int, int]:
         """The chunks first..stop of a document, in document order.
 
@@ -307,7 +311,7 @@ def require_fingerprint(path: Path, spec: MemorySpec, fingerprint: str | None) -
     if fingerprint is not None and fingerprint != spec.fingerprint:
         raise MemoryFileError(
             f"{path} was built by another model: fingerprint {spec.fingerprint[:12]!r}, this model's is "
-            f"{fingerprint[:12]!r}; use the model that built it, or build the memory again"
+            f"{fingerprint[:12]!r}; use the model that built it, or: hsa memory rebuild {path} --model MODEL"
         )
 
 

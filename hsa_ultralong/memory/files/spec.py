@@ -208,7 +208,8 @@ class MemorySpec:
         if other.fingerprint != self.fingerprint:
             raise MemoryFileError(
                 f"{who} was built by another model: fingerprint {other.fingerprint[:12]!r}, "
-                f"required {self.fingerprint[:12]!r}; use the memory with the model that built it"
+                f"required {self.fingerprint[:12]!r}; use the memory with the model that built it, or read it again by "
+                "another: hsa memory rebuild MEMORY --model MODEL"
             )
         if other.tokenizer != self.tokenizer:
             raise MemoryFileError(

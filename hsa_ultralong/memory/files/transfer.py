@@ -71,12 +71,17 @@ def merge(writer: MemoryWriter, others: Sequence[MemoryFile], progress: Progress
     """See MemoryWriter.merge."""
     writer.spec.require_composable("merge")
     if writer.open_document is not None:
-        raise MemoryFileError(f"{writer.path} holds the open document {writer.open_document.label}; close it first")
+        raise MemoryFileError(
+            f"{writer.path} holds the open document {writer.open_document.label}; "
+            f"close it first (hsa memory close {writer.path})"
+        )
     for other in others:
         writer.spec.require_compatible(other.spec, str(other.path))
         if other.manifest.open_document is not None:
             label = other.manifest.open_document.label
-            raise MemoryFileError(f"{other.path} holds the open document {label}; close it first")
+            raise MemoryFileError(
+                f"{other.path} holds the open document {label}; close it first (hsa memory close {other.path})"
+            )
     for other in others:
         require_undamaged(other, "merging")
     total = sum(other.num_bytes for other in others)
@@ -134,7 +139,8 @@ def export_memory(
             state = file.continuation()
             if writer.open_document is not None and state is not None:
                 writer.set_continuation(*state)
-            writer.commit(build_state=file.build_state if documents is None else None)
+            # what was noted about an open document belongs to it
+            writer.commit(build_state=file.build_state if documents is None or writer.open_document else None)
 
 
 def copy_documents(

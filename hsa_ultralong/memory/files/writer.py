@@ -148,6 +148,16 @@ class MemoryWriter:
         """In order, with the changes that are not committed yet."""
         return tuple(self._documents.values())
 
+    def document(self, id: int) -> MemoryDocument:
+        """The document with this id, with the changes that are not committed yet.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if id not in self._documents:
+            raise ValueError(f"document {id} does not exist in {self.path}")
+        return self._documents[id]
+
     @property
     def open_document(self) -> MemoryDocument | None:
         """The one that may still grow: always the last."""
@@ -182,7 +192,7 @@ class MemoryWriter:
             ValueError: unknown document, or columns that do not fit the memory.
             MemoryFileError: a full shard could not be written.
         """
-        count = self._document(id).num_chunks
+        count = self.document(id).num_chunks
         self.splice_chunks(id, count, count, columns, num_tokens)
 
     def splice_chunks(
@@ -194,7 +204,7 @@ class MemoryWriter:
             ValueError: unknown document, a range outside it, or columns that do not fit the memory.
             MemoryFileError: a full shard could not be written.
         """
-        document = self._document(id)
+        document = self.document(id)
         if not 0 <= first <= stop <= document.num_chunks:
             raise ValueError(
                 f"chunks must lie within 0..{document.num_chunks} of {document.label}, got {first}..{stop}"
@@ -215,12 +225,12 @@ class MemoryWriter:
             ValueError: unknown document, or `metadata` is no JSON.
         """
         self._require_lock()
-        document = replace(self._document(id), metadata=as_json_object(metadata, "metadata"))
+        document = replace(self.document(id), metadata=as_json_object(metadata, "metadata"))
         self._documents[id], self._is_changed = document, True
 
     def close_document(self, id: int) -> None:
         """Mark a document as complete; its continuation is dropped."""
-        document = self._document(id)
+        document = self.document(id)
         if document.is_open:
             self.clear_continuation()
             self._put(replace(document, is_open=False))
@@ -231,7 +241,7 @@ class MemoryWriter:
         Raises:
             ValueError: it is not the last.
         """
-        document = self._document(id)
+        document = self.document(id)
         if next(reversed(self._documents)) != id:
             raise ValueError(f"only the last document of a memory can be open, and {document.label} is not the last")
         self._put(replace(document, is_open=True))
@@ -244,7 +254,7 @@ class MemoryWriter:
             MemoryFileError: others follow it and the model depends on the order of chunks.
         """
         self._require_lock()
-        document = self._document(id)
+        document = self.document(id)
         if next(reversed(self._documents)) != id:
             self.spec.require_composable("delete")
         if document.is_open:
@@ -407,11 +417,6 @@ class MemoryWriter:
         self._continuation = manifest.continuation
         self._is_continuation_stale = self._is_changed = False
         self.staging = Staging(self.path, manifest.spec, self.take_shard_number, self.shard_bytes)
-
-    def _document(self, id: int) -> MemoryDocument:
-        if id not in self._documents:
-            raise ValueError(f"document {id} does not exist in {self.path}")
-        return self._documents[id]
 
     def _require_lock(self) -> None:
         if not self._lock.is_held:
