@@ -143,7 +143,9 @@ class _Bar:
     def __enter__(self) -> _Bar:
         from rich.progress import BarColumn, TimeElapsedColumn
 
-        self._progress = progress("{task.description}", BarColumn(), "{task.fields[note]}", TimeElapsedColumn())
+        self._progress = progress(
+            "{task.description}", BarColumn(), "{task.fields[note]}", TimeElapsedColumn(), err=False
+        )
         self._progress.start()
         self._task = self._progress.add_task("reading", total=None, note="")
         self._first: tuple[float, int] | None = None

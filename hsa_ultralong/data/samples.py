@@ -24,7 +24,11 @@ def sample_text(
     piece: int = 20_000,
 ) -> Iterator[str]:
     """Pieces of text to train a tokenizer on, about ``num_characters`` in all, spread evenly over all documents and
-    conversations (two passes over the inputs); from hub datasets, the first characters. Bad records are passed over."""
+    conversations (two passes over the inputs); from hub datasets, the first characters. Bad records are passed over.
+
+    Raises:
+        ValueError: there is no text; names the first bad record.
+    """
 
     with Spool() as spool:
         options: dict[str, Any] = {"encoding": encoding, "spool": spool}
@@ -33,18 +37,20 @@ def sample_text(
         yield from _spread(inputs, chat_inputs, text_field, chat_field, num_characters, piece)
 
 
-def _ignore(message: str) -> None:
-    pass
-
-
 def _spread(
     inputs: list[Input], chats: list[Input], text_field: str, chat_field: str, num_characters: int, piece: int
 ) -> Iterator[str]:
+    bad: list[str] = []
+
+    def note(message: str) -> None:
+        if not bad:
+            bad.append(message)
+
     def texts() -> Iterator[str]:
         for one in inputs:
-            yield from (text for _, text in read_parsed(one, parse_text, field=text_field, on_bad=_ignore))
+            yield from (text for _, text in read_parsed(one, parse_text, field=text_field, on_bad=note))
         for one in chats:
-            for _, messages in read_parsed(one, parse_messages, field=chat_field, on_bad=_ignore):
+            for _, messages in read_parsed(one, parse_messages, field=chat_field, on_bad=note):
                 yield "".join(text for text, _ in conversation_pieces(messages))
 
     if any(isinstance(one, str) for one in (*inputs, *chats)):
@@ -55,6 +61,8 @@ def _spread(
                 return
         return
     total = sum(len(document) for document in texts())
+    if total == 0:
+        raise ValueError("the inputs hold no text to train a tokenizer on" + "".join(f": {message}" for message in bad))
     share = min(1.0, num_characters / max(1, total))
     owed = 0.0
     for document in texts():

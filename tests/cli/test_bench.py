@@ -43,7 +43,7 @@ def test_bench_ops_prints_only_json_on_request(tmp_path):
         (("--ops", "wrong"), "operators to measure are"),
         (("--lengths", "ten"), "expected a number of tokens"),
         (("--lengths", "32"), "at least one chunk of 64"),
-        (("--topk", "0"), "whole numbers above 0"),
+        (("--topk", "0"), "--topk must be whole numbers from 1"),
         (("--text", "no-such-file"), "is no file"),
     ],
 )
