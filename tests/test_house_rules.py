@@ -106,7 +106,8 @@ def imports_of(path: Path, source: str | None = None) -> Iterator[Import]:
 def breaks_direction(item: Import) -> bool:
     part = item.file.split("/")[0].removesuffix(".py")
     target = part_of(item.target)
-    if target in ("", "__version__") or target == part or (item.file, item.scope, target) in EXCEPTIONS:
+    of_the_package = ("", "__version__", "default_checkpoint")
+    if target in of_the_package or target == part or (item.file, item.scope, target) in EXCEPTIONS:
         return False
     return target not in ALLOWED.get(part, set())
 

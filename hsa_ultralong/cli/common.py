@@ -51,21 +51,13 @@ def processor_name() -> str:
     return f"cpu{count}"
 
 
-def default_checkpoint() -> Path:
-    """checkpoints/nano of the current folder or of the checkout that holds this package."""
-    places = [Path("checkpoints/nano"), Path(__file__).resolve().parents[2] / "checkpoints" / "nano"]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    raise ValueError("no checkpoint found at checkpoints/nano; run inside the project's folder or give --model FOLDER")
-
-
 def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
     """Model in eval mode and tokenizer of a checkpoint folder, all of whose files are checked first.
 
     Raises:
         ValueError: if the folder is no checkpoint, is damaged, or its files do not fit one another.
     """
+    from hsa_ultralong import default_checkpoint
     from hsa_ultralong.cli.model_folder import load_folder
 
     place = choose_device(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,23 @@ def load_checkpoint(folder: Path, dtype: Any) -> Any:
     missing = [*info["missing_keys"], *info.get("mismatched_keys", [])]
     if missing:
         raise ValueError(f"checkpoint {folder} lacks weights, e.g. {missing[0]}; export the model again")
-    for name, tensor in model.state_dict().items():
-        # a finite sum has finite parts, and takes one pass; an infinite one may have overflowed
-        if tensor.is_floating_point() and not (
-            bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
-        ):
-            raise ValueError(f"checkpoint {folder} holds weights that are not finite ({name}); get it again")
+    for name, weight in model.state_dict().items():
+        for tensor in _parts(weight):
+            # a finite sum has finite parts, and takes one pass; an infinite one may have overflowed
+            if tensor.is_floating_point() and not (
+                bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+            ):
+                raise ValueError(f"checkpoint {folder} holds weights that are not finite ({name}); get it again")
     return model.eval()
+
+
+def _parts(weight: Any) -> Iterator[Any]:
+    """The plain tensors of a weight; those of torchao consist of several."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield weight
+        return
+    for name in weight.__tensor_flatten__()[0]:
+        yield from _parts(getattr(weight, name))
 
 
 def check_model_folder(folder: Path) -> Any:

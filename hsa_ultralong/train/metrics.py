@@ -216,7 +216,7 @@ def open_writers(run: Path, config: TrainConfig, last_step: int) -> list[Listene
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("wandb=... needs Weights & Biases: pip install wandb") from error
+            raise ImportError("wandb=... needs Weights & Biases: pip install 'hsa-ultralong[wandb]'") from error
         # one name, one session: a resumed run goes on in it
         session = wandb.init(
             project=config.wandb, name=run.name, id=run.name, resume="allow", dir=str(run), config=as_dict(config)

@@ -158,6 +158,12 @@ def test_trust_remote_code_takes_the_installed_classes(folder):
     assert type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)) is HSAForCausalLM
 
 
+def test_attention_of_another_kind_is_refused_when_loading(folder):
+    for load in (HSAForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match="have their own kernels"):
+            load.from_pretrained(folder, attn_implementation="flash_attention_2")
+
+
 def test_smoothed_labels_are_shifted_as_for_other_causal_models(tmp_path):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
