@@ -1,0 +1,177 @@
+"""Spoiled memories through every command that reads one: an answer or one line, and nothing else is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hsa_ultralong.data import tokenizer_fingerprint
+from hsa_ultralong.inference import Library
+from tests.fuzz.harness import Target, faults_of, make_outside, seeds_of
+from tests.fuzz.mutators import dump, other_bytes, other_json, other_kind, swapped
+
+SENTENCE = "It was a bright cold day in April, and the clocks were striking thirteen. "
+CODE = "The secret code of the silver lantern is 4821937. "
+PAGE = 2**20
+SHARDS, TABLES, STATES = "shards/*.safetensors", "shards/*.pages.json", "continuation-*.safetensors"
+
+
+def memory(model: Any, tokenizer: Any, key_values: str, landmarks: str, *, is_open: bool) -> Any:
+    """Builds a memory of four documents, of which one was edited and one deleted, in three shards."""
+
+    def make(folder: Path) -> None:
+        def tokens(text: str) -> Any:
+            return tokenizer(text)["input_ids"]
+
+        with Library.create(
+            model, folder, key_values=key_values, landmarks=landmarks, tokenizer=tokenizer_fingerprint(tokenizer)
+        ) as library:
+            for number, name in enumerate(("a.txt", "b.txt", "c.txt")):
+                text = f"Document {number}. " + SENTENCE * (9 + 5 * number) + CODE
+                library.add(tokens(text), name=name, metadata={"sha256": hashlib.sha256(text.encode()).hexdigest()})
+            library.edit("b.txt", 100, 110, tokens("zebra"))
+            library.delete("a.txt")
+            text = "The last one. " + SENTENCE * 6
+            library.add(tokens(text), name="open.txt", metadata={"sha256": "0" * 64}, close=not is_open)
+
+    return make
+
+
+def reframe(data: bytes, body: str) -> bytes:
+    """A manifest with another body and its right checksum."""
+    digest = hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()
+    frame = f'{{"format":"hsa-memory","version":1,"sha256":"{digest}","body":{body}}}\n'
+    return frame.encode("utf-8", "surrogatepass")
+
+
+def seal(folder: Path, file: Path) -> None:
+    """Put page tables, sizes and hashes right after a file of the memory changed."""
+    try:
+        body = json.loads((folder / "manifest.json").read_bytes())["body"]
+    except (ValueError, OSError, LookupError):
+        return
+    data, name = file.read_bytes(), str(file.relative_to(folder))
+    for record in body["shards"]:
+        shard, table = (f"shards/{record['number']:06d}.{end}" for end in ("safetensors", "pages.json"))
+        if name == shard:
+            record["num_bytes"] = len(data)
+            sums = [zlib.crc32(data[start : start + PAGE]) for start in range(0, len(data), PAGE)]
+            (folder / table).write_text(dump({"crc32": sums, "num_bytes": len(data), "page_bytes": PAGE}) + "\n")
+        if (folder / table).is_file():
+            record["sha256"] = hashlib.sha256((folder / table).read_bytes()).hexdigest()
+    if name.startswith("continuation") and body["continuation"]:
+        body["continuation"].update(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (folder / "manifest.json").write_bytes(reframe(b"", json.dumps(body, sort_keys=True, separators=(",", ":"))))
+
+
+def header_of(data: bytes) -> Any:
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def with_header(data: bytes, text: str) -> bytes:
+    header = text.encode("utf-8", "surrogatepass")
+    return len(header).to_bytes(8, "little") + header + data[8 + int.from_bytes(data[:8], "little") :]
+
+
+MUTATIONS = (
+    *3 * (other_json("manifest.json", take=lambda data: json.loads(data)["body"], put=reframe),),
+    other_json("manifest.json"),
+    other_json(TABLES, seal=seal),
+    other_json(SHARDS, seal=seal, take=header_of, put=with_header),
+    *2 * (other_json(STATES, SHARDS, seal=seal, take=header_of, put=with_header),),
+    other_bytes("manifest.json"),
+    *2 * (other_bytes(SHARDS, seal=seal),),
+    other_bytes(TABLES, seal=seal),
+    other_bytes(STATES, SHARDS, seal=seal),
+    other_bytes("writer.lock"),
+    swapped("*", "shards/*", seal=seal),
+    swapped("*.safetensors", SHARDS, seal=seal),
+    *2
+    * (
+        other_kind(
+            "manifest.json", "manifest.json.tmp", "writer.lock", "shards", SHARDS, TABLES, STATES,
+            "shards/000009.safetensors.tmp", "shards/000009.pages.json", "continuation-000099.safetensors.tmp",
+        ),
+    ),
+)  # fmt: skip
+EXIT_CODES = {"memory verify": 1}
+
+
+def commands(texts: Path) -> Any:
+    def all_of_them(folder: Path, rng: random.Random) -> list[list[str]]:
+        path = str(folder)
+        store, lookup = rng.choice(("file", "host", "device")), rng.choice(("exact", "sketch"))
+        question = [
+            "ask",
+            "-m",
+            path,
+            "--store",
+            store,
+            "--lookup",
+            lookup,
+            "--max-new-tokens",
+            "2",
+            "--show-sources",
+            "3",
+        ]
+        append = ["memory", "append", path, str(texts / "new.txt"), *rng.choice(([], ["--to-last"]))]
+        edit = rng.choice((["--find", "bright cold day", "--replace", "dull"], ["--text", str(texts / "new.txt")]))
+        return [
+            ["memory", "info", path, *rng.choice(([], ["--json"]))],
+            ["memory", "verify", path],
+            [*question, "What is the secret code of the silver lantern?"],
+            append,
+            ["memory", "edit", path, rng.choice(("b.txt", "c.txt", "open.txt", "2")), *edit],
+            ["memory", "edit", path, "c.txt", "--delete"],
+            ["memory", "compact", path],
+        ]
+
+    return all_of_them
+
+
+KINDS = {"fp32": ("fp32", "fp32", True), "int8": ("int8", "int8", True), "closed": ("bf16", "int8", False)}
+
+
+@pytest.fixture
+def room() -> Iterator[Path]:
+    """A folder in RAM where there is one: nothing here is about disks."""
+    root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=root) as name:
+        yield Path(name)
+
+
+def fuzz(kind: str, one_model: Any, room: Path, seeds: list[int]) -> None:
+    texts, pristine, work = room / "texts", room / "made" / "lib.hsa", room / "work"
+    for folder in (texts, pristine.parent, work):
+        folder.mkdir()
+    (texts / "new.txt").write_text("Something new. " + SENTENCE * 3, encoding="utf-8")
+    key_values, landmarks, is_open = KINDS[kind]
+    make = memory(*one_model, key_values, landmarks, is_open=is_open)
+    make(pristine)
+    target = Target(f"memory {kind}", make, MUTATIONS, commands(texts), EXIT_CODES)
+    outside = make_outside(room / "outside", pristine)
+    faults = [fault for seed in seeds for fault in faults_of(target, pristine, outside, work, seed)]
+    assert not faults, f"{len(faults)} faults\n" + "\n\n".join(faults[:5])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", range(4))
+def test_no_spoiled_memory_ends_in_a_traceback_or_harms_another_file(kind, block, one_model, room):
+    fuzz(kind, one_model, room, seeds_of(block, 4, 68))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", range(10))
+def test_none_of_five_thousand_spoiled_memories_does(kind, block, one_model, room):
+    fuzz(kind, one_model, room, seeds_of(block, 10, 1680))
