@@ -11,12 +11,13 @@ from collections.abc import Iterator
 import torch
 
 from hsa_ultralong.inference.editor import EditPlan, continuation_at_end, recompute_chunks
+from hsa_ultralong.inference.form import require_state, require_vocabulary
 from hsa_ultralong.inference.reader import DocumentReader, Progress, kept_lower_outputs, segment_length
 from hsa_ultralong.inference.wrapped import computing_dtype, device_of
 from hsa_ultralong.memory.columns import to_columns
 from hsa_ultralong.memory.files import MemoryWriter
 from hsa_ultralong.memory.half_read import with_note
-from hsa_ultralong.memory.saving import pack_continuation, unpack_continuation
+from hsa_ultralong.memory.saving import pack_continuation, stored_continuation
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import Continuation
 
@@ -34,15 +35,20 @@ class FileReader:
         self._staged = None
 
     def continuation(self) -> Continuation:
-        """The committed state of the open document."""
+        """The committed state of the open document.
+
+        Raises:
+            MemoryFileError: it does not fit the document or the model.
+        """
         return self._committed()[0]
 
     def _committed(self) -> tuple[Continuation, torch.Tensor]:
+        config = self.model.config
         with self.writer.snapshot() as snapshot:
-            stored = snapshot.continuation()
-        assert stored is not None
-        state = unpack_continuation(stored[0], device_of(self.model), computing_dtype(self.model))
-        return state, stored[0]["tail_tokens"]
+            state, tail = stored_continuation(snapshot, device_of(self.model), computing_dtype(self.model))
+            require_state(config, state, snapshot.documents[-1].num_tokens)
+        require_vocabulary(config, tail, f"{self.writer.path}: the open document")
+        return state, tail
 
     def stage(self, state: Continuation, tail: torch.Tensor) -> None:
         """Keep how to go on with the open document; tail: tokens of its unfinished chunk."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.inference.form import require_form
 from hsa_ultralong.inference.weights import refuse_hooks, state_key, weights_of
 from hsa_ultralong.inference.wrapped import unwrapped
 from hsa_ultralong.models import HSAForCausalLM
@@ -86,12 +87,13 @@ def _add(digest: Any, label: str, tensor: torch.Tensor) -> None:
 
 
 def require_same_model(model: HSAForCausalLM, memory: ChunkMemory) -> None:
-    """Refuse a memory that another model built."""
+    """Refuse a memory that another model built, or that says so and has another form."""
     if memory.fingerprint != memory_fingerprint(model):
         raise ValueError(
             "this memory was built by another model (or by this one before its lower half changed); memorise the text "
             "again with the model at hand, or a file by: hsa memory rebuild MEMORY --model MODEL"
         )
+    require_form(unwrapped(model).config, memory)
 
 
 def require_chunks(memory: ChunkMemory) -> None:

@@ -18,9 +18,9 @@ import torch
 from hsa_ultralong.inference.editor import EditPlan, continuation_at_end, difference, plan_edit
 from hsa_ultralong.inference.file_reader import FileReader
 from hsa_ultralong.inference.fingerprint import memory_fingerprint
+from hsa_ultralong.inference.form import model_spec, require_model_spec, require_vocabulary
 from hsa_ultralong.inference.reader import Progress, as_tokens, check_range, evaluating, show_progress
 from hsa_ultralong.inference.wrapped import unwrapped
-from hsa_ultralong.memory.columns import memory_spec
 from hsa_ultralong.memory.files import MemoryDocument, MemoryFile, MemoryWriter
 from hsa_ultralong.memory.half_read import HalfRead, half_read, way_on, without_note
 from hsa_ultralong.models import HSAForCausalLM
@@ -61,21 +61,8 @@ class Library:
             ValueError: an unknown format.
         """
         model = unwrapped(model)
-        config = model.config
-        assert config.head_dim is not None
-        spec = memory_spec(
-            chunk_size=config.chunk_size,
-            num_memory_heads=config.num_memory_heads,
-            head_dim=config.head_dim,
-            num_retrieval_heads=config.num_retrieval_heads,
-            retrieval_dim=config.retrieval_dim,
-            key_values=key_values,  # type: ignore[arg-type]
-            landmarks=landmarks,  # type: ignore[arg-type]
-            fingerprint=memory_fingerprint(model),
-            tokenizer=tokenizer,
-            is_composable=config.is_composable,
-            metadata=metadata,
-        )
+        others = {"fingerprint": memory_fingerprint(model), "tokenizer": tokenizer, "metadata": metadata}
+        spec = model_spec(model.config, key_values, landmarks, **others)
         return Library(model, MemoryWriter.create(path, spec, exist_ok=exist_ok))
 
     @staticmethod
@@ -85,7 +72,13 @@ class Library:
         Raises:
             MemoryFileError: no memory, another model's, damaged, or another writer has it open.
         """
-        return Library(model, MemoryWriter.open(path, fingerprint=memory_fingerprint(model)))
+        writer = MemoryWriter.open(path, fingerprint=memory_fingerprint(model))
+        try:
+            require_model_spec(unwrapped(model).config, writer.spec, str(path))
+        except BaseException:
+            writer.close()
+            raise
+        return Library(model, writer)
 
     def __enter__(self) -> Library:
         return self
@@ -131,7 +124,9 @@ class Library:
         if known is None or document.is_open or not known.holds(document):
             self.commit()
             known = self._snapshot = self.writer.snapshot()
-        return known.document_tokens(document.id)
+        tokens = known.document_tokens(document.id)
+        require_vocabulary(self.model.config, tokens, f"{self.writer.path}: {document.label}")
+        return tokens
 
     def add(
         self,

@@ -5,13 +5,15 @@ Between ChunkTensors (nn/chunk_memory.py) and MemoryFile (files/); docs/memory-f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from hsa_ultralong.memory.files import Column, MemorySpec
-from hsa_ultralong.memory.quantization import KeyValueFormat, decode, encode, payload_dtype
+from hsa_ultralong.memory.files import Column, MemoryFileError, MemorySpec
+from hsa_ultralong.memory.files.fields import shown
+from hsa_ultralong.memory.files.spec import MemoryDocument
+from hsa_ultralong.memory.quantization import FORMATS, KeyValueFormat, decode, encode, payload_dtype
 from hsa_ultralong.nn.chunk_memory import ChunkTensors
 
 # formats whose rows carry a scale
@@ -51,6 +53,70 @@ def memory_spec(
     return MemorySpec(
         chunk_size, columns, fingerprint, tokenizer, is_composable, {**(metadata or {}), "formats": formats}
     )
+
+
+def require_model_columns(spec: MemorySpec) -> None:
+    """Refuse a memory whose columns are not those that `memory_spec` gives.
+
+    Raises:
+        MemoryFileError: names what does not fit.
+    """
+    formats, keys, landmarks = (
+        spec.metadata.get("formats"),
+        spec.columns.get("keys_values"),
+        spec.columns.get("landmarks"),
+    )
+    problem = None
+    if not isinstance(formats, dict) or set(formats) != {"key_values", "landmarks"}:
+        problem = "metadata.formats"
+    elif not all(isinstance(format, str) and format in FORMATS for format in formats.values()):
+        problem = f"formats {', '.join(map(shown, formats.values()))}"
+    elif keys is None or len(keys.shape) != 4 or landmarks is None or len(landmarks.shape) != 2:
+        problem = "keys_values or landmarks"
+    else:
+        expected = memory_spec(
+            chunk_size=spec.chunk_size,
+            num_memory_heads=keys.shape[2],
+            head_dim=keys.shape[3],
+            num_retrieval_heads=landmarks.shape[0],
+            retrieval_dim=landmarks.shape[0] * landmarks.shape[1],
+            **formats,
+        ).columns
+        names = sorted({*expected, *spec.columns})
+        problem = ", ".join(name for name in names if expected.get(name) != spec.columns.get(name))
+    if problem:
+        raise MemoryFileError(
+            f"this memory holds no chunks as models write them ({problem}); build it again with hsa memorize"
+        )
+
+
+def require_lengths(lengths: torch.Tensor, documents: Sequence[MemoryDocument], chunk_size: int) -> None:
+    """Refuse lengths (C,) that do not follow from the document table: all S, but for the last of a closed document.
+
+    Raises:
+        MemoryFileError: names the first document.
+    """
+    expected = torch.full_like(lengths, chunk_size)
+    stop, last, shorter = 0, [], []
+    for document in documents:
+        stop += document.num_chunks
+        full = document.num_tokens // chunk_size
+        rest = document.num_tokens - full * chunk_size
+        if document.num_chunks != full + (rest > 0 and not document.is_open):
+            raise MemoryFileError(
+                f"{document.label} has {document.num_chunks} chunks for {document.num_tokens} tokens; build it again"
+            )
+        if rest and not document.is_open:
+            last.append(stop - 1)
+            shorter.append(rest)
+    expected[last] = torch.tensor(shorter, dtype=lengths.dtype)
+    wrong = (lengths != expected).nonzero()
+    if len(wrong):
+        chunk = int(wrong[0])
+        raise MemoryFileError(
+            f"chunk {chunk} has the length {int(lengths[chunk])}, {int(expected[chunk])} by the document table; verify "
+            "the memory or build it again"
+        )
 
 
 def to_columns(spec: MemorySpec, chunks: ChunkTensors, tokens: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -12,8 +12,15 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.memory.columns import from_payload, memory_spec, to_columns
-from hsa_ultralong.memory.files import MemoryFile, MemoryWriter
+from hsa_ultralong.memory.columns import (
+    from_payload,
+    memory_spec,
+    require_lengths,
+    require_model_columns,
+    to_columns,
+)
+from hsa_ultralong.memory.files import MemoryFile, MemoryFileError, MemoryWriter
+from hsa_ultralong.memory.files.fields import shown
 from hsa_ultralong.memory.files.housekeeping import new_folder
 from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
@@ -65,11 +72,38 @@ def pack_continuation(state: Continuation, tail_tokens: torch.Tensor) -> dict[st
     return tensors
 
 
-def unpack_continuation(tensors: Mapping[str, torch.Tensor], device: Any, dtype: torch.dtype) -> Continuation:
-    """The state of `pack_continuation`; one written by a model in another dtype is rounded."""
+def stored_continuation(
+    file: MemoryFile, device: torch.device | str, dtype: torch.dtype
+) -> tuple[Continuation, torch.Tensor]:
+    """State and unfinished chunk's tokens, (n,) int32, of a file's open document, as `pack_continuation` wrote them.
+
+    What a model in another dtype wrote is rounded.
+
+    Raises:
+        MemoryFileError: there is none, or no such state, or one of another document.
+    """
+    document, stored = file.manifest.open_document, file.continuation()
+    assert document is not None
+    tensors = {} if stored is None else stored[0]
     count = sum(name.endswith("_keys") for name in tensors)
-    windows = [(tensors[f"window_{i}_keys"], tensors[f"window_{i}_values"]) for i in range(count)]
-    return Continuation(windows, tensors["lower"]).to(device, dtype)
+    pairs = [(f"window_{number}_keys", f"window_{number}_values") for number in range(count)]
+    states = {"lower", *(name for pair in pairs for name in pair)}
+    rest = document.num_tokens - document.num_chunks * file.spec.chunk_size
+    problem = None
+    if set(tensors) != {*states, "tail_tokens"}:
+        problem = "there is none" if stored is None else f"it holds {shown(sorted(tensors))}"
+    elif any(not tensors[name].is_floating_point() for name in states):
+        problem = "its states are no floating-point numbers"
+    elif tensors["tail_tokens"].dtype != torch.int32 or tensors["tail_tokens"].shape != (rest,):
+        tail = tensors["tail_tokens"]
+        problem = f"tail_tokens are {tuple(tail.shape)} {tail.dtype}, not ({rest},) int32"
+    if problem:
+        raise MemoryFileError(
+            f"{file.path}: {document.label} cannot be gone on with, its continuation is not as a model writes it "
+            f"({problem}); delete the document (hsa memory edit --delete) and read it again"
+        )
+    windows = [(tensors[keys], tensors[values]) for keys, values in pairs]
+    return Continuation(windows, tensors["lower"]).to(device, dtype), tensors["tail_tokens"]
 
 
 def save_memory(
@@ -156,6 +190,7 @@ def open_memory(
     if lookup not in LOOKUPS:
         raise ValueError(f"lookup must be one of {', '.join(LOOKUPS)}, got {lookup!r}")
     file = MemoryFile.open(path, fingerprint=fingerprint)
+    require_model_columns(file.spec)
     first, stop = part or (0, file.num_chunks)
     kind = file.spec.columns["keys_values"]
     if dtype is None:
@@ -163,8 +198,8 @@ def open_memory(
     half = half_read(file.manifest.open_document, file.build_state)
     if half is not None:
         logger.warning("%s: %s; only that much is known here; to finish it, %s", path, half, way_on(path))
-    state = file.continuation()
-    continuation = None if state is None else unpack_continuation(state[0], device, dtype)
+    is_open = file.manifest.open_document is not None
+    continuation = stored_continuation(file, device, dtype)[0] if is_open else None
     counts = torch.tensor([document.num_chunks for document in file.documents], dtype=torch.int64)
     firsts = counts.cumsum(0) - counts
     documents: list[Document] = []
@@ -214,6 +249,7 @@ def _resident(
     else:
         landmarks = from_payload(payload, scales, device, dtype)[None]  # (1, C, Hr, R)
     lengths = file.resident("lengths")
+    require_lengths(lengths, file.documents, file.spec.chunk_size)
     lengths, segments, ends = (x[first:stop].to(device, torch.int32)[None] for x in (lengths, segments, ends))
     nothing = landmarks[:, :0]
     return ChunkTensors(nothing, nothing, landmarks, lengths, segments, ends), scan

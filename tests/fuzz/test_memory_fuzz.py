@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load, save
 
 from hsa_ultralong.data import tokenizer_fingerprint
 from hsa_ultralong.inference import Library
@@ -82,7 +84,57 @@ def with_header(data: bytes, text: str) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + int.from_bytes(data[:8], "little") :]
 
 
+def other_numbers(folder: Path, outside: Path, rng: random.Random) -> str:
+    """Extreme numbers in one column of a shard, or in one tensor of the continuation; all checksums right."""
+    file = rng.choice(sorted({*folder.glob(SHARDS), *folder.glob(STATES)}))
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    name, entry = rng.choice([item for item in header_of(data).items() if item[0] != "__metadata__"])
+    first, stop = (start + offset for offset in entry["data_offsets"])
+    place = rng.randrange(first, max(first + 1, stop - 4)) // 4 * 4
+    value = rng.choice((-1, 0, 1, 63, 65, 8191, 8192, 2**31 - 1, -(2**31), 0x7FC00000, 0x7F800000, 0x7F7F7F7F))
+    for _ in range(rng.choice((1, 3, 200))):
+        data[place : place + 4] = (value % 2**32).to_bytes(4, "little")
+        place = min(place + 4, max(first, stop - 4))
+    file.write_bytes(data)
+    seal(folder, file)
+    return f"{value} in {name} of {file.relative_to(folder)}"
+
+
+def other_tensors(folder: Path, outside: Path, rng: random.Random) -> str:
+    """The continuation with a tensor of another name, shape or dtype, or without one; all checksums right."""
+    files = sorted(folder.glob(STATES))
+    if not files:
+        return other_numbers(folder, outside, rng)
+    data = files[0].read_bytes()
+    tensors, metadata = load(data), header_of(data)["__metadata__"]
+    name = rng.choice(sorted(tensors))
+    kind = rng.choice(("drop", "rename", "dtype", "flat", "cut", "longer", "empty", "more"))
+    tensor = tensors.pop(name)
+    if kind == "rename":
+        name = rng.choice(("x", "window_9_keys", "lower", "tail_tokens", "window_0_keys"))
+    elif kind == "dtype":
+        tensor = tensor.to(rng.choice((torch.float16, torch.int64, torch.bool, torch.float64, torch.uint8)))
+    elif kind == "flat":
+        tensor = tensor.flatten() if rng.random() < 0.5 else tensor[None]
+    elif kind == "cut":
+        tensor = tensor[..., :-1] if rng.random() < 0.5 else tensor[:, 1:] if tensor.ndim > 1 else tensor[1:]
+    elif kind == "longer":
+        tensor = torch.cat((tensor, tensor), dim=rng.randrange(tensor.ndim))
+    elif kind == "empty":
+        tensor = tensor[:0]
+    elif kind == "more":
+        tensors["window_7_keys"] = tensor.clone()
+    if kind != "drop":
+        tensors[name] = tensor.contiguous()
+    files[0].write_bytes(save(tensors, metadata))
+    seal(folder, files[0])
+    return f"continuation: {kind} {name}"
+
+
 MUTATIONS = (
+    *2 * (other_numbers,),
+    other_tensors,
     *3 * (other_json("manifest.json", take=lambda data: json.loads(data)["body"], put=reframe),),
     other_json("manifest.json"),
     other_json(TABLES, seal=seal),

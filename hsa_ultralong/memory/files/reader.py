@@ -226,12 +226,15 @@ class MemoryFile:
         """
         document = self.document(id)
         first, stop = self.chunk_range(id)
+        size, columns = self.spec.chunk_size, self.spec.columns
+        if self._column("tokens").shape != (size,) or self._column("lengths").shape != ():
+            raise MemoryFileError(f"{self.path}: columns tokens {columns['tokens'].shape} and lengths are no token ids")
         # torch masks only some dtypes, not uint16
         tokens, lengths = self.read("tokens", first, stop).to(torch.int32), self.read("lengths", first, stop)
-        is_used = torch.arange(self.spec.chunk_size) < lengths[:, None]  # (n, S)
+        is_used = torch.arange(size) < lengths[:, None]  # (n, S)
         result = tokens[is_used]
         if document.is_open and self._state is not None and "tail_tokens" in self._state[0]:
-            result = torch.cat((result, self._state[0]["tail_tokens"].to(result.dtype)))
+            result = torch.cat((result, self._state[0]["tail_tokens"].flatten().to(result.dtype)))
         if len(result) != document.num_tokens:
             raise MemoryFileError(
                 f"{self.path}: {document.label} has {len(result)} stored token ids, {document.num_tokens} by the "
