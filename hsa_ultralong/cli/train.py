@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.common import Encoding, TextField
 from hsa_ultralong.cli.numbers import finite
 from hsa_ultralong.cli.terminal import console, echo, echo_json
 
@@ -32,6 +33,8 @@ def train(
         list[str] | None,
         typer.Option("--chat", help="With --text: conversations, which then take the place of made instructions."),
     ] = None,
+    text_field: TextField = "text",
+    encoding: Encoding = "auto",
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder.", show_default="that of the shards")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run.", show_default="runs/RECIPE")
@@ -92,7 +95,8 @@ def train(
         _show_plan(config, as_json)
         return
     run = output or Path("runs") / recipe
-    _check_options(config, data, text, chat, init_from)
+    reading = {"text_field": text_field, "encoding": encoding}
+    _check_options(config, data, text, chat, init_from, reading)
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.train.run_folder import RunFolder
@@ -105,7 +109,7 @@ def train(
     folder = RunFolder(run)
     folder.take()
     try:
-        shards = data or _prepare_shards(text or [], chat or [], run / "shards", tokenizer, config)
+        shards = data or _prepare_shards(text or [], chat or [], run / "shards", tokenizer, config, reading)
         _run(config, folder, shards, tokenizer or shards / "tokenizer", place, until, max_minutes, init_from, export)
     finally:
         folder.release()
@@ -117,7 +121,10 @@ def _check_options(
     text: list[str] | None,
     chat: list[str] | None,
     init_from: Path | None,
+    reading: dict[str, str],
 ) -> None:
+    if not text and tuple(reading.values()) != ("text", "auto"):
+        raise ValueError("--text-field and --encoding go with --text FILE")
     if config.freeze_memory and init_from is None:
         raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
     if chat and not text:
@@ -230,7 +237,7 @@ def _use_conversations(config: TrainConfig) -> None:
 
 
 def _prepare_shards(
-    text: list[str], chat: list[str], folder: Path, tokenizer: Path | None, config: TrainConfig
+    text: list[str], chat: list[str], folder: Path, tokenizer: Path | None, config: TrainConfig, reading: dict[str, str]
 ) -> Path:
     """Token shards in `folder`, made by the first process unless they are there already."""
     from hsa_ultralong.distributed.mesh import on_first, patient_group
@@ -243,7 +250,8 @@ def _prepare_shards(
         from hsa_ultralong.models.presets import preset
 
         folder.parent.mkdir(parents=True, exist_ok=True)
-        tokenise(text, folder, tokenizer=tokenizer, vocab_size=preset(config.preset).vocab_size, chat=chat)
+        vocab_size = preset(config.preset).vocab_size
+        tokenise(text, folder, tokenizer=tokenizer, vocab_size=vocab_size, chat=chat, **reading)  # type: ignore[arg-type]
 
     on_first(prepare, patient_group())
     return folder

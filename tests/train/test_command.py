@@ -101,6 +101,22 @@ def test_a_run_needs_shards_or_text(arguments):
     assert result.exit_code == 2 and "needs --data SHARDS" in result.stderr
 
 
+def test_text_to_train_on_is_read_as_asked(tmp_path, monkeypatch):
+    asked = {}
+
+    def data(paths, output, **options):
+        asked.update(options, paths=paths)
+        raise ValueError("stopped here")
+
+    monkeypatch.setattr("hsa_ultralong.cli.data.data", data)
+    options = ("--text-field", "body", "--encoding", "cp1252")
+    result = hsa("train", "debug", "--text", "a.csv", *options, "-o", str(tmp_path / "run"))
+    assert result.exit_code == 2 and "stopped here" in result.stderr
+    assert (asked["paths"], asked["text_field"], asked["encoding"]) == (["a.csv"], "body", "cp1252")
+    result = hsa("train", "debug", "--data", "a", *options)
+    assert result.exit_code == 2 and "--encoding go with --text" in result.stderr
+
+
 def test_conversations_go_with_text():
     result = hsa("train", "debug", "--data", "a", "--chat", "b.jsonl")
     assert result.exit_code == 2 and "--chat goes with --text" in result.stderr
