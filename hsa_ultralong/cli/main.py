@@ -168,6 +168,9 @@ def set_up_logging(verbose: bool) -> None:
     if _log_handler not in logger.handlers:
         logger.addHandler(_log_handler)
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    # what other libraries say goes there, and quotes files too
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(LogFormatter("%(levelname)s %(name)s: %(message)s"))
 
 
 @app.callback()

@@ -140,6 +140,8 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
 def _pdf(file: InputFile, stream: BinaryIO) -> str:
     import pypdf
 
+    # it tells of every oddity that it passes over; what cannot be read is an error here
+    logging.getLogger("pypdf").setLevel(logging.ERROR)
     reader = pypdf.PdfReader(stream)
     if reader.is_encrypted:
         try:
