@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from hsa_ultralong.inference.fingerprint import require_same_model
 from hsa_ultralong.inference.reader import evaluating, replay_upper
@@ -49,7 +50,8 @@ def generate_with_memory(
     generate: Callable[..., Any],
     input_ids: torch.Tensor | None,
     memory: ChunkMemory,
-    *,
+    generation_config: GenerationConfig | None = None,
+    *args: Any,
     continue_document: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -63,17 +65,22 @@ def generate_with_memory(
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError("generate with a memory needs a prompt: input_ids (B, T) with T >= 1")
     if not continue_document:
-        return generate(input_ids, **{CACHE_NAME: question_cache(model, memory)}, **kwargs)
-    if input_ids.shape[0] != 1 or kwargs.get("num_beams", 1) > 1 or kwargs.get("num_return_sequences", 1) > 1:
+        cache = question_cache(model, memory)
+        return generate(input_ids, generation_config, *args, **{CACHE_NAME: cache}, **kwargs)
+    options = {} if generation_config is None else generation_config.to_diff_dict()
+    options |= kwargs
+    if input_ids.shape[0] != 1 or max(options.get(name) or 1 for name in ("num_beams", "num_return_sequences")) > 1:
         raise ValueError("continuing a document takes one sequence: batch 1, no beams, one returned sequence")
     if kwargs.get("attention_mask") is not None and not bool(kwargs.pop("attention_mask").all()):
         raise ValueError("a continued document takes no padding")
     cache, open_tokens = continuation_cache(model, memory)
     prompt = torch.cat((open_tokens.to(input_ids.device)[None], input_ids), dim=1)
     for name in ("max_length", "min_length"):
-        if kwargs.get(name) is not None:
-            kwargs[name] += len(open_tokens)
-    result = generate(prompt, **{CACHE_NAME: cache}, **kwargs)
+        if options.get(name) is not None:
+            kwargs[name] = options[name] + len(open_tokens)
+    # without a mask, tokens of the document that look like padding would be taken for it
+    kwargs["attention_mask"] = torch.ones_like(prompt)
+    result = generate(prompt, generation_config, *args, **{CACHE_NAME: cache}, **kwargs)
     if isinstance(result, torch.Tensor):
         return result[:, len(open_tokens) :]
     result.sequences = result.sequences[:, len(open_tokens) :]

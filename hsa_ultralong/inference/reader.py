@@ -19,6 +19,7 @@ from hsa_ultralong.inference.fingerprint import memory_fingerprint, require_same
 from hsa_ultralong.inference.tiers import tiered_memory
 from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, MemoryView
 from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.window_attention import WindowState
@@ -44,20 +45,6 @@ def run_encoder(encoder: torch.nn.Module, chunks: torch.Tensor) -> tuple[torch.T
 def compiled(function: Callable[..., Any], tune: bool = False) -> Callable[..., Any]:
     """torch.compile for one shape; tests replace it. tune: measure tiles, and turn products of one row into sums."""
     return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": True} if tune else None)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every part's former mode comes back."""
-    training = [part for part in model.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def kept_lower_outputs(model: HSAForCausalLM) -> int:

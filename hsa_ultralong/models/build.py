@@ -36,17 +36,20 @@ class UpperGroup(nn.Module):
         topk: int,
         noise_seed: int | None,
         noise_start: int,
-    ) -> torch.Tensor:
+        collect: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """(B, T, M) -> (B, T, M); with `collect`, the outputs of all its layers."""
         empty: list[WindowState | None] = [None] * (1 + len(self.layers))
         first, *rest = states or empty
+        retrieval = None
         if views:
             retrieval = self.retriever(x, views, topk=topk, noise_seed=noise_seed, noise_start=noise_start)
-            x = self.hsa_layer(x, retrieval, views, rotary, segments, first)
-        else:
-            x = self.hsa_layer.without_memory(x, rotary, segments, first)
+        x = self.hsa_layer(x, retrieval, views, rotary, segments, first)
+        outputs = [x]
         for layer, state in zip(self.layers, rest, strict=True):
             x = layer(x, rotary, segments, state)
-        return x
+            outputs = [*outputs, x] if collect else [x]
+        return tuple(outputs) if collect else x
 
 
 def _mlp(config: HSAConfig, layer_index: int) -> nn.Module:

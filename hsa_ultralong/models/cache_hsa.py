@@ -67,9 +67,10 @@ class HSACache(Cache):
         memory: chunks of the sequences themselves, or None before the first.
         library: a memorised ChunkMemory (batch 1) that every sequence may read, or None.
         pending: (B, n, M) lower outputs of the last tokens: the open chunk and REWIND more.
-        padding: left padding of every row, on the host.
-        num_seen: tokens of the rows' own chunk grid so far, left padding included.
-        dead_end: why the cache cannot be continued (packed row, right padding), or None.
+        mask: (B, n) bool, False at masked tokens, up to the last call that had some; None without any.
+        padding: masked tokens of every row, on the host. The cache holds each row without them, moved to the right.
+        num_seen: tokens of every row so far, masked ones included.
+        dead_end: why the cache cannot be continued (packed row), or None.
     """
 
     def __init__(self, config: HSAConfig, library: ChunkMemory | None = None) -> None:
@@ -85,16 +86,49 @@ class HSACache(Cache):
     def _clear(self) -> None:
         self.memory: ChunkMemory | None = None
         self.pending: torch.Tensor | None = None
+        self.mask: torch.Tensor | None = None
         self.padding: list[int] | None = None
         self.num_seen = 0
         self.dead_end: str | None = None
+        self._shifted = 0
 
     def state(self, layer: int) -> WindowState:
         return self.layers[layer].state
 
     @property
-    def keep_pending(self) -> int:
+    def _pending_kept(self) -> int:
         return self.chunk_size - 1 + REWIND
+
+    def keep_pending(self, hidden: torch.Tensor) -> None:
+        """Keep the last of the lower outputs (B, n, M): the open chunk, and what may be taken or moved back."""
+        kept = self._pending_kept + self._shifted
+        self.pending = hidden[:, max(0, hidden.shape[1] - kept) :].detach().clone()
+
+    def open_gaps(self, longest: int) -> None:
+        """Prepare for new tokens of which up to `longest` at the end of a row are masked ones."""
+        self._shifted = longest
+        for layer in self.layers:
+            layer.state.keep += longest
+
+    def close_gaps(self, mask: torch.Tensor, gaps: list[int]) -> None:
+        """Move every row right by its number of masked new tokens; mask (B, n) of all tokens so far."""
+        self.mask = mask
+        self.padding = [old + new for old, new in zip(self.padding or [0] * len(gaps), gaps, strict=True)]
+        shift = torch.tensor(gaps, device=mask.device)[:, None]  # (B, 1)
+
+        def moved(x: torch.Tensor, kept: int) -> torch.Tensor:
+            index = (torch.arange(x.shape[1], device=x.device) - shift).clamp_min(0)
+            index = index[:, max(0, x.shape[1] - kept) :]
+            return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+
+        longest, self._shifted = self._shifted, 0
+        for layer in self.layers:
+            state = layer.state
+            state.keep -= longest
+            if state.keys is not None and state.values is not None:
+                state.keys, state.values = moved(state.keys, state.keep), moved(state.values, state.keep)
+        if self.pending is not None:
+            self.pending = moved(self.pending, self._pending_kept)
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens as seen, after the model has processed them."""
@@ -123,6 +157,8 @@ class HSACache(Cache):
             self.pending = function(self.pending)
         if self.memory is not None:
             self.memory.map_batch(function)
+        if self.mask is not None:
+            self.mask = function(self.mask)
         if self.padding is not None and rows is not None:
             self.padding = [self.padding[row] for row in rows]
 
@@ -145,16 +181,22 @@ class HSACache(Cache):
             return
         if remove > min(REWIND, self.num_seen):
             raise ValueError(f"an HSACache can take back at most {REWIND} tokens at once, asked for {remove}")
+        left = self.num_seen - remove
+        if self.mask is not None and bool((~self.mask & (self.mask.cumsum(1) > 0))[:, left:].any()):
+            raise ValueError("an HSACache cannot take back tokens together with masked ones among them")
         states = [layer.state for layer in self.layers]
         for state in states:
-            if state.keys is not None and state.length - remove < min(self.num_seen - remove, state.keep - REWIND):
+            if state.keys is not None and state.length - remove < min(left, state.keep - REWIND):
                 raise ValueError(f"the windows no longer hold the keys needed to take back {remove} tokens")
         for state in states:
             if state.keys is not None and state.values is not None:
                 state.keys, state.values = state.keys[:, :-remove], state.values[:, :-remove]
         if self.pending is not None:
             self.pending = self.pending[:, :-remove]
-        self.num_seen -= remove
+        if self.mask is not None and left < self.mask.shape[1]:
+            self.mask = self.mask[:, :left]
+            self.padding = (~self.mask).sum(1).tolist()
+        self.num_seen = left
         self.advance(0)
         if self.memory is not None:
             self.memory.num_chunks = min(self.memory.num_chunks, self.num_seen // self.chunk_size)

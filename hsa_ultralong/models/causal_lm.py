@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -9,14 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from hsa_ultralong.models.adapters import offer_adapter_targets
+from hsa_ultralong.models.arguments import check_arguments, check_generation, check_labels
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
+from hsa_ultralong.models.evaluation import evaluating
+from hsa_ultralong.models.head import head_loss
 from hsa_ultralong.models.modeling_hsa import HSAModel, HSAPreTrainedModel
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.moe import MixtureOfExperts
-from hsa_ultralong.ops import linear_cross_entropy
 
 
 class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
@@ -31,6 +35,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         self.post_init()
         offer_adapter_targets()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -46,22 +51,31 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         pool_memory: bool | str = False,
         source_ids: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
         cache: HSACache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As HSAModel.forward, and:
 
         Args:
-            labels: (B, T) int64, the tokens themselves (shifted inside), -100 = not counted.
+            labels: (B, T) int64, the tokens themselves (shifted inside), -100 = not counted. A label is predicted from
+                the last real token before it.
             logits_to_keep: number of last positions (or index tensor) whose logits are wanted; 0 = all.
             num_items_in_batch: divisor of the summed loss instead of the number of labels here.
+            kwargs: shift_labels (B, T), the token after each, in place of labels; and those of HSAModel.forward.
 
         Returns:
-            loss (mean over labels) and logits (B, T, V); in training with labels, logits is None and never computed.
+            loss (mean over labels, 0 without any) and logits (B, T, V); in training with labels, logits is None and
+            never computed.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
+        check_arguments(type(self).forward, kwargs)
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            check_labels(name, given, input_ids if inputs_embeds is None else inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -69,24 +83,43 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
             isolate_documents=isolate_documents,
             pool_memory=pool_memory,
             source_ids=source_ids,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None:
+        targets = self._targets(labels, shift_labels, attention_mask)
+        if targets is not None:
+            total = head_loss(self.lm_head, hidden, targets, self.config.vocab_size)
             ranks = self.model.context_ranks
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100) if ranks is None else ranks.next_labels(labels)
-            total = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
-            counted = num_items_in_batch
-            if counted is None:
+            if num_items_in_batch is None:
                 counted = (targets != -100).sum()
                 counted = counted if ranks is None else ranks.total(counted)
-                counted = counted.clamp_min(1)
-            loss = total / counted
-        if labels is None or not self.training:
+            else:
+                counted = torch.as_tensor(num_items_in_batch, device=total.device)
+            loss = total / counted.clamp_min(1)
+        if targets is None or not self.training:
             kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
             logits = self.lm_head(kept)
         named: dict[str, Any] = {CACHE_NAME: getattr(outputs, CACHE_NAME)}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **named)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named)
+
+    def _targets(
+        self, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """(B, T) what each position predicts, -100 where nothing is counted."""
+        targets = shift_labels
+        if targets is None:
+            if labels is None:
+                return None
+            ranks = self.model.context_ranks
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100) if ranks is None else ranks.next_labels(labels)
+        if attention_mask is not None:
+            # what stands before the first real token predicts nothing
+            is_preceded = (attention_mask != 0).cumsum(1)[:, -targets.shape[1] :] > 0
+            targets = targets.masked_fill(~is_preceded, -100)
+        return targets
 
     def update_router_bias(self) -> list[torch.Tensor]:
         """After an optimiser step: balance every mixture of experts; returns their imbalance (max / mean load)."""
@@ -100,20 +133,46 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         return memorize(self, tokens, **options)
 
     def generate(
-        self, input_ids: torch.Tensor | None = None, *args: Any, memory: ChunkMemory | None = None, **kwargs: Any
-    ):
-        """transformers' generate; with `memory`, the input is a new document that may read all of it.
+        self, inputs: torch.Tensor | None = None, *args: Any, memory: ChunkMemory | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' generate, in evaluation mode whatever the mode of the model.
 
-        With `continue_document=True` the input continues the memory's open document instead, exactly.
+        With `memory`, the input is a new document that may read all of it; with `continue_document=True` it continues
+        the memory's open document instead, exactly. Masked tokens may stand anywhere; answers follow the last real one.
+
+        Raises:
+            ValueError: for an empty prompt, inputs of whole rows (segment_ids), or use_cache=False with a memory or a
+                cache.
         """
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        if memory is None:
-            return super().generate(input_ids, *args, **kwargs)
-        from hsa_ultralong.inference import generate_with_memory
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        elif kwargs.get("input_ids") is not None:
+            raise ValueError("inputs and input_ids name the same thing: give one of them")
+        has_state = memory is not None or cache is not None
+        check_generation(inputs, args, kwargs, has_state=has_state)
+        if has_state:
+            kwargs["use_cache"] = True
+        with evaluating(self):
+            if memory is None:
+                return super().generate(inputs, *args, **kwargs)
+            from hsa_ultralong.inference import generate_with_memory
 
-        return generate_with_memory(self, super().generate, input_ids, memory, **kwargs)
+            return generate_with_memory(self, super().generate, inputs, memory, *args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        """Positions follow from the cache: none are made, which would be checked at every step."""
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers; the mask goes with a prompt only, as generated tokens are never masked."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        cache, mask = inputs.get(CACHE_NAME), inputs.get("attention_mask")
+        if mask is not None and isinstance(cache, HSACache) and cache.num_seen and not kwargs.get("is_first_iteration"):
+            inputs["attention_mask"] = None
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -36,34 +36,21 @@ class Layout(NamedTuple):
     source_ids: torch.Tensor | None = None
 
 
-def plain_layout(x: torch.Tensor, attention_mask: torch.Tensor | None, cache: HSACache | None) -> Layout:
-    """One document per row of x (B, T, M), padded or not, after the tokens of the cache."""
-    batch, num_tokens, _ = x.shape
+def plain_layout(x: torch.Tensor, counts: list[int] | None, cache: HSACache | None) -> Layout:
+    """One document per row of x (B, T, ...) after the cached tokens; counts: real tokens of each row, which lead it."""
+    batch, num_tokens = x.shape[:2]
     seen = 0 if cache is None else cache.num_seen
     index = torch.arange(num_tokens, dtype=torch.int32, device=x.device)
     padding = cache.padding if cache is not None else None
-    if attention_mask is not None:
-        if attention_mask.shape != (batch, seen + num_tokens):
-            raise ValueError(
-                f"attention_mask must be ({batch}, {seen + num_tokens}) for {seen} cached and {num_tokens} new "
-                f"tokens, got {tuple(attention_mask.shape)}"
-            )
-        # left padding is known once every row has a real token; until then each call looks again
-        if (seen == 0 or max(padding or [0]) >= seen) and not bool(attention_mask.all()):
-            padding = (attention_mask.cumsum(1) == 0).sum(1).tolist()
-            if cache is not None:
-                cache.padding = padding
-                if bool((attention_mask[:, -1] < attention_mask.amax(1)).any()):
-                    cache.dead_end = "right-padded rows; pad on the left to continue them"
-    if padding is None:
+    if padding is None and counts is None:
         segments = x.new_zeros((batch, num_tokens), dtype=torch.int32)
         return Layout(segments, (index + seen).expand(batch, -1), segments, None, False)
-    left = torch.tensor(padding, dtype=torch.int32, device=x.device)[:, None]  # (B, 1)
+    places = torch.tensor([padding or [0] * batch, counts or [num_tokens] * batch], dtype=torch.int32, device=x.device)
+    left, count = places[..., None]  # (B, 1)
     past = 0 if cache is None else max(layer.state.length for layer in cache.layers)
     all_index = torch.arange(seen - past, seen + num_tokens, dtype=torch.int32, device=x.device)
-    window_segments = torch.where(all_index < left, -1, 0).to(torch.int32)  # (B, past + T)
-    if attention_mask is not None and past == seen:
-        window_segments = torch.where(attention_mask == 0, -1, 0).to(torch.int32)
+    is_real = (all_index >= left) & (all_index < seen + count)
+    window_segments = torch.where(is_real, 0, -1).to(torch.int32)  # (B, past + T)
     segments = window_segments[:, past:]
     return Layout(segments, index + seen - left, segments, window_segments, False)
 
@@ -73,11 +60,13 @@ def packed_layout(
 ) -> Layout:
     """Rows of several documents, of which a token reads its own and the earlier ones."""
     num_tokens = segment_ids.shape[1]
-    if (cache is not None and cache.num_seen) or attention_mask is not None or num_tokens % chunk_size:
+    if (cache is not None and cache.num_seen) or num_tokens % chunk_size:
         raise ValueError(
-            "segment_ids go with a whole row of a multiple of chunk_size tokens, without cache or "
-            f"attention_mask; got {num_tokens} tokens and chunk_size={chunk_size}"
+            "segment_ids go with a whole row of a multiple of chunk_size tokens, without cached ones; got "
+            f"{num_tokens} tokens and chunk_size={chunk_size}"
         )
+    if attention_mask is not None and not torch.equal(attention_mask != 0, segment_ids >= 0):
+        raise ValueError("segment_ids say -1 on padding: attention_mask must be 0 at the same tokens, or left out")
     if cache is not None:
         cache.dead_end = "a packed row (segment_ids), whose chunks it does not hold"
     segments = segment_ids.to(torch.int32)

@@ -14,11 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
 
+from hsa_ultralong.models.arguments import check_arguments, check_tokens
 from hsa_ultralong.models.build import UpperGroup, build_encoder, build_group, build_lower_layer
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict, slice_layout
+from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
 from hsa_ultralong.models.ranks import ContextRanks, PoolRanks, Windows
 from hsa_ultralong.models.registration import is_own_auto_class
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
@@ -98,6 +101,7 @@ class HSAModel(HSAPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -110,16 +114,18 @@ class HSAModel(HSAPreTrainedModel):
         isolate_documents: bool | torch.Tensor | None = None,
         pool_memory: bool | str = False,
         source_ids: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
         cache: HSACache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: (B, T). inputs_embeds: (B, T, M) instead.
-            attention_mask: (B, n + T), 0 at padding (left or right), n = tokens in the cache.
-            position_ids: accepted for transformers' sake; positions follow from the mask and the cache.
+            attention_mask: (B, n + T), 1 at real tokens, 0 at masked ones anywhere, n = tokens in the cache. A row
+                equals itself without the masked tokens; their outputs repeat the last real token's, 0 before the first.
+            position_ids: (B, T), checked only: positions follow from the mask, the documents and the cache.
             past_key_values, cache: HSACache to continue, by the older or the newer of transformers' names; built when
-                `use_cache`.
+                `use_cache`, whose default is False in training. Layers that extend a cache are not checkpointed.
             segment_ids: (B, T) int32 packed documents, each starting at a multiple of the chunk size, numbered
                 upwards along the row, -1 on padding. Windows stay inside a document; retrieval also reaches the
                 documents before it in the row.
@@ -129,29 +135,47 @@ class HSAModel(HSAPreTrainedModel):
             source_ids: any integers, (B,) per row or with segment_ids (B, T) per document, whose chunks of the same
                 source stay out of the pool, as they may show the future; by default every row is a source of its own.
                 Used with pool_memory only.
+            output_hidden_states: also return the embeddings and the output of every decoder layer, the last one normed.
+            kwargs: return_dict=False for a tuple; names that change nothing here (models/arguments.py).
 
         Raises:
-            ValueError: on inputs that do not fit together.
+            ValueError: on inputs that do not fit together or are not supported. TypeError: on unknown names.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, M)
+        check_arguments(type(self).forward, {"output_attentions": self.config.output_attentions, **kwargs})
+        check_tokens(input_ids, inputs_embeds)
         if pool_memory not in POOLS:
             raise ValueError(f"pool_memory must be one of {POOLS}, got {pool_memory!r}")
         if pool_memory and not self.config.is_composable:
             raise ValueError("pool_memory needs softmax fusion without position decay: a pool has no order (fact 4)")
         cache = self._cache(given_cache(past_key_values, cache), use_cache)
-        layout = self._layout(x, attention_mask, segment_ids, cache)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        assert tokens is not None
+        shape = (tokens.shape[0], tokens.shape[1])
+        layout, padding, is_real = self._layout(tokens, attention_mask, position_ids, segment_ids, cache)
         layout = restrict(layout, isolate_documents, source_ids if pool_memory else None)
-        windows = self._windows(cache, x.shape[1])
+        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, M)
+        collected = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: list[torch.Tensor] | None = [] if collected else None
+        x = embeddings if padding is None else padding.close_up(embeddings)
+        if padding is not None and cache is not None:
+            cache.open_gaps(shape[1] - min(padding.counts))
+        windows = self._windows(cache, shape[1])
         rotary = self.rotary(x, windows)
-        x = self.read_lower(x, rotary, layout.window_segments, windows)
-        views = self._views(x, layout, cache, pool_memory)
-        x = self.decode_upper(x, rotary, views, layout.window_segments, windows)
+        x = self.read_lower(x, rotary, layout.window_segments, windows, states)
+        counts = None if padding is None else padding.counts
+        views = self._views(x, layout, cache, pool_memory, counts)
+        x = self.norm(self.decode_upper(x, rotary, views, layout.window_segments, windows, states))
         if cache is not None:
-            cache.advance(x.shape[1])
+            cache.advance(shape[1])
+        if padding is not None:
+            x = padding.spread(x)
+            if cache is not None and is_real is not None:
+                cache.close_gaps(is_real, [shape[1] - count for count in padding.counts])
         named: dict[str, Any] = {CACHE_NAME: cache}
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **named)
+        if states is not None:
+            inner = states[:-1] if padding is None else [padding.spread(state) for state in states[:-1]]
+            named["hidden_states"] = (embeddings, *inner, x)
+        return BaseModelOutputWithPast(last_hidden_state=x, **named)
 
     def _windows(self, cache: HSACache | None, num_tokens: int) -> Windows | None:
         """What the windows read before the call's own tokens."""
@@ -168,12 +192,19 @@ class HSAModel(HSAPreTrainedModel):
         return rotary_table(length, config.head_dim, config.rope_theta, x.device, x.dtype, config.rope_scaling)
 
     def read_lower(
-        self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None = None, windows: Windows | None = None
+        self,
+        x: torch.Tensor,
+        rotary: RotaryTable,
+        segments: torch.Tensor | None = None,
+        windows: Windows | None = None,
+        states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Step 2, the lower decoder: (B, T, M) -> (B, T, M)."""
+        """Step 2, the lower decoder: (B, T, M) -> (B, T, M); every layer's output is added to `states`."""
         for number, layer in enumerate(self.lower_layers):
             state = None if windows is None else windows.state(number)
-            x = self._run(layer, x, rotary, segments, state)
+            x = self._run(windows, layer, x, rotary, segments, state)
+            if states is not None:
+                states.append(x)
         return x
 
     def decode_upper(
@@ -183,8 +214,9 @@ class HSAModel(HSAPreTrainedModel):
         views: Sequence[MemoryView],
         segments: torch.Tensor | None = None,
         windows: Windows | None = None,
+        states: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Steps 5 to 7, the upper decoder over the given memories: (B, T, M) -> (B, T, M)."""
+        """Steps 5 to 7, the upper decoder over the given memories: (B, T, M) -> (B, T, M); `states` as above."""
         seed = None
         if self.training and self.config.gumbel_noise:
             # one draw on the host generator: reproducible, and the same again when a layer is recomputed
@@ -193,67 +225,89 @@ class HSAModel(HSAPreTrainedModel):
         start = 0 if self.context_ranks is None else self.context_ranks.rank * x.shape[1]
         number = self.config.num_lower_layers
         for index, group in enumerate(self.groups):
-            states = None
+            kept = None
             if windows is not None:
-                states = [windows.state(number + i) for i in range(self.config.num_layers_per_group)]
+                kept = [windows.state(number + i) for i in range(self.config.num_layers_per_group)]
             number += self.config.num_layers_per_group
             noise_seed = None if seed is None else seed + 7919 * index
-            x = self._run(group, x, views, rotary, segments, states, self.config.chunk_topk, noise_seed, start)
+            options = (kept, self.config.chunk_topk, noise_seed, start, states is not None)
+            outputs = self._run(windows, group, x, views, rotary, segments, *options)
+            if states is not None:
+                states.extend(outputs)
+            x = outputs if states is None else outputs[-1]
         return x
 
-    def _run(self, layer: nn.Module, *args: Any) -> torch.Tensor:
-        if self.gradient_checkpointing and self.training:
+    def _run(self, windows: Windows | None, layer: nn.Module, *args: Any) -> Any:
+        # a layer that ran again in the backward would extend a cache twice
+        if self.gradient_checkpointing and self.training and not isinstance(windows, HSACache):
             return self._gradient_checkpointing_func(layer.__call__, *args)
         return layer(*args)
 
     def _cache(self, cache: HSACache | None, use_cache: bool | None) -> HSACache | None:
         if cache is not None and not isinstance(cache, HSACache):
             raise ValueError(f"a cache (past_key_values) must be an HSACache, got {type(cache).__name__}")
-        if cache is not None and self.context_ranks is not None:
-            raise ValueError("a row shared over processes (context_ranks) cannot continue a cache")
+        if self.context_ranks is not None:
+            if cache is not None or use_cache:
+                raise ValueError("a row shared over processes (context_ranks) cannot use a cache")
+            return None
+        if cache is not None and cache.dead_end is not None:
+            raise ValueError(f"this cache cannot be continued: it comes from {cache.dead_end}")
+        if cache is not None and use_cache is False:
+            raise ValueError("use_cache=False with a cache: every call extends the cache it is given; leave one out")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.training and self.gradient_checkpointing:
-            # a layer that runs again in the backward would extend the cache twice
-            use_cache, cache = False, None
-        if self.context_ranks is not None:
-            use_cache = False
         return HSACache(self.config) if cache is None and use_cache else cache
 
     def _layout(
         self,
         x: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
         cache: HSACache | None,
-    ) -> Layout:
+    ) -> tuple[Layout, Padding | None, torch.Tensor | None]:
+        """Where the tokens x (B, T, ...) stand; what is masked among them; (B, n + T) bool, False where masked."""
         size, context = self.config.chunk_size, self.context_ranks
-        if cache is not None and cache.dead_end is not None:
-            raise ValueError(f"this cache cannot be continued: it comes from {cache.dead_end}")
-        if context is not None and (attention_mask is not None or x.shape[1] % size):
+        shape = (x.shape[0], x.shape[1])
+        if context is not None and (attention_mask is not None or shape[1] % size):
             raise ValueError(
                 "context parallelism takes slices of a multiple of chunk_size tokens without attention_mask; got "
-                f"{x.shape[1]} tokens a rank and chunk_size={size}; pad the rows and give segment_ids, -1 on padding"
+                f"{shape[1]} tokens a rank and chunk_size={size}; pad the rows and give segment_ids, -1 on padding"
             )
-        if segment_ids is None:
-            layout = plain_layout(x, attention_mask, cache)
-        else:
+        if context is not None and position_ids is not None:
+            raise ValueError("context parallelism takes no position_ids: they follow from the slices; leave them out")
+        if segment_ids is not None and segment_ids.shape != shape:
+            raise ValueError(f"segment_ids must be {shape}, got {tuple(segment_ids.shape)}")
+        is_real = padding = None
+        if attention_mask is not None and segment_ids is None:
+            is_real = real_tokens(attention_mask, *shape, cache)
+        if position_ids is not None:
+            check_positions(position_ids, shape, is_real=is_real, segment_ids=segment_ids, cache=cache)
+        if segment_ids is not None:
             layout = packed_layout(segment_ids, size, attention_mask, cache)
+        else:
+            padding = None if is_real is None else Padding.of(is_real[:, -shape[1] :])
+            layout = plain_layout(x, None if padding is None else padding.counts, cache)
         if context is not None:
             layout = slice_layout(layout, context, max(self.config.layer_windows) - 1)
-        return layout
+        return layout, padding, is_real
 
     def _views(
-        self, x: torch.Tensor, layout: Layout, cache: HSACache | None, pool_memory: bool | str = False
+        self,
+        x: torch.Tensor,
+        layout: Layout,
+        cache: HSACache | None,
+        pool_memory: bool | str = False,
+        counts: list[int] | None = None,
     ) -> list[MemoryView]:
-        """Steps 3 and 4: encode the chunks that are complete now and say who may see what."""
+        """Steps 3 and 4: encode the chunks that are complete now and say who may see what; counts: real tokens."""
         views, context = [], self.context_ranks
         if cache is not None and cache.library is not None:
             views.append(library_view(cache.library, layout.segments, layout.positions))
         if cache is None or (layout.is_packed and cache.num_seen == 0):
-            own = self._encode_row(x, layout)
+            own = self._encode_row(x, layout, cache)
         else:
-            own = self._encode_step(x, cache)
+            own = self._encode_step(x, cache, counts)
         if own is None:
             return views
         if context is not None:
@@ -263,20 +317,15 @@ class HSAModel(HSAPreTrainedModel):
             views.append(pooled_view(own, layout, is_read=is_read, context=context, ranks=self.pool_ranks))
         return [*views, own_view(own, layout, is_causal=cache is None, context=context)]
 
-    def _encode_row(self, x: torch.Tensor, layout: Layout) -> ChunkTensors | None:
+    def _encode_row(self, x: torch.Tensor, layout: Layout, cache: HSACache | None) -> ChunkTensors | None:
         """Chunks of whole rows (no cache), kept in the autograd graph."""
         size = self.config.chunk_size
         num_tokens = x.shape[1]
         if num_tokens < size:
             return None
         lengths, segments, ends = chunk_places(layout, size)
-        if not layout.is_packed and layout.window_segments is not None:
-            # rows start at their first real token, so that padding never moves the chunk grid
-            first = -layout.positions[:, :1]  # (B, 1)
-            index = (torch.arange(num_tokens, device=x.device) + first).clamp_max(num_tokens - 1)
-            x = x.gather(1, index.long()[..., None].expand_as(x))
         chunks = x[:, : ends.shape[1] * size].unflatten(1, (-1, size))  # (B, C, S, M)
-        k, v, landmarks = self.chunk_encoder(chunks, lengths, self._total)
+        k, v, landmarks = self.chunk_encoder(chunks, lengths, self._total, fixed_center=cache is not None)
         if self.context_ranks is not None and not layout.is_packed:
             ends = ends + self.context_ranks.rank * num_tokens
         full = torch.full_like(ends, size) if lengths is None else lengths.clamp_min(1)
@@ -288,30 +337,31 @@ class HSAModel(HSAPreTrainedModel):
             part = part if ranks is None else ranks.total(part)
         return part
 
-    def _encode_step(self, x: torch.Tensor, cache: HSACache) -> ChunkTensors | None:
-        """Chunks that the new tokens complete go to the cache; returns all chunks of the rows."""
+    def _encode_step(self, x: torch.Tensor, cache: HSACache, counts: list[int] | None) -> ChunkTensors | None:
+        """Chunks that the new tokens complete go to the cache; returns all chunks of the rows; counts: real tokens."""
         size, seen = self.config.chunk_size, cache.num_seen
         batch, num_tokens, _ = x.shape
         hidden = x if cache.pending is None else torch.cat((cache.pending, x), dim=1)
         first_token = seen + num_tokens - hidden.shape[1]
         padding = cache.padding or [0] * batch
+        lengths = [seen - pad + new for pad, new in zip(padding, counts or [num_tokens] * batch, strict=True)]
         firsts = [max(seen - pad, 0) // size for pad in padding]
-        count = max((seen + num_tokens - pad) // size - first for pad, first in zip(padding, firsts, strict=True))
+        count = max(length // size - first for length, first in zip(lengths, firsts, strict=True))
         if count > 0:
             slots = torch.tensor(firsts, device=x.device)[:, None] + torch.arange(count, device=x.device)  # (B, n)
             left = torch.tensor(padding, device=x.device)[:, None] - first_token
             index = (slots * size + left)[..., None] + torch.arange(size, device=x.device)  # (B, n, S)
             index = index.clamp(0, hidden.shape[1] - 1).flatten(1)
             chunks = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2])).unflatten(1, (count, size))
-            k, v, landmarks = self.chunk_encoder(chunks)
+            k, v, landmarks = self.chunk_encoder(chunks, fixed_center=True)
             ends = ((slots + 1) * size).to(torch.int32)
             # a row with more padding than others completes fewer chunks: its last slots are written again later
-            real = seen + num_tokens - torch.tensor(padding, device=x.device)[:, None]  # (B, 1)
+            real = torch.tensor(lengths, device=x.device)[:, None]  # (B, 1)
             segments = torch.where(ends <= real, 0, UNUSED).to(torch.int32)
             new = ChunkTensors(k, v, landmarks, torch.full_like(ends, size), segments, ends)
-            total = max((seen + num_tokens - pad) // size for pad in padding)
+            total = max(length // size for length in lengths)
             cache.append_chunks(slots, new, total, lambda: self.empty_memory(batch, k.dtype, k.device))
-        cache.pending = hidden[:, max(0, hidden.shape[1] - cache.keep_pending) :].detach().clone()
+        cache.keep_pending(hidden)
         return None if cache.memory is None or cache.memory.num_chunks == 0 else cache.memory.tensors
 
     def empty_memory(

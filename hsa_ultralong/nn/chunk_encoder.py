@@ -108,18 +108,26 @@ class ChunkEncoder(nn.Module):
         self.register_buffer("landmark_center", center)
 
     def forward(
-        self, hidden: torch.Tensor, lengths: torch.Tensor | None = None, total: Total | None = None
+        self,
+        hidden: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        total: Total | None = None,
+        *,
+        fixed_center: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden: (B, C, S, M) lower-decoder outputs. lengths: (B, C) int32 tokens in each chunk; None = all full.
             total: sum of a tensor over the processes that retrieve each other's chunks: they need one centre.
+            fixed_center: leave the centre as it is in training too: other chunks were stored with it.
 
         Returns:
             k and v (B, C*S, Hkv, D), landmarks (B, C, Hr, R), all in the dtype of `hidden`'s projections. Slots of
             k and v beyond a short chunk's length hold arbitrary finite numbers: readers mask them by `lengths`.
         """
         k, v, raw = self.project(hidden, lengths)
+        if fixed_center and self.center_landmarks:
+            return k, v, (raw - self.landmark_center).to(v.dtype)
         return k, v, self.center(raw, lengths, total).to(v.dtype)
 
     def project(

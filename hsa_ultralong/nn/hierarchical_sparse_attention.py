@@ -163,25 +163,16 @@ class HSALayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        retrieval: Retrieval,
+        retrieval: Retrieval | None,
         views: Sequence[MemoryView],
         rotary: RotaryTable,
         segments: torch.Tensor | None = None,
         state: WindowState | None = None,
     ) -> torch.Tensor:
+        """retrieval: None where no chunk exists yet, and the HSA output is exactly 0 (fact 1)."""
         x = self.attend_window(x, rotary, segments, state)
-        return self.feed_forward(x, self.hsa(self.hsa_norm(x), retrieval, views))
-
-    def without_memory(
-        self,
-        x: torch.Tensor,
-        rotary: RotaryTable,
-        segments: torch.Tensor | None = None,
-        state: WindowState | None = None,
-    ) -> torch.Tensor:
-        """The layer where no chunk exists yet: the HSA output is exactly 0 (fact 1)."""
-        x = self.attend_window(x, rotary, segments, state)
-        return self.feed_forward(x, torch.zeros_like(x))
+        read = torch.zeros_like(x) if retrieval is None else self.hsa(self.hsa_norm(x), retrieval, views)
+        return self.feed_forward(x, read)
 
     def attend_window(
         self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None, state: WindowState | None

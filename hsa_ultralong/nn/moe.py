@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hsa_ultralong.nn.mlp import SwiGLU
+from hsa_ultralong.nn.plain_linear import is_plain_linear
 
 
 class ExpertRanks(Protocol):
@@ -69,19 +70,17 @@ class MixtureOfExperts(nn.Module):
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts and their weights for tokens x (N, M): both (N, k); weights fp32 (fp64 kept), sum 1."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            affinity = self._router_logits(x, wide).sigmoid()  # (N, E)
+        affinity = self._router_logits(x, wide).sigmoid()  # (N, E)
         chosen = (affinity.detach() + self.router_bias).topk(self.num_experts_per_token, dim=-1).indices  # (N, k)
         weights = affinity.gather(-1, chosen)
         return chosen, weights / weights.sum(-1, keepdim=True)
 
     def _router_logits(self, x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-        router, weight = self.router, self.router.weight
-        hooks = router._forward_hooks or router._forward_pre_hooks
-        if type(router) is not nn.Linear or hooks or hasattr(weight, "__tensor_flatten__"):
+        if not is_plain_linear(self.router):
             # an adapter, a hook or quantised weights: the module knows how
-            return router(x).to(wide)
-        return x.to(wide) @ weight.to(wide).T
+            return self.router(x).to(wide)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return x.to(wide) @ self.router.weight.to(wide).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, -2)  # (N, M)

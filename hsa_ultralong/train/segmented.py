@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.head import head_loss
 from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict
 from hsa_ultralong.models.views import own_view
 from hsa_ultralong.nn.chunk_memory import ChunkTensors
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
-from hsa_ultralong.ops import linear_cross_entropy
 
 IGNORE_INDEX = -100
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -153,11 +153,11 @@ def _row(
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     segment_ids = batch.get("segment_ids")
     if segment_ids is None:
-        layout = plain_layout(ids[..., None], None, None)
+        layout = plain_layout(ids, None, None)
     else:
         layout = packed_layout(segment_ids, model.config.chunk_size, None, None)
     layout = restrict(layout, batch.get("isolate_documents"))
-    divisor = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items is None else num_items
+    divisor = ((targets != IGNORE_INDEX).sum() if num_items is None else torch.as_tensor(num_items)).clamp_min(1)
     total = ids.shape[1]
     borders = [(start, min(start + segment_tokens, total)) for start in range(0, total, segment_tokens)]
     return Row(ids, targets, layout, divisor, borders)
@@ -236,8 +236,8 @@ class _Pass:
         return x
 
     def _loss(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        hidden, targets = self.inner.norm(x).flatten(0, 1), self.row.targets[:, start:stop].flatten()
-        return linear_cross_entropy(hidden, self.model.lm_head.weight, targets) / self.row.divisor
+        targets = self.row.targets[:, start:stop]
+        return head_loss(self.model.lm_head, self.inner.norm(x), targets, self.config.vocab_size) / self.row.divisor
 
     def _until(self, memory: ChunkTensors | None, stop: int) -> ChunkTensors | None:
         """The chunks that end by `stop`."""

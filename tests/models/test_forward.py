@@ -251,10 +251,18 @@ def test_low_precision_decode_stays_close_to_fp64(dtype):
         ),
         ({"input_ids": random_tokens(1, 3), "attention_mask": torch.ones(1, 4)}, "attention_mask must be"),
         ({"input_ids": random_tokens(1, 3), "past_key_values": object()}, "must be an HSACache"),
+        ({"input_ids": random_tokens(1, 0)}, "at least one row and one token"),
+        ({"input_ids": random_tokens(0, 3)}, "at least one row and one token"),
+        ({"input_ids": random_tokens(1, 3)[0]}, "at least one row and one token"),
+        ({"input_ids": random_tokens(1, 3), "labels": random_tokens(1, 4)}, "labels must be"),
         ({"input_ids": random_tokens(1, 5), "segment_ids": torch.zeros(1, 5)}, "multiple of chunk_size"),
         (
-            {"input_ids": random_tokens(1, 4), "segment_ids": torch.zeros(1, 4), "attention_mask": torch.ones(1, 4)},
-            "without cache or attention_mask",
+            {
+                "input_ids": random_tokens(1, 4),
+                "segment_ids": torch.zeros(1, 4),
+                "attention_mask": torch.tensor([[1, 1, 1, 0]]),
+            },
+            "0 at the same tokens",
         ),
     ],
 )
