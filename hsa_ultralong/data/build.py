@@ -41,7 +41,6 @@ from hsa_ultralong.data.shards import (
     FORMAT_VERSIONS,
     LABELS_FILE,
     MANIFEST_FILE,
-    TOKENIZER_FOLDER,
     TOKENS_FILE,
     WORDS_FILE,
     TokenShards,
@@ -221,7 +220,7 @@ class _Build:
         """Tokenise everything from the place of the last checkpoint on."""
         if self.num_documents:
             logger.warning("going on after the first %d documents of an interrupted build", self.num_documents)
-        self._tokenizer.save_pretrained(self._partial.path / TOKENIZER_FOLDER)
+        self._partial.keep_tokenizer(self._tokenizer)
         saved = time.monotonic()
         for batch in _batches(self._documents(inputs, chats, text_field, chat_field)):
             encoded = self._encode(batch)

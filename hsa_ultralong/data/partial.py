@@ -7,6 +7,8 @@ last checkpoint: what was written later is cut off and made again. Called by ``b
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -14,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.files import (
     Field,
     FileLock,
     check_fields,
+    is_digest,
     is_whole,
     open_regular,
     read_regular,
@@ -28,6 +32,7 @@ from hsa_ultralong.data.files import (
     write_whole,
 )
 from hsa_ultralong.data.shards import LABELS_FILE, TOKENIZER_FOLDER, TOKENS_FILE
+from hsa_ultralong.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 STATE_FILE = "state.json"
 _LOCK_FILE = "lock"
@@ -53,6 +58,7 @@ def _is_bad(value: Any) -> bool:
 _SAVED_FIELDS = {
     "identity": Field(lambda value: isinstance(value, dict), "a JSON object"),
     "sizes": Field(lambda value: _is_count(value) and value.keys() == set(_GROWING), "sizes of the growing files"),
+    "digests": Field(lambda value: isinstance(value, dict) and all(map(is_digest, value.values())), "SHA-256 by file"),
     "state": Field(lambda value: isinstance(value, dict), "a JSON object"),
 }
 _STATE_FIELDS = {
@@ -104,6 +110,7 @@ class PartialBuild:
             for name in _GROWING:
                 self._files[name] = os.fdopen(open_regular(self.path / name, flags), "ab")
                 self._files[name].truncate(0 if saved is None else saved["sizes"][name])
+            self._digests = self._hash(saved)
         except BaseException:
             self.close()
             raise
@@ -114,11 +121,10 @@ class PartialBuild:
             return None
         try:
             saved, _ = unsealed(read_regular(file, _STATE_BYTES, follow=False), file)
-            check_fields(saved, _SAVED_FIELDS, str(file))
+            # builds of earlier versions have no digests
+            check_fields(saved, _SAVED_FIELDS, str(file), optional=("digests",))
             check_fields(saved["state"], _STATE_FIELDS, f"{file}: state")
-            for name in _GROWING:
-                if (self.path / name).stat().st_size < saved["sizes"][name]:
-                    raise ValueError(f"{name} is too short")
+            self._check_sizes(saved["sizes"], saved["state"])
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the interrupted build in {self.path} is damaged ({error}); remove that folder to start again"
@@ -131,13 +137,54 @@ class PartialBuild:
             )
         return saved
 
+    def _check_sizes(self, sizes: dict[str, int], state: dict[str, Any]) -> None:
+        for name in _GROWING:
+            if (self.path / name).stat().st_size < sizes[name]:
+                raise ValueError(f"{name} is too short")
+        num_documents, num_tokens = state["num_documents"], state["num_tokens"]
+        is_valid = sizes[LENGTHS_FILE] == sizes[HASHES_FILE] == 8 * num_documents
+        if not is_valid or sizes[TOKENS_FILE] not in (2 * num_tokens, 4 * num_tokens):
+            raise ValueError(f"{STATE_FILE} does not fit the files beside it")
+
+    def _hash(self, saved: dict[str, Any] | None) -> dict[str, Any]:
+        """Running SHA-256 of the growing files, each of which must hold what the last checkpoint says."""
+        digests = {}
+        for name in _GROWING:
+            digests[name] = hashlib.sha256()
+            with (self.path / name).open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digests[name].update(block)
+            if saved is not None and "digests" in saved and digests[name].hexdigest() != saved["digests"].get(name):
+                raise ValueError(
+                    f"the interrupted build in {self.path} is damaged ({name} is corrupt); remove that folder to start "
+                    "again"
+                )
+        return digests
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        self._digests[name].update(data)
+
     def append(self, tokens: np.ndarray, text_hash: int, labels: np.ndarray | None = None) -> None:
         """Add a document: tokens of the final dtype, hash of its text, and for a conversation labels (n,) uint8."""
-        self._files[TOKENS_FILE].write(tokens.tobytes())
-        self._files[LENGTHS_FILE].write(np.int64(len(tokens)).tobytes())
-        self._files[HASHES_FILE].write(np.uint64(text_hash).tobytes())
+        self._write(TOKENS_FILE, tokens.tobytes())
+        self._write(LENGTHS_FILE, np.int64(len(tokens)).tobytes())
+        self._write(HASHES_FILE, np.uint64(text_hash).tobytes())
         if labels is not None:
-            self._files[LABELS_FILE].write(labels.tobytes())
+            self._write(LABELS_FILE, labels.tobytes())
+
+    def keep_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Write the tokenizer, unless the folder has it already; what else stands in its place goes."""
+        folder = self.path / TOKENIZER_FOLDER
+        if not folder.is_symlink() and not any(file.is_symlink() for file in folder.glob("*")):
+            with contextlib.suppress(ValueError):
+                if tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(tokenizer):
+                    return
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        else:
+            folder.unlink(missing_ok=True)
+        tokenizer.save_pretrained(folder)
 
     def save(self, state: dict[str, Any]) -> None:
         """Checkpoint: what was appended so far belongs to ``state``."""
@@ -145,7 +192,8 @@ class PartialBuild:
             file.flush()
             os.fsync(file.fileno())
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
-        content = {"identity": self._identity, "sizes": sizes, "state": state}
+        digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        content = {"identity": self._identity, "sizes": sizes, "digests": digests, "state": state}
         write_whole(self.path / STATE_FILE, sealed(content, indent=None))
         self.state = state
 

@@ -184,7 +184,23 @@ def test_the_state_of_a_build_shows_every_flipped_bit(inputs, tokenizer, tmp_pat
     build(inputs, tokenizer, out_dir)
 
 
-@pytest.mark.parametrize("name", [".", "lock", "tokens.bin", "state.json", ".partial-state.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "labels.bin", "lengths.bin", "hashes.bin"])
+def test_what_a_build_has_made_so_far_shows_every_flipped_bit(inputs, tokenizer, tmp_path, name):
+    out_dir = tmp_path / "cut"
+    with pytest.raises(Killed):
+        build(inputs, tokenizer, out_dir, progress=stop_at(12, []))
+    file = partial_folder(out_dir) / name
+    data = bytearray(file.read_bytes())
+    assert data
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"is damaged .{name} is corrupt"):
+        build(inputs, tokenizer, out_dir)
+
+
+@pytest.mark.parametrize(
+    "name", [".", "lock", "tokens.bin", "state.json", ".partial-state.json", "tokenizer", "tokenizer/tokenizer.json"]
+)
 def test_a_build_writes_through_no_link(inputs, tokenizer, tmp_path, name):
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -193,9 +209,9 @@ def test_a_build_writes_through_no_link(inputs, tokenizer, tmp_path, name):
     if name == ".":
         folder.symlink_to(outside)
     else:
-        folder.mkdir()
-        (folder / name).symlink_to(outside / "mine")
-    if name == ".partial-state.json":
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).symlink_to(outside if name == "tokenizer" else outside / "mine")
+    if name == ".partial-state.json" or name.startswith("tokenizer"):
         build(inputs, tokenizer, tmp_path / "out")
     else:
         with pytest.raises(ValueError, match="symbolic link"):
