@@ -7,6 +7,7 @@ and ``tests/data/test_resume.py``.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import re
 import time
@@ -309,9 +310,11 @@ class _Build:
         """Write offsets, word bank and manifest."""
         folder = self._partial.path
         lengths, hashes = self._partial.lengths_and_hashes()
-        np.save(folder / DOCUMENTS_FILE, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        offsets = io.BytesIO()
+        np.save(offsets, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        write_whole(folder / DOCUMENTS_FILE, offsets.getvalue())
         bank = [word for word, _ in sorted(self.words.items(), key=lambda item: (-item[1], item[0]))[:MAX_WORDS]]
-        (folder / WORDS_FILE).write_text("".join(f"{word}\n" for word in bank), encoding="utf-8")
+        write_whole(folder / WORDS_FILE, "".join(f"{word}\n" for word in bank))
         num_plain = self.num_documents - self.num_conversations
         held_out = _validation_documents(hashes[:num_plain], validation_fraction)
         held_out += [num_plain + i for i in _validation_documents(hashes[num_plain:], validation_fraction)]
