@@ -30,9 +30,11 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
       hsa memory info lib.hsa
     """
     from hsa_ultralong.memory import MemoryFile
+    from hsa_ultralong.memory.columns import require_model_columns
     from hsa_ultralong.memory.half_read import half_read, way_on
 
     with MemoryFile.open(path) as file:
+        require_model_columns(file.spec)
         half = half_read(file.manifest.open_document, file.build_state)
         value: dict[str, Any] = {
             "path": str(path),

@@ -13,6 +13,7 @@ from hsa_ultralong.inference import Library, append, last_logits
 from hsa_ultralong.memory import MemoryFileError
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
+from tests.fuzz.harness import run
 from tests.fuzz.mutators import dump
 from tests.fuzz.test_memory_fuzz import reframe, seal
 
@@ -72,6 +73,14 @@ def test_a_memory_whose_columns_are_no_models_is_refused(tmp_path, formats, word
     # the refused writer gave the lock back
     with pytest.raises(MemoryFileError, match=word):
         Library.open(model, tmp_path / "a.hsa")
+
+
+@pytest.mark.parametrize("formats", [7, "fp32", None, [], {"key_values": 1}])
+def test_info_of_a_memory_without_known_formats_is_one_line(tmp_path, formats):
+    made(tmp_path / "a.hsa")
+    change_body(tmp_path / "a.hsa", lambda body: body["spec"]["metadata"].update(formats=formats))
+    code, _, error = run(["memory", "info", str(tmp_path / "a.hsa")])
+    assert code == 2 and len(error.splitlines()) == 1 and "metadata.formats" in error
 
 
 def test_the_fingerprint_alone_opens_no_memory_of_another_form(tmp_path):
