@@ -51,12 +51,12 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info quickstart-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hsa_ultralong tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-$(CORE): pyproject.toml scripts/bootstrap.py
+$(CORE): pyproject.toml setup.py scripts/bootstrap.py
 	@$(CHECK_PYTHON)
 	@"$(PYTHON)" scripts/bootstrap.py --venv $(VENV) --torch-index "$(TORCH_INDEX)"
 	@touch $@
 
-$(DEV): pyproject.toml scripts/bootstrap.py
+$(DEV): pyproject.toml setup.py scripts/bootstrap.py
 	@$(CHECK_PYTHON)
 	@"$(PYTHON)" scripts/bootstrap.py --venv $(VENV) --torch-index "$(TORCH_INDEX)" --extras dev
 	@touch $(CORE) $@

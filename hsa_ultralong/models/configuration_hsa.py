@@ -69,7 +69,7 @@ class HSAConfig(PreTrainedConfig):
             has a size or a limit by it: windows count positions from their own start, the memory has none. The default
             is the largest number of tokens that a row can have.
         attn_implementation: None, "sdpa" or "eager", all the same: every layer has its own kernels.
-        auto_map: names the classes for `trust_remote_code`; `save_pretrained` writes the module that it names.
+        auto_map: names the classes for `trust_remote_code`; saving writes the module that it names.
 
     Keys of transformers and of tools (`quantization_config`, `tokenizer_class`, ...) are kept. Other unknown keys are
     kept too, as tools annotate configurations, with one line in the log: they change nothing. What looks like a
@@ -167,11 +167,11 @@ class HSAConfig(PreTrainedConfig):
             _refuse_similar(cls, key)
         return super().from_dict(config_dict, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers, with the module that `auto_map` names."""
-        if not Path(save_directory).is_file():
-            write_remote_module(Path(save_directory))
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """As in transformers; a config.json, by whatever it is saved, gets the module that `auto_map` names."""
+        super().to_json_file(json_file_path, use_diff)
+        if Path(json_file_path).name == "config.json":
+            write_remote_module(Path(json_file_path).parent)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:

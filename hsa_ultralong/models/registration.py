@@ -107,5 +107,4 @@ def is_own_auto_class(kind: type, auto_class: Any) -> bool:
 
 def write_remote_module(folder: Path) -> None:
     """Write the module that AUTO_MAP names into a model folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{REMOTE_MODULE}.py").write_text(_REMOTE_CODE, encoding="utf-8")

@@ -111,6 +111,12 @@ def saved_by_model(model, path):
     model.save_pretrained(path)
 
 
+def saved_by_hand(model, path):
+    # as some tools do, which write the weights themselves
+    model.config.to_json_file(path / "config.json")
+    model.config.to_json_file(path / "other.json")
+
+
 def saved_after_registering(model, path):
     # what transformers does to classes that it loaded with trust_remote_code
     HSAConfig.register_for_auto_class()
@@ -126,7 +132,9 @@ def saved_after_a_hub(model, path):
 
 
 @pytest.mark.parametrize(
-    "save", [saved_by_config, saved_by_model, saved_after_registering, saved_after_a_hub], ids=lambda f: f.__name__
+    "save",
+    [saved_by_config, saved_by_model, saved_by_hand, saved_after_registering, saved_after_a_hub],
+    ids=lambda way: way.__name__,
 )
 def test_every_way_of_saving_names_our_classes_and_writes_the_module(save, tmp_path):
     save(tiny_model(dtype=torch.float32), tmp_path)
