@@ -29,6 +29,7 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
 
       hsa memory info lib.hsa
     """
+    from hsa_ultralong.inference.rebuilding import unfinished
     from hsa_ultralong.memory import MemoryFile
     from hsa_ultralong.memory.columns import require_model_columns
     from hsa_ultralong.memory.half_read import half_read, way_on
@@ -85,6 +86,9 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
     )
     if half is not None:
         echo(f"{half}: {way_on(path)}")
+    if unfinished(path).exists():
+        place = unfinished(path)
+        echo(f"a rebuild is unfinished in {place}: hsa memory rebuild goes on; remove that folder to give it up")
 
 
 @memory.command("append")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +84,7 @@ def rebuild(
     """
     from hsa_ultralong.cli.common import load_model
     from hsa_ultralong.cli.memorize import FORMATS
-    from hsa_ultralong.cli.outputs import require_output
+    from hsa_ultralong.cli.outputs import nothing_left, require_output
     from hsa_ultralong.data import tokenizer_fingerprint
     from hsa_ultralong.inference import rebuild as rebuild_memory
     from hsa_ultralong.memory import MemoryFile
@@ -97,17 +98,18 @@ def rebuild(
         known = file.spec.tokenizer
     network, tokenizer = load_model(model, device, dtype)
     own = tokenizer_fingerprint(tokenizer)
-    result = rebuild_memory(
-        network,
-        path,
-        output,
-        tokenizer=own,
-        retokenize=_retokenizer(old_tokenizer, tokenizer, known) if old_tokenizer and known != own else None,
-        key_values=key_values,
-        landmarks=landmarks,
-        metadata={"model": str(network.config.name_or_path)},
-        progress=not as_json,
-    )
+    with nullcontext() if output is None else nothing_left(output):
+        result = rebuild_memory(
+            network,
+            path,
+            output,
+            tokenizer=own,
+            retokenize=_retokenizer(old_tokenizer, tokenizer, known) if old_tokenizer and known != own else None,
+            key_values=key_values,
+            landmarks=landmarks,
+            metadata={"model": str(network.config.name_or_path)},
+            progress=not as_json,
+        )
     if as_json:
         echo_json({**result._asdict(), "path": str(result.path)})
     else:

@@ -18,7 +18,12 @@ def require_output(path: Path, *, may_exist: bool = False) -> None:
     Raises:
         ValueError: a file, another folder or a memory is there, or the folder cannot be written.
     """
-    require_folder(path, is_new=not (may_exist and _holds_memory(path)))
+    from hsa_ultralong.memory.files.housekeeping import require_empty
+
+    require_folder(path)
+    if path.is_dir() and not (may_exist and _holds_memory(path)):
+        # what a killed command left of a memory that it was making is nothing
+        require_empty(path)
 
 
 @contextmanager

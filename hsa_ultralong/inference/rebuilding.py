@@ -76,7 +76,7 @@ def rebuild(
     """
     model, source_path = unwrapped(model), Path(path)
     target = Path(os.path.realpath(source_path)) if output is None else Path(output).absolute()
-    partial = target.with_name(f".{target.name}.rebuild")
+    partial = unfinished(target)
     with ExitStack() as stack:
         if output is None:
             writer = stack.enter_context(MemoryWriter.open(source_path))
@@ -99,6 +99,12 @@ def rebuild(
                 os.rename(partial, target)
                 sync_folder(target.parent)
         return Rebuilt(source_path if output is None else target, len(source.documents), source.num_tokens, num_read)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a rebuilt memory grows that is to take this place."""
+    place = Path(os.path.realpath(path))
+    return place.with_name(f".{place.name}.rebuild")
 
 
 def _options(

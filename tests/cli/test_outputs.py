@@ -29,7 +29,7 @@ def everything(folder):
     ("arguments", "words"),
     [
         (("a.txt", "-o", "a.txt"), ("a.txt is no folder",)),
-        (("a.txt", "-o", "full"), ("full exists already",)),
+        (("a.txt", "-o", "full"), ("full is not empty",)),
         (("a.txt", "-o", "a.txt/lib.hsa"), ("is no folder",)),
         (("no.txt", "-o", "new.hsa"), ("no.txt does not exist",)),
     ],
@@ -57,6 +57,17 @@ def test_a_command_that_memorises_nothing_leaves_nothing(texts, checkpoint, sour
     result = hsa("memorize", *sources, "-o", output, "--model", checkpoint)
     assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("error: ")
     assert everything(texts) == there
+
+
+@pytest.mark.parametrize(
+    "traces", [("writer.lock",), ("writer.lock", "shards/"), ("writer.lock", "manifest.json.tmp", "shards/")]
+)
+def test_what_a_command_left_that_was_killed_while_it_made_the_memory_is_gone_on_with(texts, checkpoint, traces):
+    (texts / "new.hsa").mkdir()
+    for trace in traces:
+        (texts / "new.hsa" / trace).mkdir() if trace.endswith("/") else (texts / "new.hsa" / trace).touch()
+    run("memorize", "a.txt", "-o", "new.hsa", "--model", checkpoint)
+    assert len(json.loads(run("memory", "info", "new.hsa", "--json"))["documents"]) == 1
 
 
 def test_what_was_there_before_a_failure_stays(texts, checkpoint):

@@ -6,11 +6,19 @@ import pytest
 import torch
 
 from hsa_ultralong.data import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from hsa_ultralong.inference import rebuilding
+from hsa_ultralong.inference.file_reader import FileReader
 from hsa_ultralong.memory import MemoryFile
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.train.export import export_model
 from tests.cli.test_memory_commands import SENTENCE, assert_one_clear_line, assert_same, contents, hsa, run
+
+READ_ON = FileReader.read_on
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +80,20 @@ def test_a_rebuilt_memory_is_as_if_memorised_and_its_files_are_known(library, ot
     assert_one_clear_line(hsa("ask", "-m", "lib.hsa", "What?", "--model", checkpoint), "hsa memory rebuild lib.hsa")
 
 
+def test_an_interrupted_rebuild_is_shown_by_info_and_leaves_no_folders_that_hold_nothing(library, other, monkeypatch):
+    options = ("--model", other, "--dtype", "fp32")
+    with monkeypatch.context() as patch:
+        patch.setattr(FileReader, "read_on", interrupted)
+        assert hsa("memory", "rebuild", "lib.hsa", *options, "-o", "deep/er/new.hsa").exit_code == 130
+        assert not (library.parent / "deep").exists()
+        patch.setattr(rebuilding, "take_over", interrupted)
+        patch.setattr(FileReader, "read_on", READ_ON)
+        assert hsa("memory", "rebuild", "lib.hsa", *options).exit_code == 130
+    assert "a rebuild is unfinished in" in run("memory", "info", "lib.hsa")
+    assert json.loads(run("memory", "rebuild", "lib.hsa", *options, "--json"))["num_tokens_read"] == 0
+    assert "unfinished" not in run("memory", "info", "lib.hsa")
+
+
 def test_another_tokenizer_is_named_and_with_the_old_one_the_text_is_read_anew(library, foreign, checkpoint, tmp_path):
     options = ("--model", foreign, "--dtype", "fp32")
     before = contents(library)[0]
@@ -91,7 +113,7 @@ def test_another_tokenizer_is_named_and_with_the_old_one_the_text_is_read_anew(l
     [
         (("no.hsa",), ("no.hsa", "holds no memory")),
         (("lib.hsa", "-o", "a.txt"), ("a.txt is no folder",)),
-        (("lib.hsa", "-o", "lib.hsa"), ("exists already",)),
+        (("lib.hsa", "-o", "lib.hsa"), ("holds a memory already",)),
         (("lib.hsa", "-o", "a.txt/new.hsa"), ("is no folder",)),
         (("lib.hsa", "--landmarks", "fp4"), ("--landmarks", "fp4")),
     ],

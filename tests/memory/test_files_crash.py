@@ -21,7 +21,7 @@ from hsa_ultralong.memory.files import durable, transfer
 from tests.memory.test_files_model import SPEC, Model, S, add_document, build, rows, set_mark, state_of
 
 ROW = SPEC.row_bytes
-STEPS = ("open", "write", "fsync", "replace", "rename", "unlink", "mkdir", "ftruncate", "pwrite", "rmdir")
+STEPS = ("open", "write", "fsync", "replace", "rename", "unlink", "link", "mkdir", "ftruncate", "pwrite", "rmdir")
 
 
 @pytest.fixture
