@@ -6,6 +6,7 @@ from hsa_ultralong.data.evaluation_words import EVALUATION_ADJECTIVES, EVALUATIO
 from hsa_ultralong.data.inputs import InputFile, Spool, inputs_of, source_files, spool_of
 from hsa_ultralong.data.mixture import ROW_KINDS, MixtureConfig, MixtureDataset, StepSampler, collate
 from hsa_ultralong.data.needles import Needle, evaluation_needles, make_needle, sample_needles
+from hsa_ultralong.data.packing import PackingCollator
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, self_copy_row, text_row
 from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.samples import sample_text
@@ -33,6 +34,7 @@ __all__ = [
     "MixtureDataset",
     "Needle",
     "NeedleOptions",
+    "PackingCollator",
     "PieceTokenizer",
     "Row",
     "RowLayout",

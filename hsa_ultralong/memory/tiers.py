@@ -139,9 +139,7 @@ class QuantizedLandmarks:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk."""
         part = slice(0, self.num_chunks)
-        return chunk_topk_quantized(
-            query, self.payload[:, part], self.scales[:, part], visible, topk=topk, scale=scale
-        )
+        return chunk_topk_quantized(query, self.payload[:, part], self.scales[:, part], visible, topk=topk, scale=scale)
 
     @property
     def num_bytes(self) -> int:
