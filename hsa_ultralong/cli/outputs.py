@@ -47,13 +47,12 @@ def _holds_memory(path: Path) -> bool:
 
 
 def _remove_empty_memory(path: Path) -> None:
-    """Remove the files of a memory without documents; never a folder that holds anything else."""
-    from hsa_ultralong.memory import MemoryFile, MemoryFileError
+    """Remove the files of a memory without documents; never what holds anything else, or what another one writes."""
+    from hsa_ultralong.memory import MemoryFileError, MemoryWriter
 
-    with suppress(MemoryFileError, OSError):
-        with MemoryFile.open(path) as file:
-            if file.documents:
-                return
-        (path / "shards").rmdir()
-        (path / "manifest.json").unlink()
-        (path / "writer.lock").unlink()
+    # the lock is held: without it another command may have begun to fill the memory
+    with suppress(MemoryFileError, OSError), MemoryWriter.open(path) as writer:
+        if not writer.documents:
+            (path / "shards").rmdir()
+            (path / "manifest.json").unlink()
+            (path / "writer.lock").unlink()

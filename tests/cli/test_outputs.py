@@ -4,8 +4,10 @@ import json
 import os
 
 import pytest
+import torch
 
-from hsa_ultralong.memory import MemoryFile
+from hsa_ultralong.cli.outputs import nothing_left
+from hsa_ultralong.memory import Column, MemoryFile, MemoryFileError, MemorySpec, MemoryWriter
 from tests.cli.test_memory_commands import SENTENCE, assert_one_clear_line, hsa, run
 
 
@@ -57,6 +59,17 @@ def test_a_command_that_memorises_nothing_leaves_nothing(texts, checkpoint, sour
     result = hsa("memorize", *sources, "-o", output, "--model", checkpoint)
     assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("error: ")
     assert everything(texts) == there
+
+
+def test_a_command_refused_beside_a_running_one_takes_nothing_from_it(texts):
+    spec = MemorySpec(64, {"x": Column((1,), torch.float32)})
+    with pytest.raises(MemoryFileError, match="being written"), nothing_left(texts / "new.hsa"):
+        running = MemoryWriter.create(texts / "new.hsa", spec)
+        MemoryWriter.open(texts / "new.hsa")
+    running.begin_document("mine")
+    running.commit()
+    running.close()
+    assert len(MemoryFile.open("new.hsa").documents) == 1
 
 
 @pytest.mark.parametrize(
