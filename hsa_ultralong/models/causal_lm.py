@@ -170,7 +170,9 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         """As in transformers; the mask goes with a prompt only, as generated tokens are never masked."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache, mask = inputs.get(CACHE_NAME), inputs.get("attention_mask")
-        if mask is not None and isinstance(cache, HSACache) and cache.num_seen and not kwargs.get("is_first_iteration"):
+        # the pieces of a prompt come without a length, its first call says so
+        is_step = kwargs.get("next_sequence_length") is not None and not kwargs.get("is_first_iteration")
+        if is_step and mask is not None and isinstance(cache, HSACache) and cache.num_seen:
             inputs["attention_mask"] = None
         return inputs
 
