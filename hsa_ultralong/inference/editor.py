@@ -93,6 +93,7 @@ def recompute_chunks(
             number, pending = number + whole, pending[:, whole * size :].clone()
     if pending is not None and pending.shape[1]:
         yield reader.encode_short(pending, number, segment)
+    reader.check.require("the edited document")
 
 
 def continuation_at_end(model: HSAForCausalLM, tokens: torch.Tensor) -> Continuation:
@@ -101,6 +102,7 @@ def continuation_at_end(model: HSAForCausalLM, tokens: torch.Tensor) -> Continua
     length = keep + model.config.lower_reach + model.config.sliding_window
     reader = DocumentReader(model, keep=keep)
     reader.read(tokens[max(0, len(tokens) - length) :].to(device_of(model)))
+    reader.check.require("the edited document")
     return reader.continuation()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hsa_ultralong.inference.fingerprint import memory_fingerprint, require_same_model
+from hsa_ultralong.inference.finite import FiniteCheck
 from hsa_ultralong.inference.tiers import tiered_memory
 from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.models import HSACache, HSAForCausalLM
@@ -65,6 +66,7 @@ class DocumentReader:
         self.compiled_segment = compiled_segment
         self.cache = HSACache(model.config)
         self.lower: torch.Tensor | None = None
+        self.check = FiniteCheck()
 
     def _states(self) -> list[WindowState]:
         return [self.cache.state(number) for number in range(self.model.config.num_lower_layers)]
@@ -93,6 +95,7 @@ class DocumentReader:
                 x = compiled(run_layer)(layer, x, rotary, state)
         else:
             x = self.inner.read_lower(x, rotary, None, self.cache)
+        self.check.note(x)
         joined = x if self.lower is None else torch.cat((self.lower, x), dim=1)
         self.lower = joined[:, max(0, joined.shape[1] - self.keep) :]
         return joined
@@ -120,6 +123,7 @@ class DocumentReader:
             k, v, landmarks = compiled(run_encoder)(self.inner.chunk_encoder, chunks)
         else:
             k, v, landmarks = self.inner.chunk_encoder(chunks, None if length is None else lengths)
+        self.check.note(k, v, landmarks)
         index = torch.arange(first_chunk, first_chunk + count, dtype=torch.int32, device=hidden.device)[None]
         return ChunkTensors(k, v, landmarks, lengths, torch.full_like(index, segment), (index + 1) * self.size)
 
@@ -323,6 +327,7 @@ def _read_document(
                 parts.append(part)
                 done += len(part)
                 report(done, None)
+        reader.check.require(repr(name) if name else f"document {segment}")
     if count == 0:
         raise ValueError(f"document {name or segment} is empty: nothing to memorise")
     document.tokens = torch.cat(parts)
@@ -370,6 +375,7 @@ def close_document(model: HSAForCausalLM, memory: ChunkMemory) -> None:
         with evaluating(model):
             hidden = document.continuation.lower[:, -rest:]
             short = reader.encode_short(hidden, document.num_chunks, len(memory.documents) - 1)
+        reader.check.require(repr(document.name) if document.name else f"document {len(memory.documents) - 1}")
         memory.write(document.first_chunk + document.num_chunks, short)
         document.num_chunks += 1
     document.is_open, document.continuation = False, None

@@ -127,6 +127,7 @@ class LandmarkIndex:
         picked = torch.arange(_FIT_CHUNKS, device=self.storage.device) * num_chunks // _FIT_CHUNKS
         # on the host and in fp64: small, and the same everywhere
         sample = self.storage[picked].transpose(0, 1).to(device="cpu", dtype=torch.float64)  # (Hr, n, R)
+        sample = sample.nan_to_num(0.0, 0.0, 0.0)
         # a vector common to all landmarks moves all scores of a query alike
         center = sample.mean(1, keepdim=True)
         sample = sample - center
@@ -152,7 +153,7 @@ class LandmarkIndex:
         for start, stop in blocks(last - first, max(1, _BLOCK_ELEMENTS // (heads * dim))):
             part = self.storage[first + start : first + stop].float().transpose(0, 1)  # (Hr, n, R)
             self.sketches[first + start : first + stop] = (part @ self.basis).transpose(0, 1)  # (n, Hr, d)
-            part = part - self.center
+            part = part.nan_to_num(0.0, 0.0, 0.0) - self.center
             inside += (part @ self.basis).square().sum((1, 2))
             total += part.square().sum((1, 2))
         return float((1 - inside / total.clamp_min(1e-30)).where(total > 0, 0.0).max())
@@ -223,6 +224,8 @@ class LandmarkIndex:
         heads, num_rows, dim = query.shape
         small = (query.float() @ self.basis).to(self.sketches.dtype)  # (Hr, m, d)
         rough = matmul_wide(small, self.sketches[: self.num_chunks].permute(1, 2, 0))  # (Hr, m, C)
+        # a chunk whose product is not finite comes last, as in chunk_topk
+        rough = rough.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
         candidates = rough.topk(wanted, dim=-1, sorted=False).indices.sort(dim=-1).values  # (Hr, m, n)
         head = torch.arange(heads, device=query.device)[:, None, None]
         place = (candidates * heads + head).flatten()
@@ -244,8 +247,11 @@ def _grown(part: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
 
 
 def _best(candidates: torch.Tensor, products: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `keep` best of ascending candidates, ties to the lower chunk; in descending index."""
+    """The `keep` best of ascending candidates, ties to the lower chunk; in descending index; -1 and -inf where the
+    product is not finite."""
+    products = products.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
     # stable: of equal products the first, lower chunk stays in front
     kept = products.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
-    indices, order = candidates.gather(-1, kept).sort(dim=-1, descending=True)
-    return indices.to(torch.int32), products.gather(-1, kept).gather(-1, order)
+    products = products.gather(-1, kept)
+    indices, order = candidates.gather(-1, kept).masked_fill(products == -torch.inf, -1).sort(dim=-1, descending=True)
+    return indices.to(torch.int32), products.gather(-1, order)

@@ -142,6 +142,8 @@ class ChunkEncoder(nn.Module):
         if lengths is not None:
             slots = torch.arange(size + 1, device=x.device)
             present = (slots < lengths.reshape(-1, 1)) | (slots == size)  # (N, S + 1)
+            # slots without a token may hold anything, and a masked key still meets a weight of zero
+            x = torch.where(present[..., None], x, 0.0)
         rotary = rotary_table(size + 1, self.head_dim, self.rope_theta, x.device, x.dtype, self.rope_scaling)
         for layer in self.layers:
             x = layer(x, rotary, None if present is None else present[:, None, None])
@@ -173,10 +175,12 @@ class ChunkEncoder(nn.Module):
         if self.training and landmarks.shape[1]:
             with torch.no_grad():
                 every = landmarks.flatten(0, 1)  # (N, Hr, R)
-                share = torch.ones_like(every[:, 0, 0])
+                # one landmark that is not finite must not stay in the buffer for ever
+                is_counted = every.isfinite().flatten(1).all(1)  # (N,)
                 if lengths is not None:
-                    share = (lengths.reshape(-1) > 0).to(every.dtype)
-                sums = torch.cat(((every * share[:, None, None]).sum(0).flatten(), share.sum()[None]))
+                    is_counted = is_counted & (lengths.reshape(-1) > 0)
+                every = torch.where(is_counted[:, None, None], every, 0.0)
+                sums = torch.cat((every.sum(0).flatten(), is_counted.sum().to(every.dtype)[None]))
                 sums = sums if total is None else total(sums)
                 mean = (sums[:-1] / sums[-1].clamp_min(1)).view_as(self.landmark_center)
                 self.landmark_center.lerp_(mean.to(self.landmark_center.dtype), 1 - _CENTER_MOMENTUM)

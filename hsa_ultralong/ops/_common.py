@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,6 +24,19 @@ def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and a.dtype == b.dtype:
             return torch.bmm(a, b, out_dtype=wide)
         return torch.bmm(a.to(wide), b.to(wide))
+
+
+def may_be_nonfinite(*tensors: torch.Tensor) -> bool:
+    """False if all numbers are finite (true of their sum); True on other devices than a CPU, where reading the answer
+    would wait for the device."""
+    return any(not x.is_cpu or not all(map(math.isfinite, _extremes(x.detach()))) for x in tensors)
+
+
+def _extremes(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Numbers that are finite only if all of x are; each dtype by its fastest pass on a CPU."""
+    if x.numel() == 0:
+        return ()
+    return (x.sum(),) if x.dtype in (torch.float32, torch.float64) else x.aminmax()
 
 
 def blocks(length: int, size: int) -> Iterator[tuple[int, int]]:

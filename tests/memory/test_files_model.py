@@ -31,7 +31,8 @@ def rows(chunks: list[int], spec: MemorySpec = SPEC) -> dict[str, torch.Tensor]:
         elif name == "tokens":
             result[name] = numbers.to(torch.int32)[:, None].repeat(1, S)
         else:
-            raw = (numbers[:, None] * 7919 + torch.arange(column.row_bytes) * 31) % 251  # (n, row_bytes)
+            # bytes that are finite numbers in every dtype
+            raw = (numbers[:, None] * 7919 + torch.arange(column.row_bytes) * 31) % 113  # (n, row_bytes)
             result[name] = raw.to(torch.uint8).view(-1).view(column.dtype).view(len(chunks), *column.shape)
     return result
 

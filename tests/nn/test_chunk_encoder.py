@@ -39,6 +39,37 @@ def test_masked_slots_of_a_short_chunk_do_not_matter(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+def test_slots_without_a_token_may_hold_what_is_not_finite(options):
+    module = encoder(**options).train()
+    hidden = random_tensor(2, 3, 4, 16)
+    lengths = torch.tensor([[4, 2, 0], [3, 4, 1]], dtype=torch.int32)
+    spoiled = hidden.masked_fill((torch.arange(4) >= lengths[..., None])[..., None], float("nan"))
+    results = []
+    for part in (hidden, spoiled):
+        module.landmark_center.zero_()
+        leaf = part.clone().requires_grad_()
+        outputs = module(leaf, lengths)
+        sum(out.square().sum() for out in outputs).backward()
+        results.append([*outputs, leaf.grad, module.landmark_center.clone()])
+    for left, right in zip(*results, strict=True):
+        assert right.isfinite().all()
+        torch.testing.assert_close(right, left, **EXACT)
+
+
+@torch.no_grad()
+def test_a_landmark_that_is_not_finite_stays_out_of_the_centre():
+    module = encoder().train()
+    module.landmark_center.zero_()
+    hidden = random_tensor(1, 9, 4, 16)
+    module(hidden[:, 1:])
+    expected = module.landmark_center.clone()
+    module.landmark_center.zero_()
+    hidden[0, 0, 2] = float("nan")
+    module(hidden)
+    torch.testing.assert_close(module.landmark_center, expected, **EXACT)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @torch.no_grad()
 def test_full_lengths_equal_no_lengths(options):
     module = encoder(**options)

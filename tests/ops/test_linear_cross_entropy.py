@@ -112,3 +112,31 @@ def test_under_autocast_the_operands_are_those_of_a_linear_layer():
         loss = linear_cross_entropy(hidden, weight, labels)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, linear_cross_entropy(hidden.bfloat16(), weight, labels))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_ignored_row_counts_nothing_whatever_it_holds(impl, number):
+    hidden, weight = random_tensor(7, 6), random_tensor(11, 6, seed=1)
+    labels = torch.tensor([1, -100, 3, 4, -100, 0, 2])
+    spoiled = hidden.clone()
+    spoiled[1], spoiled[4, 2] = number, number
+    results = []
+    for rows in (hidden, spoiled):
+        leaves = [part.detach().clone().requires_grad_() for part in (rows, weight)]
+        loss = linear_cross_entropy(*leaves, labels, impl=impl)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_a_row_that_is_not_finite_spoils_of_the_hidden_gradient_its_own_row_only(impl):
+    hidden, weight = random_tensor(5, 6), random_tensor(11, 6, seed=1)
+    hidden[2, 3] = float("nan")
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 0, 3, 4, 2]), impl=impl)
+    loss.backward()
+    assert loss.isnan() and hidden.grad[2].isnan().any()
+    assert hidden.grad[[0, 1, 3, 4]].isfinite().all()

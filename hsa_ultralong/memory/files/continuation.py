@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 
 from hsa_ultralong.memory.files.durable import write_file
 from hsa_ultralong.memory.files.fields import free_object, parse_json, require
+from hsa_ultralong.memory.files.finite import WHAT, is_finite
 from hsa_ultralong.memory.files.folder import read_file
 from hsa_ultralong.memory.files.manifest import ContinuationRecord, continuation_file
 from hsa_ultralong.memory.files.spec import MemoryFileError, as_json_object
@@ -58,6 +59,10 @@ def read_continuation(folder: Path, record: ContinuationRecord) -> Continuation:
         header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = parse_json(header["__metadata__"][KEY].encode("ascii"))
         require(free_object, metadata, "metadata")
-        return load(data), metadata
+        tensors = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MemoryFileError(f"it is no continuation: {type(error).__name__}: {error}") from error
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise MemoryFileError(f"{name} holds {WHAT}")
+    return tensors, metadata

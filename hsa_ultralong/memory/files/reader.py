@@ -17,6 +17,7 @@ import torch
 
 from hsa_ultralong.memory.files.continuation import Continuation, read_continuation
 from hsa_ultralong.memory.files.durable import clear_errors
+from hsa_ultralong.memory.files.finite import WHAT, first_bad_row
 from hsa_ultralong.memory.files.manifest import Manifest, read_manifest
 from hsa_ultralong.memory.files.shard import Shard, ShardDamage, shard_layout
 from hsa_ultralong.memory.files.spec import Damage, MemoryDocument, MemoryFileError, MemorySpec
@@ -34,6 +35,8 @@ class MemoryFile:
         self.path, self.manifest = path, manifest
         self._shards, self._state = shards, state
         self._residents: dict[str, torch.Tensor] = {}
+        # per column, the chunks whose numbers were seen to be finite
+        self._finite: dict[str, np.ndarray] = {}
         extents = [extent for document in manifest.documents for extent in document.extents]
         table = np.array(extents, dtype=np.int64).reshape(-1, 3)
         self._extent_shard, self._extent_row = table[:, 0], table[:, 1]
@@ -49,7 +52,8 @@ class MemoryFile:
 
     @staticmethod
     def open(path: str | Path, *, fingerprint: str | None = None) -> MemoryFile:
-        """Open the last committed state; manifest, documents, continuation and resident columns are verified.
+        """Open the last committed state; manifest, documents, continuation and resident columns are verified: bytes,
+        and that numbers are finite.
 
         Args:
             path: the memory's folder.
@@ -212,6 +216,7 @@ class MemoryFile:
             extent = np.searchsorted(self._extent_start, numbers, side="right") - 1  # (n,)
             rows = self._extent_row[extent] + numbers - self._extent_start[extent]
             self._gather(column, self._extent_shard[extent].tolist(), rows.tolist(), None, out)
+            self._require_finite(column, numbers, out)
         return out
 
     def document_tokens(self, id: int) -> torch.Tensor:
@@ -263,7 +268,26 @@ class MemoryFile:
             rows[0] += first - starts[0]
             starts[0] = first
             self._gather(column, shards.tolist(), rows.tolist(), np.diff(starts, append=stop).tolist(), out)
+            self._require_finite(column, np.arange(first, stop), out)
         return out
+
+    def _require_finite(self, column: str, numbers: np.ndarray, rows: torch.Tensor) -> None:
+        """Refuse these chunks' rows if a number is not finite; each chunk is looked at once."""
+        if not rows.is_floating_point():
+            return
+        seen = self._finite.setdefault(column, np.zeros(self.num_chunks, dtype=bool))
+        if seen[numbers].all():
+            return
+        bad = first_bad_row(rows)
+        if bad is not None:
+            chunk = int(numbers[bad])
+            owner = next(d for d in reversed(self.documents) if self._first_chunks[d.id] <= chunk and d.num_chunks)
+            place = chunk - self._first_chunks[owner.id]
+            raise MemoryFileError(
+                f"{self.path}: {owner.label} cannot be read: {column} of its chunk {place} holds {WHAT}; delete the "
+                "document, or memorise it again"
+            )
+        seen[numbers] = True
 
     def _room(self, column: str, count: int) -> torch.Tensor:
         kind = self._column(column)

@@ -9,15 +9,22 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from hsa_ultralong.memory.files.durable import clear_errors
+from hsa_ultralong.memory.files.finite import WHAT, is_finite
 from hsa_ultralong.memory.files.manifest import FILE, Manifest, read_manifest
 from hsa_ultralong.memory.files.reader import MemoryFile, Progress, name_documents, open_snapshot
 from hsa_ultralong.memory.files.shard import PAGE_BYTES, Shard, ShardDamage
 from hsa_ultralong.memory.files.spec import Damage, MemoryFileError
 
+# rows looked at together
+_STEP_BYTES = 2**25
+
 
 def verify_memory(path: str | Path, progress: Progress | None = None) -> list[Damage]:
-    """Check the manifest, the continuation, page tables, and every page of every shard of a memory folder.
+    """Check the manifest, the continuation, page tables, every page of every shard of a memory folder, and that the
+    numbers of all documents are finite.
 
     Args:
         progress: called with (bytes done, bytes in all).
@@ -81,4 +88,27 @@ def _check_pages(manifest: Manifest, shards: Mapping[int, Shard], progress: Prog
             done += min(PAGE_BYTES, record.num_bytes - page * PAGE_BYTES)
             if progress is not None:
                 progress(done, total)
+    # a page that differs has been told of already
+    return found or _check_numbers(manifest, shards)
+
+
+def _check_numbers(manifest: Manifest, shards: Mapping[int, Shard]) -> list[Damage]:
+    """The parts of documents that hold numbers that are not finite, one for each shard and column."""
+    found: list[Damage] = []
+    kinds = [(name, kind) for name, kind in manifest.spec.columns.items() if kind.dtype.is_floating_point]
+    for document in manifest.documents:
+        places: dict[tuple[int, str], bool] = {}
+        for number, row, count in document.extents:
+            shard = shards.get(number)
+            for name, kind in kinds:
+                step = max(1, _STEP_BYTES // kind.row_bytes)
+                for first in range(row, row + count if shard is not None else row, step):
+                    rows = torch.empty((min(step, row + count - first), *kind.shape), dtype=kind.dtype)
+                    assert shard is not None
+                    shard.read_rows(name, first, rows.view(-1).view(torch.uint8).numpy().data)
+                    if not is_finite(rows):
+                        places[number, name] = True
+        for number, name in places:
+            file = shards[number].record.file
+            found.append(Damage(file, None, f"column {name} holds {WHAT}", (document.label,), (document.id,)))
     return found

@@ -17,6 +17,7 @@ import torch
 from hsa_ultralong.memory.files.continuation import encode_continuation, write_continuation
 from hsa_ultralong.memory.files.durable import WriterLock, clear_errors, make_folder, remove_file, sync_folder
 from hsa_ultralong.memory.files.fields import require
+from hsa_ultralong.memory.files.finite import require_finite_columns, require_finite_state
 from hsa_ultralong.memory.files.housekeeping import remove_leftovers, require_empty, require_own_generation
 from hsa_ultralong.memory.files.manifest import (
     DOCUMENT,
@@ -202,7 +203,7 @@ class MemoryWriter:
 
         Raises:
             ValueError: unknown document, a range outside it, or columns that do not fit the memory.
-            MemoryFileError: a full shard could not be written.
+            MemoryFileError: numbers that are not finite, or a full shard that could not be written.
         """
         document = self.document(id)
         if not 0 <= first <= stop <= document.num_chunks:
@@ -213,6 +214,7 @@ class MemoryWriter:
             raise ValueError(f"num_tokens must be >= 0, got {num_tokens}")
         new: tuple[Extent, ...] = ()
         if columns is not None and check_columns(self.spec, columns):
+            require_finite_columns(columns, document.label, first)
             self.require_own_generation()
             with clear_errors(self.path, "writing a shard"):
                 new = self.staging.add(columns)
@@ -285,10 +287,12 @@ class MemoryWriter:
 
         Raises:
             ValueError: no document is open, or `metadata` is no JSON.
+            MemoryFileError: numbers that are not finite.
         """
         self._require_lock()
         if self.open_document is None:
             raise ValueError("a continuation needs an open document; call begin_document or reopen_document first")
+        require_finite_state(tensors, self.open_document.label)
         self._continuation = encode_continuation(tensors, metadata or {})
         self._is_continuation_stale, self._is_changed = False, True
 

@@ -51,7 +51,8 @@ def combine_topk(
 
     Returns:
         indices (B, T, Hr, min(K, all k)) int32 in descending order, -1 last; their scores, -inf in empty slots;
-        weights = softmax(scores), 0 in empty slots. Ties go to the lower chunk. Gradients reach the scores.
+        weights = softmax(scores), 0 in empty slots. Ties go to the lower chunk. Gradients reach the scores. Of several
+        lists, an entry whose score is not finite is an empty slot (chunk_topk returns none).
 
     Raises:
         ValueError: without lists, for topk < 1, rankings that do not fit, an unknown impl, or what impl="triton" does
@@ -80,13 +81,15 @@ def combine_topk(
             lists = [_joined(lists[: surplus + 1]), *lists[surplus + 1 :]]
         return combine_lists(lists, topk)
     if len(lists) == 1 and entries <= topk:
-        only = _joined(lists)
-        return only.indices, only.scores, softmax_fusion(only.scores)
+        # nothing to rank; chunk_topk has left out what is not finite
+        only = lists[0]
+        numbers = torch.where(only.indices < 0, -1, only.indices + only.offset) if only.offset else only.indices
+        return numbers, only.scores, softmax_fusion(only.scores)
     # from the lowest chunk on and stable, so that ties go to the lower one
     rising = _joined([ScoredChunks(one.indices.flip(-1), one.scores.flip(-1), one.offset) for one in lists])
     ranking = rising.scores.detach()
     if rankings is not None:
-        ranking = torch.cat([part.flip(-1) for part in rankings], -1)
+        ranking = torch.cat([part.flip(-1) for part in rankings], -1).masked_fill(rising.indices < 0, -torch.inf)
     kept = ranking.argsort(dim=-1, descending=True, stable=True)[..., :topk]
     indices, place = rising.indices.gather(-1, kept).sort(-1, descending=True)
     values = rising.scores.gather(-1, kept).gather(-1, place)
@@ -94,11 +97,8 @@ def combine_topk(
 
 
 def _joined(lists: Sequence[ScoredChunks]) -> ScoredChunks:
-    """One list, counted from 0, the lists behind one another."""
-    indices = []
-    for one in lists:
-        numbers = torch.where(one.indices < 0, -1, one.indices + one.offset) if one.offset else one.indices
-        indices.append(numbers)
-    if len(lists) == 1:
-        return ScoredChunks(indices[0], lists[0].scores)
-    return ScoredChunks(torch.cat(indices, -1), torch.cat([one.scores for one in lists], -1))
+    """One list, counted from 0, the lists behind one another; what is not finite is empty."""
+    indices = torch.cat([torch.where(one.indices < 0, -1, one.indices + one.offset) for one in lists], -1)
+    scores = torch.cat([one.scores for one in lists], -1)
+    indices = indices.masked_fill(~scores.isfinite(), -1)
+    return ScoredChunks(indices, scores.masked_fill(indices < 0, -torch.inf))

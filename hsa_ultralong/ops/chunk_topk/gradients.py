@@ -43,6 +43,8 @@ def product_gradients(
     grad_query = torch.empty_like(query)
     grad_landmarks = torch.zeros(batch * heads, num_chunks, dim, dtype=wide, device=query.device)
     width = -(-(num_chunks + 1) // 8) * 8  # rows of 16 bytes, which matrix products need to be fast
+    # what is not finite was never kept, and a product with its slope of zero would be no zero
+    query, landmarks = (part.nan_to_num(0.0, 0.0, 0.0) for part in (query, landmarks))
     columns = landmarks.to(narrow).transpose(1, 2).flatten(0, 1)  # (B*Hr, C, R)
     for start, stop in blocks(num_tokens, max(1, BLOCK_ELEMENTS // max(1, batch * heads * num_chunks))):
         index = indices[:, start:stop].long()

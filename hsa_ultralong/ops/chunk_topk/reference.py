@@ -19,16 +19,23 @@ def chunk_topk_reference(
     noise_seed: int | None,
     noise_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """s[t, i] = factor * <query_t, landmark_i>; keep the K visible chunks of highest s (+ noise); newest first."""
+    """s[t, i] = factor * <query_t, landmark_i>; keep the K visible chunks of highest s (+ noise); newest first.
+
+    A pair whose score is not finite counts as invisible.
+    """
     dtype = accumulation_dtype(query.dtype)
     batch, num_tokens, heads, _ = query.shape
     num_chunks = landmarks.shape[1]
     keep = min(topk, num_chunks)
     landmarks = landmarks.expand(batch, -1, -1, -1)
     with torch.autocast(device_type=query.device.type, enabled=False):
-        scores = torch.einsum("bthr,bchr->bthc", query.to(dtype), landmarks.to(dtype)) * factor  # (B, T, Hr, C)
-    hidden = ~visible.mask()[:, :, None]  # (B, T, 1, C)
-    ranking = scores.detach()
+        rows, columns = query.to(dtype), landmarks.to(dtype)
+        ranking = torch.einsum("bthr,bchr->bthc", rows.detach(), columns.detach())  # (B, T, Hr, C)
+        ranking = ranking * (factor.detach() if isinstance(factor, torch.Tensor) else factor)
+        # zeros in place of what is not finite: gradients of the other pairs must not multiply it
+        rows, columns = (torch.where(part.isfinite(), part, 0.0) for part in (rows, columns))
+        products = torch.einsum("bthr,bchr->bthc", rows, columns)
+    hidden = ~(visible.mask()[:, :, None] & ranking.isfinite())  # (B, T, Hr, C)
     if noise_seed is not None:
         stop = noise_start + num_tokens
         ranking = ranking + gumbel_noise(noise_seed, batch, noise_start, stop, heads, num_chunks, query.device)
@@ -37,5 +44,5 @@ def chunk_topk_reference(
     chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[..., :keep]  # (B, T, Hr, K)
     chosen = torch.where(ranking.gather(-1, chosen) == -torch.inf, -1, chosen)
     chosen = chosen.sort(dim=-1, descending=True).values
-    scores = scores.gather(-1, chosen.clamp_min(0)).masked_fill(chosen < 0, -torch.inf)
-    return chosen.to(torch.int32), scores
+    products = products.gather(-1, chosen.clamp_min(0)).masked_fill(chosen < 0, 0.0)
+    return chosen.to(torch.int32), (products * factor).masked_fill(chosen < 0, -torch.inf)

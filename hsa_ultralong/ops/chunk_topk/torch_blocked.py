@@ -41,13 +41,14 @@ def _topk_lowest_index(ranking: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def _select(products: torch.Tensor, mask: torch.Tensor, keep: int, factor, noise: torch.Tensor | None) -> torch.Tensor:
-    """Kept chunks of a block, (B, t, Hr, K) int64, newest first, -1 where empty."""
+    """Kept chunks of a block, (B, t, Hr, K) int64, newest first, -1 where empty; none whose score is not finite."""
     num_chunks = products.shape[-1]
+    # one pass over the block; a comparison with NaN is false
+    ranking = (products * factor).nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
     if keep == num_chunks:
         index = torch.arange(num_chunks, device=products.device)
-        chosen = torch.where(mask[:, :, None], index, -1).expand(products.shape)
+        chosen = torch.where(mask[:, :, None] & (ranking > -torch.inf), index, -1)
         return chosen.sort(dim=-1, descending=True).values
-    ranking = products * factor
     if noise is not None:
         ranking = ranking + noise
     ranking = ranking.masked_fill(~mask[:, :, None], -torch.inf)

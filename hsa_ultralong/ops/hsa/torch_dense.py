@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide
+from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide, may_be_nonfinite
 
 # logits of one tile, in elements
 _TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -25,17 +26,49 @@ def _attention(logits: torch.Tensor, absent: torch.Tensor | None, scale: float) 
     return logits.softmax(-1)
 
 
-def _mix(logits, fused, absent, scale: float, dtype: torch.dtype):
-    """Softmax in every chunk times its fusion weight; logits (N, t, G, c, S), fused (N, t, 1, c, 1)."""
-    return (_attention(logits, absent, scale) * fused).to(dtype)
+def _chosen(part: torch.Tensor, selected: torch.Tensor | None) -> torch.Tensor:
+    return part if selected is None else torch.where(selected, part, 0.0)
 
 
-def _mix_backward(logits, grad_attention, fused, absent, scale: float, dtype: torch.dtype):
+def _mix(logits, fused, absent, selected, scale: float, dtype: torch.dtype):
+    """Softmax in every chunk times its fusion weight; logits (N, t, G, c, S), fused and selected (N, t, 1, c, 1)."""
+    return _chosen(_attention(logits, absent, scale) * fused, selected).to(dtype)
+
+
+def _mix_backward(logits, grad_attention, fused, absent, selected, scale: float, dtype: torch.dtype):
     """The mixed attention again, the gradient of the logits, and that of the fusion weight summed over G, (N, t, c)."""
     attention = _attention(logits, absent, scale)
     delta = (attention * grad_attention).sum(-1, keepdim=True)
-    grad_logits = attention * (grad_attention - delta) * fused * scale
-    return (attention * fused).to(dtype), grad_logits.to(dtype), delta.sum((2, 4))
+    grad_logits = _chosen(attention * (grad_attention - delta) * fused * scale, selected)
+    return _chosen(attention * fused, selected).to(dtype), grad_logits.to(dtype), delta.sum((2, 4))
+
+
+class _Isolated(NamedTuple):
+    """Operands with zeros for what is not finite and for key slots without a token, which is what keeps it inside the
+    pairs that read it: NaN stands in the weight of a chosen chunk instead, and pairs that were not chosen count 0."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    weights: torch.Tensor
+    selected: torch.Tensor
+
+
+def _isolate(k, v, weights, indices, chunk_size: int, chunk_lengths) -> _Isolated:
+    """weights (B, T, Hr, C) per chunk; the result's weights are (B, T, Hkv, C)."""
+    kv_heads, num_chunks = k.shape[2], weights.shape[-1]
+    is_present = torch.ones((1, num_chunks, chunk_size), dtype=torch.bool, device=k.device)
+    if chunk_lengths is not None:
+        is_present = torch.arange(chunk_size, device=k.device) < chunk_lengths[..., None]
+    is_present = is_present.flatten(1)[..., None, None]  # (1 or B, C*S, 1, 1)
+    is_bad = is_present & ~(k.isfinite() & v.isfinite())
+    is_bad = is_bad.unflatten(1, (num_chunks, chunk_size)).any(-1).any(2).transpose(1, 2)  # (1 or B, Hkv, C)
+    k, v = (torch.where(is_present, part.nan_to_num(0.0, 0.0, 0.0), 0.0) for part in (k, v))
+    # a column more takes the empty slots
+    selected = torch.zeros(*indices.shape[:-1], num_chunks + 1, dtype=torch.bool, device=k.device)
+    selected.scatter_(-1, torch.where(indices < 0, num_chunks, indices).long(), True)
+    selected = selected[..., :num_chunks]  # (B, T, Hr, C)
+    weights = weights.expand(-1, -1, kv_heads, -1).masked_fill(selected & is_bad[:, None], torch.nan)
+    return _Isolated(k, v, weights, selected)
 
 
 @lru_cache(maxsize=4)
@@ -49,6 +82,8 @@ def _pointwise(function: Callable, is_cuda: bool) -> Callable:
 
 class _Tiles:
     """Geometry of one call: rows are (token, query head of the group), columns (chunk, slot), batch is (B, Hkv)."""
+
+    selected: torch.Tensor | None = None
 
     def __init__(self, q, k, v, weights, chunk_size: int, chunk_lengths, causal: bool) -> None:
         self.batch, self.num_tokens, num_heads, self.dim = q.shape
@@ -81,10 +116,21 @@ class _Tiles:
         part = tensor[:, first * self.size : last * self.size].transpose(1, 2)
         return part.expand(self.batch, -1, -1, -1).flatten(0, 1)
 
-    def fused(self, start: int, stop: int, first: int, last: int) -> torch.Tensor:
-        """Fusion weights of a tile, (B*Hkv, t, 1, c, 1)."""
-        part = self.weights[:, start:stop, :, first:last].transpose(1, 2).expand(-1, self.kv_heads, -1, -1)
+    def isolate(self, indices: torch.Tensor) -> None:
+        """Keep what is not finite inside the pairs that read it."""
+        self.k, self.v, self.weights, self.selected = _isolate(
+            self.k, self.v, self.weights, indices, self.size, self.lengths
+        )
+
+    def pair(self, by_pair: torch.Tensor, start: int, stop: int, first: int, last: int) -> torch.Tensor:
+        """A tile of a tensor (B, T, Hr or Hkv, C), (B*Hkv, t, 1, c, 1)."""
+        part = by_pair[:, start:stop, :, first:last].transpose(1, 2).expand(-1, self.kv_heads, -1, -1)
         return part.reshape(self.batch * self.kv_heads, stop - start, 1, last - first, 1)
+
+    def masks(self, start: int, stop: int, first: int, last: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Key slots without a token, and pairs that were chosen; None for all there and for no need to know."""
+        selected = None if self.selected is None else self.pair(self.selected, start, stop, first, last)
+        return self.absent(first, last), selected
 
     def absent(self, first: int, last: int) -> torch.Tensor | None:
         """True at key slots without a token, (1 or B*Hkv, 1, 1, c, S)."""
@@ -100,28 +146,35 @@ class _Tiles:
 
 class _DenseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, weights, chunk_size, chunk_lengths, scale, causal):
-        ctx.save_for_backward(q, k, v, weights, chunk_lengths)
+    def forward(ctx, q, k, v, weights, indices, chunk_size, chunk_lengths, scale, causal):
+        ctx.save_for_backward(q, k, v, weights, indices, chunk_lengths)
         ctx.options = (chunk_size, scale, causal)
         tiles = _Tiles(q, k, v, weights, chunk_size, chunk_lengths, causal)
+        ctx.is_isolated = may_be_nonfinite(q, k, v)
+        if ctx.is_isolated:
+            tiles.isolate(indices)
         mix = _pointwise(_mix, q.is_cuda)
         out = torch.empty_like(q)
         for (start, stop), chunk_ranges in tiles.pairs():
             rows = tiles.rows(q, start, stop)
             total = torch.zeros(rows.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
             for first, last in chunk_ranges:
-                logits = tiles.unfold(matmul_wide(rows, tiles.columns(k, first, last).transpose(1, 2)))
-                fused = tiles.fused(start, stop, first, last)
-                mixed = mix(logits, fused, tiles.absent(first, last), scale, v.dtype)
-                total += matmul_wide(mixed.flatten(3).flatten(1, 2), tiles.columns(v, first, last))
+                logits = tiles.unfold(matmul_wide(rows, tiles.columns(tiles.k, first, last).transpose(1, 2)))
+                fused = tiles.pair(tiles.weights, start, stop, first, last)
+                mixed = mix(logits, fused, *tiles.masks(start, stop, first, last), scale, v.dtype)
+                total += matmul_wide(mixed.flatten(3).flatten(1, 2), tiles.columns(tiles.v, first, last))
             out[:, start:stop] = tiles.unrows(total)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, k, v, weights, chunk_lengths = ctx.saved_tensors
+        q, k, v, weights, indices, chunk_lengths = ctx.saved_tensors
         chunk_size, scale, causal = ctx.options
         tiles = _Tiles(q, k, v, weights, chunk_size, chunk_lengths, causal)
+        clean_q, clean_grad = q, grad_out
+        if ctx.is_isolated or may_be_nonfinite(grad_out):
+            tiles.isolate(indices)
+            clean_q, clean_grad = (part.nan_to_num(0.0, 0.0, 0.0) for part in (q, grad_out))
         mix_backward = _pointwise(_mix_backward, q.is_cuda)
         wide = accumulation_dtype(q.dtype)
         grad_q, grad_weights = torch.empty_like(q), torch.zeros_like(weights)
@@ -130,25 +183,26 @@ class _DenseAttention(torch.autograd.Function):
         grad_v = torch.zeros_like(grad_k)
         for (start, stop), chunk_ranges in tiles.pairs():
             rows, grad = tiles.rows(q, start, stop), tiles.rows(grad_out, start, stop)
+            clean_rows, clean = tiles.rows(clean_q, start, stop), tiles.rows(clean_grad, start, stop)
             total = torch.zeros(rows.shape, dtype=wide, device=q.device)
             for first, last in chunk_ranges:
-                keys, values = tiles.columns(k, first, last), tiles.columns(v, first, last)
+                keys, values = tiles.columns(tiles.k, first, last), tiles.columns(tiles.v, first, last)
                 logits = tiles.unfold(matmul_wide(rows, keys.transpose(1, 2)))
                 grad_attention = tiles.unfold(matmul_wide(grad, values.transpose(1, 2)))
-                fused = tiles.fused(start, stop, first, last)
-                absent = tiles.absent(first, last)
-                mixed, grad_logits, grad_fused = mix_backward(logits, grad_attention, fused, absent, scale, q.dtype)
+                fused = tiles.pair(tiles.weights, start, stop, first, last)
+                masks = tiles.masks(start, stop, first, last)
+                mixed, grad_logits, grad_fused = mix_backward(logits, grad_attention, fused, *masks, scale, q.dtype)
                 mixed, grad_logits = mixed.flatten(3).flatten(1, 2), grad_logits.flatten(3).flatten(1, 2)
                 columns = slice(first * chunk_size, last * chunk_size)
-                grad_v[:, columns] += matmul_wide(mixed.transpose(1, 2), grad)
-                grad_k[:, columns] += matmul_wide(grad_logits.transpose(1, 2), rows)
+                grad_v[:, columns] += matmul_wide(mixed.transpose(1, 2), clean)
+                grad_k[:, columns] += matmul_wide(grad_logits.transpose(1, 2), clean_rows)
                 total += matmul_wide(grad_logits, keys)
                 per_head = grad_fused.unflatten(0, (tiles.batch, tiles.kv_heads)).transpose(1, 2)  # (B, t, Hkv, c)
                 if weights.shape[2] == 1:
                     per_head = per_head.sum(2, keepdim=True)
                 grad_weights[:, start:stop, :, first:last] = per_head
             grad_q[:, start:stop] = tiles.unrows(total)
-        return grad_q, _fold(grad_k, k, tiles), _fold(grad_v, v, tiles), grad_weights, None, None, None, None
+        return grad_q, _fold(grad_k, k, tiles), _fold(grad_v, v, tiles), grad_weights, None, None, None, None, None
 
 
 def _fold(columns: torch.Tensor, like: torch.Tensor, tiles: _Tiles) -> torch.Tensor:
@@ -170,4 +224,4 @@ def spread_weights(indices: torch.Tensor, weights: torch.Tensor, num_chunks: int
 def hsa_attention_dense(q, k, v, indices, weights, *, chunk_size, chunk_lengths, scale, causal=False):
     """Same result as hsa_attention_reference at a cost of T * C * S whatever K; memory O(T * C + tile)."""
     dense = spread_weights(indices, weights, k.shape[1] // chunk_size)
-    return _DenseAttention.apply(q, k, v, dense, chunk_size, chunk_lengths, scale, causal)
+    return _DenseAttention.apply(q, k, v, dense, indices, chunk_size, chunk_lengths, scale, causal)

@@ -21,14 +21,22 @@ def _rows(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
     return tensor.unflatten(1, (-1, chunk_size)).permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 2)
 
 
-def _row_index(indices: torch.Tensor, kv_batch: int, kv_heads: int, num_chunks: int) -> torch.Tensor:
-    """Row of each selected chunk in `_rows`, (B, t, Hkv, K) int64; empty slots point at chunk 0 (their weight is 0)."""
-    index = indices.long().clamp_min(0).expand(-1, -1, kv_heads, -1)
-    batch = torch.arange(indices.shape[0], device=indices.device).view(-1, 1, 1, 1)
+def _filled(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunks (B, t, Hr, K) int64 in which empty slots, whose weight is 0, repeat one of the token's own, so that they
+    read nothing that it does not read; and (B, t, Hr) which tokens have none: they read chunk 0 with queries of zeros.
+    """
+    highest = indices.amax(-1, keepdim=True)
+    filled = torch.where(indices < 0, highest, indices).clamp_min(0)
+    return filled.long(), highest[..., 0] < 0
+
+
+def _row_index(index: torch.Tensor, kv_batch: int, kv_heads: int, num_chunks: int) -> torch.Tensor:
+    """Row of each chunk (B, t, Hr, K) in `_rows`, (B, t, Hkv, K) int64."""
+    batch = torch.arange(index.shape[0], device=index.device).view(-1, 1, 1, 1)
     if kv_batch == 1:
         batch = torch.zeros_like(batch)
-    head = torch.arange(kv_heads, device=indices.device).view(1, 1, -1, 1)
-    return (batch * kv_heads + head) * num_chunks + index
+    head = torch.arange(kv_heads, device=index.device).view(1, 1, -1, 1)
+    return (batch * kv_heads + head) * num_chunks + index.expand(-1, -1, kv_heads, -1)
 
 
 def _attention(queries, keys, absent, scale, shape):
@@ -40,14 +48,15 @@ def _attention(queries, keys, absent, scale, shape):
     return logits.softmax(-1)
 
 
-def _absent(chunk_lengths, indices, kv_heads, chunk_size):
-    """True where a gathered key slot holds no token (short chunks), (N, K, S), or None; indices (B, t, Hr, K)."""
+def _absent(chunk_lengths, index, kv_heads, chunk_size):
+    """True where a gathered key slot holds no token (short chunks), (N, K, S), or None; index (B, t, Hr, K)."""
     if chunk_lengths is None:
         return None
-    index = indices.long().clamp_min(0)
     lengths = chunk_lengths.expand(index.shape[0], -1).gather(1, index.flatten(1)).view_as(index)  # (B, t, Hr, K)
     lengths = lengths.expand(-1, -1, kv_heads, -1).flatten(0, 2)  # (N, K)
-    return torch.arange(chunk_size, device=lengths.device) >= lengths[..., None]
+    absent = torch.arange(chunk_size, device=lengths.device) >= lengths[..., None]
+    # where the answer is at hand, whole chunks save the passes that a mask takes
+    return None if absent.is_cpu and not absent.any() else absent
 
 
 def _gather(tensor: torch.Tensor, chunk_size: int, row_index: torch.Tensor) -> torch.Tensor:
@@ -89,15 +98,28 @@ class _Block:
         q, k, v, indices, weights, chunk_lengths, size, scale = problem
         kv_heads, slots = k.shape[2], indices.shape[-1]
         num_chunks = k.shape[1] // size
-        index = indices[:, start:stop]
+        index, is_lone = _filled(indices[:, start:stop])
+        self.is_lone = is_lone.expand(-1, -1, kv_heads).reshape(-1, 1, 1)  # (N, 1, 1)
         self.row_index = _row_index(index, k.shape[0], kv_heads, num_chunks)  # (B, t, Hkv, K)
         self.keys, self.values = (_gather(x, size, self.row_index) for x in (k, v))  # (N, K*S, D)
-        self.queries = q[:, start:stop].unflatten(2, (kv_heads, -1)).flatten(0, 2)  # (N, G, D)
+        self.queries = self.rows(q[:, start:stop])
         wide = accumulation_dtype(q.dtype)
-        fused = weights[:, start:stop].to(wide).masked_fill(index < 0, 0.0).expand(-1, -1, kv_heads, -1)
-        self.fused = fused.reshape(-1, slots)  # (N, K)
+        fused = weights[:, start:stop].to(wide).masked_fill(indices[:, start:stop] < 0, 0.0)
+        self.fused = fused.expand(-1, -1, kv_heads, -1).reshape(-1, slots)  # (N, K)
         absent = _absent(chunk_lengths, index, kv_heads, size)
+        if absent is not None:
+            for part in (self.keys, self.values):
+                part.masked_fill_(absent.flatten(1)[..., None], 0.0)
         self.attention = _attention(self.queries, self.keys, absent, scale, (slots, size))
+
+    def rows(self, part: torch.Tensor) -> torch.Tensor:
+        """(B, t, Hq, D) -> (N, G, D), zeros for tokens without chunks."""
+        kv_heads = self.row_index.shape[2]
+        return part.unflatten(2, (kv_heads, -1)).flatten(0, 2).masked_fill(self.is_lone, 0.0)
+
+    def result(self, part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """(N, G, D) -> the shape of `like`, (B, t, Hq, D), zeros for tokens without chunks."""
+        return part.masked_fill_(self.is_lone, 0.0).view(like.shape)
 
     def mixed(self) -> torch.Tensor:
         """Attention times fusion weight in the dtype of the values, (N, G, K*S)."""
@@ -113,7 +135,7 @@ class _GatherAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         for start, stop in problem.blocks():
             block = _Block(problem, start, stop)
-            out[:, start:stop] = matmul_wide(block.mixed(), block.values).view(out[:, start:stop].shape)
+            out[:, start:stop] = block.result(matmul_wide(block.mixed(), block.values), out[:, start:stop])
         return out
 
     @staticmethod
@@ -126,7 +148,7 @@ class _GatherAttention(torch.autograd.Function):
         grad_q, grad_weights = torch.empty_like(q), torch.zeros_like(weights)
         for start, stop in problem.blocks():
             block = _Block(problem, start, stop)
-            grad = grad_out[:, start:stop].reshape(block.queries.shape)  # (N, G, D)
+            grad = block.rows(grad_out[:, start:stop])  # (N, G, D)
             row = block.row_index.flatten()
             flat = (row.numel(), grad_keys.shape[1])
             grad_values.index_add_(0, row, matmul_wide(block.mixed().transpose(1, 2), grad).view(flat))
@@ -138,7 +160,7 @@ class _GatherAttention(torch.autograd.Function):
             grad_weights[:, start:stop] = grad_fused.masked_fill(problem.indices[:, start:stop] < 0, 0.0)
             grad_logits = block.attention * (grad_attention - delta) * block.fused[:, None, :, None] * ctx.scale
             grad_logits = grad_logits.flatten(2).to(q.dtype)  # (N, G, K*S)
-            grad_q[:, start:stop] = matmul_wide(grad_logits, block.keys).view(grad_q[:, start:stop].shape)
+            grad_q[:, start:stop] = block.result(matmul_wide(grad_logits, block.keys), grad_q[:, start:stop])
             grad_keys.index_add_(0, row, matmul_wide(grad_logits.transpose(1, 2), block.queries).view(flat))
         grad_k, grad_v = _unrows(grad_keys, k, ctx.chunk_size), _unrows(grad_values, v, ctx.chunk_size)
         return grad_q, grad_k, grad_v, None, grad_weights, None, None, None

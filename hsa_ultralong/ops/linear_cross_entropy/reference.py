@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 from hsa_ultralong.ops._common import accumulation_dtype
@@ -9,5 +10,7 @@ from hsa_ultralong.ops._common import accumulation_dtype
 
 def linear_cross_entropy_reference(hidden, weight, labels, *, ignore_index):
     dtype = accumulation_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ weight.to(dtype).T  # (N, V)
+    # ignored rows are replaced, not multiplied by zero: they may hold anything
+    rows = torch.where((labels != ignore_index)[:, None], hidden.to(dtype), 0.0)
+    logits = rows @ weight.to(dtype).T  # (N, V)
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")

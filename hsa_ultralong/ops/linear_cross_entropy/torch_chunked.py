@@ -27,7 +27,7 @@ def _loss_and_slope(
     kept = labels != ignore_index
     target = labels.clamp_min(0)[:, None]
     norm = logits.logsumexp(-1, keepdim=True)
-    loss = ((norm - logits.gather(-1, target)).squeeze(-1) * kept).sum()
+    loss = (norm - logits.gather(-1, target)).squeeze(-1).where(kept, 0.0).sum()
     hit = torch.arange(logits.shape[-1], device=logits.device) == target
     slope = ((logits - norm).exp() - hit.to(logits.dtype)) * kept[:, None]
     return loss, slope.to(dtype)
@@ -54,7 +54,8 @@ class _ChunkedLoss(torch.autograd.Function):
         if hidden.is_cuda:
             size = max(size, _LEAST_TOKENS)
         for start, stop in blocks(hidden.shape[0], size):
-            rows = hidden[start:stop]
+            # ignored rows may hold anything
+            rows = hidden[start:stop].masked_fill((labels[start:stop] == ignore_index)[:, None], 0.0)
             logits = matmul_wide(rows[None], head.T[None])[0]  # (n, V')
             loss, slope = step(logits, labels[start:stop], ignore_index, vocab_size, hidden.dtype)
             total += loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.ops._common import choose_impl, require_shape
+from hsa_ultralong.ops.sliding_window.isolation import isolated
 from hsa_ultralong.ops.sliding_window.reference import sliding_window_reference
 from hsa_ultralong.ops.sliding_window.torch_banded import sliding_window_banded
 
@@ -73,6 +74,10 @@ def sliding_window_attention(
     if query_segments is not None and key_segments is not None:
         require_shape("query_segments", query_segments, (batch, num_queries))
         require_shape("key_segments", key_segments, (batch, num_keys))
-    backend = _BACKENDS[choose_impl("sliding_window_attention", impl, tuple(_BACKENDS), _automatic(q, k))]
+    name = choose_impl("sliding_window_attention", impl, tuple(_BACKENDS), _automatic(q, k))
+    backend = _BACKENDS[name]
+    places = {"window": window, "query_segments": query_segments, "key_segments": key_segments}
     scale = dim**-0.5 if scale is None else scale
-    return backend(q, k, v, window=window, query_segments=query_segments, key_segments=key_segments, scale=scale)
+    if num_queries and (q.is_cpu or name == "reference"):
+        return isolated(backend, q, k, v, **places, scale=scale)
+    return backend(q, k, v, **places, scale=scale)
