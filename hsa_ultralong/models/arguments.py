@@ -68,9 +68,7 @@ def check_labels(name: str, labels: torch.Tensor | None, tokens: torch.Tensor | 
         raise ValueError(f"{name} must be {tuple(tokens.shape[:2])} as the tokens, got {tuple(labels.shape)}")
 
 
-def check_generation(
-    inputs: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, has_state: bool
-) -> None:
+def check_generation(inputs: torch.Tensor | None, kwargs: dict[str, Any], *, has_state: bool) -> None:
     """Refuse what `generate` cannot honour, before any work; has_state: a memory or a cache is given.
 
     Raises:
@@ -82,7 +80,7 @@ def check_generation(
     for name in ("segment_ids", "labels", "shift_labels"):
         if kwargs.get(name) is not None:
             raise ValueError(f"generate takes no {name}: a prompt is one document a row, masked by attention_mask")
-    config = kwargs.get("generation_config") or (args[0] if args else None)
+    config = kwargs.get("generation_config")
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(config, "use_cache", None)

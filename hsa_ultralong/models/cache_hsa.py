@@ -20,7 +20,7 @@ from hsa_ultralong.nn.window_attention import WindowState
 
 # how transformers calls the cache of a model: "past_key_values" up to 5.23
 CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
-# tokens that crop() can take back: kept beyond what the windows and the open chunk need
+# tokens that crop() can take back unless more are asked for: kept beyond what the windows and the open chunk need
 REWIND = 64
 
 
@@ -31,9 +31,9 @@ class WindowCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, rewind: int) -> None:
         super().__init__()
-        self.state = WindowState(max(window - 1, 0) + REWIND)
+        self.state = WindowState(max(window - 1, 0) + rewind)
         self.seen = 0
         self.is_initialized = True
 
@@ -66,16 +66,17 @@ class HSACache(Cache):
     Attributes:
         memory: chunks of the sequences themselves, or None before the first.
         library: a memorised ChunkMemory (batch 1) that every sequence may read, or None.
-        pending: (B, n, M) lower outputs of the last tokens: the open chunk and REWIND more.
+        rewind: tokens that can be taken back at once.
+        pending: (B, n, M) lower outputs of the last tokens: the open chunk and `rewind` more.
         mask: (B, n) bool, False at masked tokens, up to the last call that had some; None without any.
         padding: masked tokens of every row, on the host. The cache holds each row without them, moved to the right.
         num_seen: tokens of every row so far, masked ones included.
         dead_end: why the cache cannot be continued (packed row), or None.
     """
 
-    def __init__(self, config: HSAConfig, library: ChunkMemory | None = None) -> None:
-        self.chunk_size = config.chunk_size
-        super().__init__(layers=[WindowCacheLayer(window) for window in config.layer_windows])
+    def __init__(self, config: HSAConfig, library: ChunkMemory | None = None, *, rewind: int = REWIND) -> None:
+        self.chunk_size, self.rewind = config.chunk_size, rewind
+        super().__init__(layers=[WindowCacheLayer(window, rewind) for window in config.layer_windows])
         if library is not None and library.chunk_size != config.chunk_size:
             raise ValueError(f"the library has chunks of {library.chunk_size} tokens, the model of {config.chunk_size}")
         if library is not None and library.is_composable != config.is_composable:
@@ -97,7 +98,7 @@ class HSACache(Cache):
 
     @property
     def _pending_kept(self) -> int:
-        return self.chunk_size - 1 + REWIND
+        return self.chunk_size - 1 + self.rewind
 
     def keep_pending(self, hidden: torch.Tensor) -> None:
         """Keep the last of the lower outputs (B, n, M): the open chunk, and what may be taken or moved back."""
@@ -179,14 +180,18 @@ class HSACache(Cache):
         remove = -max_length if max_length <= 0 else self.num_seen - max_length
         if remove <= 0:
             return
-        if remove > min(REWIND, self.num_seen):
-            raise ValueError(f"an HSACache can take back at most {REWIND} tokens at once, asked for {remove}")
+        if remove > min(self.rewind, self.num_seen):
+            most = min(self.rewind, self.num_seen)
+            raise ValueError(
+                f"this HSACache can take back at most {most} tokens at once, asked for {remove}; "
+                f"make it with HSACache(config, rewind={remove})"
+            )
         left = self.num_seen - remove
         if self.mask is not None and bool((~self.mask & (self.mask.cumsum(1) > 0))[:, left:].any()):
             raise ValueError("an HSACache cannot take back tokens together with masked ones among them")
         states = [layer.state for layer in self.layers]
         for state in states:
-            if state.keys is not None and state.length - remove < min(left, state.keep - REWIND):
+            if state.keys is not None and state.length - remove < min(left, state.keep - self.rewind):
                 raise ValueError(f"the windows no longer hold the keys needed to take back {remove} tokens")
         for state in states:
             if state.keys is not None and state.values is not None:

@@ -14,16 +14,17 @@ from transformers.utils import can_return_tuple
 
 from hsa_ultralong.models.adapters import offer_adapter_targets
 from hsa_ultralong.models.arguments import check_arguments, check_generation, check_labels
-from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
+from hsa_ultralong.models.cache_hsa import CACHE_NAME, REWIND, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.evaluation import evaluating
+from hsa_ultralong.models.generation import OwnBatching, check_options, named
 from hsa_ultralong.models.head import head_loss
 from hsa_ultralong.models.modeling_hsa import HSAModel, HSAPreTrainedModel
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.moe import MixtureOfExperts
 
 
-class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
+class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
     """HSAModel with a language-modelling head; `memorize` and `generate(memory=...)` make it remember."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -141,26 +142,30 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         the memory's open document instead, exactly. Masked tokens may stand anywhere; answers follow the last real one.
 
         Raises:
-            ValueError: for an empty prompt, inputs of whole rows (segment_ids), or use_cache=False with a memory or a
-                cache.
+            ValueError: for an empty prompt, inputs of whole rows (segment_ids), use_cache=False with a memory or a
+                cache, or options that cannot be honoured (generation.py).
         """
+        kwargs = named(args, kwargs)
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-        if cache is not None:
-            kwargs[CACHE_NAME] = cache
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
         elif kwargs.get("input_ids") is not None:
             raise ValueError("inputs and input_ids name the same thing: give one of them")
         has_state = memory is not None or cache is not None
-        check_generation(inputs, args, kwargs, has_state=has_state)
+        check_generation(inputs, kwargs, has_state=has_state)
+        rewind = check_options(self, kwargs, cache)
+        if cache is None and memory is None and rewind > REWIND:
+            cache = HSACache(self.config, rewind=rewind)
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         if has_state:
             kwargs["use_cache"] = True
         with evaluating(self):
             if memory is None:
-                return super().generate(inputs, *args, **kwargs)
+                return super().generate(inputs, **kwargs)
             from hsa_ultralong.inference import generate_with_memory
 
-            return generate_with_memory(self, super().generate, inputs, memory, *args, **kwargs)
+            return generate_with_memory(self, super().generate, inputs, memory, rewind=rewind, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         """Positions follow from the cache: none are made, which would be checked at every step."""
@@ -181,8 +186,6 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
     ):
         """generate() would otherwise build a cache of its own kind."""
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation is not None:
-                raise ValueError("HSA-UltraLong has its own cache; leave cache_implementation unset")
             model_kwargs[CACHE_NAME] = HSACache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

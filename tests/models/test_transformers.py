@@ -163,7 +163,7 @@ def test_assisted_decoding_equals_greedy():
 
 
 def test_generate_refuses_a_foreign_cache_kind():
-    with pytest.raises(ValueError, match="leave cache_implementation unset"):
+    with pytest.raises(ValueError, match="has its own cache"):
         generate(tiny_model(), random_tokens(1, 5), cache_implementation="static")
 
 
