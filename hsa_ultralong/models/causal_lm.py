@@ -173,6 +173,11 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers; the mask goes with a prompt only, as generated tokens are never masked."""
+        before = given_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
+        is_open = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length", 0) is None
+        if is_open and isinstance(before, HSACache) and before.num_seen:
+            # assisted decoding would pass on what the cache has seen; the pieces of a long prompt come without a length
+            kwargs["next_sequence_length"] = input_ids.shape[1] - before.num_seen
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache, mask = inputs.get(CACHE_NAME), inputs.get("attention_mask")
         # the pieces of a prompt come without a length, its first call says so

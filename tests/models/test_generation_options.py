@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from hsa_ultralong.inference import edit
@@ -12,7 +12,7 @@ from hsa_ultralong.models import HSACache
 from hsa_ultralong.models.cache_hsa import REWIND
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 
-PLAIN = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+PLAIN = {"max_new_tokens": 10, "do_sample": False}
 
 
 def both(model, tokens=None, **options):
@@ -62,7 +62,7 @@ def test_embeddings_as_a_prompt_answer_like_their_tokens_with_a_memory_too():
 REFUSED = {
     "cache_implementation": ["static", "dynamic", "offloaded", "quantized", "paged"],
     "cache_config": [{"backend": "quanto"}],
-    "compile_config": [object()],
+    "compile_config": [CompileConfig()],
     "low_memory": [True],
     "output_attentions": [True],
     "assistant_early_exit": [1],
@@ -92,9 +92,7 @@ def test_options_of_the_models_own_generation_configuration_are_refused_too():
         model.generate(tokens, **PLAIN)
 
 
-@pytest.mark.parametrize(
-    "name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
-)
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
 def test_continuous_batching_is_refused_with_what_to_use(name):
     with pytest.raises(ValueError, match="DecodingEngine"):
         getattr(tiny_model(), name)([[1, 2]], generation_config=GenerationConfig())
@@ -105,18 +103,24 @@ def repeated(length):
     return torch.cat([random_tokens(1, length)] * 3, 1)
 
 
-@pytest.mark.parametrize("num_tokens", [3, REWIND, REWIND + 1, 150])
+@pytest.mark.parametrize("num_tokens", [3, REWIND + 1])
 def test_prompt_lookup_of_any_length_equals_greedy_decoding(num_tokens):
-    model, tokens = tiny_model(), repeated(120)
+    model, tokens = tiny_model(), repeated(70)
     for generate in both(model):
-        options = {**PLAIN, "max_new_tokens": 160}
+        options = {**PLAIN, "max_new_tokens": 70}
         found = generate(tokens, prompt_lookup_num_tokens=num_tokens, max_matching_ngram_size=1, **options)
         assert torch.equal(found, generate(tokens, **options))
 
 
-@pytest.mark.parametrize("schedule", ["constant", "heuristic", "heuristic_transient"])
-@pytest.mark.parametrize("num_tokens", [5, REWIND + 20])
-@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize(
+    "schedule, num_tokens, same",
+    [
+        ("constant", 5, True),
+        ("constant", REWIND + 6, False),
+        ("heuristic", REWIND, True),
+        ("heuristic_transient", 5, False),
+    ],
+)
 def test_drafts_of_an_assistant_of_any_length_equal_greedy_decoding(schedule, num_tokens, same):
     model, tokens = tiny_model(), random_tokens(1, 20)
     assistant = tiny_model(seed=0 if same else 1)
@@ -124,7 +128,7 @@ def test_drafts_of_an_assistant_of_any_length_equal_greedy_decoding(schedule, nu
     assistant.generation_config.num_assistant_tokens_schedule = schedule
     assistant.generation_config.assistant_confidence_threshold = 0.0
     for generate in both(model):
-        options = {**PLAIN, "max_new_tokens": 150}
+        options = {**PLAIN, "max_new_tokens": 80}
         found = generate(tokens, assistant_model=assistant, **options)
         assert torch.equal(found, generate(tokens, **options))
 
@@ -150,8 +154,6 @@ def test_a_cache_that_cannot_take_a_draft_back_is_refused_at_the_start():
     cache = HSACache(model.config, rewind=100)
     found = model.generate(tokens, cache=cache, prompt_lookup_num_tokens=100, **PLAIN)
     assert torch.equal(found, model.generate(tokens, **PLAIN))
-    cache.crop(-100)
-    assert torch.equal(model.generate(tokens, cache=cache, **PLAIN), found)
 
 
 @pytest.mark.parametrize("options", [{"guidance_scale": 1.5}, {"prefill_chunk_size": 5}, {"num_beams": 2}])
@@ -204,3 +206,11 @@ def test_a_document_can_be_edited_between_answers():
     memory = model.memorize(random_tokens(1, 22)[0])
     edit(model, memory, 3, 5, random_tokens(1, 2, seed=9)[0])
     assert model.generate(inputs=tokens, memory=memory, **PLAIN).shape == (1, 16)
+
+
+def test_assisted_decoding_goes_on_from_a_cache_without_reading_its_tokens_again():
+    model, tokens = tiny_model(), repeated(9)
+    first = model.generate(tokens, return_dict_in_generate=True, **PLAIN)
+    cache = first.past_key_values if "past_key_values" in first else first.cache
+    found = model.generate(first.sequences, cache=cache, prompt_lookup_num_tokens=4, **PLAIN)
+    assert torch.equal(found, model.generate(first.sequences, **PLAIN))
