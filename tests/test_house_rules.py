@@ -273,7 +273,8 @@ def test_readme_names_only_existing_commands(monkeypatch, capsys):
 def test_documents_name_tests_that_exist():
     named = set()
     for page in [*ROOT.glob("docs/*.md"), *ROOT.glob("hsa_ultralong/**/*.md"), *ROOT.glob("hsa_ultralong/**/*.py")]:
-        named |= set(re.findall(r"\btest_[a-z0-9_]+", page.read_text(encoding="utf-8")))
+        if not page.name.startswith("common_suite"):  # which names those of transformers
+            named |= set(re.findall(r"\btest_[a-z0-9_]+", page.read_text(encoding="utf-8")))
     files = list((ROOT / "tests").rglob("test_*.py"))
     known = {file.stem for file in files}
     for file in files:

@@ -28,6 +28,10 @@ _NOTED_KEYS = {
     "tie_last_hidden_states", "tokenizer_class", "torch_dtype", "torchscript", "transformers_weights",
     "unsloth_fixed", "unsloth_version", "use_bfloat16",
 }  # fmt: skip
+# options of other architectures that look like one of ours and that tools set on any configuration: kept, with a line
+_OTHERS_KEYS = {
+    "batch_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "post_norm_eps",
+}  # fmt: skip
 # an int32 counts the tokens of a row
 MAX_POSITIONS = 2**31 - 1
 
@@ -278,7 +282,7 @@ def _refuse_similar(kind: type[HSAConfig], key: str) -> None:
         raise ValueError(f"{key} follows from other options of HSAConfig; set those")
     # `top_k` belongs to sampling: transformers drops it from configurations without a word
     meant = ["chunk_topk"] if key == "top_k" else []
-    if not (meant or hasattr(kind, key) or _is_noted(key)):
+    if not (meant or hasattr(kind, key) or _is_noted(key) or key in _OTHERS_KEYS):
         options, words = config_fields(), set(key.lower().split("_"))
         meant = get_close_matches(key.lower(), options, n=1, cutoff=0.85)
         meant = meant or [option for option in options if words < set(option.split("_"))]
