@@ -160,7 +160,8 @@ class DecodingEngine:
         ends = torch.arange(1, self.capacity + 2, dtype=torch.int32, device=self.device) * config.chunk_size
         self.own.ends.copy_(ends.expand(batch, -1))
         self.lengths = [0] * batch  # places, on the host
-        slots = (batch, config.num_retrieval_heads, config.chunk_topk)
+        chunks = self.capacity + 1 + sum(memory.num_chunks_of_all for memory in self.memories if memory is not None)
+        slots = (batch, config.num_retrieval_heads, min(config.chunk_topk, chunks))
         self.retrieved = [
             (torch.full(slots, -1, dtype=torch.int32, device=self.device), torch.zeros(slots, device=self.device))
             for _ in inner.upper_groups()

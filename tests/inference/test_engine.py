@@ -63,6 +63,19 @@ def test_sequences_of_different_lengths_with_memories_of_their_own():
         torch.testing.assert_close(logits[row], parallel(model, memories[row], text)[length:], **EXACT)
 
 
+def test_more_chunks_than_there_are_take_no_memory_and_change_nothing():
+    answers = []
+    for topk in (100, 10**12):
+        model = tiny_model(chunk_topk=topk)
+        memory = model.memorize(document(90))
+        engine = DecodingEngine(model, memory, batch=1, max_tokens=64)
+        engine.start(0, document(10, seed=2))
+        answers.append(forced(engine, document(30, seed=3)[None]))
+        prompt = document(10, seed=2)[None]
+        answers.append(model.generate(prompt, memory=memory, max_new_tokens=5, do_sample=False, pad_token_id=0))
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
+
+
 @pytest.mark.parametrize("rest", [0, 5])
 def test_the_open_document_goes_on(rest):
     model = tiny_model()
