@@ -111,7 +111,7 @@ def check_logits_divisors_and_refusals(rank, world):
         part(tokens[:, :6])
     with pytest.raises(ValueError, match="without attention_mask"):
         part(tokens[:, :8], attention_mask=torch.ones(2, 8))
-    with pytest.raises(ValueError, match="cannot continue a cache"):
+    with pytest.raises(ValueError, match="cannot use a cache"):
         part(tokens[:, :8], past_key_values=whole(tokens[:, :8]).past_key_values)
     assert part(tokens[:, :8]).past_key_values is None
 
