@@ -5,7 +5,6 @@ Called by ``sources.py``, ``build.py`` and the commands; tested in ``tests/data/
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 from hsa_ultralong.data import kinds
 from hsa_ultralong.data.encodings import AUTO, HEAD_BYTES, check_encoding
+from hsa_ultralong.data.files import FileLock
 from hsa_ultralong.data.unpacking import open_unpacked, packing_of
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Spool:
 
     def __init__(self, place: Path | None = None) -> None:
         self._place = place
-        self._lock: BinaryIO | None = None
+        self._lock: FileLock | None = None
         self._num_copies = 0
         self._made: list[Path] = []
 
@@ -116,19 +116,22 @@ class Spool:
             assert self._place is not None
             # removed while it is held, so that nobody finds a folder that is about to go
             shutil.rmtree(self._place, ignore_errors=True)
-            self._lock.close()
+            self._lock.release()
             remove_empty(self._made)
 
     def copy(self, stream: BinaryIO, name: str, encoding: str) -> InputFile:
         """Read a stream to its end into a file.
 
         Raises:
-            ValueError: another process uses the same place. OSError: the disk is full, or the stream fails.
+            ValueError: another process uses the same place, or it is a link. OSError: the disk is full, or the stream
+                fails.
         """
         path = self._folder() / str(self._num_copies)
         self._num_copies += 1
         digest = hashlib.sha256()
-        with path.open("wb") as file:
+        # what a killed process left goes; of a link the link, not what it points to
+        path.unlink(missing_ok=True)
+        with path.open("xb") as file:
             while data := stream.read(_COPY_BYTES):
                 digest.update(data)
                 file.write(data)
@@ -140,13 +143,9 @@ class Spool:
         if self._lock is None:
             self._made = missing_parents(self._place)
             self._place.mkdir(parents=True, exist_ok=True)
-            lock = (self._place / "lock").open("wb")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                lock.close()
-                raise ValueError(f"another process reads its input into {self._place}; wait for it") from error
-            self._lock = lock
+            if self._place.is_symlink():
+                raise ValueError(f"{self._place} is a symbolic link, which is not followed here; remove it")
+            self._lock = FileLock.acquire(self._place / "lock", f"{self._place} is in use")
         return self._place
 
 

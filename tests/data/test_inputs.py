@@ -111,12 +111,36 @@ def test_standard_input_twice_closed_or_in_use_is_refused(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
     with spool_of(tmp_path / "out") as first, spool_of(tmp_path / "out") as second:
         inputs_of(["-"], spool=first)
-        with pytest.raises(ValueError, match="another process reads its input"):
+        with pytest.raises(ValueError, match="in use by process"):
             inputs_of(["-"], spool=second)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(sys, "stdin", None)
     with Spool() as spool, pytest.raises(ValueError, match="standard input is closed"):
         inputs_of(["-"], spool=spool)
+
+
+def test_a_spool_follows_no_link(tmp_path, monkeypatch):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    place = spool_of(tmp_path / "out")._place
+    for name in ("lock", "0"):
+        place.mkdir()
+        (place / name).symlink_to(outside / "mine")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
+        if name == "lock":
+            with Spool(place) as spool, pytest.raises(ValueError, match="symbolic link"):
+                inputs_of(["-"], spool=spool)
+            (place / name).unlink()
+            place.rmdir()
+        else:
+            with Spool(place) as spool:
+                inputs_of(["-"], spool=spool)
+    place.symlink_to(outside)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
+    with Spool(place) as spool, pytest.raises(ValueError, match="symbolic link"):
+        inputs_of(["-"], spool=spool)
+    assert [file.name for file in outside.iterdir()] == ["mine"] and (outside / "mine").read_text() == "mine"
 
 
 def test_devices_are_refused(tmp_path):

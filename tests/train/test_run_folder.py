@@ -128,6 +128,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_parent(tmp_path):
         child.join()
         folder = RunFolder(tmp_path)
         folder.take()
+        assert folder.is_held
         folder.release()
     finally:
         os.kill(worker, signal.SIGKILL)
