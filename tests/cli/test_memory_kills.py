@@ -51,6 +51,8 @@ def place(checkpoint, monkeypatch):
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         export_model(model, load_tokenizer(checkpoint), folder / "model", topk=4)
+        # transformers loads in threads, of which torch knows none in a forked process
+        monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
         # many commits: a kill finds something to go on with
         monkeypatch.setattr(updating, "_COMMIT_TOKENS", 1)
         monkeypatch.setattr(rebuilding, "_COMMIT_TOKENS", 1)
