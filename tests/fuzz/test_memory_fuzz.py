@@ -59,7 +59,7 @@ def seal(folder: Path, file: Path) -> None:
     """Put page tables, sizes and hashes right after a file of the memory changed."""
     try:
         body = json.loads((folder / "manifest.json").read_bytes())["body"]
-    except (ValueError, OSError, LookupError):
+    except (ValueError, OSError, LookupError, TypeError):
         return
     data, name = file.read_bytes(), str(file.relative_to(folder))
     for record in body["shards"]:

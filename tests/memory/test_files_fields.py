@@ -14,6 +14,7 @@ from safetensors.torch import save
 from hsa_ultralong.memory import Column, MemoryFile, MemoryFileError, MemorySpec, MemoryWriter, verify_memory
 from hsa_ultralong.memory.files import fields, manifest
 from hsa_ultralong.memory.files.fields import MAX_DEPTH, free_object, parse_json, require
+from hsa_ultralong.memory.files.spec import MemoryDocument
 from tests.memory.test_files_damage import LARGE
 from tests.memory.test_files_model import COLUMNS, SPEC, S, add_document, build, state_of
 
@@ -312,3 +313,9 @@ def test_more_memory_than_there_is_is_one_line(tmp_path):
     with MemoryFile.open(path) as file, pytest.raises(MemoryFileError, match=r"chunks of column 'codes' need"):
         file._room("codes", 2**58)
     assert os.path.isdir(path)
+
+
+def test_a_name_of_any_length_is_short_in_messages():
+    assert MemoryDocument(3, "x" * 10**6).label.count("x") < 160
+    assert MemoryDocument(3, "notes.txt").label == "'notes.txt'"
+    assert MemoryDocument(3, "").label == "document 3"

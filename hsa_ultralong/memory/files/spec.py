@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from reprlib import Repr
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 NAMES_IN_A_MESSAGE = 3
+# characters of each
+_LABELS = Repr()
+_LABELS.maxstring = 160
 # of one chunk in all columns
 LARGEST_ROW = 2**40
 
@@ -137,8 +141,8 @@ class MemoryDocument:
 
     @property
     def label(self) -> str:
-        """The name in messages."""
-        return repr(self.name) if self.name else f"document {self.id}"
+        """The name in messages, its middle left out if it is long."""
+        return _LABELS.repr(self.name) if self.name else f"document {self.id}"
 
 
 @dataclass(frozen=True)
