@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from hsa_ultralong.models.arguments import check_arguments, check_tokens
-from hsa_ultralong.models.build import UpperGroup, build_encoder, build_group, build_lower_layer
+from hsa_ultralong.models.build import build_encoder, build_group, build_lower_layer
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict, slice_layout
@@ -30,6 +30,7 @@ from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
+from hsa_ultralong.nn.upper_group import UpperGroup
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
 
