@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer
@@ -15,6 +16,14 @@ from hsa_ultralong.nn.mlp import SwiGLU
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.upper_group import UpperGroup
 from hsa_ultralong.nn.window_attention import WindowAttention
+
+
+class RecomputedDecoderLayer(GradientCheckpointingLayer, DecoderLayer):
+    """A DecoderLayer that runs again in the backward if gradient checkpointing is on."""
+
+
+class RecomputedHSALayer(GradientCheckpointingLayer, HSALayer):
+    """An HSALayer that does; retrieval before it runs once, as its cost grows with the memory."""
 
 
 def _mlp(config: HSAConfig, layer_index: int) -> nn.Module:
@@ -46,7 +55,7 @@ def _window(config: HSAConfig, window: int) -> WindowAttention:
 
 
 def _decoder_layer(config: HSAConfig, layer_index: int) -> DecoderLayer:
-    return DecoderLayer(
+    return RecomputedDecoderLayer(
         hidden_size=config.hidden_size,
         attention=_window(config, config.sliding_window),
         mlp=_mlp(config, layer_index),
@@ -102,7 +111,7 @@ def build_group(config: HSAConfig, index: int) -> UpperGroup:
         gumbel_noise=config.gumbel_noise,
         rms_norm_eps=config.rms_norm_eps,
     )
-    hsa_layer = HSALayer(
+    hsa_layer = RecomputedHSALayer(
         hidden_size=config.hidden_size,
         window_attention=_window(config, config.hsa_sliding_window) if config.hsa_sliding_window else None,
         hsa=HierarchicalSparseAttention(chunk_size=config.chunk_size, **_heads(config)),

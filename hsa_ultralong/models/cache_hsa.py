@@ -25,17 +25,33 @@ REWIND = 64
 
 
 class WindowCacheLayer(CacheLayerMixin):
-    """transformers' view of the WindowState of one layer."""
+    """transformers' view of the WindowState of one layer: keys (not rotated) and values as (B, Hkv, n, D)."""
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
     def __init__(self, window: int, rewind: int) -> None:
-        super().__init__()
         self.state = WindowState(max(window - 1, 0) + rewind)
+        super().__init__()
         self.seen = 0
         self.is_initialized = True
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return None if self.state.keys is None else self.state.keys.transpose(1, 2)
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self.state.keys = None if keys is None else keys.transpose(1, 2)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return None if self.state.values is None else self.state.values.transpose(1, 2)
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self.state.values = None if values is None else values.transpose(1, 2)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -56,7 +72,7 @@ class WindowCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state.keys = self.state.values = None
+        self.keys = self.values = None
         self.seen = 0
 
 

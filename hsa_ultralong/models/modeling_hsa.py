@@ -6,18 +6,26 @@ One forward serves training, segment-wise reading and decoding; what differs liv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from hsa_ultralong.models.arguments import check_arguments, check_tokens
-from hsa_ultralong.models.build import build_encoder, build_group, build_lower_layer
+from hsa_ultralong.models.build import (
+    RecomputedDecoderLayer,
+    RecomputedHSALayer,
+    build_encoder,
+    build_group,
+    build_lower_layer,
+)
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict, slice_layout
@@ -25,12 +33,13 @@ from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
 from hsa_ultralong.models.ranks import ContextRanks, PoolRanks, Windows
 from hsa_ultralong.models.registration import is_own_auto_class
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
-from hsa_ultralong.nn.chunk_encoder import ChunkEncoder
+from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
 from hsa_ultralong.nn.upper_group import UpperGroup
+from hsa_ultralong.nn.window_attention import extends_a_cache
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
 
@@ -39,7 +48,7 @@ class HSAPreTrainedModel(PreTrainedModel):
     config: HSAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer", "HSALayer", "EncoderLayer"]
+    _no_split_modules = [RecomputedDecoderLayer.__name__, RecomputedHSALayer.__name__, EncoderLayer.__name__]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
 
@@ -67,12 +76,18 @@ class HSAPreTrainedModel(PreTrainedModel):
         if not is_own_auto_class(cls, auto_class):
             super().register_for_auto_class(auto_class)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any):
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
         """As in transformers; only the non-reentrant form, because gradients also flow through the shared memory."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("HSA-UltraLong needs gradient checkpointing with use_reentrant=False")
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+        recompute = partial(gradient_checkpointing_func, use_reentrant=False)
+
+        def run(layer: Callable[..., Any], *args: Any) -> Any:
+            return layer(*args) if extends_a_cache(args) else recompute(layer, *args)
+
+        super()._set_gradient_checkpointing(enable, run, **options)
 
 
 class HSAModel(HSAPreTrainedModel):
@@ -85,7 +100,6 @@ class HSAModel(HSAPreTrainedModel):
         self.chunk_encoder = build_encoder(config)
         self.groups = nn.ModuleList(build_group(config, i) for i in range(config.num_upper_groups))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing = False
         # set from outside: processes that share every row, and processes whose rows share a pool (distributed/)
         self.context_ranks: ContextRanks | None = None
         self.pool_ranks: PoolRanks | None = None
@@ -203,7 +217,7 @@ class HSAModel(HSAPreTrainedModel):
         """Step 2, the lower decoder: (B, T, M) -> (B, T, M); every layer's output is added to `states`."""
         for number, layer in enumerate(self.lower_layers):
             state = None if windows is None else windows.state(number)
-            x = self._run(windows, layer, x, rotary, segments, state)
+            x = layer(x, rotary, segments, state)
             if states is not None:
                 states.append(x)
         return x
@@ -232,17 +246,11 @@ class HSAModel(HSAPreTrainedModel):
             number += self.config.num_layers_per_group
             noise_seed = None if seed is None else seed + 7919 * index
             options = (kept, self.config.chunk_topk, noise_seed, start, states is not None)
-            outputs = self._run(windows, group, x, views, rotary, segments, *options)
+            outputs = group(x, views, rotary, segments, *options)
             if states is not None:
                 states.extend(outputs)
             x = outputs if states is None else outputs[-1]
         return x
-
-    def _run(self, windows: Windows | None, layer: nn.Module, *args: Any) -> Any:
-        # a layer that ran again in the backward would extend a cache twice
-        if self.gradient_checkpointing and self.training and not isinstance(windows, HSACache):
-            return self._gradient_checkpointing_func(layer.__call__, *args)
-        return layer(*args)
 
     def _cache(self, cache: HSACache | None, use_cache: bool | None) -> HSACache | None:
         if cache is not None and not isinstance(cache, HSACache):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -29,6 +32,11 @@ class WindowState:
         first = max(0, keys.shape[1] - self.keep)
         self.keys, self.values = keys[:, first:].detach().clone(), values[:, first:].detach().clone()
         return keys, values
+
+
+def extends_a_cache(args: Iterable[Any]) -> bool:
+    """Whether a layer given these extends a window that stays: run again in the backward, it would do so twice."""
+    return any(isinstance(part, WindowState) for part in args)
 
 
 class WindowAttention(nn.Module):

@@ -20,7 +20,7 @@ from hsa_ultralong.distributed.mesh import ParallelConfig
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.decoder_layer import DecoderLayer
 from hsa_ultralong.nn.mlp import SwiGLU
-from hsa_ultralong.nn.window_attention import WindowState
+from hsa_ultralong.nn.window_attention import extends_a_cache
 
 # smaller tensors cost more to move than to keep
 _LEAST_OFFLOADED_BYTES = 1 << 20
@@ -51,8 +51,7 @@ def _recompute(module: Any, method: str = "forward", **options: Any) -> None:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        # a window that grows must grow once
-        if not torch.is_grad_enabled() or any(isinstance(part, WindowState) for part in args):
+        if not torch.is_grad_enabled() or extends_a_cache(args):
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
 

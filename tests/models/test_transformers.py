@@ -171,7 +171,7 @@ def train_once(checkpointing, **options):
     model, tokens = tiny_model(**options).train(), random_tokens(3, 18)
     if checkpointing:
         model.gradient_checkpointing_enable()
-        assert model.model.gradient_checkpointing
+        assert all(layer.gradient_checkpointing for layer in model.model.lower_layers)
     torch.manual_seed(5)
     loss = model(tokens, labels=tokens, pool_memory=model.config.is_composable).loss
     loss.backward()
@@ -185,6 +185,19 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(options):
     assert grads.keys() == other.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(other[name], grad, **EXACT, msg=name)
+
+
+def test_gradient_checkpointing_runs_layers_twice_and_retrieval_once():
+    model, tokens = tiny_model().train(), random_tokens(2, 20)
+    model.gradient_checkpointing_enable()
+    ran: dict[str, int] = {}
+    for name, part in model.named_modules():
+        if name.endswith(("mlp", "retriever.query_proj")):
+            part.register_forward_pre_hook(lambda *_, name=name: ran.update({name: ran.get(name, 0) + 1}))
+    model(tokens, labels=tokens).loss.backward()
+    layers = {name: count for name, count in ran.items() if "encoder" not in name and "retriever" not in name}
+    assert len(layers) == model.config.num_hidden_layers and set(layers.values()) == {2}
+    assert {count for name, count in ran.items() if "retriever" in name} == {1}
 
 
 def test_gradient_checkpointing_repeats_the_selection_noise():
