@@ -189,6 +189,59 @@ def test_the_backend_rule_sees_every_form_of_import(source, is_broken):
     assert any(found) == is_broken
 
 
+# plain `groups` are of other things
+_RUN_OVER = re.compile(r"layers|upper_groups|\.groups|enumerate\(groups")
+
+
+def names_in(*nodes: ast.AST) -> set[str]:
+    return {part.id for node in nodes for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def runs_layers(source: str) -> list[str]:
+    """Functions with a loop over layers or groups that passes what one gives on to the next."""
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for loop in ast.walk(function):
+            if not (isinstance(loop, ast.For) and _RUN_OVER.search(ast.unparse(loop.iter))):
+                continue
+            inside = [node for statement in loop.body for node in ast.walk(statement)]
+            assigned = names_in(*(target for node in inside if isinstance(node, ast.Assign) for target in node.targets))
+            part = names_in(loop.target)
+            calls = [node for node in inside if isinstance(node, ast.Call) and names_in(node.func, *node.args) & part]
+            given = {arg.id for call in calls for arg in call.args if isinstance(arg, ast.Name)}
+            if given & (assigned - part):
+                found.append(function.name)
+    return found
+
+
+def test_the_loops_over_lower_layers_and_upper_groups_stand_once():
+    """Training, reading, decoding, long rows and ranks call models/stack.py."""
+    found = {relative(path): runs_layers(path.read_text(encoding="utf-8")) for path in FILES}
+    assert {file: functions for file, functions in found.items() if functions} == {
+        "models/stack.py": ["run_lower", "run_upper"],
+        "nn/upper_group.py": ["forward"],  # the layers of one group
+        "nn/chunk_encoder.py": ["project"],
+        "baselines/full_attention.py": ["forward"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("loop", "is_found"),
+    [
+        ("for layer in model.lower_layers:\n  x = layer(x, rotary)", True),
+        ("for layer, state in zip(inner.lower_layers, states):\n  x = run(layer)(x, state)", True),
+        ("for number, group in enumerate(inner.upper_groups()):\n  out = group(x, views)\n  x = out[-1]", True),
+        ("for layer in model.lower_layers:\n  layer.compile(dynamic=False)", False),
+        ("for group in model.upper_groups():\n  sums = []\n  group.register(hook(sums))", False),
+    ],
+)
+def test_the_rule_of_one_loop_sees_every_form_of_it(loop, is_found):
+    body = "\n".join("  " + line for line in loop.splitlines())
+    assert (runs_layers(f"def f(x):\n{body}\n  return x") == ["f"]) == is_found
+
+
 def test_the_library_prints_only_in_the_command_line():
     broken = [
         f"{relative(path)}:{node.lineno}"

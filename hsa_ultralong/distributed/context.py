@@ -43,6 +43,11 @@ class ContextWindows:
     def __init__(self, layers: list[WindowBefore]) -> None:
         self._layers = layers
 
+    @property
+    def length(self) -> int:
+        """Tokens before the slice that a window reaches."""
+        return max(layer.length for layer in self._layers)
+
     def state(self, layer: int) -> WindowBefore:
         return self._layers[layer]
 

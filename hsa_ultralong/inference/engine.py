@@ -16,22 +16,14 @@ import torch
 
 from hsa_ultralong.inference.fingerprint import require_same_model
 from hsa_ultralong.inference.generation import continuation_cache
-from hsa_ultralong.inference.reader import compiled, evaluating, run_layer
-from hsa_ultralong.inference.steps import (
-    rotary_of,
-    run_feed_forward,
-    run_head,
-    run_queries,
-    run_start,
-    run_window,
-    sample,
-)
+from hsa_ultralong.inference.reader import compiled, evaluating
+from hsa_ultralong.inference.steps import Pieces, rotary_of, sample
 from hsa_ultralong.inference.weights import is_plain, refuse_hooks, state_key, weights_of
 from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, GatheringStore, MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
-from hsa_ultralong.nn.ring_window import RingWindow
+from hsa_ultralong.nn.ring_window import RingWindows
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
 
@@ -95,12 +87,7 @@ class DecodingEngine:
         self.batch, self.max_tokens = batch, max_tokens
         self.sampling = (temperature, top_k, top_p)
         self.device, self.dtype = device_of(model), computing_dtype(model)
-        functions: tuple[Callable[..., Any], ...] = (
-            run_start, run_layer, run_queries, run_window, run_feed_forward, run_head,
-        )  # fmt: skip
-        parts = tuple(compiled(one, tune) for one in functions) if compile_layers else functions
-        self._run_start, self._run_layer, self._run_queries = parts[:3]
-        self._run_window, self._run_feed_forward, self._run_head = parts[3:]
+        self.pieces = Pieces(lambda piece: compiled(piece, tune)) if compile_layers else Pieces()
         self._make_state()
         self.views = [*self._library_views(), self._own_view()]
         self.is_captured = self._can_capture() if use_graph is None else use_graph
@@ -143,15 +130,10 @@ class DecodingEngine:
         # places of the next token: in the sequence's own grid of chunks, and in the numbering of its windows
         self.places = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.seen = torch.zeros_like(self.places)
-        self.rings = [
-            RingWindow(
-                self.seen, window=window, heads=config.num_key_value_heads, dim=config.head_dim, dtype=self.dtype,
-                device=self.device,
-            )
-            if window
-            else None
-            for window in config.layer_windows
-        ]  # fmt: skip
+        self.windows = RingWindows(
+            self.seen, config.layer_windows, heads=config.num_key_value_heads, dim=config.head_dim, dtype=self.dtype,
+            device=self.device,
+        )  # fmt: skip
         self.pending = torch.zeros((batch, config.chunk_size, config.hidden_size), dtype=self.dtype, device=self.device)
         # one chunk more than can be full: what is not full yet is written there and never seen
         self.capacity = self.max_tokens // config.chunk_size
@@ -205,24 +187,17 @@ class DecodingEngine:
 
     def _step(self) -> None:
         """Read `tokens`, leave the next ones there; completes no chunks."""
-        config, inner = self.config, self.model.model
+        inner, pieces = self.model.model, self.pieces
         self.positions.copy_(self.places[:, None])
-        x, rotary = self._run_start(inner, self.tokens, self.seen, self.dtype)
-        rings = iter(self.rings)
-        for layer in inner.lower_layers:
-            x = self._run_layer(layer, x, rotary, next(rings))
+        x, rotary = pieces.run_start(inner, self.tokens, self.seen, self.dtype)
+        x = inner.read_lower(x, rotary, None, self.windows, parts=pieces)
         rows = torch.arange(self.batch, device=self.device)
-        self.pending[rows, self.places % config.chunk_size] = x[:, 0]
-        for number, group in enumerate(inner.upper_groups()):
-            queries, factor = self._run_queries(group.retriever, x)
-            retrieval = group.retriever.select(queries, factor, self.views, topk=config.chunk_topk)
+        self.pending[rows, self.places % self.config.chunk_size] = x[:, 0]
+        retrievals: list[Retrieval] = []
+        x = inner.decode_upper(x, rotary, self.views, None, self.windows, parts=pieces, retrievals=retrievals)
+        for number, retrieval in enumerate(retrievals):
             self._note(slice(None), number, retrieval)
-            layer = group.hsa_layer
-            x, queries = self._run_window(layer, x, rotary, next(rings))
-            x = self._run_feed_forward(layer, x, layer.hsa.read(queries, retrieval, self.views))
-            for layer in group.layers:
-                x = self._run_layer(layer, x, rotary, next(rings))
-        logits, best = self._run_head(inner.norm, self.model.lm_head, x)
+        logits, best = pieces.run_head(inner.norm, self.model.lm_head, x)
         self.logits.copy_(logits)
         self.tokens.copy_(sample(self.logits, *self.sampling) if self.sampling[0] else best)
         self.places += 1
@@ -340,7 +315,7 @@ class DecodingEngine:
         size, length = self.config.chunk_size, cache.num_seen
         states = [layer.state for layer in cache.layers]
         seen = max(length, *(state.length for state in states))
-        for ring, state in zip(self.rings, states, strict=True):
+        for ring, state in zip(self.windows.rings, states, strict=True):
             if ring is None or state.keys is None or state.values is None:
                 continue
             # angles of the places that the kept keys have

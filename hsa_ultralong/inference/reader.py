@@ -17,12 +17,12 @@ import torch
 
 from hsa_ultralong.inference.fingerprint import memory_fingerprint, require_same_model
 from hsa_ultralong.inference.finite import FiniteCheck
+from hsa_ultralong.inference.steps import Pieces
 from hsa_ultralong.inference.tiers import tiered_memory
 from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, MemoryView
-from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.window_attention import WindowState
 from hsa_ultralong.ops import ChunkVisibility
 
@@ -31,11 +31,6 @@ _SEGMENT_TOKENS = {"cpu": 2048, "cuda": 65_536}
 _COMPILED_SEGMENT, _COMPILED_FROM = 2**17, 2**26
 _TOKEN_TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
 Progress = Callable[[int, int | None], None]
-
-
-def run_layer(layer: torch.nn.Module, x: torch.Tensor, rotary: RotaryTable, state: WindowState) -> torch.Tensor:
-    """One lower layer; compiled, one graph serves all layers."""
-    return layer(x, rotary, None, state)
 
 
 def run_encoder(encoder: torch.nn.Module, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,8 +86,7 @@ class DocumentReader:
         x = self.inner.embed_tokens(tokens[None].long())
         rotary = self.inner.rotary(x, self.cache)
         if x.shape[1] == self.compiled_segment and all(state.length == state.keep for state in self._states()):
-            for layer, state in zip(self.inner.lower_layers, self._states(), strict=True):
-                x = compiled(run_layer)(layer, x, rotary, state)
+            x = self.inner.read_lower(x, rotary, None, self.cache, parts=Pieces(compiled))
         else:
             x = self.inner.read_lower(x, rotary, None, self.cache)
         self.check.note(x)

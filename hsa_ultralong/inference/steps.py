@@ -1,17 +1,21 @@
-"""The pieces of a decoding step, each compiled on its own: the stream's start, queries, layers, head, and sampling.
+"""The pieces in which a decoding step runs, each compiled on its own, and sampling.
 
-Called by engine.py; tests/inference/test_engine.py.
+Called by engine.py, and by reader.py for its layers; tests/inference/test_engine.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from hsa_ultralong.models import HSAConfig
+from hsa_ultralong.nn.chunk_memory import MemoryView
+from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindow
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_at
+from hsa_ultralong.nn.upper_group import GroupOutput, Parts, UpperGroup
 
 
 def sample(
@@ -46,6 +50,11 @@ def rotary_of(config: HSAConfig, places: torch.Tensor, dtype: torch.dtype) -> Ro
     return rotary_at(places, config.head_dim, config.rope_theta, dtype, config.rope_scaling)
 
 
+def run_layer(layer: torch.nn.Module, x: torch.Tensor, rotary: RotaryTable, state: Any) -> torch.Tensor:
+    """One window layer; compiled, one graph serves all layers."""
+    return layer(x, rotary, None, state)
+
+
 def run_queries(retriever: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What retrieval of a group asks for: queries, and what products are multiplied by."""
     return retriever.queries(x), retriever.factor()
@@ -68,3 +77,41 @@ def run_head(norm: torch.nn.Module, head: torch.nn.Module, x: torch.Tensor) -> t
     """Logits (B, V) and the best tokens (B,) of x (B, 1, M)."""
     logits = head(norm(x))[:, 0]
     return logits, logits.argmax(-1)
+
+
+class Pieces(Parts):
+    """Runs the parts of a decoder in pieces between which a memory is read, for tokens of one document a row."""
+
+    def __init__(self, prepare: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda piece: piece) -> None:
+        """prepare: makes of a function what runs in its place, torch.compile for example."""
+        self.run_start, self.run_layer, self.run_queries = prepare(run_start), prepare(run_layer), prepare(run_queries)
+        self.run_window, self.run_feed_forward = prepare(run_window), prepare(run_feed_forward)
+        self.run_head = prepare(run_head)
+
+    def layer(
+        self, layer: torch.nn.Module, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None, state: Any
+    ) -> torch.Tensor:
+        assert segments is None
+        return self.run_layer(layer, x, rotary, state)
+
+    def retrieve(self, retriever: Any, x: torch.Tensor, views: Sequence[MemoryView], topk: int, *_: Any) -> Retrieval:
+        queries, factor = self.run_queries(retriever, x)
+        return retriever.select(queries, factor, views, topk=topk)
+
+    def read(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        retrieval: Retrieval,
+        views: Sequence[MemoryView],
+        rotary: RotaryTable,
+        segments: torch.Tensor | None,
+        state: Any,
+    ) -> torch.Tensor:
+        assert segments is None
+        x, queries = self.run_window(layer, x, rotary, state)
+        return self.run_feed_forward(layer, x, layer.hsa.read(queries, retrieval, views))
+
+    def group(self, group: UpperGroup, x: torch.Tensor, **inputs: Any) -> GroupOutput:
+        # past the module, whose hooks are refused
+        return UpperGroup.forward(group, x, **inputs, parts=self)

@@ -109,6 +109,11 @@ class HSACache(Cache):
         self.dead_end: str | None = None
         self._shifted = 0
 
+    @property
+    def length(self) -> int:
+        """Tokens before the next call's that a window holds."""
+        return max(layer.state.length for layer in self.layers)
+
     def state(self, layer: int) -> WindowState:
         return self.layers[layer].state
 

@@ -47,7 +47,7 @@ def plain_layout(x: torch.Tensor, counts: list[int] | None, cache: HSACache | No
         return Layout(segments, (index + seen).expand(batch, -1), segments, None, False)
     places = torch.tensor([padding or [0] * batch, counts or [num_tokens] * batch], dtype=torch.int32, device=x.device)
     left, count = places[..., None]  # (B, 1)
-    past = 0 if cache is None else max(layer.state.length for layer in cache.layers)
+    past = 0 if cache is None else cache.length
     all_index = torch.arange(seen - past, seen + num_tokens, dtype=torch.int32, device=x.device)
     is_real = (all_index >= left) & (all_index < seen + count)
     window_segments = torch.where(is_real, 0, -1).to(torch.int32)  # (B, past + T)

@@ -30,8 +30,9 @@ from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict, slice_layout
 from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
-from hsa_ultralong.models.ranks import ContextRanks, PoolRanks, Windows
+from hsa_ultralong.models.ranks import ContextRanks, PoolRanks
 from hsa_ultralong.models.registration import is_own_auto_class
+from hsa_ultralong.models.stack import Windows, run_lower, run_upper
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
@@ -176,10 +177,13 @@ class HSAModel(HSAPreTrainedModel):
             cache.open_gaps(shape[1] - min(padding.counts))
         windows = self._windows(cache, shape[1])
         rotary = self.rotary(x, windows)
-        x = self.read_lower(x, rotary, layout.window_segments, windows, states)
+        x = self.read_lower(x, rotary, layout.window_segments, windows, states=states)
         counts = None if padding is None else padding.counts
         views = self._views(x, layout, cache, pool_memory, counts)
-        x = self.norm(self.decode_upper(x, rotary, views, layout.window_segments, windows, states))
+        # a slice of rows that are shared over processes draws its part of their noise
+        start = 0 if self.context_ranks is None else self.context_ranks.rank * shape[1]
+        noise = {"noise_seed": self.draw_noise_seed(), "noise_start": start}
+        x = self.norm(self.decode_upper(x, rotary, views, layout.window_segments, windows, states=states, **noise))
         if cache is not None:
             cache.advance(shape[1])
         if padding is not None:
@@ -199,11 +203,10 @@ class HSAModel(HSAPreTrainedModel):
         return self.context_ranks.windows(self.config.layer_windows, num_tokens)
 
     def rotary(self, x: torch.Tensor, windows: Windows | None) -> RotaryTable:
-        layers = range(self.config.num_hidden_layers)
-        past = 0 if windows is None else max(windows.state(layer).length for layer in layers)
+        """Angles of the tokens x (B, T, M) and of those before them that a window holds."""
         config = self.config
         assert config.head_dim is not None
-        length = past + x.shape[1]
+        length = (0 if windows is None else windows.length) + x.shape[1]
         return rotary_table(length, config.head_dim, config.rope_theta, x.device, x.dtype, config.rope_scaling)
 
     def read_lower(
@@ -212,15 +215,10 @@ class HSAModel(HSAPreTrainedModel):
         rotary: RotaryTable,
         segments: torch.Tensor | None = None,
         windows: Windows | None = None,
-        states: list[torch.Tensor] | None = None,
+        **options: Any,
     ) -> torch.Tensor:
-        """Step 2, the lower decoder: (B, T, M) -> (B, T, M); every layer's output is added to `states`."""
-        for number, layer in enumerate(self.lower_layers):
-            state = None if windows is None else windows.state(number)
-            x = layer(x, rotary, segments, state)
-            if states is not None:
-                states.append(x)
-        return x
+        """Step 2, the lower decoder: (B, T, M) -> (B, T, M); options are those of stack.run_lower."""
+        return run_lower(self.lower_layers, x, rotary, segments=segments, windows=windows, **options)
 
     def decode_upper(
         self,
@@ -229,28 +227,17 @@ class HSAModel(HSAPreTrainedModel):
         views: Sequence[MemoryView],
         segments: torch.Tensor | None = None,
         windows: Windows | None = None,
-        states: list[torch.Tensor] | None = None,
+        **options: Any,
     ) -> torch.Tensor:
-        """Steps 5 to 7, the upper decoder over the given memories: (B, T, M) -> (B, T, M); `states` as above."""
-        seed = None
-        if self.training and self.config.gumbel_noise:
-            # one draw on the host generator: reproducible, and the same again when a layer is recomputed
-            seed = int(torch.randint(2**31, ()))
-        # a slice of rows that are shared over processes draws its part of their noise
-        start = 0 if self.context_ranks is None else self.context_ranks.rank * x.shape[1]
-        number = self.config.num_lower_layers
-        for index, group in enumerate(self.groups):
-            kept = None
-            if windows is not None:
-                kept = [windows.state(number + i) for i in range(self.config.num_layers_per_group)]
-            number += self.config.num_layers_per_group
-            noise_seed = None if seed is None else seed + 7919 * index
-            options = (kept, self.config.chunk_topk, noise_seed, start, states is not None)
-            outputs = group(x, views, rotary, segments, *options)
-            if states is not None:
-                states.extend(outputs)
-            x = outputs if states is None else outputs[-1]
-        return x
+        """Steps 5 to 7, the upper decoder over the given memories: (B, T, M) -> (B, T, M); options of run_upper."""
+        return run_upper(
+            self.upper_groups(), x, rotary, views, first_layer=self.config.num_lower_layers,
+            topk=self.config.chunk_topk, segments=segments, windows=windows, **options,
+        )  # fmt: skip
+
+    def draw_noise_seed(self) -> int | None:
+        """Seed of a forward's selection noise, or None without: drawn on the host, so reproducible."""
+        return int(torch.randint(2**31, ())) if self.training and self.config.gumbel_noise else None
 
     def _cache(self, cache: HSACache | None, use_cache: bool | None) -> HSACache | None:
         if cache is not None and not isinstance(cache, HSACache):

@@ -6,17 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-
-class Windows(Protocol):
-    """What the window of each layer reads before the tokens of a call: of a cache, or of the slices before."""
-
-    def state(self, layer: int) -> Any:
-        """An nn.window_attention.WindowState or what acts like one."""
-        ...
+from hsa_ultralong.models.stack import Windows
 
 
 class PoolRanks(Protocol):

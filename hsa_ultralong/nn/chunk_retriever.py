@@ -33,6 +33,12 @@ class Retrieval(NamedTuple):
     scores: torch.Tensor
     offsets: tuple[int, ...]
 
+    @staticmethod
+    def empty(x: torch.Tensor, heads: int) -> Retrieval:
+        """What tokens x (B, T, M) retrieve where no chunk exists: K is 0."""
+        weights = x.new_zeros((*x.shape[:2], heads, 0), dtype=accumulation_dtype(x.dtype))
+        return Retrieval(weights.to(torch.int32), weights, weights, ())
+
 
 def stick_breaking_fusion(scores: torch.Tensor) -> torch.Tensor:
     """w_k = sigmoid(s_k) * prod over more recent j < k of (1 - sigmoid(s_j)); the sum is at most 1."""
@@ -89,6 +95,8 @@ class ChunkRetriever(nn.Module):
     ) -> Retrieval:
         """x (B, T, M), tokens from noise_start on of their rows; views in order of age; noise is added only in training
         of a model configured for it."""
+        if not views:
+            return Retrieval.empty(x, self.num_retrieval_heads)
         use_noise = self.training and self.gumbel_noise and noise_seed is not None
         return self.select(
             self.queries(x), self.factor(), views, topk=topk, noise_seed=noise_seed if use_noise else None,

@@ -163,15 +163,15 @@ class HSALayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        retrieval: Retrieval | None,
+        retrieval: Retrieval,
         views: Sequence[MemoryView],
         rotary: RotaryTable,
         segments: torch.Tensor | None = None,
         state: WindowState | None = None,
     ) -> torch.Tensor:
-        """retrieval: None where no chunk exists yet, and the HSA output is exactly 0 (fact 1)."""
+        """Without views no chunk exists yet, and the HSA output is exactly 0 (fact 1)."""
         x = self.attend_window(x, rotary, segments, state)
-        read = torch.zeros_like(x) if retrieval is None else self.hsa(self.hsa_norm(x), retrieval, views)
+        read = self.hsa(self.hsa_norm(x), retrieval, views) if views else torch.zeros_like(x)
         return self.feed_forward(x, read)
 
     def attend_window(

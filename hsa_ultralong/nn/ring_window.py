@@ -7,6 +7,9 @@ WindowAttention; tests/inference/test_engine.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from hsa_ultralong.nn.rotary import RotaryTable, apply_rotary
@@ -53,3 +56,17 @@ class RingWindow:
         weights = scores.masked_fill(~is_filled[:, None, None], -torch.inf).softmax(-1)
         out = (weights[..., None] * self.values[:, :, None].to(wide)).sum(-2)  # (B, Hkv, G, D)
         return out.to(v.dtype).view(q.shape)
+
+
+class RingWindows:
+    """The rings of all layers, None for a layer without a window; options are those of RingWindow."""
+
+    def __init__(self, places: torch.Tensor, windows: Sequence[int], **options: Any) -> None:
+        self.rings = [RingWindow(places, window=window, **options) if window else None for window in windows]
+
+    @property
+    def length(self) -> int:
+        return max((ring.window for ring in self.rings if ring is not None), default=0)
+
+    def state(self, layer: int) -> RingWindow | None:
+        return self.rings[layer]

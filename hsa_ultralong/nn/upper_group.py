@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 
 from hsa_ultralong.nn.chunk_memory import MemoryView
-from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
+from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
 from hsa_ultralong.nn.decoder_layer import DecoderLayer
 from hsa_ultralong.nn.hierarchical_sparse_attention import HSALayer
 from hsa_ultralong.nn.rotary import RotaryTable
-from hsa_ultralong.nn.window_attention import WindowState
+
+
+class GroupOutput(NamedTuple):
+    """Outputs (B, T, M) of the layers of a group that were asked for, the last one at least, and what it retrieved."""
+
+    outputs: tuple[torch.Tensor, ...]
+    retrieval: Retrieval
+
+
+class Parts:
+    """How the parts of a decoder are run: here each as the module it is; inference/steps.py runs them in pieces."""
+
+    def layer(
+        self, layer: nn.Module, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None, state: Any
+    ) -> torch.Tensor:
+        return layer(x, rotary, segments, state)
+
+    def retrieve(
+        self,
+        retriever: ChunkRetriever,
+        x: torch.Tensor,
+        views: Sequence[MemoryView],
+        topk: int,
+        noise_seed: int | None,
+        noise_start: int,
+    ) -> Retrieval:
+        return retriever(x, views, topk=topk, noise_seed=noise_seed, noise_start=noise_start)
+
+    def read(
+        self,
+        layer: HSALayer,
+        x: torch.Tensor,
+        retrieval: Retrieval,
+        views: Sequence[MemoryView],
+        rotary: RotaryTable,
+        segments: torch.Tensor | None,
+        state: Any,
+    ) -> torch.Tensor:
+        return layer(x, retrieval, views, rotary, segments, state)
+
+    def group(self, group: UpperGroup, x: torch.Tensor, **inputs: Any) -> GroupOutput:
+        return group(x, **inputs)
+
+
+MODULES = Parts()
 
 
 class UpperGroup(nn.Module):
@@ -20,27 +67,29 @@ class UpperGroup(nn.Module):
         super().__init__()
         self.retriever, self.hsa_layer, self.layers = retriever, hsa_layer, nn.ModuleList(layers)
 
+    @property
+    def num_layers(self) -> int:
+        return 1 + len(self.layers)
+
     def forward(
         self,
         x: torch.Tensor,
-        views: list[MemoryView],
+        views: Sequence[MemoryView],
         rotary: RotaryTable,
         segments: torch.Tensor | None,
-        states: list[WindowState] | None,
+        states: Sequence[Any] | None,
         topk: int,
         noise_seed: int | None,
         noise_start: int,
         collect: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """(B, T, M) -> (B, T, M); with `collect`, the outputs of all its layers."""
-        empty: list[WindowState | None] = [None] * (1 + len(self.layers))
-        first, *rest = states or empty
-        retrieval = None
-        if views:
-            retrieval = self.retriever(x, views, topk=topk, noise_seed=noise_seed, noise_start=noise_start)
-        x = self.hsa_layer(x, retrieval, views, rotary, segments, first)
+        parts: Parts = MODULES,
+    ) -> GroupOutput:
+        """(B, T, M) -> (B, T, M). states: the windows of its layers; collect: all their outputs are wanted."""
+        first, *rest = states or [None] * self.num_layers
+        retrieval = parts.retrieve(self.retriever, x, views, topk, noise_seed, noise_start)
+        x = parts.read(self.hsa_layer, x, retrieval, views, rotary, segments, first)
         outputs = [x]
         for layer, state in zip(self.layers, rest, strict=True):
-            x = layer(x, rotary, segments, state)
+            x = parts.layer(layer, x, rotary, segments, state)
             outputs = [*outputs, x] if collect else [x]
-        return tuple(outputs) if collect else x
+        return GroupOutput(tuple(outputs), retrieval)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, pla
 from hsa_ultralong.models.views import own_view
 from hsa_ultralong.nn.chunk_memory import ChunkTensors
 from hsa_ultralong.nn.moe import MixtureOfExperts
-from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
 
 IGNORE_INDEX = -100
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -52,12 +52,20 @@ class CarriedWindow:
 
 
 class Windows:
-    """The windows of consecutive layers at one border, as leaves where gradients are wanted."""
+    """The windows of consecutive layers, from `first` on, at one border, as leaves where gradients are wanted."""
 
-    def __init__(self, sizes: list[int], carried: list[Pair | None], with_gradients: bool = False) -> None:
+    def __init__(self, first: int, sizes: list[int], carried: list[Pair | None], with_gradients: bool = False) -> None:
         if with_gradients:
             carried = [None if pair is None else (_leaf(pair[0]), _leaf(pair[1])) for pair in carried]
+        self.first = first
         self.states = [CarriedWindow(size, pair) for size, pair in zip(sizes, carried, strict=True)]
+
+    @property
+    def length(self) -> int:
+        return max((state.length for state in self.states), default=0)
+
+    def state(self, layer: int) -> CarriedWindow:
+        return self.states[layer - self.first]
 
     def leave(self) -> list[Pair | None]:
         """What the segment leaves to the next one, detached; copied, as a slice would keep the segment's keys alive."""
@@ -181,19 +189,14 @@ class _Pass:
     def __init__(self, model: HSAForCausalLM, row: Row, loss_scale: float, offload: bool) -> None:
         self.model, self.inner, self.config, self.row = model, model.model, model.config, row
         self.loss_scale, self.offload = loss_scale, offload
-        lower = self.config.num_lower_layers
-        self.windows = self.config.layer_windows[:lower], self.config.layer_windows[lower:]
+        lower, windows = self.config.num_lower_layers, self.config.layer_windows
+        self.lower_windows = partial(Windows, 0, windows[:lower])
+        self.upper_windows = partial(Windows, lower, windows[lower:])
+        # what nothing before a row leaves to each half
+        self.nothing: tuple[list[Pair | None], list[Pair | None]] = [None] * lower, [None] * (len(windows) - lower)
         self.places = chunk_places(row.layout, self.config.chunk_size)
         # one draw on the host generator, as for a whole row
-        uses_noise = model.training and self.config.gumbel_noise
-        self.noise_seed = int(torch.randint(2**31, ())) if uses_noise else None
-
-    def _rotary(self, windows: Windows, x: torch.Tensor) -> RotaryTable:
-        past = max((state.length for state in windows.states), default=0)
-        config = self.config
-        assert config.head_dim is not None
-        length = past + x.shape[1]
-        return rotary_table(length, config.head_dim, config.rope_theta, x.device, x.dtype, config.rope_scaling)
+        self.noise_seed = self.inner.draw_noise_seed()
 
     def _window_segments(self, start: int, stop: int) -> torch.Tensor | None:
         segments = self.row.layout.window_segments
@@ -201,10 +204,7 @@ class _Pass:
 
     def _lower(self, start: int, stop: int, windows: Windows) -> torch.Tensor:
         x = self.inner.embed_tokens(self.row.ids[:, start:stop])
-        rotary, segments = self._rotary(windows, x), self._window_segments(start, stop)
-        for layer, state in zip(self.inner.lower_layers, windows.states, strict=True):
-            x = layer(x, rotary, segments, state)
-        return x
+        return self.inner.read_lower(x, self.inner.rotary(x, windows), self._window_segments(start, stop), windows)
 
     def _encoded(self, hidden: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """k, v and raw landmarks of the full chunks of a segment (B, n, M)."""
@@ -227,13 +227,9 @@ class _Pass:
             groups=layout.groups[:, start:stop],
         )
         views = [] if memory is None else [own_view(memory, part, is_causal=start == 0)]
-        rotary, segments = self._rotary(windows, x), self._window_segments(start, stop)
-        per_group = self.config.num_layers_per_group
-        for number, group in enumerate(self.inner.upper_groups()):
-            seed = None if self.noise_seed is None else self.noise_seed + 7919 * number
-            states: list[Any] = windows.states[number * per_group : (number + 1) * per_group]
-            x = group(x, views, rotary, segments, states, self.config.chunk_topk, seed, start)
-        return x
+        rotary, segments = self.inner.rotary(x, windows), self._window_segments(start, stop)
+        noise = {"noise_seed": self.noise_seed, "noise_start": start}
+        return self.inner.decode_upper(x, rotary, views, segments, windows, **noise)
 
     def _loss(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         targets = self.row.targets[:, start:stop]
@@ -261,11 +257,11 @@ class _Pass:
 
     def read_lower(self) -> tuple[list[torch.Tensor], ChunkTensors | None, Borders]:
         """Lower outputs of every segment, the memory of the rows, and the windows at the beginning of every segment."""
-        carried: list[Pair | None] = [None] * len(self.windows[0])
+        carried = self.nothing[0]
         outputs, encoded, borders = [], [], []
         for start, stop in self.row.borders:
             borders.append(carried)
-            windows = Windows(self.windows[0], carried)
+            windows = self.lower_windows(carried)
             x = self._lower(start, stop, windows)
             outputs.append(self._keep(x))
             if (found := self._encoded(x, start)) is not None:
@@ -285,10 +281,10 @@ class _Pass:
 
     def read_upper(self, lower: list[torch.Tensor], memory: ChunkTensors | None) -> Borders:
         """The windows at the beginning of every segment; so the last segment need not run."""
-        carried: list[Pair | None] = [None] * len(self.windows[1])
+        carried = self.nothing[1]
         borders = [carried]
         for (start, stop), part in zip(self.row.borders[:-1], lower, strict=False):
-            windows = Windows(self.windows[1], carried)
+            windows = self.upper_windows(carried)
             self._upper(self._take(part), start, stop, windows, self._until(memory, stop))
             carried = windows.leave()
             borders.append(carried)
@@ -303,9 +299,9 @@ class _Pass:
         losses = []
         dtype = torch.float64 if memory is not None and memory.v.dtype == torch.float64 else torch.float32
         grad_memory = [] if memory is None else [torch.zeros_like(part, dtype=dtype) for part in memory[:3]]
-        received: list[Pair | None] = [None] * len(self.windows[1])
+        received = self.nothing[1]
         for number, (start, stop) in reversed(list(enumerate(self.row.borders))):
-            windows = Windows(self.windows[1], borders[number], with_gradients=True)
+            windows = self.upper_windows(borders[number], with_gradients=True)
             x, past = _leaf(self._take(lower[number])), self._until(memory, stop)
             leaves = [] if past is None else [_leaf(part) for part in past[:3]]
             if past is not None:
@@ -324,9 +320,9 @@ class _Pass:
     def backward_lower(self, gradients: list[torch.Tensor], grad_memory: list[torch.Tensor], borders: Borders) -> None:
         """Gradients of lower outputs and memory go on through encoder and lower decoder; uses up `gradients`."""
         size = self.config.chunk_size
-        received: list[Pair | None] = [None] * len(self.windows[0])
+        received = self.nothing[0]
         for number, (start, stop) in reversed(list(enumerate(self.row.borders))):
-            windows = Windows(self.windows[0], borders[number], with_gradients=True)
+            windows = self.lower_windows(borders[number], with_gradients=True)
             with torch.enable_grad():
                 x = self._lower(start, stop, windows)
                 encoded = self._encoded(x, start) or ()
