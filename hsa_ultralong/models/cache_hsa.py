@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -17,11 +17,30 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors
 from hsa_ultralong.nn.window_attention import WindowState
+from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
 # how transformers calls the cache of a model: "past_key_values" up to 5.23
 CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 # tokens that crop() can take back unless more are asked for: kept beyond what the windows and the open chunk need
 REWIND = 64
+
+
+class NewChunks(NamedTuple):
+    """Chunks that a call completes: lower outputs (B, n, S, M), and (B, n) int32 tokens in each (None: all full), group
+    and end. In a cache: their slots (B, n) int64, and on the host slots needed and chunks in all."""
+
+    hidden: torch.Tensor
+    lengths: torch.Tensor | None
+    segments: torch.Tensor
+    ends: torch.Tensor
+    slots: torch.Tensor | None = None
+    room: int = 0
+    total: int = 0
+
+    @property
+    def full_lengths(self) -> torch.Tensor:
+        """Tokens in each, at least 1, (B, n) int32."""
+        return torch.full_like(self.ends, self.hidden.shape[2]) if self.lengths is None else self.lengths.clamp_min(1)
 
 
 class WindowCacheLayer(CacheLayerMixin):
@@ -121,7 +140,7 @@ class HSACache(Cache):
     def _pending_kept(self) -> int:
         return self.chunk_size - 1 + self.rewind
 
-    def keep_pending(self, hidden: torch.Tensor) -> None:
+    def _keep_pending(self, hidden: torch.Tensor) -> None:
         """Keep the last of the lower outputs (B, n, M): the open chunk, and what may be taken or moved back."""
         kept = self._pending_kept + self._shifted
         self.pending = hidden[:, max(0, hidden.shape[1] - kept) :].detach().clone()
@@ -158,15 +177,47 @@ class HSACache(Cache):
         for layer in self.layers:
             layer.seen = self.num_seen
 
-    def append_chunks(
-        self, slots: torch.Tensor, chunks: ChunkTensors, total: int, empty: Callable[[], ChunkMemory]
-    ) -> None:
-        """Put new chunks at slots (B, n) of the rows' own memory, which then holds `total`."""
+    @property
+    def chunks(self) -> ChunkTensors | None:
+        """The rows' own chunks, None before the first."""
+        return None if self.memory is None or self.memory.num_chunks == 0 else self.memory.tensors
+
+    def complete_chunks(self, x: torch.Tensor, counts: list[int] | None = None) -> NewChunks | None:
+        """Take in the lower outputs x (B, T, M) of a call; the chunks that are full now, None if none is.
+
+        Args:
+            counts: real tokens of every row, which lead it; None if all are.
+        """
+        size, (batch, num_tokens, _) = self.chunk_size, x.shape
+        hidden = x if self.pending is None else torch.cat((self.pending, x), dim=1)
+        first_token = self.num_seen + num_tokens - hidden.shape[1]
+        self._keep_pending(hidden)
+        padding = self.padding or [0] * batch
+        seen = [self.num_seen - pad for pad in padding]
+        lengths = [before + new for before, new in zip(seen, counts or [num_tokens] * batch, strict=True)]
+        firsts = [max(before, 0) // size for before in seen]
+        count = max(length // size - first for length, first in zip(lengths, firsts, strict=True))
+        if count <= 0:
+            return None
+        slots = torch.tensor(firsts, device=x.device)[:, None] + torch.arange(count, device=x.device)  # (B, n)
+        left = torch.tensor(padding, device=x.device)[:, None] - first_token
+        index = (slots * size + left)[..., None] + torch.arange(size, device=x.device)  # (B, n, S)
+        index = index.clamp(0, hidden.shape[1] - 1).flatten(1)
+        hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2])).unflatten(1, (count, size))
+        ends = ((slots + 1) * size).to(torch.int32)
+        # a row with more padding than others completes fewer chunks: its last slots are written again later
+        real = torch.tensor(lengths, device=x.device)[:, None]  # (B, 1)
+        segments = torch.where(ends <= real, 0, UNUSED).to(torch.int32)
+        return NewChunks(hidden, None, segments, ends, slots, max(firsts) + count, max(lengths) // size)
+
+    def append_chunks(self, new: NewChunks, encoded: ChunkTensors, empty: Callable[[], ChunkMemory]) -> None:
+        """Put new chunks, encoded, into the rows' own memory."""
+        assert new.slots is not None
         if self.memory is None:
             self.memory = empty()
-        self.memory.reserve(max(total, int(slots.max()) + 1 if slots.device.type == "cpu" else total + slots.shape[1]))
-        self.memory.write_rows(slots, chunks)
-        self.memory.num_chunks = total
+        self.memory.reserve(new.room)
+        self.memory.write_rows(new.slots, encoded)
+        self.memory.num_chunks = new.total
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_seen

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from hsa_ultralong.models.cache_hsa import HSACache
+from hsa_ultralong.models.cache_hsa import HSACache, NewChunks
+from hsa_ultralong.models.padding import Padding
 from hsa_ultralong.models.ranks import ContextRanks
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
@@ -23,8 +24,9 @@ class Layout(NamedTuple):
 
     segments: document, -1 = padding. positions: place in the row's grid of chunks, negative in left padding.
     groups: a token reads those past chunks of its row that are of its group, -1 = padding. window_segments (B, n + T):
-    documents of cached and new tokens, None for one document a row. is_packed: the caller gave documents. For a pool:
-    isolated (B, 1) bool, rows that read nothing of it; source_ids (B,) or (B, T), one source per row if None.
+    documents of cached and new tokens, None for one document a row. is_packed: the caller gave documents. padding: the
+    masked tokens, None without any; rows are then moved together, and all else here says where the moved tokens stand.
+    For a pool: isolated (B, 1) bool, rows that read nothing of it; source_ids (B,) or (B, T), one per row if None.
     """
 
     segments: torch.Tensor
@@ -32,27 +34,45 @@ class Layout(NamedTuple):
     groups: torch.Tensor
     window_segments: torch.Tensor | None
     is_packed: bool
+    padding: Padding | None = None
     isolated: torch.Tensor | None = None
     source_ids: torch.Tensor | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        return self.segments.shape[1]
 
-def plain_layout(x: torch.Tensor, counts: list[int] | None, cache: HSACache | None) -> Layout:
-    """One document per row of x (B, T, ...) after the cached tokens; counts: real tokens of each row, which lead it."""
+    @property
+    def counts(self) -> list[int] | None:
+        """Real tokens of every row, on the host; None if all are."""
+        return None if self.padding is None else self.padding.counts
+
+    def close_up(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, M) with the real tokens of every row at its start."""
+        return x if self.padding is None else self.padding.close_up(x)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Back to the columns of the call: see Padding.spread."""
+        return x if self.padding is None else self.padding.spread(x)
+
+
+def plain_layout(x: torch.Tensor, padding: Padding | None = None, cache: HSACache | None = None) -> Layout:
+    """One document per row of x (B, T, ...), real tokens first, after the cached tokens."""
     batch, num_tokens = x.shape[:2]
     seen = 0 if cache is None else cache.num_seen
     index = torch.arange(num_tokens, dtype=torch.int32, device=x.device)
-    padding = cache.padding if cache is not None else None
-    if padding is None and counts is None:
+    padded = cache.padding if cache is not None else None
+    if padded is None and padding is None:
         segments = x.new_zeros((batch, num_tokens), dtype=torch.int32)
         return Layout(segments, (index + seen).expand(batch, -1), segments, None, False)
-    places = torch.tensor([padding or [0] * batch, counts or [num_tokens] * batch], dtype=torch.int32, device=x.device)
-    left, count = places[..., None]  # (B, 1)
+    counts = [num_tokens] * batch if padding is None else padding.counts
+    left, count = torch.tensor([padded or [0] * batch, counts], dtype=torch.int32, device=x.device)[..., None]  # (B, 1)
     past = 0 if cache is None else cache.length
     all_index = torch.arange(seen - past, seen + num_tokens, dtype=torch.int32, device=x.device)
     is_real = (all_index >= left) & (all_index < seen + count)
     window_segments = torch.where(is_real, 0, -1).to(torch.int32)  # (B, past + T)
     segments = window_segments[:, past:]
-    return Layout(segments, index + seen - left, segments, window_segments, False)
+    return Layout(segments, index + seen - left, segments, window_segments, False, padding)
 
 
 def packed_layout(
@@ -67,8 +87,6 @@ def packed_layout(
         )
     if attention_mask is not None and not torch.equal(attention_mask != 0, segment_ids >= 0):
         raise ValueError("segment_ids say -1 on padding: attention_mask must be 0 at the same tokens, or left out")
-    if cache is not None:
-        cache.dead_end = "a packed row (segment_ids), whose chunks it does not hold"
     segments = segment_ids.to(torch.int32)
     positions = torch.arange(num_tokens, dtype=torch.int32, device=segments.device).expand_as(segments)
     groups = torch.where(segments < 0, -1, 0).to(torch.int32)
@@ -129,16 +147,23 @@ class ChunkPlaces(NamedTuple):
 
 def chunk_places(layout: Layout, chunk_size: int) -> ChunkPlaces:
     """The chunks of rows that begin with this call; tokens after the last full chunk of a plain row have none."""
-    num_chunks = layout.segments.shape[1] // chunk_size
+    num_chunks = layout.num_tokens // chunk_size
+    ends = layout.positions[:, : num_chunks * chunk_size : chunk_size] + chunk_size
     if layout.is_packed:
         by_chunk = layout.segments.unflatten(1, (num_chunks, chunk_size))  # (B, C, S)
         lengths = ((by_chunk == by_chunk[..., :1]) & (by_chunk >= 0)).sum(-1).to(torch.int32)
         groups = layout.groups[:, ::chunk_size]
-        return ChunkPlaces(
-            lengths, torch.where(groups < 0, UNUSED, groups), layout.positions[:, ::chunk_size] + chunk_size
-        )
-    slots = torch.arange(1, num_chunks + 1, dtype=torch.int32, device=layout.segments.device)
-    ends = (slots * chunk_size).expand(layout.segments.shape[0], -1)
+        return ChunkPlaces(lengths, torch.where(groups < 0, UNUSED, groups), ends)
+    local = torch.arange(1, num_chunks + 1, dtype=torch.int32, device=layout.segments.device) * chunk_size
     # chunks that padding leaves incomplete: their own row never reaches them, but a pool would
     real = (layout.segments >= 0).sum(1, keepdim=True)
-    return ChunkPlaces(None, torch.where(ends <= real, 0, UNUSED).to(torch.int32), ends)
+    return ChunkPlaces(None, torch.where(local <= real, 0, UNUSED).to(torch.int32), ends)
+
+
+def whole_chunks(x: torch.Tensor, layout: Layout, chunk_size: int) -> NewChunks | None:
+    """The chunks of rows that begin with this call, from their lower outputs x (B, T, M)."""
+    if layout.num_tokens < chunk_size:
+        return None
+    lengths, segments, ends = chunk_places(layout, chunk_size)
+    hidden = x[:, : ends.shape[1] * chunk_size].unflatten(1, (-1, chunk_size))  # (B, C, S, M)
+    return NewChunks(hidden, lengths, segments, ends)

@@ -28,7 +28,7 @@ from hsa_ultralong.models.build import (
 )
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
-from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict, slice_layout
+from hsa_ultralong.models.layout import Layout, packed_layout, plain_layout, restrict, slice_layout, whole_chunks
 from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
 from hsa_ultralong.models.ranks import ContextRanks, PoolRanks
 from hsa_ultralong.models.registration import is_own_auto_class
@@ -41,7 +41,6 @@ from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
 from hsa_ultralong.nn.upper_group import UpperGroup
 from hsa_ultralong.nn.window_attention import extends_a_cache
-from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
 
 class HSAPreTrainedModel(PreTrainedModel):
@@ -166,41 +165,46 @@ class HSAModel(HSAPreTrainedModel):
         cache = self._cache(given_cache(past_key_values, cache), use_cache)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
-        shape = (tokens.shape[0], tokens.shape[1])
-        layout, padding, is_real = self._layout(tokens, attention_mask, position_ids, segment_ids, cache)
+        layout = self._layout(tokens, attention_mask, position_ids, segment_ids, cache)
         layout = restrict(layout, isolate_documents, source_ids if pool_memory else None)
-        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, M)
         collected = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: list[torch.Tensor] | None = [] if collected else None
-        x = embeddings if padding is None else padding.close_up(embeddings)
-        if padding is not None and cache is not None:
-            cache.open_gaps(shape[1] - min(padding.counts))
-        windows = self._windows(cache, shape[1])
+        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, M)
+        x = layout.close_up(embeddings)
+        windows, segments = self._windows(cache, layout), layout.window_segments
         rotary = self.rotary(x, windows)
-        x = self.read_lower(x, rotary, layout.window_segments, windows, states=states)
-        counts = None if padding is None else padding.counts
-        views = self._views(x, layout, cache, pool_memory, counts)
-        # a slice of rows that are shared over processes draws its part of their noise
-        start = 0 if self.context_ranks is None else self.context_ranks.rank * shape[1]
-        noise = {"noise_seed": self.draw_noise_seed(), "noise_start": start}
-        x = self.norm(self.decode_upper(x, rotary, views, layout.window_segments, windows, states=states, **noise))
+        x = self.read_lower(x, rotary, segments, windows, states=states)
+        chunks = self.encode(x, layout, cache)
+        views = self.views(chunks, layout, cache, pool_memory)
+        x = self.decode_upper(x, rotary, views, segments, windows, states=states, **self._noise(layout))
+        x = layout.spread(self.norm(x))
         if cache is not None:
-            cache.advance(shape[1])
-        if padding is not None:
-            x = padding.spread(x)
-            if cache is not None and is_real is not None:
-                cache.close_gaps(is_real, [shape[1] - count for count in padding.counts])
+            self._leave(cache, layout)
         named: dict[str, Any] = {CACHE_NAME: cache}
         if states is not None:
-            inner = states[:-1] if padding is None else [padding.spread(state) for state in states[:-1]]
-            named["hidden_states"] = (embeddings, *inner, x)
+            named["hidden_states"] = (embeddings, *map(layout.spread, states[:-1]), x)
         return BaseModelOutputWithPast(last_hidden_state=x, **named)
 
-    def _windows(self, cache: HSACache | None, num_tokens: int) -> Windows | None:
+    def _windows(self, cache: HSACache | None, layout: Layout) -> Windows | None:
         """What the windows read before the call's own tokens."""
-        if self.context_ranks is None:
-            return cache
-        return self.context_ranks.windows(self.config.layer_windows, num_tokens)
+        if self.context_ranks is not None:
+            return self.context_ranks.windows(self.config.layer_windows, layout.num_tokens)
+        if cache is not None and layout.padding is not None:
+            cache.open_gaps(max(layout.padding.gaps))
+        return cache
+
+    def _leave(self, cache: HSACache, layout: Layout) -> None:
+        """Count the call's tokens as seen by a cache."""
+        cache.advance(layout.num_tokens)
+        if layout.padding is not None:
+            cache.close_gaps(layout.padding.mask, layout.padding.gaps)
+        if layout.is_packed:
+            cache.dead_end = "a packed row (segment_ids), whose chunks it does not hold"
+
+    def _noise(self, layout: Layout) -> dict[str, int | None]:
+        """Seed of the selection noise; a slice of rows that are shared over processes draws its part of theirs."""
+        start = 0 if self.context_ranks is None else self.context_ranks.rank * layout.num_tokens
+        return {"noise_seed": self.draw_noise_seed(), "noise_start": start}
 
     def rotary(self, x: torch.Tensor, windows: Windows | None) -> RotaryTable:
         """Angles of the tokens x (B, T, M) and of those before them that a window holds."""
@@ -261,8 +265,8 @@ class HSAModel(HSAPreTrainedModel):
         position_ids: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
         cache: HSACache | None,
-    ) -> tuple[Layout, Padding | None, torch.Tensor | None]:
-        """Where the tokens x (B, T, ...) stand; what is masked among them; (B, n + T) bool, False where masked."""
+    ) -> Layout:
+        """Where the tokens x (B, T, ...) stand, and what is masked among them."""
         size, context = self.config.chunk_size, self.context_ranks
         shape = (x.shape[0], x.shape[1])
         if context is not None and (attention_mask is not None or shape[1] % size):
@@ -274,7 +278,7 @@ class HSAModel(HSAPreTrainedModel):
             raise ValueError("context parallelism takes no position_ids: they follow from the slices; leave them out")
         if segment_ids is not None and segment_ids.shape != shape:
             raise ValueError(f"segment_ids must be {shape}, got {tuple(segment_ids.shape)}")
-        is_real = padding = None
+        is_real = None
         if attention_mask is not None and segment_ids is None:
             is_real = real_tokens(attention_mask, *shape, cache)
         if position_ids is not None:
@@ -282,50 +286,30 @@ class HSAModel(HSAPreTrainedModel):
         if segment_ids is not None:
             layout = packed_layout(segment_ids, size, attention_mask, cache)
         else:
-            padding = None if is_real is None else Padding.of(is_real[:, -shape[1] :])
-            layout = plain_layout(x, None if padding is None else padding.counts, cache)
-        if context is not None:
-            layout = slice_layout(layout, context, max(self.config.layer_windows) - 1)
-        return layout, padding, is_real
+            layout = plain_layout(x, None if is_real is None else Padding.of(is_real, shape[1]), cache)
+        return layout if context is None else slice_layout(layout, context, max(self.config.layer_windows) - 1)
 
-    def _views(
-        self,
-        x: torch.Tensor,
-        layout: Layout,
-        cache: HSACache | None,
-        pool_memory: bool | str = False,
-        counts: list[int] | None = None,
-    ) -> list[MemoryView]:
-        """Steps 3 and 4: encode the chunks that are complete now and say who may see what; counts: real tokens."""
-        views, context = [], self.context_ranks
-        if cache is not None and cache.library is not None:
-            views.append(library_view(cache.library, layout.segments, layout.positions))
-        if cache is None or (layout.is_packed and cache.num_seen == 0):
-            own = self._encode_row(x, layout, cache)
+    def encode(self, x: torch.Tensor, layout: Layout, cache: HSACache | None = None) -> ChunkTensors | None:
+        """Step 3: all chunks of the rows, those that the lower outputs x (B, T, M) complete among them.
+
+        Without a cache they are the call's own, in the autograd graph, on all processes that share the rows. With one
+        they are kept in it; a packed row's are not.
+        """
+        kept = None if layout.is_packed else cache
+        if kept is None:
+            new = whole_chunks(x, layout, self.config.chunk_size)
         else:
-            own = self._encode_step(x, cache, counts)
-        if own is None:
-            return views
-        if context is not None:
-            own = ChunkTensors(*(context.gather(part) for part in own))
-        if pool_memory:
-            is_read = pool_memory != "compete"
-            views.append(pooled_view(own, layout, is_read=is_read, context=context, ranks=self.pool_ranks))
-        return [*views, own_view(own, layout, is_causal=cache is None, context=context)]
-
-    def _encode_row(self, x: torch.Tensor, layout: Layout, cache: HSACache | None) -> ChunkTensors | None:
-        """Chunks of whole rows (no cache), kept in the autograd graph."""
-        size = self.config.chunk_size
-        num_tokens = x.shape[1]
-        if num_tokens < size:
-            return None
-        lengths, segments, ends = chunk_places(layout, size)
-        chunks = x[:, : ends.shape[1] * size].unflatten(1, (-1, size))  # (B, C, S, M)
-        k, v, landmarks = self.chunk_encoder(chunks, lengths, self._total, fixed_center=cache is not None)
-        if self.context_ranks is not None and not layout.is_packed:
-            ends = ends + self.context_ranks.rank * num_tokens
-        full = torch.full_like(ends, size) if lengths is None else lengths.clamp_min(1)
-        return ChunkTensors(k, v, landmarks, full, segments, ends)
+            new = kept.complete_chunks(x, layout.counts)
+        own = None
+        if new is not None:
+            fixed = cache is not None
+            k, v, landmarks = self.chunk_encoder(new.hidden, new.lengths, self._total, fixed_center=fixed)
+            own = ChunkTensors(k, v, landmarks, new.full_lengths, new.segments, new.ends)
+            if self.context_ranks is not None:
+                own = ChunkTensors(*map(self.context_ranks.gather, own))
+            if kept is not None:
+                kept.append_chunks(new, own, lambda: self.empty_memory(x.shape[0], k.dtype, k.device))
+        return own if kept is None else kept.chunks
 
     def _total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over all processes that retrieve each other's chunks."""
@@ -333,32 +317,23 @@ class HSAModel(HSAPreTrainedModel):
             part = part if ranks is None else ranks.total(part)
         return part
 
-    def _encode_step(self, x: torch.Tensor, cache: HSACache, counts: list[int] | None) -> ChunkTensors | None:
-        """Chunks that the new tokens complete go to the cache; returns all chunks of the rows; counts: real tokens."""
-        size, seen = self.config.chunk_size, cache.num_seen
-        batch, num_tokens, _ = x.shape
-        hidden = x if cache.pending is None else torch.cat((cache.pending, x), dim=1)
-        first_token = seen + num_tokens - hidden.shape[1]
-        padding = cache.padding or [0] * batch
-        lengths = [seen - pad + new for pad, new in zip(padding, counts or [num_tokens] * batch, strict=True)]
-        firsts = [max(seen - pad, 0) // size for pad in padding]
-        count = max(length // size - first for length, first in zip(lengths, firsts, strict=True))
-        if count > 0:
-            slots = torch.tensor(firsts, device=x.device)[:, None] + torch.arange(count, device=x.device)  # (B, n)
-            left = torch.tensor(padding, device=x.device)[:, None] - first_token
-            index = (slots * size + left)[..., None] + torch.arange(size, device=x.device)  # (B, n, S)
-            index = index.clamp(0, hidden.shape[1] - 1).flatten(1)
-            chunks = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2])).unflatten(1, (count, size))
-            k, v, landmarks = self.chunk_encoder(chunks, fixed_center=True)
-            ends = ((slots + 1) * size).to(torch.int32)
-            # a row with more padding than others completes fewer chunks: its last slots are written again later
-            real = torch.tensor(lengths, device=x.device)[:, None]  # (B, 1)
-            segments = torch.where(ends <= real, 0, UNUSED).to(torch.int32)
-            new = ChunkTensors(k, v, landmarks, torch.full_like(ends, size), segments, ends)
-            total = max(length // size for length in lengths)
-            cache.append_chunks(slots, new, total, lambda: self.empty_memory(batch, k.dtype, k.device))
-        cache.keep_pending(hidden)
-        return None if cache.memory is None or cache.memory.num_chunks == 0 else cache.memory.tensors
+    def views(
+        self,
+        chunks: ChunkTensors | None,
+        layout: Layout,
+        cache: HSACache | None = None,
+        pool_memory: bool | str = False,
+    ) -> list[MemoryView]:
+        """Step 4: who may see what of a library, the pool of the batch, and the rows' own chunks, in this order."""
+        views, context = [], self.context_ranks
+        if cache is not None and cache.library is not None:
+            views.append(library_view(cache.library, layout.segments, layout.positions))
+        if chunks is None:
+            return views
+        if pool_memory:
+            is_read = pool_memory != "compete"
+            views.append(pooled_view(chunks, layout, is_read=is_read, context=context, ranks=self.pool_ranks))
+        return [*views, own_view(chunks, layout, is_causal=cache is None, context=context)]
 
     def empty_memory(
         self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int = 0, fingerprint: str = ""

@@ -22,18 +22,26 @@ class Padding(NamedTuple):
     """The real tokens of a call, (B, T).
 
     order: column of each real token, the real ones first. place: the last real token at or before each column, -1
-    before the first. counts: real tokens of every row, on the host.
+    before the first. counts: real tokens of every row, on the host. mask: (B, n + T) bool, False at masked tokens, the
+    n cached ones included.
     """
 
     order: torch.Tensor
     place: torch.Tensor
     counts: list[int]
+    mask: torch.Tensor
 
     @staticmethod
-    def of(is_real: torch.Tensor) -> Padding:
+    def of(mask: torch.Tensor, num_tokens: int) -> Padding:
+        is_real = mask[:, -num_tokens:]
         order = (~is_real).to(torch.uint8).argsort(dim=1, stable=True)
         place = is_real.cumsum(1) - 1
-        return Padding(order, place, (place[:, -1] + 1).tolist())
+        return Padding(order, place, (place[:, -1] + 1).tolist(), mask)
+
+    @property
+    def gaps(self) -> list[int]:
+        """Masked tokens of the call in every row."""
+        return [self.order.shape[1] - count for count in self.counts]
 
     def close_up(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, T, M) with the real tokens of every row at its start."""

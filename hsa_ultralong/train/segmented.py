@@ -161,7 +161,7 @@ def _row(
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     segment_ids = batch.get("segment_ids")
     if segment_ids is None:
-        layout = plain_layout(ids, None, None)
+        layout = plain_layout(ids)
     else:
         layout = packed_layout(segment_ids, model.config.chunk_size, None, None)
     layout = restrict(layout, batch.get("isolate_documents"))

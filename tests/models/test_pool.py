@@ -159,7 +159,7 @@ def test_a_competing_chunk_gets_its_gradient_through_its_landmark_only():
 def test_a_pool_is_one_memory_for_the_batch_and_competes_without_keys():
     own = random_chunks(3, 5)
     x = torch.zeros(3, 20, 8)
-    layout = restrict(plain_layout(x, None, None), None)
+    layout = restrict(plain_layout(x), None)
     attended, competing = (pooled_view(own, layout, is_read=is_read) for is_read in (True, False))
     assert attended.memory.landmarks.shape == competing.memory.landmarks.shape == (1, 15, 1, 8)
     assert attended.memory.k.shape == (1, 60, 1, 4) and competing.memory.k.shape == (1, 0, 1, 4)
