@@ -1,17 +1,65 @@
-"""HSA-UltraLong: language models that remember (arXiv 2511.23319). See README.md and docs/architecture.md."""
+"""HSA-UltraLong: language models that remember (arXiv 2511.23319). See README.md and docs/architecture.md.
+
+Everything of `__all__` is one import away and is loaded on first use, so that importing the package stays instant.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsa_ultralong.models.registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from hsa_ultralong.inference import (
+        Answer,
+        DecodingEngine,
+        Library,
+        append,
+        ask,
+        close_document,
+        edit,
+        last_logits,
+        memorize,
+        rebuild,
+    )
+    from hsa_ultralong.memory import ChunkMemory
     from hsa_ultralong.models import HSACache, HSAConfig, HSAForCausalLM, HSAModel
 
-_MODELS = ("HSACache", "HSAConfig", "HSAForCausalLM", "HSAModel")
-__all__ = ["HSACache", "HSAConfig", "HSAForCausalLM", "HSAModel", "default_checkpoint"]
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
+__all__ = [
+    # the model
+    "HSAConfig",
+    "HSAModel",
+    "HSAForCausalLM",
+    "HSACache",
+    "default_checkpoint",
+    # its memory
+    "ChunkMemory",
+    "memorize",
+    "append",
+    "close_document",
+    "edit",
+    "last_logits",
+    # answers
+    "ask",
+    "Answer",
+    "DecodingEngine",
+    # memories in files
+    "Library",
+    "rebuild",
+    "__version__",
+]
+
+# name -> the part of the package that it is loaded from
+_LAZY = {
+    **dict.fromkeys(("HSACache", "HSAConfig", "HSAForCausalLM", "HSAModel"), "models"),
+    "ChunkMemory": "memory",
+    **dict.fromkeys(("Answer", "DecodingEngine", "Library", "append", "ask", "close_document"), "inference"),
+    **dict.fromkeys(("edit", "last_logits", "memorize", "rebuild"), "inference"),
+}
 
 
 def default_checkpoint() -> Path:
@@ -29,12 +77,15 @@ def default_checkpoint() -> Path:
 
 
 def __getattr__(name: str) -> Any:
-    """Load the models on first use, so that importing the package stays instant."""
-    if name in _MODELS:
-        from hsa_ultralong import models
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return getattr(models, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 register_with_transformers()
