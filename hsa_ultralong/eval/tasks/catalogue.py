@@ -1,0 +1,37 @@
+"""All tasks by name, and the suites that `hsa eval` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hsa_ultralong.eval.tasks.material import Material
+from hsa_ultralong.eval.tasks.paper import PAPER
+from hsa_ultralong.eval.tasks.recall import RECALL
+from hsa_ultralong.eval.tasks.ruler_needles import RULER_NEEDLES
+from hsa_ultralong.eval.tasks.ruler_questions import DocumentQuestions
+from hsa_ultralong.eval.tasks.ruler_words import CommonWords, FrequentWords, VariableTracking
+from hsa_ultralong.eval.tasks.sample import Sample, Task
+
+RULER: tuple[Task, ...] = (
+    *RULER_NEEDLES,
+    VariableTracking(),
+    CommonWords(),
+    FrequentWords(),
+    DocumentQuestions("qa_1", "squad"),
+    DocumentQuestions("qa_2", "hotpot"),
+)
+SUITES: dict[str, tuple[Task, ...]] = {"ruler": RULER, "paper": PAPER, "recall": RECALL}
+TASKS: dict[str, Task] = {task.name: task for tasks in SUITES.values() for task in tasks}
+
+
+def make_samples(name: str, material: Material, length: int, number: int, seed: int = 0) -> Iterator[Sample]:
+    """Samples of the task of this name.
+
+    Raises:
+        ValueError: for a task that is none, a length too short for it, or no samples.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+    if number < 1:
+        raise ValueError(f"at least one sample is needed, got {number}")
+    yield from TASKS[name].samples(material, length, number, seed)

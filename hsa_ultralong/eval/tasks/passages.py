@@ -1,0 +1,90 @@
+"""Files of questions over passages: those of SQuAD, HotpotQA and 2WikiMultihopQA. tests/eval/tasks/test_samples.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answers. Numbers of passages: gold, that it comes with; support, of these that hold the
+    answer; near, of the same article."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    gold: tuple[int, ...]
+    support: tuple[int, ...]
+    near: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Passages, each once, and questions about them."""
+
+    texts: list[str]
+    questions: list[Question]
+
+
+def read_squad(path: Path) -> Passages:
+    """SQuAD's JSON (XQuAD and SQuADShifts too); questions that are marked impossible are left out.
+
+    Raises:
+        ValueError: for a file of another form.
+    """
+    whole = _json(path)
+    numbers: dict[str, int] = {}
+    questions: list[Question] = []
+    try:
+        for article in whole["data"]:
+            here = [numbers.setdefault(paragraph["context"], len(numbers)) for paragraph in article["paragraphs"]]
+            for number, paragraph in zip(here, article["paragraphs"], strict=True):
+                near = tuple(dict.fromkeys(other for other in here if other != number))
+                for asked in paragraph["qas"]:
+                    if not asked.get("is_impossible"):
+                        answers = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"]))
+                        questions.append(
+                            Question(str(asked["id"]), asked["question"], answers, (number,), (number,), near)
+                        )
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no SQuAD file: data, paragraphs, context and qas are wanted") from None
+    return Passages(list(numbers), questions)
+
+
+def read_multihop(path: Path) -> Passages:
+    """HotpotQA's form, a JSON list or a line each: question, answer, context of [title, sentences].
+
+    Raises:
+        ValueError: for a file of another form.
+    """
+    rows = _json(path) if path.suffix == ".json" else _lines(path)
+    numbers: dict[str, int] = {}
+    questions: list[Question] = []
+    try:
+        for row in rows:
+            texts = [f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]]
+            gold = tuple(numbers.setdefault(text, len(numbers)) for text in texts)
+            told = {title for title, _ in row.get("supporting_facts", [])}
+            support = tuple(n for n, (title, _) in zip(gold, row["context"], strict=True) if title in told) or gold
+            questions.append(Question(str(row["_id"]), row["question"], (str(row["answer"]),), gold, support))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is no HotpotQA file: question, answer and context are wanted") from None
+    return Passages(list(numbers), questions)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is not JSON") from None
+
+
+def _lines(path: Path) -> list[Any]:
+    # not splitlines(): strings may hold other line separators
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is not JSON with one object a line") from None

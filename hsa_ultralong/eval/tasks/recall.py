@@ -1,0 +1,136 @@
+"""How robust recall is: sentence forms, kinds of values, similar, changed and absent facts, facts as documents.
+
+Forms, names and cities are frozen in recall_forms.py and never trained; keys are the evaluation words. See README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsa_ultralong.data.evaluation_words import EVALUATION_ADJECTIVES, EVALUATION_NOUNS
+from hsa_ultralong.data.seeds import namespaced_rng
+from hsa_ultralong.eval.tasks.assembly import finish, make_form, middle_depth, write_in
+from hsa_ultralong.eval.tasks.material import Material
+from hsa_ultralong.eval.tasks.recall_forms import CITIES, FAMILY_NAMES, FIRST_NAMES, MONTHS, RECALL_FORMS, RecallForm
+from hsa_ultralong.eval.tasks.sample import Sample
+
+_MAIN = RecallForm("The secret code of the {key} is {value}.", "What is the secret code of the {key}?", "digits7", ())
+KINDS = ("names", "cities", "times", "dates", "digits14", "words2")
+_OF_KIND = {"names": "name", "cities": "city", "times": "time", "dates": "date"}
+
+
+def _value(kind: str, rng: np.random.Generator) -> str:
+    def pick(words: tuple[str, ...]) -> str:
+        return words[int(rng.integers(len(words)))]
+
+    if kind.startswith("digits"):
+        digits = rng.integers(10, size=int(kind[6:]))
+        return str(1 + digits[0] % 9) + "".join(map(str, digits[1:]))
+    if kind == "name":
+        return f"{pick(FIRST_NAMES)} {pick(FAMILY_NAMES)}"
+    if kind == "city":
+        return pick(CITIES)
+    if kind == "time":
+        return f"{rng.integers(24):02d}:{rng.integers(60):02d}"
+    if kind == "date":
+        return f"{rng.integers(1, 29)} {pick(MONTHS)} {rng.integers(1700, 2100)}"
+    return f"{pick(EVALUATION_ADJECTIVES)} {pick(EVALUATION_NOUNS)}"
+
+
+def _pair(first: tuple[str, ...], second: tuple[str, ...], number: int) -> str:
+    return f"{first[number // len(second)]} {second[number % len(second)]}"
+
+
+@dataclass(frozen=True)
+class Fact:
+    statement: str
+    question: str
+    value: str
+    key: str
+
+
+def _facts(form: RecallForm, kind: str, number: int, rng: np.random.Generator) -> list[Fact]:
+    """Facts of one form whose keys and persons all differ, and whose values do."""
+    keys = rng.permutation(len(EVALUATION_ADJECTIVES) * len(EVALUATION_NOUNS))[:number]
+    people = rng.permutation(len(FIRST_NAMES) * len(FAMILY_NAMES))[:number]
+    found: list[Fact] = []
+    values: set[str] = set()
+    for key, person in zip(keys.tolist(), people.tolist(), strict=True):
+        value = _value(kind, rng)
+        for _ in range(64):  # few cities: values repeat only where there are not enough
+            if value not in values:
+                break
+            value = _value(kind, rng)
+        values.add(value)
+        slots = {
+            "key": _pair(EVALUATION_ADJECTIVES, EVALUATION_NOUNS, key),
+            "name": _pair(FIRST_NAMES, FAMILY_NAMES, person),
+        }
+        statement = form.statement.format(value=value, **slots)
+        found.append(Fact(statement, form.question.format(**slots), value, " / ".join(slots.values())))
+    return found
+
+
+@dataclass(frozen=True)
+class Recall:
+    """One fact among others of its form, asked for by a question.
+
+    similar: facts of the same form with other keys. stated: how often the asked fact is stated, each time with another
+    value, of which the last counts. absent: of every second sample the fact is not stated at all. as_documents: the
+    facts are documents of their own behind the text.
+    """
+
+    name: str
+    form: RecallForm
+    kind: str
+    similar: int = 0
+    stated: int = 1
+    absent: bool = False
+    as_documents: bool = False
+    metric: str = "exact"
+    max_new_tokens: int = 24
+    is_editable: bool = True
+
+    def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
+        for index in range(number):
+            rng = namespaced_rng(f"eval/{self.name}", seed, length, index)
+            yield self._sample(material, length, index, middle_depth(index, number), rng)
+
+    def _sample(self, material: Material, length: int, index: int, depth: float, rng: np.random.Generator) -> Sample:
+        asked, *others = _facts(self.form, self.kind, 1 + self.similar, rng)
+        versions = [asked]
+        for _ in range(self.stated - 1):
+            value = _value(self.kind, rng)
+            statement = asked.statement.replace(asked.value, value)
+            versions.append(Fact(statement, asked.question, value, asked.key))
+        is_absent = self.absent and index % 2 == 1
+        facts = [*([] if is_absent else versions), *others]
+        notes = [fact.statement for fact in facts] if self.as_documents else []
+        form = make_form(material, self, length, "", f"\nQuestion: {asked.question}\nAnswer:", "", notes)
+        form.require(128, self.name)
+        context, starts = material.haystack(length, form.room)
+        depths = [depth, *rng.random(max(0, len(facts) - 1)).tolist()][: len(facts)]
+        if self.stated > 1:
+            depths[: self.stated] = sorted(rng.random(self.stated).tolist())
+        spans = []
+        if not self.as_documents:
+            pieces = [material.encode(f" {fact.statement}") for fact in facts]
+            spans = write_in(context, starts, pieces, depths, self.name)
+        latest = 0 if is_absent else max(range(self.stated), key=lambda i: spans[i][0] if spans else i)
+        answers = [] if is_absent else [versions[latest].value]
+        evidence = [] if is_absent or self.as_documents else [spans[latest]]
+        single = depth if self.stated == 1 and not (is_absent or self.as_documents) else None
+        return finish(self, form, context, index, answers, asked.question, single, evidence)
+
+
+RECALL: tuple[Recall, ...] = (
+    *(Recall(f"recall_form_{n:02d}", form, form.kind) for n, form in enumerate(RECALL_FORMS, 1)),
+    *(Recall(f"recall_value_{kind}", _MAIN, _OF_KIND.get(kind, kind)) for kind in KINDS),
+    *(Recall(f"recall_similar_{n}", _MAIN, "digits7", similar=n) for n in (4, 16, 64, 256)),
+    Recall("recall_changed", _MAIN, "digits7", stated=2),
+    Recall("recall_absent", _MAIN, "digits7", absent=True),
+    Recall("recall_documents", _MAIN, "digits7", similar=15, as_documents=True),
+)

@@ -1,0 +1,87 @@
+"""RULER's two tasks of questions over documents (NVIDIA/RULER at c3f5e3b, Apache-2.0: templates; see README.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from hsa_ultralong.data.seeds import namespaced_rng
+from hsa_ultralong.eval.tasks.assembly import filled, finish, make_form
+from hsa_ultralong.eval.tasks.material import Material
+from hsa_ultralong.eval.tasks.passages import Passages, Question, read_multihop, read_squad
+from hsa_ultralong.eval.tasks.sample import Sample
+
+_INSTRUCTION = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+)
+_BEFORE = _INSTRUCTION + "\n\nThe following are given documents.\n\n"
+_QUESTION = "\n\n" + _INSTRUCTION + "\n\nQuestion: {query}"
+_PREFIX = " Answer:"
+_READERS = {"squad": read_squad, "hotpot": read_multihop}
+
+
+@lru_cache(maxsize=4)
+def _read(source: str, path: Path) -> Passages:
+    return _READERS[source](path)
+
+
+@dataclass(frozen=True)
+class DocumentQuestions:
+    """A question whose documents stand among others of the same file, in random order.
+
+    source: "squad" or "hotpot", the name of its file in `Material.files`.
+    """
+
+    name: str
+    source: str
+    metric: str = "part"
+    max_new_tokens: int = 32
+    is_editable: bool = False
+
+    def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
+        if self.source not in material.files:
+            raise ValueError(f"{self.name} needs a file of questions: give --data {self.source}=FILE")
+        passages = _read(self.source, material.files[self.source])
+        if number > len(passages.questions):
+            raise ValueError(f"{self.name}: {number} samples of {len(passages.questions)} questions")
+        for index, question in enumerate(passages.questions[:number]):
+            yield self._sample(material, passages, question, length, index, seed)
+
+    def _sample(
+        self, material: Material, passages: Passages, question: Question, length: int, index: int, seed: int
+    ) -> Sample:
+        rng = namespaced_rng(f"eval/{self.name}", seed, length, index)
+        form = make_form(material, self, length, _BEFORE, _QUESTION.format(query=question.text), _PREFIX)
+        gold = [passages.texts[i] for i in question.gold]
+        least = sum(len(material.encode(f"Document 9999:\n{text}\n\n")) for text in gold)
+        form.require(least, self.name)
+        # RULER's order of choice: the question's own passages, those of its article, then others of the file
+        others = np.setdiff1d(np.arange(len(passages.texts)), [*question.gold, *question.near])
+        rng.shuffle(others)
+        chosen, used = list(question.gold), least
+        pool = [*question.near, *others.tolist()]
+        turn = 0
+        while used < form.room:
+            # past the whole file it is repeated, the question's own passages left out
+            text = passages.texts[pool[turn % len(pool)]]
+            used += len(material.encode(f"Document {len(chosen) + 1}:\n{text}\n\n"))
+            chosen.append(pool[turn % len(pool)])
+            turn += 1
+        last = chosen.pop() if len(chosen) > len(gold) else None
+        order = rng.permutation(len(chosen))
+        documents = [chosen[i] for i in order]
+        parts, spans, size = [], [], 0
+        for place, passage in enumerate(documents):
+            piece = material.encode(("\n\n" if place else "") + f"Document {place + 1}:\n{passages.texts[passage]}")
+            if passage in question.support:
+                spans.append((size, size + len(piece)))
+            parts += piece
+            size += len(piece)
+        if last is not None:  # cut where the room ends
+            parts += material.encode(f"\n\nDocument {len(documents) + 1}:\n{passages.texts[last]}")
+        context = filled(parts, form.room, material.encode("\n"))
+        return finish(self, form, context, index, question.answers, question.text, None, spans)

@@ -1,0 +1,193 @@
+"""RULER's variable tracking, common words and frequent words (NVIDIA/RULER at c3f5e3b, Apache-2.0; see README.md)."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from hsa_ultralong.data.seeds import namespaced_rng
+from hsa_ultralong.eval.tasks.assembly import Form, filled, finish, make_form, write_in
+from hsa_ultralong.eval.tasks.material import Material, word_list
+from hsa_ultralong.eval.tasks.ruler_needles import NOISE, draw, noise_lines
+from hsa_ultralong.eval.tasks.sample import Sample, Tokens
+
+_VT_BEFORE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+_VT_QUESTION = "\nQuestion: Find all variables that are assigned the value {value} in the text above."
+_VT_PREFIX = (
+    " Answer: According to the chain(s) of variable assignment in the text above, {number} variables are assigned the "
+    "value {value}, they are: "
+)
+_CWE_BEFORE = (
+    "Below is a numbered list of words. In these words, some appear more often than others. "
+    "Memorize the ones that appear most often.\n"
+)
+_CWE_QUESTION = "\nQuestion: What are the 10 most common words in the above list?"
+_CWE_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
+_FWE_BEFORE = (
+    "Read the following coded text and track the frequency of each coded word. "
+    "Find the three most frequently appeared coded words. "
+)
+_FWE_QUESTION = (
+    "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
+    "What are the three most frequently appeared words in the above coded text?"
+)
+_FWE_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
+
+
+def _letters(rng: np.random.Generator, size: int, alphabet: str) -> str:
+    return "".join(alphabet[i] for i in rng.integers(len(alphabet), size=size))
+
+
+def _names(rng: np.random.Generator, number: int, size: int, alphabet: str) -> list[str]:
+    """Different random names, in the order drawn."""
+    found: dict[str, None] = {}
+    while len(found) < number:
+        found[_letters(rng, size, alphabet)] = None
+    return list(found)
+
+
+@dataclass(frozen=True)
+class VariableTracking:
+    """A chain of assignments in noise; all names that hold the value are asked for. One solved example stands first."""
+
+    name: str = "vt"
+    hops: int = 4
+    metric: str = "all"
+    max_new_tokens: int = 30
+    is_editable: bool = True
+
+    def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
+        example = self._example(namespaced_rng("eval/vt/example", seed, length))
+        for index in range(number):
+            rng = namespaced_rng("eval/vt", seed, length, index)
+            names = _names(rng, self.hops + 1, 5, string.ascii_uppercase)
+            value = str(rng.integers(10000, 99999))
+            form = make_form(material, self, length, example + _VT_BEFORE, *self._asked(value))
+            form.require(256, self.name)
+            context, starts = noise_lines(material, form.room)
+            lines = [material.encode(line + "\n") for line in self._chain(names, value)]
+            depths = np.sort(rng.random(len(lines))).tolist()
+            spans = write_in(context, starts, lines, depths, self.name)
+            if spans != sorted(spans):  # crowded short contexts: in order, each behind the one before
+                context, starts = noise_lines(material, form.room)
+                spans = write_in(context, starts, lines, [i / len(lines) for i in range(len(lines))], self.name)
+            yield finish(self, form, context, index, names, value, None, spans)
+
+    def _chain(self, names: Sequence[str], value: str) -> list[str]:
+        return [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
+
+    def _asked(self, value: str) -> tuple[str, str]:
+        return _VT_QUESTION.format(value=value), _VT_PREFIX.format(value=value, number=self.hops + 1)
+
+    def _example(self, rng: np.random.Generator) -> str:
+        """A solved example of about 500 tokens, names of three capitals."""
+        names, value = _names(rng, self.hops + 1, 3, string.ascii_uppercase), str(rng.integers(10000, 99999))
+        lines = [NOISE] * 10
+        places = np.sort(rng.choice(len(lines), size=self.hops + 1, replace=False))
+        for shift, (place, line) in enumerate(zip(places, self._chain(names, value), strict=True)):
+            lines.insert(int(place) + shift, line)
+        question, prefix = self._asked(value)
+        return _VT_BEFORE + "\n".join(lines) + question + prefix + " " + " ".join(names) + "\n\n"
+
+
+@dataclass(frozen=True)
+class CommonWords:
+    """A numbered list in which 10 words stand 30 times and the others 3 times (6 and 1 below 4,096 tokens)."""
+
+    name: str = "cwe"
+    common: int = 10
+    metric: str = "all"
+    max_new_tokens: int = 120
+    is_editable: bool = False
+
+    def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
+        small = length < 4096
+        sizes, often, seldom = ((20, 3, 1), 6, 1) if small else ((40, 10, 3), 30, 3)
+        per_word = 6.0
+        for index in range(number):
+            rng = namespaced_rng("eval/cwe", seed, length, index)
+            items, common = self._list(rng, *sizes)
+            example = _CWE_BEFORE + " ".join(items) + _CWE_QUESTION + _CWE_PREFIX
+            example += " " + " ".join(f"{i + 1}. {word}" for i, word in enumerate(common)) + "\n"
+            form = make_form(material, self, length, example + _CWE_BEFORE, _CWE_QUESTION, _CWE_PREFIX)
+            form.require(16 * self.common * often, self.name)
+            words, tokens = 0, []
+            for _ in range(8):  # as many words as fit; the list depends on their number
+                rng = namespaced_rng("eval/cwe/list", seed, length, index)
+                words = max(self.common + 1, int(form.room / per_word / seldom) - self.common * (often // seldom - 1))
+                items, common = self._list(rng, words, often, seldom)
+                tokens = material.encode(" ".join(items))
+                per_word = max(per_word * 1.002 if len(tokens) > form.room else 0.0, len(tokens) / len(items))
+                if form.room * 0.98 < len(tokens) <= form.room:
+                    break
+            if len(tokens) > form.room:
+                raise ValueError(f"cwe: no list of words fits {length} tokens; use another length")
+            context = filled(tokens, form.room, material.encode("\n"))
+            yield finish(self, form, context, index, common, "the 10 most common words")
+
+    def _list(self, rng: np.random.Generator, words: int, often: int, seldom: int) -> tuple[list[str], list[str]]:
+        single = word_list("noun", "adjective", "verb")
+        if words <= len(single):
+            chosen = [single[i] for i in rng.choice(len(single), size=words, replace=False)]
+        else:  # RULER goes on with another list of English words; here pairs of words
+            pairs: dict[str, None] = {}
+            while len(pairs) < words:
+                pairs[draw("words", rng)] = None
+            chosen = list(pairs)
+        common, others = chosen[: self.common], chosen[self.common :]
+        listed: list[str] = common * often + others * seldom
+        rng.shuffle(listed)
+        return [f"{i + 1}. {word}" for i, word in enumerate(listed)], common
+
+
+@dataclass(frozen=True)
+class FrequentWords:
+    """Coded words whose counts fall by a zeta law; ranks 2 to 4 are asked for, rank 1 is shown as dots."""
+
+    name: str = "fwe"
+    alpha: float = 2.0
+    metric: str = "all"
+    max_new_tokens: int = 50
+    is_editable: bool = False
+
+    def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
+        form = make_form(material, self, length, _FWE_BEFORE, _FWE_QUESTION, _FWE_PREFIX)
+        form.require(256, self.name)
+        for index in range(number):
+            rng = namespaced_rng("eval/fwe", seed, length, index)
+            vocabulary = _names(rng, max(8, (length - self.max_new_tokens) // 50), 6, string.ascii_lowercase)
+            yield self._sample(material, form, index, vocabulary, int(rng.integers(2**31)))
+
+    def _sample(self, material: Material, form: Form, index: int, vocabulary: list[str], order: int) -> Sample:
+        words = ["...", *vocabulary[1:]]
+        ranks = np.arange(1, len(words) + 1) ** -self.alpha / _zeta(self.alpha)
+        encoded = [
+            len(part) for part in material.tokenizer([f" {w}" for w in words], add_special_tokens=False)["input_ids"]
+        ]
+        cost = np.asarray(encoded, dtype=np.float64)
+        # counts are rounded down, so the room decides the number of words by bisection
+        low, high = 1, 4 * form.room
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (
+                (middle, high) if ((middle * ranks).astype(int) * cost).sum() <= form.room else (low, middle - 1)
+            )
+        for total in range(low, 0, -max(1, low // 256)):  # pieces next to each other may take other tokens
+            counts = (total * ranks).astype(int)
+            listed: Tokens = np.repeat(np.arange(len(words), dtype=np.int32), counts)
+            np.random.default_rng(order).shuffle(listed)
+            tokens = material.encode(" ".join(words[i] for i in listed))
+            if len(tokens) <= form.room:
+                break
+        context = filled(tokens, form.room, material.encode(" ..."))
+        return finish(self, form, context, index, words[1:4], "the three most frequent words")
+
+
+def _zeta(alpha: float) -> float:
+    """Riemann's zeta at alpha > 1: a sum with the integral of its tail."""
+    n = 10**6
+    return float((np.arange(1, n + 1, dtype=np.float64) ** -alpha).sum() + n ** (1 - alpha) / (alpha - 1))

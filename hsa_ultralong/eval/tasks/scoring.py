@@ -1,0 +1,95 @@
+"""Scores of answers, 0..1. tests/eval/tasks/test_scoring.py holds them against adversarial strings.
+
+`all` and `part` are RULER's string_match_all and string_match_part (NVIDIA/RULER at c3f5e3b, Apache-2.0), of one
+sample. `exact` asks for the whole answer.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+_CONTROL = re.compile(r"[\x00-\x1f]")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def match_all(answer: str, references: Sequence[str]) -> float:
+    """The share of the references that occur in the answer, case ignored (RULER)."""
+    text = _CONTROL.sub("\n", answer).lower()
+    return sum(reference.lower() in text for reference in references) / len(references)
+
+
+def match_part(answer: str, references: Sequence[str]) -> float:
+    """1 if any of the references occurs in the answer, case ignored (RULER)."""
+    text = _CONTROL.sub("\n", answer).lower()
+    return float(any(reference.lower() in text for reference in references))
+
+
+def exact(answer: str, references: Sequence[str]) -> float:
+    """1 if the first line of the answer is one of the references, white space and a final full stop aside."""
+    first = answer.strip().split("\n")[0].strip().rstrip(".").strip()
+    return float(any(first == reference.strip().rstrip(".") for reference in references))
+
+
+def normalised(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no articles, single blanks."""
+    bare = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(_ARTICLES.sub(" ", bare).split())
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """SQuAD's EM: equal in normal form to one of the references."""
+    return float(any(normalised(answer) == normalised(reference) for reference in references))
+
+
+def f1(answer: str, references: Sequence[str]) -> float:
+    """SQuAD's F1: overlap of words in normal form, the best over the references."""
+    return max(_overlap(normalised(answer).split(), normalised(reference).split()) for reference in references)
+
+
+def _overlap(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    common = sum((Counter(answer) & Counter(reference)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(answer), common / len(reference)
+    return 2 * precision * recall / (precision + recall)
+
+
+def contains(answer: str, references: Sequence[str]) -> float:
+    """1 if one of the references occurs in the answer as whole words, both in normal form."""
+    text = f" {normalised(answer)} "
+    return float(any(f" {normalised(reference)} " in text for reference in references))
+
+
+def in_order(answer: str, references: Sequence[str]) -> float:
+    """1 if all references, and no other numbers or names in capitals, stand in the answer in this order."""
+    found = re.findall(r"[A-Z]{5}|\d+", answer)
+    return float(found == list(references))
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "all": match_all,
+    "part": match_part,
+    "exact": exact,
+    "em": exact_match,
+    "f1": f1,
+    "contains": contains,
+    "in_order": in_order,
+}
+
+
+def score(metric: str, answer: str, references: Sequence[str]) -> float:
+    """The score 0..1 of one answer.
+
+    Raises:
+        ValueError: for a metric that is none, or without references.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; there are {', '.join(METRICS)}")
+    if not references:
+        raise ValueError("a sample needs at least one reference answer")
+    return METRICS[metric](answer, references)

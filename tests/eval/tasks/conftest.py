@@ -1,0 +1,86 @@
+"""Tokenizers of two makes, a small text, and files of questions, all made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from hsa_ultralong.eval.tasks import Material
+
+_CHAT = (
+    "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """Bytes as GPT-2 writes them, a beginning-of-text token before every text, a chat template."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bare = Tokenizer(models.BPE(vocabulary, []))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    bare.add_special_tokens(["<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"])
+    bare.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bare.token_to_id("<|bos|>"))]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<|bos|>", eos_token="<|end|>")
+    fast.chat_template = _CHAT
+    return fast
+
+
+def sentence_piece() -> PreTrainedTokenizerFast:
+    """Characters with SentencePiece's blank, nothing before a text, no chat template."""
+    characters = ["<unk>", "▁", "\n", *(chr(i) for i in range(33, 127))]
+    bare = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(characters)}, [], unk_token="<unk>"))
+    bare.normalizer = normalizers.Replace(" ", "▁")
+    bare.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")
+
+
+_MAKES = {"byte_level": byte_level, "sentence_piece": sentence_piece}
+
+
+@pytest.fixture(params=sorted(_MAKES))
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return _MAKES[request.param]()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    articles = [
+        {
+            "paragraphs": [
+                {
+                    "context": f"The river number {a}{p} flows past hill {p}.",
+                    "qas": [{"id": f"{a}-{p}", "question": f"Where flows {a}{p}?", "answers": [{"text": f"hill {p}"}]}],
+                }
+                for p in range(4)
+            ]
+        }
+        for a in range(5)
+    ]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": articles}))
+    rows = [
+        {
+            "_id": str(i),
+            "question": f"Who owns boat {i}?",
+            "answer": f"Owner {i}",
+            "supporting_facts": [[f"Boat {i}", 0]],
+            "context": [[f"Boat {i}", [f"Boat {i} is of Owner {i}."]], [f"Quay {i}", ["It is long.", " And grey."]]],
+        }
+        for i in range(6)
+    ]
+    (tmp_path / "hotpot.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"squad": tmp_path / "squad.json", "hotpot": tmp_path / "hotpot.jsonl"}
+
+
+@pytest.fixture
+def material(tokenizer: PreTrainedTokenizerFast, files: dict[str, Path]) -> Material:
+    sentences = [f"Line {i} says that sheep number {i * 7919 % 997} sleeps. It snores." for i in range(400)]
+    text = torch.tensor(tokenizer("\n".join(sentences))["input_ids"], dtype=torch.int32)
+    return Material(tokenizer, text, files=files)

@@ -1,0 +1,154 @@
+"""What holds of the samples of every task."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from hsa_ultralong.eval.tasks import SUITES, TASKS, Material, Sample, make_samples
+
+pytest.importorskip("wonderwords")
+
+LENGTH = 24_000
+# tasks whose question is answered by its evidence, word for word
+STATED = [name for name, task in TASKS.items() if name not in ("cwe", "fwe", "recall_documents")]
+
+
+def decoded(material: Material, sample: Sample, span: tuple[int, int]) -> str:
+    return material.tokenizer.decode(sample.context[span[0] : span[1]].tolist())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_sample_has_exactly_the_length_asked_for(material, name):
+    for length in (LENGTH, LENGTH + 13):
+        for sample in make_samples(name, material, length, 3):
+            assert len(sample.prompt()) + sample.max_new_tokens == length == sample.length
+            assert sample.task == name
+            assert sample.context.dtype == np.int32
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_the_evidence_holds_the_answers_and_lies_where_it_says(material, name):
+    for sample in make_samples(name, material, LENGTH, 4):
+        text = " ".join(decoded(material, sample, span) for span in sample.evidence)
+        assert all(answer in text for answer in sample.answers), (text, sample.answers)
+        assert all(0 <= start < stop <= len(sample.context) for start, stop in sample.evidence)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_samples_depend_on_seed_length_and_index_alone(material, name):
+    def prints(seed: int) -> list[str]:
+        samples = make_samples(name, material, LENGTH, 2, seed)
+        return [hashlib.sha256(sample.prompt().tobytes()).hexdigest() for sample in samples]
+
+    assert prints(0) == prints(0)
+    if not name.startswith("qa"):  # few questions, the same ones first, as RULER has it
+        assert prints(0) != prints(1)
+
+
+def test_depths_are_uniform_and_facts_stand_at_them(material):
+    needles = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2")
+    for name in (*needles, "passkey", "kv", "recall_form_01"):
+        samples = list(make_samples(name, material, LENGTH, 8))
+        assert [sample.depth for sample in samples] == [(i + 0.5) / 8 for i in range(8)]
+        for sample in samples:
+            start, stop = sample.evidence[0]
+            assert abs(start / (len(sample.context) - (stop - start)) - sample.depth) < 0.04, name
+
+
+def test_a_task_that_is_editable_changes_few_tokens_of_its_context(material):
+    for name, task in TASKS.items():
+        first, second = make_samples(name, material, LENGTH, 2)
+        common = min(len(first.context), len(second.context))
+        share = (first.context[:common] != second.context[:common]).mean()
+        if task.is_editable and name != "recall_similar_256":
+            assert share < 0.25, name
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_length_that_is_too_short_is_refused_and_says_how_much_is_needed(material, name):
+    with pytest.raises(ValueError, match=r"needs at least|no room|use a"):
+        list(make_samples(name, material, 150, 2))
+
+
+def test_the_chat_template_stands_around_the_task_and_the_answer_begins_the_models_turn(material):
+    if material.tokenizer.chat_template is None:
+        with pytest.raises(ValueError, match="no chat template"):
+            list(make_samples("vt", Material(material.tokenizer, material.text, chat=True), LENGTH, 1))
+        return
+    chat = Material(material.tokenizer, material.text, chat=True, files=material.files)
+    for name in TASKS:
+        (sample,) = make_samples(name, chat, LENGTH, 1)
+        text = material.tokenizer.decode(sample.prompt().tolist())
+        assert text.startswith("<|user|>")
+        assert text.count("<|assistant|>") == 1
+        assert len(sample.prompt()) + sample.max_new_tokens == LENGTH
+
+
+def test_suites_and_names_are_those_of_ruler():
+    assert [task.name for task in SUITES["ruler"]] == [
+        "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+        "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
+    ]  # fmt: skip
+    tokens = {task.name: task.max_new_tokens for task in SUITES["ruler"]}
+    assert set(tokens.values()) == {128, 30, 120, 50, 32}
+    assert all(tokens[name] == 128 for name in tokens if name.startswith("niah"))
+    assert (tokens["vt"], tokens["cwe"], tokens["fwe"], tokens["qa_1"], tokens["qa_2"]) == (30, 120, 50, 32, 32)
+
+
+def test_unknown_tasks_and_missing_files_are_refused_by_name(material):
+    with pytest.raises(ValueError, match="unknown task 'niah'; there are niah_single_1"):
+        list(make_samples("niah", material, LENGTH, 1))
+    with pytest.raises(ValueError, match="qa_1 needs a file of questions: give --data squad=FILE"):
+        list(make_samples("qa_1", Material(material.tokenizer, material.text), LENGTH, 1))
+    with pytest.raises(ValueError, match="21 samples of 20 questions"):
+        list(make_samples("qa_1", material, LENGTH, 21))
+
+
+def test_the_latest_of_changed_facts_counts_and_half_of_the_absent_ones_are_absent(material):
+    for sample in make_samples("recall_changed", material, LENGTH, 6):
+        text = material.tokenizer.decode(sample.context.tolist())
+        head = sample.query.removeprefix("What is the secret code of the ").removesuffix("?")
+        places = [text.index(f"{head} is"), text.rindex(f"{head} is")]
+        assert places[0] != places[1]
+        assert text[places[1] :].startswith(f"{head} is {sample.answers[0]}")
+    absent = list(make_samples("recall_absent", material, LENGTH, 6))
+    assert [len(sample.answers) for sample in absent] == [1, 0, 1, 0, 1, 0]
+    for sample in absent:
+        head = sample.query.removeprefix("What is the secret code of the ").removesuffix("?")
+        assert (head in material.tokenizer.decode(sample.context.tolist())) == bool(sample.answers)
+
+
+def test_similar_facts_differ_in_keys_and_values_and_documents_stand_behind_the_text(material):
+    for sample in make_samples("recall_similar_64", material, LENGTH, 2):
+        text = material.tokenizer.decode(sample.context.tolist())
+        assert text.count("The secret code of the") == 65
+        assert text.count(sample.answers[0]) == 1
+    (sample,) = make_samples("recall_documents", material, LENGTH, 1)
+    notes = [material.tokenizer.decode(list(note), skip_special_tokens=True) for note in sample.notes]
+    assert len(notes) == 16 == len(set(notes))
+    assert sample.answers[0] in notes[0]
+    assert "secret code" not in material.tokenizer.decode(sample.context.tolist())
+
+
+def test_common_words_stand_more_often_than_all_others(material):
+    (sample,) = make_samples("cwe", material, 40_000, 1)
+    text = material.tokenizer.decode(sample.context.tolist()).split("Answer:")[-1].split("Memorize")[-1]
+    words = [part.split()[0] for part in text.split(". ")[1:] if part.split()]
+    counts = {word: words.count(word) for word in set(words)}
+    top = sorted(counts, key=lambda word: -counts[word])[:10]
+    assert set(top) == set(sample.answers)
+    assert {counts[word] for word in sample.answers} <= {29, 30}  # the last of the list may be cut
+
+
+def test_frequent_words_are_the_ranks_two_to_four(material):
+    (sample,) = make_samples("fwe", material, LENGTH, 1)
+    text = material.tokenizer.decode(sample.context.tolist()).split("coded words. ")[-1]
+    counts: dict[str, int] = {}
+    for word in text.split():
+        counts[word] = counts.get(word, 0) + 1
+    counts.pop("...")
+    ranked = sorted(counts, key=lambda word: -counts[word])
+    assert set(ranked[:3]) == set(sample.answers)

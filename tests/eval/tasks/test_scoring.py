@@ -1,0 +1,52 @@
+"""Scores of adversarial answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from hsa_ultralong.eval.tasks import score
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "references", "wanted"),
+    [
+        # RULER's substring scores: case ignored, control characters are line breaks
+        ("all", "A is 123 and b 456", ["123", "456"], 1.0),
+        ("all", "only 123", ["123", "456"], 0.5),
+        ("all", "1234567", ["123"], 1.0),  # RULER counts a prefix; `exact` does not
+        ("all", "HELLO there", ["hello"], 1.0),
+        ("all", "12\x003", ["123"], 0.0),
+        ("part", "it was Rush, I think", ["rush", "queen"], 1.0),
+        ("part", "", ["rush"], 0.0),
+        # the whole answer
+        ("exact", " 8237401.", ["8237401"], 1.0),
+        ("exact", "8237401\nQuestion: and more", ["8237401"], 1.0),
+        ("exact", "82374011", ["8237401"], 0.0),
+        ("exact", "823740", ["8237401"], 0.0),
+        ("exact", "8237401 8237401", ["8237401"], 0.0),
+        ("exact", "", ["8237401"], 0.0),
+        # lists in order, nothing else among them
+        ("in_order", "141508 926535", ["141508", "926535"], 1.0),
+        ("in_order", "926535 141508", ["141508", "926535"], 0.0),
+        ("in_order", "141508 926535 897932", ["141508", "926535"], 0.0),
+        ("in_order", "ABCDE, FGHIJ and KLMNO.", ["ABCDE", "FGHIJ", "KLMNO"], 1.0),
+        # SQuAD
+        ("em", "The Eiffel Tower!", ["eiffel tower"], 1.0),
+        ("em", "Eiffel", ["eiffel tower"], 0.0),
+        ("f1", "the Eiffel Tower in Paris", ["Eiffel Tower"], 2 * 0.5 * 1 / 1.5),
+        ("f1", "a", ["the"], 1.0),  # both empty in normal form
+        ("f1", "nothing", ["Eiffel"], 0.0),
+        ("f1", "Eiffel Eiffel Eiffel", ["Eiffel"], 0.5),
+        ("contains", "I would say hill 12.", ["hill 1"], 0.0),
+        ("contains", "I would say hill 1.", ["hill 1"], 1.0),
+    ],
+)
+def test_an_answer_gets_the_score_it_deserves(metric, answer, references, wanted):
+    assert score(metric, answer, references) == pytest.approx(wanted)
+
+
+def test_metrics_that_are_none_and_samples_without_references_are_refused():
+    with pytest.raises(ValueError, match="unknown metric 'bleu'; there are all"):
+        score("bleu", "a", ["a"])
+    with pytest.raises(ValueError, match="at least one reference"):
+        score("all", "a", [])
