@@ -39,6 +39,7 @@ lint: $(DEV)
 
 report: $(CORE)
 	$(BIN)/hsa plot --all
+	$(BIN)/python scripts/draw_architecture.py
 
 results/needles-nano: $(CORE)
 	$(BIN)/hsa quickstart -o $@ --needles 100 --controls 40
