@@ -3,7 +3,7 @@
     python scripts/draw_architecture.py [FOLDER]
 
 The figure stands on a light card of its own, so it is readable on white and on black pages. The same versions of
-matplotlib and its fonts give the same bytes. tests/test_architecture_figure.py checks that every file named here exists.
+matplotlib and its fonts give the same bytes. tests/test_architecture_figure.py checks that the files exist.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figure of the architecture is drawn from the project as it is, and the committed files are what the script draws."""
+"""The figure of the architecture names files that exist, and the committed one says what the script draws."""
 
 import importlib.util
 import re
