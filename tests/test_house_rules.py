@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "distributed": set(),
     "train": {"models", "baselines", "data", "distributed", "nn", "ops"},
-    "eval": {"inference", "memory", "models", "baselines", "data"},
+    "eval": {"inference", "memory", "models", "data"},
+    "bench": {"eval", "inference", "memory", "models", "baselines"},
     "recipes": {"train", "eval", "models", "data"},
     "testing": {"ops", "nn", "models"},
 }

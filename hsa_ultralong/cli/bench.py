@@ -14,8 +14,8 @@ from hsa_ultralong.cli.places import require_folder
 from hsa_ultralong.cli.terminal import console, echo, echo_json
 
 if TYPE_CHECKING:
-    from hsa_ultralong.eval.benchmarks.memory import MemorySettings
-    from hsa_ultralong.eval.benchmarks.points import Settings
+    from hsa_ultralong.bench.memory import MemorySettings
+    from hsa_ultralong.bench.points import Settings
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 
@@ -65,9 +65,9 @@ def bench_ops(
       hsa bench ops --device cpu --lengths 256,512 --topk 4
     """
     from hsa_ultralong import ops as operators
+    from hsa_ultralong.bench.ops import OPS, run_ops
+    from hsa_ultralong.bench.ops_report import plot_ops, short_hardware
     from hsa_ultralong.cli.common import choose_device, processor_name
-    from hsa_ultralong.eval.benchmarks.ops import OPS, run_ops
-    from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, short_hardware
     from hsa_ultralong.eval.metadata import command_line, run_metadata
     from hsa_ultralong.eval.metadata import hardware as measured_on
 
@@ -141,10 +141,10 @@ def memory(
     """
     import torch.distributed as dist
 
+    from hsa_ultralong.bench.memory import MemorySettings
+    from hsa_ultralong.bench.ops_report import short_hardware
     from hsa_ultralong.cli.common import choose_device, processor_name
     from hsa_ultralong.distributed.mesh import init_distributed
-    from hsa_ultralong.eval.benchmarks.memory import MemorySettings
-    from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
     from hsa_ultralong.eval.metadata import command_line, run_metadata
     from hsa_ultralong.eval.metadata import hardware as measured_on
 
@@ -181,8 +181,8 @@ def _measure_memory(
     is_first: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """All records, those of earlier runs besides; the first process writes after every one."""
-    from hsa_ultralong.eval.benchmarks.memory import add_record, continued, file_records, memory_records
-    from hsa_ultralong.eval.benchmarks.memory_report import format_value
+    from hsa_ultralong.bench.memory import add_record, continued, file_records, memory_records
+    from hsa_ultralong.bench.memory_report import format_value
     from hsa_ultralong.eval.metadata import write_json
 
     result = continued(path, meta)
@@ -202,7 +202,7 @@ def _measure_memory(
 
 def _report_memory(result: dict[str, Any], path: Path, as_json: bool) -> None:
 
-    from hsa_ultralong.eval.benchmarks.memory_report import plot_memory, table
+    from hsa_ultralong.bench.memory_report import plot_memory, table
 
     if any(record["metric"] in ("read_tokens_per_s", "decode_ms") for record in result["records"]):
         plot_memory(result, path.with_suffix(".png"))
@@ -233,7 +233,7 @@ def _settings(
 ) -> Settings:
     import torch
 
-    from hsa_ultralong.eval.benchmarks.points import Settings
+    from hsa_ultralong.bench.points import Settings
 
     fields: dict[str, Any] = {"device": device, "seed": seed, "full_max": parse_size(full_max, "--full-max", 0)}
     if device == "cpu":
@@ -258,9 +258,9 @@ def _recorder(settings: Settings, folder: Path | None, text: Path | None) -> Any
     def record(topk: int) -> Any:
         import torch
 
+        from hsa_ultralong.bench.selections import recorded_lists
         from hsa_ultralong.cli.common import load_model
         from hsa_ultralong.data import read_text
-        from hsa_ultralong.eval.benchmarks.selections import recorded_lists
         from hsa_ultralong.eval.haystack import opticks
 
         network, tokenizer = load_model(folder, settings.device)
@@ -285,7 +285,7 @@ def _show(found: dict[str, Any]) -> None:
 
 def _print_tables(result: dict[str, Any], path: Path) -> None:
 
-    from hsa_ultralong.eval.benchmarks.ops_report import tables
+    from hsa_ultralong.bench.ops_report import tables
 
     screen = console()
     for table in tables(result):

@@ -14,9 +14,9 @@ from hsa_ultralong.cli.terminal import console, echo, echo_json
 if TYPE_CHECKING:
     import torch
 
-    from hsa_ultralong.eval.benchmarks.training import TrainingSettings
-    from hsa_ultralong.eval.benchmarks.training_longest import LongestSettings
-    from hsa_ultralong.eval.benchmarks.training_ranks import Way
+    from hsa_ultralong.bench.training import TrainingSettings
+    from hsa_ultralong.bench.training_longest import LongestSettings
+    from hsa_ultralong.bench.training_ranks import Way
     from hsa_ultralong.models import HSAConfig
 
 
@@ -98,7 +98,7 @@ def training(
         )  # fmt: skip
         _search_longest(model, preset_name, kinds, rows, place, results)
     else:
-        from hsa_ultralong.eval.benchmarks.training import TrainingSettings
+        from hsa_ultralong.bench.training import TrainingSettings
 
         rows_of, micro = parse_sizes(contexts, "--contexts"), parse_sizes(micro_tokens, "--micro-tokens")
         tokens = parse_size(batch_tokens, "--batch-tokens")
@@ -114,9 +114,9 @@ class _Results:
     def __init__(self, output: Path, hardware: str | None, place: str, seed: int) -> None:
         import torch.distributed as dist
 
+        from hsa_ultralong.bench.memory import continued
+        from hsa_ultralong.bench.ops_report import short_hardware
         from hsa_ultralong.cli.common import processor_name
-        from hsa_ultralong.eval.benchmarks.memory import continued
-        from hsa_ultralong.eval.benchmarks.ops_report import short_hardware
         from hsa_ultralong.eval.metadata import command_line, run_metadata
         from hsa_ultralong.eval.metadata import hardware as measured_on
 
@@ -127,7 +127,7 @@ class _Results:
         self.found = continued(self.path, run_metadata(command_line(), seed, hardware_name=name, device=place))
 
     def keep(self, record: dict[str, Any]) -> None:
-        from hsa_ultralong.eval.benchmarks.training_report import REPORTED, add_record, format_value
+        from hsa_ultralong.bench.training_report import REPORTED, add_record, format_value
         from hsa_ultralong.eval.metadata import write_json
 
         if not self.is_first:
@@ -151,8 +151,8 @@ def _measure_speed(
     """Steps of the model and its twin; under torchrun of the model alone, in one process and over all."""
     import torch.distributed as dist
 
-    from hsa_ultralong.eval.benchmarks.training import training_records
-    from hsa_ultralong.eval.benchmarks.training_ranks import ranks_records
+    from hsa_ultralong.bench.training import training_records
+    from hsa_ultralong.bench.training_ranks import ranks_records
 
     if dist.is_initialized():
         if "hsa" not in kinds:
@@ -171,8 +171,8 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
     """One process, then the ways called `names`: shard, replicate, context, with "-fp32" for weights in fp32."""
     import torch.distributed as dist
 
+    from hsa_ultralong.bench.training_ranks import SPREADS, Way
     from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, total
-    from hsa_ultralong.eval.benchmarks.training_ranks import SPREADS, Way
     from hsa_ultralong.train.parallelize import clip_gradients, parallelize, require_all_reduce
 
     world = dist.get_world_size()
@@ -202,7 +202,7 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
 
 def _report_training(result: dict[str, Any], path: Path, as_json: bool) -> None:
 
-    from hsa_ultralong.eval.benchmarks.training_report import plot_training_speed, tables
+    from hsa_ultralong.bench.training_report import plot_training_speed, tables
 
     curves = ("tokens_per_s", "longest_sequence")
     has_figure = any(record["metric"] in curves and record["value"] for record in result["records"])
@@ -239,7 +239,7 @@ def _longest_settings(
 
     import torch
 
-    from hsa_ultralong.eval.benchmarks.training_longest import LongestSettings, choose_caps, choose_methods
+    from hsa_ultralong.bench.training_longest import LongestSettings, choose_caps, choose_methods
 
     if max_tokens is None and place == "cpu":
         raise ValueError("--longest on a CPU needs a bound, such as --max-tokens 4K")
@@ -260,7 +260,7 @@ def _search_longest(
     """The longest rows of the model and its twin, from the trials in `results` on."""
     import torch
 
-    from hsa_ultralong.eval.benchmarks.training_longest import LongestSearch, usable_trials
+    from hsa_ultralong.bench.training_longest import LongestSearch, usable_trials
     from hsa_ultralong.train.segmented import segmented_loss_backward
 
     known = usable_trials(results.found, name)

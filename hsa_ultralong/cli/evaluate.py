@@ -196,7 +196,7 @@ class _Bars:
 
 
 def _write(study: Any, output: Path, name: str, meta: dict[str, Any]) -> None:
-    from hsa_ultralong.eval.figures import draw
+    from hsa_ultralong.cli.figures import draw
     from hsa_ultralong.eval.report import write_study
 
     write_study(output, study, name, meta, "summary.json")

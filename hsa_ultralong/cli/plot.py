@@ -56,7 +56,7 @@ def plot(
         raise ValueError("several sources need --output FILE.png")
     if output is not None:
         require_file(output, suffixes=_FIGURES)
-    from hsa_ultralong.eval.figures import compare, draw, draw_all
+    from hsa_ultralong.cli.figures import compare, draw, draw_all
 
     if not sources:
         for path in draw_all(Path.cwd()):

@@ -1,5 +1,5 @@
 """Several needle studies, or several training runs, in one figure: recall and margin by length, loss and needles by
-tokens. Called by cli/plot.py and figures.py; tests/eval/test_comparisons.py."""
+tokens. Called by cli/plot.py and cli/figures.py; tests/eval/test_comparisons.py."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from hsa_ultralong.baselines import FullAttentionLM
-from hsa_ultralong.eval.benchmarks.training import full_attention_twin
+from hsa_ultralong.bench.training import full_attention_twin
 from hsa_ultralong.models import accounting
 from hsa_ultralong.models.presets import preset
 

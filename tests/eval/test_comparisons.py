@@ -5,8 +5,8 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 
+from hsa_ultralong.cli.figures import compare
 from hsa_ultralong.eval import comparisons
-from hsa_ultralong.eval.figures import compare
 
 
 def study(right, margins=None):

@@ -1,7 +1,7 @@
 """Which chunks the tokens of a benchmark read: random, shared between neighbours, or recorded from a trained model.
 
 All three give (T, K) int32, descending, -1 in empty slots; token t sees the chunks 0 .. t // S - 1. The lists of a
-token do not depend on T: a shorter benchmark uses a prefix of a longer one. tests/eval/test_benchmarks.py.
+token do not depend on T: a shorter benchmark uses a prefix of a longer one. tests/bench/test_benchmarks.py.
 """
 
 from __future__ import annotations

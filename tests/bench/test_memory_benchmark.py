@@ -6,9 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hsa_ultralong.bench.memory import MemorySettings, add_record, continued, file_records, memory_records
+from hsa_ultralong.bench.memory_report import plot_memory
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.eval.benchmarks.memory import MemorySettings, add_record, continued, file_records, memory_records
-from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
 from hsa_ultralong.memory import landmark_index
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset

@@ -3,7 +3,7 @@
 Every process first measures alone, all at once, then all together by every way of spreading a step. The rate is 0, so
 that weights stay; ways whose steps have the same rows (batch_tokens fills a forward of every process) have the same
 loss, but for the noise of retrieval. Records as in training.py, with "scaling": times as fast as one
-process. Called by `hsa bench training` under torchrun; tests/eval/test_training_ranks.py.
+process. Called by `hsa bench training` under torchrun; tests/bench/test_training_ranks.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.eval.benchmarks.training import PEAK_FLOPS, TrainingSettings
+from hsa_ultralong.bench.training import PEAK_FLOPS, TrainingSettings
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM, accounting
 
 SPREADS = ("shard", "replicate", "context")

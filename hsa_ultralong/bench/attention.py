@@ -1,7 +1,7 @@
 """Points of the attention operators: HSA on three selections, full causal attention, the sliding window.
 
 Full attention runs through torch's SDPA with one backend forced; grouped heads are tried, then expanded ones, and the
-faster is measured. tests/eval/test_benchmarks.py.
+faster is measured. tests/bench/test_benchmarks.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hsa_ultralong.eval.benchmarks.points import (
+from hsa_ultralong.bench.points import (
     DIRECTIONS,
     Call,
     Point,
@@ -25,7 +25,7 @@ from hsa_ultralong.eval.benchmarks.points import (
     traffic,
     visible_keys,
 )
-from hsa_ultralong.eval.benchmarks.timing import time_call
+from hsa_ultralong.bench.timing import time_call
 
 # gives the lists (T, K) of a selection, or None where there are none
 Lists = Callable[[str, int, int], "np.ndarray | None"]

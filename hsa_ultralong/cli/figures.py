@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hsa_ultralong.eval.benchmarks.memory_report import plot_memory
-from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, read_benchmark
-from hsa_ultralong.eval.benchmarks.training_report import plot_training_speed
+from hsa_ultralong.bench.memory_report import plot_memory
+from hsa_ultralong.bench.ops_report import plot_ops, read_benchmark
+from hsa_ultralong.bench.training_report import plot_training_speed
 from hsa_ultralong.eval.comparisons import compare_needles, compare_training
 from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl, read_log
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.eval.benchmarks.attention import hsa_inputs
-from hsa_ultralong.eval.benchmarks.points import Point, Settings, noise, one_line
-from hsa_ultralong.eval.benchmarks.selections import shared_lists
+from hsa_ultralong.bench.attention import hsa_inputs
+from hsa_ultralong.bench.points import Point, Settings, noise, one_line
+from hsa_ultralong.bench.selections import shared_lists
 
 _TOKENS = 512
 _SLACK = 1e-5  # of the norm, where the reference in low precision happens to be exact

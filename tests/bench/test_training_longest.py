@@ -12,9 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hsa_ultralong.baselines import FullAttentionLM
-from hsa_ultralong.cli.main import app
-from hsa_ultralong.eval.benchmarks import training_longest
-from hsa_ultralong.eval.benchmarks.training_longest import (
+from hsa_ultralong.bench import training_longest
+from hsa_ultralong.bench.training_longest import (
     METHODS,
     Cap,
     LongestSearch,
@@ -28,7 +27,8 @@ from hsa_ultralong.eval.benchmarks.training_longest import (
     parse_cap,
     usable_trials,
 )
-from hsa_ultralong.eval.benchmarks.training_report import add_record, plot_training_speed, tables
+from hsa_ultralong.bench.training_report import add_record, plot_training_speed, tables
+from hsa_ultralong.cli.main import app
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.train.activations import recompute_activations
 from hsa_ultralong.train.segmented import segmented_loss_backward

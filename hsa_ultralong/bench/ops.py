@@ -1,7 +1,7 @@
 """The suite `ops`: every operator against its baselines, in one run on one card. Called by `hsa bench ops`.
 
 Each point is guarded: what fails is kept under meta["failures"] and the run goes on. The file is written after every
-operator, so a run that is stopped keeps what it measured. tests/eval/test_benchmarks.py.
+operator, so a run that is stopped keeps what it measured. tests/bench/test_benchmarks.py.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsa_ultralong.eval.benchmarks.attention import full_points, hsa_points, window_points
-from hsa_ultralong.eval.benchmarks.guard import Guard
-from hsa_ultralong.eval.benchmarks.points import Point, Settings, one_line
-from hsa_ultralong.eval.benchmarks.retrieval import decode_points, topk_points
-from hsa_ultralong.eval.benchmarks.selections import mean_union, random_lists, shared_lists
-from hsa_ultralong.eval.benchmarks.timing import time_call
+from hsa_ultralong.bench.attention import full_points, hsa_points, window_points
+from hsa_ultralong.bench.guard import Guard
+from hsa_ultralong.bench.points import Point, Settings, one_line
+from hsa_ultralong.bench.retrieval import decode_points, topk_points
+from hsa_ultralong.bench.selections import mean_union, random_lists, shared_lists
+from hsa_ultralong.bench.timing import time_call
 from hsa_ultralong.eval.metadata import write_json
 
 OPS = ("hsa", "full_attention", "window", "chunk_topk", "decode")

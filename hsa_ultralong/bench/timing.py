@@ -1,7 +1,7 @@
 """Time and peak memory of one call: CUDA events after warm-up, a cold L2 cache before every repeat; a clock on a CPU.
 
 The events stand around the call alone. Repeats are queued without waiting for each other, so launch costs count only
-where they are the bottleneck, as in training. tests/eval/test_benchmarks.py.
+where they are the bottleneck, as in training. tests/bench/test_benchmarks.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Records have the form of docs/results.md (suite memory). Tokens are random: no timing depends on what is read. In a
 process group all processes measure the same points; what they do together names the store "device, 2 processes".
-Called by `hsa bench memory`; tests/eval/test_memory_benchmark.py.
+Called by `hsa bench memory`; tests/bench/test_memory_benchmark.py.
 """
 
 from __future__ import annotations

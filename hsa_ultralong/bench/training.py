@@ -2,7 +2,7 @@
 
 Records have the form of docs/results.md (suite training). Tokens are random: speed does not depend on them, but for
 retrieval, whose lists are those of an untrained model. Called by `hsa bench training`, its table and figure are in
-training_report.py; tests/eval/test_training_benchmark.py.
+training_report.py; tests/bench/test_training_benchmark.py.
 """
 
 from __future__ import annotations

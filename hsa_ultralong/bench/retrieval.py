@@ -1,7 +1,7 @@
 """Points of retrieval and decoding: chunk_topk, its unfused baseline, one query over millions of tokens, a copy.
 
 The unfused baseline stores all scores, as one would write it with torch: matmul, mask, topk; its scores are rounded to
-the inputs' dtype, which ours never are. tests/eval/test_benchmarks.py.
+the inputs' dtype, which ours never are. tests/bench/test_benchmarks.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.eval.benchmarks.attention import hsa_inputs
-from hsa_ultralong.eval.benchmarks.points import (
+from hsa_ultralong.bench.attention import hsa_inputs
+from hsa_ultralong.bench.points import (
     DIRECTIONS,
     Call,
     Point,

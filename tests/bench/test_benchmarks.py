@@ -10,13 +10,12 @@ import torch
 from rich.console import Console
 
 from hsa_ultralong import ops as operators
-from hsa_ultralong.eval import figures
-from hsa_ultralong.eval.benchmarks.guard import Guard, check_attention, check_retrieval
-from hsa_ultralong.eval.benchmarks.ops import OPS, run_ops
-from hsa_ultralong.eval.benchmarks.ops_report import plot_ops, read_benchmark, short_hardware, tables
-from hsa_ultralong.eval.benchmarks.points import Point, Settings, directed, visible_chunks, visible_keys
-from hsa_ultralong.eval.benchmarks.retrieval import unfused_topk
-from hsa_ultralong.eval.benchmarks.selections import (
+from hsa_ultralong.bench.guard import Guard, check_attention, check_retrieval
+from hsa_ultralong.bench.ops import OPS, run_ops
+from hsa_ultralong.bench.ops_report import plot_ops, read_benchmark, short_hardware, tables
+from hsa_ultralong.bench.points import Point, Settings, directed, visible_chunks, visible_keys
+from hsa_ultralong.bench.retrieval import unfused_topk
+from hsa_ultralong.bench.selections import (
     KEEP,
     RESTART,
     mean_union,
@@ -24,7 +23,8 @@ from hsa_ultralong.eval.benchmarks.selections import (
     recorded_lists,
     shared_lists,
 )
-from hsa_ultralong.eval.benchmarks.timing import num_repeats, quantile, time_call
+from hsa_ultralong.bench.timing import num_repeats, quantile, time_call
+from hsa_ultralong.cli import figures
 from hsa_ultralong.eval.metadata import run_metadata
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 
@@ -112,7 +112,7 @@ def test_recorded_lists_are_what_the_model_selects_and_leave_it_as_it_was():
 
 
 def test_recorded_lists_are_measured_like_the_others():
-    from hsa_ultralong.eval.benchmarks.ops import ListStore
+    from hsa_ultralong.bench.ops import ListStore
 
     store = ListStore(tiny_settings(), lambda topk: random_lists(20, topk, 4))
     assert store("recorded", 16, 2).shape == (16, 2)

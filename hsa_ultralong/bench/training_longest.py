@@ -3,7 +3,7 @@
 Doubling from a short row, then bisection between the longest row that fitted and the shortest that did not. Every trial
 is a record (docs/results.md), so that a search that was cut off goes on where it stood. Random weights and tokens, one
 row a step, AdamW, bf16 autocast on a GPU. Called by `hsa bench training --longest`;
-tests/eval/test_training_longest.py.
+tests/bench/test_training_longest.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.eval.benchmarks.training import ATTENTIONS, Model, Prepare, build, loss_of
+from hsa_ultralong.bench.training import ATTENTIONS, Model, Prepare, build, loss_of
 from hsa_ultralong.models import HSAConfig
 
 METHODS = ("plain", "checkpointing", "segmented", "offloaded")

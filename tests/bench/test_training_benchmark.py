@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hsa_ultralong.bench.training import TrainingSettings, build, training_records
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.eval.benchmarks.training import TrainingSettings, build, training_records
 from hsa_ultralong.models import accounting
 from hsa_ultralong.models.presets import preset
 
