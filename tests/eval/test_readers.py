@@ -1,0 +1,103 @@
+"""A sample answered through an edited memory, a built one, a continued one and a plain prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hsa_ultralong.eval.readers import MemoryReader, PromptReader, changed_spans
+from hsa_ultralong.eval.tasks import Material, Sample, make_samples
+from hsa_ultralong.testing.factories import tiny_model
+from hsa_ultralong.testing.tokenizers import byte_level
+
+pytest.importorskip("wonderwords")
+
+LENGTH = 3000
+
+
+@pytest.fixture(scope="module")
+def material() -> Material:
+    tokenizer = byte_level()
+    text = "\n".join(f"Sheep {i * 7919 % 997} sleeps. It snores." for i in range(120))
+    return Material(tokenizer, torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int32))
+
+
+@pytest.fixture(scope="module")
+def model(material):
+    return tiny_model(vocab_size=len(material.tokenizer), sliding_window=9, chunk_size=8).eval()
+
+
+def short_answers(name: str, material: Material, number: int) -> list[Sample]:
+    """Samples that want few tokens, since an untrained model never stops by itself."""
+    return [replace(sample, max_new_tokens=5) for sample in make_samples(name, material, LENGTH, number)]
+
+
+def random_edit(rng: np.random.Generator, tokens: np.ndarray) -> np.ndarray:
+    new = tokens.copy()
+    for _ in range(int(rng.integers(4))):
+        start = int(rng.integers(len(new)))
+        new[start : start + int(rng.integers(1, 40))] += 1
+    if rng.random() < 0.5:
+        new = np.concatenate([new, rng.integers(0, 9, int(rng.integers(1, 9)), dtype=np.int32)])
+    elif rng.random() < 0.5:
+        new = new[: -int(rng.integers(1, 9))]
+    return new
+
+
+def test_the_spans_of_a_change_turn_one_content_into_the_other():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        old = rng.integers(0, 9, 2000, dtype=np.int32)
+        new = random_edit(rng, old)
+        built = old
+        for start, stop, size in changed_spans(old, new):
+            built = np.concatenate([built[:start], new[start : start + size], built[stop:]])
+        assert np.array_equal(built, new)
+
+
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_multikey_2", "vt", "recall_form_03", "recall_documents", "kv"])
+def test_an_edited_memory_answers_as_a_built_one_and_a_batch_as_one_at_a_time(model, material, name):
+    samples = short_answers(name, material, 4)
+    built = MemoryReader(model, material, edits=False)
+    wanted = [built.answer([sample])[0] for sample in samples]
+    edited, batched = MemoryReader(model, material), MemoryReader(model, material, batch=2)
+    found = [edited.answer([sample])[0] for sample in samples]
+    pairs = batched.answer(samples[:2]) + batched.answer(samples[2:])
+    for one, other, third in zip(wanted, found, pairs, strict=True):
+        assert one.tokens == other.tokens == third.tokens
+        assert one.certainty == pytest.approx(other.certainty) == pytest.approx(third.certainty)
+        assert (one.found, one.rank) == (other.found, other.rank) == (third.found, third.rank)
+
+
+@pytest.mark.parametrize("name", ["niah_single_2", "passkey", "recall_changed"])
+def test_a_continued_memory_answers_as_the_whole_prompt(model, material, name):
+    samples = short_answers(name, material, 3)
+    continued, plain = MemoryReader(model, material, setting="continue"), PromptReader(model, material)
+    for sample in samples:
+        assert continued.answer([sample])[0].tokens == plain.answer([sample])[0].tokens
+
+
+def test_settings_that_are_none_and_documents_that_cannot_be_continued_are_refused(model, material):
+    with pytest.raises(ValueError, match="memory, continue; got 'reread'"):
+        MemoryReader(model, material, setting="reread")
+    (sample,) = make_samples("recall_documents", material, LENGTH, 1)
+    with pytest.raises(ValueError, match="ask it with the setting memory"):
+        MemoryReader(model, material, setting="continue").answer([sample])
+
+
+def test_a_prompt_beyond_the_positions_of_a_model_is_refused(material):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(material.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+    )  # fmt: skip
+    reader = PromptReader(LlamaForCausalLM(config).eval(), material)
+    (sample,) = make_samples("niah_single_1", material, LENGTH, 1)
+    with pytest.raises(ValueError, match="positions for 1,024 tokens, 3,000 wanted"):
+        reader.answer([sample])
+    (short,) = make_samples("recall_form_02", material, 600, 1)
+    assert 1 <= len(reader.answer([short])[0].tokens) <= short.max_new_tokens
