@@ -243,6 +243,13 @@ def test_the_rule_of_one_loop_sees_every_form_of_it(loop, is_found):
     assert (runs_layers(f"def f(x):\n{body}\n  return x") == ["f"]) == is_found
 
 
+def test_the_library_hooks_into_no_module():
+    """What was retrieved comes by output_retrieval."""
+    files = [relative(path) for path in FILES if re.search(r"register_\w*hook\(", path.read_text(encoding="utf-8"))]
+    # of a weight, and of FSDP's root
+    assert files == ["train/parallelize.py"]
+
+
 def test_the_library_prints_only_in_the_command_line():
     broken = [
         f"{relative(path)}:{node.lineno}"

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hsa_ultralong.models import HSAForCausalLM
+
 RESTART = 512  # shared lists start anew at multiples of this
 KEEP = 0.9  # probability that a chunk stays in the list of the next token
 _SEGMENTS = 64  # shared segments advanced together
@@ -112,21 +114,17 @@ def recorded_lists(model: Any, tokens: torch.Tensor, topk: int) -> np.ndarray:
     Raises:
         ValueError: if the model retrieves nothing.
     """
-    found: list[torch.Tensor] = []
-    retrievers = [module for module in model.modules() if type(module).__name__ == "ChunkRetriever"]
-    if not retrievers:
+    if not isinstance(model, HSAForCausalLM):
         raise ValueError("the model has no retrieval whose selections could be recorded")
     before, was_training = model.config.chunk_topk, model.training
-    hook = retrievers[-1].register_forward_hook(lambda module, inputs, output: found.append(output.indices[0, :, 0]))
     try:
         model.config.chunk_topk = topk
         model.eval()
-        model(tokens[None].long().to(model.device), use_cache=False, logits_to_keep=1)
+        outputs = model.model(tokens[None].long().to(model.device), use_cache=False, output_retrieval=True)
     finally:
-        hook.remove()
         model.config.chunk_topk = before
         model.train(was_training)
-    lists = found[-1].cpu().numpy()
+    lists = outputs.retrieval[-1].indices[0, :, 0].cpu().numpy()
     out: np.ndarray = np.full((len(tokens), topk), -1, dtype=np.int32)
     out[:, : lists.shape[1]] = lists
     return out

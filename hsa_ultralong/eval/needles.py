@@ -325,19 +325,9 @@ def _question_logits(
     """Logits (V,) after the question, in fp32 on the host, and the margin of these chunks."""
     ids = torch.tensor([tokenizer(question)["input_ids"]], device=model.model.embed_tokens.weight.device)
     cache = HSACache(model.config, library=memory)
-    margins: list[float] = []
-    handles = [
-        group.retriever.register_forward_hook(
-            lambda _, inputs, found: margins.append(score_margin(found.indices[0, -1], found.scores[0, -1], chunks))
-        )
-        for group in model.model.upper_groups()
-    ]
-    try:
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return logits.float().cpu(), max(margins)
+    outputs = model(ids, past_key_values=cache, logits_to_keep=1, output_retrieval=True)
+    margins = [score_margin(found.indices[0, -1], found.scores[0, -1], chunks) for found in outputs.retrieval]
+    return outputs.logits[0, -1].float().cpu(), max(margins)
 
 
 def score_margin(indices: torch.Tensor, scores: torch.Tensor, chunks: range) -> float:

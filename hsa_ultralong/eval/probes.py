@@ -8,17 +8,28 @@ from typing import Any
 import torch
 
 from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards, collate
+from hsa_ultralong.eval.retrieval_statistics import RetrievalStatistics
 from hsa_ultralong.models import HSAForCausalLM
 
 _PROBE_TOKENS = 1 << 18
 
 
 def answer_accuracy(
-    model: HSAForCausalLM, batch: dict[str, Any], device: torch.device | str
+    model: HSAForCausalLM,
+    batch: dict[str, Any],
+    device: torch.device | str,
+    statistics: RetrievalStatistics | None = None,
 ) -> tuple[int, int, float, int]:
     """Exact answers, all answers, summed loss and number of answer tokens of one collated batch of needle rows."""
     inputs = {name: batch[name].to(device) for name in ("input_ids", "segment_ids")}
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    wanted: dict[str, Any] = {}
+    if statistics is not None:
+        tokens = statistics.sample(inputs["input_ids"].shape[1], device)
+        wanted = {"output_retrieval": True, "retrieval_to_keep": tokens}
+    outputs = model.model(**inputs, use_cache=False, **wanted)
+    if statistics is not None:
+        statistics.add(outputs.retrieval, tokens)
+    hidden = outputs.last_hidden_state
     mask = batch["answer_mask"].to(device)[:, 1:]  # (B, T - 1)
     logits = model.lm_head(hidden[:, :-1][mask]).float()  # (n, V)
     target = inputs["input_ids"][:, 1:][mask]
@@ -39,8 +50,9 @@ def needle_probe(
     device: torch.device | str,
     lengths: Iterable[int] = (),
     chunk_size: int = 64,
-) -> Callable[[HSAForCausalLM, int], dict[str, float]]:
-    """A probe for train.Trainer: held-out documents and needle seeds, at most `rows` rows of the length asked for.
+) -> Callable[[HSAForCausalLM, int], dict[str, Any]]:
+    """A probe for train.Trainer: held-out documents and needle seeds, at most `rows` rows of the length asked for; what
+    it returns includes the statistics of their retrieval.
 
     Raises:
         ValueError: rows of one of `lengths`, with chunks of `chunk_size`, cannot be made; else the probe raises it.
@@ -54,7 +66,7 @@ def needle_probe(
     for length in lengths:
         rows_of(length, chunk_size)
 
-    def probe(model: HSAForCausalLM, length: int) -> dict[str, float]:
+    def probe(model: HSAForCausalLM, length: int) -> dict[str, Any]:
         if length not in cache:
             dataset = rows_of(length, model.config.chunk_size)
             count = max(2, min(rows, _PROBE_TOKENS // length))
@@ -65,9 +77,11 @@ def needle_probe(
             ]
         right = total = tokens = 0
         loss = 0.0
+        statistics = RetrievalStatistics(model.config.chunk_size, model.config.sliding_window)
         for batch in cache[length]:
-            part = answer_accuracy(model, batch, device)
+            part = answer_accuracy(model, batch, device, statistics)
             right, total, loss, tokens = right + part[0], total + part[1], loss + part[2], tokens + part[3]
-        return {"needle_accuracy": right / max(1, total), "answer_loss": loss / max(1, tokens)}
+        accuracy, answer_loss = right / max(1, total), loss / max(1, tokens)
+        return {"needle_accuracy": accuracy, "answer_loss": answer_loss, "retrieval": statistics.record()}
 
     return probe

@@ -7,8 +7,7 @@ step late, so the device never idles. Used by `hsa bench memory` and wherever ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -193,22 +192,21 @@ class DecodingEngine:
         x = inner.read_lower(x, rotary, None, self.windows, parts=pieces)
         rows = torch.arange(self.batch, device=self.device)
         self.pending[rows, self.places % self.config.chunk_size] = x[:, 0]
-        retrievals: list[Retrieval] = []
-        x = inner.decode_upper(x, rotary, self.views, None, self.windows, parts=pieces, retrievals=retrievals)
-        for number, retrieval in enumerate(retrievals):
-            self._note(slice(None), number, retrieval)
+        found: list[Retrieval] = []
+        x = inner.decode_upper(x, rotary, self.views, None, self.windows, parts=pieces, note=found.append)
+        self._note(slice(None), found)
         logits, best = pieces.run_head(inner.norm, self.model.lm_head, x)
         self.logits.copy_(logits)
         self.tokens.copy_(sample(self.logits, *self.sampling) if self.sampling[0] else best)
         self.places += 1
         self.seen += 1
 
-    def _note(self, rows: int | slice, group: int, retrieval: Retrieval) -> None:
-        """Keep what the last token of the sequences retrieved."""
-        indices, weights = self.retrieved[group]
-        kept = retrieval.indices.shape[-1]
-        indices[rows, :, :kept], weights[rows, :, :kept] = retrieval.indices[:, -1], retrieval.weights[:, -1].float()
-        indices[rows, :, kept:] = -1
+    def _note(self, rows: int | slice, retrieved: Sequence[Retrieval]) -> None:
+        """Keep what the last token of the sequences retrieved in every group."""
+        for (indices, weights), found in zip(self.retrieved, retrieved, strict=True):
+            kept = found.indices.shape[-1]
+            indices[rows, :, :kept], weights[rows, :, :kept] = found.indices[:, -1], found.weights[:, -1].float()
+            indices[rows, :, kept:] = -1
 
     def _complete(self) -> None:
         """Encode the chunks that the last step filled; those of other sequences go to the slot that is never seen."""
@@ -288,27 +286,15 @@ class DecodingEngine:
             cache = HSACache(self.config, library=memory)
         if len(prompt) == 0 or cache.num_seen + len(prompt) > self.max_tokens:
             raise ValueError(f"a prompt needs 1 to {self.max_tokens - cache.num_seen} tokens here, got {len(prompt)}")
-        with evaluating(self.model), self._observed(row):
-            logits = self.model(prompt[None], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        with evaluating(self.model):
+            outputs = self.model(prompt[None], past_key_values=cache, logits_to_keep=1, output_retrieval=True)
+        logits = outputs.logits[:, -1]
+        # indices count the prompt's own memory alone, which is the first
+        self._note(row, outputs.retrieval)
         self._clear(row)
         self._load(row, cache)
         self.logits[row] = logits[0]
         self.tokens[row] = sample(logits, *self.sampling)[0]
-
-    @contextmanager
-    def _observed(self, row: int) -> Iterator[None]:
-        """Note what the prompt's last token retrieves; its indices count its own memory alone, which is the first."""
-
-        def hook(number: int) -> Callable[..., None]:
-            return lambda module, inputs, retrieval: self._note(row, number, retrieval)
-
-        groups = self.model.model.upper_groups()
-        handles = [group.retriever.register_forward_hook(hook(number)) for number, group in enumerate(groups)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _load(self, row: int, cache: HSACache) -> None:
         """Move the state of one sequence into the buffers of a slot."""

@@ -72,7 +72,7 @@ def check_generation(inputs: torch.Tensor | None, kwargs: dict[str, Any], *, has
     """Refuse what `generate` cannot honour, before any work; has_state: a memory or a cache is given.
 
     Raises:
-        ValueError: for an empty prompt, inputs of whole rows, or use_cache=False with a state.
+        ValueError: for an empty prompt, inputs of whole rows, output_retrieval, or use_cache=False with a state.
     """
     prompt = kwargs.get("inputs_embeds") if inputs is None else inputs
     if prompt is not None and 0 in prompt.shape[:2]:
@@ -80,6 +80,11 @@ def check_generation(inputs: torch.Tensor | None, kwargs: dict[str, Any], *, has
     for name in ("segment_ids", "labels", "shift_labels"):
         if kwargs.get(name) is not None:
             raise ValueError(f"generate takes no {name}: a prompt is one document a row, masked by attention_mask")
+    if kwargs.get("output_retrieval"):
+        raise ValueError(
+            "generate takes no output_retrieval, as its outputs have no place for it: "
+            "hsa_ultralong.inference.DecodingEngine(model, memory).stream says what every token retrieved"
+        )
     config = kwargs.get("generation_config")
     use_cache = kwargs.get("use_cache")
     if use_cache is None:

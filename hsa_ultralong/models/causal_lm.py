@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from hsa_ultralong.models.adapters import offer_adapter_targets
@@ -20,6 +19,7 @@ from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.generation import OwnBatching, check_options, named
 from hsa_ultralong.models.head import head_loss
 from hsa_ultralong.models.modeling_hsa import HSAModel, HSAPreTrainedModel
+from hsa_ultralong.models.outputs import HSACausalLMOutput
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.moe import MixtureOfExperts
 
@@ -53,15 +53,17 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
         source_ids: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_retrieval: bool = False,
         cache: HSACache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> HSACausalLMOutput:
         """As HSAModel.forward, and:
 
         Args:
             labels: (B, T) int64, the tokens themselves (shifted inside), -100 = not counted. A label is predicted from
                 the last real token before it.
-            logits_to_keep: number of last positions (or index tensor) whose logits are wanted; 0 = all.
+            logits_to_keep: number of last positions (or index tensor) whose logits, and retrieval with
+                output_retrieval, are wanted; 0 = all.
             num_items_in_batch: divisor of the summed loss instead of the number of labels here.
             kwargs: shift_labels (B, T), the token after each, in place of labels; and those of HSAModel.forward.
 
@@ -85,6 +87,8 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
             pool_memory=pool_memory,
             source_ids=source_ids,
             output_hidden_states=output_hidden_states,
+            output_retrieval=output_retrieval,
+            retrieval_to_keep=logits_to_keep,
             return_dict=True,
             **kwargs,
         )
@@ -104,7 +108,8 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
             kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
             logits = self.lm_head(kept)
         named: dict[str, Any] = {CACHE_NAME: getattr(outputs, CACHE_NAME)}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named)
+        named |= {"hidden_states": outputs.hidden_states, "retrieval": outputs.retrieval}
+        return HSACausalLMOutput(loss=loss, logits=logits, **named)
 
     def _targets(
         self, labels: torch.Tensor | None, shift_labels: torch.Tensor | None, attention_mask: torch.Tensor | None

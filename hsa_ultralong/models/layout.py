@@ -14,6 +14,7 @@ import torch
 from hsa_ultralong.models.cache_hsa import HSACache, NewChunks
 from hsa_ultralong.models.padding import Padding
 from hsa_ultralong.models.ranks import ContextRanks
+from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
 _LOW_BITS = 2**31 - 1
@@ -51,9 +52,14 @@ class Layout(NamedTuple):
         """x (B, T, M) with the real tokens of every row at its start."""
         return x if self.padding is None else self.padding.close_up(x)
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """Back to the columns of the call: see Padding.spread."""
-        return x if self.padding is None else self.padding.spread(x)
+    def spread(self, x: torch.Tensor, fill: float = 0.0, columns: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+        """x (B, T, ...) at the columns of the call, or some of them: see Padding.spread."""
+        return x[:, columns] if self.padding is None else self.padding.spread(x, fill, columns)
+
+    def placed(self, found: Retrieval, columns: slice | torch.Tensor) -> Retrieval:
+        """What the tokens at some columns of the call retrieved."""
+        indices, weights = self.spread(found.indices, -1, columns), self.spread(found.weights, 0.0, columns)
+        return found._replace(indices=indices, weights=weights, scores=self.spread(found.scores, -torch.inf, columns))
 
 
 def plain_layout(x: torch.Tensor, padding: Padding | None = None, cache: HSACache | None = None) -> Layout:

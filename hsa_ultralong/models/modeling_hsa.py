@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from hsa_ultralong.models.arguments import check_arguments, check_tokens
@@ -29,6 +28,7 @@ from hsa_ultralong.models.build import (
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.layout import Layout, packed_layout, plain_layout, restrict, slice_layout, whole_chunks
+from hsa_ultralong.models.outputs import HSAModelOutput
 from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
 from hsa_ultralong.models.ranks import ContextRanks, PoolRanks
 from hsa_ultralong.models.registration import is_own_auto_class
@@ -36,7 +36,7 @@ from hsa_ultralong.models.stack import Windows, run_lower, run_upper
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
-from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
+from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
 from hsa_ultralong.nn.upper_group import UpperGroup
@@ -130,9 +130,11 @@ class HSAModel(HSAPreTrainedModel):
         pool_memory: bool | str = False,
         source_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_retrieval: bool = False,
+        retrieval_to_keep: int | torch.Tensor = 0,
         cache: HSACache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> HSAModelOutput:
         """
         Args:
             input_ids: (B, T). inputs_embeds: (B, T, M) instead.
@@ -151,6 +153,8 @@ class HSAModel(HSAPreTrainedModel):
                 source stay out of the pool, as they may show the future; by default every row is a source of its own.
                 Used with pool_memory only.
             output_hidden_states: also return the embeddings and the output of every decoder layer, the last one normed.
+            output_retrieval: also return what every upper group retrieved (models/outputs.py).
+            retrieval_to_keep: number of last tokens (or index tensor) whose retrieval is wanted; 0 = all.
             kwargs: return_dict=False for a tuple; names that change nothing here (models/arguments.py).
 
         Raises:
@@ -169,6 +173,7 @@ class HSAModel(HSAPreTrainedModel):
         layout = restrict(layout, isolate_documents, source_ids if pool_memory else None)
         collected = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: list[torch.Tensor] | None = [] if collected else None
+        retrieved: list[Retrieval] = []
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, M)
         x = layout.close_up(embeddings)
         windows, segments = self._windows(cache, layout), layout.window_segments
@@ -176,14 +181,17 @@ class HSAModel(HSAPreTrainedModel):
         x = self.read_lower(x, rotary, segments, windows, states=states)
         chunks = self.encode(x, layout, cache)
         views = self.views(chunks, layout, cache, pool_memory)
-        x = self.decode_upper(x, rotary, views, segments, windows, states=states, **self._noise(layout))
+        note = partial(self._note, retrieved, layout, retrieval_to_keep) if output_retrieval else None
+        x = self.decode_upper(x, rotary, views, segments, windows, states=states, note=note, **self._noise(layout))
         x = layout.spread(self.norm(x))
         if cache is not None:
             self._leave(cache, layout)
         named: dict[str, Any] = {CACHE_NAME: cache}
         if states is not None:
             named["hidden_states"] = (embeddings, *map(layout.spread, states[:-1]), x)
-        return BaseModelOutputWithPast(last_hidden_state=x, **named)
+        if output_retrieval:
+            named["retrieval"] = tuple(retrieved)
+        return HSAModelOutput(last_hidden_state=x, **named)
 
     def _windows(self, cache: HSACache | None, layout: Layout) -> Windows | None:
         """What the windows read before the call's own tokens."""
@@ -200,6 +208,11 @@ class HSAModel(HSAPreTrainedModel):
             cache.close_gaps(layout.padding.mask, layout.padding.gaps)
         if layout.is_packed:
             cache.dead_end = "a packed row (segment_ids), whose chunks it does not hold"
+
+    @staticmethod
+    def _note(notes: list[Retrieval], layout: Layout, kept: int | torch.Tensor, found: Retrieval) -> None:
+        # at once, as a long prompt's would be large
+        notes.append(layout.placed(found, slice(-kept, None) if isinstance(kept, int) else kept))
 
     def _noise(self, layout: Layout) -> dict[str, int | None]:
         """Seed of the selection noise; a slice of rows that are shared over processes draws its part of theirs."""

@@ -47,10 +47,12 @@ class Padding(NamedTuple):
         """x (B, T, M) with the real tokens of every row at its start."""
         return x.gather(1, self.order[..., None].expand_as(x))
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """Back to the columns of the call; a masked column repeats the last real token, and is 0 before the first."""
-        index = self.place.clamp_min(0)[..., None].expand_as(x)
-        return x.gather(1, index).masked_fill(self.place[..., None] < 0, 0)
+    def spread(self, x: torch.Tensor, fill: float = 0.0, columns: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+        """x (B, T, ...) back to the columns of the call, or some of them; a masked column repeats the last real token,
+        and is `fill` before the first."""
+        place = self.place[:, columns]
+        place = place.view(*place.shape, *[1] * (x.dim() - 2))
+        return x.gather(1, place.clamp_min(0).expand(-1, -1, *x.shape[2:])).masked_fill(place < 0, fill)
 
 
 def real_tokens(attention_mask: Any, batch: int, num_tokens: int, cache: HSACache | None) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ Training, reading, decoding, long rows and rows over processes differ in what st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -70,14 +70,14 @@ def run_upper(
     noise_start: int = 0,
     parts: Parts = MODULES,
     states: list[torch.Tensor] | None = None,
-    retrievals: list[Retrieval] | None = None,
+    note: Callable[[Retrieval], Any] | None = None,
 ) -> torch.Tensor:
     """The upper decoder over the given memories, (B, T, M) -> (B, T, M).
 
     Args:
         first_layer: number of the first group's first layer.
         noise_seed: of the selection noise of the rows, None without; noise_start: place of the first token in them.
-        states: gets the output of every layer. retrievals: gets what every group retrieved.
+        states: gets the output of every layer. note: called with what each group retrieved.
     """
     number = first_layer
     for index, group in enumerate(groups):
@@ -93,6 +93,6 @@ def run_upper(
         x = outputs[-1]
         if states is not None:
             states.extend(outputs)
-        if retrievals is not None:
-            retrievals.append(retrieval)
+        if note is not None:
+            note(retrieval)
     return x

@@ -34,7 +34,6 @@ from hsa_ultralong.train.freezing import freeze_memory
 from hsa_ultralong.train.metrics import (
     Listener,
     Meter,
-    RetrievalStatistics,
     SpikeGuard,
     open_writers,
     peak_flops,
@@ -56,8 +55,8 @@ from hsa_ultralong.train.stages import check_stage, enter_stage
 from hsa_ultralong.train.state import read_state
 
 logger = logging.getLogger(__name__)
-# (model in eval mode, tokens a row) -> needle_accuracy and what else was measured
-Probe = Callable[[HSAForCausalLM, int], dict[str, float]]
+# (model in eval mode, tokens a row) -> needle_accuracy and what else was measured; "retrieval": numbers a group by name
+Probe = Callable[[HSAForCausalLM, int], dict[str, Any]]
 
 
 class TrainingDiverged(RuntimeError):
@@ -423,11 +422,11 @@ class Trainer:
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
                 gathered(self.model),
                 alone(self.model),
-                RetrievalStatistics(self.model) as statistics,
             ):
                 measured = {"length": length, **self.probe(self.model, length)}
+            retrieval: dict[str, list[float]] = measured.pop("retrieval", {})
             position = {"stage": stage.name, "global_step": self.global_step, "tokens": self.tokens_seen}
-            self._write({**position, "probe": measured, "retrieval": statistics.record()})
+            self._write({**position, "probe": measured, "retrieval": retrieval})
         self.model.train()
         self.meter.restart_clock()
 

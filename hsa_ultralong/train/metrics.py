@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from hsa_ultralong.models import HSAForCausalLM, accounting
-from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
 
 logger = logging.getLogger(__name__)
@@ -29,7 +27,6 @@ Listener = Callable[[dict[str, Any]], None]
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 _SPIKE_MEMORY = 100
 _LEAST_LOSSES = 20
-_SAMPLED_TOKENS = 1024
 
 
 class Meter:
@@ -122,56 +119,6 @@ def training_flops(model: HSAForCausalLM, stage: StageConfig) -> float:
     Pooled chunks are left out; rows count as one document.
     """
     return accounting.flops_per_token(model.config, stage.seq_len, training=True)
-
-
-class RetrievalStatistics:
-    """Statistics of what every retrieval layer finds, from the forwards inside the `with` block; a sample of tokens."""
-
-    def __init__(self, model: HSAForCausalLM) -> None:
-        self.model = model
-        self._sums: list[list[torch.Tensor]] = []
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> RetrievalStatistics:
-        for group in self.model.model.upper_groups():
-            sums: list[torch.Tensor] = []
-            self._sums.append(sums)
-            self._handles.append(group.retriever.register_forward_hook(self._hook(sums)))
-        return self
-
-    def _hook(self, sums: list[torch.Tensor]) -> Callable[[Any, Any, Retrieval], None]:
-        def keep(_module: Any, _inputs: Any, found: Retrieval) -> None:
-            sums.append(self._measure(found))
-
-        return keep
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    @torch.no_grad()
-    def _measure(self, found: Retrieval) -> torch.Tensor:
-        """Sums over sampled tokens that read something, and their number, (4,) fp32."""
-        size, window = self.model.config.chunk_size, self.model.config.sliding_window
-        num_tokens = found.weights.shape[1]
-        tokens = torch.arange(0, num_tokens, max(1, num_tokens // _SAMPLED_TOKENS), device=found.weights.device)
-        weights = found.weights[:, tokens].float()  # (B, t, Hr, K)
-        # the row's own chunks come last
-        chunk = found.indices[:, tokens].long() - found.offsets[-1]
-        distance = tokens[:, None, None] - ((chunk + 1) * size - 1)
-        entropy = -(weights * weights.clamp_min(1e-30).log()).sum()
-        reads = (weights.sum(-1) > 0).sum()
-        return torch.stack((entropy, (weights * distance).sum(), (weights * (distance >= window)).sum(), reads.float()))
-
-    def record(self) -> dict[str, list[float]]:
-        """Means over tokens, one number per upper group.
-
-        entropy: of the fusion weights, nats. distance: tokens of the row between a token and the last one of a chunk
-        that it reads, by weight. beyond_window: share of the weight on chunks that end before the sliding window.
-        """
-        measured = [torch.stack(parts).sum(0).tolist() for parts in self._sums if parts]
-        names = ("entropy", "distance", "beyond_window")
-        return {name: [sums[i] / max(sums[-1], 1.0) for sums in measured] for i, name in enumerate(names)}
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -138,15 +138,10 @@ def test_what_was_retrieved_is_reported():
     prompt = document(20, seed=1)
     engine = DecodingEngine(model, memory, max_tokens=64)
     steps = list(engine.stream([prompt], 10))
-    seen = []
-    hooks = [
-        group.retriever.register_forward_hook(lambda module, inputs, retrieval: seen.append(retrieval))
-        for group in model.model.upper_groups()
-    ]
     text = torch.cat((prompt, torch.tensor([step.tokens[0] for step in steps])))
-    parallel(model, memory, text)
-    for hook in hooks:
-        hook.remove()
+    cache = HSACache(model.config, library=memory)
+    with torch.no_grad():
+        seen = model(text[None], past_key_values=cache, output_retrieval=True).retrieval
     for number, step in enumerate(steps):
         for expected, (indices, weights) in zip(seen, step.retrieved, strict=True):
             place = len(prompt) - 1 + number

@@ -43,7 +43,7 @@ def test_run_in_pieces_equals_run_as_modules():
         outputs, retrieved = [], []
         for parts in ({}, {"parts": Pieces()}):
             found: list = []
-            outputs.append(inner.decode_upper(lower, inner.rotary(lower, None), views, retrievals=found, **parts))
+            outputs.append(inner.decode_upper(lower, inner.rotary(lower, None), views, note=found.append, **parts))
             retrieved.append(found)
     assert torch.equal(*outputs) and len(retrieved[0]) == model.config.num_upper_groups
     for left, right in zip(*retrieved):
@@ -55,7 +55,7 @@ def test_without_a_memory_a_group_retrieves_nothing_and_its_outputs_are_exact():
     found: list = []
     with torch.no_grad():
         lower = lower_outputs(model, tokens)
-        out = model.model.decode_upper(lower, model.model.rotary(lower, None), [], retrievals=found)
+        out = model.model.decode_upper(lower, model.model.rotary(lower, None), [], note=found.append)
         torch.testing.assert_close(model.model.norm(out), model.model(tokens).last_hidden_state)
     heads = model.config.num_retrieval_heads
     assert [retrieval.indices.shape for retrieval in found] == [(2, 3, heads, 0)] * model.config.num_upper_groups

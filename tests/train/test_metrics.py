@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from hsa_ultralong.models.accounting import flops_per_token
-from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.train import TrainingDiverged
 from hsa_ultralong.train.checkpoint import list_checkpoints
-from hsa_ultralong.train.metrics import Meter, RetrievalStatistics, SpikeGuard, scalars, training_flops
+from hsa_ultralong.train.metrics import Meter, SpikeGuard, scalars, training_flops
 from hsa_ultralong.train.run_folder import RunLog
 
 
@@ -75,37 +74,6 @@ def test_flop_per_token_follow_the_window_and_k_of_the_stage(tiny_runs, tmp_path
     one.train()
     after = training_flops(one.model, one.config.stages[0])
     assert after == flops_per_token(one.model.config, 128, training=True) < before
-
-
-@torch.no_grad()
-def test_retrieval_statistics_equal_a_count_by_hand():
-    model = tiny_model(chunk_topk=3).eval()
-    tokens = torch.randint(3, model.config.vocab_size, (2, 40))
-    found = []
-    retriever = model.model.upper_groups()[0].retriever
-    handle = retriever.register_forward_hook(lambda _module, _inputs, out: found.append(out))
-    with RetrievalStatistics(model) as statistics:
-        model(tokens, use_cache=False)
-    handle.remove()
-    (retrieval,) = found
-    size, window = model.config.chunk_size, model.config.sliding_window
-    entropy = distance = beyond = readers = 0.0
-    for row, t, head in [(b, t, h) for b in range(2) for t in range(40) for h in range(retrieval.weights.shape[2])]:
-        pairs = zip(retrieval.indices[row, t, head].tolist(), retrieval.weights[row, t, head].tolist(), strict=True)
-        real = [(chunk, weight) for chunk, weight in pairs if chunk >= 0]
-        readers += bool(real)
-        entropy -= sum(weight * math.log(weight) for _, weight in real if weight)
-        distance += sum(weight * (t - (chunk * size + size - 1)) for chunk, weight in real)
-        beyond += sum(weight for chunk, weight in real if t - (chunk * size + size - 1) >= window)
-    record = statistics.record()
-    expected = {"entropy": entropy, "distance": distance, "beyond_window": beyond}
-    for name, total in expected.items():
-        assert record[name][0] == pytest.approx(total / readers, rel=1e-5)
-    assert len(record["entropy"]) == len(model.model.upper_groups())
-    assert not retriever._forward_hooks
-    with RetrievalStatistics(model) as nothing:
-        pass
-    assert nothing.record() == {"entropy": [], "distance": [], "beyond_window": []}
 
 
 def test_curves_are_named_by_what_they_show():

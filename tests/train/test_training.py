@@ -149,6 +149,10 @@ def test_the_probe_counts_exact_answers(corpus, tmp_path):
     model = trainer(corpus, tmp_path).model.eval()
     measured = needle_probe(shards, tokenizer, rows=2, device="cpu")(model, 512)
     assert 0 <= measured["needle_accuracy"] <= 1 and measured["answer_loss"] > 0
+    names = {"entropy", "distance", "beyond_window"}
+    assert {name: len(values) for name, values in measured["retrieval"].items()} == dict.fromkeys(
+        names, model.config.num_upper_groups
+    )
     tokens = torch.randint(3, 300, (1, 64))
     guess = model(tokens, use_cache=False).logits.argmax(-1)
     answer = torch.zeros(1, 64, dtype=torch.bool)
