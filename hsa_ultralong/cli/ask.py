@@ -98,8 +98,8 @@ def ask(
 
 def _require_filled(path: Path) -> None:
     """Refuse a memory that holds nothing to ask for, before the model is loaded."""
-    from hsa_ultralong.inference.fingerprint import nothing_to_read
     from hsa_ultralong.memory import MemoryFile
+    from hsa_ultralong.models.fingerprint import nothing_to_read
 
     with MemoryFile.open_unverified(path) as file:
         if file.num_chunks == 0:

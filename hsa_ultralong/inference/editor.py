@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.inference.fingerprint import require_same_model
 from hsa_ultralong.inference.reader import (
     DocumentReader,
     as_tokens,
@@ -20,8 +19,9 @@ from hsa_ultralong.inference.reader import (
     kept_lower_outputs,
     segment_length,
 )
-from hsa_ultralong.inference.wrapped import device_of, unwrapped
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
+from hsa_ultralong.models.fingerprint import require_same_model
+from hsa_ultralong.models.wrapped import device_of, unwrapped
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation
 
 

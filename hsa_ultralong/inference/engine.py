@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.inference.fingerprint import require_same_model
 from hsa_ultralong.inference.generation import continuation_cache
 from hsa_ultralong.inference.reader import compiled, evaluating
 from hsa_ultralong.inference.steps import Pieces, rotary_of, sample
-from hsa_ultralong.inference.weights import is_plain, refuse_hooks, state_key, weights_of
-from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.models.fingerprint import require_same_model
+from hsa_ultralong.models.weights import is_plain, refuse_hooks, state_key, weights_of
+from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, GatheringStore, MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindows

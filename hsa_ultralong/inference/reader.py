@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsa_ultralong.inference.fingerprint import memory_fingerprint, require_same_model
-from hsa_ultralong.inference.finite import FiniteCheck
 from hsa_ultralong.inference.steps import Pieces
 from hsa_ultralong.inference.tiers import tiered_memory
-from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
+from hsa_ultralong.models.fingerprint import memory_fingerprint, require_same_model
+from hsa_ultralong.models.finite import FiniteCheck
+from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, MemoryView
 from hsa_ultralong.nn.window_attention import WindowState
 from hsa_ultralong.ops import ChunkVisibility

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.inference.fingerprint import memory_fingerprint
 from hsa_ultralong.inference.library import Library
 from hsa_ultralong.inference.reader import Progress, as_tokens, check_range, show_progress
-from hsa_ultralong.inference.wrapped import unwrapped
 from hsa_ultralong.memory.files import MemoryDocument, MemoryFile, MemoryFileError, MemorySpec, MemoryWriter
 from hsa_ultralong.memory.files.durable import clear_errors, sync_folder
 from hsa_ultralong.memory.files.housekeeping import remove_unfinished
@@ -28,6 +26,8 @@ from hsa_ultralong.memory.files.takeover import number_documents, take_over
 from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.quantization import bytes_per_token
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.fingerprint import memory_fingerprint
+from hsa_ultralong.models.wrapped import unwrapped
 
 # tokens of small documents between two commits
 _COMMIT_TOKENS = 2**18

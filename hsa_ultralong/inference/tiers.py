@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.inference.fingerprint import memory_fingerprint
-from hsa_ultralong.inference.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.memory.quantization import FORMATS, row_bytes
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, TieredMemory
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.fingerprint import memory_fingerprint
+from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
 
 TIERS = ("device", "host", "tiered")
 # left free on the device for activations of a segment and for decoding

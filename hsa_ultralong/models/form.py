@@ -1,7 +1,7 @@
 """Does what a file holds fit the model? A file's checksums say that it is whole, its fingerprint whose it says it is.
 
 Every way from a file to the model passes here, so that a crafted file is one line and no error of shapes in a layer.
-Called by fingerprint.require_same_model and by library.py; tests/inference/test_form.py.
+Called by fingerprint.require_same_model and by library.py; tests/models/test_form.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The HSAForCausalLM inside whatever stands around it: torch.compile, peft, DataParallel, DDP, DeepSpeed, a value head.
 
 Reading, asking and decoding call its parts, so adapters inside them take part as they are set; what a wrapper adds
-around the whole model does not, and is refused. tests/inference/test_weights.py.
+around the whole model does not, and is refused. tests/models/test_weights.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What modules compute with, by name: weights, active adapters, quantised tensors, and whatever else stands there.
 
 Ordinary modules give their state dictionary. Wrappers that change nothing disappear, disabled and merged adapters too,
-so that equal computations have equal entries. Used by fingerprint.py and engine.py; tests/inference/test_weights.py.
+so that equal computations have equal entries. Used by fingerprint.py and engine.py; tests/models/test_weights.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hsa_ultralong.inference.wrapped import TRAINING_WRAPPERS_THAT_CUT, cut_weights
+from hsa_ultralong.models.wrapped import TRAINING_WRAPPERS_THAT_CUT, cut_weights
 
 # (label, tensor), or (label, None) where the label itself says what is computed
 Entry = tuple[str, torch.Tensor | None]

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.inference.form import require_form
-from hsa_ultralong.inference.weights import refuse_hooks, state_key, weights_of
-from hsa_ultralong.inference.wrapped import unwrapped
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.form import require_form
+from hsa_ultralong.models.weights import refuse_hooks, state_key, weights_of
+from hsa_ultralong.models.wrapped import unwrapped
 from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 # what changes the memory beside the parameters themselves

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hsa_ultralong.inference import DecodingEngine, last_logits, memorize, memory_fingerprint
-from hsa_ultralong.inference.weights import checksum, is_plain, state_key, weights_of
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.weights import checksum, is_plain, state_key, weights_of
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 
 # of checkpoints/nano: memories on disk carry it

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hsa_ultralong.inference.fingerprint import memory_fingerprint
+from hsa_ultralong.models.fingerprint import memory_fingerprint
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 
 YARN = MODEL_OPTIONS["yarn_rope"]["rope_scaling"]
