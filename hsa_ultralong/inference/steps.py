@@ -5,13 +5,12 @@ Called by engine.py, and by reader.py for its layers; tests/inference/test_engin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from hsa_ultralong.models import HSAConfig
-from hsa_ultralong.nn.chunk_memory import MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindow
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_at
@@ -88,30 +87,19 @@ class Pieces(Parts):
         self.run_window, self.run_feed_forward = prepare(run_window), prepare(run_feed_forward)
         self.run_head = prepare(run_head)
 
-    def layer(
-        self, layer: torch.nn.Module, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None, state: Any
-    ) -> torch.Tensor:
-        assert segments is None
+    def layer(self, layer: Any, x: torch.Tensor, rotary: RotaryTable, segments: None, state: Any) -> torch.Tensor:
         return self.run_layer(layer, x, rotary, state)
 
-    def retrieve(self, retriever: Any, x: torch.Tensor, views: Sequence[MemoryView], topk: int, *_: Any) -> Retrieval:
+    def retrieve(self, retriever: Any, x: torch.Tensor, views: Any, *, topk: int, **_: Any) -> Retrieval:
         queries, factor = self.run_queries(retriever, x)
         return retriever.select(queries, factor, views, topk=topk)
 
     def read(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        retrieval: Retrieval,
-        views: Sequence[MemoryView],
-        rotary: RotaryTable,
-        segments: torch.Tensor | None,
-        state: Any,
+        self, layer: Any, x: torch.Tensor, retrieval: Retrieval, views: Any, rotary: RotaryTable, _: None, state: Any
     ) -> torch.Tensor:
-        assert segments is None
         x, queries = self.run_window(layer, x, rotary, state)
         return self.run_feed_forward(layer, x, layer.hsa.read(queries, retrieval, views))
 
-    def group(self, group: UpperGroup, x: torch.Tensor, **inputs: Any) -> GroupOutput:
+    def group(self, group: UpperGroup, *args: Any, **options: Any) -> GroupOutput:
         # past the module, whose hooks are refused
-        return UpperGroup.forward(group, x, **inputs, parts=self)
+        return UpperGroup.forward(group, *args, **{**options, "parts": self})

@@ -25,36 +25,17 @@ class GroupOutput(NamedTuple):
 class Parts:
     """How the parts of a decoder are run: here each as the module it is; inference/steps.py runs them in pieces."""
 
-    def layer(
-        self, layer: nn.Module, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None, state: Any
-    ) -> torch.Tensor:
-        return layer(x, rotary, segments, state)
+    def layer(self, layer: nn.Module, *args: Any, **options: Any) -> torch.Tensor:
+        return layer(*args, **options)
 
-    def retrieve(
-        self,
-        retriever: ChunkRetriever,
-        x: torch.Tensor,
-        views: Sequence[MemoryView],
-        topk: int,
-        noise_seed: int | None,
-        noise_start: int,
-    ) -> Retrieval:
-        return retriever(x, views, topk=topk, noise_seed=noise_seed, noise_start=noise_start)
+    def retrieve(self, retriever: ChunkRetriever, *args: Any, **options: Any) -> Retrieval:
+        return retriever(*args, **options)
 
-    def read(
-        self,
-        layer: HSALayer,
-        x: torch.Tensor,
-        retrieval: Retrieval,
-        views: Sequence[MemoryView],
-        rotary: RotaryTable,
-        segments: torch.Tensor | None,
-        state: Any,
-    ) -> torch.Tensor:
-        return layer(x, retrieval, views, rotary, segments, state)
+    def read(self, layer: HSALayer, *args: Any, **options: Any) -> torch.Tensor:
+        return layer(*args, **options)
 
-    def group(self, group: UpperGroup, x: torch.Tensor, **inputs: Any) -> GroupOutput:
-        return group(x, **inputs)
+    def group(self, group: UpperGroup, *args: Any, **options: Any) -> GroupOutput:
+        return group(*args, **options)
 
 
 MODULES = Parts()
@@ -86,7 +67,8 @@ class UpperGroup(nn.Module):
     ) -> GroupOutput:
         """(B, T, M) -> (B, T, M). states: the windows of its layers; collect: all their outputs are wanted."""
         first, *rest = states or [None] * self.num_layers
-        retrieval = parts.retrieve(self.retriever, x, views, topk, noise_seed, noise_start)
+        noise = {"noise_seed": noise_seed, "noise_start": noise_start}
+        retrieval = parts.retrieve(self.retriever, x, views, topk=topk, **noise)
         x = parts.read(self.hsa_layer, x, retrieval, views, rotary, segments, first)
         outputs = [x]
         for layer, state in zip(self.layers, rest, strict=True):

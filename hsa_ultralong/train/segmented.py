@@ -51,7 +51,7 @@ class CarriedWindow:
         return keys, values
 
 
-class Windows:
+class BorderWindows:
     """The windows of consecutive layers, from `first` on, at one border, as leaves where gradients are wanted."""
 
     def __init__(self, first: int, sizes: list[int], carried: list[Pair | None], with_gradients: bool = False) -> None:
@@ -190,8 +190,8 @@ class _Pass:
         self.model, self.inner, self.config, self.row = model, model.model, model.config, row
         self.loss_scale, self.offload = loss_scale, offload
         lower, windows = self.config.num_lower_layers, self.config.layer_windows
-        self.lower_windows = partial(Windows, 0, windows[:lower])
-        self.upper_windows = partial(Windows, lower, windows[lower:])
+        self.lower_windows = partial(BorderWindows, 0, windows[:lower])
+        self.upper_windows = partial(BorderWindows, lower, windows[lower:])
         # what nothing before a row leaves to each half
         self.nothing: tuple[list[Pair | None], list[Pair | None]] = [None] * lower, [None] * (len(windows) - lower)
         self.places = chunk_places(row.layout, self.config.chunk_size)
@@ -202,7 +202,7 @@ class _Pass:
         segments = self.row.layout.window_segments
         return None if segments is None else segments[:, max(0, start - max(self.config.layer_windows)) : stop]
 
-    def _lower(self, start: int, stop: int, windows: Windows) -> torch.Tensor:
+    def _lower(self, start: int, stop: int, windows: BorderWindows) -> torch.Tensor:
         x = self.inner.embed_tokens(self.row.ids[:, start:stop])
         return self.inner.read_lower(x, self.inner.rotary(x, windows), self._window_segments(start, stop), windows)
 
@@ -217,7 +217,7 @@ class _Pass:
         return self.inner.chunk_encoder.project(hidden[:, : count * size].unflatten(1, (count, size)), lengths)
 
     def _upper(
-        self, x: torch.Tensor, start: int, stop: int, windows: Windows, memory: ChunkTensors | None
+        self, x: torch.Tensor, start: int, stop: int, windows: BorderWindows, memory: ChunkTensors | None
     ) -> torch.Tensor:
         """Upper outputs (B, n, M) of a segment from its lower outputs and the chunks up to its end."""
         layout = self.row.layout

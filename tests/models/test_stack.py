@@ -9,7 +9,7 @@ from hsa_ultralong.inference.steps import Pieces
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.models.views import library_view
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
-from hsa_ultralong.train.segmented import Windows
+from hsa_ultralong.train.segmented import BorderWindows
 
 
 def lower_outputs(model, tokens, windows=None, **options):
@@ -25,7 +25,7 @@ def test_lower_outputs_in_pieces_equal_the_whole_whatever_carries_the_windows(op
         whole = lower_outputs(model, tokens)
         cache, carried = HSACache(model.config), [None] * len(sizes)
         for start, stop in ((0, 9), (9, 10), (10, 21)):
-            border = Windows(0, sizes, carried)
+            border = BorderWindows(0, sizes, carried)
             for windows in (cache, border):
                 assert windows.length <= start
                 found = lower_outputs(model, tokens[:, start:stop], windows)
