@@ -52,12 +52,18 @@ class Layout(NamedTuple):
         """x (B, T, M) with the real tokens of every row at its start."""
         return x if self.padding is None else self.padding.close_up(x)
 
-    def spread(self, x: torch.Tensor, fill: float = 0.0, columns: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+    def spread(self, x: torch.Tensor, fill: float = 0.0, columns: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, ...) at the columns of the call, or some of them: see Padding.spread."""
-        return x[:, columns] if self.padding is None else self.padding.spread(x, fill, columns)
+        if self.padding is not None:
+            return self.padding.spread(x, fill, columns)
+        return x if columns is None else x[:, columns]
 
-    def placed(self, found: Retrieval, columns: slice | torch.Tensor) -> Retrieval:
-        """What the tokens at some columns of the call retrieved."""
+    def placed(self, found: Retrieval, kept: int | torch.Tensor) -> Retrieval:
+        """What the last `kept` tokens of the call retrieved, or those at the columns `kept`; 0 = all."""
+        columns = None if isinstance(kept, int) else kept
+        if isinstance(kept, int) and kept:
+            # as an index, so that no view holds what a long prompt retrieved
+            columns = torch.arange(max(0, self.num_tokens - kept), self.num_tokens, device=found.indices.device)
         indices, weights = self.spread(found.indices, -1, columns), self.spread(found.weights, 0.0, columns)
         return found._replace(indices=indices, weights=weights, scores=self.spread(found.scores, -torch.inf, columns))
 

@@ -181,7 +181,7 @@ class HSAModel(HSAPreTrainedModel):
         x = self.read_lower(x, rotary, segments, windows, states=states)
         chunks = self.encode(x, layout, cache)
         views = self.views(chunks, layout, cache, pool_memory)
-        note = partial(self._note, retrieved, layout, retrieval_to_keep) if output_retrieval else None
+        note = (lambda found: retrieved.append(layout.placed(found, retrieval_to_keep))) if output_retrieval else None
         x = self.decode_upper(x, rotary, views, segments, windows, states=states, note=note, **self._noise(layout))
         x = layout.spread(self.norm(x))
         if cache is not None:
@@ -208,11 +208,6 @@ class HSAModel(HSAPreTrainedModel):
             cache.close_gaps(layout.padding.mask, layout.padding.gaps)
         if layout.is_packed:
             cache.dead_end = "a packed row (segment_ids), whose chunks it does not hold"
-
-    @staticmethod
-    def _note(notes: list[Retrieval], layout: Layout, kept: int | torch.Tensor, found: Retrieval) -> None:
-        # at once, as a long prompt's would be large
-        notes.append(layout.placed(found, slice(-kept, None) if isinstance(kept, int) else kept))
 
     def _noise(self, layout: Layout) -> dict[str, int | None]:
         """Seed of the selection noise; a slice of rows that are shared over processes draws its part of theirs."""

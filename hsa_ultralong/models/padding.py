@@ -47,10 +47,10 @@ class Padding(NamedTuple):
         """x (B, T, M) with the real tokens of every row at its start."""
         return x.gather(1, self.order[..., None].expand_as(x))
 
-    def spread(self, x: torch.Tensor, fill: float = 0.0, columns: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+    def spread(self, x: torch.Tensor, fill: float = 0.0, columns: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, ...) back to the columns of the call, or some of them; a masked column repeats the last real token,
         and is `fill` before the first."""
-        place = self.place[:, columns]
+        place = self.place if columns is None else self.place[:, columns]
         place = place.view(*place.shape, *[1] * (x.dim() - 2))
         return x.gather(1, place.clamp_min(0).expand(-1, -1, *x.shape[2:])).masked_fill(place < 0, fill)
 

@@ -131,3 +131,12 @@ def test_generate_refuses_it_and_says_who_reports_it():
         model.generate(tokens, output_retrieval=True, max_new_tokens=2)
     with pytest.raises(TypeError, match="retrieval_to_keep"):
         model(tokens, retrieval_to_keep=1)
+
+
+def test_what_is_kept_of_a_long_prompt_holds_no_more_than_was_asked_for():
+    model, tokens = tiny_model(), random_tokens(1, 60)
+    for found in retrieved(model, tokens, logits_to_keep=2).retrieval:
+        for part in (found.indices, found.weights, found.scores):
+            assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+    more = retrieved(model, tokens, logits_to_keep=100)
+    assert more.retrieval[0].indices.shape[1] == 60 == more.logits.shape[1]
