@@ -3,12 +3,13 @@
 from hsa_ultralong.inference.ask import Answer, ask
 from hsa_ultralong.inference.editor import edit
 from hsa_ultralong.inference.engine import DecodingEngine
-from hsa_ultralong.inference.generation import generate_with_memory
 from hsa_ultralong.inference.library import Library
-from hsa_ultralong.inference.reader import append, close_document, last_logits, memorize
+from hsa_ultralong.inference.reader import append, close_document, memorize
 from hsa_ultralong.inference.rebuilding import rebuild
 from hsa_ultralong.inference.sharding import open_shared, share_out
 from hsa_ultralong.models.fingerprint import memory_fingerprint
+from hsa_ultralong.models.reading import last_logits
+from hsa_ultralong.models.remembering import generate_with_memory
 
 __all__ = [
     "Answer",

@@ -17,10 +17,11 @@ import torch
 
 from hsa_ultralong.inference.editor import EditPlan, continuation_at_end, difference, plan_edit
 from hsa_ultralong.inference.file_reader import FileReader
-from hsa_ultralong.inference.reader import Progress, as_tokens, check_range, evaluating, show_progress
+from hsa_ultralong.inference.reader import Progress, as_tokens, check_range, show_progress
 from hsa_ultralong.memory.files import MemoryDocument, MemoryFile, MemoryWriter
 from hsa_ultralong.memory.half_read import HalfRead, half_read, way_on, without_note
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import memory_fingerprint
 from hsa_ultralong.models.form import model_spec, require_model_spec, require_vocabulary
 from hsa_ultralong.models.wrapped import unwrapped

@@ -1,131 +1,32 @@
 """Exact reading of any length in segments: the lower decoder and the encoder only (fact 5 of docs/architecture.md).
 
 Memory is O(segment) beside the chunk memory itself; time is linear. The upper decoder runs on the last U + m tokens
-alone (`last_logits`), from kept lower outputs. Used by HSAForCausalLM.memorize; tests/inference/test_reader.py.
+alone (models/reading.py), from kept lower outputs. Used by HSAForCausalLM.memorize; tests/inference/test_reader.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hsa_ultralong.inference.steps import Pieces
 from hsa_ultralong.inference.tiers import tiered_memory
-from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import memory_fingerprint, require_same_model
-from hsa_ultralong.models.finite import FiniteCheck
+from hsa_ultralong.models.reading import DocumentReader, kept_lower_outputs
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation, Document, MemoryView
-from hsa_ultralong.nn.window_attention import WindowState
-from hsa_ultralong.ops import ChunkVisibility
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, Document
 
 _SEGMENT_TOKENS = {"cpu": 2048, "cuda": 65_536}
 # compiled reading: the segments' length, and the tokens from which it wins back the 10 to 20 seconds of compiling
 _COMPILED_SEGMENT, _COMPILED_FROM = 2**17, 2**26
 _TOKEN_TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
 Progress = Callable[[int, int | None], None]
-
-
-def run_encoder(encoder: torch.nn.Module, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return encoder(chunks)
-
-
-@lru_cache(maxsize=16)
-def compiled(function: Callable[..., Any], tune: bool = False) -> Callable[..., Any]:
-    """torch.compile for one shape; tests replace it. tune: measure tiles, and turn products of one row into sums."""
-    return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": True} if tune else None)
-
-
-def kept_lower_outputs(model: HSAForCausalLM) -> int:
-    """Lower outputs kept of an open document: U + S, so that any of its last S tokens' logits can be had."""
-    return model.config.upper_reach + model.config.chunk_size
-
-
-class DocumentReader:
-    """Reads one document into a memory, piece by piece.
-
-    `lower` holds the lower outputs of the last tokens; chunks are written as they fill. Reading can begin inside a
-    document (`first_token`) with empty windows: outputs are exact `lower_reach` tokens later (fact 6).
-    """
-
-    def __init__(self, model: HSAForCausalLM, *, keep: int, compiled_segment: int | None = None) -> None:
-        """keep: lower outputs to keep. compiled_segment: pieces of this length run compiled; None: none do."""
-        self.model, self.inner, self.size, self.keep = model, model.model, model.config.chunk_size, keep
-        self.compiled_segment = compiled_segment
-        self.cache = HSACache(model.config)
-        self.lower: torch.Tensor | None = None
-        self.check = FiniteCheck()
-
-    def _states(self) -> list[WindowState]:
-        return [self.cache.state(number) for number in range(self.model.config.num_lower_layers)]
-
-    def resume(self, continuation: Continuation) -> None:
-        for number, (keys, values) in enumerate(continuation.windows):
-            state = self.cache.state(number)
-            state.keys, state.values = keys, values
-        self.lower = continuation.lower
-
-    def continuation(self) -> Continuation:
-        windows = []
-        for number in range(self.model.config.num_lower_layers):
-            state = self.cache.state(number)
-            assert state.keys is not None and state.values is not None
-            windows.append((state.keys, state.values))
-        assert self.lower is not None
-        return Continuation(windows, self.lower[:, max(0, self.lower.shape[1] - self.keep) :].clone())
-
-    def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Lower outputs of the next tokens (n,), (1, n, M); the last `keep` of all stay in `self.lower`."""
-        x = self.inner.embed_tokens(tokens[None].long())
-        rotary = self.inner.rotary(x, self.cache)
-        if x.shape[1] == self.compiled_segment and all(state.length == state.keep for state in self._states()):
-            x = self.inner.read_lower(x, rotary, None, self.cache, parts=Pieces(compiled))
-        else:
-            x = self.inner.read_lower(x, rotary, None, self.cache)
-        self.check.note(x)
-        joined = x if self.lower is None else torch.cat((self.lower, x), dim=1)
-        self.lower = joined[:, max(0, joined.shape[1] - self.keep) :]
-        return joined
-
-    def complete_chunks(
-        self, tokens: torch.Tensor, num_tokens: int, num_chunks: int, segment: int
-    ) -> ChunkTensors | None:
-        """Read tokens (n,) after `num_tokens` of its document; the chunks beyond `num_chunks` that are full now."""
-        joined = self.read(tokens)
-        count = num_tokens + len(tokens)
-        complete = count // self.size - num_chunks
-        if not complete:
-            return None
-        begin = joined.shape[1] - (count - num_chunks * self.size)
-        return self.encode(joined[:, begin : begin + complete * self.size], num_chunks, segment)
-
-    def encode(self, hidden: torch.Tensor, first_chunk: int, segment: int, length: int | None = None) -> ChunkTensors:
-        """Chunks of lower outputs (1, n*S, M), the first being chunk `first_chunk` of document number `segment`."""
-        chunks = hidden.unflatten(1, (-1, self.size))  # (1, n, S, M)
-        count = chunks.shape[1]
-        lengths = torch.full((1, count), self.size, dtype=torch.int32, device=hidden.device)
-        if length is not None:
-            lengths[:, -1] = length
-        if self.compiled_segment == count * self.size:
-            k, v, landmarks = compiled(run_encoder)(self.inner.chunk_encoder, chunks)
-        else:
-            k, v, landmarks = self.inner.chunk_encoder(chunks, None if length is None else lengths)
-        self.check.note(k, v, landmarks)
-        index = torch.arange(first_chunk, first_chunk + count, dtype=torch.int32, device=hidden.device)[None]
-        return ChunkTensors(k, v, landmarks, lengths, torch.full_like(index, segment), (index + 1) * self.size)
-
-    def encode_short(self, hidden: torch.Tensor, chunk: int, segment: int) -> ChunkTensors:
-        """The short chunk of a closed document's last m < S lower outputs, (1, m, M)."""
-        length = hidden.shape[1]
-        padded = torch.nn.functional.pad(hidden, (0, 0, 0, self.size - length))
-        return self.encode(padded, chunk, segment, length)
 
 
 def as_tokens(tokens: Any) -> torch.Tensor:
@@ -373,47 +274,6 @@ def close_document(model: HSAForCausalLM, memory: ChunkMemory) -> None:
         memory.write(document.first_chunk + document.num_chunks, short)
         document.num_chunks += 1
     document.is_open, document.continuation = False, None
-
-
-def document_view(memory: ChunkMemory, document: int, positions: torch.Tensor) -> MemoryView:
-    """The memory as tokens at `positions` (1, T) of one of its documents see it: their own past, all of the others."""
-    segments = torch.full_like(positions, document)
-    tensors = memory.tensors
-    visible = ChunkVisibility(segments, positions, tensors.segments, tensors.ends, "past")
-    return MemoryView(tensors, visible, store=memory.store, ranks=memory.ranks)
-
-
-def replay_upper(model: HSAForCausalLM, memory: ChunkMemory, cache: HSACache | None) -> torch.Tensor:
-    """Run the upper decoder over the kept lower outputs of the open document, (1, n, M) after the final norm.
-
-    The last n - U positions are exact; with `cache`, the upper windows afterwards are those of the document's end.
-    """
-    document = memory.open_document
-    assert document is not None and document.continuation is not None
-    lower = document.continuation.lower
-    positions = torch.arange(
-        document.num_tokens - lower.shape[1], document.num_tokens, dtype=torch.int32, device=lower.device
-    )[None]
-    views = [document_view(memory, len(memory.documents) - 1, positions)] if memory.num_chunks else []
-    inner = model.model
-    return inner.norm(inner.decode_upper(lower, inner.rotary(lower, None), views, None, cache))
-
-
-def last_logits(model: HSAForCausalLM, memory: ChunkMemory, num_logits: int = 1) -> torch.Tensor:
-    """Logits (num_logits, V) of the last tokens of the memory's open document, equal to one full forward's.
-
-    Raises:
-        ValueError: without an open document, or for more than chunk_size logits.
-    """
-    model = unwrapped(model)
-    require_same_model(model, memory)
-    if memory.open_document is None:
-        raise ValueError("the memory has no open document; memorise with close=False")
-    if not 1 <= num_logits <= model.config.chunk_size:
-        raise ValueError(f"num_logits must be 1..{model.config.chunk_size}, got {num_logits}")
-    with evaluating(model):
-        hidden = replay_upper(model, memory, None)
-        return model.lm_head(hidden[0, -num_logits:])
 
 
 @contextmanager

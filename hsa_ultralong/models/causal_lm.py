@@ -168,7 +168,7 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
         with evaluating(self):
             if memory is None:
                 return super().generate(inputs, **kwargs)
-            from hsa_ultralong.inference import generate_with_memory
+            from hsa_ultralong.models.remembering import generate_with_memory
 
             return generate_with_memory(self, super().generate, inputs, memory, rewind=rewind, **kwargs)
 

@@ -23,7 +23,7 @@ class GroupOutput(NamedTuple):
 
 
 class Parts:
-    """How the parts of a decoder are run: here each as the module it is; inference/steps.py runs them in pieces."""
+    """How the parts of a decoder are run: here each as the module it is; models/pieces.py runs them in pieces."""
 
     def layer(self, layer: nn.Module, *args: Any, **options: Any) -> torch.Tensor:
         return layer(*args, **options)

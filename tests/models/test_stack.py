@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hsa_ultralong.inference.steps import Pieces
 from hsa_ultralong.models import HSACache
+from hsa_ultralong.models.pieces import Pieces
 from hsa_ultralong.models.views import library_view
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.train.segmented import BorderWindows

@@ -1,39 +1,21 @@
-"""The pieces in which a decoding step runs, each compiled on its own, and sampling.
+"""The pieces in which a decoding step and a compiled reading run, each compiled on its own.
 
-Called by engine.py, and by reader.py for its layers; tests/inference/test_engine.py.
+Called by inference/engine.py and reading.py; tests/inference/test_engine.py, tests/models/test_stack.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from hsa_ultralong.models import HSAConfig
+from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindow
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_at
 from hsa_ultralong.nn.upper_group import GroupOutput, Parts, UpperGroup
-
-
-def sample(
-    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: Any = None
-) -> torch.Tensor:
-    """Tokens (B,) from logits (B, V): the best where temperature is 0, else drawn from the `top_k` best (0: all) that
-    hold the first `top_p` of the probability; no answer of the device is waited for."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    ordered, order = (logits.float() / temperature).sort(-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    # a token stays if those before it hold less than top_p
-    dropped = probabilities.cumsum(-1) - probabilities >= top_p
-    if top_k:
-        dropped[:, top_k:] = True
-    probabilities = probabilities.masked_fill(dropped, 0.0)
-    # the smallest of exponential times with these rates is a draw
-    times = torch.empty_like(probabilities).exponential_(generator=generator)
-    return order.gather(-1, (probabilities / times).argmax(-1, keepdim=True))[:, 0]
 
 
 def run_start(
@@ -76,6 +58,16 @@ def run_head(norm: torch.nn.Module, head: torch.nn.Module, x: torch.Tensor) -> t
     """Logits (B, V) and the best tokens (B,) of x (B, 1, M)."""
     logits = head(norm(x))[:, 0]
     return logits, logits.argmax(-1)
+
+
+def run_encoder(encoder: torch.nn.Module, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return encoder(chunks)
+
+
+@lru_cache(maxsize=16)
+def compiled(function: Callable[..., Any], tune: bool = False) -> Callable[..., Any]:
+    """torch.compile for one shape; tests replace it. tune: measure tiles, and turn products of one row into sums."""
+    return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": True} if tune else None)
 
 
 class Pieces(Parts):
