@@ -18,7 +18,7 @@ _FOREIGN: dict[str, tuple[Any, str]] = {
     "max_length_k": (None, _SEGMENTS),
     "seq_idx": (None, _SEGMENTS),
     "is_causal": (True, "the model is causal"),
-    "output_attentions": (False, "chunks are attended to without forming the matrix; ask() names the chunks it read"),
+    "output_attentions": (False, "chunks are attended to without forming the matrix; output_retrieval=True says which"),
     "output_router_logits": (False, "experts are balanced by HSAForCausalLM.update_router_bias, without a loss"),
     "token_type_ids": (0, "tokens have one type; call the tokenizer with return_token_type_ids=False"),
     "cache_position": (None, "positions follow from the mask and the cache"),

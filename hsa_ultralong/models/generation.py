@@ -25,7 +25,7 @@ _REFUSED = {
     "compile_config": "hsa_ultralong.inference.DecodingEngine(compile_layers=True) compiles decoding",
     "continuous_batching_config": _BATCHES,
     "low_memory": "it has no effect here",
-    "output_attentions": "chunks are attended to without forming the matrix; ask() names the chunks it read",
+    "output_attentions": "chunks are attended to without forming the matrix; DecodingEngine.stream and ask() name them",
     "assistant_early_exit": f"layers cannot be left out above a memory: {_DRAFTS}",
     "use_mtp": f"the model has no heads for several tokens: {_DRAFTS}",
     "speculation_type": f"the model has no heads for several tokens: {_DRAFTS}",

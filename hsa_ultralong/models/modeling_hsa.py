@@ -83,11 +83,11 @@ class HSAPreTrainedModel(PreTrainedModel):
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("HSA-UltraLong needs gradient checkpointing with use_reentrant=False")
         recompute = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, partial(_recompute_without_cache, recompute), **options)
 
-        def run(layer: Callable[..., Any], *args: Any) -> Any:
-            return layer(*args) if extends_a_cache(args) else recompute(layer, *args)
 
-        super()._set_gradient_checkpointing(enable, run, **options)
+def _recompute_without_cache(recompute: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+    return layer(*args) if extends_a_cache(args) else recompute(layer, *args)
 
 
 class HSAModel(HSAPreTrainedModel):

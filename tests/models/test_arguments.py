@@ -41,7 +41,7 @@ def test_an_unknown_argument_is_refused_with_the_nearest_known_one(part, name, c
         ({"max_length_q": 5}, "segment_ids"),
         ({"max_length_k": 5}, "segment_ids"),
         ({"seq_idx": torch.zeros(1, 8)}, "segment_ids"),
-        ({"output_attentions": True}, "ask"),
+        ({"output_attentions": True}, "output_retrieval"),
         ({"output_router_logits": True}, "update_router_bias"),
         ({"is_causal": False}, "causal"),
         ({"token_type_ids": torch.ones(1, 8, dtype=torch.long)}, "return_token_type_ids"),
