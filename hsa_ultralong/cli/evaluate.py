@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli import evaluate_suite
 from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.evaluate_suite import WithDefault
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size, parse_sizes
 from hsa_ultralong.cli.plan import format_bytes
 from hsa_ultralong.cli.terminal import console, echo, progress
 
-evaluate = typer.Typer(help="Measure what a model remembers.", no_args_is_help=True)
+evaluate = typer.Typer(cls=WithDefault, help="Measure what a model remembers.", no_args_is_help=True)
 
 
 _FORMS = ("own", "bf16", "int8", "fp8", "fp16", "fp32")
@@ -20,6 +22,7 @@ _STORES = ("device", "host", "tiered")
 
 
 def register(app: typer.Typer) -> None:
+    evaluate_suite.register(evaluate)
     app.add_typer(evaluate, name="eval")
 
 
@@ -87,7 +90,7 @@ def needles(
     network, tokenizer = load_model(model, device, dtype)
     if topk is not None:
         network.config.chunk_topk = topk
-    source = _haystack(tokenizer, text, text_field, encoding, shards, max(wanted)).to(network.device)
+    source = haystack(tokenizer, text, text_field, encoding, shards, max(wanted)).to(network.device)
     study = _Study(output, network, "nano" if model is None else model.name, seed, len(source))
     try:
         for length in wanted:
@@ -141,7 +144,7 @@ class _Study:
             echo(f"cut off; the {number:,} sentences asked for so far are in {self.output}", err=True)
 
 
-def _haystack(
+def haystack(
     tokenizer: Any, text: list[Path] | None, text_field: str, encoding: str, shards: Path | None, longest: int
 ) -> Any:
     """(n,) int32 token ids, no more than are wanted."""

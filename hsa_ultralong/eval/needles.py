@@ -84,7 +84,7 @@ class NeedleStudy:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """95% Wilson score interval of a proportion."""
     if total == 0:
         return 0.0, 1.0

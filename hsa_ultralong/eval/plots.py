@@ -94,7 +94,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _save(figure: Any, path: Path, dpi: int) -> None:
+def save(figure: Any, path: Path, dpi: int) -> None:
     """Write a figure whole or not at all."""
     data = io.BytesIO()
     figure.savefig(data, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
@@ -132,7 +132,7 @@ def plot_needles(samples: Sequence[dict[str, Any]], path: Path, title: str) -> N
     axes.set_ylabel("place in the order of the notes" if is_notes else "depth of the hidden sentence")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, label="exact match", shrink=0.8)
-    _save(figure, path, 150)
+    save(figure, path, 150)
 
 
 class Curve(NamedTuple):
@@ -201,7 +201,7 @@ def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str) -> None
         axes.set_xlabel("training tokens (millions)", fontsize=8)
         axes.tick_params(labelbottom=True)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path, 130)
+    save(figure, path, 130)
 
 
 def _shade_stages(panels: Sequence[Any], steps: Sequence[dict[str, Any]]) -> None:

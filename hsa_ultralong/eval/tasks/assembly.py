@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsa_ultralong.eval.tasks.material import Material, nearest_free
-from hsa_ultralong.eval.tasks.sample import Sample, Task, Tokens
+from hsa_ultralong.eval.tasks.sample import Sample, Task, Tokens, TooShort
 
 # RULER's depths: 40 evenly spaced percentages
 DEPTHS = np.round(np.linspace(0, 100, num=40)).astype(int) / 100
@@ -38,7 +38,7 @@ class Form:
     def require(self, least: int, task: str) -> None:
         """Refuse a length with room for less than `least` tokens of context."""
         if self.room < least:
-            raise ValueError(f"{task} needs at least {self.size - self.room + least} tokens, got {self.size}")
+            raise TooShort(f"{task} needs at least {self.size - self.room + least} tokens, got {self.size}")
 
 
 def make_form(
@@ -85,7 +85,7 @@ def write_in(
     A piece takes the place of as many tokens, so nothing behind it moves and the next sample differs in few spans.
 
     Raises:
-        ValueError: if there is no room for one.
+        TooShort: if there is no room for one.
     """
     spans: list[tuple[int, int]] = []
     for piece, depth in zip(pieces, depths, strict=True):
@@ -95,7 +95,7 @@ def write_in(
             start = nearest_free(np.arange(len(context)), place, len(piece), spans, len(context))
         if start is None:
             wanted = sum(len(each) for each in pieces)
-            raise ValueError(
+            raise TooShort(
                 f"{task}: {len(context)} tokens of text have no room for {len(pieces)} facts of {wanted} tokens; "
                 "use a greater length"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from hsa_ultralong.eval.tasks.material import Material
 from hsa_ultralong.eval.tasks.paper import PAPER
@@ -24,14 +24,27 @@ SUITES: dict[str, tuple[Task, ...]] = {"ruler": RULER, "paper": PAPER, "recall":
 TASKS: dict[str, Task] = {task.name: task for tasks in SUITES.values() for task in tasks}
 
 
+def check_tasks(names: Sequence[str], material: Material, number: int) -> None:
+    """Refuse what no length could change, before any work.
+
+    Raises:
+        ValueError: for a task that is none, no samples, a missing or wrong file, or more samples than it has.
+    """
+    if number < 1:
+        raise ValueError(f"at least one sample is needed, got {number}")
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+        task = TASKS[name]
+        if isinstance(task, DocumentQuestions):
+            task.passages(material, number)
+
+
 def make_samples(name: str, material: Material, length: int, number: int, seed: int = 0) -> Iterator[Sample]:
     """Samples of the task of this name.
 
     Raises:
-        ValueError: for a task that is none, a length too short for it, or no samples.
+        TooShort: for a length too short for the task. ValueError: for a task that is none, or no samples.
     """
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
-    if number < 1:
-        raise ValueError(f"at least one sample is needed, got {number}")
+    check_tasks([name], material, number)
     yield from TASKS[name].samples(material, length, number, seed)

@@ -42,12 +42,21 @@ class DocumentQuestions:
     max_new_tokens: int = 32
     is_editable: bool = False
 
-    def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
+    def passages(self, material: Material, number: int) -> Passages:
+        """The file of this task.
+
+        Raises:
+            ValueError: if it is not given, is another kind of file, or has fewer questions than `number`.
+        """
         if self.source not in material.files:
             raise ValueError(f"{self.name} needs a file of questions: give --data {self.source}=FILE")
         passages = _read(self.source, material.files[self.source])
         if number > len(passages.questions):
             raise ValueError(f"{self.name}: {number} samples of {len(passages.questions)} questions")
+        return passages
+
+    def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
+        passages = self.passages(material, number)
         for index, question in enumerate(passages.questions[:number]):
             yield self._sample(material, passages, question, length, index, seed)
 

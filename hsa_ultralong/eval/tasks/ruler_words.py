@@ -13,7 +13,7 @@ from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.eval.tasks.assembly import Form, filled, finish, make_form, write_in
 from hsa_ultralong.eval.tasks.material import Material, word_list
 from hsa_ultralong.eval.tasks.ruler_needles import NOISE, draw, noise_lines
-from hsa_ultralong.eval.tasks.sample import Sample, Tokens
+from hsa_ultralong.eval.tasks.sample import Sample, Tokens, TooShort
 
 _VT_BEFORE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 _VT_QUESTION = "\nQuestion: Find all variables that are assigned the value {value} in the text above."
@@ -125,7 +125,7 @@ class CommonWords:
                 if form.room * 0.98 < len(tokens) <= form.room:
                     break
             if len(tokens) > form.room:
-                raise ValueError(f"cwe: no list of words fits {length} tokens; use another length")
+                raise TooShort(f"cwe: no list of words fits {length} tokens; use another length")
             context = filled(tokens, form.room, material.encode("\n"))
             yield finish(self, form, context, index, common, "the 10 most common words")
 

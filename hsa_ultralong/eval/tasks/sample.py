@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 Tokens: TypeAlias = "npt.NDArray[np.int32]"
 
 
+class TooShort(ValueError):
+    """A length that a task cannot have; says the shortest where it is known."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """A context, a question about it, and the answers that count.
@@ -73,6 +77,6 @@ class Task(Protocol):
         """`number` samples of exactly `length` tokens, at uniform depths where the task has one.
 
         Raises:
-            ValueError: if the length is too short for the task, naming the shortest.
+            TooShort: if the length is too short for the task. ValueError: without the files that it needs.
         """
         ...

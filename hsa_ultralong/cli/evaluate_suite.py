@@ -1,0 +1,228 @@
+"""`hsa eval MODEL... --suite ruler`: tasks at many lengths, resumable, with tables and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size
+from hsa_ultralong.cli.terminal import echo, progress
+
+_SETTINGS = ("auto", "memory", "continue", "prompt")
+
+
+class WithDefault(TyperGroup):
+    """A group whose arguments go to the command "suite" where they name no other one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["suite", *args]
+        return super().parse_args(ctx, args)
+
+
+def register(evaluate: typer.Typer) -> None:
+    evaluate.command("suite")(suite)
+
+
+def suite(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; one below it for each model.")],
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="MODEL...", help="Model folders: of this library, or of transformers.", show_default="nano"
+        ),
+    ] = None,
+    suites: Annotated[str, typer.Option("--suite", help="ruler, recall, paper; several by commas.")] = "",
+    tasks: Annotated[str, typer.Option(help="Tasks by name instead of, or besides, a suite.")] = "",
+    lengths: Annotated[str, typer.Option(help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling).")] = "4K..64K",
+    samples: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Samples of a task and length.")] = 100,
+    setting: Annotated[
+        str,
+        typer.Option(help="memory: the question is a new document; continue: it goes on with the text; prompt: plain."),
+    ] = "auto",
+    chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the tokenizer's chat template.")] = False,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Files of questions: squad=FILE (qa_1), hotpot=FILE (qa_2).")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Haystack: file, folder or - for stdin.", show_default="Opticks")
+    ] = None,
+    text_field: TextField = "text",
+    encoding: Encoding = "auto",
+    shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Samples at once, a memory each.", show_default="16 on a GPU, else 1"),
+    ] = None,
+    topk: Annotated[
+        int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the samples.")] = 0,
+) -> None:
+    """Measure models on suites of tasks: RULER, recall in sentence forms that no training uses, the authors' tests.
+
+    Every sample is written as soon as it is answered, with what was retrieved; the same command goes on with a run
+    that was cut off, and more tasks or lengths can be added to it. summary.json, summary.md, summary.tex and scores.png
+    follow at the end. Models of this library read a memory that is edited from sample to sample; others get a plain
+    prompt. What the tasks are: hsa_ultralong/eval/tasks/README.md.
+
+    Examples:
+
+      hsa eval --suite recall --lengths 64K --samples 20 -o results/mine
+
+      hsa eval checkpoints/nano --suite ruler --lengths 4K..1M --data squad=a.json --data hotpot=b.jsonl -o runs/ruler
+
+      hsa eval models/smol models/mine --tasks niah_single_2,vt --chat --lengths 2K..8K -o runs/beside
+    """
+    from hsa_ultralong.cli.places import require_folder
+    from hsa_ultralong.eval.tasks import check_tasks
+
+    names, wanted = _tasks(suites, tasks), parse_lengths(lengths)
+    if setting not in _SETTINGS:
+        raise ValueError(f"--setting must be one of {', '.join(_SETTINGS)}, got {setting!r}")
+    files = _files(data or [])
+    require_folder(output)
+    folders: Sequence[Path | None] = models or [None]
+    labels = ["nano" if folder is None else folder.resolve().name for folder in folders]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"two models are called {_twice(labels)!r}; give them different folder names")
+    for folder, label in zip(folders, labels, strict=True):
+        model, tokenizer, is_ours = _load(folder, device, dtype)
+        if topk is not None:
+            if not is_ours:
+                raise ValueError(f"--topk is of models of this library, {label} is none")
+            model.config.chunk_topk = topk
+        from hsa_ultralong.cli.evaluate import haystack
+        from hsa_ultralong.eval.tasks import Material
+
+        source = haystack(tokenizer, text, text_field, encoding, shards, max(wanted))
+        material = Material(tokenizer, source, chat=chat, files=files)
+        check_tasks(names, material, samples)
+        number = batch or (16 if model.device.type == "cuda" else 1)
+        reader = _reader(model, material, setting, number, is_ours)
+        place = output if len(folders) == 1 else output / label
+        _measure(place, label, model, material, reader, names, wanted, samples, seed, topk)
+
+
+def _twice(labels: Sequence[str]) -> str:
+    return next(label for label in labels if labels.count(label) > 1)
+
+
+def _tasks(suites: str, tasks: str) -> list[str]:
+    """Names of the tasks, each once."""
+    from hsa_ultralong.eval.tasks import SUITES, TASKS
+
+    names: list[str] = []
+    for suite_name in filter(None, (part.strip() for part in suites.split(","))):
+        if suite_name not in SUITES:
+            raise ValueError(f"--suite must be of {', '.join(SUITES)}, got {suite_name!r}")
+        names += [task.name for task in SUITES[suite_name]]
+    for task in filter(None, (part.strip() for part in tasks.split(","))):
+        if task not in TASKS:
+            raise ValueError(f"--tasks has no {task!r}; there are {', '.join(TASKS)}")
+        names.append(task)
+    if not names:
+        raise ValueError(f"give --suite ({', '.join(SUITES)}) or --tasks")
+    return list(dict.fromkeys(names))
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Lengths of "4K,64K" or "4K..1M", which doubles; ascending, each once."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dots, last = part.partition("..")
+        low = parse_size(first, "--lengths")
+        high = parse_size(last, "--lengths") if dots else low
+        if high < low:
+            raise ValueError(f"--lengths must rise, got {part!r}")
+        while low <= high:
+            found.add(low)
+            low *= 2
+    return sorted(found)
+
+
+def _files(data: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for entry in data:
+        name, sign, path = entry.partition("=")
+        if not sign or name not in ("squad", "hotpot"):
+            raise ValueError(f"--data must be squad=FILE or hotpot=FILE, got {entry!r}")
+        if not Path(path).is_file():
+            raise ValueError(f"--data {name}: there is no file {path}")
+        found[name] = Path(path)
+    return found
+
+
+def _load(folder: Path | None, device: str, dtype: str) -> tuple[Any, Any, bool]:
+    """Model, tokenizer, and whether the model is one of this library."""
+    from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model
+    from hsa_ultralong.data.files import read_json
+
+    if folder is None or not (folder / "config.json").is_file():
+        return (*load_model(folder, device, dtype), True)
+    if read_json(folder / "config.json").get("model_type") == "hsa_ultralong":
+        return (*load_model(folder, device, dtype), True)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = choose_device(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=choose_dtype(dtype, place), use_safetensors=True)
+    return model.to(place).eval(), AutoTokenizer.from_pretrained(folder), False
+
+
+def _reader(model: Any, material: Any, setting: str, batch: int, is_ours: bool) -> Any:
+    from hsa_ultralong.eval.readers import MemoryReader, PromptReader
+
+    if setting == "prompt" or (setting == "auto" and not is_ours):
+        return PromptReader(model, material)
+    if not is_ours:
+        raise ValueError(f"--setting {setting} needs a model with a memory; leave it out, or say prompt")
+    return MemoryReader(model, material, batch=batch, setting="memory" if setting == "auto" else setting)
+
+
+def _measure(
+    place: Path, label: str, model: Any, material: Any, reader: Any, names: list[str], lengths: list[int], samples: int,
+    seed: int, topk: int | None,
+) -> None:  # fmt: skip
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from hsa_ultralong.eval.suite import SuiteRun, run_settings, run_suite, write_summary
+
+    settings = run_settings(model, material, setting=reader.setting, samples=samples, seed=seed)
+    run = SuiteRun(place, settings)
+    if run.records:
+        echo(f"{place} holds {len(run.records):,} samples; going on", err=True)
+    bar = progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    total = len(names) * len(lengths) * samples
+    with run.locked(), bar:
+        task = bar.add_task(label, total=total)
+
+        def show(name: str, length: int, done: int, wanted: int) -> None:
+            before = (lengths.index(length) * len(names) + names.index(name)) * samples
+            bar.update(task, description=f"{label} {name} {length:,}", completed=before + done)
+            if not bar.console.is_terminal and done == wanted:
+                bar.console.print(f"{name} at {length:,}: {done} samples")
+
+        try:
+            run_suite(
+                reader,
+                material,
+                run,
+                tasks=names,
+                lengths=lengths,
+                samples=samples,
+                seed=seed,
+                model=label,
+                progress=show,
+            )
+        finally:
+            if run.records:
+                write_summary(run, model, material, seed=seed, label=label)
+    echo((place / "summary.md").read_text(encoding="utf-8"))
+    echo(f"Written: {place}/summary.json, summary.md, summary.tex, scores.png, records.jsonl")

@@ -1,0 +1,153 @@
+"""The numbers of a suite's run: shares with intervals, AUROC, cells by depth, tables, a figure.
+
+Called by suite.py; tests/eval/test_suite.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.plots import human_tokens, plt, save
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def summary_records(records: Records, shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Flat accuracy records: for every task and length the whole, then every tenth of depths that has samples.
+
+    Intervals are Wilson's at 95%; for scores between 0 and 1 they are an upper bound of the width. `recall_absent` is
+    an AUROC of the certainty, present facts against absent ones, with a bootstrap interval.
+
+    Args:
+        shared: fields that all get: topk, seed, distinct_chunks by length as {"distinct_chunks": {length: number}} ...
+    """
+    found: list[dict[str, Any]] = []
+    distinct = shared.get("distinct_chunks", {})
+    common = {name: value for name, value in shared.items() if name != "distinct_chunks"}
+    for task, length in dict.fromkeys((r["task"], r["length"]) for r in records):
+        here = [r for r in records if r["task"] == task and r["length"] == length]
+        base = {
+            "model": here[0]["model"], "task": task, "length": length, "setting": here[0]["setting"], **common,
+            "distinct_chunks": distinct.get(length),
+        }  # fmt: skip
+        if task == "recall_absent":
+            value = auroc(here)
+            if value is not None:
+                low, high = auroc_interval(here)
+                found.append({**base, "metric": "auroc", "depth": None, "samples": len(here), "value": value,
+                              "ci_low": low, "ci_high": high})  # fmt: skip
+        scored = [r for r in here if r["score"] is not None]
+        if scored:
+            found.append({**base, "metric": scored[0]["metric"], "depth": None, **_share(scored), **_diagnosis(scored)})
+        for tenth in range(10):
+            cell = [r for r in scored if r["depth"] is not None and int(min(0.999, r["depth"]) * 10) == tenth]
+            if cell:
+                found.append({**base, "metric": cell[0]["metric"], "depth": (tenth + 0.5) / 10, **_share(cell)})
+    return found
+
+
+def _share(records: Records) -> dict[str, Any]:
+    total: float = sum(r["score"] for r in records)
+    low, high = wilson_interval(total, len(records))
+    return {"samples": len(records), "value": total / len(records), "ci_low": low, "ci_high": high}
+
+
+def _diagnosis(records: Records) -> dict[str, Any]:
+    """Where misses come from: how often a chunk of the evidence was retrieved, and how the best of them stood."""
+    known = [r for r in records if r["found"] is not None]
+    if not known:
+        return {}
+    placed = [r for r in known if r["rank"] is not None]
+    missed = [r for r in known if r["score"] < 1]
+    return {
+        "evidence_found": sum(r["found"] for r in known) / len(known),
+        "evidence_first": sum(r["rank"] == 1 for r in placed) / len(known),
+        "evidence_weight": median(r["weight"] for r in placed) if placed else None,
+        "evidence_margin": median(r["margin"] for r in placed) if placed else None,
+        "missed_though_found": sum(r["found"] for r in missed) / len(missed) if missed else None,
+    }
+
+
+def auroc(records: Records) -> float | None:
+    """Probability that a present fact has a greater certainty than an absent one; None where either is missing."""
+    present = np.array([r["certainty"] for r in records if r["score"] is not None and r["certainty"] is not None])
+    absent = np.array([r["certainty"] for r in records if r["score"] is None and r["certainty"] is not None])
+    if len(present) == 0 or len(absent) == 0:
+        return None
+    wins = (present[:, None] > absent[None]).mean() + 0.5 * (present[:, None] == absent[None]).mean()
+    return float(wins)
+
+
+def auroc_interval(records: Records, repeats: int = 1000) -> tuple[float, float]:
+    """95% interval of `auroc` by drawing samples again, with a fixed seed."""
+    rng = np.random.default_rng(0)
+    values = []
+    for _ in range(repeats):
+        value = auroc([records[i] for i in rng.integers(len(records), size=len(records))])
+        if value is not None:
+            values.append(value)
+    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
+
+
+def wholes(summary: Records) -> dict[tuple[str, str], dict[int, Mapping[str, Any]]]:
+    """(task, metric) -> length -> the record over all depths."""
+    found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for record in summary:
+        if record["depth"] is None:
+            found.setdefault((record["task"], record["metric"]), {})[record["length"]] = record
+    return found
+
+
+def markdown(summary: Records, skipped: Mapping[tuple[str, int], str]) -> str:
+    """A table of tasks by length, percent with the 95% interval; what was too short is named below it."""
+    lengths = sorted({r["length"] for r in summary} | {length for _, length in skipped})
+    lines = ["| task | metric | " + " | ".join(human_tokens(length) for length in lengths) + " |"]
+    lines.append("|---|---|" + "---|" * len(lengths))
+    for (task, metric), row in wholes(summary).items():
+        cells = [_cell(row.get(length)) for length in lengths]
+        lines.append(f"| {task} | {metric} | " + " | ".join(cells) + " |")
+    notes = [f"- {human_tokens(length)}: {reason}" for (_, length), reason in sorted(skipped.items())]
+    text = "\n".join(lines) + "\n\nPercent, with 95% intervals.\n"
+    return text + ("\nNot measured:\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def latex(summary: Records) -> str:
+    """The same table as a LaTeX tabular (booktabs)."""
+    lengths = sorted({r["length"] for r in summary})
+    lines = [r"\begin{tabular}{ll" + "r" * len(lengths) + "}", r"\toprule"]
+    lines.append("task & metric & " + " & ".join(human_tokens(length) for length in lengths) + r" \\")
+    lines.append(r"\midrule")
+    for (task, metric), row in wholes(summary).items():
+        cells = [f"{100 * row[length]['value']:.1f}" if length in row else "--" for length in lengths]
+        lines.append(" & ".join([task.replace("_", r"\_"), metric.replace("_", r"\_"), *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _cell(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    return f"{100 * record['value']:.0f} ({100 * record['ci_low']:.0f}-{100 * record['ci_high']:.0f})"
+
+
+def draw_table(summary: Records, path: Path, title: str) -> None:
+    """A map of scores, tasks by length, each cell with its percent."""
+    rows = wholes(summary)
+    lengths = sorted({r["length"] for r in summary})
+    values = np.array([[row[n]["value"] if n in row else np.nan for n in lengths] for row in rows.values()])
+    figure, axes = plt.subplots(figsize=(2.6 + 0.75 * len(lengths), 1.1 + 0.28 * len(rows)), layout="constrained")
+    image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if not np.isnan(value):
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(lengths)), [human_tokens(length) for length in lengths], fontsize=8)
+    labels = [task if metric != "auroc" else f"{task} (AUROC)" for task, metric in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axes, fraction=0.05)
+    save(figure, path, dpi=150)

@@ -1,0 +1,139 @@
+"""A suite's run: resumable, honest about what is missing, and its numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hsa_ultralong.eval.readers import Reply
+from hsa_ultralong.eval.suite import SuiteRun, run_settings, run_suite, write_summary
+from hsa_ultralong.eval.suite_summary import auroc, latex, markdown, summary_records
+from hsa_ultralong.eval.tasks import Material
+from hsa_ultralong.testing.factories import tiny_model
+from hsa_ultralong.testing.tokenizers import byte_level
+
+pytest.importorskip("wonderwords")
+
+LENGTH = 2000
+
+
+@pytest.fixture(scope="module")
+def material() -> Material:
+    tokenizer = byte_level()
+    text = "\n".join(f"Sheep {i * 7919 % 997} sleeps. It snores." for i in range(120))
+    return Material(tokenizer, torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int32))
+
+
+class Oracle:
+    """Answers rightly at depths below one half; knows present facts by their certainty."""
+
+    batch, setting = 2, "memory"
+
+    def __init__(self, stop_after: int = 10**9) -> None:
+        self.left, self.answered = stop_after, []
+
+    def answer(self, samples):
+        if self.left <= 0:
+            raise KeyboardInterrupt
+        self.left -= len(samples)
+        self.answered += [(sample.task, sample.length, sample.index) for sample in samples]
+        return [
+            Reply(
+                sample.answers[0] if sample.answers and (sample.depth or 0) < 0.5 else "no",
+                [1], 0.9 if sample.answers else 0.1, bool(sample.answers), 1, 0.9, 2.0,
+            )
+            for sample in samples
+        ]  # fmt: skip
+
+
+SETTINGS = {"weights": "abc", "seed": 0, "samples": 4, "topk": 3, "dtype": "float64"}
+TASKS = ["recall_form_01", "recall_absent", "recall_similar_256"]
+
+
+def test_a_run_that_was_cut_off_goes_on_and_asks_nothing_twice(tmp_path, material):
+    first = Oracle(stop_after=4)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(first, material, SuiteRun(tmp_path, SETTINGS), tasks=TASKS, lengths=[LENGTH], samples=4)
+    with (tmp_path / "records.jsonl").open("a") as stream:
+        stream.write('{"task": "torn')  # what a kill leaves
+    second = Oracle()
+    run = SuiteRun(tmp_path, SETTINGS)
+    run_suite(second, material, run, tasks=TASKS, lengths=[LENGTH, 2 * LENGTH], samples=4)
+    asked = first.answered + second.answered
+    assert len(asked) == len(set(asked)) == 2 * 2 * 4
+    lines = (tmp_path / "records.jsonl").read_text().strip().split("\n")
+    assert {(r["task"], r["length"], r["index"]) for r in map(json.loads, lines)} == set(asked)
+
+
+def test_a_length_that_is_too_short_for_a_task_is_named_and_the_others_go_on(tmp_path, material):
+    run = SuiteRun(tmp_path, SETTINGS)
+    run_suite(Oracle(), material, run, tasks=TASKS, lengths=[LENGTH], samples=4)
+    assert list(run.skipped) == [("recall_similar_256", LENGTH)]
+    assert "no room for 257 facts" in run.skipped["recall_similar_256", LENGTH]
+    assert "Not measured" in markdown(summary_records(run.records, {}), run.skipped)
+
+
+def test_another_run_in_the_same_folder_is_refused_by_what_differs(tmp_path, material):
+    SuiteRun(tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="weights was 'abc', now 'xyz'; give another folder"):
+        SuiteRun(tmp_path, {**SETTINGS, "weights": "xyz"})
+    (tmp_path / "run.json").write_text('{"version": 99}')
+    with pytest.raises(ValueError, match="no run of this version"):
+        SuiteRun(tmp_path, SETTINGS)
+
+
+def test_two_processes_cannot_write_one_run(tmp_path, material):
+    first, second = SuiteRun(tmp_path, SETTINGS), SuiteRun(tmp_path, SETTINGS)
+    with first.locked(), pytest.raises(ValueError, match="is being written"), second.locked():
+        pass
+
+
+def test_unknown_tasks_are_refused_before_the_first_sample(tmp_path, material):
+    oracle = Oracle()
+    with pytest.raises(ValueError, match="unknown task 'nope'"):
+        run_suite(oracle, material, SuiteRun(tmp_path, SETTINGS), tasks=[*TASKS, "nope"], lengths=[LENGTH], samples=4)
+    assert not oracle.answered
+
+
+def test_the_summary_has_wholes_depths_diagnosis_and_an_auroc(tmp_path, material):
+    run = SuiteRun(tmp_path, SETTINGS)
+    run_suite(Oracle(), material, run, tasks=TASKS, lengths=[LENGTH], samples=4, model="oracle")
+    found = summary_records(run.records, {"topk": 3, "seed": 0, "distinct_chunks": {LENGTH: 31}})
+    (whole,) = [r for r in found if r["task"] == "recall_form_01" and r["depth"] is None]
+    assert (whole["value"], whole["samples"], whole["distinct_chunks"]) == (0.5, 4, 31)
+    assert whole["ci_low"] < 0.5 < whole["ci_high"]
+    assert (whole["evidence_found"], whole["evidence_first"], whole["missed_though_found"]) == (1.0, 1.0, 1.0)
+    cells = {r["depth"]: r["value"] for r in found if r["task"] == "recall_form_01" and r["depth"] is not None}
+    assert cells == {0.15: 1.0, 0.35: 1.0, 0.65: 0.0, 0.85: 0.0}
+    (area,) = [r for r in found if r["metric"] == "auroc"]
+    assert area["value"] == 1.0
+    assert "recall\\_form\\_01 & exact & 50.0" in latex(found)
+
+
+def test_the_auroc_counts_pairs_and_ties_by_half():
+    present = [{"score": 1.0, "certainty": c} for c in (0.9, 0.5)]
+    absent = [{"score": None, "certainty": c} for c in (0.5, 0.1)]
+    assert auroc(present + absent) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    assert auroc(present) is None
+
+
+def test_a_real_model_writes_all_files_of_a_run(tmp_path, material):
+    from hsa_ultralong.eval.readers import MemoryReader
+
+    model = tiny_model(vocab_size=len(material.tokenizer), chunk_size=8).eval()
+    reader = MemoryReader(model, material, batch=2)
+    settings = run_settings(model, material, setting=reader.setting, samples=2, seed=0)
+    assert settings != run_settings(tiny_model(seed=1, vocab_size=len(material.tokenizer), chunk_size=8), material,
+                                    setting=reader.setting, samples=2, seed=0)  # fmt: skip
+    run = SuiteRun(tmp_path, settings)
+    run_suite(reader, material, run, tasks=["passkey", "recall_form_10"], lengths=[LENGTH], samples=2, model="tiny")
+    write_summary(run, model, material, seed=0, label="tiny")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {r["task"] for r in summary["records"]} == {"passkey", "recall_form_10"}
+    assert summary["meta"]["settings"]["haystack_tokens"] == len(material.text)
+    assert (tmp_path / "scores.png").stat().st_size > 5000
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "run.json", "records.jsonl", "summary.json", "summary.md", "summary.tex", "scores.png"
+    }  # fmt: skip
