@@ -1,0 +1,62 @@
+"""Every script of examples/ runs, with small settings, and shows what it says."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_book_answers_from_a_note_its_correction_and_the_file():
+    before, after, from_file = example("ask_a_book").main(["--tokens", "8192"])
+    assert "7301954" in before
+    assert "2046813" in after and after == from_file
+
+
+def test_the_operator_alone_equals_dense_attention_under_full_coverage():
+    assert example("operator_alone").main(length=320) < 1e-4
+
+
+def test_the_last_token_of_a_question_reads_the_chunk_of_the_fact():
+    hidden, read = example("watch_retrieval").main(tokens=4096)
+    assert read in (hidden, hidden + 1)
+
+
+def test_a_text_becomes_a_model_that_memorises(tmp_path, capsys):
+    pages = [page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/*.md"))]
+    (tmp_path / "corpus.txt").write_text("\n\x1e\n".join(pages), encoding="utf-8")
+    sizes = ["--preset", "debug", "--tokens", "1024", "--seq-len", "256", "--batch-tokens", "512", "--device", "cpu"]
+    folder = example("train_nano").main([str(tmp_path / "corpus.txt"), "-o", str(tmp_path / "run"), *sizes])
+    assert (folder / "model.safetensors").is_file()
+    assert "the new model memorised" in capsys.readouterr().out
+
+
+def test_a_converted_transformer_computes_what_its_source_does(tmp_path):
+    assert example("convert_transformer").main(["-o", str(tmp_path / "converted")]) < 1e-4
+    assert (tmp_path / "converted" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_converted_model_of_the_long_example_learns(tmp_path, monkeypatch):
+    import sys
+
+    steps = ["--steps", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["convert_and_distill.py", *steps])
+    example("convert_and_distill").main()
+    assert (tmp_path / "report.json").is_file()
+
+
+def test_every_example_is_listed_and_tested():
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    scripts = {path.stem for path in ROOT.glob("examples/*.py")}
+    assert scripts == set(re.findall(r"\]\((\w+)\.py\)", page))
+    assert scripts == set(re.findall(r'example\("(\w+)"\)', Path(__file__).read_text(encoding="utf-8")))
