@@ -10,15 +10,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
+DOCS := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint report clean kernels-aot results/needles-nano
+.PHONY: help quickstart test lint report docs clean kernels-aot results/needles-nano
 
 help:  ## show this list
 	@echo "make quickstart   install into .venv and run the guided tour; the report lands in quickstart-report/"
 	@echo "make test         install the development tools too, then ruff, mypy and the tests that need no GPU"
 	@echo "make lint         ruff and mypy only"
 	@echo "make report       redraw every committed figure from the committed numbers"
+	@echo "make docs         build the documentation as a site into site/, without a warning and without the net"
 	@echo "make results/needles-nano   measure the needle study again (4 minutes)"
 	@echo "make kernels-aot  compile every variant of the Triton kernels for sm_90; needs no GPU, but the extra \"kernels\""
 	@echo "make clean        delete .venv, caches, build output and quickstart-report/"
@@ -41,6 +43,9 @@ report: $(CORE)
 	$(BIN)/hsa plot --all
 	$(BIN)/python scripts/draw_architecture.py
 
+docs: $(DOCS)
+	$(BIN)/python scripts/docs_site.py
+
 results/needles-nano: $(CORE)
 	$(BIN)/hsa quickstart -o $@ --needles 100 --controls 40
 	mv $@/report.json $@/summary.json && rm $@/needles.png
@@ -49,7 +54,7 @@ kernels-aot: $(CORE)
 	TRITON_INTERPRET=0 $(BIN)/python -m hsa_ultralong.testing.aot --all --jobs $(TEST_WORKERS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info quickstart-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info quickstart-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hsa_ultralong tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(CORE): pyproject.toml setup.py scripts/bootstrap.py
@@ -61,6 +66,12 @@ $(DEV): pyproject.toml setup.py scripts/bootstrap.py
 	@$(CHECK_PYTHON)
 	@"$(PYTHON)" scripts/bootstrap.py --venv $(VENV) --torch-index "$(TORCH_INDEX)" --extras dev
 	@touch $(CORE) $@
+
+# the site needs the core and the packages of the extra, which need nothing of ours
+$(DOCS): $(CORE)
+	@echo "installing the tools that build the site"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --editable ".[docs]"
+	@touch $@
 
 CHECK_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
 	{ echo "Python 3.10 to 3.13 is needed; '$(PYTHON)' is not one. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }

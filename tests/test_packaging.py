@@ -28,6 +28,8 @@ NANO = ROOT / "checkpoints" / "nano"
 # name in Python -> name in registries, where they differ
 DISTRIBUTIONS = {"docx": "python-docx", "bs4": "beautifulsoup4", "backports": "backports.zstd"}
 
+FOR_DEVELOPERS = {"dev", "docs"}  # extras of which the library imports nothing
+
 # the last of Python 3.14
 STANDARD = {*sys.stdlib_module_names, "compression"}
 
@@ -66,7 +68,7 @@ def imported() -> dict[str, str]:
 
 
 def test_every_package_that_the_library_imports_is_in_core_or_in_an_extra_for_users():
-    extras = set(PROJECT["optional-dependencies"]) - {"dev"}
+    extras = set(PROJECT["optional-dependencies"]) - FOR_DEVELOPERS
     known = requirements().union(*(requirements(extra) for extra in extras))
     missing = {name: file for name, file in imported().items() if name not in known}
     assert not missing, f"add to pyproject.toml: {missing}"
@@ -75,7 +77,7 @@ def test_every_package_that_the_library_imports_is_in_core_or_in_an_extra_for_us
 def test_every_package_of_core_and_extras_is_imported_or_its_use_is_documented():
     pages = "\n".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
     pages, used = normalized(pages), set(imported())
-    for extra in [None, *sorted(set(PROJECT["optional-dependencies"]) - {"dev", "all"})]:
+    for extra in [None, *sorted(set(PROJECT["optional-dependencies"]) - {*FOR_DEVELOPERS, "all"})]:
         for name in requirements(extra) - used:
             assert name in pages, f"{extra or 'core'}: nothing uses or documents {name}"
 
@@ -83,7 +85,7 @@ def test_every_package_of_core_and_extras_is_imported_or_its_use_is_documented()
 def test_the_extra_all_holds_every_extra_for_users():
     (line,) = PROJECT["optional-dependencies"]["all"]
     named = set(re.search(r"\[(.*)\]", line)[1].split(","))
-    assert named == set(PROJECT["optional-dependencies"]) - {"dev", "all"}
+    assert named == set(PROJECT["optional-dependencies"]) - {*FOR_DEVELOPERS, "all"}
 
 
 def test_messages_name_extras_that_exist():
