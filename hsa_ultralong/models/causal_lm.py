@@ -6,7 +6,6 @@ from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin
 from transformers.utils import can_return_tuple
@@ -97,10 +96,8 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
         targets = self._targets(labels, shift_labels, attention_mask)
         if targets is not None:
             total = head_loss(self.lm_head, hidden, targets, self.config.vocab_size)
-            ranks = self.model.context_ranks
             if num_items_in_batch is None:
-                counted = (targets != -100).sum()
-                counted = counted if ranks is None else ranks.total(counted)
+                counted = self.model.context_ranks.total((targets != -100).sum())
             else:
                 counted = torch.as_tensor(num_items_in_batch, device=total.device)
             loss = total / counted.clamp_min(1)
@@ -119,8 +116,7 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
         if targets is None:
             if labels is None:
                 return None
-            ranks = self.model.context_ranks
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100) if ranks is None else ranks.next_labels(labels)
+            targets = self.model.context_ranks.next_labels(labels)
         if attention_mask is not None:
             # what stands before the first real token predicts nothing
             is_preceded = (attention_mask != 0).cumsum(1)[:, -targets.shape[1] :] > 0

@@ -30,7 +30,7 @@ from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.layout import Layout, packed_layout, plain_layout, restrict, slice_layout, whole_chunks
 from hsa_ultralong.models.outputs import HSAModelOutput
 from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
-from hsa_ultralong.models.ranks import ContextRanks, PoolRanks
+from hsa_ultralong.models.ranks import ALONE, ContextRanks, PoolRanks
 from hsa_ultralong.models.registration import is_own_auto_class
 from hsa_ultralong.models.stack import Windows, run_lower, run_upper
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
@@ -101,8 +101,8 @@ class HSAModel(HSAPreTrainedModel):
         self.groups = nn.ModuleList(build_group(config, i) for i in range(config.num_upper_groups))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # set from outside: processes that share every row, and processes whose rows share a pool (distributed/)
-        self.context_ranks: ContextRanks | None = None
-        self.pool_ranks: PoolRanks | None = None
+        self.context_ranks: ContextRanks = ALONE
+        self.pool_ranks: PoolRanks = ALONE
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -195,7 +195,7 @@ class HSAModel(HSAPreTrainedModel):
 
     def _windows(self, cache: HSACache | None, layout: Layout) -> Windows | None:
         """What the windows read before the call's own tokens."""
-        if self.context_ranks is not None:
+        if self.context_ranks.size > 1:
             return self.context_ranks.windows(self.config.layer_windows, layout.num_tokens)
         if cache is not None and layout.padding is not None:
             cache.open_gaps(max(layout.padding.gaps))
@@ -211,8 +211,7 @@ class HSAModel(HSAPreTrainedModel):
 
     def _noise(self, layout: Layout) -> dict[str, int | None]:
         """Seed of the selection noise; a slice of rows that are shared over processes draws its part of theirs."""
-        start = 0 if self.context_ranks is None else self.context_ranks.rank * layout.num_tokens
-        return {"noise_seed": self.draw_noise_seed(), "noise_start": start}
+        return {"noise_seed": self.draw_noise_seed(), "noise_start": self.context_ranks.rank * layout.num_tokens}
 
     def rotary(self, x: torch.Tensor, windows: Windows | None) -> RotaryTable:
         """Angles of the tokens x (B, T, M) and of those before them that a window holds."""
@@ -254,7 +253,7 @@ class HSAModel(HSAPreTrainedModel):
     def _cache(self, cache: HSACache | None, use_cache: bool | None) -> HSACache | None:
         if cache is not None and not isinstance(cache, HSACache):
             raise ValueError(f"a cache (past_key_values) must be an HSACache, got {type(cache).__name__}")
-        if self.context_ranks is not None:
+        if self.context_ranks.size > 1:
             if cache is not None or use_cache:
                 raise ValueError("a row shared over processes (context_ranks) cannot use a cache")
             return None
@@ -277,12 +276,12 @@ class HSAModel(HSAPreTrainedModel):
         """Where the tokens x (B, T, ...) stand, and what is masked among them."""
         size, context = self.config.chunk_size, self.context_ranks
         shape = (x.shape[0], x.shape[1])
-        if context is not None and (attention_mask is not None or shape[1] % size):
+        if context.size > 1 and (attention_mask is not None or shape[1] % size):
             raise ValueError(
                 "context parallelism takes slices of a multiple of chunk_size tokens without attention_mask; got "
                 f"{shape[1]} tokens a rank and chunk_size={size}; pad the rows and give segment_ids, -1 on padding"
             )
-        if context is not None and position_ids is not None:
+        if context.size > 1 and position_ids is not None:
             raise ValueError("context parallelism takes no position_ids: they follow from the slices; leave them out")
         if segment_ids is not None and segment_ids.shape != shape:
             raise ValueError(f"segment_ids must be {shape}, got {tuple(segment_ids.shape)}")
@@ -295,7 +294,7 @@ class HSAModel(HSAPreTrainedModel):
             layout = packed_layout(segment_ids, size, attention_mask, cache)
         else:
             layout = plain_layout(x, None if is_real is None else Padding.of(is_real, shape[1]), cache)
-        return layout if context is None else slice_layout(layout, context, max(self.config.layer_windows) - 1)
+        return layout if context.size == 1 else slice_layout(layout, context, max(self.config.layer_windows) - 1)
 
     def encode(self, x: torch.Tensor, layout: Layout, cache: HSACache | None = None) -> ChunkTensors | None:
         """Step 3: all chunks of the rows, those that the lower outputs x (B, T, M) complete among them.
@@ -312,18 +311,15 @@ class HSAModel(HSAPreTrainedModel):
         if new is not None:
             fixed = cache is not None
             k, v, landmarks = self.chunk_encoder(new.hidden, new.lengths, self._total, fixed_center=fixed)
-            own = ChunkTensors(k, v, landmarks, new.full_lengths, new.segments, new.ends)
-            if self.context_ranks is not None:
-                own = ChunkTensors(*map(self.context_ranks.gather, own))
+            parts = (k, v, landmarks, new.full_lengths, new.segments, new.ends)
+            own = ChunkTensors(*map(self.context_ranks.gather, parts))
             if kept is not None:
                 kept.append_chunks(new, own, lambda: self.empty_memory(x.shape[0], k.dtype, k.device))
         return own if kept is None else kept.chunks
 
     def _total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over all processes that retrieve each other's chunks."""
-        for ranks in (self.context_ranks, self.pool_ranks):
-            part = part if ranks is None else ranks.total(part)
-        return part
+        return self.pool_ranks.total(self.context_ranks.total(part))
 
     def views(
         self,

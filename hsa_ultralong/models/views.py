@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.models.layout import Layout, source_numbers
-from hsa_ultralong.models.ranks import ContextRanks, PoolRanks
+from hsa_ultralong.models.ranks import ALONE, ContextRanks, PoolRanks
 from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
@@ -22,15 +22,15 @@ def library_view(library: ChunkMemory, segments: torch.Tensor, positions: torch.
     return MemoryView(tensors, visible, store=library.store, ranks=library.ranks, lookup=library.lookup)
 
 
-def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: ContextRanks | None = None) -> MemoryView:
+def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: ContextRanks = ALONE) -> MemoryView:
     """The past chunks of the token's own row and group; `is_causal`: the call's first token is the row's."""
-    if context is not None and context.rank + 1 < context.size:
+    if context.rank + 1 < context.size:
         # later slices hold nothing but future
         past = own.landmarks.shape[1] // context.size * (context.rank + 1)
         slots = own.k.shape[1] // context.size * (context.rank + 1)
         own = ChunkTensors(own.k[:, :slots], own.v[:, :slots], *(part[:, :past] for part in own[2:]))
     visible = ChunkVisibility(layout.groups, layout.positions, own.segments, own.ends)
-    return MemoryView(own, visible, is_causal=is_causal and (context is None or context.rank == 0))
+    return MemoryView(own, visible, is_causal=is_causal and context.rank == 0)
 
 
 def pooled_view(
@@ -38,8 +38,8 @@ def pooled_view(
     layout: Layout,
     *,
     is_read: bool = True,
-    context: ContextRanks | None = None,
-    ranks: PoolRanks | None = None,
+    context: ContextRanks = ALONE,
+    ranks: PoolRanks = ALONE,
 ) -> MemoryView:
     """The chunks of all rows as one memory, of which a token sees those of other sources (its own come separately).
 
@@ -51,7 +51,7 @@ def pooled_view(
     batch, num_tokens = layout.segments.shape
     source_ids = layout.source_ids
     if source_ids is None:
-        source_ids = torch.arange(batch, device=layout.segments.device) + (0 if ranks is None else ranks.rank * batch)
+        source_ids = torch.arange(batch, device=layout.segments.device) + ranks.rank * batch
     sources = source_numbers(source_ids if source_ids.dim() == 2 else source_ids[:, None]).expand(-1, num_tokens)
     is_reader = layout.segments >= 0
     if layout.isolated is not None:
@@ -59,15 +59,13 @@ def pooled_view(
     of_chunk = sources[:, :1]  # (B, 1)
     if source_ids.dim() == 2:
         chunk_size = own.k.shape[1] // own.landmarks.shape[1]
-        of_chunk = sources[:, ::chunk_size] if context is None else context.gather(sources[:, ::chunk_size])  # (B, C)
+        of_chunk = context.gather(sources[:, ::chunk_size])  # (B, C)
     owner = torch.where(own.segments == UNUSED, UNUSED, of_chunk)
     no_slots = own.k[:, :0]
     k, v = (own.k, own.v) if is_read else (no_slots, no_slots)
     parts = [part.flatten(0, 1)[None] for part in (k, v, own.landmarks, own.lengths, owner)]  # (1, B*C, ...)
-    if ranks is not None:
-        # without keys and values there is nothing to send
-        parts = [ranks.gather(part) if part.shape[1] else part for part in parts]
-    k, v, landmarks, lengths, owner = parts
+    # without keys and values there is nothing to send
+    k, v, landmarks, lengths, owner = (ranks.gather(part) if part.shape[1] else part for part in parts)
     never = torch.full_like(owner, _NEVER)
     readers = torch.where(is_reader, sources, -1)  # (B, T)
     visible = ChunkVisibility(readers, torch.zeros_like(readers), owner, never, foreign="past")

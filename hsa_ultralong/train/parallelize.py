@@ -23,6 +23,7 @@ from hsa_ultralong.distributed.collectives import Ranks
 from hsa_ultralong.distributed.experts import ExpertRanks, spread
 from hsa_ultralong.distributed.mesh import PARAM_DTYPES, ParallelConfig, data_group, weight_mesh
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.ranks import ALONE
 from hsa_ultralong.nn.chunk_encoder import Total
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.train.activations import recompute_activations, tile_mlps
@@ -167,7 +168,7 @@ def gathered(model: HSAForCausalLM) -> Iterator[None]:
 def alone(model: HSAForCausalLM) -> Iterator[None]:
     """Inside, every rank sees whole rows and no others: neither context nor pool ranks share them (probes)."""
     ranks = model.model.context_ranks, model.model.pool_ranks
-    model.model.context_ranks = model.model.pool_ranks = None
+    model.model.context_ranks = model.model.pool_ranks = ALONE
     try:
         yield
     finally:

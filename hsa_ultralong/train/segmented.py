@@ -139,7 +139,7 @@ def segmented_loss_backward(
     known = {"input_ids", "labels", "segment_ids", "isolate_documents"}
     if extra := sorted(name for name, value in batch.items() if name not in known and value is not None):
         raise ValueError(f"segmented training takes {', '.join(sorted(known))}, not {', '.join(extra)}")
-    if model.model.context_ranks is not None or model.model.pool_ranks is not None:
+    if model.model.context_ranks.size > 1 or model.model.pool_ranks.size > 1:
         raise ValueError("segmented training runs on one process: rows and pools cannot be shared over ranks")
     pass_ = _Pass(model, _row(model, batch, segment_tokens, num_items), loss_scale, offload)
     with torch.no_grad():
