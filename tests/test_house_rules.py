@@ -147,6 +147,17 @@ def test_backends_of_an_operator_never_import_each_other():
     assert not broken, "\n".join(f"{i.file}:{i.line} imports {i.target}" for i in broken)
 
 
+def test_the_table_of_imports_in_the_architecture_is_this_one():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("| part | may import |") :].split("\n\n")[0]
+    written = {
+        row[1]: set(re.findall(r"`(\w+)`", row[2])) for row in re.finditer(r"^\| `(\w+)` \| (.*) \|$", table, re.M)
+    }
+    written.pop("cli")
+    assert written == {part: allowed for part, allowed in ALLOWED.items() if part in written}
+    assert set(ALLOWED) - set(written) == {"serve", "cli", "__init__", "__main__"}
+
+
 @pytest.mark.parametrize(
     ("file", "source", "is_broken"),
     [

@@ -43,7 +43,7 @@ def words(text):
 
 
 def sentences(text):
-    return [part for part in re.split(r"(?<=[.!?:;])\s+", text) if len(words(part)) > 3]
+    return [part for part in re.split(r"(?<=[.!?])\s+", text) if len(words(part)) > 3]
 
 
 @pytest.mark.parametrize("name", READ_IN_TURN)
