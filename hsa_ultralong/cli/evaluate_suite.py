@@ -37,7 +37,7 @@ def suite(
             metavar="MODEL...", help="Model folders: of this library, or of transformers.", show_default="nano"
         ),
     ] = None,
-    suites: Annotated[str, typer.Option("--suite", help="ruler, recall, paper; several by commas.")] = "",
+    suites: Annotated[str, typer.Option("--suite", help="ruler, recall, paper, prompt; several by commas.")] = "",
     tasks: Annotated[str, typer.Option(help="Tasks by name instead of, or besides, a suite.")] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling).")] = "4K..64K",
     samples: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Samples of a task and length.")] = 100,

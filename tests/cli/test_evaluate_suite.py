@@ -27,7 +27,7 @@ def test_lengths_are_listed_or_doubled():
     ("arguments", "message"),
     [
         (["--lengths", "4K"], "give --suite"),
-        (["--suite", "glue"], "--suite must be of ruler, paper, recall, got 'glue'"),
+        (["--suite", "glue"], "--suite must be of ruler, paper, recall, prompt, got 'glue'"),
         (["--tasks", "niah"], "--tasks has no 'niah'"),
         (["--suite", "recall", "--setting", "reread"], "--setting must be one of auto, memory, continue, prompt"),
         (["--suite", "ruler", "--data", "squad"], "--data must be squad=FILE or hotpot=FILE"),

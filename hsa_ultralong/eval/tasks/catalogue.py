@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from hsa_ultralong.eval.tasks.material import Material
 from hsa_ultralong.eval.tasks.paper import PAPER
-from hsa_ultralong.eval.tasks.recall import RECALL
+from hsa_ultralong.eval.tasks.recall import RECALL, RecallPrompt
 from hsa_ultralong.eval.tasks.ruler_needles import RULER_NEEDLES
 from hsa_ultralong.eval.tasks.ruler_questions import DocumentQuestions
 from hsa_ultralong.eval.tasks.ruler_words import CommonWords, FrequentWords, VariableTracking
@@ -20,7 +20,7 @@ RULER: tuple[Task, ...] = (
     DocumentQuestions("qa_1", "squad"),
     DocumentQuestions("qa_2", "hotpot"),
 )
-SUITES: dict[str, tuple[Task, ...]] = {"ruler": RULER, "paper": PAPER, "recall": RECALL}
+SUITES: dict[str, tuple[Task, ...]] = {"ruler": RULER, "paper": PAPER, "recall": RECALL, "prompt": (RecallPrompt(),)}
 TASKS: dict[str, Task] = {task.name: task for tasks in SUITES.values() for task in tasks}
 
 

@@ -126,6 +126,35 @@ class Recall:
         return finish(self, form, context, index, answers, asked.question, single, evidence)
 
 
+@dataclass(frozen=True)
+class RecallPrompt:
+    """A fact, filler and the beginning of the same sentence again, in one short prompt of plain text.
+
+    What people type first: no memory, no question. The filler is text of the haystack.
+    """
+
+    name: str = "recall_prompt"
+    metric: str = "begins"
+    max_new_tokens: int = 10
+    is_editable: bool = False
+
+    def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
+        for index in range(number):
+            rng = namespaced_rng(f"eval/{self.name}", seed, length, index)
+            (fact,) = _facts(_MAIN, _MAIN.kind, 1, rng)
+            stem = fact.statement[: fact.statement.index(f" {fact.value}")]
+            form = make_form(material, self, length, fact.statement, f" {stem}", "")
+            form.require(0, self.name)
+            size = max(1 << 16, length)
+            text, starts = material.haystack(size, size)
+            usable = starts[starts + form.room <= len(text)]
+            begin = int(usable[rng.integers(len(usable))])
+            stated = (len(material.first) - len(form.head), 0)
+            yield finish(
+                self, form, text[begin : begin + form.room], index, [fact.value], f"{stem} ...", None, [stated]
+            )
+
+
 RECALL: tuple[Recall, ...] = (
     *(Recall(f"recall_form_{n:02d}", form, form.kind) for n, form in enumerate(RECALL_FORMS, 1)),
     *(Recall(f"recall_value_{kind}", _MAIN, _OF_KIND.get(kind, kind)) for kind in KINDS),

@@ -33,6 +33,12 @@ def exact(answer: str, references: Sequence[str]) -> float:
     return float(any(first == reference.strip().rstrip(".") for reference in references))
 
 
+def begins(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer begins with one of the references and goes on with no letter or digit."""
+    text = answer.strip()
+    return float(any(re.match(re.escape(reference) + r"(?!\w)", text) for reference in references))
+
+
 def normalised(text: str) -> str:
     """SQuAD's normal form: lower case, no punctuation, no articles, single blanks."""
     bare = "".join(character for character in text.lower() if character not in string.punctuation)
@@ -75,6 +81,7 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "all": match_all,
     "part": match_part,
     "exact": exact,
+    "begins": begins,
     "em": exact_match,
     "f1": f1,
     "contains": contains,

@@ -70,7 +70,7 @@ def test_a_task_that_is_editable_changes_few_tokens_of_its_context(material):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_length_that_is_too_short_is_refused_and_says_how_much_is_needed(material, name):
     with pytest.raises(ValueError, match=r"needs at least|no room|use a"):
-        list(make_samples(name, material, 150, 2))
+        list(make_samples(name, material, 60, 2))
 
 
 def test_the_chat_template_stands_around_the_task_and_the_answer_begins_the_models_turn(material):
@@ -131,6 +131,16 @@ def test_similar_facts_differ_in_keys_and_values_and_documents_stand_behind_the_
     assert len(notes) == 16 == len(set(notes))
     assert sample.answers[0] in notes[0]
     assert "secret code" not in material.tokenizer.decode(sample.context.tolist())
+
+
+def test_a_short_prompt_is_fact_filler_and_the_fact_begun_again(material):
+    for length in (240, 300):
+        for sample in make_samples("recall_prompt", material, length, 3):
+            text = material.tokenizer.decode(sample.prompt().tolist(), skip_special_tokens=True)
+            stem = sample.query.removesuffix(" ...")
+            assert text.startswith(f"{stem} {sample.answers[0]}.")
+            assert text.endswith(f" {stem}")
+            assert len(sample.prompt()) + sample.max_new_tokens == length
 
 
 def test_common_words_stand_more_often_than_all_others(material):

@@ -25,6 +25,10 @@ from hsa_ultralong.eval.tasks import score
         ("exact", "823740", ["8237401"], 0.0),
         ("exact", "8237401 8237401", ["8237401"], 0.0),
         ("exact", "", ["8237401"], 0.0),
+        # the answer goes on with other text
+        ("begins", " 8237401. It snores", ["8237401"], 1.0),
+        ("begins", " 82374012", ["8237401"], 0.0),
+        ("begins", " it is 8237401", ["8237401"], 0.0),
         # lists in order, nothing else among them
         ("in_order", "141508 926535", ["141508", "926535"], 1.0),
         ("in_order", "926535 141508", ["141508", "926535"], 0.0),
