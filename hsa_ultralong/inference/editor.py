@@ -17,7 +17,8 @@ from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
 from hsa_ultralong.models.reading import DocumentReader, kept_lower_outputs
 from hsa_ultralong.models.wrapped import device_of, unwrapped
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, Continuation
+from hsa_ultralong.nn.chunk_memory import ChunkMemory, Continuation
+from hsa_ultralong.nn.views import ChunkTensors
 
 
 class EditPlan(NamedTuple):

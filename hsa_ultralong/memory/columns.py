@@ -1,6 +1,6 @@
 """Chunks as columns of a memory file and back: keys and values side by side, 8-bit formats with their scales.
 
-Between ChunkTensors (nn/chunk_memory.py) and MemoryFile (files/); docs/memory-format.md lists the columns.
+Between ChunkTensors (nn/views.py) and MemoryFile (files/); docs/memory-format.md lists the columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hsa_ultralong.memory.files import Column, MemoryFileError, MemorySpec
 from hsa_ultralong.memory.files.fields import shown
 from hsa_ultralong.memory.files.spec import MemoryDocument
 from hsa_ultralong.memory.quantization import FORMATS, KeyValueFormat, decode, encode, payload_dtype
-from hsa_ultralong.nn.chunk_memory import ChunkTensors
+from hsa_ultralong.nn.views import ChunkTensors
 
 # formats whose rows carry a scale
 _SCALED = ("int8", "fp8")

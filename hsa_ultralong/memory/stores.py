@@ -1,6 +1,6 @@
 """Keys and values left in a file, and a cache of hot chunks before a store; those on tiers of memory are in tiers.py.
 
-All are KeyValueStores (nn/chunk_memory.py): the HSA layer fetches what a few tokens selected. A store of the same dtype
+All are KeyValueStores (nn/views.py): the HSA layer fetches what a few tokens selected. A store of the same dtype
 gives the logits of device memory: bit for bit from every store, and on a CPU for up to 15 tokens at a time; longer
 prompts may take another path through ops/hsa and differ in the last bits. Made by saving.open_memory;
 tests/memory/test_stores.py.
@@ -14,7 +14,7 @@ import torch
 
 from hsa_ultralong.memory.columns import from_payload
 from hsa_ultralong.memory.files import MemoryFile
-from hsa_ultralong.nn.chunk_memory import KeyValueStore
+from hsa_ultralong.nn.views import KeyValueStore
 
 _NAMES = ("keys_values", "keys_values_scale")
 

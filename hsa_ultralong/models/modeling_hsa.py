@@ -35,11 +35,12 @@ from hsa_ultralong.models.registration import is_own_auto_class
 from hsa_ultralong.models.stack import Windows, run_lower, run_upper
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, ChunkTensors, MemoryView
+from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
 from hsa_ultralong.nn.upper_group import UpperGroup
+from hsa_ultralong.nn.views import ChunkTensors, MemoryView
 from hsa_ultralong.nn.window_attention import extends_a_cache
 
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hsa_ultralong.nn.chunk_memory import MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.upper_group import MODULES, Parts, UpperGroup
+from hsa_ultralong.nn.views import MemoryView
 
 # groups draw their selection noise apart
 _SEED_STEP = 7919

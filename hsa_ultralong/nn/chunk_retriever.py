@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hsa_ultralong.nn.chunk_encoder import rms_normalize
-from hsa_ultralong.nn.chunk_memory import MemoryView
+from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.ops import ScoredChunks, chunk_topk, combine_topk
 from hsa_ultralong.ops._common import accumulation_dtype
 from hsa_ultralong.ops.chunk_topk.combined import softmax_fusion

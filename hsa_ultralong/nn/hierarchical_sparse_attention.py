@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hsa_ultralong.nn.chunk_memory import ChunkTensors, GatheringStore, KeyValueStore, MemoryView
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.rotary import RotaryTable
+from hsa_ultralong.nn.views import ChunkTensors, GatheringStore, KeyValueStore, MemoryView
 from hsa_ultralong.nn.window_attention import WindowAttention, WindowState
 from hsa_ultralong.ops import hsa_attention
 from hsa_ultralong.ops._common import blocks

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hsa_ultralong.nn.chunk_memory import MemoryView
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
 from hsa_ultralong.nn.decoder_layer import DecoderLayer
 from hsa_ultralong.nn.hierarchical_sparse_attention import HSALayer
 from hsa_ultralong.nn.rotary import RotaryTable
+from hsa_ultralong.nn.views import MemoryView
 
 
 class GroupOutput(NamedTuple):

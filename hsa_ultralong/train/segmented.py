@@ -22,8 +22,8 @@ from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.head import head_loss
 from hsa_ultralong.models.layout import Layout, chunk_places, packed_layout, plain_layout, restrict
 from hsa_ultralong.models.views import own_view
-from hsa_ultralong.nn.chunk_memory import ChunkTensors
 from hsa_ultralong.nn.moe import MixtureOfExperts
+from hsa_ultralong.nn.views import ChunkTensors
 
 IGNORE_INDEX = -100
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -9,7 +9,7 @@ from hsa_ultralong.inference import append, close_document, edit, last_logits
 from hsa_ultralong.inference.editor import plan_edit, recompute_chunks
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.reading import DocumentReader
-from hsa_ultralong.nn.chunk_memory import ChunkTensors
+from hsa_ultralong.nn.views import ChunkTensors
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from tests.inference.test_memory_states import assert_same_chunks
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsa_ultralong.nn.chunk_memory import ChunkTensors, MemoryView
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, softmax_fusion, stick_breaking_fusion
+from hsa_ultralong.nn.views import ChunkTensors, MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.testing.factories import random_chunks, random_tensor, random_visibility, randomize
 from hsa_ultralong.testing.oracles import stick_breaking_weights
