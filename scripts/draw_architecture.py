@@ -49,7 +49,7 @@ BOXES = {
     ),
     "memory": Box(
         9.35, 0.8, 2.9, 5.05, "Memory", "one for all HSA layers",
-        ("nn/chunk_memory.py", "memory/tiers.py", "memory/files/"), "#d8efd9",
+        ("memory/chunk_memory.py", "memory/tiers.py", "memory/files/"), "#d8efd9",
     ),
     "retrieval": Box(
         0.7, 4.45, 2.2, 1.05, "Retrieval", "best K landmarks",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from hsa_ultralong.inference.engine import DecodingEngine
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.fingerprint import require_chunks
 from hsa_ultralong.models.wrapped import unwrapped
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 
 def low_weight(num_chunks: int) -> float:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.inference.reader import as_tokens, check_range, segment_length
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
 from hsa_ultralong.models.reading import DocumentReader, kept_lower_outputs
 from hsa_ultralong.models.wrapped import device_of, unwrapped
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, Continuation
 from hsa_ultralong.nn.views import ChunkTensors
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.inference.sampling import sample
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
@@ -21,7 +22,6 @@ from hsa_ultralong.models.pieces import Pieces, compiled, rotary_of
 from hsa_ultralong.models.remembering import continuation_cache
 from hsa_ultralong.models.weights import is_plain, refuse_hooks, state_key, weights_of
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindows
 from hsa_ultralong.nn.views import ChunkTensors, GatheringStore, MemoryView

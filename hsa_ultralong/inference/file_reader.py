@@ -12,6 +12,7 @@ import torch
 
 from hsa_ultralong.inference.editor import EditPlan, continuation_at_end, recompute_chunks
 from hsa_ultralong.inference.reader import Progress, segment_length
+from hsa_ultralong.memory.chunk_memory import Continuation
 from hsa_ultralong.memory.columns import to_columns
 from hsa_ultralong.memory.files import MemoryWriter
 from hsa_ultralong.memory.half_read import with_note
@@ -20,7 +21,6 @@ from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.form import require_state, require_vocabulary
 from hsa_ultralong.models.reading import DocumentReader, kept_lower_outputs
 from hsa_ultralong.models.wrapped import computing_dtype, device_of
-from hsa_ultralong.nn.chunk_memory import Continuation
 
 
 class FileReader:

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from hsa_ultralong.inference.tiers import tiered_memory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Document
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import memory_fingerprint, require_same_model
 from hsa_ultralong.models.reading import DocumentReader, kept_lower_outputs
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, Document
 
 _SEGMENT_TOKENS = {"cpu": 2048, "cuda": 65_536}
 # compiled reading: the segments' length, and the tokens from which it wins back the 10 to 20 seconds of compiling

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from hsa_ultralong.distributed import RankedMemory
 from hsa_ultralong.memory import MemoryFile, open_memory
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 
 
 def share_out(memory: ChunkMemory, group: dist.ProcessGroup | None = None) -> ChunkMemory:

@@ -1,5 +1,6 @@
 """Memories beyond device memory: files, stores, 8-bit formats, a landmark index. No model; docs/memory-format.md."""
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.memory.files import (
     Column,
     Damage,
@@ -15,7 +16,6 @@ from hsa_ultralong.memory.files import (
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.saving import open_memory, save_memory
 from hsa_ultralong.memory.tiers import TieredStore
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 __all__ = [
     "ChunkMemory",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document
 from hsa_ultralong.memory.columns import (
     from_payload,
     memory_spec,
@@ -26,7 +27,6 @@ from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, QuantizedLandmarks, TieredStore
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, Continuation, Document
 from hsa_ultralong.nn.views import ChunkTensors, KeyValueStore
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.memory.quantization import KeyValueFormat, encode, payload_dtype
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.views import ChunkTensors
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks

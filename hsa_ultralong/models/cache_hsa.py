@@ -14,8 +14,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models.configuration_hsa import HSAConfig
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.views import ChunkTensors
 from hsa_ultralong.nn.window_attention import WindowState
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.utils import can_return_tuple
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models.adapters import offer_adapter_targets
 from hsa_ultralong.models.arguments import check_arguments, check_generation, check_labels
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, REWIND, HSACache, given_cache
@@ -19,7 +20,6 @@ from hsa_ultralong.models.generation import OwnBatching, check_options, named
 from hsa_ultralong.models.head import head_loss
 from hsa_ultralong.models.modeling_hsa import HSAModel, HSAPreTrainedModel
 from hsa_ultralong.models.outputs import HSACausalLMOutput
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.moe import MixtureOfExperts
 
 

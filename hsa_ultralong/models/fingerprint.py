@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.form import require_form
 from hsa_ultralong.models.weights import refuse_hooks, state_key, weights_of
 from hsa_ultralong.models.wrapped import unwrapped
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 # what changes the memory beside the parameters themselves
 _CONFIG_KEYS = (

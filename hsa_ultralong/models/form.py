@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.memory import MemoryFileError, MemorySpec
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation
 from hsa_ultralong.memory.columns import memory_spec, require_model_columns
 from hsa_ultralong.models import HSACache, HSAConfig
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, Continuation
 
 
 def model_spec(config: HSAConfig, key_values: str, landmarks: str, **others: object) -> MemorySpec:

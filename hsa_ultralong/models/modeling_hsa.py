@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models.arguments import check_arguments, check_tokens
 from hsa_ultralong.models.build import (
     RecomputedDecoderLayer,
@@ -35,7 +36,6 @@ from hsa_ultralong.models.registration import is_own_auto_class
 from hsa_ultralong.models.stack import Windows, run_lower, run_upper
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table

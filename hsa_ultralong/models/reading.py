@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
 from hsa_ultralong.models.finite import FiniteCheck
 from hsa_ultralong.models.pieces import Pieces, compiled, run_encoder
 from hsa_ultralong.models.wrapped import unwrapped
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, Continuation
 from hsa_ultralong.nn.views import ChunkTensors, MemoryView
 from hsa_ultralong.nn.window_attention import WindowState
 from hsa_ultralong.ops import ChunkVisibility

@@ -9,12 +9,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, REWIND
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
 from hsa_ultralong.models.reading import replay_upper
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 
 
 def question_cache(model: HSAForCausalLM, memory: ChunkMemory, rewind: int = REWIND) -> HSACache:

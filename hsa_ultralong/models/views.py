@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models.layout import Layout, source_numbers
 from hsa_ultralong.models.ranks import ALONE, ContextRanks, PoolRanks
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.views import ChunkTensors, MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED

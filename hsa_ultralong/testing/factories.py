@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.views import ChunkTensors
 from hsa_ultralong.ops import ChunkVisibility
 

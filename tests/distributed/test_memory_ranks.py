@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from hsa_ultralong.inference import append, ask, open_shared, share_out
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSACache
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.testing.processes import launch
 

@@ -5,7 +5,7 @@ import torch
 
 from hsa_ultralong.inference import append, edit, last_logits
 from hsa_ultralong.inference.editor import plan_edit
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hsa_ultralong.inference import Library, last_logits
 from hsa_ultralong.inference.editor import difference
 from hsa_ultralong.memory import MemoryFile, MemoryFileError, verify_memory
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 from tests.inference.test_memory_states import assert_same_chunks
 

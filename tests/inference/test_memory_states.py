@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import append, close_document, edit, last_logits, memory_fingerprint
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSACache
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, encode_documents, random_tokens, tiny_model
 from hsa_ultralong.train.stages import set_window
 

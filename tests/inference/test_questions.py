@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import Library, ask
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSACache
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import append, close_document, last_logits, memory_fingerprint
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}

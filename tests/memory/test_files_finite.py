@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document
 from hsa_ultralong.memory.files import MemoryFile, MemoryFileError, MemoryWriter, finite, verify_memory
 from hsa_ultralong.memory.files import continuation as continuation_module
 from hsa_ultralong.memory.files import writer as writer_module
 from hsa_ultralong.memory.quantization import encode
 from hsa_ultralong.memory.saving import open_memory, save_memory
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, Continuation, Document
 from hsa_ultralong.testing.factories import random_chunks
 
 BAD = [float("nan"), float("inf"), float("-inf")]

@@ -8,8 +8,8 @@ import torch
 
 from hsa_ultralong.inference import Library, append, close_document, edit, last_logits
 from hsa_ultralong.memory import MemoryFileError, MemoryWriter, saving, verify_memory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.memory.saving import open_memory
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from tests.memory.test_files_crash import die_at, in_child
 

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from hsa_ultralong.inference import Library, append, last_logits
 from hsa_ultralong.memory import MemoryFileError
-from hsa_ultralong.nn.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 from tests.fuzz.harness import run
 from tests.fuzz.mutators import dump

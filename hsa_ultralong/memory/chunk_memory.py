@@ -2,7 +2,7 @@
 
 Grows by doubling, so appending never copies what is there more than O(1) times a chunk. One class serves a training
 row (batch B), a generation cache and a memorised library (batch 1, with document records). Facts 4, 6 and 7 of
-docs/architecture.md; tests/nn/test_chunk_memory.py.
+docs/architecture.md; tests/memory/test_chunk_memory.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsa_ultralong.nn.chunk_memory import ChunkMemory, Document
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Document
 from hsa_ultralong.nn.views import ChunkTensors
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 from hsa_ultralong.testing.factories import random_chunks, random_tokens, tiny_model
