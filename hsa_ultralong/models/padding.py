@@ -44,8 +44,10 @@ class Padding(NamedTuple):
         return [self.order.shape[1] - count for count in self.counts]
 
     def close_up(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, T, M) with the real tokens of every row at its start."""
-        return x.gather(1, self.order[..., None].expand_as(x))
+        """x (B, T, M) with the real tokens of every row at its start, zeros behind them: what stands at masked tokens,
+        finite or not, goes no further."""
+        is_behind = torch.arange(x.shape[1], device=x.device) > self.place[:, -1:]
+        return x.gather(1, self.order[..., None].expand_as(x)).masked_fill(is_behind[..., None], 0)
 
     def spread(self, x: torch.Tensor, fill: float = 0.0, columns: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, T, ...) back to the columns of the call, or some of them; a masked column repeats the last real token,

@@ -1,6 +1,8 @@
-"""What is not finite stays in the rows of hsa_attention that read it, forward and backward."""
+"""What is not finite stays in the rows of hsa_attention that read it, forward and backward, in every backend."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ IMPLS = [
     "reference",
     "torch_gather",
     "torch_dense",
+    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")),
 ]
 SHAPES = {
     "sparse": {"num_chunks": 9, "slots": 3, "group": 4, "kv_heads": 1},
@@ -31,6 +34,12 @@ BAD_CHUNK, LONE, STEEP = 1, 3, 6
 def small_launches(monkeypatch):
     monkeypatch.setattr(torch_gather, "_BLOCK_ELEMENTS", {"cpu": 30_000})
     monkeypatch.setattr(torch_dense, "_TILE_ELEMENTS", {"cpu": 3000})
+    if find_spec("triton") is not None:
+        from hsa_ultralong.ops.hsa import triton_attention
+
+        # tiles of two parts, as the second pass sees them
+        monkeypatch.setattr(triton_attention, "launch_options", lambda *_: triton_attention.LaunchOptions(32, 4, 1))
+        monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 0)
 
 
 def problem(shape):
@@ -40,7 +49,7 @@ def problem(shape):
 
 
 def run(inputs, impl, slope, **options):
-    dtype = torch.float64
+    dtype = torch.float32 if impl == "triton" else torch.float64
     leaves = [x.detach().clone().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.weights)]
     q, k, v, weights = leaves
     out = hsa_attention(
@@ -82,10 +91,16 @@ def num_chunks(inputs):
     return inputs.k.shape[1] // SIZE
 
 
-@pytest.mark.parametrize(
-    ("shape", "number"), [*((shape, float("nan")) for shape in SHAPES), ("short_chunks", float("inf"))]
-)
-@pytest.mark.parametrize("impl", IMPLS)
+def cases():
+    """Under the interpreter a kernel takes long: most of its cases are for a GPU and for slow runs."""
+    for impl in IMPLS:
+        for shape, number in [*((shape, float("nan")) for shape in SHAPES), ("short_chunks", float("inf"))]:
+            is_slow = not isinstance(impl, str) and DEVICE == "cpu" and shape not in ("coverage", "sparse")
+            name, marks = (impl, ()) if isinstance(impl, str) else (impl.values[0], impl.marks)
+            yield pytest.param(name, shape, number, marks=(*marks, *((pytest.mark.slow,) if is_slow else ())))
+
+
+@pytest.mark.parametrize(("impl", "shape", "number"), cases())
 def test_what_is_not_finite_stays_in_the_rows_that_read_it(impl, shape, number):
     inputs = problem(shape)
     bad, slope, steep = poisoned(inputs, number)
@@ -123,3 +138,74 @@ def test_a_query_that_is_not_finite_touches_only_the_chunks_that_it_reads(impl):
     clear = clear.repeat_interleave(SIZE, 1)
     for left, right in zip(found[2:4], expected[2:4], strict=True):
         torch.testing.assert_close(left[clear].double(), right[clear], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_few_tokens_without_gradients_keep_it_too(impl, monkeypatch):
+    if impl == "triton":
+        from hsa_ultralong.ops.hsa import triton_attention
+
+        monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 64)
+        monkeypatch.setattr(triton_attention._Problem, "forward", None)
+    inputs = problem("short_chunks")
+    bad, _, _ = poisoned(inputs, float("nan"))
+    rows, _ = reached(bad, is_backward=False)
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    found, expected = (
+        hsa_attention(
+            x.q.to(dtype), x.k.to(dtype), x.v.to(dtype), x.indices, x.weights.to(dtype), chunk_size=SIZE,
+            chunk_lengths=x.chunk_lengths, impl=impl,
+        )
+        for x in (bad, inputs)
+    )  # fmt: skip
+    torch.testing.assert_close(found[~rows], expected[~rows], rtol=1e-5, atol=1e-5)
+    assert (~found[rows].isfinite()).flatten(1).any(1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("slots", [6, 30])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_kernels_of_full_size_keep_it_in_the_rows_that_read_it(slots, dim, monkeypatch):
+    monkeypatch.undo()
+    tokens, size, steep = 700, dim, 50
+    inputs = random_attention(
+        num_tokens=tokens, group=4, kv_heads=1, num_chunks=40, slots=slots, chunk_size=size, dim=dim, is_short=True
+    )
+    inputs = AttentionInputs(*(None if x is None else x.cuda() for x in inputs))
+    # every chunk but these has readers that read none of them
+    indices = inputs.indices.clone()
+    indices[(indices == BAD_CHUNK) & (torch.arange(tokens, device="cuda") % 16 > 0)[None, :, None, None]] = -1
+    indices[:, 300:304] = -1
+    inputs = inputs._replace(indices=indices)
+    q, k, v = (x.bfloat16() for x in (inputs.q, inputs.k, inputs.v))
+    slope = random_tensor(*q.shape, seed=77).to(q)
+    dirty_k, dirty_v, dirty_q, dirty_slope = k.clone(), v.clone(), q.clone(), slope.clone()
+    dirty_k[0, BAD_CHUNK * size + 2, 0, 3] = dirty_v[1, BAD_CHUNK * size + 1, 0, 5] = float("nan")
+    beyond = (torch.arange(size, device="cuda") >= inputs.chunk_lengths[..., None]).flatten(1)
+    dirty_k[beyond], dirty_v[beyond] = float("inf"), float("nan")
+    dirty_q[:, 301], dirty_slope[:, 302] = float("nan"), float("nan")
+    dirty_slope[0, steep, 1, 7] = float("inf")
+    dirty = inputs._replace(q=dirty_q, k=dirty_k, v=dirty_v)
+    results = []
+    for part, up in ((dirty, dirty_slope), (inputs._replace(q=q, k=k, v=v), slope)):
+        leaves = [x.detach().clone().requires_grad_() for x in (part.q, part.k, part.v, part.weights.float())]
+        out = hsa_attention(
+            *leaves[:3], indices, leaves[3], chunk_size=size, chunk_lengths=inputs.chunk_lengths, impl="triton"
+        )
+        out.backward(up)
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    found, expected = results
+    rows = (indices == BAD_CHUNK).flatten(2).any(-1)
+    torch.testing.assert_close(found[0][~rows], expected[0][~rows], rtol=2e-2, atol=2e-2)
+    assert (~found[0][rows].isfinite()).flatten(1).any(1).all()
+    rows[0, steep] = True
+    for number in (1, 4):
+        torch.testing.assert_close(found[number][~rows], expected[number][~rows], rtol=2e-2, atol=2e-2)
+    chunks = torch.zeros((2, 40), dtype=torch.bool, device="cuda")
+    chunks[:, BAD_CHUNK] = True
+    chunks[0, indices[0, steep][indices[0, steep] >= 0].long()] = True
+    assert not chunks.all()
+    clear = ~chunks.repeat_interleave(size, 1)
+    for number in (2, 3):
+        torch.testing.assert_close(found[number][clear], expected[number][clear], rtol=2e-2, atol=5e-2)

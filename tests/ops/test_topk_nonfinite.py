@@ -1,6 +1,8 @@
-"""A landmark or query that is not finite is never retrieved and reaches no other token or chunk."""
+"""A landmark or query that is not finite is never retrieved and reaches no other token or chunk, in every backend."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,12 +22,18 @@ BAD_TOKEN = 5
 IMPLS = [
     "reference",
     "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")),
 ]
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(torch_blocked, "_BLOCK_ELEMENTS", 200)
+    if find_spec("triton") is not None:
+        from hsa_ultralong.ops.chunk_topk import triton_topk
+
+        monkeypatch.setattr(triton_topk, "tile_options", lambda *_: triton_topk.TileOptions(16, 16, 4))
+        monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 0)
 
 
 def places(*, bad_chunks=()):
@@ -78,6 +86,44 @@ def test_a_landmark_that_is_not_finite_is_as_if_it_were_unused(impl, topk, rows,
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
     reference = run("reference", *poisoned(query, landmarks), places(), topk, noise_seed=seed)
     assert torch.equal(found[0], reference[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("topk", [4, 20])
+def test_few_queries_never_retrieve_a_landmark_that_is_not_finite(impl, topk, monkeypatch):
+    if impl == "triton":
+        from hsa_ultralong.ops.chunk_topk import triton_topk
+
+        monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
+    query, landmarks = poisoned(*inputs())
+    with torch.no_grad():
+        indices, scores = chunk_topk(query, landmarks, places(), topk=topk, impl=impl)
+        expected = chunk_topk(query, landmarks, places(), topk=topk, impl="reference")
+    assert torch.equal(indices, expected[0])
+    torch.testing.assert_close(scores, expected[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("rows", [1, BATCH])
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_the_gradients_of_the_kernels_meet_neither_bad_queries_nor_bad_landmarks(rows, heads, monkeypatch):
+    from hsa_ultralong.ops.chunk_topk import kernel_gradients
+    from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
+
+    monkeypatch.setattr(kernel_gradients, "BLOCK_ELEMENTS", 4 * CHUNKS * heads)
+    # the kernels take bf16, which the interpreter cannot multiply
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    query, landmarks = (part[:, :, :heads].to(dtype).contiguous() for part in poisoned(*inputs(rows)))
+    indices, _ = chunk_topk(query, landmarks, places(), topk=4, impl="reference")
+    grad = random_tensor(*indices.shape, seed=5).to(query)
+    grad = grad.float()
+    factor = torch.full((heads,), 0.3, device=DEVICE)
+    found = kernel_gradients.spread_gradients(query, landmarks, indices, grad, factor)
+    slopes = grad.masked_fill(indices < 0, 0.0) * 0.3
+    expected = product_gradients(query.float(), landmarks.float(), indices, slopes)
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left.float(), right, rtol=2e-2, atol=2e-2)
+        assert left.isfinite().all() and left.any()
 
 
 @pytest.mark.parametrize("impl", IMPLS[1:])

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from hsa_ultralong.ops.chunk_topk.kernel_select import (
     _INDEX_MASK,
+    _REAL,
     _WORST,
     _load_slab,
     _newest_first,
@@ -27,9 +28,10 @@ _LARGEST = tl.constexpr(32512.0)
 
 @triton.jit
 def _digits(rows, is_real, is_high, R: tl.constexpr, RP: tl.constexpr):
-    """Queries at `rows` as 16-bit fixed point: their high or low digits (rows, RP) int8, and what one unit is worth."""
+    """Queries at `rows` as 16-bit fixed point: their high or low digits (rows, RP) int8, and what one unit is worth.
+    A query that is not finite has units of infinite worth, so that none of its scores is finite."""
     numbers = _load_slab(rows, is_real, 0, R, RP).to(tl.float32)
-    step = tl.max(tl.abs(numbers), 1) / _LARGEST
+    step = tl.max(tl.where(numbers == numbers, tl.abs(numbers), float("inf")), 1) / _LARGEST
     whole = tl.floor(numbers / tl.where(step == 0.0, 1.0, step)[:, None] + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
     digits = tl.where(is_high[:, None], high, whole - high * 256).to(tl.int8)
@@ -112,7 +114,7 @@ def finish_kernel(
     lane = tl.arange(0, TILE)
     best = tl.load(
         lane_tops + (row * shares + share)[:, None] * TILE + lane[None, :],
-        mask=(best != _WORST)[:, None] & (lane >= 0)[None, :], other=_WORST,
+        mask=(best >= _REAL)[:, None] & (lane >= 0)[None, :], other=_WORST,
     )  # fmt: skip
     best = tl.topk(tl.reshape(best, (KS * TILE,)), KL)
     chunk = (best & _INDEX_MASK) ^ _INDEX_MASK  # (KL,)
@@ -120,7 +122,7 @@ def finish_kernel(
     step = tl.arange(0, SHARE // TILE)
     best = tl.load(
         keys + row * padded_chunks + first[:, None] + step[None, :] * TILE,
-        mask=(best != _WORST)[:, None] & (step >= 0)[None, :], other=_WORST,
+        mask=(best >= _REAL)[:, None] & (step >= 0)[None, :], other=_WORST,
     )  # fmt: skip
     best = tl.topk(tl.reshape(best, (KL * (SHARE // TILE),)), KP)
     slot = tl.arange(0, KP)

@@ -2,7 +2,8 @@
 
 A slope goes as the sum of two bf16 numbers, so that matrix units lose nothing that a plain rounding would lose: slopes
 of a softmax sum to zero, and a vector common to all landmarks must cancel. One launch writes a block of rows,
-(t, 2, C); blocks keep it bounded. No atomic additions. Derivation: README.md of this folder.
+(t, 2, C); blocks keep it bounded. No atomic additions. What is not finite was never kept, but zero times it is not
+zero: landmarks are copied without it, and sums over queries that it spoiled are formed again. Derivation: README.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from hsa_ultralong.ops._common import blocks, matmul_wide
+from hsa_ultralong.ops._finite import spoil_of
 from hsa_ultralong.ops._triton import next_power_of_two
 from hsa_ultralong.ops.chunk_topk.gradients import as_one_row
 
@@ -44,6 +46,42 @@ def spread_kernel(
     tl.store(row + W + chunk, low, mask=chunk >= 0)
 
 
+@triton.jit
+def _finite(part):
+    return tl.where(tl.abs(part.to(tl.float32)) < float("inf"), part, 0.0).to(part.dtype)
+
+
+@triton.jit
+def total_kernel(
+    high, low, dense, query, total, T, C, R, W, HR, part_step, query_step,
+    ADD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """total (B, C, HR, R) = or += high + low (B * HR, C, R), the products of the slopes' two parts with the queries; a
+    tile that is not finite is formed again from dense (B * HR, T, 2, W) and what is finite of query (B * HR, T, R)."""
+    part = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(0) * BC + tl.arange(0, BC)
+    dims = tl.program_id(1) * BR + tl.arange(0, BR)
+    exists = (chunk < C)[:, None] & (dims < R)[None, :]
+    place = (part * C + chunk)[:, None] * R + dims[None, :]
+    added = tl.load(high + place, mask=exists, other=0.0) + tl.load(low + place, mask=exists, other=0.0)
+    if spoil_of(added) != 0.0:
+        added = tl.zeros((BC, BR), tl.float32)
+        for start in range(0, T, BT):
+            token = start + tl.arange(0, BT)
+            kept = (token < T)[:, None] & (chunk < C)[None, :]
+            slopes = dense + (part * T + token)[:, None] * (2 * W) + chunk[None, :]
+            seen = (token < T)[:, None] & (dims < R)[None, :]
+            queries = query + part * part_step + token.to(tl.int64)[:, None] * query_step + dims[None, :]
+            queries = _finite(tl.load(queries, mask=seen, other=0.0))
+            for digit in tl.static_range(2):
+                slope = tl.load(slopes + digit * W, mask=kept, other=0.0)
+                added = tl.dot(tl.trans(slope), queries, added)
+    total += ((part // HR * C + chunk) * HR + part % HR)[:, None] * R + dims[None, :]
+    if ADD:
+        added += tl.load(total, mask=exists, other=0.0)
+    tl.store(total, added.to(total.dtype.element_ty), mask=exists)
+
+
 def spread_gradients(
     query: torch.Tensor, landmarks: torch.Tensor, indices: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,12 +95,15 @@ def spread_gradients(
     num_chunks = landmarks.shape[1]
     slots, parts = indices.shape[-1], batch * heads
     width = -(-num_chunks // 8) * 8  # rows of 16 bytes, which matrix products need to be fast
-    columns = landmarks.transpose(1, 2)  # (B, Hr, C, R)
+    columns = landmarks.nan_to_num(0.0, 0.0, 0.0).transpose(1, 2)  # (B, Hr, C, R)
     if width > num_chunks:
         columns = torch.nn.functional.pad(columns, (0, 0, 0, width - num_chunks))
     columns = torch.cat((columns, columns), dim=2).reshape(parts, 2 * width, dim)
-    grad_query, grad_landmarks = torch.empty_like(query), None
-    for start, stop in blocks(num_tokens, max(1, BLOCK_ELEMENTS // (parts * width))):
+    block = max(1, BLOCK_ELEMENTS // (parts * width))
+    grad_query = torch.empty_like(query)
+    kind = landmarks.dtype if block >= num_tokens else torch.float32
+    grad_landmarks = torch.empty(landmarks.shape, dtype=kind, device=query.device)
+    for start, stop in blocks(num_tokens, block):
         count = stop - start
         dense = torch.empty((parts, count, 2, width), dtype=query.dtype, device=query.device)
         spread_kernel[(count, parts)](
@@ -75,9 +116,9 @@ def spread_gradients(
         else:
             found = torch.bmm(dense.flatten(2), columns)  # (B * Hr, t, R)
             grad_query[:, start:stop] = found.unflatten(0, (batch, heads)).transpose(1, 2)
-        for part in (0, 1):
-            product = matmul_wide(dense[:, :, part, :num_chunks].transpose(1, 2), read)  # (B * Hr, C, R)
-            grad_landmarks = product if grad_landmarks is None else grad_landmarks.add_(product)
-    assert grad_landmarks is not None
-    grad_landmarks = grad_landmarks.unflatten(0, (batch, heads)).transpose(1, 2)
+        high, low = (matmul_wide(dense[:, :, digit, :num_chunks].transpose(1, 2), read) for digit in (0, 1))
+        total_kernel[(-(-num_chunks // 32), -(-dim // 64), parts)](
+            high, low, dense, read, grad_landmarks, count, num_chunks, dim, width, heads, *read.stride()[:2],
+            ADD=start > 0, BC=32, BR=64, BT=32, num_warps=4,
+        )  # fmt: skip
     return grad_query.view(rows_shape), grad_landmarks.to(landmarks.dtype)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from hsa_ultralong.ops.chunk_topk.kernel_select import (
+    _REAL,
     _WORST,
     _gumbel,
     _load_slab,
@@ -20,9 +21,6 @@ from hsa_ultralong.ops.chunk_topk.kernel_select import (
     _products,
     _visible,
 )
-
-# every real candidate is larger
-_FIRST = tl.constexpr(-(2**63) + 2**31)
 
 
 @triton.jit
@@ -83,9 +81,9 @@ def merge_select_kernel(
     )
     slot = tl.arange(0, KP)[None, :]
     # empty places differ from each other, so that a candidate replaces one of them
-    best = _WORST + tl.zeros((BT, KP), tl.int64) + slot
+    best = _REAL - KP + tl.zeros((BT, KP), tl.int64) + slot
     # a candidate must beat the worst that its row keeps
-    bar = tl.full((BT,), _WORST, tl.int64)
+    bar = tl.full((BT,), _REAL - KP, tl.int64)
     disorder = tl.zeros((), tl.int32)
     for start in tl.range(first // BC * BC, last, BC, num_stages=STAGES):
         chunk = start + tl.arange(0, BC)
@@ -116,7 +114,6 @@ def merge_select_kernel(
                 rounds -= 1
             disorder += fresh
     best = tl.sort(best)
-    best = tl.where(best < _FIRST, _WORST, best)
     chosen, ranking, found = _newest_first(best, KP - 1 - slot, K)
     place = ((b * T + token[:, None]) * HR + hr) * K + slot
     kept = is_real[:, None] & (slot < K)

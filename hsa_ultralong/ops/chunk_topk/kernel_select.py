@@ -1,7 +1,8 @@
 """Triton kernels of chunk_topk: scores of a tile of queries against blocks of landmarks, masked, ranked and kept.
 
 A candidate is one int64: the fp32 ranking, mapped so that integers sort like it, above the complement of the chunk
-index; so larger is better and ties go to the lower index. Derivation: README.md of this folder.
+index; so larger is better and ties go to the lower index. What is invisible or not finite lies below _REAL.
+Derivation: README.md of this folder.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import triton.language as tl
 FOREIGN_NUMBER = {"hidden": 0, "past": 1, "earlier": 2}
 _WORST = tl.constexpr(-(2**63))
 _INDEX_MASK = tl.constexpr(0x7FFFFFFF)
+# added to a mapped ranking: what is not finite, above and below, lands at the bottom
+_TURN = tl.constexpr(0x00800000)
+# the least candidate of a visible chunk with a finite ranking
+_REAL = tl.constexpr((-(2**31) + 0x01000000) << 32)
 
 
 @triton.jit
@@ -46,20 +51,21 @@ def _gumbel(seed, b, token, hr, chunk):
 
 @triton.jit
 def _pack(ranking, chunk, mask):
-    """Candidates; invisible chunks become the worst one."""
+    """Candidates; those of invisible chunks, and rankings that are not finite, are below _REAL."""
     bits = (ranking + 0.0).to(tl.int32, bitcast=True)  # + 0.0 removes -0.0
-    ordered = tl.where(bits < 0, bits ^ _INDEX_MASK, bits).to(tl.int64)
-    return tl.where(mask, (ordered << 32) | (chunk ^ _INDEX_MASK).to(tl.int64), _WORST)
+    ordered = tl.where(bits < 0, bits ^ _INDEX_MASK, bits) + _TURN
+    ordered = tl.where(mask, ordered, -0x80000000)
+    return (ordered.to(tl.int64) << 32) | (chunk ^ _INDEX_MASK).to(tl.int64)
 
 
 @triton.jit
 def _newest_first(best, slot, K):
     """The first K candidates (sorted) in descending chunk index: (index, ranking, whether there is one)."""
-    best = tl.where(slot < K, best, _WORST)
     chunk = (best & _INDEX_MASK) ^ _INDEX_MASK
-    by_index = tl.sort(tl.where(best == _WORST, _WORST, (chunk << 32) | ((best >> 32) & 0xFFFFFFFF)), descending=True)
+    is_real = (slot < K) & (best >= _REAL)
+    by_index = tl.sort(tl.where(is_real, (chunk << 32) | ((best >> 32) & 0xFFFFFFFF), _WORST), descending=True)
     found = by_index != _WORST
-    ordered = by_index.to(tl.int32)
+    ordered = by_index.to(tl.int32) - _TURN
     bits = tl.where(ordered < 0, ordered ^ _INDEX_MASK, ordered)
     return (by_index >> 32).to(tl.int32), bits.to(tl.float32, bitcast=True), found
 
@@ -199,10 +205,11 @@ def cover_kernel(
         ends = tl.load(chunk_end + chunk, mask=exists, other=0)
         owners = tl.load(chunk_segment + chunk, mask=exists, other=-2)
         mask = _visible(segment[:, None], position[:, None], owners[None, :], ends[None, :], FOREIGN)
-        seen = mask.to(tl.int32)
-        if tl.max(tl.max(seen, 1), 0) > 0:
+        if tl.max(tl.max(mask.to(tl.int32), 1), 0) > 0:
             columns = landmarks + chunk.to(tl.int64) * (HR * R)
             score = _products(queries, rows, is_real, columns, exists, R, RP, RS, PRECISION) * scale
+            mask = mask & (tl.abs(score) < float("inf"))
+            seen = mask.to(tl.int32)
             total = tl.sum(seen, 1)
             slot = filled[:, None] + total[:, None] - tl.cumsum(seen, 1)
             filled += total

@@ -10,7 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hsa_ultralong.ops._finite import hidden_zero, spoil_of
+from hsa_ultralong.ops.hsa.kernel_exact import exact_memory_gradient
 from hsa_ultralong.ops.hsa.kernel_tiles import _dot, chunk_softmax
+
+
+@triton.jit
+def _load_chunk(k, v, place, columns, lengths, chunk, HAS_LENGTHS: tl.constexpr):
+    """Keys and values of one chunk, zeros in slots without a token, which may hold anything."""
+    if HAS_LENGTHS:
+        is_present = (columns < tl.load(lengths + chunk))[:, None]
+        return tl.load(k + place, mask=is_present, other=0.0), tl.load(v + place, mask=is_present, other=0.0)
+    return tl.load(k + place), tl.load(v + place)
 
 
 @triton.jit
@@ -58,10 +69,9 @@ def listed_memory_gradient_kernel(
     columns = tl.arange(0, S)
     dims = tl.arange(0, D)
     tile_kv = ((row * C + chunk) * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
-    keys = tl.load(k + tile_kv)
-    values = tl.load(v + tile_kv)
     if LENGTH_BATCH:
         lengths += row * C
+    keys, values = _load_chunk(k, v, tile_kv, columns, lengths, chunk, HAS_LENGTHS)
     grad_k = tl.zeros((S, D), tl.float32)
     grad_v = tl.zeros((S, D), tl.float32)
     head = kv_head * G + rows % GP
@@ -71,6 +81,7 @@ def listed_memory_gradient_kernel(
         pair = tl.load(pairs + place, mask=is_real, other=0)
         w = tl.load(weights + pair, mask=is_real, other=0.0).to(tl.float32)
         row_offset = (pair // (K * HR)).to(tl.int64) * (HKV * G) + head
+        # all of these rows chose the chunk: what is not finite reaches nothing that it should not
         grad_k, grad_v = _accumulate(
             grad_k, grad_v, keys, values, row_offset, is_real, w,
             q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
@@ -104,10 +115,9 @@ def covered_memory_gradient_kernel(
     dims = tl.arange(0, D)
     kv_row = b if KV_BATCH else b * 0
     tile_kv = ((kv_row * C + chunk) * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
-    keys = tl.load(k + tile_kv)
-    values = tl.load(v + tile_kv)
     if LENGTH_BATCH:
         lengths += b * C
+    keys, values = _load_chunk(k, v, tile_kv, columns, lengths, chunk, HAS_LENGTHS)
     slot_map += ((b * HR + hr) * C + chunk) * T
     grad_k = tl.zeros((S, D), tl.float32)
     grad_v = tl.zeros((S, D), tl.float32)
@@ -122,6 +132,16 @@ def covered_memory_gradient_kernel(
             grad_k, grad_v, keys, values, row_offset, is_real, w,
             q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
         )  # fmt: skip
+    spoil = spoil_of(grad_k + grad_v)
+    if spoil != 0.0:
+        nothing = hidden_zero(spoil)
+        memory = ((kv_row * C + chunk) * S + nothing) * (HKV * D) + kv_head * D
+        grad_k, grad_v = exact_memory_gradient(
+            q, k + memory, v + memory, weights, lengths, grad_out, slot_map + nothing,
+            tl.zeros((D, S), tl.float32), tl.zeros((D, S), tl.float32), chunk, first, stop, scale,
+            b, hr, kv_head, T, K, HKV, HR, G, D, S, HAS_LENGTHS,
+        )  # fmt: skip
+        grad_k, grad_v = tl.trans(grad_k), tl.trans(grad_v)
     place = (((b * HKV + kv_head) * C + chunk) * splits + split) * (2 * S * D)
     target = partial + place + columns[:, None] * D + dims[None, :]
     tl.store(target, grad_k)

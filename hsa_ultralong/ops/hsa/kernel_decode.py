@@ -5,7 +5,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hsa_ultralong.ops._finite import hidden_zero, spoil_of
+from hsa_ultralong.ops.hsa.kernel_exact import load_tile, row_softmax
 from hsa_ultralong.ops.hsa.kernel_tiles import _dot, chunk_softmax
+
+
+@triton.jit
+def _exact_share(
+    q, k, v, w_row, indices, lengths, partial, row, first, last, first_chunk, C, chunk_step, head_dims, scale,
+    D: tl.constexpr, S: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Slots first .. last of one row, as in kernel_exact.exact_forward."""
+    queries = tl.load(q + row * D + tl.arange(0, D)).to(tl.float32)
+    acc = tl.zeros_like(queries)
+    for slot in range(first, last):
+        chunk = tl.load(indices + slot) - first_chunk
+        if (chunk >= 0) & (chunk < C):
+            keys = load_tile(k + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
+            p = row_softmax(queries, keys, lengths, chunk, scale, S, HAS_LENGTHS) * tl.load(w_row + slot)
+            values = load_tile(v + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
+            acc += tl.sum(p[None, :] * values, 1)
+    tl.store(partial + row * D + tl.arange(0, D), acc)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -48,4 +68,16 @@ def decode_kernel(
         p, inverse = chunk_softmax(logits, columns, lengths, tl.maximum(chunk, 0), scale, HAS_LENGTHS)
         p = p * (w * inverse)[:, None]
         acc = _dot(p.to(values.dtype), values, acc, PRECISION)
-    tl.store(partial + split.to(tl.int64) * tl.num_programs(0) * (HKV * G * D) + operand, acc, mask=is_real)
+    partial += split.to(tl.int64) * tl.num_programs(0) * (HKV * G * D)
+    tl.store(partial + operand, acc, mask=is_real)
+    spoil = spoil_of(acc)
+    if spoil != 0.0:
+        tl.debug_barrier()
+        chunk_step = kv_row * 0 + S * HKV * D  # int64
+        memory = (kv_row * C * S + hidden_zero(spoil)) * (HKV * D) + kv_head * D
+        for head in range(0, G):
+            _exact_share(
+                q, k + memory, v + memory, weights + list_row, indices + list_row, lengths, partial,
+                token * (HKV * G) + kv_head * G + head, first, tl.minimum(first + per_program, K), first_chunk, C,
+                chunk_step, HKV * D, scale, D, S, HAS_LENGTHS,
+            )  # fmt: skip

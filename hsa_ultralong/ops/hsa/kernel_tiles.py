@@ -2,13 +2,17 @@
 of the chunks that these tokens selected (kernel_lists.py).
 
 Row r of a tile is token r // GP and head r % GP, GP = G padded to a power of two. A chunk's softmax is complete in its
-tile, so there is no running maximum and tiles add up. Derivation: README.md of this folder.
+tile, so there is no running maximum and tiles add up. A program whose sums are not all finite forms them again, row by
+row (kernel_exact.py). Derivation: README.md of this folder.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from hsa_ultralong.ops._finite import hidden_zero, spoil_of
+from hsa_ultralong.ops.hsa.kernel_exact import exact_forward, exact_query_gradient
 
 
 @triton.jit
@@ -53,8 +57,7 @@ def forward_kernel(
     kv_row = b if KV_BATCH else b * 0
     chunk_step = b * 0 + S * HKV * D  # int64
     tile_kv = (kv_row * C * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
-    k += tile_kv
-    v += tile_kv
+    k_tile, v_tile = k + tile_kv, v + tile_kv
     if LENGTH_BATCH:
         lengths += b * C
     if COVERAGE:
@@ -77,13 +80,26 @@ def forward_kernel(
         slot_row += tl.where(u + 1 < count, slot_step, 0)
         slot = tl.load(slot_row, mask=own, other=-1)  # of the next chunk, ahead of its use
         start = chunk * chunk_step
-        keys = tl.load(k + start)
+        keys = tl.load(k_tile + start)
         logits = _dot(queries, tl.trans(keys), None, PRECISION)
         p, inverse = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
         p = p * (w * inverse)[:, None]
-        values = tl.load(v + start)
+        values = tl.load(v_tile + start)
         acc = _dot(p.to(values.dtype), values, acc, PRECISION)
     tl.store(out + row_offset[:, None] * D + dims[None, :], acc.to(out.dtype.element_ty), mask=is_real[:, None])
+    spoil = spoil_of(acc)
+    if spoil != 0.0:
+        tl.debug_barrier()  # the same places are written again, by other threads
+        nothing = hidden_zero(spoil)
+        memory = (kv_row * C * S + nothing) * (HKV * D) + kv_head * D
+        for place in range(0, tl.minimum(BT, T - tile * BT)):
+            one = b * T + tile * BT + place + nothing
+            slots = slot_map + place + nothing + ((b * HR + hr) * C * T + tile * BT if COVERAGE else entry * U * BT)
+            exact_forward(
+                q, k + memory, v + memory, weights + (one * HR + hr) * K, lengths, chunks, slots, slot_step, out,
+                one * (HKV * G) + kv_head * G, count, chunk_step, HKV * D, scale,
+                G, D, S, COVERAGE, HAS_LENGTHS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -117,8 +133,7 @@ def query_gradient_kernel(
     kv_row = b if KV_BATCH else b * 0
     chunk_step = b * 0 + S * HKV * D  # int64
     tile_kv = (kv_row * C * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
-    k += tile_kv
-    v += tile_kv
+    k_tile, v_tile = k + tile_kv, v + tile_kv
     if LENGTH_BATCH:
         lengths += b * C
     if COVERAGE:
@@ -148,8 +163,8 @@ def query_gradient_kernel(
         slot_row += tl.where(u + 1 < count, slot_step, 0)
         slot = tl.load(slot_row, mask=own, other=-1)  # of the next chunk, ahead of its use
         start = chunk * chunk_step
-        keys = tl.load(k + start)
-        values = tl.load(v + start)
+        keys = tl.load(k_tile + start)
+        values = tl.load(v_tile + start)
         logits = _dot(queries, tl.trans(keys), None, PRECISION)
         slope = _dot(upward, tl.trans(values), None, PRECISION)
         p, inverse = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
@@ -159,3 +174,17 @@ def query_gradient_kernel(
         tl.store(dw_row + target, tl.sum(tl.reshape(delta, (BT, GP)), 1), mask=target >= 0)
     acc *= logit_scale
     tl.store(grad_q + operand, acc.to(grad_q.dtype.element_ty), mask=is_real[:, None])
+    spoil = spoil_of(acc)
+    if spoil != 0.0:
+        tl.debug_barrier()
+        nothing = hidden_zero(spoil)
+        memory = (kv_row * C * S + nothing) * (HKV * D) + kv_head * D
+        for place in range(0, tl.minimum(BT, T - tile * BT)):
+            one = b * T + tile * BT + place + nothing
+            slots = slot_map + place + nothing + ((b * HR + hr) * C * T + tile * BT if COVERAGE else entry * U * BT)
+            exact_query_gradient(
+                q, k + memory, v + memory, weights + (one * HR + hr) * K, lengths, chunks, slots, slot_step,
+                grad_out, grad_q, grad_weights + (one * HKV + kv_head) * K,
+                one * (HKV * G) + kv_head * G, count, chunk_step, HKV * D, scale, logit_scale,
+                G, D, S, COVERAGE, HAS_LENGTHS,
+            )  # fmt: skip

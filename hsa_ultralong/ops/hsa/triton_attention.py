@@ -27,11 +27,13 @@ _DECODE_TOKENS = 64
 
 
 class LaunchOptions(NamedTuple):
-    """Rows of a tile (tokens * heads), warps and software-pipelining stages of one kernel."""
+    """Rows of a tile (tokens * heads), warps and software-pipelining stages of one kernel, and the most registers of a
+    thread, which decide how many programs run at once: the pass that mostly does not run must not take more."""
 
     rows: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype) -> LaunchOptions:
@@ -41,7 +43,9 @@ def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype) -> Launch
         return LaunchOptions(16, 8, 1) if is_large else LaunchOptions(32, 8, 1)
     if kind == "memory":
         return LaunchOptions(64, 8, 1) if is_large else LaunchOptions(128, 4, 2)
-    return LaunchOptions(64, 8, 1) if is_large else LaunchOptions(64, 4, 2)
+    if is_large:
+        return LaunchOptions(64, 8, 1)
+    return LaunchOptions(64, 4, 2, 128 if kind == "forward" else 168)
 
 
 class _Problem:
@@ -106,7 +110,8 @@ class _Problem:
             operands, sizes = self.tile_arguments(self.lists(constants["BT"], first, count), first, count)
             kernel_tiles.forward_kernel[(count, self.kv_heads, self.batch)](
                 *operands, out, *sizes, self.kv_heads, self.list_heads, KV_BATCH=self.kv_batch > 1,
-                COVERAGE=self.covers, CAUSAL=self.causal, num_warps=options.warps, **constants,
+                COVERAGE=self.covers, CAUSAL=self.causal, num_warps=options.warps, maxnreg=options.registers,
+                **constants,
             )  # fmt: skip
         return out
 
@@ -122,7 +127,7 @@ class _Problem:
             kernel_tiles.query_gradient_kernel[(count, self.kv_heads, self.batch)](
                 *operands, grad_out, grad_q, grad_weights, *sizes, self.scale, self.kv_heads, self.list_heads,
                 KV_BATCH=self.kv_batch > 1, COVERAGE=self.covers, CAUSAL=self.causal, num_warps=options.warps,
-                **constants,
+                maxnreg=options.registers, **constants,
             )  # fmt: skip
         return grad_q, grad_weights
 
