@@ -13,6 +13,7 @@ from hsa_ultralong.cli.common import Encoding, TextField
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size
 from hsa_ultralong.cli.terminal import echo, progress
 
+_TEXT_TOKENS = 1 << 24
 _SETTINGS = ("auto", "memory", "continue", "prompt")
 
 
@@ -102,7 +103,8 @@ def suite(
         from hsa_ultralong.cli.evaluate import haystack
         from hsa_ultralong.eval.tasks import Material
 
-        source = haystack(tokenizer, text, text_field, encoding, shards, max(wanted))
+        # the same text whatever the lengths, so that lengths can be added to a run
+        source = haystack(tokenizer, text, text_field, encoding, shards, max(_TEXT_TOKENS, max(wanted)))
         material = Material(tokenizer, source, chat=chat, files=files)
         check_tasks(names, material, samples)
         number = batch or (16 if model.device.type == "cuda" else 1)

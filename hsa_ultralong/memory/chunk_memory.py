@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.nn.views import ChunkTensors, KeyValueStore, LandmarkLookup, MemoryRanks
+from hsa_ultralong.nn.views import ChunkTensors, KeyValueStore, LandmarkKeeper, LandmarkLookup, MemoryRanks
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
 
@@ -143,8 +143,24 @@ class ChunkMemory:
         part = self._part(self.tensors, ranks.first, ranks.first + num_chunks)
         return replace(self, storage=part, num_chunks=num_chunks, ranks=ranks, lookup=None)
 
-    k = property(lambda self: self.tensors.k)
-    v = property(lambda self: self.tensors.v)
+    @property
+    def k(self) -> torch.Tensor:
+        """Raises: ValueError where keys and values lie in a store."""
+        return self._own_pairs().k
+
+    @property
+    def v(self) -> torch.Tensor:
+        """Raises: ValueError where keys and values lie in a store."""
+        return self._own_pairs().v
+
+    def _own_pairs(self) -> ChunkTensors:
+        if self.store is not None:
+            raise ValueError(
+                "keys and values of this memory do not lie on the device; memory.part(first, stop) reads those of some "
+                "chunks, memory.loaded() makes an ordinary memory of all"
+            )
+        return self.tensors
+
     landmarks = property(lambda self: self.tensors.landmarks)
     lengths = property(lambda self: self.tensors.lengths)
     segments = property(lambda self: self.tensors.segments)
@@ -234,13 +250,44 @@ class ChunkMemory:
         slots = slice(first * self.chunk_size, stop * self.chunk_size)
         return ChunkTensors(k[:, slots], v[:, slots], *(x[:, first:stop] for x in rest))
 
-    def _require_own_storage(self, what: str) -> None:
+    def part(self, first: int, stop: int) -> ChunkTensors:
+        """Chunks first..stop, keys and values on the device in the dtype that the model reads, wherever they lie."""
+        found = self._part(self.tensors, first, stop)
+        if self.store is None:
+            return found
+        k, v = (pairs.flatten(0, 1)[None] for pairs in self.store.fetch(torch.arange(first, stop)))
+        if isinstance(self.lookup, LandmarkKeeper):
+            found = found._replace(landmarks=self.lookup.landmarks(first, stop, k.dtype))
+        return found._replace(k=k, v=v)
+
+    def loaded(self) -> ChunkMemory:
+        """The same as an ordinary memory on the device, which can be changed; one that is ordinary is itself.
+
+        Raises:
+            ValueError: for a memory shared out over processes.
+        """
+        self.require_whole("loaded")
+        if self.store is None:
+            return self
+        documents = [_plain(document) for document in self.documents]
+        # landmarks and lengths are views of this memory's
+        return self._ordinary(ChunkTensors(*(x.clone() for x in self.part(0, self.num_chunks))), documents)
+
+    def _ordinary(self, tensors: ChunkTensors, documents: list[Document]) -> ChunkMemory:
+        count = tensors.landmarks.shape[1]
+        return ChunkMemory(self.chunk_size, tensors, count, documents, self.fingerprint, self.is_composable)
+
+    def require_whole(self, what: str) -> None:
+        """Raises: ValueError where this process holds a part only."""
         if self.ranks is not None:
             raise ValueError(f"a memory shared out over processes cannot be {what}; do it before sharing it out")
+
+    def _require_own_storage(self, what: str) -> None:
+        self.require_whole(what)
         if self.store is not None:
             raise ValueError(
                 f"a memory opened from a file or on several tiers cannot be {what}; change the file with "
-                "hsa_ultralong.inference.Library and open it again"
+                "hsa_ultralong.inference.Library and open it again, or take an ordinary copy: memory.loaded()"
             )
 
     def write_rows(self, slots: torch.Tensor, chunks: ChunkTensors) -> None:
@@ -257,26 +304,29 @@ class ChunkMemory:
         self.storage = ChunkTensors(*(function(part) for part in self.storage))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ChunkMemory:
-        """A copy on another device or in another float dtype, with document records of its own.
+        """An ordinary copy on another device or in another float dtype, with document records of its own.
 
         Raises:
-            ValueError: for a memory whose keys and values lie in a store.
+            ValueError: for a memory shared out over processes.
         """
-        self._require_own_storage("moved")
+        whole = self.loaded()
         moved = ChunkTensors(
-            *(part.to(device=device, dtype=dtype if part.is_floating_point() else None) for part in self.tensors)
+            *(part.to(device, dtype if part.is_floating_point() else None, copy=True) for part in whole.tensors)
         )
-        return replace(self, storage=moved, lookup=None, documents=[replace(document) for document in self.documents])
+        return self._ordinary(moved, [replace(document) for document in whole.documents])
 
     @staticmethod
     def concat(memories: Sequence[ChunkMemory]) -> ChunkMemory:
         """One memory of all documents, in the given order (fact 4: the order does not matter to the model).
+
+        Keys and values that lie in a store are read onto the device.
 
         Raises:
             ValueError: if a memory holds an open document, was built by another model, or has order-dependent fusion.
         """
         if not memories:
             raise ValueError("concat needs at least one memory")
+        memories = [memory.loaded() for memory in memories]
         first = memories[0]
         for number, memory in enumerate(memories):
             if memory.open_document is not None:
@@ -290,7 +340,6 @@ class ChunkMemory:
                 raise ValueError(
                     f"memory {number} has chunks of {memory.chunk_size} tokens, the first of {first.chunk_size}"
                 )
-            memory._require_own_storage("merged in memory")
             if not memory.is_composable:
                 raise ValueError(
                     "this model's fusion depends on the order of chunks (stick-breaking or position decay), so "
@@ -308,7 +357,7 @@ class ChunkMemory:
         return replace(first, storage=merged, num_chunks=chunk_offset, documents=documents, lookup=None)
 
     def select(self, documents: Sequence[int]) -> ChunkMemory:
-        """A memory of only these documents (by number), in the given order.
+        """A memory of only these documents (by number), in the given order, on the device.
 
         Raises:
             ValueError: for an unknown document number or an order-dependent model.
@@ -318,9 +367,16 @@ class ChunkMemory:
     def _single(self, number: int) -> ChunkMemory:
         if not 0 <= number < len(self.documents):
             raise ValueError(f"document {number} does not exist; the memory holds {len(self.documents)}")
-        self._require_own_storage("taken apart in memory")
-        document = self.documents[number]
+        self.require_whole("taken apart")
+        document = _plain(self.documents[number])
         first = document.first_chunk
-        part = self._part(self.tensors, first, first + document.num_chunks)
+        part = self.part(first, first + document.num_chunks)
         part = part._replace(segments=torch.zeros_like(part.segments))
-        return replace(self, storage=part, num_chunks=document.num_chunks, documents=[replace(document, first_chunk=0)])
+        return self._ordinary(part, [replace(document, first_chunk=0)])
+
+
+def _plain(record: Document) -> Document:
+    """A record of its own, token ids read if they lay in a file."""
+    return Document(
+        record.tokens, record.first_chunk, record.num_chunks, record.is_open, record.continuation, record.name
+    )

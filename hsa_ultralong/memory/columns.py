@@ -119,17 +119,27 @@ def require_lengths(lengths: torch.Tensor, documents: Sequence[MemoryDocument], 
         )
 
 
-def to_columns(spec: MemorySpec, chunks: ChunkTensors, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Columns, on the host, of chunks of batch 1 and their token ids (at most n * S, the last chunk may be short)."""
+def to_columns(
+    spec: MemorySpec,
+    chunks: ChunkTensors,
+    tokens: torch.Tensor,
+    kept: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Columns, on the host, of chunks of batch 1 and their token ids (at most n * S, the last chunk may be short).
+
+    kept: payload and scales of "keys_values" or "landmarks" that are in the spec's form already; those of `chunks`
+    are not looked at then.
+    """
     formats, size = spec.metadata["formats"], spec.chunk_size
     count = chunks.landmarks.shape[1]
-    pairs = torch.stack([part[0].unflatten(0, (count, size)) for part in (chunks.k, chunks.v)], 1)  # (n, 2, S, Hkv, D)
+    found = dict(kept or {})
+    if "keys_values" not in found:
+        pairs = torch.stack([part[0].unflatten(0, (count, size)) for part in (chunks.k, chunks.v)], 1)
+        found["keys_values"] = encode(pairs, formats["key_values"])
+    if "landmarks" not in found:
+        found["landmarks"] = encode(chunks.landmarks[0], formats["landmarks"])
     columns = {}
-    for name, tensor, format in (
-        ("keys_values", pairs, formats["key_values"]),
-        ("landmarks", chunks.landmarks[0], formats["landmarks"]),
-    ):
-        payload, scales = encode(tensor, format)
+    for name, (payload, scales) in found.items():
         columns[name] = payload.cpu()
         if scales is not None:
             columns[f"{name}_scale"] = scales.cpu()

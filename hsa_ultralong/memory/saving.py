@@ -27,7 +27,7 @@ from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, QuantizedLandmarks, TieredStore
-from hsa_ultralong.nn.views import ChunkTensors, KeyValueStore
+from hsa_ultralong.nn.views import ChunkTensors, KeyValueStore, LandmarkKeeper
 
 logger = logging.getLogger(__name__)
 STORES = ("device", "host", "tiered", "file")
@@ -107,6 +107,10 @@ def stored_continuation(
     return Continuation(windows, tensors["lower"]).to(device, dtype), tensors["tail_tokens"]
 
 
+def _name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}.get(dtype, "fp32")
+
+
 def save_memory(
     memory: ChunkMemory,
     path: str | Path,
@@ -116,23 +120,27 @@ def save_memory(
     tokenizer: str = "",
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a memory to a new folder, which appears complete or not at all; formats default to the memory's own dtype.
+    """Write a memory, wherever it lies, to a new folder, which appears complete or not at all.
+
+    Forms default to those that the memory is kept in; kept as they are, they are copied bit for bit.
 
     Raises:
         MemoryFileError: the folder exists and is not empty, or cannot be written.
-        ValueError: unknown format, or a memory that is itself opened from a file.
+        ValueError: unknown format, or a memory shared out over processes.
     """
-    memory._require_own_storage("saved again")
-    own = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}.get(memory.k.dtype, "fp32")
-    tensors, size = memory.tensors, memory.chunk_size
+    memory.require_whole("saved")
+    tensors, size, store = memory.tensors, memory.chunk_size, memory.store
+    kept = _name(tensors.k.dtype) if store is None else store.format
+    keeper = memory.lookup if isinstance(memory.lookup, LandmarkKeeper) else None
+    scanned = _name(tensors.landmarks.dtype) if keeper is None else keeper.format
     spec = memory_spec(
         chunk_size=size,
         num_memory_heads=tensors.k.shape[2],
         head_dim=tensors.k.shape[3],
         num_retrieval_heads=tensors.landmarks.shape[2],
         retrieval_dim=tensors.landmarks.shape[2] * tensors.landmarks.shape[3],
-        key_values=key_values or own,  # type: ignore[arg-type]
-        landmarks=landmarks or own,  # type: ignore[arg-type]
+        key_values=key_values or kept,  # type: ignore[arg-type]
+        landmarks=landmarks or scanned,  # type: ignore[arg-type]
         fingerprint=memory.fingerprint,
         tokenizer=tokenizer,
         is_composable=memory.is_composable,
@@ -145,9 +153,15 @@ def save_memory(
             writer.splice_chunks(id, 0, 0, None, document.num_tokens)
             for first in range(0, document.num_chunks, _STEP):
                 stop = min(first + _STEP, document.num_chunks)
-                part = memory._part(tensors, document.first_chunk + first, document.first_chunk + stop)
+                place = (document.first_chunk + first, document.first_chunk + stop)
+                as_kept = {}
+                if store is not None and key_values in (None, kept):
+                    as_kept["keys_values"] = store.kept(*place)
+                if keeper is not None and landmarks in (None, scanned):
+                    as_kept["landmarks"] = keeper.kept(*place)
                 tokens = document.tokens[first * size : min(stop * size, document.num_tokens)]
-                writer.append_chunks(id, to_columns(spec, part, tokens), document.num_tokens)
+                columns = to_columns(spec, memory.part(*place), tokens, as_kept)
+                writer.append_chunks(id, columns, document.num_tokens)
             if document.is_open:
                 assert document.continuation is not None
                 tail = document.tokens[document.num_chunks * size :]

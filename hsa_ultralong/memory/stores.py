@@ -34,6 +34,16 @@ class FileStore:
         return pairs[:, 0], pairs[:, 1]
 
     @property
+    def format(self) -> str:
+        return str(self.file.spec.metadata["formats"]["key_values"])
+
+    def kept(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        columns = self.file.spec.columns
+        found = [self.file.read(n, first + self.first, stop + self.first) if n in columns else None for n in _NAMES]
+        assert found[0] is not None
+        return found[0], found[1]
+
+    @property
     def num_bytes(self) -> int:
         columns = self.file.spec.columns
         return self.file.num_chunks * sum(columns[name].row_bytes for name in _NAMES if name in columns)
@@ -81,6 +91,13 @@ class CachedStore:
             places.append(place)
         where = torch.tensor(places, device=k.device)
         self._pairs[where, 0], self._pairs[where, 1] = k, v
+
+    @property
+    def format(self) -> str:
+        return self.below.format
+
+    def kept(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.below.kept(first, stop)
 
     @property
     def num_bytes(self) -> int:

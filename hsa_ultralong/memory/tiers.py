@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
-from hsa_ultralong.memory.quantization import KeyValueFormat, encode, payload_dtype
+from hsa_ultralong.memory.quantization import KeyValueFormat, decode, encode, payload_dtype
 from hsa_ultralong.nn.views import ChunkTensors
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks
@@ -38,9 +38,21 @@ class TieredStore:
     ) -> None:
         """row: shape of a chunk's pairs (2, S, Hkv, D). dtype: that the model reads. device_chunks is rounded down to
         whole blocks."""
-        self.row, self.format, self.dtype = row, format, dtype
+        self.row, self._format, self.dtype = row, format, dtype
         self.device, self.device_chunks = torch.device(device), device_chunks
         self.blocks, self.num_chunks = ChunkBlocks(block_chunks, self.device), 0
+
+    @property
+    def format(self) -> KeyValueFormat:
+        return self._format
+
+    def kept(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        size, parts, scales = self.blocks.per_block, [], []
+        for number in range(first // size, -(-stop // size)):
+            inside = slice(max(first - number * size, 0), min(stop - number * size, size))
+            parts.append(self.blocks.payloads[number][inside].cpu())
+            scales += [self.blocks.scales[number][inside].cpu()] if self.blocks.scales else []
+        return torch.cat(parts), torch.cat(scales) if scales else None
 
     def _reserve(self, num_chunks: int) -> None:
         size = self.blocks.per_block
@@ -141,6 +153,15 @@ class QuantizedLandmarks:
         """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk."""
         part = slice(0, self.num_chunks)
         return chunk_topk_quantized(query, self.payload[:, part], self.scales[:, part], visible, topk=topk, scale=scale)
+
+    format = "int8"
+
+    def landmarks(self, first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Landmarks (1, n, Hr, R) of chunks first..stop."""
+        return decode(self.payload[:, first:stop], self.scales[:, first:stop], dtype)
+
+    def kept(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.payload[0, first:stop].cpu(), self.scales[0, first:stop].cpu()
 
     @property
     def num_bytes(self) -> int:

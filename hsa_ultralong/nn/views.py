@@ -16,6 +16,15 @@ from hsa_ultralong.ops import ChunkVisibility
 class KeyValueStore(Protocol):
     """Keys and values that lie elsewhere than in ChunkMemory.storage: in host memory, in a file, on several tiers."""
 
+    @property
+    def format(self) -> str:
+        """The form they are kept in: "bf16", "int8" ..."""
+        ...
+
+    def kept(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Chunks first..stop as they are kept, on the host: (n, 2, S, Hkv, D), and scales (n, 2, S, Hkv) of 8 bits."""
+        ...
+
     def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v (n, S, Hkv, D) of chunks (n,) int64, ascending, where and in the dtype that the model reads."""
         ...
@@ -59,6 +68,22 @@ class LandmarkLookup(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """indices and scores (B, T, Hr, min(K, C)) of query (B, T, Hr, R), in the form of chunk_topk, scale included; a
         token of a negative segment finds nothing, any other may read every chunk."""
+        ...
+
+
+@runtime_checkable
+class LandmarkKeeper(LandmarkLookup, Protocol):
+    """A lookup that holds the landmarks itself, in another form than the memory's."""
+
+    @property
+    def format(self) -> str: ...
+
+    def landmarks(self, first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Landmarks (1, n, Hr, R) of chunks first..stop."""
+        ...
+
+    def kept(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same as they are kept, on the host: (n, Hr, R), and scales (n, Hr) of 8 bits."""
         ...
 
 

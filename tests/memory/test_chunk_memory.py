@@ -179,6 +179,14 @@ def test_merging_refuses_open_documents_other_models_and_order_dependent_fusion(
         document_memory(4, 4, is_composable=False).select([1])
 
 
+def test_a_copy_shares_nothing_with_its_memory():
+    memory = document_memory(9, 5)
+    before = [part.clone() for part in memory.tensors]
+    copy = memory.to("cpu")
+    copy.write(0, random_chunks(1, 2, seed=99))
+    assert all(torch.equal(a, b) for a, b in zip(memory.tensors, before, strict=True))
+
+
 def test_to_changes_float_tensors_only():
     memory = document_memory(7)
     low = memory.to(dtype=torch.bfloat16)

@@ -145,19 +145,33 @@ def test_a_loaded_memory_can_be_joined_and_moved_like_any_other(tmp_path):
     assert joined.num_chunks == memory.num_chunks + 3 and len(joined.select([2, 0]).documents) == 2
 
 
-@pytest.mark.parametrize("change", ["append", "concat", "to", "select", "save"])
-def test_a_memory_left_in_a_store_refuses_changes(tmp_path, change):
+def test_a_memory_left_in_a_file_refuses_changes_and_says_how_to_take_a_copy(tmp_path):
     model = tiny_model()
     model.memorize(document(21)).save(tmp_path / "a.hsa")
     memory = opened(tmp_path / "a.hsa", "file")
-    with pytest.raises(ValueError, match="opened from a file or on several tiers"):
-        {
-            "append": lambda: append(model, memory, document(9)),
-            "concat": lambda: ChunkMemory.concat([memory, memory]),
-            "to": lambda: memory.to("cpu"),
-            "select": lambda: memory.select([0]),
-            "save": lambda: memory.save(tmp_path / "b.hsa"),
-        }[change]()
+    with pytest.raises(ValueError, match=r"opened from a file or on several tiers.*memory\.loaded\(\)"):
+        append(model, memory, document(9))
+    copy = memory.loaded()
+    append(model, copy, document(9))
+    assert copy.num_tokens == 30 and memory.num_tokens == 21
+
+
+def test_a_memory_left_in_a_file_is_merged_selected_copied_and_saved_again(tmp_path):
+    model = tiny_model()
+    plain = model.memorize([document(21), document(9, seed=1)])
+    plain.save(tmp_path / "a.hsa")
+    memory = opened(tmp_path / "a.hsa", "file")
+    merged, wanted = ChunkMemory.concat([memory, memory]), ChunkMemory.concat([plain, plain])
+    for found, expected in (
+        (merged, wanted),
+        (memory.select([1]), plain.select([1])),
+        (memory.to("cpu"), plain),
+    ):
+        assert found.store is None and len(found.documents) == len(expected.documents)
+        assert all(torch.equal(a, b) for a, b in zip(found.tensors, expected.tensors, strict=True))
+    memory.save(tmp_path / "b.hsa")
+    again = opened(tmp_path / "b.hsa", "device")
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors, plain.tensors, strict=True))
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "bf16"])
@@ -229,10 +243,8 @@ def test_a_part_of_a_file_is_that_part_of_the_memory(tmp_path):
         assert loaded.num_chunks == 13 and len(loaded.documents) == 2
         for name in ("landmarks", "lengths", "segments", "ends"):
             assert torch.equal(getattr(loaded, name), getattr(memory, name)[:, 7:20])
-        k, v = (loaded.k, loaded.v)
-        if loaded.store is not None:
-            k, v = (part.flatten(0, 1)[None] for part in loaded.store.fetch(torch.arange(13)))
-        assert torch.equal(k, memory.k[:, 7 * 4 : 20 * 4]) and torch.equal(v, memory.v[:, 7 * 4 : 20 * 4])
+        part = loaded.part(0, 13)
+        assert torch.equal(part.k, memory.k[:, 7 * 4 : 20 * 4]) and torch.equal(part.v, memory.v[:, 7 * 4 : 20 * 4])
 
 
 @given(chunks=st.lists(st.integers(0, 22), max_size=30), capacity=st.integers(1, 30))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hsa_ultralong.inference import edit
+from hsa_ultralong.inference import append, edit
 from hsa_ultralong.inference.tiers import tiered_memory
+from hsa_ultralong.memory import ChunkMemory, MemoryFile
 from hsa_ultralong.memory.quantization import decode, encode
 from hsa_ultralong.memory.tiers import QuantizedLandmarks, TieredStore
 from hsa_ultralong.models import HSACache
@@ -119,3 +120,45 @@ def test_what_does_not_fit_is_refused_before_anything_is_read():
         model.memorize(document(9), key_values="int2")
     with pytest.raises(ValueError, match="landmarks of a tiered memory"):
         model.memorize(document(9), landmarks="fp8")
+
+
+@pytest.mark.parametrize("forms", [{}, {"key_values": "int8", "landmarks": "int8"}, {"key_values": "fp8"}])
+@pytest.mark.parametrize("store", ["host", "tiered"])
+def test_a_memory_on_tiers_is_saved_selected_and_copied_like_any_other(tmp_path, store, forms):
+    model = tiny_model()
+    texts, ids = [document(90), document(33, seed=1), document(5, seed=2)], random_tokens(1, 9, seed=3)
+    memory = model.memorize(texts, store=store, device_bytes=2**20, close=False, **forms)
+    wanted = logits_of(model, memory, ids)
+    # saved in the form that it is kept in, bit for bit
+    memory.save(tmp_path / "first.hsa")
+    opened = ChunkMemory.load(tmp_path / "first.hsa", store="host", dtype=torch.float64)
+    torch.testing.assert_close(logits_of(model, opened, ids), wanted, rtol=1e-11, atol=1e-12)
+    opened.save(tmp_path / "second.hsa")
+    first, second = (MemoryFile.open(tmp_path / name).read("keys_values", 0, 5) for name in ("first.hsa", "second.hsa"))
+    assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+    assert [document.num_tokens for document in opened.documents] == [90, 33, 5]
+    # the open document goes on
+    append(model, opened.loaded(), document(20, seed=5), document=2)
+    # copied: an ordinary memory that answers the same and can be changed, the first one untouched
+    copy = memory.to(dtype=torch.float64)
+    assert copy.store is None
+    torch.testing.assert_close(logits_of(model, copy, ids), wanted, rtol=1e-11, atol=1e-12)
+    edit(model, copy, 3, 9, document(6, seed=8))
+    torch.testing.assert_close(logits_of(model, memory, ids), wanted, rtol=0, atol=0)
+    # selected
+    closed = model.memorize(texts, store=store, device_bytes=2**20, **forms)
+    few = closed.select([1, 0])
+    whole = closed.to().select([1, 0])
+    torch.testing.assert_close(logits_of(model, few, ids), logits_of(model, whole, ids), rtol=1e-11, atol=1e-12)
+
+
+def test_keys_of_a_memory_on_tiers_are_read_by_part_and_asking_for_all_says_so():
+    model = tiny_model()
+    memory = model.memorize(document(90), store="host", key_values="fp64")
+    with pytest.raises(ValueError, match=r"memory\.part\(first, stop\)"):
+        _ = memory.k
+    plain = model.memorize(document(90))
+    part = memory.part(2, 5)
+    size = memory.chunk_size
+    assert torch.equal(part.k, plain.k[:, 2 * size : 5 * size]) and torch.equal(part.v, plain.v[:, 2 * size : 5 * size])
+    assert torch.equal(part.landmarks, plain.landmarks[:, 2:5])
