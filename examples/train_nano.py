@@ -2,8 +2,8 @@
 
     python examples/train_nano.py corpus.txt -o runs/mine [--preset nano] [--tokens 20000000] [--device cuda]
 
-Retrieval appears after some ten million tokens: minutes on a GPU, a day on two CPU cores. Killed and run again, it goes
-on where it was.
+Retrieval appears after tens of millions of tokens: minutes on a GPU, days on a CPU. Killed and run again, it goes on
+where it was.
 """
 
 from __future__ import annotations

@@ -20,9 +20,14 @@ from hsa_ultralong.cli.main import app, main
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = (
     *("install", "first-memory", "faq", "memory", "library", "data", "training", "long-rows", "convert"),
-    *("transformers", "evaluate", "distributed", "write-an-operator", "architecture", "pooled-memory"),
+    *("transformers", "evaluate", "distributed", "write-an-operator", "architecture", "pooled-memory", "speedrun"),
 )
-PAGES = ("README.md", *(f"docs/{name}.md" for name in GUIDES))
+OPERATORS = ("hsa", "chunk_topk", "sliding_window", "linear_cross_entropy")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in GUIDES),
+    *(f"hsa_ultralong/ops/{name}/README.md" for name in OPERATORS),
+)
 LINKED = [
     *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("hsa_ultralong/**/*.md")),
     *sorted(ROOT.glob("checkpoints/*/*.md")), *sorted(ROOT.glob("examples/*.md")),
@@ -138,6 +143,11 @@ def test_the_python_of_the_page_runs_in_order(name, workplace, capsys):
     shown = capsys.readouterr().out
     if "7301954" in "".join(block.code for block in blocks(name) if block.language == "python"):
         assert "7301954" in shown
+
+
+def test_every_operator_for_users_shows_how_it_is_called():
+    for name in OPERATORS:
+        assert any(block.language == "python" for block in blocks(f"hsa_ultralong/ops/{name}/README.md")), name
 
 
 def test_every_block_says_what_it_is_and_every_mark_is_known():
