@@ -22,6 +22,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "checkpoints/nano/README.md": "model-card.md",
+    "hsa_ultralong/eval/tasks/README.md": "evaluation-tasks.md",
     **{
         f"hsa_ultralong/ops/{name}/README.md": f"operators/{name}.md"
         for name in ("hsa", "chunk_topk", "chunk_gather", "sliding_window", "linear_cross_entropy")

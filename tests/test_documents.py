@@ -27,6 +27,7 @@ PAGES = (
     "README.md",
     *(f"docs/{name}.md" for name in GUIDES),
     *(f"hsa_ultralong/ops/{name}/README.md" for name in OPERATORS),
+    "hsa_ultralong/eval/tasks/README.md",
 )
 LINKED = [
     *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("hsa_ultralong/**/*.md")),
@@ -110,6 +111,8 @@ def parse(line):
     command = typer.main.get_command(app)
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
+    if "--suite" in words:  # `hsa eval` without a command is `hsa eval suite`
+        command = command.commands["suite"]
     assert not getattr(command, "commands", {}), f"no such command: {line}"
     command.make_context("hsa", words)
 

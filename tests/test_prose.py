@@ -14,7 +14,8 @@ READ_IN_TURN = (
         f"docs/{name}.md"
         for name in (
             *("install", "first-memory", "faq", "memory", "library", "data", "training", "long-rows", "convert"),
-            *("transformers", "evaluate", "distributed", "write-an-operator", "architecture", "pooled-memory", "speedrun"),
+            *("transformers", "evaluate", "distributed", "write-an-operator", "architecture", "pooled-memory"),
+            "speedrun",
         )
     ),
 )
