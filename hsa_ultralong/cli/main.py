@@ -153,12 +153,9 @@ app = typer.Typer(
 def _print_version(is_wanted: bool) -> None:
     if not is_wanted:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from hsa_ultralong import __version__
 
-    try:
-        echo(f"hsa-ultralong {version('hsa-ultralong')}")
-    except PackageNotFoundError:
-        echo("hsa-ultralong (a checkout that is not installed)")
+    echo(f"hsa-ultralong {__version__}")
     raise typer.Exit
 
 
