@@ -35,7 +35,7 @@ def average(
     """
     from hsa_ultralong.cli.common import load_model
     from hsa_ultralong.cli.places import removed_on_failure, require_folder
-    from hsa_ultralong.data.checksum import file_digest
+    from hsa_ultralong.files.checksum import file_digest
     from hsa_ultralong.train.averaging import average_models
     from hsa_ultralong.train.export import export_model
 

@@ -21,10 +21,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.chat import conversation_pieces, parse_messages
-from hsa_ultralong.data.checksum import file_record
 from hsa_ultralong.data.encodings import AUTO
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
-from hsa_ultralong.data.files import sealed, write_whole
 from hsa_ultralong.data.inputs import (
     Input,
     InputFile,
@@ -49,6 +47,8 @@ from hsa_ultralong.data.shards import (
 )
 from hsa_ultralong.data.sources import BadRecords, parse_text, read_parsed
 from hsa_ultralong.data.tokenizer import plain_backend, special_token_ids, tokenizer_fingerprint
+from hsa_ultralong.files.checksum import file_record
+from hsa_ultralong.files.regular import sealed, write_whole
 
 logger = logging.getLogger(__name__)
 

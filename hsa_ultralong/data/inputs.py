@@ -20,8 +20,8 @@ from typing import BinaryIO, NamedTuple
 
 from hsa_ultralong.data import kinds
 from hsa_ultralong.data.encodings import AUTO, HEAD_BYTES, check_encoding
-from hsa_ultralong.data.files import FileLock
 from hsa_ultralong.data.unpacking import open_unpacked, packing_of
+from hsa_ultralong.files.regular import FileLock
 
 logger = logging.getLogger(__name__)
 

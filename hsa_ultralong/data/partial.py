@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hsa_ultralong.data.files import (
+from hsa_ultralong.data.shards import LABELS_FILE, TOKENIZER_FOLDER, TOKENS_FILE
+from hsa_ultralong.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from hsa_ultralong.files.regular import (
     Field,
     FileLock,
     check_fields,
@@ -31,8 +33,6 @@ from hsa_ultralong.data.files import (
     whole,
     write_whole,
 )
-from hsa_ultralong.data.shards import LABELS_FILE, TOKENIZER_FOLDER, TOKENS_FILE
-from hsa_ultralong.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 STATE_FILE = "state.json"
 _LOCK_FILE = "lock"

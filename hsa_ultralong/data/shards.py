@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hsa_ultralong.data.files import (
+from hsa_ultralong.data.token_file import TokenFile, recall, remember
+from hsa_ultralong.data.tokenizer import tokenizer_fingerprint
+from hsa_ultralong.files.regular import (
     DIGEST,
     Field,
     check_fields,
@@ -33,8 +35,6 @@ from hsa_ultralong.data.files import (
     unsealed,
     whole,
 )
-from hsa_ultralong.data.token_file import TokenFile, recall, remember
-from hsa_ultralong.data.tokenizer import tokenizer_fingerprint
 
 # 2 if there are conversations, which a reader of version 1 would take for text
 FORMAT_VERSIONS = (1, 2)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hsa_ultralong.data.files import is_digest, open_regular, read_json, write_whole
+from hsa_ultralong.files.regular import is_digest, open_regular, read_json, write_whole
 
 VERIFIED_FILE = ".verified.json"
 _BLOCK_BYTES = 2**23

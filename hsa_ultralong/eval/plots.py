@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from hsa_ultralong.data.files import TEXT, check_fields, is_number, read_regular, whole, write_whole
+from hsa_ultralong.files.regular import TEXT, check_fields, is_number, read_regular, whole, write_whole
 
 _LOG_FIELDS = {"stage": TEXT, "global_step": whole(), "tokens": whole()}
 _LOG_BYTES = 2**32

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.data.files import FileLock, append_text, parse_json, read_json, read_regular, write_whole
 from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
 from hsa_ultralong.eval.readers import Reader, Reply
 from hsa_ultralong.eval.suite_summary import draw_table, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import Material, Sample, check_tasks, make_samples, score
 from hsa_ultralong.eval.tasks.sample import TooShort
+from hsa_ultralong.files.regular import FileLock, append_text, parse_json, read_json, read_regular, write_whole
 
 # (task, length, samples done, samples wanted)
 Progress = Callable[[str, int, int, int], None]

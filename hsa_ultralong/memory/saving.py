@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.files.fields import shown
 from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document
 from hsa_ultralong.memory.columns import (
     from_payload,
@@ -21,7 +22,6 @@ from hsa_ultralong.memory.columns import (
     to_columns,
 )
 from hsa_ultralong.memory.files import MemoryFile, MemoryFileError, MemoryWriter
-from hsa_ultralong.memory.files.fields import shown
 from hsa_ultralong.memory.files.housekeeping import new_folder
 from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.landmark_index import LandmarkIndex

@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hsa_ultralong.data.checksum import file_record
-from hsa_ultralong.data.files import open_regular, reason, write_whole
 from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
+from hsa_ultralong.files.checksum import file_record
+from hsa_ultralong.files.regular import open_regular, reason, write_whole
 from hsa_ultralong.train.state import STATE_FILE, advice, encode_state, list_checkpoints, read_state
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from hsa_ultralong.data.checksum import file_digest
-from hsa_ultralong.data.files import read_json
+from hsa_ultralong.files.checksum import file_digest
+from hsa_ultralong.files.regular import read_json
 from hsa_ultralong.models import HSAForCausalLM
 
 

@@ -12,8 +12,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from hsa_ultralong.data.files import FileLock, append_text, is_whole, read_json, read_regular, shown, write_whole
 from hsa_ultralong.distributed.mesh import on_first, patient_group
+from hsa_ultralong.files.regular import FileLock, append_text, is_whole, read_json, read_regular, shown, write_whole
 
 logger = logging.getLogger(__name__)
 

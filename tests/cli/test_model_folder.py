@@ -15,7 +15,7 @@ from hsa_ultralong.cli.common import load_model
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.cli.model_folder import check_model_folder, load_checkpoint
 from hsa_ultralong.data import train_tokenizer
-from hsa_ultralong.data.checksum import file_digest
+from hsa_ultralong.files.checksum import file_digest
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.train.export import export_model

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards, token_file
-from hsa_ultralong.data.checksum import file_record
-from hsa_ultralong.data.files import sealed
 from hsa_ultralong.data.token_file import VERIFIED_FILE
+from hsa_ultralong.files.checksum import file_record
+from hsa_ultralong.files.regular import sealed
 
 FILES = ("tokens.bin", "documents.npy", "words.txt", "manifest.json")
 

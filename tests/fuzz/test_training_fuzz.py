@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.data import build, load_tokenizer
-from hsa_ultralong.data.checksum import file_digest, file_record
-from hsa_ultralong.data.files import sealed
+from hsa_ultralong.files.checksum import file_digest, file_record
+from hsa_ultralong.files.regular import sealed
 from tests.fuzz.harness import Target, faults_of, make_outside, seeds_of
 from tests.fuzz.mutators import Mutation, other_bytes, other_json, other_kind, swapped
 

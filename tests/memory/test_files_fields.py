@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from hsa_ultralong.files import fields
+from hsa_ultralong.files.fields import MAX_DEPTH, free_object, parse_json, require
 from hsa_ultralong.memory import Column, MemoryFile, MemoryFileError, MemorySpec, MemoryWriter, verify_memory
-from hsa_ultralong.memory.files import fields, manifest
-from hsa_ultralong.memory.files.fields import MAX_DEPTH, free_object, parse_json, require
+from hsa_ultralong.memory.files import manifest
 from hsa_ultralong.memory.files.spec import MemoryDocument
 from tests.memory.test_files_damage import LARGE
 from tests.memory.test_files_model import COLUMNS, SPEC, S, add_document, build, state_of

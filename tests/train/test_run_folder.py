@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from hsa_ultralong.data.files import FileLock
+from hsa_ultralong.files.regular import FileLock
 from hsa_ultralong.train.run_folder import LOCK_FILE, RunFolder, RunLog
 
 
@@ -153,7 +153,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("hsa_ultralong.data.files.fcntl.flock", no_locks)
+    monkeypatch.setattr("hsa_ultralong.files.regular.fcntl.flock", no_locks)
     FileLock.acquire(tmp_path / "lock", "x").release()
     assert "has no locks" in caplog.text
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from hsa_ultralong.data.files import sealed
+from hsa_ultralong.files.regular import sealed
 from hsa_ultralong.train.state import list_checkpoints, read_state
 
 
@@ -125,7 +125,7 @@ def rewrite(newest, change):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from hsa_ultralong.data.checksum import file_record
+    from hsa_ultralong.files.checksum import file_record
 
     (file,) = newest.glob("*.safetensors")
     with safe_open(file, "pt") as stored:
@@ -156,7 +156,7 @@ def test_tensors_that_do_not_fit_are_refused_with_the_right_checksums_too(newest
     tiny_runs.trainer(tmp_path, config).train(max_minutes=0)
     (newest,) = list_checkpoints(tmp_path)
     if damage == "no safetensors":
-        from hsa_ultralong.data.checksum import file_record
+        from hsa_ultralong.files.checksum import file_record
 
         (file,) = newest.glob("*.safetensors")
         file.write_bytes(b"\xff" * 4096)

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from hsa_ultralong.files.fields import free_object, parse_json, require
+from hsa_ultralong.files.folder import read_file
 from hsa_ultralong.memory.files.durable import write_file
-from hsa_ultralong.memory.files.fields import free_object, parse_json, require
 from hsa_ultralong.memory.files.finite import WHAT, is_finite
-from hsa_ultralong.memory.files.folder import read_file
 from hsa_ultralong.memory.files.manifest import ContinuationRecord, continuation_file
 from hsa_ultralong.memory.files.spec import MemoryFileError, as_json_object
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hsa_ultralong.memory.files.folder import FILE_FLAGS, is_same_file, open_file, parent_of
+from hsa_ultralong.files.folder import FILE_FLAGS, is_same_file, open_file, parent_of
 from hsa_ultralong.memory.files.spec import MemoryFileError
 
 logger = logging.getLogger(__name__)

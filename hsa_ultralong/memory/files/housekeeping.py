@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hsa_ultralong.files.folder import parent_of
 from hsa_ultralong.memory.files.durable import (
     LOCK_FILE,
     TEMPORARY,
@@ -21,7 +22,6 @@ from hsa_ultralong.memory.files.durable import (
     remove_file,
     sync_folder,
 )
-from hsa_ultralong.memory.files.folder import parent_of
 from hsa_ultralong.memory.files.manifest import FILE, Manifest, generation_on_disk
 from hsa_ultralong.memory.files.shard import FOLDER
 from hsa_ultralong.memory.files.spec import MemoryFileError

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hsa_ultralong.memory.files.durable import write_file
-from hsa_ultralong.memory.files.fields import (
+from hsa_ultralong.files.fields import (
     LARGEST,
     Check,
     flag,
@@ -32,7 +31,8 @@ from hsa_ultralong.memory.files.fields import (
     text,
     whole,
 )
-from hsa_ultralong.memory.files.folder import read_file
+from hsa_ultralong.files.folder import read_file
+from hsa_ultralong.memory.files.durable import write_file
 from hsa_ultralong.memory.files.shard import ShardRecord, shard_layout
 from hsa_ultralong.memory.files.spec import SPEC, Extent, MemoryDocument, MemoryFileError, MemorySpec
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hsa_ultralong.files.fields import one_of, parse_json, require, rows, table, whole
+from hsa_ultralong.files.folder import open_to_read, read_bytes, read_file
 from hsa_ultralong.memory.files.durable import Buffer, remove_file, write_file
-from hsa_ultralong.memory.files.fields import one_of, parse_json, require, rows, table, whole
-from hsa_ultralong.memory.files.folder import open_to_read, read_bytes, read_file
 from hsa_ultralong.memory.files.spec import DTYPE_NAMES, MemorySpec
 
 PAGE_BYTES = 2**20

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.memory.files.fields import (
+from hsa_ultralong.files.fields import (
     flag,
     free_object,
     mapping,

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hsa_ultralong.files.folder import read_bytes
 from hsa_ultralong.memory.files.durable import clear_errors, remove_file, write_file
-from hsa_ultralong.memory.files.folder import read_bytes
 from hsa_ultralong.memory.files.housekeeping import new_folder
 from hsa_ultralong.memory.files.manifest import Manifest
 from hsa_ultralong.memory.files.reader import MemoryFile, Progress

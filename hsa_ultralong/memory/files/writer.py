@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.files.fields import require
 from hsa_ultralong.memory.files.continuation import encode_continuation, write_continuation
 from hsa_ultralong.memory.files.durable import WriterLock, clear_errors, make_folder, remove_file, sync_folder
-from hsa_ultralong.memory.files.fields import require
 from hsa_ultralong.memory.files.finite import require_finite_columns, require_finite_state
 from hsa_ultralong.memory.files.housekeeping import remove_leftovers, require_empty, require_own_generation
 from hsa_ultralong.memory.files.manifest import (

@@ -1,7 +1,7 @@
 """Files that a crash, a mistake or a stranger may have changed: what is read is checked, what is written is whole.
 
 Nothing but regular files is opened. JSON can carry a seal, a checksum over its own bytes, so that no flipped bit passes
-for another value. Called by shards.py, partial.py, train/ and cli/; tests/data/test_files.py.
+for another value. Called by shards.py, partial.py, train/ and cli/; tests/files/test_regular.py.
 """
 
 from __future__ import annotations

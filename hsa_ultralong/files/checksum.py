@@ -1,4 +1,4 @@
-"""SHA-256 of files: what shards, checkpoints and exported models are checked by. tests/data/test_checksum.py."""
+"""SHA-256 of files: what shards, checkpoints and exported models are checked by. tests/files/test_checksum.py."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from hsa_ultralong.data.checksum import file_digest, file_record
+from hsa_ultralong.files.checksum import file_digest, file_record
 
 
 def test_the_digest_is_that_of_all_bytes(tmp_path):
