@@ -211,3 +211,10 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", goal.read_text(encoding="utf-8"), re.M)
             assert anchor in {slug(heading) for heading in headings}, f"{page.name}: {target}"
+
+
+def test_pages_named_in_the_code_exist():
+    files = [path for folder in ("hsa_ultralong", "scripts", "examples") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*files, ROOT / "Makefile", ROOT / "pyproject.toml"]:
+        for name in re.findall(r"\bdocs/[\w-]+\.md", path.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{path.relative_to(ROOT)}: {name}"

@@ -1,7 +1,7 @@
 """A memory file read again by another model, from the token ids that it stores.
 
 The new memory grows beside the old one in `.NAME.rebuild`, as any library does, so that a killed rebuild goes on; when
-it is whole it takes the old one's place in one commit, or the name of the output. docs/memory.md;
+it is whole it takes the old one's place in one commit, or the name of the output. docs/library.md;
 tests/inference/test_rebuilding.py.
 """
 

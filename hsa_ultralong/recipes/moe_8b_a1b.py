@@ -13,7 +13,7 @@ def moe_8b_a1b() -> TrainConfig:
     measured. Numbers: not measured; the paper's are in docs/paper_facts.md, D.
 
     Its first steps fit one H200: `--set optimizer=muon --set parallel.replicate=1 --set parallel.shard=1 --set
-    parallel.expert=1 --set warmup.batch_tokens=65536`, 18,400 tokens/s, 108 GiB (docs/training.md,
+    parallel.expert=1 --set warmup.batch_tokens=65536`, 18,400 tokens/s, 108 GiB (docs/evidence-training.md,
     results/training-moe-8b). On two H200 with AdamW: 44,700 tokens/s, 71 GiB each (results/training-moe-8b-two-gpus).
 
     From the paper: windows, contexts, 8T tokens of pre-training, 175B long, 400B annealing, 16.8M tokens a step, rate
