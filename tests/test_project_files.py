@@ -54,3 +54,17 @@ def test_the_citation_names_this_version_licence_and_paper():
     assert paper["url"] == PROJECT["urls"]["Paper"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert paper["title"] in readme and all(author["family-names"] in readme for author in paper["authors"])
+
+
+def test_the_changelog_has_this_version_below_what_is_not_released():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## \[(.+?)\]", text, re.M)
+    assert sections[:2] == ["Unreleased", hsa_ultralong.__version__]
+    assert set(re.findall(r"^### (.*)$", text, re.M)) <= {
+        "Added",
+        "Changed",
+        "Deprecated",
+        "Fixed",
+        "Removed",
+        "Security",
+    }
