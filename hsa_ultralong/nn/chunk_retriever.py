@@ -18,7 +18,7 @@ from hsa_ultralong.nn.chunk_encoder import rms_normalize
 from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.ops import ScoredChunks, chunk_topk, combine_topk
 from hsa_ultralong.ops._common import accumulation_dtype
-from hsa_ultralong.ops.chunk_topk.combined import softmax_fusion
+from hsa_ultralong.ops.chunk_topk.lists import softmax_fusion
 from hsa_ultralong.ops.chunk_topk.noise import gumbel_noise
 
 

@@ -11,6 +11,7 @@ import torch
 from hsa_ultralong.ops._common import choose_impl
 from hsa_ultralong.ops._triton import triton_runs_on
 from hsa_ultralong.ops.chunk_gather.blocks import ChunkBlocks
+from hsa_ultralong.ops.chunk_gather.reference import gather_chunks_reference
 
 
 @torch.no_grad()
@@ -35,20 +36,4 @@ def gather_chunks(blocks: ChunkBlocks, chunks: torch.Tensor, dtype: torch.dtype,
 
         assert blocks.addresses is not None
         return gather_chunks_triton(blocks, chunks, dtype)
-    shape = blocks.payloads[0].shape[1:]
-    out = torch.zeros((len(chunks), *shape), dtype=dtype, device=blocks.device)
-    # both factors are exact in bf16 (8 bits) and wider; fp16 lacks the range of the scales
-    wide = torch.float32 if dtype == torch.float16 else dtype
-    for number, payload in enumerate(blocks.payloads):
-        inside = (chunks // blocks.per_block == number) & (chunks >= 0)
-        places = inside.nonzero()[:, 0]
-        if len(places) == 0:
-            continue
-        rows = (chunks[places] % blocks.per_block).to(payload.device, torch.int64)
-        found = payload.flatten(1).view(torch.uint8)[rows].view(payload.dtype).unflatten(1, shape).to(out.device)
-        if blocks.scales:
-            scales = blocks.scales[number][rows].to(out.device)
-            out[places] = (found.to(wide) * scales.to(wide)[..., None]).to(dtype)
-        else:
-            out[places] = found.to(dtype)
-    return out
+    return gather_chunks_reference(blocks, chunks, dtype)

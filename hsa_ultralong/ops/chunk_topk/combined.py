@@ -1,37 +1,19 @@
 """The best of several lists of scored chunks, as chunk_topk returns them, and the fusion weights of what is kept.
 
 A token reads several memories (a library, perhaps in parts over processes, and its own chunks): each is ranked alone,
-then their lists are ranked together. While nothing is trained a GPU does it in one launch (kernel_combine.py). Called
+then their lists are ranked together. While nothing is trained a GPU does it in one launch (triton_combine.py). Called
 by nn/chunk_retriever.py; tests/ops/test_combined.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from hsa_ultralong.ops._common import choose_impl
 from hsa_ultralong.ops._triton import triton_runs_on
-
-# lists that the kernel takes, and entries of all of them
-MOST_LISTS, MOST_ENTRIES = 4, 1024
-
-
-class ScoredChunks(NamedTuple):
-    """indices (B, T, Hr, k) int32 and scores of the same shape, in the form of chunk_topk; numbers count from
-    `offset`."""
-
-    indices: torch.Tensor
-    scores: torch.Tensor
-    offset: int = 0
-
-
-def softmax_fusion(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over the kept chunks; all zero where there are none (fact 1 of docs/architecture.md)."""
-    empty = scores == -torch.inf
-    return scores.masked_fill(empty.all(-1, keepdim=True), 0.0).softmax(-1).masked_fill(empty, 0.0)
+from hsa_ultralong.ops.chunk_topk.lists import MOST_ENTRIES, MOST_LISTS, ScoredChunks, softmax_fusion
 
 
 def combine_topk(
@@ -74,7 +56,7 @@ def combine_topk(
                 f'combine_topk: impl="triton" takes fp32 scores without gradients or rankings and at most '
                 f"{MOST_ENTRIES} entries a token; got {entries} of {scores[0].dtype}"
             )
-        from hsa_ultralong.ops.chunk_topk.triton_topk import combine_lists
+        from hsa_ultralong.ops.chunk_topk.triton_combine import combine_lists
 
         surplus = len(lists) - MOST_LISTS
         if surplus > 0:

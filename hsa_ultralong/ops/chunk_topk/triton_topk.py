@@ -5,7 +5,6 @@ Tested against reference.py under the interpreter and on a GPU; derivation: READ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.ops._triton import next_power_of_two, require_kernel_dtype, require_triton
-from hsa_ultralong.ops.chunk_topk import kernel_combine, kernel_decode, kernel_merge, kernel_select
-from hsa_ultralong.ops.chunk_topk.combined import MOST_LISTS, ScoredChunks
+from hsa_ultralong.ops.chunk_topk import kernel_decode, kernel_merge, kernel_select
 from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
 from hsa_ultralong.ops.chunk_topk.kernel_gradients import spread_gradients
 from hsa_ultralong.ops.chunk_topk.visibility import ChunkVisibility
@@ -280,27 +278,3 @@ def scan_quantized(
         return found[0]
     indices, scores = zip(*found, strict=True)
     return torch.cat(indices, 1), torch.cat(scores, 1)
-
-
-@torch.compiler.disable
-def combine_lists(lists: Sequence[ScoredChunks], topk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """combine_topk of at most MOST_LISTS lists in one launch."""
-    require_triton("combine_topk", lists[0].scores)
-    widths = [one.scores.shape[-1] for one in lists]
-    kept, device = min(topk, sum(widths)), lists[0].scores.device
-    shape = (*lists[0].scores.shape[:-1], kept)
-    indices = torch.empty(shape, dtype=torch.int32, device=device)
-    scores, weights = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    if indices.numel() == 0:
-        return indices, scores, weights
-    missing = MOST_LISTS - len(lists)
-    padded = [*lists, *[lists[0]] * missing]  # pointers of no use, but of the right kind
-    names = dict(zip(("K0", "K1", "K2", "K3"), [*widths, *[0] * missing], strict=True))
-    entries = max(2, next_power_of_two(sum(widths)))
-    slots, warps = min(entries, max(2, next_power_of_two(kept))), 1 if entries <= 128 else 4
-    kernel_combine.combine_kernel[(indices.numel() // kept,)](
-        *(one.indices.contiguous() for one in padded), *(one.scores.contiguous() for one in padded),
-        *(one.offset for one in padded), indices, scores, weights, kept,
-        ENTRIES=entries, KP=slots, num_warps=warps, **names,
-    )  # fmt: skip
-    return indices, scores, weights
