@@ -28,6 +28,7 @@ PAGES = (
     *(f"docs/{name}.md" for name in GUIDES),
     *(f"hsa_ultralong/ops/{name}/README.md" for name in OPERATORS),
     "hsa_ultralong/eval/tasks/README.md",
+    "docs/evidence-training.md",
 )
 LINKED = [
     *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("hsa_ultralong/**/*.md")),
