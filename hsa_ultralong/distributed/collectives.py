@@ -21,19 +21,21 @@ def _exchange(rows: torch.Tensor, send: list[int], receive: list[int], group: di
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None):
+    def forward(
+        ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
         return _exchange(rows, send, receive, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup | None):
+    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
         ctx.group = group
         out = part.new_empty((dist.get_world_size(group), *part.shape))
         dist.all_gather(list(out.unbind(0)), part.contiguous(), group=group)
@@ -41,7 +43,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         ones = [1] * grad.shape[0]
         parts = _exchange(grad, ones, ones, ctx.group)  # what every rank has for this one's part
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ def loss_and_gradients(
     return total.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def force_backends(monkeypatch, topk: str, attention: str) -> None:
+def force_backends(monkeypatch: Any, topk: str, attention: str) -> None:
     """Every model of this test runs chunk_topk and hsa_attention with these `impl`."""
     monkeypatch.setattr(chunk_retriever, "chunk_topk", partial(chunk_retriever.chunk_topk, impl=topk))
     forced = partial(hierarchical_sparse_attention.hsa_attention, impl=attention)

@@ -106,7 +106,9 @@ def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
-def random_visibility(batch: int, num_tokens: int, num_chunks: int, *, foreign: str = "earlier", seed: int = 0):
+def random_visibility(
+    batch: int, num_tokens: int, num_chunks: int, *, foreign: str = "earlier", seed: int = 0
+) -> ChunkVisibility:
     """Segments -1..2, chunk segments -2..2, positions and ends in 0..num_tokens: every case of the rule occurs."""
     source = generator(seed)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ import torch.multiprocessing as mp
 HANG_SECONDS = 600
 
 
-def _enter(rank, world, address, work, args, device):
+def _enter(rank: int, world: int, address: str, work: Callable[..., None], args: Any, device: str) -> None:
     backend = "gloo"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -24,7 +26,7 @@ def _enter(rank, world, address, work, args, device):
         if count < world:
             # NCCL refuses two ranks on one card of one host: let each be a host of its own, that talk over sockets
             os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
-    meet = {"init_method": f"file://{address}", "rank": rank, "world_size": world}
+    meet: dict[str, Any] = {"init_method": f"file://{address}", "rank": rank, "world_size": world}
     dist.init_process_group(backend, timeout=timedelta(seconds=HANG_SECONDS), **meet)
     try:
         work(rank, world, *args)
@@ -32,7 +34,7 @@ def _enter(rank, world, address, work, args, device):
         dist.destroy_process_group()
 
 
-def launch(world, address, work, *args, device="cpu"):
+def launch(world: int, address: str, work: Callable[..., None], *args: Any, device: str = "cpu") -> None:
     """Run work(rank, world, *args) in `world` processes; an assertion in any of them fails the test. With "cuda" they
     share the GPUs out, one card to several if there are not enough: right, and slow."""
     start = "fork" if device == "cpu" else "spawn"
@@ -43,7 +45,7 @@ def launch(world, address, work, *args, device="cpu"):
         pass
 
 
-def run(model, **inputs):
+def run(model: torch.nn.Module, **inputs: Any) -> Any:
     """Loss, gradient of every parameter, and the running statistics, of one forward and backward."""
     model.zero_grad()
     loss = model(**inputs, use_cache=False).loss
@@ -53,7 +55,7 @@ def run(model, **inputs):
     return {"loss": loss.detach(), **found, **load}
 
 
-def assert_sums_equal(parts, whole, group=None):
+def assert_sums_equal(parts: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor], group: Any = None) -> None:
     """The sum over the ranks of every entry of `parts` is that of `whole`."""
     assert parts.keys() == whole.keys()
     for name, part in parts.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def _kernels() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     return chunk_topk_triton
 
 
-def _triton(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def _triton(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _kernels()(*args, **options)
 
 

@@ -6,6 +6,8 @@ their gradient into one (block, C) matrix at a time and multiplies. Tested again
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide
@@ -40,7 +42,9 @@ def _topk_lowest_index(ranking: torch.Tensor, keep: int) -> torch.Tensor:
     return (ordered | (0x7FFFFFFF - index)).topk(keep, dim=-1).indices
 
 
-def _select(products: torch.Tensor, mask: torch.Tensor, keep: int, factor, noise: torch.Tensor | None) -> torch.Tensor:
+def _select(
+    products: torch.Tensor, mask: torch.Tensor, keep: int, factor: torch.Tensor, noise: torch.Tensor | None
+) -> torch.Tensor:
     """Kept chunks of a block, (B, t, Hr, K) int64, newest first, -1 where empty; none whose score is not finite."""
     num_chunks = products.shape[-1]
     # one pass over the block; a comparison with NaN is false
@@ -60,8 +64,15 @@ def _select(products: torch.Tensor, mask: torch.Tensor, keep: int, factor, noise
 class _SelectedProducts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, query, landmarks, visible: ChunkVisibility, keep: int, factor, noise_seed: int | None, noise_start: int
-    ):
+        ctx: Any,
+        query: torch.Tensor,
+        landmarks: torch.Tensor,
+        visible: ChunkVisibility,
+        keep: int,
+        factor: torch.Tensor,
+        noise_seed: int | None,
+        noise_start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, num_tokens, heads, _ = query.shape
         num_chunks = landmarks.shape[1]
         shape = (batch, num_tokens, heads, keep)
@@ -81,7 +92,7 @@ class _SelectedProducts(torch.autograd.Function):
         return indices, selected
 
     @staticmethod
-    def backward(ctx, _, grad):
+    def backward(ctx: Any, _: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, landmarks, indices = ctx.saved_tensors
         return *product_gradients(query, landmarks, indices, grad), None, None, None, None, None
 

@@ -70,7 +70,9 @@ def decode_options(kept: int, landmark_bytes: int) -> DecodeOptions:
 class _Problem:
     """Contiguous operands and the constants of every kernel; shapes as in api.chunk_topk."""
 
-    def __init__(self, query, landmarks, visible: ChunkVisibility, keep: int, factor: torch.Tensor) -> None:
+    def __init__(
+        self, query: torch.Tensor, landmarks: torch.Tensor, visible: ChunkVisibility, keep: int, factor: torch.Tensor
+    ) -> None:
         self.query, self.landmarks = query.contiguous(), landmarks.contiguous()
         self.batch, self.tokens, self.heads, self.dim = query.shape
         self.queries = self.batch * self.tokens * self.heads
@@ -164,7 +166,13 @@ class _Problem:
 
 
 def _solve(
-    query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed: int | None, noise_start: int
+    query: torch.Tensor,
+    landmarks: torch.Tensor,
+    factor: torch.Tensor,
+    visible: ChunkVisibility,
+    keep: int,
+    noise_seed: int | None,
+    noise_start: int,
 ) -> _Problem:
     problem = _Problem(query, landmarks, visible, keep, factor)
     if keep == problem.chunks:
@@ -176,14 +184,23 @@ def _solve(
 
 class _KeptScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, landmarks, factor, visible: ChunkVisibility, keep: int, noise_seed, noise_start):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        landmarks: torch.Tensor,
+        factor: torch.Tensor,
+        visible: ChunkVisibility,
+        keep: int,
+        noise_seed: int | None,
+        noise_start: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         problem = _solve(query, landmarks, factor, visible, keep, noise_seed, noise_start)
         ctx.save_for_backward(query, landmarks, factor, problem.indices, problem.scores)
         ctx.mark_non_differentiable(problem.indices)
         return problem.indices, problem.scores
 
     @staticmethod
-    def backward(ctx, _, grad):
+    def backward(ctx: Any, _: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, landmarks, factor, indices, scores = ctx.saved_tensors
         by_head = factor.expand(query.shape[2])  # (Hr,)
         grad_query = grad_landmarks = grad_factor = None

@@ -73,7 +73,9 @@ class ChunkVisibility:
         return visible & (segment != PADDING) & (chunk_segment != UNUSED)
 
     @staticmethod
-    def causal(batch: int, num_tokens: int, num_chunks: int, chunk_size: int, device=None) -> ChunkVisibility:
+    def causal(
+        batch: int, num_tokens: int, num_chunks: int, chunk_size: int, device: torch.device | None = None
+    ) -> ChunkVisibility:
         """One document per row, tokens 0..T-1, chunk i ending at (i + 1) * chunk_size."""
         position = torch.arange(num_tokens, dtype=torch.int32, device=device).expand(batch, -1)
         end = (torch.arange(num_chunks, dtype=torch.int32, device=device) + 1)[None] * chunk_size

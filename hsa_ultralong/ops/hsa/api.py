@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def _kernels() -> Callable[..., torch.Tensor]:
     return hsa_attention_triton
 
 
-def _triton(*args, **options) -> torch.Tensor:
+def _triton(*args: Any, **options: Any) -> torch.Tensor:
     return _kernels()(*args, **options)
 
 
@@ -38,7 +39,9 @@ _DENSE_RATIO = {"cpu": 2, "cuda": 8}
 _DENSE_MIN_TOKENS = 16
 
 
-def _automatic(q, k, v, num_chunks: int, slots: int, chunk_size: int, scale: float) -> str:
+def _automatic(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_chunks: int, slots: int, chunk_size: int, scale: float
+) -> str:
     is_plain = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
     fits = q.shape[-1] in KERNEL_SIZES and chunk_size in KERNEL_SIZES and scale > 0
     if is_plain and fits and triton_runs_on(q):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,12 +30,27 @@ def _chosen(part: torch.Tensor, selected: torch.Tensor | None) -> torch.Tensor:
     return part if selected is None else torch.where(selected, part, 0.0)
 
 
-def _mix(logits, fused, absent, selected, scale: float, dtype: torch.dtype):
+def _mix(
+    logits: torch.Tensor,
+    fused: torch.Tensor,
+    absent: torch.Tensor | None,
+    selected: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """Softmax in every chunk times its fusion weight; logits (N, t, G, c, S), fused and selected (N, t, 1, c, 1)."""
     return _chosen(_attention(logits, absent, scale) * fused, selected).to(dtype)
 
 
-def _mix_backward(logits, grad_attention, fused, absent, selected, scale: float, dtype: torch.dtype):
+def _mix_backward(
+    logits: torch.Tensor,
+    grad_attention: torch.Tensor,
+    fused: torch.Tensor,
+    absent: torch.Tensor | None,
+    selected: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The mixed attention again, the gradient of the logits, and that of the fusion weight summed over G, (N, t, c)."""
     attention = _attention(logits, absent, scale)
     delta = (attention * grad_attention).sum(-1, keepdim=True)
@@ -53,7 +68,14 @@ class _Isolated(NamedTuple):
     selected: torch.Tensor
 
 
-def _isolate(k, v, weights, indices, chunk_size: int, chunk_lengths) -> _Isolated:
+def _isolate(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    chunk_size: int,
+    chunk_lengths: torch.Tensor | None,
+) -> _Isolated:
     """weights (B, T, Hr, C) per chunk; the result's weights are (B, T, Hkv, C)."""
     kv_heads, num_chunks = k.shape[2], weights.shape[-1]
     is_present = torch.ones((1, num_chunks, chunk_size), dtype=torch.bool, device=k.device)
@@ -85,7 +107,16 @@ class _Tiles:
 
     selected: torch.Tensor | None = None
 
-    def __init__(self, q, k, v, weights, chunk_size: int, chunk_lengths, causal: bool) -> None:
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        weights: torch.Tensor,
+        chunk_size: int,
+        chunk_lengths: torch.Tensor | None,
+        causal: bool,
+    ) -> None:
         self.batch, self.num_tokens, num_heads, self.dim = q.shape
         self.kv_heads = k.shape[2]
         self.group = num_heads // self.kv_heads
@@ -146,7 +177,18 @@ class _Tiles:
 
 class _DenseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, weights, indices, chunk_size, chunk_lengths, scale, causal):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        weights: torch.Tensor,
+        indices: torch.Tensor,
+        chunk_size: int,
+        chunk_lengths: torch.Tensor | None,
+        scale: float,
+        causal: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, weights, indices, chunk_lengths)
         ctx.options = (chunk_size, scale, causal)
         tiles = _Tiles(q, k, v, weights, chunk_size, chunk_lengths, causal)
@@ -167,7 +209,7 @@ class _DenseAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, weights, indices, chunk_lengths = ctx.saved_tensors
         chunk_size, scale, causal = ctx.options
         tiles = _Tiles(q, k, v, weights, chunk_size, chunk_lengths, causal)
@@ -221,7 +263,18 @@ def spread_weights(indices: torch.Tensor, weights: torch.Tensor, num_chunks: int
 
 
 @torch.compiler.disable
-def hsa_attention_dense(q, k, v, indices, weights, *, chunk_size, chunk_lengths, scale, causal=False):
+def hsa_attention_dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    chunk_size: int,
+    chunk_lengths: torch.Tensor | None,
+    scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
     """Same result as hsa_attention_reference at a cost of T * C * S whatever K; memory O(T * C + tile)."""
     dense = spread_weights(indices, weights, k.shape[1] // chunk_size)
     return _DenseAttention.apply(q, k, v, dense, indices, chunk_size, chunk_lengths, scale, causal)

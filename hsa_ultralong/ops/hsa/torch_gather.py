@@ -6,7 +6,7 @@ Cost per token is K * S keys whatever the number of chunks: the path for decodin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,9 @@ def _row_index(index: torch.Tensor, kv_batch: int, kv_heads: int, num_chunks: in
     return (batch * kv_heads + head) * num_chunks + index.expand(-1, -1, kv_heads, -1)
 
 
-def _attention(queries, keys, absent, scale, shape):
+def _attention(
+    queries: torch.Tensor, keys: torch.Tensor, absent: torch.Tensor | None, scale: float, shape: tuple[int, int]
+) -> torch.Tensor:
     """Softmax inside every gathered chunk, (N, G, K, S) in the accumulation dtype; N = B * t * Hkv."""
     slots, chunk_size = shape
     logits = matmul_wide(queries, keys.transpose(1, 2)).mul_(scale).unflatten(-1, (slots, chunk_size))
@@ -48,7 +50,9 @@ def _attention(queries, keys, absent, scale, shape):
     return logits.softmax(-1)
 
 
-def _absent(chunk_lengths, index, kv_heads, chunk_size):
+def _absent(
+    chunk_lengths: torch.Tensor | None, index: torch.Tensor, kv_heads: int, chunk_size: int
+) -> torch.Tensor | None:
     """True where a gathered key slot holds no token (short chunks), (N, K, S), or None; index (B, t, Hr, K)."""
     if chunk_lengths is None:
         return None
@@ -128,7 +132,17 @@ class _Block:
 
 class _GatherAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, indices, weights, chunk_size, chunk_lengths, scale):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        chunk_size: int,
+        chunk_lengths: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, indices, weights, chunk_lengths)
         ctx.chunk_size, ctx.scale = chunk_size, scale
         problem = _Problem(q, k, v, indices, weights, chunk_lengths, chunk_size, scale)
@@ -139,7 +153,7 @@ class _GatherAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, indices, weights, chunk_lengths = ctx.saved_tensors
         problem = _Problem(q, k, v, indices, weights, chunk_lengths, ctx.chunk_size, ctx.scale)
         wide = accumulation_dtype(q.dtype)
@@ -173,6 +187,17 @@ def _unrows(rows: torch.Tensor, like: torch.Tensor, chunk_size: int) -> torch.Te
 
 
 @torch.compiler.disable
-def hsa_attention_gather(q, k, v, indices, weights, *, chunk_size, chunk_lengths, scale, causal=False):
+def hsa_attention_gather(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    chunk_size: int,
+    chunk_lengths: torch.Tensor | None,
+    scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
     """Same result as hsa_attention_reference; extra memory is one block of gathered chunks."""
     return _GatherAttention.apply(q, k, v, indices, weights, chunk_size, chunk_lengths, scale)

@@ -51,7 +51,18 @@ def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype) -> Launch
 class _Problem:
     """Contiguous operands and the arguments that every kernel takes; shapes as in api.hsa_attention."""
 
-    def __init__(self, q, k, v, indices, weights, lengths, chunk_size: int, scale: float, causal: bool) -> None:
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        lengths: torch.Tensor | None,
+        chunk_size: int,
+        scale: float,
+        causal: bool,
+    ) -> None:
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
         self.indices, self.weights = indices.contiguous(), weights.contiguous()
         self.lengths = None if lengths is None else lengths.contiguous()
@@ -137,7 +148,9 @@ class _Problem:
         constants = self.constants(options.rows, options.stages)
         return (self._covered if self.covers else self._listed)(grad_out, constants, options.warps)
 
-    def _listed(self, grad_out: torch.Tensor, constants: dict[str, Any], warps: int):
+    def _listed(
+        self, grad_out: torch.Tensor, constants: dict[str, Any], warps: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         grad_k, grad_v = torch.empty_like(self.k), torch.empty_like(self.v)
         processors = num_processors(self.q.device.index)
         unit_pairs = max(32 * constants["BT"], next_power_of_two(self.indices.numel() // (8 * processors)))
@@ -158,7 +171,9 @@ class _Problem:
         )  # fmt: skip
         return grad_k, grad_v
 
-    def _covered(self, grad_out: torch.Tensor, constants: dict[str, Any], warps: int):
+    def _covered(
+        self, grad_out: torch.Tensor, constants: dict[str, Any], warps: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         grad_k, grad_v = torch.empty_like(self.k), torch.empty_like(self.v)
         tile_tokens = constants["BT"]
         programs = self.batch * self.kv_heads * self.chunks
@@ -202,13 +217,24 @@ class _Problem:
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, indices, weights, chunk_size, chunk_lengths, scale, causal):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        chunk_size: int,
+        chunk_lengths: torch.Tensor | None,
+        scale: float,
+        causal: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, indices, weights, chunk_lengths)
         ctx.options = (chunk_size, scale, causal)
         return _Problem(q, k, v, indices, weights, chunk_lengths, chunk_size, scale, causal).forward()
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, indices, weights, chunk_lengths = ctx.saved_tensors
         problem = _Problem(q, k, v, indices, weights, chunk_lengths, *ctx.options)
         grad_out = grad_out.contiguous()
@@ -231,8 +257,18 @@ def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_size: int
 
 @torch.compiler.disable
 def hsa_attention_triton(
-    q, k, v, indices, weights, *, chunk_size, chunk_lengths, scale, first_chunk=None, causal=False
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    chunk_size: int,
+    chunk_lengths: torch.Tensor | None,
+    scale: float,
+    first_chunk: int | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
     """Same result as hsa_attention_reference, up to the rounding of the input dtype."""
     require_triton("hsa_attention", q)
     require_kernel_dtype("hsa_attention", q)

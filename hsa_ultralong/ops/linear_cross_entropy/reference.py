@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hsa_ultralong.ops._common import accumulation_dtype
 
 
-def linear_cross_entropy_reference(hidden, weight, labels, *, ignore_index):
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, ignore_index: int
+) -> torch.Tensor:
     dtype = accumulation_dtype(hidden.dtype)
     # ignored rows are replaced, not multiplied by zero: they may hold anything
     rows = torch.where((labels != ignore_index)[:, None], hidden.to(dtype), 0.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +36,16 @@ def _loss_and_slope(
 
 
 @lru_cache(maxsize=1)
-def _compiled():
+def _compiled() -> Callable[..., Any]:
     # the vocabulary stays a constant, so that rows are known to be aligned
     return torch.compile(_loss_and_slope)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, ignore_index):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int
+    ) -> torch.Tensor:
         wide = accumulation_dtype(hidden.dtype)
         step = _compiled() if hidden.is_cuda else _loss_and_slope
         needs_gradient = any(ctx.needs_input_grad[:2])
@@ -67,13 +71,15 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None
 
 
 @torch.compiler.disable
-def linear_cross_entropy_chunked(hidden, weight, labels, *, ignore_index):
+def linear_cross_entropy_chunked(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, ignore_index: int
+) -> torch.Tensor:
     """Same result as linear_cross_entropy_reference."""
     with torch.autocast(device_type=hidden.device.type, enabled=False):
         return _ChunkedLoss.apply(hidden, weight, labels, ignore_index)

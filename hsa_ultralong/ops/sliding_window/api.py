@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hsa_ultralong.ops._common import choose_impl, require_shape
@@ -10,7 +12,7 @@ from hsa_ultralong.ops.sliding_window.reference import sliding_window_reference
 from hsa_ultralong.ops.sliding_window.torch_banded import sliding_window_banded
 
 
-def _flex(*args, **options) -> torch.Tensor:
+def _flex(*args: Any, **options: Any) -> torch.Tensor:
     from hsa_ultralong.ops.sliding_window.torch_flex import sliding_window_flex  # imports torch's compiler
 
     return sliding_window_flex(*args, **options)
@@ -76,7 +78,7 @@ def sliding_window_attention(
         require_shape("key_segments", key_segments, (batch, num_keys))
     name = choose_impl("sliding_window_attention", impl, tuple(_BACKENDS), _automatic(q, k))
     backend = _BACKENDS[name]
-    places = {"window": window, "query_segments": query_segments, "key_segments": key_segments}
+    places: dict[str, Any] = {"window": window, "query_segments": query_segments, "key_segments": key_segments}
     scale = dim**-0.5 if scale is None else scale
     if num_queries and (q.is_cpu or name == "reference"):
         return isolated(backend, q, k, v, **places, scale=scale)

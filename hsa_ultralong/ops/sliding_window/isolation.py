@@ -8,6 +8,7 @@ looking whether there is anything costs nothing; tests/ops/test_window_nonfinite
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +50,12 @@ class _Gate(torch.autograd.Function):
     """Identity; rows of the gradient that are not finite become zero and are noted for `_Noted`."""
 
     @staticmethod
-    def forward(ctx, out, steep):
+    def forward(ctx: Any, out: torch.Tensor, steep: Any) -> torch.Tensor:
         ctx.steep = steep
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         if may_be_nonfinite(grad):
             is_bad = _bad_rows(grad)
             ctx.steep.append(is_bad)
@@ -66,22 +67,32 @@ class _Noted(torch.autograd.Function):
     """Identity on the queries; the gradient of rows noted by `_Gate` is NaN."""
 
     @staticmethod
-    def forward(ctx, q, steep):
+    def forward(ctx: Any, q: torch.Tensor, steep: Any) -> torch.Tensor:
         ctx.steep = steep
         return q.view_as(q)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         for is_bad in ctx.steep:
             grad = grad.masked_fill(is_bad[..., None, None], torch.nan)
         ctx.steep.clear()
         return grad, None
 
 
-def isolated(backend: Callable[..., torch.Tensor], q, k, v, *, window, query_segments, key_segments, scale):
+def isolated(
+    backend: Callable[..., torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
     """backend(q, k, v, ...) where rows that are, or whose window holds, what is not finite are NaN and all others do
     not depend on it; so are the gradients."""
-    places = {"window": window, "query_segments": query_segments, "key_segments": key_segments}
+    places: dict[str, Any] = {"window": window, "query_segments": query_segments, "key_segments": key_segments}
     needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v))
     steep: list[torch.Tensor] = []
     rows = None

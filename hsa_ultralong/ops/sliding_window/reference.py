@@ -8,7 +8,16 @@ from hsa_ultralong.ops._common import accumulation_dtype
 from hsa_ultralong.ops.sliding_window.mask import window_mask
 
 
-def sliding_window_reference(q, k, v, *, window, query_segments, key_segments, scale):
+def sliding_window_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
     dtype = accumulation_dtype(q.dtype)
     group = q.shape[2] // k.shape[2]
     keys, values = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))  # (B, Tk, Hq, D)

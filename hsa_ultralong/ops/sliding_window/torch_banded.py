@@ -16,7 +16,7 @@ _MAX_BLOCK = 1024
 _NOWHERE = -3
 
 
-def _sdpa(q, k, v, mask, scale):
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """q (N, Tq, Hq, D), k and v (N, Tk, Hkv, D), mask (1 or N, Tq, Tk) -> (N, Tq, Hq, D)."""
     group = q.shape[2] // k.shape[2]
     if group > 1:
@@ -35,7 +35,16 @@ def _band(tensor: torch.Tensor, left: int, num_blocks: int, block: int, reach: i
     return padded.unfold(1, block + reach, block).movedim(-1, 2)
 
 
-def sliding_window_banded(q, k, v, *, window, query_segments, key_segments, scale):
+def sliding_window_banded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
     """Same result as sliding_window_reference."""
     batch, num_queries, _, _ = q.shape
     num_keys = k.shape[1]
@@ -59,7 +68,7 @@ def sliding_window_banded(q, k, v, *, window, query_segments, key_segments, scal
         # every band is full of real keys (a later segment of a long reading): one mask serves them all
         out = _sdpa(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask[None], scale)
         return out.unflatten(0, (batch, num_blocks)).flatten(1, 2)[:, :num_queries]
-    if query_segments is None:
+    if query_segments is None or key_segments is None:
         query_segments = torch.zeros(1, num_queries, dtype=torch.int32, device=q.device)
         key_segments = torch.zeros(1, num_keys, dtype=torch.int32, device=q.device)
     query_bands = _band(query_segments, 0, num_blocks, block, 0, _NOWHERE)  # (B, nb, block)

@@ -21,11 +21,15 @@ _OWN_GRAPHS = 24
 _kinds: set[Any] = set()
 
 
-def _any_shape(q, k, v, mask, scale, is_grouped):
+def _any_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask | None, scale: float, is_grouped: bool
+) -> torch.Tensor:
     return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)
 
 
-def _one_shape(q, k, v, mask, scale, is_grouped):
+def _one_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask | None, scale: float, is_grouped: bool
+) -> torch.Tensor:
     return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)
 
 
@@ -102,7 +106,16 @@ def window_block_mask(
 
 
 @torch.compiler.disable
-def sliding_window_flex(q, k, v, *, window, query_segments, key_segments, scale):
+def sliding_window_flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
     """Same result as sliding_window_reference."""
     if not q.is_cuda:
         raise ValueError(f'sliding_window_attention: impl="flex" needs CUDA tensors, got {q.device}; use impl="torch"')
