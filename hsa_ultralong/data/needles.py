@@ -79,16 +79,6 @@ class Needle:
     answer: str
     completion: str
 
-    @property
-    def question_text(self) -> str:
-        """The question with its answer, a whole document."""
-        return self.question + self.answer
-
-    @property
-    def completion_text(self) -> str:
-        """The completion with its answer and a full stop, a whole document."""
-        return self.completion + self.answer + "."
-
 
 def make_needle(
     key: str, value: str, *, attribute: str = MAIN_ATTRIBUTE, statement: int = 0, question: int = 0, completion: int = 0

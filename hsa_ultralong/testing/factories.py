@@ -1,7 +1,7 @@
 """Tiny configurations, models and tensors with seeds: what a test needs before it can claim something.
 
 Models come in fp64 with weights of standard deviation 0.2, so that every part moves the output and equalities can be
-asserted to 1e-10. Called by tests/ and benchmarks/ only.
+asserted to 1e-10. Called by tests/ only.
 """
 
 from __future__ import annotations

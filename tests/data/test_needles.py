@@ -25,7 +25,6 @@ def test_statement_question_and_completion_say_the_same_fact():
             assert needle.key in text
         assert needle.question.endswith("?\nAnswer:")
         assert needle.value not in needle.question + needle.completion
-        assert needle.question_text == f"{needle.question} {needle.value}"
 
 
 def test_main_template_reads_as_documented():

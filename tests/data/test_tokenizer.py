@@ -81,8 +81,8 @@ def test_cached_pieces_give_the_tokenizers_own_tokens(tokenizer, shards):
     for needle in needles:
         for text in (
             needle.statement,
-            needle.question_text,
-            needle.completion_text,
+            needle.question + needle.answer,
+            f"{needle.completion}{needle.answer}.",
             "\n" + needle.question,
             needle.answer,
         ):
@@ -91,6 +91,6 @@ def test_cached_pieces_give_the_tokenizers_own_tokens(tokenizer, shards):
 
 def test_prompt_and_answer_tokenise_apart(tokenizer):
     needle = evaluation_needles(3, 1)[0]
-    for prompt, whole in ((needle.question, needle.question_text), (needle.completion, needle.completion_text[:-1])):
+    for prompt in (needle.question, needle.completion):
         parts = [tokenizer.encode(part, add_special_tokens=False) for part in (prompt, needle.answer)]
-        assert parts[0] + parts[1] == tokenizer.encode(whole, add_special_tokens=False)
+        assert parts[0] + parts[1] == tokenizer.encode(prompt + needle.answer, add_special_tokens=False)
