@@ -198,6 +198,27 @@ def test_the_file_map_leads_to_the_parts_that_readers_look_for():
         assert all(what in code for what in held), f"{wanted}: {[what for what in held if what not in code]}"
 
 
+def test_the_layout_of_the_architecture_names_every_file_and_no_other():
+    package = ROOT / "hsa_ultralong"
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("| folder of `hsa_ultralong/` |") :].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `([\w/.]+)` \| (.*) \|$", table, re.M))
+    named = {}
+    for place, what in rows.items():
+        folder = package / place if place.endswith("/") else (package / place).parent
+        assert (package / place).exists(), place
+        files = {path for name in re.findall(r"`([\w*/]+\.py)`", what) for path in folder.glob(name)}
+        wanted = [name for name in re.findall(r"`([\w/]+(?:\.py|/))`", what) if place != "ops/"]
+        assert not [name for name in wanted if not (folder / name).exists()], place
+        named[place] = files | ({package / place} if not place.endswith("/") else set())
+    known = set().union(*named.values())
+    # what every folder or operator has, and folders that have a page or a docstring of their own
+    usual = ("__init__.py", "__main__.py", "api.py", "reference.py")
+    apart = {package / "memory" / "files", package / "eval" / "tasks", package / "recipes"}
+    files = [path for path in package.rglob("*.py") if path.name not in usual and not apart & set(path.parents)]
+    assert not sorted(str(path.relative_to(package)) for path in set(files) - known)
+
+
 def test_the_text_of_the_examples_does_not_hold_the_answers_itself():
     text = (ROOT / "docs" / "paper_facts.md").read_text(encoding="utf-8")
     assert "4821937" not in text and "7301954" not in text
