@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsa_ultralong.train import StageConfig, TrainConfig
+from hsa_ultralong.train import FULL_COVERAGE, StageConfig, TrainConfig
 
 
 def debug() -> TrainConfig:
@@ -39,6 +39,7 @@ def debug_stages() -> TrainConfig:
                 mixture={"text": 0.3, "self_copy": 0.3, "needles": 0.4},
                 warmup_steps=1,
                 sliding_window=8,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="pretrain",
@@ -62,6 +63,7 @@ def debug_stages() -> TrainConfig:
                 warmup_steps=1,
                 micro_batch_rows=1,
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="anneal",
@@ -73,6 +75,7 @@ def debug_stages() -> TrainConfig:
                 warmup_steps=0,
                 schedule="linear",
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="sft",

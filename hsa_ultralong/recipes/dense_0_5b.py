@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsa_ultralong.train import ParallelConfig, StageConfig, TrainConfig
+from hsa_ultralong.train import FULL_COVERAGE, ParallelConfig, StageConfig, TrainConfig
 
 
 def dense_0_5b() -> TrainConfig:
@@ -28,6 +28,7 @@ def dense_0_5b() -> TrainConfig:
                 mixture={"text": 0.99, "needles": 0.01},
                 warmup_steps=500,
                 sliding_window=512,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="pretrain",
@@ -51,6 +52,7 @@ def dense_0_5b() -> TrainConfig:
                 mixture={"text": 0.99, "needles": 0.01},
                 warmup_steps=100,
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="anneal",
@@ -62,6 +64,7 @@ def dense_0_5b() -> TrainConfig:
                 mixture={"text": 0.99, "needles": 0.01},
                 warmup_steps=0,
                 schedule="linear",
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="sft",

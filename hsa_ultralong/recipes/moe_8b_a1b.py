@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsa_ultralong.train import ParallelConfig, StageConfig, TrainConfig
+from hsa_ultralong.train import FULL_COVERAGE, ParallelConfig, StageConfig, TrainConfig
 
 
 def moe_8b_a1b() -> TrainConfig:
@@ -33,6 +33,7 @@ def moe_8b_a1b() -> TrainConfig:
                 mixture={"text": 0.99, "needles": 0.01},
                 warmup_steps=500,
                 sliding_window=512,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="pretrain",
@@ -56,6 +57,7 @@ def moe_8b_a1b() -> TrainConfig:
                 mixture={"text": 0.99, "needles": 0.01},
                 warmup_steps=100,
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="anneal",
@@ -67,6 +69,7 @@ def moe_8b_a1b() -> TrainConfig:
                 mixture={"text": 0.99, "needles": 0.01},
                 warmup_steps=0,
                 schedule="linear",
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="sft",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsa_ultralong.train import StageConfig, TrainConfig
+from hsa_ultralong.train import FULL_COVERAGE, StageConfig, TrainConfig
 
 
 def nano() -> TrainConfig:
@@ -24,6 +24,7 @@ def nano() -> TrainConfig:
                 learning_rate=2e-3,
                 mixture={"text": 0.3, "self_copy": 0.3, "needles": 0.4},
                 warmup_steps=100,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="long",
@@ -37,6 +38,7 @@ def nano() -> TrainConfig:
                 schedule="linear",
                 final_learning_rate=0.3,
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="longer",
@@ -48,6 +50,7 @@ def nano() -> TrainConfig:
                 warmup_steps=5,
                 schedule="linear",
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
         ],
         mfu=0.08,

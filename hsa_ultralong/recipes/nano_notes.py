@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsa_ultralong.train import StageConfig, TrainConfig
+from hsa_ultralong.train import FULL_COVERAGE, StageConfig, TrainConfig
 
 
 def nano_notes() -> TrainConfig:
@@ -28,6 +28,7 @@ def nano_notes() -> TrainConfig:
                 micro_batch_rows=8,
                 pool_memory="compete",
                 schedule="linear",
+                chunk_topk=FULL_COVERAGE,
             ),
         ],
         compile=False,

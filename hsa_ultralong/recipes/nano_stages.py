@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsa_ultralong.train import StageConfig, TrainConfig
+from hsa_ultralong.train import FULL_COVERAGE, StageConfig, TrainConfig
 
 
 def nano_stages() -> TrainConfig:
@@ -28,6 +28,7 @@ def nano_stages() -> TrainConfig:
                 mixture={"text": 0.3, "self_copy": 0.3, "needles": 0.4},
                 warmup_steps=100,
                 sliding_window=128,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="pretrain",
@@ -49,6 +50,7 @@ def nano_stages() -> TrainConfig:
                 mixture={"text": 0.4, "self_copy": 0.2, "needles": 0.4},
                 warmup_steps=20,
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="anneal",
@@ -61,6 +63,7 @@ def nano_stages() -> TrainConfig:
                 warmup_steps=5,
                 schedule="linear",
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="sft",

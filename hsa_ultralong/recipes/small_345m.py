@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsa_ultralong.train import ParallelConfig, StageConfig, TrainConfig
+from hsa_ultralong.train import FULL_COVERAGE, ParallelConfig, StageConfig, TrainConfig
 
 
 def small_345m() -> TrainConfig:
@@ -27,6 +27,7 @@ def small_345m() -> TrainConfig:
                 mixture={"text": 0.85, "self_copy": 0.1, "needles": 0.05},
                 warmup_steps=300,
                 sliding_window=512,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="pretrain",
@@ -49,6 +50,7 @@ def small_345m() -> TrainConfig:
                 mixture={"text": 0.9, "needles": 0.1},
                 warmup_steps=100,
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="anneal",
@@ -61,6 +63,7 @@ def small_345m() -> TrainConfig:
                 warmup_steps=20,
                 schedule="linear",
                 long_documents=True,
+                chunk_topk=FULL_COVERAGE,
             ),
             StageConfig(
                 name="sft",

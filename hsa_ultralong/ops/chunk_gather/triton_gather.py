@@ -1,4 +1,9 @@
-"""gather_chunks as one Triton kernel: a program copies a piece of one chunk from the address where its block lies."""
+"""gather_chunks as one Triton kernel: a program copies a piece of one chunk from the address where its block lies.
+
+Grid (n, ROW / PIECE): a program owns one piece of a row of `out`. Chunks are -1 (zeros) or below the number of chunks
+in all blocks, which the caller promises: nothing is checked here. ChunkBlocks.add sees to blocks that the device can
+read and to their addresses, ROW numbers a chunk in each. Tests: tests/ops/test_chunk_gather.py.
+"""
 
 from __future__ import annotations
 

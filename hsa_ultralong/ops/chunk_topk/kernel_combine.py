@@ -1,5 +1,8 @@
 """Triton kernel that ranks several short lists of scored chunks together, one program a token and retrieval head.
 
+Grid (B * T * Hr,): a program owns the KEPT slots of one row, and programs share nothing. The caller of combine_topk
+promises chunk numbers that are disjoint once `offset` is added; triton_combine.py sees to contiguous lists,
+ENTRIES >= K0 + .. + K3 and KP >= KEPT, both powers of two. Empty slots (-1) may stand anywhere.
 Candidates are the int64 keys of kernel_select.py. Tests: tests/ops/test_combined.py.
 """
 
