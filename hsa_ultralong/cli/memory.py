@@ -32,7 +32,7 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
     from hsa_ultralong.inference.rebuilding import unfinished
     from hsa_ultralong.memory import MemoryFile
     from hsa_ultralong.memory.columns import require_model_columns
-    from hsa_ultralong.memory.half_read import half_read, way_on
+    from hsa_ultralong.memory.half_read import counted, half_read, way_on
 
     with MemoryFile.open(path) as file:
         require_model_columns(file.spec)
@@ -54,7 +54,7 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
                     "tokens": document.num_tokens,
                     "chunks": document.num_chunks,
                     "is_open": document.is_open,
-                    "half_read_of": half.num_tokens if half is not None and half.document == document else None,
+                    "half_read_of": half.whole if half is not None and half.document == document else None,
                     "closed_early_of": document.metadata.get("closed_early"),
                 }
                 for document in file.documents
@@ -73,9 +73,9 @@ def info(path: MemoryPath, as_json: AsJson = False) -> None:
     for row in value["documents"]:
         state = "open" if row["is_open"] else ""
         if row["half_read_of"]:
-            state = f"half-read, of {row['half_read_of']:,} tokens"
-        elif isinstance(row["closed_early_of"], int):
-            state = f"the beginning of {row['closed_early_of']:,} tokens"
+            state = f"half-read, of {counted(row['half_read_of'])} tokens"
+        elif isinstance(row["closed_early_of"], int | str):
+            state = f"the beginning of {counted(row['closed_early_of'])} tokens"
         table.add_row(str(row["id"]), row["name"], f"{row['tokens']:,}", f"{row['chunks']:,}", state)
     console().print(table)
     formats = value["formats"]

@@ -36,7 +36,7 @@ def close(
       hsa memory close lib.hsa --drop
     """
     from hsa_ultralong.memory import MemoryFile, MemoryWriter
-    from hsa_ultralong.memory.half_read import half_read, without_note
+    from hsa_ultralong.memory.half_read import counted, half_read, without_note
 
     with MemoryFile.open_unverified(path) as file:
         document = file.manifest.open_document
@@ -50,9 +50,9 @@ def close(
     else:
         with open_to_write(path, model, device, dtype) as (library, _):
             library.close_document()
-    whole = document.num_tokens if half is None else half.num_tokens
+    whole = document.num_tokens if half is None else half.whole
     value = {"document": document.name, "tokens": document.num_tokens, "of_tokens": whole, "is_dropped": drop}
-    done = "removed" if drop else f"closed with {document.num_tokens:,} of {whole:,} tokens"
+    done = "removed" if drop else f"closed with {document.num_tokens:,} of {counted(whole)} tokens"
     echo_json(value, indent=None) if as_json else echo(f"{document.label} is {done}")
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.inference.reader import as_tokens, check_range, segment_length
+from hsa_ultralong.inference.reading_loop import as_tokens, check_range, piece_length
 from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
@@ -77,7 +77,7 @@ def recompute_chunks(
     size, device = model.config.chunk_size, device_of(model)
     begin, end = first * size, min(stop * size, len(tokens))
     lead = max(0, begin - model.config.lower_reach)
-    reader, step = DocumentReader(model, keep=0), segment_length(model, step)
+    reader, step = DocumentReader(model, keep=0), piece_length(model, step)
     pending, number = None, first
     for start in range(lead, end, step):
         part = reader.read(tokens[start : min(start + step, end)].to(device))

@@ -6,12 +6,10 @@ Everything here is staged in the writer except the commits on the way, which not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from hsa_ultralong.inference.editor import EditPlan, continuation_at_end, recompute_chunks
-from hsa_ultralong.inference.reader import Progress, segment_length
+from hsa_ultralong.inference.reading_loop import Progress, Text, read_document
 from hsa_ultralong.memory.chunk_memory import Continuation
 from hsa_ultralong.memory.columns import to_columns
 from hsa_ultralong.memory.files import MemoryWriter
@@ -19,8 +17,9 @@ from hsa_ultralong.memory.half_read import with_note
 from hsa_ultralong.memory.saving import pack_continuation, stored_continuation
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.form import require_state, require_vocabulary
-from hsa_ultralong.models.reading import DocumentReader, kept_lower_outputs
+from hsa_ultralong.models.reading import DocumentReader
 from hsa_ultralong.models.wrapped import computing_dtype, device_of
+from hsa_ultralong.nn.views import ChunkTensors
 
 
 class FileReader:
@@ -35,15 +34,12 @@ class FileReader:
         """Nothing is staged: the committed state of the open document counts."""
         self._staged = None
 
-    def continuation(self) -> Continuation:
-        """The committed state of the open document.
+    def committed(self) -> tuple[Continuation, torch.Tensor]:
+        """The committed state of the open document, and the tokens of its unfinished chunk.
 
         Raises:
             MemoryFileError: it does not fit the document or the model.
         """
-        return self._committed()[0]
-
-    def _committed(self) -> tuple[Continuation, torch.Tensor]:
         config = self.model.config
         with self.writer.snapshot() as snapshot:
             state, tail = stored_continuation(snapshot, device_of(self.model), computing_dtype(self.model))
@@ -61,7 +57,7 @@ class FileReader:
         document, size = self.writer.document(id), self.model.config.chunk_size
         rest = document.num_tokens - document.num_chunks * size
         if rest:
-            state, tokens = self._staged or self._committed()
+            state, tokens = self._staged or self.committed()
             short = DocumentReader(self.model, keep=0).encode_short(state.lower[:, -rest:], document.num_chunks, 0)
             self.writer.append_chunks(id, to_columns(self.writer.spec, short, tokens), document.num_tokens)
         self.writer.close_document(id)
@@ -69,40 +65,25 @@ class FileReader:
     def read_on(
         self,
         id: int,
-        tokens: torch.Tensor,
-        done: int,
+        text: Text,
+        tail: torch.Tensor,
         state: Continuation | None,
         *,
         segment_tokens: int | None,
         commit_tokens: int | None,
         report: Progress,
     ) -> None:
-        """Read tokens done.. of a document (n,), with a commit about every `commit_tokens` (None: none).
+        """Read on in a document, with a commit about every `commit_tokens` (None: none).
 
         Args:
-            state: where reading stands after `done` tokens; None at the beginning.
+            text: what is to be read. tail: tokens of the document's unfinished chunk.
+            state: where reading stands; None at the beginning.
         """
-        writer, size = self.writer, self.model.config.chunk_size
-        reader = DocumentReader(self.model, keep=kept_lower_outputs(self.model))
-        if state is not None:
-            reader.resume(state)
-        committed = done
-        for start, stop in self._segments(done, len(tokens), segment_tokens):
-            part, first = tokens[start:stop], writer.document(id).num_chunks
-            chunks = reader.complete_chunks(part.to(device_of(self.model)), start, first, 0)
-            if chunks is not None:
-                own = tokens[first * size : (first + chunks.landmarks.shape[1]) * size]
-                writer.append_chunks(id, to_columns(writer.spec, chunks, own), stop)
-            else:
-                writer.splice_chunks(id, first, first, None, stop)
-            is_last = stop == len(tokens)
-            is_commit = not is_last and commit_tokens is not None and stop - committed >= commit_tokens
-            if is_last or is_commit:
-                self.stage(reader.continuation(), tokens[writer.document(id).num_chunks * size : stop])
-            if is_commit:
-                writer.commit(with_note(writer.build_state, writer.document(id).name, len(tokens)))
-                committed = stop
-            report(stop, None)
+        sink = _FileSink(self, id, text.num_tokens, tail, commit_tokens)
+        label = self.writer.document(id).label
+        read_document(
+            self.model, text, sink, state=state, number=0, label=label, piece_tokens=segment_tokens, report=report
+        )
 
     def rewrite(self, id: int, tokens: torch.Tensor, plan: EditPlan, report: Progress) -> None:
         """Give a document these tokens (n,) by reading the chunks of the plan again."""
@@ -118,6 +99,37 @@ class FileReader:
         if writer.document(id).is_open:
             self.stage(continuation_at_end(self.model, tokens), tokens[writer.document(id).num_chunks * size :])
 
-    def _segments(self, done: int, total: int, segment_tokens: int | None) -> Iterator[tuple[int, int]]:
-        step = segment_length(self.model, segment_tokens)
-        return ((start, min(start + step, total)) for start in range(done, total, step))
+
+class _FileSink:
+    """A document of a file: chunks are staged, and committed now and then with the state to go on from."""
+
+    def __init__(
+        self, files: FileReader, id: int, total: int | None, tail: torch.Tensor, commit_tokens: int | None
+    ) -> None:
+        self.files, self.writer, self.id, self.total = files, files.writer, id, total
+        self.tail, self.commit_tokens, self.committed = tail, commit_tokens, self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.writer.document(self.id).num_tokens
+
+    @property
+    def num_chunks(self) -> int:
+        return self.writer.document(self.id).num_chunks
+
+    def take(self, tokens: torch.Tensor, chunks: ChunkTensors | None, reader: DocumentReader, *, is_last: bool) -> None:
+        writer, stop = self.writer, self.num_tokens + len(tokens)
+        unfinished = torch.cat((self.tail, tokens))
+        if chunks is not None:
+            own = chunks.landmarks.shape[1] * reader.size
+            writer.append_chunks(self.id, to_columns(writer.spec, chunks, unfinished[:own]), stop)
+            unfinished = unfinished[own:]
+        else:
+            writer.splice_chunks(self.id, self.num_chunks, self.num_chunks, None, stop)
+        self.tail = unfinished
+        is_commit = not is_last and self.commit_tokens is not None and stop - self.committed >= self.commit_tokens
+        if is_last or is_commit:
+            self.files.stage(reader.continuation(), unfinished)
+        if is_commit:
+            writer.commit(with_note(writer.build_state, writer.document(self.id).name, self.total))
+            self.committed = stop

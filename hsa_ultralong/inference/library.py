@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from hsa_ultralong.inference.editor import EditPlan, continuation_at_end, difference, plan_edit
 from hsa_ultralong.inference.file_reader import FileReader
-from hsa_ultralong.inference.reader import Progress, as_tokens, check_range, show_progress
+from hsa_ultralong.inference.reading_loop import Progress, Text, as_text, as_tokens, check_range, show_progress
 from hsa_ultralong.memory.files import MemoryDocument, MemoryFile, MemoryWriter
 from hsa_ultralong.memory.half_read import HalfRead, half_read, way_on, without_note
 from hsa_ultralong.models import HSAForCausalLM
@@ -28,6 +29,7 @@ from hsa_ultralong.models.wrapped import unwrapped
 
 # tokens read between two commits of a document
 COMMIT_TOKENS = 2**20
+_NOTHING = torch.empty(0, dtype=torch.int32)
 
 
 class Library:
@@ -146,7 +148,8 @@ class Library:
         If an earlier call with the same name, metadata and tokens was killed, reading goes on where it last committed.
 
         Args:
-            tokens: all token ids. close: False leaves the document open for `extend`.
+            tokens: all token ids, or an iterator of pieces of them, read as they come.
+            close: False leaves the document open for `extend`.
             commit: False leaves a whole document staged for a later commit (`commit`, or that of any other change): for
                 many small documents. A change that fails drops them.
             commit_tokens: commit about that often while reading.
@@ -158,22 +161,41 @@ class Library:
         """
         if not (close or commit):
             raise ValueError("commit=False is for whole documents; commit a document that stays open")
-        tokens = as_tokens(tokens)
-        check_range(tokens, self.model.config.vocab_size)
-        if len(tokens) == 0:
+        text = as_text(tokens, self.model.config.vocab_size)
+        return self.add_text(
+            text, name=name, metadata=metadata, close=close, commit=commit, segment_tokens=segment_tokens,
+            commit_tokens=commit_tokens, progress=progress,
+        )  # fmt: skip
+
+    def add_text(
+        self,
+        text: Text,
+        *,
+        name: str,
+        close: bool,
+        metadata: Mapping[str, Any] | None = None,
+        commit: bool = True,
+        segment_tokens: int | None = None,
+        commit_tokens: int = COMMIT_TOKENS,
+        progress: bool | Progress = False,
+    ) -> int:
+        """See `add`."""
+        if text.num_tokens == 0:
             raise ValueError(f"document {name!r} is empty: nothing to memorise")
-        started = self._started(tokens, name, metadata)
+        text, started = self._started(text, name, metadata)
         if started is None:
             self._require_whole()
-        with self._change(commit), show_progress(progress, len(tokens)) as report:
+        with self._change(commit), show_progress(progress, text.num_tokens) as report:
             if started is None:
                 self._close_open()
-                id, done, state = self.writer.begin_document(name, metadata), 0, None
+                id, state, tail = self.writer.begin_document(name, metadata), None, _NOTHING
             else:
-                id, done, state = started.id, started.num_tokens, self._reader.continuation()
+                id, (state, tail) = started.id, self._reader.committed()
             self._reader.read_on(
-                id, tokens, done, state, segment_tokens=segment_tokens, commit_tokens=commit_tokens, report=report
+                id, text, tail, state, segment_tokens=segment_tokens, commit_tokens=commit_tokens, report=report
             )
+            if self.writer.document(id).num_tokens == 0:
+                raise ValueError(f"document {name!r} is empty: nothing to memorise")
             if close:
                 self._reader.close(id)
         return id
@@ -198,35 +220,37 @@ class Library:
         if len(new) == 0:
             raise ValueError(f"{last.label} cannot be extended by nothing: no tokens were given")
         check_range(new, self.model.config.vocab_size)
-        whole = torch.cat((self.tokens(last.id), new))
-        done, size = last.num_tokens, self.model.config.chunk_size
+        old, size = self.tokens(last.id), self.model.config.chunk_size
+        full = len(old) // size
         with self._change():
             if metadata is not None:
                 self.writer.describe_document(last.id, metadata)
             if last.is_open:
-                state = self._reader.continuation()
+                state, tail = self._reader.committed()
             else:
-                state = continuation_at_end(self.model, whole[:done])
+                state, tail = continuation_at_end(self.model, old), old[full * size :]
                 self.writer.reopen_document(last.id)
                 # a short chunk is full now, or waits for more tokens
-                self.writer.splice_chunks(last.id, done // size, last.num_chunks, None, done)
+                self.writer.splice_chunks(last.id, full, last.num_chunks, None, len(old))
             # no commit on the way: a kill leaves the text as it was
             self._reader.read_on(
-                last.id, whole, done, state, segment_tokens=segment_tokens, commit_tokens=None, report=lambda *_: None
-            )
+                last.id, Text(iter([new]), len(old) + len(new)), tail, state,
+                segment_tokens=segment_tokens, commit_tokens=None, report=lambda *_: None,
+            )  # fmt: skip
             if close:
                 self._reader.close(last.id)
 
     def close_document(self) -> None:
         """Close the open document, if any: its last m < S tokens become a short chunk.
 
-        A half-read one keeps what was read, and its metadata says so: `closed_early`, the tokens of its whole text.
+        A half-read one keeps what was read, and its metadata says so: `closed_early`, the tokens of its whole text
+        ("unknown" of a stream).
         """
         half = self.half_read
         if self.writer.open_document is not None:
             with self._change():
                 if half is not None:
-                    early = {**half.document.metadata, "closed_early": half.num_tokens}
+                    early = {**half.document.metadata, "closed_early": half.whole}
                     self.writer.describe_document(half.document.id, early)
                 self._close_open()
 
@@ -374,13 +398,17 @@ class Library:
         self.commit()
         return self.writer.compact(progress)
 
-    def _started(self, tokens: torch.Tensor, name: str, metadata: Mapping[str, Any] | None) -> MemoryDocument | None:
-        """The open document that a killed `add` of these tokens left, or None."""
+    def _started(self, text: Text, name: str, metadata: Mapping[str, Any] | None) -> tuple[Text, MemoryDocument | None]:
+        """What is to be read of a text, and the open document that a killed `add` of its beginning left, or None."""
         document = self.writer.open_document
         if document is None or document.name != name or document.metadata != dict(metadata or {}):
-            return None
-        if document.num_tokens > len(tokens):
-            return None
-        is_same = torch.equal(self.tokens(document.id), tokens[: document.num_tokens])
+            return text, None
+        known, count, pieces = self.tokens(document.id), 0, []
+        while count < len(known) and (piece := next(text.pieces, None)) is not None:
+            pieces.append(piece)
+            count += len(piece)
+        begin = torch.cat([_NOTHING, *pieces])
         assert self._snapshot is not None
-        return document if is_same and self._snapshot.continuation() is not None else None
+        if torch.equal(begin[: len(known)], known) and self._snapshot.continuation() is not None:
+            return Text(chain([begin[len(known) :]], text.pieces), text.num_tokens), document
+        return Text(chain([begin], text.pieces), text.num_tokens), None

@@ -1,68 +1,53 @@
-"""Exact reading of any length in segments: the lower decoder and the encoder only (fact 5 of docs/architecture.md).
+"""Reading documents into a memory: in memory of its own, on tiers, or in a file.
 
-Memory is O(segment) beside the chunk memory itself; time is linear. The upper decoder runs on the last U + m tokens
-alone (models/reading.py), from kept lower outputs. Used by HSAForCausalLM.memorize; tests/inference/test_reader.py.
+Activation memory is O(piece) beside the chunk memory itself; time is linear. The upper decoder runs on the last U + m
+tokens alone (models/reading.py), from kept lower outputs. Used by HSAForCausalLM.memorize;
+tests/inference/test_reader.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from hsa_ultralong.inference.library import Library
+from hsa_ultralong.inference.reading_loop import (
+    Progress,
+    Text,
+    as_text,
+    as_tokens,
+    piece_length,
+    read_document,
+    show_progress,
+)
 from hsa_ultralong.inference.tiers import tiered_memory
 from hsa_ultralong.memory.chunk_memory import ChunkMemory, Document
+from hsa_ultralong.memory.saving import open_memory
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import memory_fingerprint, require_same_model
-from hsa_ultralong.models.reading import DocumentReader, kept_lower_outputs
+from hsa_ultralong.models.reading import DocumentReader
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
-
-_SEGMENT_TOKENS = {"cpu": 2048, "cuda": 65_536}
-# compiled reading: the segments' length, and the tokens from which it wins back the 10 to 20 seconds of compiling
-_COMPILED_SEGMENT, _COMPILED_FROM = 2**17, 2**26
-_TOKEN_TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
-Progress = Callable[[int, int | None], None]
+from hsa_ultralong.nn.views import ChunkTensors
 
 
-def as_tokens(tokens: Any) -> torch.Tensor:
-    """(n,) int32 on the host.
-
-    Raises:
-        ValueError: if it is no one-dimensional sequence of token ids.
-    """
-    result: Any = tokens if isinstance(tokens, torch.Tensor) else np.asarray(tokens)
-    if isinstance(result, np.ndarray) and (result.dtype.kind in "iu" or result.size == 0):
-        result = torch.from_numpy(result.astype(np.int64))
-    if result.ndim == 2 and result.shape[0] == 1:
-        result = result[0]
-    if result.ndim != 1 or result.dtype not in _TOKEN_TYPES:
-        raise ValueError(
-            f"a document must be a 1-D sequence of token ids, got shape {tuple(result.shape)} {result.dtype}"
-        )
-    # what does not fit into 32 bits must not wrap around to a valid id
-    return result.to(device="cpu", dtype=torch.int64).clamp(-1, 2**31 - 1).to(torch.int32)
-
-
-def _as_documents(tokens: Any) -> list[Iterable[torch.Tensor]]:
-    """Documents, each as an iterable of pieces (n,) int32."""
-    if isinstance(tokens, (torch.Tensor, np.ndarray)):
-        return [[as_tokens(tokens)]]
-    if isinstance(tokens, Sequence):
+def _as_documents(tokens: Any, vocab_size: int) -> list[Text]:
+    """One document, a list of documents, or a stream of pieces of one; what is here already is checked."""
+    if isinstance(tokens, Sequence) and not isinstance(tokens, str | bytes):
         if len(tokens) == 0:
             raise ValueError("nothing to memorise: no tokens were given")
-        if isinstance(tokens[0], (int, np.integer)):
-            return [[as_tokens(tokens)]]
-        return [[as_tokens(document)] for document in tokens]
-    if isinstance(tokens, Iterable):
-        return [(as_tokens(piece) for piece in tokens)]
-    raise ValueError(
-        f"memorize takes token ids, a list of documents or a stream of pieces, got {type(tokens).__name__}"
-    )
+        if not isinstance(tokens[0], (int, np.integer)):
+            return [as_text(as_tokens(document), vocab_size) for document in tokens]
+    elif not isinstance(tokens, Iterable):
+        raise ValueError(
+            f"memorize takes token ids, a list of documents or a stream of pieces, got {type(tokens).__name__}"
+        )
+    return [as_text(tokens, vocab_size)]
 
 
 def memorize(
@@ -99,59 +84,57 @@ def memorize(
         MemoryFileError: the path of `store` exists already or cannot be written.
     """
     model = unwrapped(model)
-    documents = _as_documents(tokens)
+    documents = _as_documents(tokens, model.config.vocab_size)
     if names is not None and len(names) != len(documents):
         raise ValueError(f"{len(names)} names for {len(documents)} documents")
-    if Path(store).suffix == ".hsa":
-        forms = (key_values, landmarks)
-        return _memorize_to_file(model, documents, names, close, segment_tokens, Path(store), forms, progress)
-    known = [len(part) for document in documents if isinstance(document, list) for part in document]
+    known = [text.num_tokens for text in documents if text.num_tokens is not None]
     total = sum(known) if len(known) == len(documents) else None
-    size = model.config.chunk_size
-    device, dtype = device_of(model), computing_dtype(model)
-    if segment_tokens is None and device.type == "cuda" and total is not None and total >= _COMPILED_FROM:
-        segment_tokens = _COMPILED_SEGMENT
-    chunks = sum(-(-n // size) for n in known)
-    if store == "device" and key_values is None and landmarks is None:
-        memory = model.model.empty_memory(1, dtype, device, chunks, fingerprint=memory_fingerprint(model))
-    else:
-        memory = tiered_memory(
-            model, chunks, store=str(store), key_values=key_values, landmarks=landmarks, device_bytes=device_bytes
-        )
-    with show_progress(progress, total) as report:
-        for number, pieces in enumerate(documents):
-            last = number == len(documents) - 1
-            _read_document(
-                model, memory, pieces, names[number] if names else "", close or not last, segment_tokens, report
-            )
-    return memory
+    piece_tokens = piece_length(model, segment_tokens, total)
+    with ExitStack() as opened:
+        if Path(store).suffix == ".hsa":
+            library = opened.enter_context(_new_library(model, Path(store), key_values, landmarks))
+        else:
+            library = None
+            memory = _empty_memory(model, known, str(store), key_values, landmarks, device_bytes)
+        report, done = opened.enter_context(show_progress(progress, total)), 0
+
+        def advance(count: int, _: int | None) -> None:
+            report(done + count, None)
+
+        for number, text in enumerate(documents):
+            name, is_closed = names[number] if names else "", close or number < len(documents) - 1
+            if library is not None:
+                library.add_text(text, name=name, close=is_closed, segment_tokens=piece_tokens, progress=advance)
+                done += library.documents[-1].num_tokens
+            else:
+                _read_document(model, memory, text, name, is_closed, piece_tokens, advance)
+                done += memory.documents[-1].num_tokens
+    if library is None:
+        return memory
+    return open_memory(Path(store), device=device_of(model), dtype=computing_dtype(model))
 
 
-def _memorize_to_file(
+def _empty_memory(
     model: HSAForCausalLM,
-    documents: list[Iterable[torch.Tensor]],
-    names: Sequence[str] | None,
-    close: bool,
-    segment_tokens: int | None,
-    path: Path,
-    forms: tuple[str | None, str | None],
-    progress: bool | Progress,
+    known: Sequence[int],
+    store: str,
+    key_values: str | None,
+    landmarks: str | None,
+    device_bytes: int | None,
 ) -> ChunkMemory:
-    from hsa_ultralong.inference.library import Library
-    from hsa_ultralong.memory.saving import open_memory
+    """A memory with room for documents of these many tokens."""
+    chunks = sum(-(-n // model.config.chunk_size) for n in known)
+    if store == "device" and key_values is None and landmarks is None:
+        fingerprint = memory_fingerprint(model)
+        return model.model.empty_memory(1, computing_dtype(model), device_of(model), chunks, fingerprint=fingerprint)
+    return tiered_memory(
+        model, chunks, store=store, key_values=key_values, landmarks=landmarks, device_bytes=device_bytes
+    )
 
-    dtype = computing_dtype(model)
-    format = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}.get(dtype, "bf16")
-    with Library.create(model, path, key_values=forms[0] or format, landmarks=forms[1] or format) as library:
-        for number, pieces in enumerate(documents):
-            library.add(
-                torch.cat(list(pieces)),
-                name=names[number] if names else "",
-                close=close or number < len(documents) - 1,
-                segment_tokens=segment_tokens,
-                progress=progress,
-            )
-    return open_memory(path, device=device_of(model), dtype=dtype)
+
+def _new_library(model: HSAForCausalLM, path: Path, key_values: str | None, landmarks: str | None) -> Library:
+    own = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}.get(computing_dtype(model), "bf16")
+    return Library.create(model, path, key_values=key_values or own, landmarks=landmarks or own)
 
 
 def append(
@@ -172,73 +155,73 @@ def append(
     """
     model = unwrapped(model)
     require_same_model(model, memory)
-    pieces = [as_tokens(tokens)]
     # all refusals come before the first change of the memory
-    check_range(pieces[0], model.config.vocab_size)
-    segment_length(model, segment_tokens)
-    if len(pieces[0]) == 0:
+    text = as_text(tokens, model.config.vocab_size)
+    piece_length(model, segment_tokens)
+    if text.num_tokens == 0:
         raise ValueError("nothing to append: no tokens were given")
     if document is None:
         close_document(model, memory)
     elif memory.open_document is None or document != len(memory.documents) - 1:
         raise ValueError(f"document {document} is not open; only the last document of a memory can be open")
-    with show_progress(progress, len(pieces[0])) as report:
-        _read_document(model, memory, pieces, name, close, segment_tokens, report, resume=document is not None)
+    before = 0 if document is None else memory.documents[-1].num_tokens
+    with show_progress(progress, text.num_tokens) as report:
+        _read_document(
+            model, memory, text, name, close, segment_tokens, lambda done, _: report(done - before, None),
+            resume=document is not None,
+        )  # fmt: skip
+
+
+class _MemorySink:
+    """A document of a memory, on the device or on tiers."""
+
+    def __init__(self, memory: ChunkMemory, document: Document) -> None:
+        self.memory, self.document, self.num_tokens = memory, document, document.num_tokens
+        self.parts = [document.tokens]
+
+    @property
+    def num_chunks(self) -> int:
+        return self.document.num_chunks
+
+    def take(self, tokens: torch.Tensor, chunks: ChunkTensors | None, reader: DocumentReader, *, is_last: bool) -> None:
+        if chunks is not None:
+            self.memory.write(self.document.first_chunk + self.document.num_chunks, chunks)
+            self.document.num_chunks += chunks.landmarks.shape[1]
+        self.parts.append(tokens)
+        self.num_tokens += len(tokens)
 
 
 def _read_document(
     model: HSAForCausalLM,
     memory: ChunkMemory,
-    pieces: Iterable[torch.Tensor],
+    text: Text,
     name: str,
     close: bool,
     segment_tokens: int | None,
     report: Progress,
     resume: bool = False,
 ) -> None:
-    device = device_of(model)
-    step = segment_length(model, segment_tokens)
-    is_compiled = device.type == "cuda" and step == _COMPILED_SEGMENT
-    reader = DocumentReader(model, keep=kept_lower_outputs(model), compiled_segment=step if is_compiled else None)
     if resume:
         document = memory.documents[-1]
         assert document.continuation is not None
-        reader.resume(document.continuation)
     else:
         empty = torch.empty(0, dtype=torch.int32)
         document = Document(empty, memory.num_chunks, 0, is_open=True, name=name)
-    segment = len(memory.documents) - (1 if resume else 0)
-    parts, count, done = [document.tokens], document.num_tokens, 0
+    number = len(memory.documents) - (1 if resume else 0)
+    label, sink = repr(name) if name else f"document {number}", _MemorySink(memory, document)
     with evaluating(model), _undone_on_error(memory, document):
-        for piece in pieces:
-            check_range(piece, model.config.vocab_size)
-            for start in range(0, len(piece), step):
-                part = piece[start : start + step]
-                chunks = reader.complete_chunks(part.to(device), count, document.num_chunks, segment)
-                if chunks is not None:
-                    memory.write(document.first_chunk + document.num_chunks, chunks)
-                    document.num_chunks += chunks.landmarks.shape[1]
-                count += len(part)
-                parts.append(part)
-                done += len(part)
-                report(done, None)
-        reader.check.require(repr(name) if name else f"document {segment}")
-    if count == 0:
-        raise ValueError(f"document {name or segment} is empty: nothing to memorise")
-    document.tokens = torch.cat(parts)
+        reader = read_document(
+            model, text, sink, state=document.continuation, number=number, label=label, piece_tokens=segment_tokens,
+            report=report,
+        )  # fmt: skip
+    if sink.num_tokens == 0:
+        raise ValueError(f"document {name or number} is empty: nothing to memorise")
+    document.tokens = torch.cat(sink.parts)
     document.continuation = reader.continuation()
     if not resume:
         memory.documents.append(document)
     if close:
         close_document(model, memory)
-
-
-def segment_length(model: HSAForCausalLM, segment_tokens: int | None) -> int:
-    if segment_tokens is None:
-        return _SEGMENT_TOKENS.get(device_of(model).type, 2048)
-    if segment_tokens < 1:
-        raise ValueError(f"segment_tokens must be >= 1, got {segment_tokens}")
-    return segment_tokens
 
 
 @contextmanager
@@ -250,11 +233,6 @@ def _undone_on_error(memory: ChunkMemory, document: Document) -> Iterator[None]:
     except BaseException:
         memory.num_chunks, document.num_chunks = total, own
         raise
-
-
-def check_range(tokens: torch.Tensor, vocab_size: int) -> None:
-    if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
-        raise ValueError(f"token ids must be 0..{vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}")
 
 
 def close_document(model: HSAForCausalLM, memory: ChunkMemory) -> None:
@@ -274,21 +252,3 @@ def close_document(model: HSAForCausalLM, memory: ChunkMemory) -> None:
         memory.write(document.first_chunk + document.num_chunks, short)
         document.num_chunks += 1
     document.is_open, document.continuation = False, None
-
-
-@contextmanager
-def show_progress(progress: bool | Progress, total: int | None) -> Iterator[Progress]:
-    if callable(progress):
-        yield lambda done, _: progress(done, total)
-        return
-    if not progress:
-        yield lambda done, _: None
-        return
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    with Bar(
-        TextColumn("memorising"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn()
-    ) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done, _: bar.update(task, completed=done)

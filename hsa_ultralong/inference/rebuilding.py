@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.inference.library import Library
-from hsa_ultralong.inference.reader import Progress, as_tokens, check_range, show_progress
+from hsa_ultralong.inference.reading_loop import Progress, as_tokens, check_range, show_progress
 from hsa_ultralong.memory.files import MemoryDocument, MemoryFile, MemoryFileError, MemorySpec, MemoryWriter
 from hsa_ultralong.memory.files.durable import clear_errors, sync_folder
 from hsa_ultralong.memory.files.housekeeping import remove_unfinished

@@ -16,13 +16,23 @@ _NOTE = "reading"
 
 
 class HalfRead(NamedTuple):
-    """A document of which only the beginning was read; `num_tokens` counts its whole text."""
+    """A document of which only the beginning was read; `num_tokens` counts its whole text, None: a stream's."""
 
     document: MemoryDocument
-    num_tokens: int
+    num_tokens: int | None
+
+    @property
+    def whole(self) -> int | str:
+        """Tokens of the whole text, "unknown" of a stream."""
+        return "unknown" if self.num_tokens is None else self.num_tokens
 
     def __str__(self) -> str:
-        return f"{self.document.label} is half-read ({self.document.num_tokens:,} of {self.num_tokens:,} tokens)"
+        return f"{self.document.label} is half-read ({self.document.num_tokens:,} of {counted(self.whole)} tokens)"
+
+
+def counted(tokens: int | str) -> str:
+    """A number of tokens for messages, or that it is unknown."""
+    return tokens if isinstance(tokens, str) else f"{tokens:,}"
 
 
 def half_read(document: MemoryDocument | None, build_state: Mapping[str, Any]) -> HalfRead | None:
@@ -31,10 +41,11 @@ def half_read(document: MemoryDocument | None, build_state: Mapping[str, Any]) -
     if document is None or not document.is_open or not isinstance(note, dict) or note.get("name") != document.name:
         return None
     total = note.get("num_tokens")
-    return HalfRead(document, total) if isinstance(total, int) and total > document.num_tokens else None
+    is_known = isinstance(total, int) and total > document.num_tokens
+    return HalfRead(document, total) if is_known or ("num_tokens" in note and total is None) else None
 
 
-def with_note(build_state: Mapping[str, Any], name: str, num_tokens: int) -> dict[str, Any]:
+def with_note(build_state: Mapping[str, Any], name: str, num_tokens: int | None) -> dict[str, Any]:
     """The build state while a document of so many tokens is being read."""
     return {**build_state, _NOTE: {"name": name, "num_tokens": num_tokens}}
 

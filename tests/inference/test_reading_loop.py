@@ -1,0 +1,140 @@
+"""One loop reads a document into device memory, onto tiers and into a file: the same pieces, compiled, streamed."""
+
+import pytest
+import torch
+
+from hsa_ultralong.inference import Library, append, reading_loop
+from hsa_ultralong.memory import MemoryFile
+from hsa_ultralong.models import pieces, reading
+from hsa_ultralong.testing.factories import tiny_model
+from tests.inference.test_library import EXACT, assert_holds, document
+
+TEXT = document(50)
+SINKS = ("device", "host", "tiered", "file")
+SMALL = {"segment_tokens": 7, "commit_tokens": 14}
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+def place(sink, tmp_path):
+    return tmp_path / "a.hsa" if sink == "file" else sink
+
+
+@pytest.mark.parametrize("sink", SINKS)
+@pytest.mark.parametrize("cut", [50, 9, 1])
+def test_every_sink_reads_the_same_pieces_of_texts_and_streams(model, tmp_path, monkeypatch, sink, cut):
+    read, lengths = reading.DocumentReader.read, []
+
+    def noted(self, tokens):
+        lengths.append(len(tokens))
+        return read(self, tokens)
+
+    monkeypatch.setattr(reading.DocumentReader, "read", noted)
+    memory = model.memorize(iter(TEXT.split(cut)), store=place(sink, tmp_path), segment_tokens=16)
+    assert lengths == [16, 16, 16, 2]
+    whole = model.memorize(TEXT, segment_tokens=16)
+    assert torch.equal(memory.landmarks, whole.landmarks) and torch.equal(memory.documents[0].tokens, TEXT)
+    assert torch.equal(memory.part(0, 12).k, whole.part(0, 12).k)
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_every_sink_reads_compiled_where_that_pays(model, tmp_path, monkeypatch, sink):
+    calls = []
+
+    def traced(function):
+        def run(*arguments):
+            calls.append(function.__name__)
+            return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(reading_loop, "_is_compiled", lambda device, step: step == 16)
+    for module in (pieces, reading):
+        monkeypatch.setattr(module, "compiled", traced)
+    text = document(150)
+    memory = model.memorize(text, store=place(sink, tmp_path), segment_tokens=16)
+    # layers once the windows are full; the last piece is shorter
+    assert calls.count("run_encoder") == 9 and calls.count("run_layer") >= model.config.num_lower_layers
+    torch.testing.assert_close(memory.landmarks, model.memorize(text).landmarks)
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_a_stream_is_read_as_it_comes(model, tmp_path, sink):
+    given, most = [], []
+
+    def stream():
+        for piece in TEXT.split(5):
+            given.append(len(piece))
+            yield piece
+
+    def look(done, total):
+        assert total is None
+        most.append(sum(given) - done)
+
+    model.memorize(stream(), store=place(sink, tmp_path), segment_tokens=8, progress=look)
+    assert len(most) > 5 and max(most) <= 8 + 5
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_progress_goes_on_from_document_to_document(model, tmp_path, sink):
+    seen = []
+    model.memorize(
+        [TEXT, TEXT[:20]], store=place(sink, tmp_path), segment_tokens=25, progress=lambda *counts: seen.append(counts)
+    )
+    assert seen == [(25, 70), (50, 70), (70, 70)]
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_a_bad_document_is_refused_before_the_first_is_read(model, tmp_path, sink):
+    with pytest.raises(ValueError, match="token ids must be 0"):
+        model.memorize([TEXT, [10**6]], store=place(sink, tmp_path), progress=lambda *_: pytest.fail("was read"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_is_appended_and_added_like_a_text(model, tmp_path):
+    memory = model.memorize(TEXT[:10], close=False)
+    append(model, memory, iter(TEXT[10:].split(3)), document=0)
+    assert torch.equal(memory.documents[0].tokens, TEXT)
+    torch.testing.assert_close(memory.landmarks, model.memorize(TEXT).landmarks, rtol=1e-10, atol=1e-11)
+    with Library.create(model, tmp_path / "a.hsa", **EXACT) as library:
+        library.add(iter(TEXT.split(9)), name="book", **SMALL)
+        with pytest.raises(ValueError, match="is empty"):
+            library.add(iter([]), name="nothing")
+    assert_holds(tmp_path / "a.hsa", model, [TEXT])
+
+
+def killed_stream(model, path):
+    def kill(done, _):
+        if done >= 35:
+            raise KeyboardInterrupt
+
+    with Library.create(model, path, **EXACT) as library:
+        with pytest.raises(KeyboardInterrupt):
+            library.add(iter(TEXT.split(9)), name="book", progress=kill, **SMALL)
+        assert str(library.half_read) == "'book' is half-read (28 of unknown tokens)"
+
+
+def test_a_killed_stream_given_again_goes_on_where_it_was(model, tmp_path):
+    path = tmp_path / "a.hsa"
+    killed_stream(model, path)
+    seen = []
+    with Library.open(model, path) as library:
+        with pytest.raises(ValueError, match="is half-read"):
+            library.add(iter(document(50, seed=4).split(9)), name="book", **SMALL)
+        library.add(iter(TEXT.split(11)), name="book", progress=lambda done, _: seen.append(done), **SMALL)
+        assert library.half_read is None
+    assert seen == [35, 42, 49, 50]
+    assert_holds(path, model, [TEXT])
+
+
+def test_a_killed_stream_can_be_closed_and_says_so(model, tmp_path):
+    path = tmp_path / "a.hsa"
+    killed_stream(model, path)
+    with Library.open(model, path) as library:
+        library.close_document()
+        assert library.documents[0].metadata == {"closed_early": "unknown"}
+    with MemoryFile.open(path) as file:
+        assert file.documents[0].num_tokens == 28
