@@ -95,3 +95,30 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
             "memorise long text with --text FILE"
         )
     return tokens
+
+
+def haystack(
+    tokenizer: Any, text: list[Path] | None, text_field: str, encoding: str, shards: Path | None, longest: int
+) -> Any:
+    """(n,) int32 token ids, no more than are wanted."""
+    import torch
+
+    if text and shards:
+        raise ValueError("give --text or --shards, not both")
+    if not text and (text_field, encoding) != ("text", "auto"):
+        raise ValueError("--text-field and --encoding go with --text FILE")
+    if shards is not None:
+        from hsa_ultralong.data import TokenShards
+
+        opened = TokenShards.open(shards, tokenizer)
+        return torch.from_numpy(opened.data[:longest].astype("int32"))
+    if text:
+        from hsa_ultralong.cli.common import read_named
+
+        contents = "\n".join(part for _, part in read_named(text, text_field, encoding))
+    else:
+        from hsa_ultralong.eval.haystack import opticks
+
+        contents = opticks()
+    # no token is shorter than a character
+    return torch.tensor(tokenizer(contents[: 16 * longest])["input_ids"][:longest], dtype=torch.int32)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hsa_ultralong.cli import evaluate_suite
-from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.common import Encoding, TextField, haystack
 from hsa_ultralong.cli.evaluate_suite import WithDefault
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size, parse_sizes
 from hsa_ultralong.cli.plan import format_bytes
@@ -142,33 +142,6 @@ class _Study:
         if self.results:
             number = sum(len(result.samples) for result in self.results)
             echo(f"cut off; the {number:,} sentences asked for so far are in {self.output}", err=True)
-
-
-def haystack(
-    tokenizer: Any, text: list[Path] | None, text_field: str, encoding: str, shards: Path | None, longest: int
-) -> Any:
-    """(n,) int32 token ids, no more than are wanted."""
-    import torch
-
-    if text and shards:
-        raise ValueError("give --text or --shards, not both")
-    if not text and (text_field, encoding) != ("text", "auto"):
-        raise ValueError("--text-field and --encoding go with --text FILE")
-    if shards is not None:
-        from hsa_ultralong.data import TokenShards
-
-        opened = TokenShards.open(shards, tokenizer)
-        return torch.from_numpy(opened.data[:longest].astype("int32"))
-    if text:
-        from hsa_ultralong.cli.common import read_named
-
-        contents = "\n".join(part for _, part in read_named(text, text_field, encoding))
-    else:
-        from hsa_ultralong.eval.haystack import opticks
-
-        contents = opticks()
-    # no token is shorter than a character
-    return torch.tensor(tokenizer(contents[: 16 * longest])["input_ids"][:longest], dtype=torch.int32)
 
 
 class _Bars:

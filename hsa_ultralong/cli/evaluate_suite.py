@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.common import Encoding, TextField, haystack
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size
 from hsa_ultralong.cli.terminal import echo, progress
 
@@ -100,7 +100,6 @@ def suite(
             if not is_ours:
                 raise ValueError(f"--topk is of models of this library, {label} is none")
             model.config.chunk_topk = topk
-        from hsa_ultralong.cli.evaluate import haystack
         from hsa_ultralong.eval.tasks import Material
 
         # the same text whatever the lengths, so that lengths can be added to a run

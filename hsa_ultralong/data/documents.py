@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from hsa_ultralong.data.encodings import AUTO, HEAD_BYTES, choose_encoding, marked_encoding
-from hsa_ultralong.data.inputs import InputFile
+from hsa_ultralong.data.input_file import InputFile
 from hsa_ultralong.data.kinds import DOCX, EPUB, HTML, PDF, as_seekable, needs
 from hsa_ultralong.data.text import cannot_be_read
 

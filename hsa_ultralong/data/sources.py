@@ -15,7 +15,8 @@ from typing import NamedTuple, TypeVar
 from hsa_ultralong.data import kinds
 from hsa_ultralong.data.documents import document_text
 from hsa_ultralong.data.encodings import AUTO
-from hsa_ultralong.data.inputs import Input, InputFile, Spool, inputs_of, source_files
+from hsa_ultralong.data.input_file import InputFile
+from hsa_ultralong.data.inputs import Input, Spool, inputs_of, source_files
 from hsa_ultralong.data.tables import EmptyRecord, OnBad, Record, hub_rows, pass_over, table_rows
 from hsa_ultralong.data.text import raw_documents
 

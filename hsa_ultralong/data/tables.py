@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hsa_ultralong.data import kinds
-from hsa_ultralong.data.inputs import HUB_PREFIX, InputFile
+from hsa_ultralong.data.input_file import HUB_PREFIX, InputFile
 from hsa_ultralong.data.kinds import as_seekable
 from hsa_ultralong.data.text import cannot_be_read, decode, iter_lines, open_text
 

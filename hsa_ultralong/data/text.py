@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from hsa_ultralong.data.encodings import AUTO, choose_encoding, is_utf8_beyond_ascii, transcoded
-from hsa_ultralong.data.inputs import InputFile
+from hsa_ultralong.data.input_file import InputFile
 
 logger = logging.getLogger(__name__)
 

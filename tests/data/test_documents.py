@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from hsa_ultralong.data import Spool, iter_texts, source_files
-from hsa_ultralong.data.inputs import InputFile
+from hsa_ultralong.data.input_file import InputFile
 
 PAGE = """<!DOCTYPE html><html><head><meta charset="{encoding}"><title>The title</title><style>p {{}}</style></head>
 <body><h1>Head</h1><p>First line,

@@ -7,6 +7,7 @@ import torch
 
 from hsa_ultralong.inference import Library, append, close_document, edit, memorize
 from hsa_ultralong.memory import MemoryFile
+from hsa_ultralong.memory.files.verification import verify_file
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 
 SICK = 36  # the one token whose embedding is not finite
@@ -58,4 +59,4 @@ def test_a_file_takes_nothing_of_it(model, tmp_path):
         with pytest.raises(ValueError, match="not finite"):
             library.edit("good", 2, 3, [SICK])
     with MemoryFile.open(tmp_path / "a.hsa") as file:
-        assert [document.name for document in file.documents] == ["good"] and file.verify() == []
+        assert [document.name for document in file.documents] == ["good"] and verify_file(file) == []

@@ -13,6 +13,7 @@ import torch
 
 from hsa_ultralong.memory import Column, MemoryFile, MemoryFileError, MemorySpec, MemoryWriter, verify_memory
 from hsa_ultralong.memory.files.shard import PAGE_BYTES, shard_layout
+from hsa_ultralong.memory.files.verification import verify_file
 from tests.memory.test_files_model import COLUMNS, S, add_document, build, rows, same_bytes, set_mark, state_of
 
 # About 40 KiB a chunk, so that shards have several pages.
@@ -127,7 +128,7 @@ def test_a_flip_after_opening_is_found_by_the_first_fetch_and_by_verify(large, t
         file.fetch("keys_values", torch.tensor([0]))
         with pytest.raises(MemoryFileError, match=r"shards/000001.safetensors, page 2: .* concerned: .*'d2'"):
             file.fetch("keys_values", torch.tensor([first + 24, 0]))
-        assert [(damage.file, damage.page) for damage in file.verify()] == [("shards/000001.safetensors", 2)]
+        assert [(damage.file, damage.page) for damage in verify_file(file)] == [("shards/000001.safetensors", 2)]
 
 
 @pytest.mark.parametrize("name", ["shards/000001.safetensors", "shards/000002.pages.json", "manifest.json"])
@@ -249,4 +250,4 @@ def test_a_superseded_snapshot_is_verified_through_its_own_files(large, tmp_path
         set_mark(writer, 8)
         writer.commit()
     assert not (path / "shards/000001.safetensors").exists()
-    assert file.verify() == []
+    assert verify_file(file) == []

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.memory import Column, MemoryFile, MemorySpec, MemoryWriter
+from hsa_ultralong.memory.files.verification import verify_file
 
 S = 4
 COLUMNS = {
@@ -77,7 +78,7 @@ def model_of(file: MemoryFile) -> Model:
 def state_of(path: Path) -> Model:
     """The model of the memory at `path`, which must be undamaged."""
     with MemoryFile.open(path) as file:
-        assert file.verify() == []
+        assert verify_file(file) == []
         return model_of(file)
 
 

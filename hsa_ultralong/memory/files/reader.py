@@ -7,7 +7,7 @@ verified now, pages of the others when first used. docs/memory-format.md; tests/
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -247,11 +247,10 @@ class MemoryFile:
             )
         return result.to(torch.int32)
 
-    def verify(self, progress: Progress | None = None) -> list[Damage]:
-        """Read and check everything; returns all damaged places, an empty list if there are none."""
-        from hsa_ultralong.memory.files.verification import verify_snapshot
-
-        return verify_snapshot(self.path, self.manifest, self._shards, progress)
+    @property
+    def shards(self) -> Mapping[int, Shard]:
+        """The shards that this snapshot holds open, by number."""
+        return self._shards
 
     def _column(self, name: str) -> Any:
         if name not in self.spec.columns:

@@ -1,7 +1,7 @@
-"""Moving chunks between shards and memories: compaction, folding of small shards, merging, exporting.
+"""Moving chunks between shards and memories: compaction, folding of small shards, merging.
 
-Whole shards are copied as they are where every row is wanted, else row by row. Called by MemoryWriter and the command
-line; tests/memory/test_files_writing.py, test_files_refusals.py, test_files_crash.py.
+Whole shards are copied as they are where every row is wanted, else row by row. Called by MemoryWriter and
+export.py; tests/memory/test_files_writing.py, test_files_refusals.py, test_files_crash.py.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hsa_ultralong.files.folder import read_bytes
 from hsa_ultralong.memory.files.durable import clear_errors, remove_file, write_file
-from hsa_ultralong.memory.files.housekeeping import new_folder
 from hsa_ultralong.memory.files.manifest import Manifest
 from hsa_ultralong.memory.files.reader import MemoryFile, Progress
 from hsa_ultralong.memory.files.shard import PAGE_BYTES, PageSums, Shard, ShardRecord, write_page_table
 from hsa_ultralong.memory.files.spec import Extent, MemoryDocument, MemoryFileError, splice
-from hsa_ultralong.memory.files.staging import SHARD_BYTES
 from hsa_ultralong.memory.files.verification import require_undamaged
-from hsa_ultralong.memory.files.writer import MemoryWriter
+
+if TYPE_CHECKING:
+    from hsa_ultralong.memory.files.writer import MemoryWriter
 
 logger = logging.getLogger(__name__)
 _COPY_BYTES = 2**25
@@ -100,47 +100,6 @@ def merge(writer: MemoryWriter, others: Sequence[MemoryFile], progress: Progress
         writer.staging.drop([record for record in writer.staging.written[num_copied:] if record.number not in used])
         raise
     return [writer.adopt_document(document) for document in documents]
-
-
-def export_memory(
-    file: MemoryFile,
-    path: str | Path,
-    documents: Sequence[int] | None = None,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    progress: Progress | None = None,
-) -> None:
-    """Write documents of a memory as a new one, without dead chunks, after checking every byte of the source.
-
-    The new folder appears complete or not at all.
-
-    Args:
-        path: the new folder.
-        documents: ids in the wanted order; None for all, an open one and the builder's state included.
-
-    Raises:
-        ValueError: an unknown or repeated document.
-        MemoryFileError: the folder exists, the model depends on the order of chunks, an open document that would not
-            be the last, damage, or no space.
-    """
-    selected = file.documents if documents is None else tuple(file.document(id) for id in documents)
-    if len({document.id for document in selected}) != len(selected):
-        raise ValueError("documents must be different, got one twice")
-    if selected != file.documents:
-        file.spec.require_composable("select")
-    for document in selected[:-1]:
-        if document.is_open:
-            raise MemoryFileError(f"{document.label} is open and must be the last of the new memory; close it first")
-    with new_folder(Path(path), "exporting") as partial:
-        require_undamaged(file, "exporting")
-        with MemoryWriter.create(partial, file.spec, shard_bytes=shard_bytes) as writer:
-            for document in copy_documents(writer, file, selected, progress):
-                writer.adopt_document(document)
-            state = file.continuation()
-            if writer.open_document is not None and state is not None:
-                writer.set_continuation(*state)
-            # what was noted about an open document belongs to it
-            writer.commit(build_state=file.build_state if documents is None or writer.open_document else None)
 
 
 def copy_documents(

@@ -1,6 +1,6 @@
 """Checking every byte of a memory, also of one that is too damaged to be opened.
 
-Called by MemoryFile.verify, before merging and exporting, and by the command line; tests/memory/test_files_damage.py.
+Called before merging and exporting, and by the command line; tests/memory/test_files_damage.py.
 """
 
 from __future__ import annotations
@@ -47,15 +47,13 @@ def verify_memory(path: str | Path, progress: Progress | None = None) -> list[Da
     return found + _check_pages(manifest, shards, progress)
 
 
-def verify_snapshot(
-    path: Path, manifest: Manifest, shards: Mapping[int, Shard], progress: Progress | None
-) -> list[Damage]:
+def verify_file(file: MemoryFile, progress: Progress | None = None) -> list[Damage]:
     """`verify_memory` for an open memory; a superseded one is checked through the shards that it holds open."""
     try:
-        is_superseded = read_manifest(path).generation != manifest.generation
+        is_superseded = read_manifest(file.path).generation != file.manifest.generation
     except MemoryFileError:
         is_superseded = False
-    return _check_pages(manifest, shards, progress) if is_superseded else verify_memory(path, progress)
+    return _check_pages(file.manifest, file.shards, progress) if is_superseded else verify_memory(file.path, progress)
 
 
 def require_undamaged(file: MemoryFile, doing: str) -> None:
@@ -64,7 +62,7 @@ def require_undamaged(file: MemoryFile, doing: str) -> None:
     Raises:
         MemoryFileError: names the first damage and counts the others.
     """
-    damages = file.verify()
+    damages = verify_file(file)
     if damages:
         more = f" (and {len(damages) - 1} more damaged places)" if len(damages) > 1 else ""
         raise MemoryFileError(f"{doing} refused, {file.path}/{damages[0]}{more}; restore the memory from a copy first")

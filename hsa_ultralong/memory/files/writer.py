@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.files.fields import require
+from hsa_ultralong.memory.files import transfer
 from hsa_ultralong.memory.files.continuation import encode_continuation, write_continuation
 from hsa_ultralong.memory.files.durable import WriterLock, clear_errors, make_folder, remove_file, sync_folder
 from hsa_ultralong.memory.files.finite import require_finite_columns, require_finite_state
@@ -314,11 +315,9 @@ class MemoryWriter:
             MemoryFileError: nothing could be written, or another writer was here since the lock was removed; memory and
                 staged changes are as before, so commit again or discard.
         """
-        from hsa_ultralong.memory.files.transfer import fold_small_shards
-
         before = self.generation
         if self.publish(build_state) != before:
-            fold_small_shards(self)
+            transfer.fold_small_shards(self)
         return self.generation
 
     def publish(self, build_state: Mapping[str, Any] | None = None) -> int:
@@ -379,9 +378,7 @@ class MemoryWriter:
         Raises:
             MemoryFileError: damaged chunks that are still in use, or no space; the memory holds what it held.
         """
-        from hsa_ultralong.memory.files.transfer import compact
-
-        return compact(self, progress)
+        return transfer.compact(self, progress)
 
     def merge(self, others: Sequence[MemoryFile], progress: Progress | None = None) -> list[int]:
         """Add all documents of other memories at the end, after checking every byte of them; returns the new ids.
@@ -392,9 +389,7 @@ class MemoryWriter:
             MemoryFileError: another model, tokenizer or form, an order-dependent model, an open document (here or
                 there), damage, or no space; nothing is added then.
         """
-        from hsa_ultralong.memory.files.transfer import merge
-
-        return merge(self, others, progress)
+        return transfer.merge(self, others, progress)
 
     def adopt_document(self, document: MemoryDocument) -> int:
         """Add a record whose chunks are staged already, under a new id, at the end (for merging and exporting)."""
