@@ -4,6 +4,10 @@ Candidates are the int64 keys of kernel_select.py. The landmarks stream past onc
 scan keeps every candidate, the best one of every program's share, and in each share the best one of every lane (chunks
 that are equal modulo TILE). Then one program a query goes down: the K best shares, in them the K best lanes, in them
 the K best candidates. Derivation: README.md of this folder.
+
+Grids: scan_kernel (shares of SHARE chunks, rows of the landmarks * Hr, queries / BQ), a program owns the candidates
+of its share and queries; finish_kernel (queries,), one row of slots. Needed, and seen to by triton_topk.py: SHARE a
+multiple of TILE, padded_chunks = shares * SHARE, and that the second launch follows the first on one stream.
 """
 
 from __future__ import annotations

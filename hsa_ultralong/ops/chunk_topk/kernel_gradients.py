@@ -4,6 +4,9 @@ A slope goes as the sum of two bf16 numbers, so that matrix units lose nothing t
 of a softmax sum to zero, and a vector common to all landmarks must cancel. One launch writes a block of rows,
 (t, 2, C); blocks keep it bounded. No atomic additions. What is not finite was never kept, but zero times it is not
 zero: landmarks are copied without it, and sums over queries that it spoiled are formed again. Derivation: README.md.
+
+Grids: spread_kernel (tokens of a block, B * Hr), a program owns one row of `dense`; total_kernel (C / BC, R / BR, B *
+Hr), one tile of the sum. A token keeps a chunk once (chunk_topk promises it): the stores of a row do not add.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ The alternative to kernel_select.select_kernel where KP is at most 32. A tile of
 of scores inside one warp (wgmma), so sorting needs no shared memory; the landmarks to walk are bounded once per tile;
 and few new candidates are inserted one by one, which is what most blocks of a long memory bring.
 Tests: tests/ops/test_chunk_topk_triton.py.
+
+Grid (tiles of BT tokens, Hr, B), as select_kernel, with the same owner and needs; KP is from 2 to 32, which
+triton_topk.py sees to.
 """
 
 from __future__ import annotations

@@ -3,6 +3,11 @@
 A candidate is one int64: the fp32 ranking, mapped so that integers sort like it, above the complement of the chunk
 index; so larger is better and ties go to the lower index. What is invisible or not finite lies below _REAL.
 Derivation: README.md of this folder.
+
+Grids: select_kernel and cover_kernel (tiles of BT tokens, Hr, B), a program owns the K slots of its tokens in one head;
+kept_scores_kernel (B * T * Hr,), one row. Programs share nothing they write. Needed, and seen to by triton_topk.py:
+contiguous operands, int32 segments and ends, KP >= K and BC >= KP powers of two, R in slabs of RS. The caller of
+chunk_topk owes nothing: any landmarks, any visibility. Slots leave by descending chunk, empty ones (-1) last.
 """
 
 from __future__ import annotations

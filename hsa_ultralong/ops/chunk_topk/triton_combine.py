@@ -1,4 +1,7 @@
-"""combine_topk as one Triton launch, one program a token and retrieval head; tests/ops/test_combined.py."""
+"""combine_topk as one Triton launch, one program a token and retrieval head; tests/ops/test_combined.py.
+
+What the kernel needs and who sees to it: kernel_combine.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """chunk_topk as Triton kernels: a streaming top-k, full coverage, and a scan for decoding; nothing of size T * C.
 
 Tested against reference.py under the interpreter and on a GPU; derivation: README.md of this folder.
+
+Grids, owners and promises stand in the kernels' files; the sizes that they need are checked and chosen here.
 """
 
 from __future__ import annotations

@@ -3,6 +3,11 @@
 A unit is a part of a chunk's list; its sums go to a workspace in fp32 and are added in order by a second kernel, so
 results repeat bit for bit. For full coverage the tokens follow from the position of the chunk and no list exists.
 Derivation: README.md of this folder.
+
+Grids: listed_memory_gradient_kernel (units, Hkv / Hr) and covered_memory_gradient_kernel (C * splits, Hkv, B), a
+program owns one place of the workspace; listed_sum_kernel (lists, Hkv / Hr) and covered_sum_kernel (C, Hkv, rows of
+the memory), one chunk of dk and dv. The sums follow on the same stream. Needed: units that cover every list in order
+(kernel_lists.inverse_lists), the sizes of kernel_tiles.py, and for CAUSAL its promise.
 """
 
 from __future__ import annotations

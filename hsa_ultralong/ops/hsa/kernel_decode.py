@@ -1,4 +1,9 @@
-"""Triton kernel for few query tokens: one program per token, memory head and share of the slots; their sums add up."""
+"""Triton kernel for few query tokens: one program per token, memory head and share of the slots; their sums add up.
+
+Grid (B * T, Hkv, splits): a program owns the G rows of one share of `partial`, which the caller adds up. Slots
+outside 0 <= index - first_chunk < C are empty, whatever their weight. Needed: per_program * splits >= K and GP >= G,
+at least 16 (triton_attention.py).
+"""
 
 from __future__ import annotations
 

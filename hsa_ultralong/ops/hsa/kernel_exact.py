@@ -4,6 +4,8 @@ A tile multiplies rows by chunks that they did not choose, with weight 0, and 0 
 their sums, which costs a few instructions, and only a program that finds something comes here. It is slow, and made of
 plain sums, so that it needs no more registers than the usual pass: these decide how many programs run at once.
 Tests: tests/ops/test_hsa_nonfinite.py.
+
+Functions of one program, no grid of their own; they write only what their caller owns.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """hsa_attention as Triton kernels: tiles of neighbouring tokens that share chunks, inverse lists for the memory's
 gradients, a path for full coverage and one for decoding. Derivation: README.md; how each choice was measured:
 docs/kernels.md. Tested against reference.py under the interpreter and on a GPU.
+
+Grids, owners and promises stand in the kernels' files; the sizes that they need are checked and chosen here.
 """
 
 from __future__ import annotations
