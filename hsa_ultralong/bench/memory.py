@@ -251,6 +251,8 @@ class Recorder:
 class _Observed:
     """A lookup whose searches are seen."""
 
+    is_capturable = False
+
     def __init__(self, search: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.search = search
 

@@ -24,7 +24,7 @@ from hsa_ultralong.models.weights import is_plain, refuse_hooks, state_key, weig
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindows
-from hsa_ultralong.nn.views import ChunkTensors, GatheringStore, MemoryView
+from hsa_ultralong.nn.views import ChunkTensors, GraphView, MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
 
@@ -162,27 +162,18 @@ class DecodingEngine:
             segment = readers.to(self.device)  # (B, 1)
             everyone = torch.full_like(memory.segments, READABLE_BY_ALL)
             visible = ChunkVisibility(segment, torch.zeros_like(segment), everyone, torch.zeros_like(everyone))
-            views.append(
-                MemoryView(memory.tensors, visible, store=memory.store, ranks=memory.ranks, lookup=memory.lookup)
-            )
+            views.append(memory.view(visible, is_for_all=True))
         return views
 
     def _own_view(self) -> MemoryView:
         segment = torch.zeros((self.batch, 1), dtype=torch.int32, device=self.device)
         self.positions = torch.zeros_like(segment)
-        return MemoryView(self.own, ChunkVisibility(segment, self.positions, self.own.segments, self.own.ends))
+        return GraphView(self.own, ChunkVisibility(segment, self.positions, self.own.segments, self.own.ends))
 
     def _can_capture(self) -> bool:
         if self.device.type != "cuda" or self.config.num_experts or not is_plain(self.model):
             return False
-        from hsa_ultralong.memory.tiers import QuantizedLandmarks
-
-        return all(
-            (view.ranks is None or view.ranks.is_capturable)
-            and (view.store is None or isinstance(view.store, GatheringStore))
-            and (view.lookup is None or isinstance(view.lookup, QuantizedLandmarks))
-            for view in self.views
-        )
+        return all(view.is_capturable() for view in self.views)
 
     # one step ---------------------------------------------------------------------------------------------------------
 

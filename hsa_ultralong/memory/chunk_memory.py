@@ -14,7 +14,18 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.nn.views import ChunkTensors, KeyValueStore, LandmarkKeeper, LandmarkLookup, MemoryRanks
+from hsa_ultralong.nn.views import (
+    ChunkTensors,
+    GraphView,
+    KeyValueStore,
+    LandmarkKeeper,
+    LandmarkLookup,
+    MemoryRanks,
+    MemoryView,
+    RanksView,
+    StoredView,
+)
+from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
 
@@ -132,6 +143,15 @@ class ChunkMemory:
     def num_chunks_of_all(self) -> int:
         """Chunks of all ranks, those of this process where there is no other."""
         return self.num_chunks if self.ranks is None else self.ranks.num_chunks
+
+    def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
+        """What layers read of this memory; is_for_all: every token that is not padding sees every chunk."""
+        # a sketch knows no other visibility; who keeps the landmarks must be asked
+        lookup = self.lookup if is_for_all or isinstance(self.lookup, LandmarkKeeper) else None
+        own: GraphView | StoredView = GraphView(self.tensors, visible)
+        if self.store is not None or lookup is not None:
+            own = StoredView(self.tensors, visible, self.store, lookup)
+        return own if self.ranks is None else RanksView(own, self.ranks)
 
     def held_by(self, ranks: MemoryRanks, num_chunks: int) -> ChunkMemory:
         """The part of one rank: `num_chunks` chunks from ranks.first on, as views.

@@ -76,6 +76,9 @@ class LandmarkIndex:
             index._update(0, num_chunks)
         return index
 
+    # which candidates are read is known on the host only
+    is_capturable = False
+
     @property
     def landmarks(self) -> torch.Tensor:
         """(C, Hr, R), the landmarks in use."""

@@ -155,6 +155,7 @@ class QuantizedLandmarks:
         return chunk_topk_quantized(query, self.payload[:, part], self.scales[:, part], visible, topk=topk, scale=scale)
 
     format = "int8"
+    is_capturable = True
 
     def landmarks(self, first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Landmarks (1, n, Hr, R) of chunks first..stop."""

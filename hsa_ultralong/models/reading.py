@@ -109,7 +109,7 @@ def document_view(memory: ChunkMemory, document: int, positions: torch.Tensor) -
     segments = torch.full_like(positions, document)
     tensors = memory.tensors
     visible = ChunkVisibility(segments, positions, tensors.segments, tensors.ends, "past")
-    return MemoryView(tensors, visible, store=memory.store, ranks=memory.ranks)
+    return memory.view(visible, is_for_all=False)
 
 
 def replay_upper(model: HSAForCausalLM, memory: ChunkMemory, cache: HSACache | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models.layout import Layout, source_numbers
 from hsa_ultralong.models.ranks import ALONE, ContextRanks, PoolRanks
-from hsa_ultralong.nn.views import ChunkTensors, MemoryView
+from hsa_ultralong.nn.views import ChunkTensors, CompetingView, GraphView, MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
 
@@ -17,10 +17,9 @@ _NEVER = 2**31 - 1
 
 def library_view(library: ChunkMemory, segments: torch.Tensor, positions: torch.Tensor) -> MemoryView:
     """A loaded memory that every real token may read; segments and positions (B, T) of the queries."""
-    tensors = library.tensors
-    everyone = torch.full_like(tensors.segments, READABLE_BY_ALL)
+    everyone = torch.full_like(library.segments, READABLE_BY_ALL)
     visible = ChunkVisibility(segments, positions, everyone, torch.zeros_like(everyone))
-    return MemoryView(tensors, visible, store=library.store, ranks=library.ranks, lookup=library.lookup)
+    return library.view(visible, is_for_all=True)
 
 
 def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: ContextRanks = ALONE) -> MemoryView:
@@ -31,7 +30,7 @@ def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: Con
         slots = own.k.shape[1] // context.size * (context.rank + 1)
         own = ChunkTensors(own.k[:, :slots], own.v[:, :slots], *(part[:, :past] for part in own[2:]))
     visible = ChunkVisibility(layout.groups, layout.positions, own.segments, own.ends)
-    return MemoryView(own, visible, is_causal=is_causal and context.rank == 0)
+    return GraphView(own, visible, is_causal=is_causal and context.rank == 0)
 
 
 def pooled_view(
@@ -70,4 +69,5 @@ def pooled_view(
     never = torch.full_like(owner, _NEVER)
     readers = torch.where(is_reader, sources, -1)  # (B, T)
     visible = ChunkVisibility(readers, torch.zeros_like(readers), owner, never, foreign="past")
-    return MemoryView(ChunkTensors(k, v, landmarks, lengths, owner, never), visible, is_read=is_read)
+    chunks = ChunkTensors(k, v, landmarks, lengths, owner, never)
+    return GraphView(chunks, visible) if is_read else CompetingView(chunks, visible)

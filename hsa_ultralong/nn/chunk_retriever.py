@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hsa_ultralong.nn.chunk_encoder import rms_normalize
+from hsa_ultralong.nn.fusion import fuse
 from hsa_ultralong.nn.views import MemoryView
-from hsa_ultralong.ops import ScoredChunks, chunk_topk, combine_topk
+from hsa_ultralong.ops import ScoredChunks, combine_topk
 from hsa_ultralong.ops._common import accumulation_dtype
-from hsa_ultralong.ops.chunk_topk.lists import softmax_fusion
 from hsa_ultralong.ops.chunk_topk.noise import gumbel_noise
 
 
@@ -38,13 +37,6 @@ class Retrieval(NamedTuple):
         """What tokens x (B, T, M) retrieve where no chunk exists: K is 0."""
         weights = x.new_zeros((*x.shape[:2], heads, 0), dtype=accumulation_dtype(x.dtype))
         return Retrieval(weights.to(torch.int32), weights, weights, ())
-
-
-def stick_breaking_fusion(scores: torch.Tensor) -> torch.Tensor:
-    """w_k = sigmoid(s_k) * prod over more recent j < k of (1 - sigmoid(s_j)); the sum is at most 1."""
-    empty = scores == -torch.inf
-    softplus = F.softplus(scores.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
-    return (scores.masked_fill(empty, 0.0) - softplus.cumsum(-1)).exp().masked_fill(empty, 0.0)
 
 
 class ChunkRetriever(nn.Module):
@@ -118,33 +110,22 @@ class ChunkRetriever(nn.Module):
         rankings, offsets, offset = [], [], 0
         for number, view in enumerate(views):
             seed = None if noise_seed is None else noise_seed + number
-            if view.lookup is not None and seed is None:
-                indices, scores = view.lookup.search(query, topk, visible=view.visible, scale=factor)
-            else:
-                indices, scores = chunk_topk(
-                    query, view.memory.landmarks.to(query.dtype), view.visible, topk=topk, scale=factor,
-                    noise_seed=seed, noise_start=noise_start,
-                )  # fmt: skip
-            if view.ranks is not None and noise_seed is not None:
-                raise ValueError("a memory shared out over processes is for reading: train without noise")
-            parts = [(indices, scores, 0)] if view.ranks is None else view.ranks.lists(indices, scores, topk)
-            found += [ScoredChunks(chunks, values, offset + first) for chunks, values, first in parts]
-            if noise_seed is not None:
-                ranking = scores.detach()
-                if len(views) > 1:
-                    batch, length, heads, _ = indices.shape
-                    places = noise_start, noise_start + length
-                    ranking = ranking + gumbel_noise(
-                        noise_seed + number, batch, *places, heads, indices, indices.device
-                    )
-                rankings.append(ranking)
+            lists = view.topk(query, topk, scale=factor, noise_seed=seed, noise_start=noise_start)
+            found += [part._replace(offset=offset + part.offset) for part in lists]
+            if seed is not None:
+                rankings.append(_ranking(lists[0], seed if len(views) > 1 else None, noise_start))
             offsets.append(offset)
-            offset += view.memory.landmarks.shape[1] if view.ranks is None else view.ranks.num_chunks
+            offset += view.num_chunks()
         indices, scores, weights = combine_topk(found, topk=topk, rankings=rankings or None)
-        if self.position_decay is not None:
-            rank = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
-            scores = scores + rank * self.position_decay
-            weights = softmax_fusion(scores)
-        if self.fusion != "softmax":
-            weights = stick_breaking_fusion(scores)
+        scores, weights = fuse(scores, weights, self.fusion, self.position_decay)
         return Retrieval(indices, weights, scores, tuple(offsets))
+
+
+def _ranking(found: ScoredChunks, noise_seed: int | None, noise_start: int) -> torch.Tensor:
+    """What chunks are ranked by beside those of other views: noisy scores, where there are any."""
+    ranking = found.scores.detach()
+    if noise_seed is None:
+        return ranking
+    batch, length, heads, _ = found.indices.shape
+    places = noise_start, noise_start + length
+    return ranking + gumbel_noise(noise_seed, batch, *places, heads, found.indices, found.indices.device)

@@ -13,16 +13,8 @@ from torch import nn
 
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.rotary import RotaryTable
-from hsa_ultralong.nn.views import ChunkTensors, GatheringStore, KeyValueStore, MemoryView
+from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.nn.window_attention import WindowAttention, WindowState
-from hsa_ultralong.ops import hsa_attention
-from hsa_ultralong.ops._common import blocks
-from hsa_ultralong.ops.hsa import within
-
-# tokens whose chunks are fetched from a store together: at most this times K of them
-_TOKENS_PER_FETCH = 128
-# tokens and slots up to which chunks are gathered slot by slot, with no need to know on the host which ones
-_TOKENS_PER_GATHER, _MOST_GATHERED = 15, 512
 
 
 class HierarchicalSparseAttention(nn.Module):
@@ -61,81 +53,11 @@ class HierarchicalSparseAttention(nn.Module):
         """Attention of queries (B, T, Hq, D) inside the retrieved chunks of all memories, of the same shape."""
         out: torch.Tensor | None = None
         for view, offset in zip(views, retrieval.offsets, strict=True):
-            if not view.is_read:
-                continue
             first = None if len(views) == 1 else offset
-            if view.ranks is not None:
-                first = offset + view.ranks.first
-            # ranks that hold no chunk take part in the sum all the same
-            part = self._read(q, view, retrieval, first) if view.memory.landmarks.shape[1] else torch.zeros_like(q)
-            # in one dtype on all ranks, whatever each has read
-            part = part if view.ranks is None else view.ranks.total(part.to(q.dtype))
+            part = view.attend(q, retrieval.indices, retrieval.weights, first, self.chunk_size)
             # outputs of several memories add up: the fusion weights are already normalised over all of them
-            out = part if out is None else out + part
+            out = part if out is None else out if part is None else out + part
         return torch.zeros_like(q) if out is None else out
-
-    def _read(self, q: torch.Tensor, view: MemoryView, retrieval: Retrieval, first: int | None) -> torch.Tensor:
-        """Attention inside the chunks of one memory, numbered from `first`, (B, T, Hq, D)."""
-        memory = view.memory
-        if view.store is not None:
-            indices = within(retrieval.indices, first, memory.landmarks.shape[1])
-            return self._read_store(q, view.store, memory, indices, retrieval.weights)
-        return hsa_attention(
-            q.to(memory.v.dtype),
-            memory.k,
-            memory.v,
-            retrieval.indices,
-            retrieval.weights,
-            chunk_size=self.chunk_size,
-            chunk_lengths=memory.lengths,
-            first_chunk=first,
-            causal=view.is_causal,
-        )
-
-    def _read_store(
-        self,
-        q: torch.Tensor,
-        store: KeyValueStore,
-        memory: ChunkTensors,
-        indices: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """The same attention over chunks fetched for a few tokens at a time, numbered anew."""
-        is_small = q.shape[1] <= _TOKENS_PER_GATHER and indices.numel() <= _MOST_GATHERED
-        if is_small and isinstance(store, GatheringStore):
-            chunks = indices.flatten()
-            k, v = (part.flatten(0, 1)[None] for part in store.gather(chunks))  # (1, n*S, Hkv, D)
-            slots = torch.arange(len(chunks), dtype=torch.int32, device=q.device).view(indices.shape)
-            return hsa_attention(
-                q.to(v.dtype),
-                k,
-                v,
-                torch.where(indices < 0, -1, slots),
-                weights,
-                chunk_size=self.chunk_size,
-                chunk_lengths=memory.lengths[:, chunks.clamp_min(0)],
-            )
-        parts = []
-        for start, stop in blocks(q.shape[1], _TOKENS_PER_FETCH):
-            wanted = indices[:, start:stop]
-            chosen = wanted[wanted >= 0].long().unique()
-            if len(chosen) == 0:
-                parts.append(torch.zeros_like(q[:, start:stop]))
-                continue
-            k, v = (part.flatten(0, 1)[None] for part in store.fetch(chosen))  # (1, n*S, Hkv, D)
-            found = torch.searchsorted(chosen, wanted.clamp_min(0).long()).to(torch.int32)
-            parts.append(
-                hsa_attention(
-                    q[:, start:stop].to(v.dtype),
-                    k,
-                    v,
-                    torch.where(wanted < 0, -1, found),
-                    weights[:, start:stop],
-                    chunk_size=self.chunk_size,
-                    chunk_lengths=memory.lengths[:, chosen],
-                )
-            )
-        return torch.cat(parts, dim=1)
 
 
 class HSALayer(nn.Module):

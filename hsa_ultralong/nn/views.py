@@ -1,7 +1,7 @@
-"""What a layer reads: the tensors of some chunks, who may see them, and where the rest of them lies.
+"""What a layer reads: memories, who may see which of their chunks, and where these lie.
 
-The protocols are what stores, lookups and ranks above this room offer. Called by the retriever, HSA and whoever makes
-views; tests/nn/test_chunk_retriever.py.
+Every kind of view finds chunks (`topk`) and reads them (`attend`). The protocols are what stores, lookups and ranks
+above this room offer. Called by the retriever, HSA and whoever makes views; tests/nn/test_chunk_retriever.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from hsa_ultralong.ops import ChunkVisibility
+from hsa_ultralong.ops import ChunkVisibility, ScoredChunks, chunk_topk, hsa_attention
+from hsa_ultralong.ops._common import blocks
+from hsa_ultralong.ops.hsa import within
+
+# tokens whose chunks are fetched from a store together: at most this times K of them
+_TOKENS_PER_FETCH = 128
+# tokens and slots up to which chunks are gathered slot by slot, with no need to know on the host which ones
+_TOKENS_PER_GATHER, _MOST_GATHERED = 15, 512
 
 
 class KeyValueStore(Protocol):
@@ -58,6 +65,11 @@ class ChunkTensors(NamedTuple):
 class LandmarkLookup(Protocol):
     """A faster way to the best chunks of a memory that every query may read, in place of scanning all landmarks."""
 
+    @property
+    def is_capturable(self) -> bool:
+        """A CUDA graph can hold a search."""
+        ...
+
     def search(
         self,
         query: torch.Tensor,
@@ -73,7 +85,7 @@ class LandmarkLookup(Protocol):
 
 @runtime_checkable
 class LandmarkKeeper(LandmarkLookup, Protocol):
-    """A lookup that holds the landmarks itself, in another form than the memory's."""
+    """A lookup that holds the landmarks itself, in another form than the memory's; it may be given any visibility."""
 
     @property
     def format(self) -> str: ...
@@ -110,15 +122,224 @@ class MemoryRanks(Protocol):
         ...
 
 
-class MemoryView(NamedTuple):
-    """A memory and who may see which of its chunks in the current call; `store` holds its k and v if `memory` does
-    not, `ranks` hold the rest of its chunks, `lookup` replaces the scan. Chunks of a view that is not `is_read` compete
-    for slots and weights only: they contribute a zero vector, and k and v may be missing."""
+class MemoryView(Protocol):
+    """A memory and who may see which of its chunks in the current call."""
+
+    def num_chunks(self) -> int:
+        """Chunks of the memory, those of all ranks."""
+        ...
+
+    def topk(
+        self,
+        query: torch.Tensor,
+        topk: int,
+        *,
+        scale: torch.Tensor | None,
+        noise_seed: int | None = None,
+        noise_start: int = 0,
+    ) -> list[ScoredChunks]:
+        """The best chunks of queries (B, T, Hr, R), in one list or several, in the form of chunk_topk."""
+        ...
+
+    def attend(
+        self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, first: int | None, chunk_size: int
+    ) -> torch.Tensor | None:
+        """Attention of queries (B, T, Hq, D) inside those of the chunks (B, T, Hr, K) that are here, of the same shape.
+
+        first: number of this memory's first chunk; None: all chunks are of this memory. The result is None where
+        nothing is ever read.
+        """
+        ...
+
+    def is_capturable(self) -> bool:
+        """A CUDA graph can hold both, for one token a row."""
+        ...
+
+
+class GraphView(NamedTuple):
+    """Chunks with all their tensors at hand, in the autograd graph or not."""
 
     memory: ChunkTensors
     visible: ChunkVisibility
     is_causal: bool = False
+
+    def num_chunks(self) -> int:
+        return self.memory.landmarks.shape[1]
+
+    def topk(
+        self,
+        query: torch.Tensor,
+        topk: int,
+        *,
+        scale: torch.Tensor | None,
+        noise_seed: int | None = None,
+        noise_start: int = 0,
+    ) -> list[ScoredChunks]:
+        landmarks = self.memory.landmarks.to(query.dtype)
+        found = chunk_topk(
+            query, landmarks, self.visible, topk=topk, scale=scale, noise_seed=noise_seed, noise_start=noise_start
+        )
+        return [ScoredChunks(*found)]
+
+    def attend(
+        self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, first: int | None, chunk_size: int
+    ) -> torch.Tensor | None:
+        memory = self.memory
+        return hsa_attention(
+            q.to(memory.v.dtype), memory.k, memory.v, indices, weights, chunk_size=chunk_size,
+            chunk_lengths=memory.lengths, first_chunk=first, causal=self.is_causal,
+        )  # fmt: skip
+
+    def is_capturable(self) -> bool:
+        return True
+
+
+class CompetingView(NamedTuple):
+    """Chunks that compete for slots and weights only: they contribute a zero vector, and k and v may be missing."""
+
+    memory: ChunkTensors
+    visible: ChunkVisibility
+
+    def num_chunks(self) -> int:
+        return self.memory.landmarks.shape[1]
+
+    def topk(
+        self,
+        query: torch.Tensor,
+        topk: int,
+        *,
+        scale: torch.Tensor | None,
+        noise_seed: int | None = None,
+        noise_start: int = 0,
+    ) -> list[ScoredChunks]:
+        plain = GraphView(self.memory, self.visible)
+        return plain.topk(query, topk, scale=scale, noise_seed=noise_seed, noise_start=noise_start)
+
+    def is_capturable(self) -> bool:
+        return True
+
+    def attend(
+        self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, first: int | None, chunk_size: int
+    ) -> torch.Tensor | None:
+        return None
+
+
+class StoredView(NamedTuple):
+    """Chunks whose keys and values lie in `store`, or that are found by `lookup` in place of a scan, or both."""
+
+    memory: ChunkTensors
+    visible: ChunkVisibility
     store: KeyValueStore | None = None
-    ranks: MemoryRanks | None = None
     lookup: LandmarkLookup | None = None
-    is_read: bool = True
+
+    def num_chunks(self) -> int:
+        return self.memory.landmarks.shape[1]
+
+    def topk(
+        self,
+        query: torch.Tensor,
+        topk: int,
+        *,
+        scale: torch.Tensor | None,
+        noise_seed: int | None = None,
+        noise_start: int = 0,
+    ) -> list[ScoredChunks]:
+        if self.lookup is None or noise_seed is not None:
+            plain = GraphView(self.memory, self.visible)
+            return plain.topk(query, topk, scale=scale, noise_seed=noise_seed, noise_start=noise_start)
+        return [ScoredChunks(*self.lookup.search(query, topk, visible=self.visible, scale=scale))]
+
+    def attend(
+        self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, first: int | None, chunk_size: int
+    ) -> torch.Tensor | None:
+        if self.store is None:
+            return GraphView(self.memory, self.visible).attend(q, indices, weights, first, chunk_size)
+        own = within(indices, first, self.num_chunks())
+        return _attend_fetched(q, self.store, self.memory.lengths, own, weights, chunk_size)
+
+    def is_capturable(self) -> bool:
+        is_read_in_place = self.store is None or isinstance(self.store, GatheringStore)
+        return is_read_in_place and (self.lookup is None or self.lookup.is_capturable)
+
+
+class RanksView(NamedTuple):
+    """A memory shared out over processes, of which this one holds `own`; for reading."""
+
+    own: GraphView | StoredView
+    ranks: MemoryRanks
+
+    def num_chunks(self) -> int:
+        return self.ranks.num_chunks
+
+    def topk(
+        self,
+        query: torch.Tensor,
+        topk: int,
+        *,
+        scale: torch.Tensor | None,
+        noise_seed: int | None = None,
+        noise_start: int = 0,
+    ) -> list[ScoredChunks]:
+        if noise_seed is not None:
+            raise ValueError("a memory shared out over processes is for reading: train without noise")
+        (found,) = self.own.topk(query, topk, scale=scale)
+        return [ScoredChunks(*part) for part in self.ranks.lists(found.indices, found.scores, topk)]
+
+    def attend(
+        self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, first: int | None, chunk_size: int
+    ) -> torch.Tensor | None:
+        # ranks that hold no chunk take part in the sum all the same
+        part = None
+        if self.own.num_chunks():
+            part = self.own.attend(q, indices, weights, (first or 0) + self.ranks.first, chunk_size)
+        # in one dtype on all ranks, whatever each has read
+        return self.ranks.total(torch.zeros_like(q) if part is None else part.to(q.dtype))
+
+    def is_capturable(self) -> bool:
+        return self.ranks.is_capturable and self.own.is_capturable()
+
+
+def _attend_fetched(
+    q: torch.Tensor,
+    store: KeyValueStore,
+    lengths: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    chunk_size: int,
+) -> torch.Tensor:
+    """Attention over chunks fetched for a few tokens at a time, numbered anew."""
+    is_small = q.shape[1] <= _TOKENS_PER_GATHER and indices.numel() <= _MOST_GATHERED
+    if is_small and isinstance(store, GatheringStore):
+        chunks = indices.flatten()
+        k, v = (part.flatten(0, 1)[None] for part in store.gather(chunks))  # (1, n*S, Hkv, D)
+        slots = torch.arange(len(chunks), dtype=torch.int32, device=q.device).view(indices.shape)
+        return hsa_attention(
+            q.to(v.dtype),
+            k,
+            v,
+            torch.where(indices < 0, -1, slots),
+            weights,
+            chunk_size=chunk_size,
+            chunk_lengths=lengths[:, chunks.clamp_min(0)],
+        )
+    parts = []
+    for start, stop in blocks(q.shape[1], _TOKENS_PER_FETCH):
+        wanted = indices[:, start:stop]
+        chosen = wanted[wanted >= 0].long().unique()
+        if len(chosen) == 0:
+            parts.append(torch.zeros_like(q[:, start:stop]))
+            continue
+        k, v = (part.flatten(0, 1)[None] for part in store.fetch(chosen))  # (1, n*S, Hkv, D)
+        found = torch.searchsorted(chosen, wanted.clamp_min(0).long()).to(torch.int32)
+        parts.append(
+            hsa_attention(
+                q[:, start:stop].to(v.dtype),
+                k,
+                v,
+                torch.where(wanted < 0, -1, found),
+                weights[:, start:stop],
+                chunk_size=chunk_size,
+                chunk_lengths=lengths[:, chosen],
+            )
+        )
+    return torch.cat(parts, dim=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.nn import chunk_retriever, hierarchical_sparse_attention
+from hsa_ultralong.nn import views
 
 
 def loss_and_gradients(
@@ -23,6 +23,5 @@ def loss_and_gradients(
 
 def force_backends(monkeypatch: Any, topk: str, attention: str) -> None:
     """Every model of this test runs chunk_topk and hsa_attention with these `impl`."""
-    monkeypatch.setattr(chunk_retriever, "chunk_topk", partial(chunk_retriever.chunk_topk, impl=topk))
-    forced = partial(hierarchical_sparse_attention.hsa_attention, impl=attention)
-    monkeypatch.setattr(hierarchical_sparse_attention, "hsa_attention", forced)
+    monkeypatch.setattr(views, "chunk_topk", partial(views.chunk_topk, impl=topk))
+    monkeypatch.setattr(views, "hsa_attention", partial(views.hsa_attention, impl=attention))

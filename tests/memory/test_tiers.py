@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hsa_ultralong.inference import append, edit
+from hsa_ultralong.inference import append, edit, last_logits
 from hsa_ultralong.inference.tiers import tiered_memory
 from hsa_ultralong.memory import ChunkMemory, MemoryFile
 from hsa_ultralong.memory.quantization import decode, encode
@@ -162,3 +162,13 @@ def test_keys_of_a_memory_on_tiers_are_read_by_part_and_asking_for_all_says_so()
     size = memory.chunk_size
     assert torch.equal(part.k, plain.k[:, 2 * size : 5 * size]) and torch.equal(part.v, plain.v[:, 2 * size : 5 * size])
     assert torch.equal(part.landmarks, plain.landmarks[:, 2:5])
+
+
+@pytest.mark.parametrize("store", ["device", "host", "tiered"])
+def test_the_end_of_an_open_document_reads_landmarks_in_8_bits_as_they_are(store):
+    model = tiny_model()
+    texts = [random_tokens(1, 60, seed=1)[0], random_tokens(1, 61, seed=2)[0]]
+    memory = model.memorize(texts, close=False, store=store, landmarks="int8")
+    found, expected = last_logits(model, memory, 3), last_logits(model, memory.loaded(), 3)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, last_logits(model, model.memorize(texts[1], close=False), 3))

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, softmax_fusion, stick_breaking_fusion
-from hsa_ultralong.nn.views import ChunkTensors, MemoryView
+from hsa_ultralong.nn.chunk_retriever import ChunkRetriever
+from hsa_ultralong.nn.fusion import softmax_fusion, stick_breaking_fusion
+from hsa_ultralong.nn.views import ChunkTensors, GraphView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.testing.factories import random_chunks, random_tensor, random_visibility, randomize
 from hsa_ultralong.testing.oracles import stick_breaking_weights
@@ -49,9 +50,9 @@ def views_of(counts, tokens=11):
                             *(x[:, first:last] for x in chunks[2:]))  # fmt: skip
         visible = ChunkVisibility(whole.query_segment, whole.query_position, whole.chunk_segment[:, first:last],
                                   whole.chunk_end[:, first:last], "past")  # fmt: skip
-        views.append(MemoryView(part, visible))
+        views.append(GraphView(part, visible))
         first = last
-    return views, MemoryView(chunks, whole)
+    return views, GraphView(chunks, whole)
 
 
 def test_softmax_rows_with_nothing_visible_are_exactly_zero_with_finite_gradients():
@@ -156,7 +157,7 @@ def test_noise_is_added_in_training_of_a_noisy_model_with_a_seed_only():
 def test_retrieval_heads_choose_on_their_own():
     module = retriever(num_retrieval_heads=2)
     chunks = random_chunks(2, 12)._replace(landmarks=random_tensor(2, 12, 2, 4))
-    found = module(random_tensor(2, 11, 16), [MemoryView(chunks, visibility_of(12, 11, "past"))], topk=3)
+    found = module(random_tensor(2, 11, 16), [GraphView(chunks, visibility_of(12, 11, "past"))], topk=3)
     assert found.indices.shape == found.weights.shape == (2, 11, 2, 3)
     assert not torch.equal(found.indices[:, :, 0], found.indices[:, :, 1])
 
@@ -165,5 +166,5 @@ def test_bf16_retrieval_keeps_scores_and_weights_in_fp32():
     module = retriever().bfloat16()
     chunks, visible = views_of((7,))[1][:2]
     chunks = chunks._replace(landmarks=chunks.landmarks.bfloat16())
-    found = module(random_tensor(2, 11, 16).bfloat16(), [MemoryView(chunks, visible)], topk=3)
+    found = module(random_tensor(2, 11, 16).bfloat16(), [GraphView(chunks, visible)], topk=3)
     assert found.scores.dtype == found.weights.dtype == torch.float32
