@@ -114,11 +114,6 @@ class ChunkMemory:
         )
         return ChunkMemory(chunk_size, storage, 0, fingerprint=fingerprint, is_composable=is_composable)
 
-    @staticmethod
-    def of(tensors: ChunkTensors, chunk_size: int) -> ChunkMemory:
-        """A memory of exactly these chunks (kept in the autograd graph)."""
-        return ChunkMemory(chunk_size, tensors, tensors.landmarks.shape[1])
-
     def save(self, path: str | Path, **options: Any) -> None:
         """Write the memory to a new folder: see memory.saving.save_memory."""
         from hsa_ultralong.memory.saving import save_memory

@@ -89,10 +89,6 @@ class LandmarkIndex:
         """Bytes beside the landmarks: d / R of theirs."""
         return self.sketches[: self.num_chunks].numel() * self.sketches.element_size()
 
-    def append(self, landmarks: torch.Tensor) -> None:
-        """Add landmarks (n, Hr, R) of the next chunks: `write(num_chunks, landmarks)`."""
-        self.write(self.num_chunks, landmarks)
-
     def write(self, first: int, landmarks: torch.Tensor) -> None:
         """Put landmarks (n, Hr, R) at chunk `first` and following: new chunks, or an edit of old ones.
 
@@ -170,12 +166,11 @@ class LandmarkIndex:
         visible: ChunkVisibility | None = None,
         num_scored: int | None = None,
         scale: torch.Tensor | float | None = None,
-        temperature: torch.Tensor | float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best of the candidates, in the order and format of chunk_topk.
 
         Args:
-            query: (B, T, Hr, R), any float dtype. topk, scale, temperature: as in chunk_topk, the factor positive.
+            query: (B, T, Hr, R), any float dtype. topk, scale: as in chunk_topk, the factor positive.
             visible: tokens of a negative segment find nothing; all others may read every chunk.
             num_scored: candidates per query and head whose full landmarks are read, at least K; default 4 * K. C or
                 more makes the search exact.
@@ -185,21 +180,20 @@ class LandmarkIndex:
             the chunks found. Ties go to the lower chunk index, among the candidates.
 
         Raises:
-            ValueError: on shapes that do not fit, topk < 1, num_scored < 1, or a scale or temperature <= 0.
+            ValueError: on shapes that do not fit, topk < 1, num_scored < 1, or a scale <= 0.
         """
         heads, dim = self.storage.shape[1:]
         require_shape("query", query, (None, None, heads, dim))
         if topk < 1 or (num_scored is not None and num_scored < 1):
             raise ValueError(f"topk and num_scored must be >= 1, got {topk} and {num_scored}")
-        for name, number in (("scale", scale), ("temperature", temperature)):
-            if isinstance(number, float | int) and number <= 0:
-                raise ValueError(f"{name} must be positive, got {number}")
+        if isinstance(scale, float | int) and scale <= 0:
+            raise ValueError(f"scale must be positive, got {scale}")
         wanted = min(self.num_chunks, max(topk, num_scored or _SCORED_PER_KEPT * topk))
         if self.basis is None or wanted == self.num_chunks:
             everyone = _see_all(query, self.num_chunks)
             if visible is not None:
                 everyone = replace(everyone, query_segment=visible.query_segment)
-            return chunk_topk(query, self.landmarks[None], everyone, topk=topk, scale=scale, temperature=temperature)
+            return chunk_topk(query, self.landmarks[None], everyone, topk=topk, scale=scale)
         batch, num_tokens = query.shape[:2]
         rows = query.permute(2, 0, 1, 3).reshape(heads, batch * num_tokens, dim)  # (Hr, B*T, R)
         indices = torch.empty((heads, batch * num_tokens, topk), dtype=torch.int32, device=query.device)
@@ -210,8 +204,6 @@ class LandmarkIndex:
             indices[:, start:stop], products[:, start:stop] = _best(candidates, exact, topk)
         shape = (heads, batch, num_tokens, topk)
         factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
-        if temperature is not None:
-            factor = factor / temperature
         if isinstance(factor, torch.Tensor):
             factor = factor.float().reshape(-1, 1)  # (Hr or 1, 1)
         scores = products.view(shape).permute(1, 2, 0, 3) * factor  # (B, T, Hr, K)

@@ -93,14 +93,6 @@ class TieredStore:
     def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.gather(chunks.to(self.device))
 
-    def bytes_on(self, tier: str) -> int:
-        """Bytes that the blocks take on "device" or "host"."""
-        parts = self.blocks.payloads + self.blocks.scales
-        is_wanted = [part.device == self.blocks.device and not part.is_pinned() for part in parts]
-        if tier == "host":
-            is_wanted = [not wanted for wanted in is_wanted]
-        return sum(part.numel() * part.element_size() for part, wanted in zip(parts, is_wanted, strict=True) if wanted)
-
     def is_on_host(self, chunks: torch.Tensor) -> torch.Tensor:
         """Whether each of these chunks (any shape) lies in host memory."""
         return chunks >= self.device_chunks // self.blocks.per_block * self.blocks.per_block

@@ -112,12 +112,6 @@ def test_writing_keeps_no_graph():
     assert not memory.k.requires_grad
 
 
-def test_a_memory_of_given_chunks_stays_in_the_graph():
-    chunks = random_chunks(2, 3)
-    memory = ChunkMemory.of(chunks._replace(k=chunks.k.requires_grad_()), 4)
-    assert memory.num_chunks == 3 and memory.k.requires_grad
-
-
 def test_concat_holds_all_documents_in_the_given_order():
     first, second = document_memory(7, 4), document_memory(10, seed=50)
     merged = ChunkMemory.concat([second, first])

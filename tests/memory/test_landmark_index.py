@@ -87,7 +87,7 @@ def test_landmarks_that_fill_all_dimensions_are_searched_exactly():
     index = LandmarkIndex.build(landmarks)
     assert index.basis is None
     assert torch.equal(index.search(query, 32)[0], exact(query, landmarks, 32)[0])
-    index.append(landmarks[:10])
+    index.write(index.num_chunks, landmarks[:10])
     assert index.basis is None and index.num_chunks == 4510
 
 
@@ -100,10 +100,10 @@ def test_the_dimension_of_the_sketch_follows_the_landmarks():
     assert rounded.basis is not None and rounded.basis.shape[-1] == 16
 
 
-def test_scale_and_temperature_are_those_of_chunk_topk():
+def test_the_scale_is_that_of_chunk_topk():
     landmarks, query = flat(4096, heads=2), torch.randn(1, 4, 2, 64)
     index = LandmarkIndex.build(landmarks)
-    for options in ({}, {"scale": 0.3}, {"temperature": 2.0}, {"temperature": torch.tensor([0.5, 3.0])}):
+    for options in ({}, {"scale": 0.3}, {"scale": torch.tensor([0.5, 3.0])}):
         found, scores = index.search(query, 8, **options)
         expected, expected_scores = exact(query, landmarks, 8, **options)
         assert torch.equal(found, expected)
@@ -146,7 +146,7 @@ def test_appending_equals_a_rebuild(sizes):
     parts = landmarks.split(sizes)
     index = LandmarkIndex.build(parts[0])
     for part in parts[1:]:
-        index.append(part)
+        index.write(index.num_chunks, part)
     assert index.num_chunks == 9000 and index.num_bytes == rebuilt.num_bytes
     assert torch.equal(index.landmarks, landmarks) and torch.equal(index.basis, rebuilt.basis)
     torch.testing.assert_close(index.sketches[:9000], rebuilt.sketches[:9000], rtol=1e-5, atol=1e-5)
@@ -171,12 +171,12 @@ def test_landmarks_outside_of_the_directions_bring_new_ones():
     landmarks, query = torch.cat(parts), torch.randn(1, 32, 1, 128)
     grown = LandmarkIndex.build(landmarks[:4500])
     assert grown.basis is not None and grown.basis.shape[-1] == 16
-    grown.append(landmarks[4500:])
+    grown.write(grown.num_chunks, landmarks[4500:])
     for index in (grown, LandmarkIndex.build(landmarks)):
         assert index.basis is not None and index.basis.shape[-1] > 16
         assert recall(index.search(query, 16)[0], exact(query, landmarks, 16)[0]) > 0.999
     # nothing is gained where the new landmarks fill everything
-    grown.append(torch.randn(6000, 1, 128))
+    grown.write(grown.num_chunks, torch.randn(6000, 1, 128))
     assert grown.basis is None and grown.num_chunks == 13500
     assert torch.equal(grown.search(query, 16)[0], exact(query, grown.landmarks, 16)[0])
 
@@ -186,7 +186,7 @@ def test_growth_does_not_write_into_the_callers_landmarks():
     before = landmarks.clone()
     index = LandmarkIndex.build(landmarks)
     for _ in range(3):
-        index.append(torch.zeros(7, 1, 64))
+        index.write(index.num_chunks, torch.zeros(7, 1, 64))
     assert torch.equal(landmarks, before) and index.num_chunks == 4117
 
 
@@ -213,7 +213,7 @@ def test_wrong_calls_are_refused():
     with pytest.raises(ValueError, match="scale must be positive"):
         index.search(torch.randn(1, 1, 1, 4), 4, scale=-1.0)
     with pytest.raises(ValueError, match="landmarks must have shape"):
-        index.append(torch.randn(3, 1, 5))
+        index.write(index.num_chunks, torch.randn(3, 1, 5))
     with pytest.raises(ValueError, match=r"within 0\.\.10"):
         index.write(11, torch.randn(1, 1, 4))
 
