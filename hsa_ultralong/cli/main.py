@@ -34,7 +34,7 @@ from hsa_ultralong.cli import (
     quickstart,
     train,
 )
-from hsa_ultralong.cli.terminal import LogFormatter, echo, one_line, shown
+from hsa_ultralong.cli.terminal import LogFormatter, echo, one_line
 
 COMMANDS = (quickstart, memorize, ask, memory, generate, data, train, average, convert, plot, plan, evaluate, bench)
 
@@ -117,7 +117,7 @@ class CommandGroup(TyperGroup):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            _show_message(error)
+            _refuse_usage(error)
             raise
 
     def invoke(self, ctx: Any) -> Any:
@@ -127,17 +127,25 @@ class CommandGroup(TyperGroup):
             echo("interrupted", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except Exception as error:
-            _show_message(error)
+            _refuse_usage(error)
             if not is_user_error(error) or ctx.params.get("debug"):
                 raise
             echo(f"error: {describe(error, ctx.meta['arguments'])}", err=True)
             raise typer.Exit(EXIT_BAD_INPUT) from None
 
 
-def _show_message(error: Exception) -> None:
-    """Make the message of a wrong command line, which quotes it, fit to be shown."""
-    if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
-        error.message = shown(error.message)  # type: ignore[attr-defined]
+def _refuse_usage(error: Exception) -> None:
+    """End with one line if the command line is wrong: an unknown option, a number out of range ...
+
+    A group that is called without a command shows its help instead.
+    """
+    message = getattr(error, "format_message", None)
+    if message is None or type(error).__name__ == "NoArgsIsHelpError":
+        return
+    context = getattr(error, "ctx", None)
+    where = f"; see {context.command_path} --help" if context is not None else ""
+    echo(f"error: {one_line(message()).rstrip('.')}{where}", err=True)
+    raise typer.Exit(EXIT_BAD_INPUT)
 
 
 app = typer.Typer(

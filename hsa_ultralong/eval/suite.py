@@ -140,10 +140,13 @@ def run_suite(
 def _samples(
     run: SuiteRun, task: str, material: Material, length: int, samples: int, seed: int
 ) -> Iterator[Sample]:  # fmt: skip
+    made = 0
     try:
-        yield from make_samples(task, material, length, samples, seed)
+        for sample in make_samples(task, material, length, samples, seed):
+            yield sample
+            made += 1
     except TooShort as error:
-        run.skipped[task, length] = str(error)
+        run.skipped[task, length] = f"{error} (after {made} of {samples} samples)" if made else str(error)
 
 
 def _record(sample: Sample, reply: Reply, model: str, setting: str, material: Material) -> dict[str, Any]:

@@ -133,3 +133,24 @@ def test_other_runtime_errors_are_bugs_and_deep_nesting_is_not():
     assert not is_user_error(KeyError("x"))
     assert is_user_error(RecursionError("maximum recursion depth exceeded"))
     assert isinstance(app, typer.Typer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "x", "--max-new-tokens", "-1"), "--max-new-tokens"),
+        (("generate", "x", "--max-new-tokens", "many"), "--max-new-tokens"),
+        (("ask", "x", "y", "--topk", "0"), "No such option: --topk"),
+        (("eval", "needles", "--needles", "0", "-o", "y"), "--needles"),
+        (("remember",), "No such command 'remember'"),
+        (("memory", "append"), "Missing argument"),
+        (("ask", "--text", "\x1b[31m", "--nope"), "--nope"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line_that_names_the_help(arguments, words):
+    result = hsa(*arguments)
+    assert result.exit_code == 2
+    (line,) = result.output.strip().split("\n")
+    assert line.startswith("error: ")
+    assert words in line
+    assert "\x1b" not in line
