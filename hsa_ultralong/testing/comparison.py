@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.nn import views
+from hsa_ultralong.ops import chunk_topk, hsa_attention
 
 
 def loss_and_gradients(
@@ -23,5 +24,5 @@ def loss_and_gradients(
 
 def force_backends(monkeypatch: Any, topk: str, attention: str) -> None:
     """Every model of this test runs chunk_topk and hsa_attention with these `impl`."""
-    monkeypatch.setattr(views, "chunk_topk", partial(views.chunk_topk, impl=topk))
-    monkeypatch.setattr(views, "hsa_attention", partial(views.hsa_attention, impl=attention))
+    monkeypatch.setattr(views, "chunk_topk", partial(chunk_topk, impl=topk))
+    monkeypatch.setattr(views, "hsa_attention", partial(hsa_attention, impl=attention))

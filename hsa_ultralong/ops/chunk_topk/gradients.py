@@ -39,7 +39,7 @@ def product_gradients(
     num_chunks = landmarks.shape[1]
     wide = accumulation_dtype(query.dtype)
     narrow = query.dtype if query.is_cuda and query.dtype == landmarks.dtype == torch.bfloat16 else wide
-    multiply: Callable = matmul_wide if narrow != wide else torch.matmul
+    multiply: Callable[..., torch.Tensor] = matmul_wide if narrow != wide else torch.matmul
     grad_query = torch.empty_like(query)
     grad_landmarks = torch.zeros(batch * heads, num_chunks, dim, dtype=wide, device=query.device)
     width = -(-(num_chunks + 1) // 8) * 8  # rows of 16 bytes, which matrix products need to be fast

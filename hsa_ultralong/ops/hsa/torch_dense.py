@@ -94,11 +94,11 @@ def _isolate(
 
 
 @lru_cache(maxsize=4)
-def _compiled(function: Callable) -> Callable:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-def _pointwise(function: Callable, is_cuda: bool) -> Callable:
+def _pointwise(function: Callable[..., Any], is_cuda: bool) -> Callable[..., Any]:
     return _compiled(function) if is_cuda else function
 
 

@@ -109,7 +109,7 @@ class _Problem:
             return coverage_slots(self.indices, self.chunks)
         return tile_lists(self.indices, tile_tokens, self.chunks, first, count)
 
-    def tile_arguments(self, lists: TileLists, first: int, count: int) -> tuple[tuple, tuple]:
+    def tile_arguments(self, lists: TileLists, first: int, count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Operands that the two tile kernels share, before and after their own pointers."""
         shared = (self.q, self.k, self.v, self.weights, self.lengths, lists.chunks, lists.counts, lists.slots)
         widest = 0 if lists.chunks is None else lists.chunks.shape[-1]
