@@ -254,6 +254,8 @@ class StoredView(NamedTuple):
     ) -> torch.Tensor | None:
         if self.store is None:
             return GraphView(self.memory, self.visible).attend(q, indices, weights, first, chunk_size)
+        if self.num_chunks() == 0:
+            return None
         own = within(indices, first, self.num_chunks())
         return _attend_fetched(q, self.store, self.memory.lengths, own, weights, chunk_size)
 
