@@ -14,6 +14,7 @@ from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size
 from hsa_ultralong.cli.terminal import echo, progress
 
 _TEXT_TOKENS = 1 << 24
+_READER_OF = {"squad": "qa_1", "hotpot": "qa_2"}
 _SETTINGS = ("auto", "memory", "continue", "prompt")
 
 
@@ -88,7 +89,7 @@ def suite(
     names, wanted = _tasks(suites, tasks), parse_lengths(lengths)
     if setting not in _SETTINGS:
         raise ValueError(f"--setting must be one of {', '.join(_SETTINGS)}, got {setting!r}")
-    files = _files(data or [])
+    files = _files(data or [], names)
     require_folder(output)
     folders: Sequence[Path | None] = models or [None]
     labels = ["nano" if folder is None else folder.resolve().name for folder in folders]
@@ -106,8 +107,7 @@ def suite(
         source = haystack(tokenizer, text, text_field, encoding, shards, max(_TEXT_TOKENS, max(wanted)))
         material = Material(tokenizer, source, chat=chat, files=files)
         check_tasks(names, material, samples)
-        number = batch or (16 if model.device.type == "cuda" else 1)
-        reader = _reader(model, material, setting, number, is_ours)
+        reader = _reader(model, material, setting, batch, is_ours)
         place = output if len(folders) == 1 else output / label
         _measure(place, label, model, material, reader, names, wanted, samples, seed, topk)
 
@@ -149,12 +149,14 @@ def parse_lengths(text: str) -> list[int]:
     return sorted(found)
 
 
-def _files(data: Sequence[str]) -> dict[str, Path]:
+def _files(data: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for entry in data:
         name, sign, path = entry.partition("=")
-        if not sign or name not in ("squad", "hotpot"):
+        if not sign or name not in _READER_OF:
             raise ValueError(f"--data must be squad=FILE or hotpot=FILE, got {entry!r}")
+        if _READER_OF[name] not in tasks:
+            raise ValueError(f"--data {name} is read by {_READER_OF[name]}, which is not among the tasks")
         if not Path(path).is_file():
             raise ValueError(f"--data {name}: there is no file {path}")
         found[name] = Path(path)
@@ -177,13 +179,16 @@ def _load(folder: Path | None, device: str, dtype: str) -> tuple[Any, Any, bool]
     return model.to(place).eval(), AutoTokenizer.from_pretrained(folder), False
 
 
-def _reader(model: Any, material: Any, setting: str, batch: int, is_ours: bool) -> Any:
+def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours: bool) -> Any:
     from hsa_ultralong.eval.readers import MemoryReader, PromptReader
 
     if setting == "prompt" or (setting == "auto" and not is_ours):
+        if batch is not None and batch > 1:
+            raise ValueError("--batch is of memories; plain prompts are answered one by one: leave it out")
         return PromptReader(model, material)
     if not is_ours:
         raise ValueError(f"--setting {setting} needs a model with a memory; leave it out, or say prompt")
+    batch = batch or (16 if model.device.type == "cuda" else 1)
     return MemoryReader(model, material, batch=batch, setting="memory" if setting == "auto" else setting)
 
 

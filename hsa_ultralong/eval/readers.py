@@ -48,6 +48,8 @@ class Reader(Protocol):
 
     batch: int
     setting: str
+    # the most tokens of a sample that the model has positions for, None: any number
+    limit: int | None
 
     def answer(self, samples: Sequence[Sample]) -> list[Reply]:
         """Greedy answers to at most `batch` samples of one length and task."""
@@ -60,6 +62,8 @@ class MemoryReader:
     The question is a new document that reads it ("memory"), or goes on with the context itself ("continue"), which is
     what the model would compute for the whole prompt. A batch keeps as many memories.
     """
+
+    limit: int | None = None
 
     def __init__(
         self, model: HSAForCausalLM, material: Material, *, batch: int = 1, setting: str = "memory", edits: bool = True
@@ -223,12 +227,13 @@ class _Seen:
 
 
 class PromptReader:
-    """Every sample is one prompt of a causal language model of transformers, answered by its own `generate`."""
+    """Every sample is one prompt of a causal language model of transformers, answered by its own `generate`, one by
+    one."""
 
-    setting = "prompt"
+    setting, batch = "prompt", 1
 
-    def __init__(self, model: Any, material: Material, *, batch: int = 1) -> None:
-        self.model, self.material, self.batch = model, material, batch
+    def __init__(self, model: Any, material: Material) -> None:
+        self.model, self.material = model, material
         limit = getattr(model.config, "max_position_embeddings", None)
         self.limit: int | None = None if isinstance(model, HSAForCausalLM) else limit
 

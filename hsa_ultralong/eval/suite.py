@@ -122,6 +122,9 @@ def run_suite(
     report = progress or (lambda *_: None)
     for length in lengths:
         for task in tasks:
+            if reader.limit is not None and length > reader.limit:
+                run.skipped[task, length] = f"the model has positions for {reader.limit:,} tokens"
+                continue
             done = run.done(task, length)
             report(task, length, len(done), samples)
             wanted = (s for s in _samples(run, task, material, length, samples, seed) if s.index not in done)
@@ -161,7 +164,7 @@ def _record(sample: Sample, reply: Reply, model: str, setting: str, material: Ma
     }  # fmt: skip
 
 
-def distinct_chunks(material: Material, length: int, chunk_size: int = 64) -> int:
+def distinct_chunks(material: Material, length: int, chunk_size: int) -> int:
     """Different chunks of the haystack of a length."""
     return count_distinct(torch.from_numpy(material.haystack(length, length)[0]), chunk_size)
 
@@ -187,11 +190,11 @@ def run_settings(model: Any, material: Material, *, setting: str, samples: int, 
 
 def write_summary(run: SuiteRun, model: Any, material: Material, *, seed: int, label: str) -> None:
     """Write summary.json, summary.md, summary.tex and scores.png of all samples so far."""
-    lengths = sorted({record["length"] for record in run.records})
+    lengths, size = sorted({record["length"] for record in run.records}), getattr(model.config, "chunk_size", 64)
     shared = {
         "topk": run.settings["topk"],
         "seed": seed,
-        "distinct_chunks": {length: distinct_chunks(material, length) for length in lengths},
+        "distinct_chunks": {length: distinct_chunks(material, length, size) for length in lengths},
     }
     found = summary_records(run.records, shared)
     meta = run_metadata(command_line(), seed, dtype=run.settings["dtype"], settings=run.settings)

@@ -139,12 +139,15 @@ def draw_table(summary: Records, path: Path, title: str) -> None:
     rows = wholes(summary)
     lengths = sorted({r["length"] for r in summary})
     values = np.array([[row[n]["value"] if n in row else np.nan for n in lengths] for row in rows.values()])
-    figure, axes = plt.subplots(figsize=(2.6 + 0.75 * len(lengths), 1.1 + 0.28 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(max(4.6, 2.6 + 0.75 * len(lengths)), 1.1 + 0.28 * len(rows)), layout="constrained"
+    )
     image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if not np.isnan(value):
-                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+                color = "white" if value < 0.2 or value > 0.85 else "black"
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(lengths)), [human_tokens(length) for length in lengths], fontsize=8)
     labels = [task if metric != "auroc" else f"{task} (AUROC)" for task, metric in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)

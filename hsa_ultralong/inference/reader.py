@@ -87,6 +87,8 @@ def memorize(
     documents = _as_documents(tokens, model.config.vocab_size)
     if names is not None and len(names) != len(documents):
         raise ValueError(f"{len(names)} names for {len(documents)} documents")
+    if device_bytes is not None and store != "tiered":
+        raise ValueError(f"device_bytes is room for store='tiered', got store={str(store)!r}")
     known = [text.num_tokens for text in documents if text.num_tokens is not None]
     total = sum(known) if len(known) == len(documents) else None
     piece_tokens = piece_length(model, segment_tokens, total)

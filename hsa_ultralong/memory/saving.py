@@ -34,6 +34,7 @@ STORES = ("device", "host", "tiered", "file")
 LOOKUPS = ("exact", "sketch")
 # chunks converted at a time
 _STEP = 4096
+_CACHE_BYTES = 256 * 2**20
 
 
 class StoredDocument(Document):
@@ -177,8 +178,8 @@ def open_memory(
     store: str = "file",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    cache_bytes: int = 256 * 2**20,
-    device_bytes: int = 0,
+    cache_bytes: int | None = None,
+    device_bytes: int | None = None,
     lookup: str = "exact",
     fingerprint: str | None = None,
     part: tuple[int, int] | None = None,
@@ -187,23 +188,26 @@ def open_memory(
 
     Args:
         store: "device" reads everything into one ordinary ChunkMemory; "host" keeps keys and values in host memory
-            (pinned beside a GPU, which reads them there), "tiered" the first `device_bytes` of them on the device,
-            "file" all on disk. Landmarks are on the device in all four.
+            (pinned beside a GPU, which reads them there), "tiered" the first `device_bytes` of them (default 0) on the
+            device, "file" all on disk. Landmarks are on the device in all four.
         dtype: that the model reads; default the file's, bf16 for 8-bit formats.
         lookup: "exact" scans all landmarks (int8 ones as they are on a GPU), "sketch" a projection of them first
             (landmark_index.py).
-        cache_bytes: of hot chunks kept ready on the device ("file").
+        cache_bytes: of hot chunks kept ready on the device ("file" only); default 256 MiB.
         fingerprint: refuse another model's memory.
         part: first and last + 1 of the chunks to open; the documents are those of the whole (inference/sharding.py).
 
     Raises:
         MemoryFileError: no memory, another model's, truncated or damaged.
-        ValueError: an unknown store or lookup.
+        ValueError: an unknown store or lookup, or bytes that the store does not take.
     """
     if store not in STORES:
         raise ValueError(f"store must be one of {', '.join(STORES)}, got {store!r}")
     if lookup not in LOOKUPS:
         raise ValueError(f"lookup must be one of {', '.join(LOOKUPS)}, got {lookup!r}")
+    for name, given, taker in (("cache_bytes", cache_bytes, "file"), ("device_bytes", device_bytes, "tiered")):
+        if given is not None and store != taker:
+            raise ValueError(f"{name} goes with store={taker!r}, got store={store!r}")
     file = MemoryFile.open(path, fingerprint=fingerprint)
     require_model_columns(file.spec)
     first, stop = part or (0, file.num_chunks)
@@ -233,10 +237,11 @@ def open_memory(
     memory.lookup = LandmarkIndex.build(tensors.landmarks[0]) if lookup == "sketch" else scan
     if store == "file":
         chunk_bytes = 2 * spec.chunk_size * heads * dim * dtype.itemsize
-        capacity = min(max(1, cache_bytes // chunk_bytes), max(1, stop - first))
+        room = _CACHE_BYTES if cache_bytes is None else cache_bytes
+        capacity = min(max(1, room // chunk_bytes), max(1, stop - first))
         memory.store = CachedStore(FileStore(file, device, dtype, first), capacity)
     elif store != "device":
-        memory.store = _load_tiers(file, (first, stop), device, dtype, 0 if store == "host" else device_bytes)
+        memory.store = _load_tiers(file, (first, stop), device, dtype, device_bytes or 0)
     return memory
 
 

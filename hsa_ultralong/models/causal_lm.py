@@ -87,7 +87,7 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
             source_ids=source_ids,
             output_hidden_states=output_hidden_states,
             output_retrieval=output_retrieval,
-            retrieval_to_keep=logits_to_keep,
+            retrieval_to_keep=logits_to_keep if output_retrieval else None,
             return_dict=True,
             **kwargs,
         )

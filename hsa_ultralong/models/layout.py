@@ -58,9 +58,9 @@ class Layout(NamedTuple):
             return self.padding.spread(x, fill, columns)
         return x if columns is None else x[:, columns]
 
-    def placed(self, found: Retrieval, kept: int | torch.Tensor) -> Retrieval:
-        """What the last `kept` tokens of the call retrieved, or those at the columns `kept`; 0 = all."""
-        columns = None if isinstance(kept, int) else kept
+    def placed(self, found: Retrieval, kept: int | torch.Tensor | None) -> Retrieval:
+        """What the last `kept` tokens of the call retrieved, or those at the columns `kept`; None or 0 = all."""
+        columns = kept if isinstance(kept, torch.Tensor) else None
         if isinstance(kept, int) and kept:
             # as an index, so that no view holds what a long prompt retrieved
             columns = torch.arange(max(0, self.num_tokens - kept), self.num_tokens, device=found.indices.device)

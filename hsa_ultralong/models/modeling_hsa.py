@@ -132,7 +132,7 @@ class HSAModel(HSAPreTrainedModel):
         source_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_retrieval: bool = False,
-        retrieval_to_keep: int | torch.Tensor = 0,
+        retrieval_to_keep: int | torch.Tensor | None = None,
         cache: HSACache | None = None,
         **kwargs: Any,
     ) -> HSAModelOutput:
@@ -155,7 +155,7 @@ class HSAModel(HSAPreTrainedModel):
                 Used with pool_memory only.
             output_hidden_states: also return the embeddings and the output of every decoder layer, the last one normed.
             output_retrieval: also return what every upper group retrieved (models/outputs.py).
-            retrieval_to_keep: number of last tokens (or index tensor) whose retrieval is wanted; 0 = all.
+            retrieval_to_keep: number of last tokens (or index tensor) whose retrieval is wanted; all without it.
             kwargs: return_dict=False for a tuple; names that change nothing here (models/arguments.py).
 
         Raises:
@@ -167,6 +167,8 @@ class HSAModel(HSAPreTrainedModel):
             raise ValueError(f"pool_memory must be one of {POOLS}, got {pool_memory!r}")
         if pool_memory and not self.config.is_composable:
             raise ValueError("pool_memory needs softmax fusion without position decay: a pool has no order (fact 4)")
+        if retrieval_to_keep is not None and not output_retrieval:
+            raise ValueError("retrieval_to_keep goes with output_retrieval=True")
         cache = self._cache(given_cache(past_key_values, cache), use_cache)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None

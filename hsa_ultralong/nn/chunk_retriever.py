@@ -15,7 +15,7 @@ from torch import nn
 
 from hsa_ultralong.nn.chunk_encoder import rms_normalize
 from hsa_ultralong.nn.fusion import fuse
-from hsa_ultralong.nn.views import MemoryView
+from hsa_ultralong.nn.views import MemoryView, Search
 from hsa_ultralong.ops import ScoredChunks, combine_topk
 from hsa_ultralong.ops._common import accumulation_dtype
 from hsa_ultralong.ops.chunk_topk.noise import gumbel_noise
@@ -110,7 +110,7 @@ class ChunkRetriever(nn.Module):
         rankings, offsets, offset = [], [], 0
         for number, view in enumerate(views):
             seed = None if noise_seed is None else noise_seed + number
-            lists = view.topk(query, topk, scale=factor, noise_seed=seed, noise_start=noise_start)
+            lists = view.topk(query, Search(topk, factor, seed, noise_start))
             found += [part._replace(offset=offset + part.offset) for part in lists]
             if seed is not None:
                 rankings.append(_ranking(lists[0], seed if len(views) > 1 else None, noise_start))

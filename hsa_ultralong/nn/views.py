@@ -122,6 +122,15 @@ class MemoryRanks(Protocol):
         ...
 
 
+class Search(NamedTuple):
+    """How chunks are chosen: topk of them by their scores, with a noise_seed by noisy ones; see chunk_topk."""
+
+    topk: int
+    scale: torch.Tensor | None
+    noise_seed: int | None = None
+    noise_start: int = 0
+
+
 class MemoryView(Protocol):
     """A memory and who may see which of its chunks in the current call."""
 
@@ -129,15 +138,7 @@ class MemoryView(Protocol):
         """Chunks of the memory, those of all ranks."""
         ...
 
-    def topk(
-        self,
-        query: torch.Tensor,
-        topk: int,
-        *,
-        scale: torch.Tensor | None,
-        noise_seed: int | None = None,
-        noise_start: int = 0,
-    ) -> list[ScoredChunks]:
+    def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
         """The best chunks of queries (B, T, Hr, R), in one list or several, in the form of chunk_topk."""
         ...
 
@@ -166,20 +167,9 @@ class GraphView(NamedTuple):
     def num_chunks(self) -> int:
         return self.memory.landmarks.shape[1]
 
-    def topk(
-        self,
-        query: torch.Tensor,
-        topk: int,
-        *,
-        scale: torch.Tensor | None,
-        noise_seed: int | None = None,
-        noise_start: int = 0,
-    ) -> list[ScoredChunks]:
+    def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
         landmarks = self.memory.landmarks.to(query.dtype)
-        found = chunk_topk(
-            query, landmarks, self.visible, topk=topk, scale=scale, noise_seed=noise_seed, noise_start=noise_start
-        )
-        return [ScoredChunks(*found)]
+        return [ScoredChunks(*chunk_topk(query, landmarks, self.visible, **search._asdict()))]
 
     def attend(
         self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, first: int | None, chunk_size: int
@@ -203,17 +193,8 @@ class CompetingView(NamedTuple):
     def num_chunks(self) -> int:
         return self.memory.landmarks.shape[1]
 
-    def topk(
-        self,
-        query: torch.Tensor,
-        topk: int,
-        *,
-        scale: torch.Tensor | None,
-        noise_seed: int | None = None,
-        noise_start: int = 0,
-    ) -> list[ScoredChunks]:
-        plain = GraphView(self.memory, self.visible)
-        return plain.topk(query, topk, scale=scale, noise_seed=noise_seed, noise_start=noise_start)
+    def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
+        return GraphView(self.memory, self.visible).topk(query, search)
 
     def is_capturable(self) -> bool:
         return True
@@ -235,19 +216,10 @@ class StoredView(NamedTuple):
     def num_chunks(self) -> int:
         return self.memory.landmarks.shape[1]
 
-    def topk(
-        self,
-        query: torch.Tensor,
-        topk: int,
-        *,
-        scale: torch.Tensor | None,
-        noise_seed: int | None = None,
-        noise_start: int = 0,
-    ) -> list[ScoredChunks]:
-        if self.lookup is None or noise_seed is not None:
-            plain = GraphView(self.memory, self.visible)
-            return plain.topk(query, topk, scale=scale, noise_seed=noise_seed, noise_start=noise_start)
-        return [ScoredChunks(*self.lookup.search(query, topk, visible=self.visible, scale=scale))]
+    def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
+        if self.lookup is None or search.noise_seed is not None:
+            return GraphView(self.memory, self.visible).topk(query, search)
+        return [ScoredChunks(*self.lookup.search(query, search.topk, visible=self.visible, scale=search.scale))]
 
     def attend(
         self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, first: int | None, chunk_size: int
@@ -273,19 +245,11 @@ class RanksView(NamedTuple):
     def num_chunks(self) -> int:
         return self.ranks.num_chunks
 
-    def topk(
-        self,
-        query: torch.Tensor,
-        topk: int,
-        *,
-        scale: torch.Tensor | None,
-        noise_seed: int | None = None,
-        noise_start: int = 0,
-    ) -> list[ScoredChunks]:
-        if noise_seed is not None:
+    def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
+        if search.noise_seed is not None:
             raise ValueError("a memory shared out over processes is for reading: train without noise")
-        (found,) = self.own.topk(query, topk, scale=scale)
-        return [ScoredChunks(*part) for part in self.ranks.lists(found.indices, found.scores, topk)]
+        (found,) = self.own.topk(query, search)
+        return [ScoredChunks(*part) for part in self.ranks.lists(found.indices, found.scores, search.topk)]
 
     def attend(
         self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, first: int | None, chunk_size: int

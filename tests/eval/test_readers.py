@@ -99,5 +99,6 @@ def test_a_prompt_beyond_the_positions_of_a_model_is_refused(material):
     (sample,) = make_samples("niah_single_1", material, LENGTH, 1)
     with pytest.raises(ValueError, match="positions for 1,024 tokens, 3,000 wanted"):
         reader.answer([sample])
+    assert reader.limit == 1024
     (short,) = make_samples("recall_form_02", material, 600, 1)
     assert 1 <= len(reader.answer([short])[0].tokens) <= short.max_new_tokens

@@ -29,7 +29,7 @@ def material() -> Material:
 class Oracle:
     """Answers rightly at depths below one half; knows present facts by their certainty."""
 
-    batch, setting = 2, "memory"
+    batch, setting, limit = 2, "memory", None
 
     def __init__(self, stop_after: int = 10**9) -> None:
         self.left, self.answered = stop_after, []
@@ -73,6 +73,14 @@ def test_a_length_that_is_too_short_for_a_task_is_named_and_the_others_go_on(tmp
     assert list(run.skipped) == [("recall_similar_256", LENGTH)]
     assert "no room for 257 facts" in run.skipped["recall_similar_256", LENGTH]
     assert "Not measured" in markdown(summary_records(run.records, {}), run.skipped)
+
+
+def test_lengths_beyond_the_positions_of_a_model_are_named_and_not_asked(tmp_path, material):
+    run, oracle = SuiteRun(tmp_path, SETTINGS), Oracle()
+    oracle.limit = LENGTH
+    run_suite(oracle, material, run, tasks=TASKS[:1], lengths=[LENGTH, 2 * LENGTH], samples=4)
+    assert {length for _, length, _ in oracle.answered} == {LENGTH}
+    assert run.skipped == {(TASKS[0], 2 * LENGTH): "the model has positions for 2,000 tokens"}
 
 
 def test_another_run_in_the_same_folder_is_refused_by_what_differs(tmp_path, material):

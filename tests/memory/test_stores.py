@@ -45,18 +45,19 @@ def test_logits_are_the_same_from_every_store(tmp_path, monkeypatch, chunks, bat
     memory = model.memorize([document(4 * chunks - 3), document(9, seed=1)])
     memory.save(tmp_path / "a.hsa")
     ids, spread = random_tokens(batch, tokens, seed=7), torch.full((batch, tokens), 5)
-    opens = [(store, cache_bytes) for store in ("device", "host", "tiered", "file") for cache_bytes in (1, 2000, 2**20)]
-    memories = [opened(tmp_path / "a.hsa", store, cache_bytes=cache_bytes) for store, cache_bytes in opens]
+    caches = [("file", {"cache_bytes": room}) for room in (1, 2000, 2**20)]
+    opens = [("device", {}), ("host", {}), ("tiered", {"device_bytes": 2000}), *caches]
+    memories = [opened(tmp_path / "a.hsa", store, **room) for store, room in opens]
     for prompt in (ids, spread):
         # a store sees the chunks of 128 tokens only and may take the dense path where a whole memory gathers
         expected = logits(model, memory, prompt)
         found = [logits(model, each, prompt) for each in memories]
         for each in found:
             torch.testing.assert_close(each, expected, **EXACT)
-        assert all(torch.equal(each, expected) for each in found[:3])
+        assert torch.equal(found[0], expected)
         # among stores, and while decoding (fewer than 16 tokens), not even the last bit differs
-        assert all(torch.equal(each, found[3]) for each in found[4:])
-        assert tokens >= 16 or torch.equal(found[3], expected)
+        assert all(torch.equal(each, found[1]) for each in found[2:])
+        assert tokens >= 16 or torch.equal(found[1], expected)
         # nor where both take one path
         with monkeypatch.context() as patch:
             patch.setattr(hsa_api, "_automatic", lambda *_: "torch_gather")
@@ -74,7 +75,7 @@ def test_in_low_precision_decoding_gives_the_same_bits_from_every_store(tmp_path
     more = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "output_logits": True}
     expected = model.generate(ids, memory=memory, return_dict_in_generate=True, **more)
     for store in ("device", "host", "tiered", "file"):
-        loaded = open_memory(tmp_path / "a.hsa", store=store, cache_bytes=600)
+        loaded = open_memory(tmp_path / "a.hsa", store=store, **({"cache_bytes": 600} if store == "file" else {}))
         found = model.generate(ids, memory=loaded, return_dict_in_generate=True, **more)
         assert torch.equal(found.sequences, expected.sequences)
         assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
@@ -381,12 +382,12 @@ def test_stores_agree_on_a_gpu(tmp_path, format, tokens):
     model.memorize([document(3000), document(40, seed=1)]).save(tmp_path / "a.hsa", key_values=format)
     ids = random_tokens(2, tokens, seed=7).cuda()
 
-    def found(store, cache_bytes=2**20):
-        options = {"store": store, "device": "cuda", "dtype": torch.bfloat16, "cache_bytes": cache_bytes}
+    def found(store, **room):
+        options = {"store": store, "device": "cuda", "dtype": torch.bfloat16, **room}
         return logits(model, open_memory(tmp_path / "a.hsa", **options), ids)
 
     host = found("host")
-    for other in (found("file"), found("host", 1), found("file", 20_000)):
+    for other in (found("file"), found("tiered", device_bytes=20_000), found("file", cache_bytes=20_000)):
         assert torch.equal(other, host)
     assert distance(found("device"), host) < 0.02
 
@@ -408,3 +409,17 @@ def test_a_memory_built_on_a_gpu_is_generated_from_and_continued_after_loading(t
     elif store == "host":
         blocks = loaded.store.blocks
         assert all(part.is_pinned() for part in blocks.payloads + blocks.scales)
+
+
+def test_room_that_a_store_does_not_take_is_refused(tmp_path):
+    model = tiny_model()
+    memory = model.memorize(document(21))
+    memory.save(tmp_path / "a.hsa")
+    with pytest.raises(ValueError, match="cache_bytes goes with store='file', got store='host'"):
+        open_memory(tmp_path / "a.hsa", store="host", cache_bytes=600)
+    with pytest.raises(ValueError, match="device_bytes goes with store='tiered', got store='file'"):
+        open_memory(tmp_path / "a.hsa", device_bytes=600)
+    for store in ("device", "host", tmp_path / "b.hsa"):
+        with pytest.raises(ValueError, match="device_bytes is room for store='tiered'"):
+            model.memorize(document(21), store=store, device_bytes=600)
+    assert not (tmp_path / "b.hsa").exists()

@@ -12,6 +12,7 @@ from hsa_ultralong.models import HSACache
 from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 
+ROOM = {"device": {}, "host": {}, "tiered": {"device_bytes": 2**20}}
 FORMS = ["fp64", "bf16", "int8", "fp8"]
 
 
@@ -69,7 +70,7 @@ def test_a_memory_on_tiers_answers_like_an_ordinary_one(store, options):
     model = tiny_model(**MODEL_OPTIONS[options])
     texts = [document(90), document(33, seed=1), document(5, seed=2)]
     plain = model.memorize(texts)
-    tiered = model.memorize(texts, store=store, key_values="fp64", device_bytes=2**20)
+    tiered = model.memorize(texts, store=store, key_values="fp64", **ROOM[store])
     assert tiered.num_chunks == plain.num_chunks and tiered.store is not None
     # one token gathers, many tokens fetch
     for batch, tokens in ((1, 1), (2, 5), (1, 200)):
@@ -127,7 +128,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read():
 def test_a_memory_on_tiers_is_saved_selected_and_copied_like_any_other(tmp_path, store, forms):
     model = tiny_model()
     texts, ids = [document(90), document(33, seed=1), document(5, seed=2)], random_tokens(1, 9, seed=3)
-    memory = model.memorize(texts, store=store, device_bytes=2**20, close=False, **forms)
+    memory = model.memorize(texts, store=store, **ROOM[store], close=False, **forms)
     wanted = logits_of(model, memory, ids)
     # saved in the form that it is kept in, bit for bit
     memory.save(tmp_path / "first.hsa")
@@ -146,7 +147,7 @@ def test_a_memory_on_tiers_is_saved_selected_and_copied_like_any_other(tmp_path,
     edit(model, copy, 3, 9, document(6, seed=8))
     torch.testing.assert_close(logits_of(model, memory, ids), wanted, rtol=0, atol=0)
     # selected
-    closed = model.memorize(texts, store=store, device_bytes=2**20, **forms)
+    closed = model.memorize(texts, store=store, **ROOM[store], **forms)
     few = closed.select([1, 0])
     whole = closed.to().select([1, 0])
     torch.testing.assert_close(logits_of(model, few, ids), logits_of(model, whole, ids), rtol=1e-11, atol=1e-12)

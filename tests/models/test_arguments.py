@@ -336,3 +336,9 @@ def test_a_continued_document_takes_a_generation_configuration():
     assert torch.equal(limited, expected)
     with pytest.raises(ValueError, match="one sequence"):
         model.generate(tokens[:, 30:], GenerationConfig(num_beams=2), **options)
+
+
+def test_tokens_whose_retrieval_is_wanted_are_refused_where_none_is_asked_for():
+    model, ids = tiny_model(), random_tokens(2, 8)
+    with pytest.raises(ValueError, match="retrieval_to_keep goes with output_retrieval=True"):
+        model.model(ids, retrieval_to_keep=1)

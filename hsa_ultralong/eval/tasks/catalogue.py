@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from hsa_ultralong.eval.tasks.material import Material
+from hsa_ultralong.eval.tasks.material import Material, word_list
 from hsa_ultralong.eval.tasks.paper import PAPER
 from hsa_ultralong.eval.tasks.recall import RECALL, RecallPrompt
-from hsa_ultralong.eval.tasks.ruler_needles import RULER_NEEDLES
+from hsa_ultralong.eval.tasks.ruler_needles import RULER_NEEDLES, Needles
 from hsa_ultralong.eval.tasks.ruler_questions import DocumentQuestions
 from hsa_ultralong.eval.tasks.ruler_words import CommonWords, FrequentWords, VariableTracking
 from hsa_ultralong.eval.tasks.sample import Sample, Task
@@ -28,7 +28,8 @@ def check_tasks(names: Sequence[str], material: Material, number: int) -> None:
     """Refuse what no length could change, before any work.
 
     Raises:
-        ValueError: for a task that is none, no samples, a missing or wrong file, or more samples than it has.
+        ValueError: for a task that is none, no samples, a missing or wrong file, more samples than it has, a missing
+            chat template, or missing words.
     """
     if number < 1:
         raise ValueError(f"at least one sample is needed, got {number}")
@@ -38,6 +39,10 @@ def check_tasks(names: Sequence[str], material: Material, number: int) -> None:
         task = TASKS[name]
         if isinstance(task, DocumentQuestions):
             task.passages(material, number)
+        if isinstance(task, Needles | CommonWords):
+            word_list("noun")
+    if material.chat:
+        _ = material.turn
 
 
 def make_samples(name: str, material: Material, length: int, number: int, seed: int = 0) -> Iterator[Sample]:
