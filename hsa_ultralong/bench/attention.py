@@ -167,7 +167,7 @@ def full_points(settings: Settings) -> Iterator[Point]:
 
 
 def window_points(operators: Any, settings: Settings) -> Iterator[Point]:
-    """The sliding window through its backends: blocks of SDPA and, on a GPU, compiled flex_attention."""
+    """The sliding window through its backends: the kernels on a GPU, and blocks of SDPA."""
 
     def point(impl: str, direction: str, T: int) -> Point:
         def prepare() -> Call:
@@ -182,8 +182,6 @@ def window_points(operators: Any, settings: Settings) -> Iterator[Point]:
         return Point("window", impl, direction, T, prepare, flops=flops, bytes=size, more=more)
 
     for T in settings.lengths:
-        for impl in ("torch", "flex") if settings.device == "cuda" else ("torch",):
-            if impl == "flex" and settings.flex_max < T:
-                continue
+        for impl in ("torch", "triton") if settings.device == "cuda" else ("torch",):
             for direction in DIRECTIONS:
                 yield point(impl, direction, T)

@@ -26,7 +26,7 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("full, flash", "#e0a458", "v-", {"op": "full_attention", "impl": "flash"}),
     ("full, SDPA", "#d1603d", "^-", {"op": "full_attention", "impl": "sdpa"}),
     ("window, SDPA", "#4f7942", "d-", {"op": "window", "impl": "torch"}),
-    ("window, flex", "#9ab973", "d:", {"op": "window", "impl": "flex"}),
+    ("window", "#9ab973", "d:", {"op": "window", "impl": "triton"}),
 )
 _TITLES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 

@@ -37,7 +37,6 @@ class Settings:
     seed: int = 0
     full_max: int = 131_072  # full attention is quadratic
     torch_max: int = 32_768  # so is the dense torch path, and the gathering one moves K * S keys a token
-    flex_max: int = 2**18
     recorded_max: int = 32_768
     budget_s: float = 0.25
 

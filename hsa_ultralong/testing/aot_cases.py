@@ -11,7 +11,14 @@ from itertools import product
 
 import torch
 
-from hsa_ultralong.ops import ChunkVisibility, ScoredChunks, chunk_topk, combine_topk, hsa_attention
+from hsa_ultralong.ops import (
+    ChunkVisibility,
+    ScoredChunks,
+    chunk_topk,
+    combine_topk,
+    hsa_attention,
+    sliding_window_attention,
+)
 from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks
 from hsa_ultralong.ops.chunk_topk.quantized import chunk_topk_quantized
 
@@ -69,6 +76,13 @@ def _run_hsa(shape: Shape, num_queries: int, is_training: bool) -> None:
         out.backward(torch.ones_like(out))
 
 
+def _run_window(shape: Shape, has_documents: bool) -> None:
+    operands = [_noise(1, shape.T, heads, shape.D, dtype=shape.dtype) for heads in (shape.Hq, shape.Hkv, shape.Hkv)]
+    segments = torch.zeros((1, shape.T), dtype=torch.int32) if has_documents else None
+    out = sliding_window_attention(*operands, window=512, query_segments=segments, key_segments=segments, impl="triton")
+    out.backward(torch.ones_like(out))
+
+
 def _run_topk(shape: Shape, num_queries: int, is_training: bool, chunks: int, use_noise: bool = False) -> None:
     query = _noise(1, num_queries, 1, shape.R, dtype=shape.dtype, grad=is_training)
     landmarks = _noise(1, chunks, 1, shape.R, dtype=shape.dtype, grad=is_training)
@@ -120,6 +134,8 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
             (f"hsa_attention training {shape}", _with_shape(_run_hsa, shape, shape.T, True)),
             (f"hsa_attention forward {shape}", _with_shape(_run_hsa, shape, shape.T, False)),
             (f"hsa_attention decode {shape}", _with_shape(_run_hsa, shape, 1, False)),
+            (f"sliding_window_attention {shape}", _with_shape(_run_window, shape, False)),
+            (f"sliding_window_attention documents {shape}", _with_shape(_run_window, shape, True)),
         ]
         retrieval = (shape.K, shape.R, shape.dtype)
         if retrieval in seen:

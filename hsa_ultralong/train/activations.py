@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.attention.flex_attention  # registers the operator that _KEPT names
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -35,11 +34,14 @@ _KEPT = {
         "_scaled_dot_product_fused_attention_overrideable",
         "_scaled_dot_product_flash_attention_for_cpu",
     )
-} | {torch.ops.higher_order.flex_attention}
+}
+# the kernels of ops/sliding_window, an operator that exists where triton is
+_KEPT_KERNEL = "hsa_ultralong.sliding_window.default"
 
 
 def _keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = operation in _KEPT or str(operation) == _KEPT_KERNEL
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 _keeping_products = functools.partial(create_selective_checkpoint_contexts, _keep_products)

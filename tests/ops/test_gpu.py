@@ -121,7 +121,7 @@ def test_noise_is_the_same_on_gpu_and_cpu():
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("impl", ["torch", "flex"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_window_error_is_at_most_twice_that_of_the_reference_in_bf16(impl):
     inputs = random_inputs((2, 1500, 4, 64), (2, 1500, 2, 64), (2, 1500, 2, 64))
     segments = (torch.arange(1500) // 700).int().expand(2, -1)

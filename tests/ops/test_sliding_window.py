@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from hsa_ultralong.ops import sliding_window_attention
 from hsa_ultralong.ops.sliding_window import torch_banded
-from hsa_ultralong.ops.sliding_window.torch_flex import touched_blocks
 from hsa_ultralong.testing.factories import random_tensor
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -140,7 +139,6 @@ def test_a_given_scale_is_used():
         ({"query_segments": torch.zeros(2, 5)}, "give both"),
         ({"query_segments": torch.zeros(2, 5), "key_segments": torch.zeros(2, 4)}, "key_segments must have"),
         ({"impl": "cuda"}, "impl='cuda' is not available"),
-        ({"impl": "flex"}, 'impl="flex" needs CUDA tensors'),
     ],
 )
 def test_bad_arguments_raise_one_clear_error(change, message):
@@ -148,25 +146,3 @@ def test_bad_arguments_raise_one_clear_error(change, message):
     arguments = {"q": q, "k": k, "v": v, "window": 3, **change}
     with pytest.raises(ValueError, match=message):
         sliding_window_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("queries", "keys", "window"),
-    [(1000, 1000, 128), (300, 700, 512), (128, 128, 1), (129, 500, 200), (500, 500, 600), (256, 4000, 127)],
-)
-@pytest.mark.parametrize("has_documents", [False, True])
-def test_flex_blocks_cover_the_window_and_whole_ones_lie_inside(queries, keys, window, has_documents):
-    size = 128
-    lists = touched_blocks(queries, keys, window, has_documents, torch.device("cpu"))
-    num_cut, cut, num_whole, whole = (part[0, 0] for part in lists)
-    row, column = torch.arange(-(-queries // size) * size)[:, None], torch.arange(-(-keys // size) * size)
-    distance = row + keys - queries - column
-    seen, exists = (distance >= 0) & (distance < window), (row < queries) & (column < keys)
-    by_block = (seen & exists).unflatten(1, (-1, size)).unflatten(0, (-1, size)).any(3).any(1)
-    inside = (seen | ~exists).unflatten(1, (-1, size)).unflatten(0, (-1, size)).all(3).all(1)
-    for block in range(len(cut)):
-        listed = cut[block, : num_cut[block]].tolist()
-        full = whole[block, : num_whole[block]].tolist()
-        assert len(set(listed + full)) == len(listed) + len(full)
-        assert set(by_block[block].nonzero().flatten().tolist()) <= set(listed + full)
-        assert inside[block, full].all() if not has_documents else not full

@@ -7,27 +7,28 @@ from typing import Any
 import torch
 
 from hsa_ultralong.ops._common import choose_impl, require_shape
+from hsa_ultralong.ops._triton import triton_runs_on
 from hsa_ultralong.ops.sliding_window.isolation import isolated
 from hsa_ultralong.ops.sliding_window.reference import sliding_window_reference
 from hsa_ultralong.ops.sliding_window.torch_banded import sliding_window_banded
 
 
-def _flex(*args: Any, **options: Any) -> torch.Tensor:
-    from hsa_ultralong.ops.sliding_window.torch_flex import sliding_window_flex  # imports torch's compiler
-
-    return sliding_window_flex(*args, **options)
+KERNEL_SIZES = (16, 32, 64, 128)
 
 
-_BACKENDS = {"reference": sliding_window_reference, "torch": sliding_window_banded, "flex": _flex}
-# lengths from which a compilation pays (steps of training are many, calls without gradients are not), and up to which
-# flex_attention's table of T^2 / 2^14 blocks stays small
-_FLEX_FROM, _FLEX_FROM_READING, _FLEX_MAX = 1024, 2**17, 2**18
+def _triton(*args: Any, **options: Any) -> torch.Tensor:
+    from hsa_ultralong.ops.sliding_window.triton_window import sliding_window_triton  # imports triton
+
+    return sliding_window_triton(*args, **options)
 
 
-def _automatic(q: torch.Tensor, k: torch.Tensor) -> str:
-    least = _FLEX_FROM if torch.is_grad_enabled() and q.requires_grad else _FLEX_FROM_READING
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in (16, 32, 64, 128)
-    return "flex" if q.is_cuda and fits and least <= q.shape[1] <= _FLEX_MAX else "torch"
+_BACKENDS = {"reference": sliding_window_reference, "torch": sliding_window_banded, "triton": _triton}
+
+
+def _automatic(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str:
+    is_plain = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.shape[-1] in KERNEL_SIZES and scale > 0 and min(q.shape[:2]) > 0
+    return "triton" if is_plain and fits and triton_runs_on(q) else "torch"
 
 
 def sliding_window_attention(
@@ -50,14 +51,15 @@ def sliding_window_attention(
         query_segments (B, Tq), key_segments (B, Tk): int32 document numbers, both or neither; -1 is padding, which
             attends to itself and its like only.
         scale: default 1 / sqrt(D).
-        impl: "auto", "torch" (blocks of SDPA), "flex" (torch's compiled flex_attention, on a GPU) or "reference";
-            "auto" takes flex in 16 bit on a GPU for training and for calls of 131,072 tokens and more.
+        impl: "auto", "triton", "torch" (blocks of SDPA) or "reference"; "auto" is "triton" on an NVIDIA GPU for bf16
+            and fp16.
 
     Returns:
         (B, Tq, Hq, D) in the dtype of q.
 
     Raises:
-        ValueError: on shapes that do not fit, window < 1 or an unknown impl.
+        ValueError: on shapes that do not fit, window < 1, an unknown impl, or what impl="triton" does not take.
+        RuntimeError: impl="triton" without an NVIDIA GPU or without the triton package.
     """
     if q.dim() != 4:
         raise ValueError(f"q must be (B, T, Hq, D), got {tuple(q.shape)}")
@@ -76,10 +78,10 @@ def sliding_window_attention(
     if query_segments is not None and key_segments is not None:
         require_shape("query_segments", query_segments, (batch, num_queries))
         require_shape("key_segments", key_segments, (batch, num_keys))
-    name = choose_impl("sliding_window_attention", impl, tuple(_BACKENDS), _automatic(q, k))
+    scale = dim**-0.5 if scale is None else scale
+    name = choose_impl("sliding_window_attention", impl, tuple(_BACKENDS), _automatic(q, k, v, scale))
     backend = _BACKENDS[name]
     places: dict[str, Any] = {"window": window, "query_segments": query_segments, "key_segments": key_segments}
-    scale = dim**-0.5 if scale is None else scale
-    if num_queries and (q.is_cpu or name == "reference"):
-        return isolated(backend, q, k, v, **places, scale=scale)
-    return backend(q, k, v, **places, scale=scale)
+    if num_queries == 0 or name == "triton":
+        return backend(q, k, v, **places, scale=scale)
+    return isolated(backend, q, k, v, **places, scale=scale)

@@ -1,0 +1,142 @@
+"""Sliding-window attention as Triton kernels (kernel_window.py): forward, and gradients without atomic additions.
+
+Choices of tiles were measured on an H100 (docs/kernels.md). Tested against reference.py under the interpreter and on a
+GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from hsa_ultralong.ops._triton import next_power_of_two, num_processors, require_kernel_dtype, require_triton
+from hsa_ultralong.ops.sliding_window import kernel_window
+from hsa_ultralong.ops.sliding_window.api import KERNEL_SIZES
+
+
+class LaunchOptions(NamedTuple):
+    """Rows of a tile (tokens * heads), keys of a block, warps and software-pipelining stages of one kernel."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def launch_options(kind: str, dim: int, dtype: torch.dtype) -> LaunchOptions:
+    """kind is "forward", "query" or "key"."""
+    if dtype == torch.float32:
+        return LaunchOptions(16, 32, 4, 1)
+    if dim > 64:
+        return LaunchOptions(64, 64, 4 if kind == "forward" else 8, 2)
+    return LaunchOptions(64, 64, 4, 3)
+
+
+class _Problem:
+    """Contiguous operands and the arguments that every kernel takes; shapes as in api.sliding_window_attention."""
+
+    def __init__(self, q, k, v, query_segments, key_segments, window: int, scale: float) -> None:
+        self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
+        self.batch, self.num_queries, self.heads, self.dim = q.shape
+        self.num_keys, self.kv_heads = k.shape[1:3]
+        self.group, self.window, self.scale = self.heads // self.kv_heads, window, scale
+        self.has_segments = query_segments is not None
+        # without segments some tensor of integers, which is not read
+        parts = (query_segments, key_segments) if self.has_segments else (q, q)
+        self.segments = tuple(part.contiguous() for part in parts)
+
+    def sizes(self) -> tuple[int, int, int, float]:
+        return self.num_queries, self.num_keys, self.window, self.scale * math.log2(math.e)
+
+    def constants(self, options: LaunchOptions, group: int) -> dict[str, Any]:
+        padded = next_power_of_two(group)
+        tokens = max(1, options.rows // padded)
+        return {
+            # a matrix unit takes at least 16 rows
+            "G": group, "GP": max(padded, 16 // tokens), "D": self.dim, "BT": tokens, "BN": options.keys,
+            "HAS_SEGMENTS": self.has_segments, "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
+            "STAGES": options.stages, "num_warps": options.warps,
+        }  # fmt: skip
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """out, and lse (B, Tq, Hq) fp32."""
+        out = torch.empty_like(self.q)
+        lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
+        constants = self.constants(launch_options("forward", self.dim, self.q.dtype), self.group)
+        kernel_window.forward_kernel[(-(-self.num_queries // constants["BT"]), self.kv_heads, self.batch)](
+            self.q, self.k, self.v, *self.segments, out, lse, *self.sizes(), self.kv_heads, **constants
+        )
+        return out, lse
+
+    def gradients(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """dq, dk, dv."""
+        grad_out = grad_out.contiguous()
+        grad_q, deltas = torch.empty_like(self.q), torch.empty_like(lse)
+        constants = self.constants(launch_options("query", self.dim, self.q.dtype), self.group)
+        kernel_window.query_gradient_kernel[(-(-self.num_queries // constants["BT"]), self.kv_heads, self.batch)](
+            self.q, self.k, self.v, *self.segments, grad_out, out, lse, grad_q, deltas, *self.sizes(), self.scale,
+            self.kv_heads, **constants,
+        )  # fmt: skip
+        options = launch_options("key", self.dim, self.q.dtype)
+        blocks = -(-self.num_keys // options.keys)
+        splits = self._splits(blocks * self.kv_heads * self.batch)
+        shape = (splits, *self.k.shape)
+        dtype = self.k.dtype if splits == 1 else torch.float32
+        grad_k, grad_v = (torch.empty(shape, dtype=dtype, device=self.k.device) for _ in range(2))
+        constants = self.constants(options, self.group // splits)
+        kernel_window.key_gradient_kernel[(blocks, self.kv_heads * splits, self.batch)](
+            self.q, self.k, self.v, *self.segments, grad_out, lse, deltas, grad_k, grad_v, *self.sizes(), self.scale,
+            self.kv_heads, SPLITS=splits, **constants,
+        )  # fmt: skip
+        if splits == 1:
+            return grad_q, grad_k[0], grad_v[0]
+        return grad_q, grad_k.sum(0).to(self.k.dtype), grad_v.sum(0).to(self.k.dtype)
+
+    def _splits(self, programs: int) -> int:
+        """Shares of the heads, so that few keys still fill the device."""
+        splits = 1
+        while programs * splits < 2 * num_processors(self.q.device.index) and self.group % (2 * splits) == 0:
+            splits *= 2
+        return splits
+
+
+def _forward(q, k, v, query_segments, key_segments, window: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return _Problem(q, k, v, query_segments, key_segments, window, scale).forward()
+
+
+# an operator that selective checkpointing sees and keeps (train/activations.py)
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? qs, Tensor? ks, int window, float scale) -> (Tensor, Tensor)"
+_operator = torch.library.custom_op("hsa_ultralong::sliding_window", _forward, mutates_args=(), schema=_SCHEMA)
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, query_segments, key_segments, window, scale):
+        out, lse = _operator(q, k, v, query_segments, key_segments, window, scale)
+        ctx.save_for_backward(q, k, v, query_segments, key_segments, out, lse)
+        ctx.options = (window, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, query_segments, key_segments, out, lse = ctx.saved_tensors
+        problem = _Problem(q, k, v, query_segments, key_segments, *ctx.options)
+        return *problem.gradients(grad_out, out, lse), None, None, None, None
+
+
+@torch.compiler.disable
+def sliding_window_triton(q, k, v, *, window, query_segments, key_segments, scale):
+    """Same result as sliding_window_reference, up to the rounding of the input dtype."""
+    require_triton("sliding_window_attention", q)
+    require_kernel_dtype("sliding_window_attention", q)
+    if not (q.dtype == k.dtype == v.dtype) or q.shape[-1] not in KERNEL_SIZES or scale <= 0:
+        raise ValueError(
+            f'sliding_window_attention: impl="triton" takes head dimensions in {KERNEL_SIZES}, q, k and v of one dtype '
+            f"and a positive scale; got D={q.shape[-1]}, {q.dtype}, {k.dtype}, {v.dtype}, scale={scale}"
+        )
+    window = min(window, k.shape[1])
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v)):
+        return _WindowAttention.apply(q, k, v, query_segments, key_segments, window, scale)
+    return _forward(q, k, v, query_segments, key_segments, window, scale)[0]

@@ -1,0 +1,91 @@
+"""The sliding window's Triton kernels against the reference; without a GPU they run under the interpreter, in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hsa_ultralong.ops import sliding_window_attention
+from hsa_ultralong.testing.factories import random_tensor
+
+pytest.importorskip("triton")
+from hsa_ultralong.ops.sliding_window import triton_window
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(impl, dtype, sizes, window, *, has_documents, dim=16):
+    """Output and the gradients of q, k, v."""
+    num_queries, num_keys, heads, kv_heads = sizes
+    shapes = [(num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads)]
+    leaves = [random_tensor(2, *shape, dim, seed=seed).to(DEVICE, dtype) for seed, shape in enumerate(shapes)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    segments = None
+    if has_documents:
+        # padding before the first document
+        segments = (torch.arange(num_keys, device=DEVICE) // 17 - 1).to(torch.int32).expand(2, -1)
+    mine = None if segments is None else segments[:, num_keys - num_queries :]
+    out = sliding_window_attention(*leaves, window=window, query_segments=mine, key_segments=segments, impl=impl)
+    out.backward(random_tensor(*out.shape, seed=9).to(out))
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "window"),
+    [
+        ((50, 50, 4, 2), 20),
+        ((30, 75, 3, 1), 7),
+        ((5, 60, 4, 4), 100),
+        ((70, 70, 2, 1), 1),
+        ((40, 90, 16, 1), 33),
+        ((1, 40, 8, 2), 24),
+    ],
+)
+def test_kernels_equal_reference_in_output_and_every_gradient(sizes, window, has_documents):
+    found = run("triton", torch.float32, sizes, window, has_documents=has_documents)
+    expected = run("reference", torch.float64, sizes, window, has_documents=has_documents)
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_shares_of_the_heads_change_nothing(monkeypatch):
+    sizes = (40, 40, 8, 1)
+    monkeypatch.setattr(triton_window._Problem, "_splits", lambda self, programs: 1)
+    whole = run("triton", torch.float32, sizes, 9, has_documents=False)
+    monkeypatch.setattr(triton_window._Problem, "_splits", lambda self, programs: 4)
+    for left, right in zip(run("triton", torch.float32, sizes, 9, has_documents=False), whole, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_kernels_do_not_take_is_refused_in_one_line():
+    q = torch.zeros(1, 4, 2, 24, device=DEVICE)
+    with pytest.raises(ValueError, match='impl="triton" takes head dimensions in'):
+        sliding_window_attention(q, q, q, window=2, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "window", "dim"),
+    [((1500, 1500, 16, 1), 512, 64), ((700, 1000, 4, 1), 128, 64), ((600, 600, 4, 2), 100, 128)],
+)
+def test_bf16_error_is_at_most_twice_that_of_the_reference(sizes, window, dim, has_documents):
+    options = {"has_documents": has_documents, "dim": dim}
+    exact = run("reference", torch.float64, sizes, window, **options)
+    budget = run("reference", torch.bfloat16, sizes, window, **options)
+    found = run("triton", torch.bfloat16, sizes, window, **options)
+    for left, allowed, right in zip(found, budget, exact, strict=True):
+        error, limit = ((part.double() - right).norm() for part in (left, allowed))
+        assert error <= 2 * limit + 1e-6 * (1 + right.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_repeats_are_bit_identical():
+    arguments = ("triton", torch.bfloat16, (900, 900, 8, 2), 128)
+    first = run(*arguments, has_documents=True, dim=64)
+    for _ in range(20):
+        for left, right in zip(first, run(*arguments, has_documents=True, dim=64), strict=True):
+            assert torch.equal(left, right)
