@@ -12,7 +12,6 @@ from hsa_ultralong.ops.sliding_window.isolation import isolated
 from hsa_ultralong.ops.sliding_window.reference import sliding_window_reference
 from hsa_ultralong.ops.sliding_window.torch_banded import sliding_window_banded
 
-
 KERNEL_SIZES = (16, 32, 64, 128)
 
 
