@@ -37,14 +37,23 @@ def launch_options(kind: str, dim: int, dtype: torch.dtype) -> LaunchOptions:
 class _Problem:
     """Contiguous operands and the arguments that every kernel takes; shapes as in api.sliding_window_attention."""
 
-    def __init__(self, q, k, v, query_segments, key_segments, window: int, scale: float) -> None:
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        query_segments: torch.Tensor | None,
+        key_segments: torch.Tensor | None,
+        window: int,
+        scale: float,
+    ) -> None:
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
         self.batch, self.num_queries, self.heads, self.dim = q.shape
         self.num_keys, self.kv_heads = k.shape[1:3]
         self.group, self.window, self.scale = self.heads // self.kv_heads, window, scale
         self.has_segments = query_segments is not None
         # without segments some tensor of integers, which is not read
-        parts = (query_segments, key_segments) if self.has_segments else (q, q)
+        parts = (q if part is None else part for part in (query_segments, key_segments))
         self.segments = tuple(part.contiguous() for part in parts)
 
     def sizes(self) -> tuple[int, int, int, float]:
@@ -102,7 +111,15 @@ class _Problem:
         return splits
 
 
-def _forward(q, k, v, query_segments, key_segments, window: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _Problem(q, k, v, query_segments, key_segments, window, scale).forward()
 
 
@@ -113,21 +130,31 @@ _operator = torch.library.custom_op("hsa_ultralong::sliding_window", _forward, m
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, query_segments, key_segments, window, scale):
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        q, k, v, query_segments, key_segments, window, scale = arguments
         out, lse = _operator(q, k, v, query_segments, key_segments, window, scale)
         ctx.save_for_backward(q, k, v, query_segments, key_segments, out, lse)
         ctx.options = (window, scale)
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, query_segments, key_segments, out, lse = ctx.saved_tensors
         problem = _Problem(q, k, v, query_segments, key_segments, *ctx.options)
         return *problem.gradients(grad_out, out, lse), None, None, None, None
 
 
 @torch.compiler.disable
-def sliding_window_triton(q, k, v, *, window, query_segments, key_segments, scale):
+def sliding_window_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window: int,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
     """Same result as sliding_window_reference, up to the rounding of the input dtype."""
     require_triton("sliding_window_attention", q)
     require_kernel_dtype("sliding_window_attention", q)
