@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import torch
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# head dimensions, and sizes of a chunk, that the attention kernels take
+KERNEL_SIZES = (16, 32, 64, 128)
 
 
 def is_interpreted() -> bool:

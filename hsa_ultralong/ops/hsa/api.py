@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.ops._common import choose_impl, require_shape
-from hsa_ultralong.ops._triton import triton_runs_on
+from hsa_ultralong.ops._triton import KERNEL_SIZES, triton_runs_on
 from hsa_ultralong.ops.hsa.indices import within
 from hsa_ultralong.ops.hsa.reference import hsa_attention_reference
 from hsa_ultralong.ops.hsa.torch_dense import hsa_attention_dense
@@ -33,7 +33,6 @@ _BACKENDS = {
     "torch_dense": hsa_attention_dense,
     "triton": _triton,
 }
-KERNEL_SIZES = (16, 32, 64, 128)
 # the dense path does C / K times the arithmetic of the gathering path, at matmul speed: see README.md
 _DENSE_RATIO = {"cpu": 2, "cuda": 8}
 _DENSE_MIN_TOKENS = 16

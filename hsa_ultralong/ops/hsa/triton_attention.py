@@ -12,12 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.ops._triton import next_power_of_two, num_processors, require_kernel_dtype, require_triton
+from hsa_ultralong.ops._triton import (
+    KERNEL_SIZES,
+    next_power_of_two,
+    num_processors,
+    require_kernel_dtype,
+    require_triton,
+)
 from hsa_ultralong.ops.hsa import kernel_chunks, kernel_decode, kernel_tiles
 from hsa_ultralong.ops.hsa.indices import within
 from hsa_ultralong.ops.hsa.kernel_lists import TileLists, coverage_slots, inverse_lists, tile_lists
 
-_SIZES = (16, 32, 64, 128)
 # slot maps of one segment of tokens; longer inputs are processed in segments
 _SEGMENT_BYTES = 1 << 27
 # longest list that one program sorts: tokens of a tile * slots
@@ -254,7 +259,7 @@ class _TritonAttention(torch.autograd.Function):
 def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_size: int, scale: float) -> bool:
     """Whether the kernels take these operands (their device aside)."""
     is_plain = q.dtype == k.dtype == v.dtype
-    return is_plain and q.shape[-1] in _SIZES and chunk_size in _SIZES and scale > 0
+    return is_plain and q.shape[-1] in KERNEL_SIZES and chunk_size in KERNEL_SIZES and scale > 0
 
 
 @torch.compiler.disable
@@ -276,7 +281,7 @@ def hsa_attention_triton(
     require_kernel_dtype("hsa_attention", q)
     if not _supports(q, k, v, chunk_size, scale):
         raise ValueError(
-            f'hsa_attention: impl="triton" takes head dimension and chunk size in {_SIZES}, q, k and v of one dtype '
+            f'hsa_attention: impl="triton" takes head dimension and chunk size in {KERNEL_SIZES}, q, k and v of one dtype '
             f"and a positive scale; got D={q.shape[-1]}, S={chunk_size}, {q.dtype}, {k.dtype}, {v.dtype}, scale={scale}"
         )
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, weights))

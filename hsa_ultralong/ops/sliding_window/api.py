@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from hsa_ultralong.ops._common import choose_impl, require_shape
-from hsa_ultralong.ops._triton import triton_runs_on
+from hsa_ultralong.ops._triton import KERNEL_SIZES, triton_runs_on
 from hsa_ultralong.ops.sliding_window.isolation import isolated
 from hsa_ultralong.ops.sliding_window.reference import sliding_window_reference
 from hsa_ultralong.ops.sliding_window.torch_banded import sliding_window_banded
-
-KERNEL_SIZES = (16, 32, 64, 128)
 
 
 def _triton(*args: Any, **options: Any) -> torch.Tensor:

@@ -11,9 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.ops._triton import next_power_of_two, num_processors, require_kernel_dtype, require_triton
+from hsa_ultralong.ops._triton import (
+    KERNEL_SIZES,
+    next_power_of_two,
+    num_processors,
+    require_kernel_dtype,
+    require_triton,
+)
 from hsa_ultralong.ops.sliding_window import kernel_window
-from hsa_ultralong.ops.sliding_window.api import KERNEL_SIZES
 
 
 class LaunchOptions(NamedTuple):
