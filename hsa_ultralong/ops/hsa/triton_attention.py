@@ -281,8 +281,9 @@ def hsa_attention_triton(
     require_kernel_dtype("hsa_attention", q)
     if not _supports(q, k, v, chunk_size, scale):
         raise ValueError(
-            f'hsa_attention: impl="triton" takes head dimension and chunk size in {KERNEL_SIZES}, q, k and v of one dtype '
-            f"and a positive scale; got D={q.shape[-1]}, S={chunk_size}, {q.dtype}, {k.dtype}, {v.dtype}, scale={scale}"
+            f'hsa_attention: impl="triton" takes head dimension and chunk size in {KERNEL_SIZES}, q, k and v of '
+            f"one dtype and a positive scale; got D={q.shape[-1]}, S={chunk_size}, {q.dtype}, {k.dtype}, {v.dtype}, "
+            f"scale={scale}"
         )
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, weights))
     if not needs_gradient and q.shape[0] * q.shape[1] <= _DECODE_TOKENS:
