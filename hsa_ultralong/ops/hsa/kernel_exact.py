@@ -1,11 +1,9 @@
 """What the Triton kernels do where sums are not all finite: the same sums row by row, over chosen chunks alone.
 
-A tile multiplies rows by chunks that they did not choose, with weight 0, and 0 * NaN is NaN. So the kernels look at
-their sums, which costs a few instructions, and only a program that finds something comes here. It is slow, and made of
-plain sums, so that it needs no more registers than the usual pass: these decide how many programs run at once.
-Tests: tests/ops/test_hsa_nonfinite.py.
-
-Functions of one program, no grid of their own; they write only what their caller owns.
+A tile multiplies rows by chunks that they did not choose, with weight 0, and 0 * NaN is NaN. So kernel_tiles looks at
+its sums, which costs a few instructions, and marks the tiles where it finds something; spoiled_tiles_kernel, on the
+same stream, leaves at once from all others. In one kernel the slow pass would take registers from the usual one.
+`exact_memory_gradient` is a function of one program, for kernel_chunks.py. Tests: tests/ops/test_hsa_nonfinite.py.
 """
 
 from __future__ import annotations
@@ -37,55 +35,99 @@ def row_softmax(queries, keys, lengths, chunk, scale, S: tl.constexpr, HAS_LENGT
 
 
 @triton.jit
-def exact_forward(
-    q, k, v, w_row, lengths, chunks, slots, slot_step, out, first_row, count, chunk_step, head_dims, scale,
-    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, COVERAGE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+def _forward_row(
+    q, k, v, w_row, lengths, chunks, slots, slot_step, out, row, count, chunk_step, head_dims, scale,
+    D: tl.constexpr, S: tl.constexpr, COVERAGE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """out of the G rows of one token, from row first_row on."""
-    for head in range(0, G):
-        row = (first_row + head) * D + tl.arange(0, D)
-        queries = tl.load(q + row).to(tl.float32)
-        acc = tl.zeros_like(queries)
-        for u in range(0, count):
-            slot = tl.load(slots + u * slot_step)
-            if slot >= 0:
-                chunk = u if COVERAGE else tl.load(chunks + u)
-                keys = load_tile(k + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
-                p = row_softmax(queries, keys, lengths, chunk, scale, S, HAS_LENGTHS) * tl.load(w_row + slot)
-                values = load_tile(v + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
-                acc += tl.sum(p[None, :] * values, 1)
-        tl.store(out + row, acc.to(out.dtype.element_ty))
+    """out of one token and head, at row (D,)."""
+    queries = tl.load(q + row).to(tl.float32)
+    acc = tl.zeros_like(queries)
+    for u in range(0, count):
+        slot = tl.load(slots + u * slot_step)
+        if slot >= 0:
+            chunk = u if COVERAGE else tl.load(chunks + u)
+            keys = load_tile(k + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
+            p = row_softmax(queries, keys, lengths, chunk, scale, S, HAS_LENGTHS) * tl.load(w_row + slot)
+            values = load_tile(v + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
+            acc += tl.sum(p[None, :] * values, 1)
+    tl.store(out + row, acc.to(out.dtype.element_ty))
 
 
 @triton.jit
-def exact_query_gradient(
-    q, k, v, w_row, lengths, chunks, slots, slot_step, grad_out, grad_q, dw_row, first_row, count, chunk_step,
-    head_dims, scale, logit_scale, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, COVERAGE: tl.constexpr,
+def _query_gradient_row(
+    q, k, v, w_row, lengths, chunks, slots, slot_step, grad_out, grad_q, dw_row, row, head, count, chunk_step,
+    head_dims, scale, logit_scale, D: tl.constexpr, S: tl.constexpr, COVERAGE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """dq of the G rows of one token, and its dw at dw_row."""
-    for head in range(0, G):
-        row = (first_row + head) * D + tl.arange(0, D)
-        queries = tl.load(q + row).to(tl.float32)
-        upward = tl.load(grad_out + row).to(tl.float32)
-        acc = tl.zeros_like(queries)
-        for u in range(0, count):
-            slot = tl.load(slots + u * slot_step)
-            if slot >= 0:
-                chunk = u if COVERAGE else tl.load(chunks + u)
-                values = load_tile(v + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
-                slope = tl.sum(values * upward[:, None], 0)
-                keys = load_tile(k + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
-                p = row_softmax(queries, keys, lengths, chunk, scale, S, HAS_LENGTHS)
-                delta = tl.sum(p * slope, 0)
-                dz = p * (slope - delta) * tl.load(w_row + slot)
-                acc += tl.sum(dz[None, :] * keys, 1)
-                # the sum of the heads before this one
-                total = tl.load(dw_row + slot, mask=head + slot * 0 > 0, other=0.0) + delta
-                tl.debug_barrier()
-                tl.store(dw_row + slot, total)
-        tl.debug_barrier()
-        tl.store(grad_q + row, (acc * logit_scale).to(grad_q.dtype.element_ty))
+    """dq of one token and head, at row (D,); its share of the token's dw is added to that of the heads before it."""
+    queries = tl.load(q + row).to(tl.float32)
+    upward = tl.load(grad_out + row).to(tl.float32)
+    acc = tl.zeros_like(queries)
+    for u in range(0, count):
+        slot = tl.load(slots + u * slot_step)
+        if slot >= 0:
+            chunk = u if COVERAGE else tl.load(chunks + u)
+            values = load_tile(v + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
+            slope = tl.sum(values * upward[:, None], 0)
+            keys = load_tile(k + chunk * chunk_step, head_dims, lengths, chunk, D, S, HAS_LENGTHS)
+            p = row_softmax(queries, keys, lengths, chunk, scale, S, HAS_LENGTHS)
+            delta = tl.sum(p * slope, 0)
+            dz = p * (slope - delta) * tl.load(w_row + slot)
+            acc += tl.sum(dz[None, :] * keys, 1)
+            total = tl.load(dw_row + slot, mask=head + slot * 0 > 0, other=0.0) + delta
+            tl.debug_barrier()
+            tl.store(dw_row + slot, total)
+    tl.debug_barrier()
+    tl.store(grad_q + row, (acc * logit_scale).to(grad_q.dtype.element_ty))
+
+
+@triton.jit
+def spoiled_tiles_kernel(
+    q, k, v, weights, lengths, chunks, counts, slot_map, spoiled, out, grad_out, grad_weights,
+    T, C, K, U, first_tile, num_tiles, scale, logit_scale,
+    HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
+    COVERAGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """On kernel_tiles' grid, write again what it wrote of spoiled tiles: out, or with grad_out dq (as `out`) and dw."""
+    local = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    if tl.load(spoiled + (b * HKV + kv_head) * num_tiles + local) == 0:
+        return
+    tile = first_tile + local
+    hr = kv_head % HR
+    kv_row = b if KV_BATCH else b * 0
+    chunk_step = b * 0 + S * HKV * D  # int64
+    k += kv_row * C * chunk_step + kv_head * D
+    v += kv_row * C * chunk_step + kv_head * D
+    if LENGTH_BATCH:
+        lengths += b * C
+    if COVERAGE:
+        count = tl.minimum(C, (tile * BT + BT) // S) if CAUSAL else C
+        slot_map += (b * HR + hr) * C * T + tile * BT
+        slot_step = T
+    else:
+        entry = (b * HR + hr) * num_tiles + local
+        count = tl.load(counts + entry)
+        chunks += entry * U
+        slot_map += entry * U * BT
+        slot_step = BT
+    for place in range(0, tl.minimum(BT, T - tile * BT)):
+        token = b * T + tile * BT + place
+        for head in range(0, G):
+            row = (token * (HKV * G) + kv_head * G + head) * D + tl.arange(0, D)
+            if grad_out is None:
+                _forward_row(
+                    q, k, v, weights + (token * HR + hr) * K, lengths, chunks, slot_map + place, slot_step, out, row,
+                    count, chunk_step, HKV * D, scale, D, S, COVERAGE, HAS_LENGTHS,
+                )  # fmt: skip
+            else:
+                _query_gradient_row(
+                    q, k, v, weights + (token * HR + hr) * K, lengths, chunks, slot_map + place, slot_step, grad_out,
+                    out, grad_weights + (token * HKV + kv_head) * K, row, head, count, chunk_step, HKV * D, scale,
+                    logit_scale, D, S, COVERAGE, HAS_LENGTHS,
+                )  # fmt: skip
 
 
 @triton.jit

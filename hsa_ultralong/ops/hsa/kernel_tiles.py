@@ -2,8 +2,8 @@
 of the chunks that these tokens selected (kernel_lists.py).
 
 Row r of a tile is token r // GP and head r % GP, GP = G padded to a power of two. A chunk's softmax is complete in its
-tile, so there is no running maximum and tiles add up. A program whose sums are not all finite forms them again, row by
-row (kernel_exact.py). Derivation: README.md of this folder.
+tile, so there is no running maximum and tiles add up. A program says in `spoiled` (B, Hkv, tiles) whether a sum of its
+is not finite; kernel_exact.py then forms these again. Derivation: README.md of this folder.
 
 Grid of both: (tiles of a segment, Hkv, B); a program owns the BT * G rows of out, or of dq and of its own share of dw
 (B, T, Hkv, K), so nothing is added up across programs. Needed: contiguous operands, D and S powers of two from 16 to
@@ -16,8 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hsa_ultralong.ops._finite import hidden_zero, spoil_of
-from hsa_ultralong.ops.hsa.kernel_exact import exact_forward, exact_query_gradient
+from hsa_ultralong.ops._finite import spoil_of
 
 
 @triton.jit
@@ -37,7 +36,7 @@ def chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS: tl.conste
 
 @triton.jit
 def forward_kernel(
-    q, k, v, weights, lengths, chunks, counts, slot_map, out,
+    q, k, v, weights, lengths, chunks, counts, slot_map, spoiled, out,
     T, C, K, U, first_tile, num_tiles, scale,
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
@@ -92,24 +91,12 @@ def forward_kernel(
         values = tl.load(v_tile + start)
         acc = _dot(p.to(values.dtype), values, acc, PRECISION)
     tl.store(out + row_offset[:, None] * D + dims[None, :], acc.to(out.dtype.element_ty), mask=is_real[:, None])
-    spoil = spoil_of(acc)
-    if spoil != 0.0:
-        tl.debug_barrier()  # the same places are written again, by other threads
-        nothing = hidden_zero(spoil)
-        memory = (kv_row * C * S + nothing) * (HKV * D) + kv_head * D
-        for place in range(0, tl.minimum(BT, T - tile * BT)):
-            one = b * T + tile * BT + place + nothing
-            slots = slot_map + place + nothing + ((b * HR + hr) * C * T + tile * BT if COVERAGE else entry * U * BT)
-            exact_forward(
-                q, k + memory, v + memory, weights + (one * HR + hr) * K, lengths, chunks, slots, slot_step, out,
-                one * (HKV * G) + kv_head * G, count, chunk_step, HKV * D, scale,
-                G, D, S, COVERAGE, HAS_LENGTHS,
-            )  # fmt: skip
+    tl.store(spoiled + (b * HKV + kv_head) * num_tiles + local, (spoil_of(acc) != 0.0).to(tl.int32))
 
 
 @triton.jit
 def query_gradient_kernel(
-    q, k, v, weights, lengths, chunks, counts, slot_map, grad_out, grad_q, grad_weights,
+    q, k, v, weights, lengths, chunks, counts, slot_map, spoiled, grad_out, grad_q, grad_weights,
     T, C, K, U, first_tile, num_tiles, scale, logit_scale,
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
@@ -179,17 +166,4 @@ def query_gradient_kernel(
         tl.store(dw_row + target, tl.sum(tl.reshape(delta, (BT, GP)), 1), mask=target >= 0)
     acc *= logit_scale
     tl.store(grad_q + operand, acc.to(grad_q.dtype.element_ty), mask=is_real[:, None])
-    spoil = spoil_of(acc)
-    if spoil != 0.0:
-        tl.debug_barrier()
-        nothing = hidden_zero(spoil)
-        memory = (kv_row * C * S + nothing) * (HKV * D) + kv_head * D
-        for place in range(0, tl.minimum(BT, T - tile * BT)):
-            one = b * T + tile * BT + place + nothing
-            slots = slot_map + place + nothing + ((b * HR + hr) * C * T + tile * BT if COVERAGE else entry * U * BT)
-            exact_query_gradient(
-                q, k + memory, v + memory, weights + (one * HR + hr) * K, lengths, chunks, slots, slot_step,
-                grad_out, grad_q, grad_weights + (one * HKV + kv_head) * K,
-                one * (HKV * G) + kv_head * G, count, chunk_step, HKV * D, scale, logit_scale,
-                G, D, S, COVERAGE, HAS_LENGTHS,
-            )  # fmt: skip
+    tl.store(spoiled + (b * HKV + kv_head) * num_tiles + local, (spoil_of(acc) != 0.0).to(tl.int32))

@@ -19,7 +19,7 @@ from hsa_ultralong.ops._triton import (
     require_kernel_dtype,
     require_triton,
 )
-from hsa_ultralong.ops.hsa import kernel_chunks, kernel_decode, kernel_tiles
+from hsa_ultralong.ops.hsa import kernel_chunks, kernel_decode, kernel_exact, kernel_tiles
 from hsa_ultralong.ops.hsa.indices import within
 from hsa_ultralong.ops.hsa.kernel_lists import TileLists, coverage_slots, inverse_lists, tile_lists
 
@@ -34,13 +34,11 @@ _DECODE_TOKENS = 64
 
 
 class LaunchOptions(NamedTuple):
-    """Rows of a tile (tokens * heads), warps and software-pipelining stages of one kernel, and the most registers of a
-    thread, which decide how many programs run at once: the pass that mostly does not run must not take more."""
+    """Rows of a tile (tokens * heads), warps and software-pipelining stages of one kernel."""
 
     rows: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype) -> LaunchOptions:
@@ -52,7 +50,7 @@ def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype) -> Launch
         return LaunchOptions(64, 8, 1) if is_large else LaunchOptions(128, 4, 2)
     if is_large:
         return LaunchOptions(64, 8, 1)
-    return LaunchOptions(64, 4, 2, 128 if kind == "forward" else 168)
+    return LaunchOptions(64, 4, 2)
 
 
 class _Problem:
@@ -114,23 +112,41 @@ class _Problem:
             return coverage_slots(self.indices, self.chunks)
         return tile_lists(self.indices, tile_tokens, self.chunks, first, count)
 
-    def tile_arguments(self, lists: TileLists, first: int, count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Operands that the two tile kernels share, before and after their own pointers."""
-        shared = (self.q, self.k, self.v, self.weights, self.lengths, lists.chunks, lists.counts, lists.slots)
-        widest = 0 if lists.chunks is None else lists.chunks.shape[-1]
-        return shared, (self.tokens, self.chunks, self.slots, widest, first, count, self.scale_log2)
+    def _tiles(self, kernel: Any, kind: str, out: torch.Tensor, gradients: tuple[torch.Tensor, ...] = ()) -> None:
+        """A kernel of kernel_tiles into `out`, which is dq where `gradients` are (dO, dw); then mend spoiled tiles."""
+        options = launch_options(kind, self.dim, self.size, self.q.dtype)
+        constants = self.constants(options.rows, options.stages)
+        flags = {"KV_BATCH": self.kv_batch > 1, "COVERAGE": self.covers, "CAUSAL": self.causal}
+        mending = {name: value for name, value in constants.items() if name not in ("GP", "PRECISION", "STAGES")}
+        grad_out, grad_weights = gradients or (None, None)
+        written = (grad_out, out, grad_weights) if gradients else (out,)
+        scales = (self.scale_log2, self.scale) if gradients else (self.scale_log2,)
+        for first, count in self.segments(constants["BT"]):
+            lists = self.lists(constants["BT"], first, count)
+            grid = (count, self.kv_heads, self.batch)
+            spoiled = torch.empty(self.batch * self.kv_heads * count, dtype=torch.int32, device=self.q.device)
+            read = (
+                self.q,
+                self.k,
+                self.v,
+                self.weights,
+                self.lengths,
+                lists.chunks,
+                lists.counts,
+                lists.slots,
+                spoiled,
+            )
+            widest = 0 if lists.chunks is None else lists.chunks.shape[-1]
+            sizes = (self.tokens, self.chunks, self.slots, widest, first, count)
+            heads = (self.kv_heads, self.list_heads)
+            kernel[grid](*read, *written, *sizes, *scales, *heads, num_warps=options.warps, **flags, **constants)
+            kernel_exact.spoiled_tiles_kernel[grid](
+                *read, out, grad_out, grad_weights, *sizes, self.scale_log2, self.scale, *heads, **flags, **mending
+            )
 
     def forward(self) -> torch.Tensor:
         out = torch.empty_like(self.q)
-        options = launch_options("forward", self.dim, self.size, self.q.dtype)
-        constants = self.constants(options.rows, options.stages)
-        for first, count in self.segments(constants["BT"]):
-            operands, sizes = self.tile_arguments(self.lists(constants["BT"], first, count), first, count)
-            kernel_tiles.forward_kernel[(count, self.kv_heads, self.batch)](
-                *operands, out, *sizes, self.kv_heads, self.list_heads, KV_BATCH=self.kv_batch > 1,
-                COVERAGE=self.covers, CAUSAL=self.causal, num_warps=options.warps, maxnreg=options.registers,
-                **constants,
-            )  # fmt: skip
+        self._tiles(kernel_tiles.forward_kernel, "forward", out)
         return out
 
     def query_gradients(self, grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,15 +154,7 @@ class _Problem:
         grad_q = torch.empty_like(self.q)
         shape = (self.batch, self.tokens, self.kv_heads, self.slots)
         grad_weights = torch.zeros(shape, dtype=torch.float32, device=self.q.device)
-        options = launch_options("query", self.dim, self.size, self.q.dtype)
-        constants = self.constants(options.rows, options.stages)
-        for first, count in self.segments(constants["BT"]):
-            operands, sizes = self.tile_arguments(self.lists(constants["BT"], first, count), first, count)
-            kernel_tiles.query_gradient_kernel[(count, self.kv_heads, self.batch)](
-                *operands, grad_out, grad_q, grad_weights, *sizes, self.scale, self.kv_heads, self.list_heads,
-                KV_BATCH=self.kv_batch > 1, COVERAGE=self.covers, CAUSAL=self.causal, num_warps=options.warps,
-                maxnreg=options.registers, **constants,
-            )  # fmt: skip
+        self._tiles(kernel_tiles.query_gradient_kernel, "query", grad_q, (grad_out, grad_weights))
         return grad_q, grad_weights
 
     def memory_gradients(self, grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
