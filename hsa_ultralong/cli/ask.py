@@ -37,6 +37,16 @@ def ask(
     sources: Annotated[
         int, typer.Option("--sources", "--show-sources", min=0, max=MAX_COUNT, help="Show so many retrieved passages.")
     ] = 1,
+    unsure_below: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            callback=finite,
+            help="Retrieval weight below which an answer is called unsure.",
+            show_default="the model's",
+        ),
+    ] = None,
     store: Annotated[
         str, typer.Option(help="Where the memory's keys and values lie while asking: file, host, device.")
     ] = "file",
@@ -91,6 +101,7 @@ def ask(
         question,
         max_new_tokens=max_new_tokens,
         num_sources=max(1, sources),
+        unsure_below=unsure_below,
         on_text=None if as_json else _Writer(),
     )
     _show(answer, library, tokenizer, sources, as_json)
@@ -155,6 +166,7 @@ def _show(answer: Any, memory: Any, tokenizer: Any, sources: int, as_json: bool)
         value = {
             "answer": answer.text.strip(),
             "weight": answer.weight,
+            "unsure_below": answer.threshold,
             "is_uncertain": answer.is_uncertain,
             "memorised_tokens": memory.num_tokens,
             "sources": passages,
@@ -171,4 +183,9 @@ def _show(answer: Any, memory: Any, tokenizer: Any, sources: int, as_json: bool)
             f"\nUnsure: no passage stood out (best retrieval weight {answer.weight:.2f} < {answer.threshold:.2f}), "
             "so this may be a guess. "
             "Is it stated in the text, in a form like the question?"
+        )
+    elif answer.threshold is None:
+        echo(
+            f"\nBest retrieval weight {answer.weight:.2f}; this model does not say below which an answer is unsure "
+            "(unsure_below in its config.json); --unsure-below does."
         )

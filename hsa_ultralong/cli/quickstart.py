@@ -128,7 +128,7 @@ def _finish(study: Any, output: Path, network: Any) -> None:
 
     from hsa_ultralong.eval.needles import wilson_interval
     from hsa_ultralong.eval.plots import human_tokens
-    from hsa_ultralong.inference.ask import low_weight
+    from hsa_ultralong.inference.ask import unsure_weight
 
     _write(study, output, network)
     table = Table(title="Sentences hidden in a book, asked for after memorising it")
@@ -148,9 +148,11 @@ def _finish(study: Any, output: Path, network: Any) -> None:
         )
     console().print(table)
     controls = [
-        weight < low_weight(-(-result.length // network.config.chunk_size))
+        weight < threshold
         for result in study.results
+        for threshold in [unsure_weight(network.config, -(-result.length // network.config.chunk_size))]
         for weight in result.control_weights
+        if threshold is not None
     ]
     if controls:
         echo(f"Asked about sentences never hidden, it said it was unsure {sum(controls)} of {len(controls)} times.")

@@ -5,27 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from hsa_ultralong.inference.engine import DecodingEngine
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
-from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.models.fingerprint import require_chunks
 from hsa_ultralong.models.wrapped import unwrapped
 
 
-def low_weight(num_chunks: int) -> float:
-    """Best fusion weight below which an answer of the shipped model is a guess.
-
-    Fusion weights spread as the memory grows. The line passes through three values chosen on the hidden and never
-    hidden sentences of results/needles-nano (docs/log.md, "Retrieval weight"); above 4,096 chunks it is a guess.
-    """
-    size = math.log2(max(1, num_chunks))
-    if size > 12:
-        return max(0.1, 0.34 - 0.033 * (size - 12))
-    return min(0.58, 0.58 - 0.05 * (size - 6) / 3, 0.53 - 0.19 * (size - 9) / 3)
+def unsure_weight(config: HSAConfig, num_chunks: int) -> float | None:
+    """Best fusion weight below which an answer from so many chunks is likely a guess: the line `unsure_below` of the
+    model. Fusion weights spread as the memory grows. None for a model that has no line."""
+    pairs = config.unsure_below or []
+    for (low, weight), (high, other) in pairwise(pairs):
+        if num_chunks < high:
+            share = max(0.0, math.log2(max(1, num_chunks) / low) / math.log2(high / low))
+            return weight + share * (other - weight)
+    return pairs[-1][1] if pairs else None
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Source:
 @dataclass(frozen=True)
 class Answer:
     """Generated text and where it came from; `weight` is the largest fusion weight on one chunk of the memory, and
-    below `threshold` the answer is likely a guess."""
+    below `threshold` the answer is likely a guess. Without a threshold nothing is known: `is_uncertain` is None."""
 
     text: str
     tokens: list[int]
     weight: float
-    threshold: float
+    threshold: float | None
     sources: list[Source] = field(default_factory=list)
 
     @property
-    def is_uncertain(self) -> bool:
-        return self.weight < self.threshold
+    def is_uncertain(self) -> bool | None:
+        return None if self.threshold is None else self.weight < self.threshold
 
 
 class _Line:
@@ -83,16 +83,21 @@ def ask(
     *,
     max_new_tokens: int = 24,
     num_sources: int = 3,
+    unsure_below: float | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
     """Answer `prompt`, a new document that reads the whole memory; greedy, up to the end token or a line break.
 
     Args:
+        unsure_below: best weight from 0 to 1 below which the answer counts as unsure, in place of the line that the
+            model has for a memory of this size (`HSAConfig.unsure_below`).
         on_text: called with every new piece of the answer as soon as it is known.
 
     Raises:
-        ValueError: for an empty prompt, an empty memory or another model's.
+        ValueError: for an empty prompt, an empty memory or another model's, or a weight that is none.
     """
+    if unsure_below is not None and not 0 <= unsure_below <= 1:
+        raise ValueError(f"unsure_below is a retrieval weight from 0 to 1, got {unsure_below}")
     if not prompt.strip():
         raise ValueError("the prompt is empty; ask something like 'The secret code of the amber falcon is'")
     model = unwrapped(model)
@@ -116,7 +121,8 @@ def ask(
     ranked = sorted(best.items(), key=lambda item: -item[1])[:num_sources]
     sources = [_source(memory, index, weight) for index, weight in ranked]
     weight = max(best.values(), default=0.0)
-    return Answer(text, tokens, weight, low_weight(num_chunks), sources)
+    threshold = unsure_weight(model.config, num_chunks) if unsure_below is None else unsure_below
+    return Answer(text, tokens, weight, threshold, sources)
 
 
 def _source(memory: ChunkMemory, chunk: int, weight: float) -> Source:

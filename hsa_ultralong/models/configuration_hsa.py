@@ -1,8 +1,10 @@
 """Every option of the model, declared, documented and validated in one place (docs/architecture.md, Letters)."""
 
 import logging
+import math
 from difflib import get_close_matches
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,10 @@ class HSAConfig(PreTrainedConfig):
         fusion: "softmax" or "stick_breaking"; position_decay: learned slope on the recency rank (breaks fact 4).
         gumbel_noise: noise on the selection in training.
         hsa_residual: "standard" or "bypass" (HSA output feeds the feed-forward block only).
+        unsure_below: what `ask` judges by, measured for these weights: pairs [chunks of the memory, retrieval weight]
+            of rising chunks. Between two of them the line is straight in log2(chunks), outside it is flat; an answer
+            whose best weight lies below it is called unsure. None: nothing was measured, nothing is said. Changes no
+            number of the model, nor its memories.
     Mixture of experts
         num_experts: 0 = dense. num_experts_per_token, num_shared_experts, moe_intermediate_size,
         num_dense_layers: first layers that stay dense (paper: 1), router_bias_update_rate.
@@ -115,6 +121,7 @@ class HSAConfig(PreTrainedConfig):
     position_decay: bool = False
     gumbel_noise: bool = False
     hsa_residual: str = "standard"
+    unsure_below: list | None = None
     num_experts: int = 0
     num_experts_per_token: int = 2
     num_shared_experts: int = 1
@@ -260,9 +267,25 @@ class HSAConfig(PreTrainedConfig):
         assert self.head_dim is not None
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        self._check_unsure()
         if self.num_experts and self.num_experts_per_token > self.num_experts:
             raise ValueError(
                 f"num_experts_per_token={self.num_experts_per_token} exceeds num_experts={self.num_experts}"
+            )
+
+    def _check_unsure(self) -> None:
+        if self.unsure_below is None:
+            return
+        pairs = [tuple(pair) if isinstance(pair, list | tuple) else (pair,) for pair in self.unsure_below]
+        is_number = {int, float}.issuperset
+        if not (
+            pairs
+            and all(len(pair) == 2 and is_number(map(type, pair)) and 0 <= pair[1] <= 1 for pair in pairs)
+            and all(low < high for low, high in pairwise([0, *(pair[0] for pair in pairs), math.inf]))
+        ):
+            raise ValueError(
+                "unsure_below must be None or pairs [chunks, weight] of rising chunks and weights from 0 to 1, such as "
+                f"[[64, 0.5], [4096, 0.3]], got {self.unsure_below!r}"
             )
 
 

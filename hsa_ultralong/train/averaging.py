@@ -45,4 +45,6 @@ def average_models(models: Sequence[HSAForCausalLM], weights: Sequence[float]) -
             raise ValueError(f"{name} holds whole numbers that differ: nothing to average")
     # all at once: tied weights have two names
     models[0].load_state_dict(means, strict=False)
+    # measured for other weights
+    models[0].config.unsure_below = None
     return models[0]

@@ -55,8 +55,15 @@ def test_ask_answers_with_source_and_says_when_it_is_unsure(checkpoint, book):
     answer = json.loads(result.stdout)
     assert 1 <= len(answer["sources"]) <= 2 and answer["sources"][0]["name"] == str(book)
     assert answer["weight"] == answer["sources"][0]["weight"]
+    # this model has no line below which it is unsure
+    assert answer["is_uncertain"] is None and answer["unsure_below"] is None
     shown = hsa("ask", "--text", book, "--model", checkpoint, "What is it?")
-    assert ("Unsure" in shown.stdout) == answer["is_uncertain"]
+    assert "Unsure" not in shown.stdout and "does not say below which" in shown.stdout
+    for below in (0, 1):
+        drawn = hsa("ask", "--text", book, "--model", checkpoint, "--unsure-below", below, "What is it?")
+        assert ("Unsure" in drawn.stdout) == (answer["weight"] < below) and "does not say" not in drawn.stdout
+    refused = hsa("ask", "--text", book, "--model", checkpoint, "--unsure-below", 2, "What is it?")
+    assert refused.exit_code == 2 and "unsure-below" in refused.output
 
 
 def test_ask_and_generate_read_what_people_have(checkpoint, tmp_path):

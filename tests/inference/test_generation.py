@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import ask
-from hsa_ultralong.inference.ask import low_weight
+from hsa_ultralong.inference.ask import unsure_weight
+from hsa_ultralong.models import HSAConfig
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False}
@@ -90,7 +91,22 @@ def test_ask_names_the_chunks_it_read():
         ask(model, Words(), memory, "  ")
 
 
-def test_the_line_of_unsure_answers_falls_with_the_size_of_the_memory():
-    lines = [low_weight(chunks) for chunks in (1, 64, 512, 4096, 2**18, 2**30)]
+def test_nanos_line_of_unsure_answers_falls_with_the_size_of_the_memory():
+    nano = HSAConfig.from_pretrained("checkpoints/nano")
+    lines = [unsure_weight(nano, chunks) for chunks in (0, 1, 64, 512, 4096, 2**18, 2**30)]
     assert lines == sorted(lines, reverse=True) and lines[0] == 0.58 and lines[-1] == 0.1
-    assert low_weight(512) == pytest.approx(0.53) and low_weight(4096) == pytest.approx(0.34)
+    assert unsure_weight(nano, 512) == pytest.approx(0.53) and unsure_weight(nano, 4096) == pytest.approx(0.34)
+    assert unsure_weight(nano, 2**10) == pytest.approx(0.53 - 0.19 / 3)
+
+
+def test_a_model_without_a_line_judges_no_answer_and_the_asker_may_draw_one():
+    model, memory = tiny_model(), tiny_model().memorize(random_tokens(1, 30)[0])
+    answer = ask(model, Words(), memory, "3 1 4", max_new_tokens=1)
+    assert answer.threshold is None and answer.is_uncertain is None and answer.weight > 0
+    model.config.unsure_below = [[1, 0.25]]
+    assert ask(model, Words(), memory, "3 1 4", max_new_tokens=1).threshold == 0.25
+    for below in (0, 1):
+        drawn = ask(model, Words(), memory, "3 1 4", max_new_tokens=1, unsure_below=below)
+        assert drawn.threshold == below and drawn.is_uncertain is (drawn.weight < below)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        ask(model, Words(), memory, "3 1 4", unsure_below=1.5)

@@ -179,7 +179,7 @@ def test_the_weight_of_an_answer_is_the_largest_fusion_weight_on_the_memory():
 
 @pytest.mark.parametrize("num_sources", [0, 1, 3])
 def test_the_weight_does_not_depend_on_how_many_sources_are_listed(num_sources):
-    model, memory = tiny_model(), tiny_model().memorize(document(40))
+    model, memory = tiny_model(unsure_below=[[1, 0.5]]), tiny_model().memorize(document(40))
     answer = ask(model, Words(), memory, "1 2 3", max_new_tokens=2, num_sources=num_sources)
     full = ask(model, Words(), memory, "1 2 3", max_new_tokens=2, num_sources=99)
     assert len(answer.sources) == num_sources and answer.weight == full.weight > 0

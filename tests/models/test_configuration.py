@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from hsa_ultralong.models import HSAConfig
 from hsa_ultralong.models.configuration_hsa import config_fields
-from hsa_ultralong.testing.factories import tiny_config
+from hsa_ultralong.models.fingerprint import memory_fingerprint
+from hsa_ultralong.testing.factories import random_tokens, tiny_config, tiny_model
 
 COUNTS = [
     "vocab_size", "hidden_size", "intermediate_size", "num_lower_layers", "num_upper_groups", "num_layers_per_group",
@@ -42,6 +45,15 @@ def test_an_unknown_choice_is_refused_with_the_choices(name):
         ({"num_memory_heads": 3}, "num_attention_heads=4 must be a multiple of num_memory_heads=3"),
         ({"num_memory_heads": 4, "num_retrieval_heads": 2}, "num_retrieval_heads must be 1 or num_memory_heads=4"),
         ({"num_memory_heads": 2, "num_retrieval_heads": 2, "retrieval_dim": 7}, "retrieval_dim=7 must be a multiple"),
+        ({"unsure_below": []}, "unsure_below must be None or pairs"),
+        ({"unsure_below": [0.5]}, "unsure_below must be None or pairs"),
+        ({"unsure_below": [[64, 0.5, 1]]}, "unsure_below must be None or pairs"),
+        ({"unsure_below": [[64, "0.5"]]}, "unsure_below must be None or pairs"),
+        ({"unsure_below": [[64, 1.5]]}, "weights from 0 to 1"),
+        ({"unsure_below": [[64, math.nan]]}, "weights from 0 to 1"),
+        ({"unsure_below": [[0, 0.5]]}, "rising chunks"),
+        ({"unsure_below": [[math.inf, 0.5]]}, "rising chunks"),
+        ({"unsure_below": [[64, 0.5], [64, 0.3]]}, "rising chunks"),
         ({"head_dim": 5}, "head_dim must be even"),
         ({"head_dim": 1}, "head_dim must be >= 2"),
         ({"num_experts": 2, "num_experts_per_token": 3}, "num_experts_per_token=3 exceeds num_experts=2"),
@@ -226,6 +238,16 @@ def test_only_plain_softmax_fusion_is_composable():
     assert tiny_config().is_composable
     assert not tiny_config(fusion="stick_breaking").is_composable
     assert not tiny_config(position_decay=True).is_composable
+
+
+def test_the_line_of_unsure_answers_is_saved_and_changes_no_fingerprint_and_no_number(tmp_path):
+    plain, drawn = tiny_model(), tiny_model(unsure_below=[[64, 0.5], [4096, 0.25]])
+    assert memory_fingerprint(plain) == memory_fingerprint(drawn)
+    tokens = random_tokens(1, 20)
+    assert torch.equal(plain(tokens).logits, drawn(tokens).logits)
+    drawn.config.save_pretrained(tmp_path)
+    assert HSAConfig.from_pretrained(tmp_path).unsure_below == [[64, 0.5], [4096, 0.25]]
+    assert HSAConfig().unsure_below is None
 
 
 def test_every_option_is_documented():

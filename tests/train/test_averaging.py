@@ -19,7 +19,9 @@ def test_every_weight_and_statistic_is_the_mean():
     one, other = (tiny_model(seed=seed, **MODEL_OPTIONS["mixture_of_experts"]) for seed in (1, 2))
     other.model.chunk_encoder.landmark_center.normal_()
     tables = [{name: part.clone() for name, part in model.state_dict().items()} for model in (one, other)]
+    one.config.unsure_below = [[64, 0.5]]
     mean = average_models([one, other], [0.25, 0.75]).state_dict()
+    assert one.config.unsure_below is None, "it was measured for other weights"
     for name, part in mean.items():
         expected = 0.25 * tables[0][name].float() + 0.75 * tables[1][name].float()
         torch.testing.assert_close(part.float(), expected, rtol=1e-5, atol=1e-6, msg=name)
