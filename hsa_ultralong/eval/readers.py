@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from hsa_ultralong.eval.evidence import Passage, Seen
 from hsa_ultralong.eval.tasks import Material, Sample, score
 from hsa_ultralong.eval.tasks.sample import Tokens
 from hsa_ultralong.inference import DecodingEngine, edit, memorize
@@ -31,7 +31,8 @@ class Reply:
 
     certainty: the largest fusion weight on one chunk of the memory while answering. Of the sample's evidence, when the
     answer began: found, whether one of its chunks was retrieved anywhere; rank, weight and margin (nats above the best
-    other chunk) of the best of them in the head where it stands best. None where the reader cannot know.
+    other chunk) of the best of them in the head where it stands best; retrieved, the chunks of the greatest weights.
+    None where the reader cannot know.
     """
 
     text: str
@@ -41,13 +42,16 @@ class Reply:
     rank: int | None = None
     weight: float | None = None
     margin: float | None = None
+    retrieved: tuple[Passage, ...] | None = None
 
 
 class Reader(Protocol):
-    """batch: how many samples it answers at once. setting: how it reads, for records."""
+    """batch: how many samples it answers at once. setting: how it reads, and chunk_size: tokens of the passages, both
+    for records."""
 
     batch: int
     setting: str
+    chunk_size: int
     # the most tokens of a sample that the model has positions for, None: any number
     limit: int | None
 
@@ -78,6 +82,7 @@ class MemoryReader:
                 f"a memory is read by a question of its own or continued: memory, continue; got {setting!r}"
             )
         self.model, self.material, self.batch, self.setting, self.edits = model, material, batch, setting, edits
+        self.chunk_size = model.config.chunk_size
         self._memories: list[Any] = []
         self._contents: list[tuple[Tokens, tuple[tuple[int, ...], ...]]] = []
 
@@ -129,8 +134,9 @@ class MemoryReader:
         room = longest + 2 * self.model.config.chunk_size  # a continued chunk counts too
         engine = DecodingEngine(self.model, memories, batch=len(samples), max_tokens=room)
         stops = [_Stop(sample, self.material.tokenizer) for sample in samples]
-        size = self.model.config.chunk_size
-        seen = [_Seen(sample, size, memory.num_chunks) for sample, memory in zip(samples, memories, strict=True)]
+        seen = [
+            Seen(sample, self.chunk_size, memory.num_chunks) for sample, memory in zip(samples, memories, strict=True)
+        ]
         offsets = np.cumsum([0, *(memory.num_chunks for memory in memories)]).tolist()
         ends = end_tokens(self.model)
         stream = engine.stream(
@@ -146,8 +152,10 @@ class MemoryReader:
                 break
         return [self._reply(stop, one) for stop, one in zip(stops, seen, strict=True)]
 
-    def _reply(self, stop: _Stop, seen: _Seen) -> Reply:
-        return Reply(stop.text, stop.tokens, seen.certainty, seen.found, seen.rank, seen.weight, seen.margin)
+    def _reply(self, stop: _Stop, seen: Seen) -> Reply:
+        return Reply(
+            stop.text, stop.tokens, seen.certainty, seen.found, seen.rank, seen.weight, seen.margin, seen.passages()
+        )  # fmt: skip
 
 
 def changed_spans(old: Tokens, new: Tokens) -> list[tuple[int, int, int]]:
@@ -187,50 +195,11 @@ class _Stop:
         self.is_done = is_enough or token in ends or len(self.tokens) >= self.sample.max_new_tokens
 
 
-class _Seen:
-    """What was retrieved while answering, and where the evidence stood in it."""
-
-    def __init__(self, sample: Sample, chunk_size: int, num_chunks: int) -> None:
-        self.num_chunks = num_chunks
-        spans = [(start // chunk_size, (stop - 1) // chunk_size + 1) for start, stop in sample.evidence]
-        self.wanted = {chunk for first, last in spans for chunk in range(first, last)}
-        self.certainty = 0.0
-        self.found: bool | None = None
-        self.rank: int | None = None
-        self.weight: float | None = None
-        self.margin: float | None = None
-
-    def note(
-        self, retrieved: list[tuple[torch.Tensor, torch.Tensor]], row: int, offset: int, *, is_first: bool
-    ) -> None:
-        for indices, weights in retrieved:
-            own = indices[row] - offset
-            inside = (own >= 0) & (own < self.num_chunks) & (indices[row] >= 0)
-            if inside.any():
-                self.certainty = max(self.certainty, float(weights[row][inside].max()))
-            if is_first and self.wanted:
-                self._place(own, weights[row], inside)
-
-    def _place(self, own: torch.Tensor, weights: torch.Tensor, inside: torch.Tensor) -> None:
-        self.found = bool(self.found)
-        for chunks, shares, kept in zip(own.tolist(), weights.tolist(), inside.tolist(), strict=True):
-            ranked = sorted(((w, c) for c, w, k in zip(chunks, shares, kept, strict=True) if k), reverse=True)
-            place = next((n for n, (_, c) in enumerate(ranked) if c in self.wanted), None)
-            if place is None:
-                continue
-            self.found = True
-            weight = ranked[place][0]
-            other = max((w for w, c in ranked if c not in self.wanted), default=0.0)
-            margin = math.log(max(weight, 1e-30) / max(other, 1e-30))
-            if self.margin is None or margin > self.margin:
-                self.rank, self.weight, self.margin = place + 1, weight, margin
-
-
 class PromptReader:
     """Every sample is one prompt of a causal language model of transformers, answered by its own `generate`, one by
     one."""
 
-    setting, batch = "prompt", 1
+    setting, batch, chunk_size = "prompt", 1, 64
 
     def __init__(self, model: Any, material: Material) -> None:
         self.model, self.material = model, material

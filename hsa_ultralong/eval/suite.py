@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.eval.evidence import passage_records, sample_digest
 from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
 from hsa_ultralong.eval.readers import Reader, Reply
@@ -132,7 +133,7 @@ def run_suite(
                 continue
             while batch := list(islice(wanted, reader.batch)):
                 found = [
-                    _record(sample, reply, model, reader.setting, material)
+                    _record(sample, reply, model, reader, material)
                     for sample, reply in zip(batch, reader.answer(batch), strict=True)
                 ]
                 run.add(found)
@@ -152,15 +153,17 @@ def _samples(
         run.skipped[task, length] = f"{error} (after {made} of {samples} samples)" if made else str(error)
 
 
-def _record(sample: Sample, reply: Reply, model: str, setting: str, material: Material) -> dict[str, Any]:
-    """One line of records.jsonl."""
-    is_absent = not sample.answers
+def _record(sample: Sample, reply: Reply, model: str, reader: Reader, material: Material) -> dict[str, Any]:
+    """One line of records.jsonl; the passages of what was answered rightly have places only."""
+    value = score(sample.metric, reply.text, sample.answers) if sample.answers else None
+    passages = passage_records(
+        sample, reply.retrieved, reader.chunk_size, material.tokenizer, with_text=value is None or value < 1
+    )
     return {
         "model": model, "task": sample.task, "length": sample.length, "index": sample.index, "depth": sample.depth,
-        "setting": setting, "metric": sample.metric, "query": sample.query, "expected": list(sample.answers),
-        "answered": reply.text, "score": None if is_absent else score(sample.metric, reply.text, sample.answers),
-        "certainty": reply.certainty, "found": reply.found, "rank": reply.rank, "weight": reply.weight,
-        "margin": reply.margin,
+        "sample": sample_digest(sample), "setting": reader.setting, "metric": sample.metric, "query": sample.query,
+        "expected": list(sample.answers), "answered": reply.text, "score": value, "certainty": reply.certainty,
+        "found": reply.found, "rank": reply.rank, "weight": reply.weight, "margin": reply.margin, **passages,
     }  # fmt: skip
 
 

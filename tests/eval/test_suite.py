@@ -29,7 +29,7 @@ def material() -> Material:
 class Oracle:
     """Answers rightly at depths below one half; knows present facts by their certainty."""
 
-    batch, setting, limit = 2, "memory", None
+    batch, setting, limit, chunk_size = 2, "memory", None, 64
 
     def __init__(self, stop_after: int = 10**9) -> None:
         self.left, self.answered = stop_after, []
