@@ -40,8 +40,9 @@ class Step(NamedTuple):
 class DecodingEngine:
     """Decodes `batch` sequences of at most `max_tokens` tokens each, prompt included, with the model as it is now.
 
-    The model may be wrapped (wrapped.py). A change of it (training, adapters) is refused when the next prompt starts;
-    sequences under way must not live through one.
+    The model may be wrapped (wrapped.py). A change of it (training, adapters) is refused when the next prompt starts,
+    and so is a memory that has grown or shrunk. One that was edited and has as many chunks as before is read as it is
+    now. Sequences under way must not live through any change.
 
     Attributes:
         is_captured: a step is one launch of a CUDA graph; otherwise the same code runs as it is.
@@ -64,7 +65,7 @@ class DecodingEngine:
     ) -> None:
         """
         Args:
-            memory: one that all sequences read, or one (or None) for each. It must not change while the engine lives.
+            memory: one that all sequences read, or one (or None) for each.
             compile_layers: fuse the layers with torch.compile; takes about 20 seconds on a GPU, once per process.
             tune: with compile_layers, let the compiler measure its choices, which takes longer.
             use_graph: default on a GPU where nothing in a step needs the host (a file's store and a sketched lookup do,
@@ -89,6 +90,7 @@ class DecodingEngine:
         self.sampling = (temperature, top_k, top_p)
         self.device, self.dtype = device_of(model), computing_dtype(model)
         self.pieces = Pieces(lambda piece: compiled(piece, tune)) if compile_layers else Pieces()
+        self._laid_out = [self._layout_of(memory) for memory in memories]
         self._make_state()
         self.views = [*self._library_views(), self._own_view()]
         self.is_captured = self._can_capture() if use_graph is None else use_graph
@@ -120,6 +122,20 @@ class DecodingEngine:
             return state_key(entries)
         found = [(label, tensor) for label, tensor in entries if tensor is not None]
         return [(label, part.data_ptr(), 0 if part.is_inference() else part._version) for label, part in found]
+
+    @staticmethod
+    def _layout_of(memory: ChunkMemory | None) -> Any:
+        """What the views of a memory depend on; the tensors' contents may change."""
+        return None if memory is None else (memory.storage, memory.num_chunks, memory.lookup)
+
+    def _require_same_layout(self, row: int) -> None:
+        old, new = self._laid_out[row], self._layout_of(self.memories[row])
+        if old is new or all(x is y or (isinstance(x, int) and x == y) for x, y in zip(old, new, strict=True)):
+            return
+        raise ValueError(
+            f"the memory of sequence {row} was changed after this engine was made (it had {old[1]:,} chunks, now "
+            f"{new[1]:,}); make a new engine"
+        )
 
     # state -----------------------------------------------------------------------------------------------------------
 
@@ -263,13 +279,14 @@ class DecodingEngine:
         `tokens[row]` is then the first token of the answer, and `logits[row]` are its logits.
 
         Raises:
-            ValueError: an empty prompt, one longer than max_tokens, a memory without an open document, or a model that
-                was changed (weights, adapters) since the engine was made.
+            ValueError: an empty prompt, one longer than max_tokens, a memory without an open document or with another
+                number of chunks, or a model that was changed (weights, adapters) since the engine was made.
         """
         if self._weights != self._weights_now():
             raise ValueError(
                 "the model (its weights or adapters) was changed after this engine was made; make a new one"
             )
+        self._require_same_layout(row)
         memory, prompt = self.memories[row], prompt.to(self.device)
         if continue_document:
             if memory is None:

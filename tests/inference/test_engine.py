@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hsa_ultralong.inference import edit
 from hsa_ultralong.inference import engine as engine_module
 from hsa_ultralong.inference.engine import DecodingEngine, sample
 from hsa_ultralong.models import HSACache
@@ -100,6 +101,22 @@ def test_a_slot_can_be_used_again():
     text = document(45, seed=3)
     engine.start(0, text[:5])
     torch.testing.assert_close(forced(engine, text[None, 5:])[0], parallel(model, memory, text)[5:], **EXACT)
+
+
+def test_a_memory_edited_between_prompts_is_read_as_it_is_and_one_that_grew_is_refused():
+    model = tiny_model()
+    memory, prompt = model.memorize([document(90), document(150, seed=1)]), document(21, seed=2)
+    engine = DecodingEngine(model, memory, max_tokens=80)
+    engine.generate([prompt], 10)
+    edit(model, memory, 30, 70, document(40, seed=3), document=1)
+    engine.start(0, prompt)
+    logits = forced(engine, document(10, seed=4)[None])
+    again = DecodingEngine(model, memory, max_tokens=80)
+    again.start(0, prompt)
+    torch.testing.assert_close(logits, forced(again, document(10, seed=4)[None]), **EXACT)
+    edit(model, memory, 30, 30, document(64, seed=5), document=1)
+    with pytest.raises(ValueError, match="chunks, now"):
+        engine.start(0, prompt)
 
 
 @pytest.mark.parametrize("store", [{"store": "host", "key_values": "fp64"}, {"landmarks": "int8"}])
