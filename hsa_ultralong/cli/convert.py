@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,9 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3 model.")],
+    source: Annotated[
+        Path, typer.Argument(help="Hugging Face folder, or GGUF file, of a Llama, Mistral, Qwen2 or Qwen3 model.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New model folder.")],
     window: Annotated[
         int, typer.Option("--window", min=1, max=MAX_COUNT, help="Keys that each layer's attention keeps.")
@@ -38,6 +41,7 @@ def convert(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Options of the memory: chunk_topk=32, retrieval_dim=256."),
     ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder.", show_default="the source's own")] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the new parts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -50,19 +54,19 @@ def convert(
 
       hsa convert models/Qwen3-0.6B -o models/qwen3-hsa --window 512 --set retrieval_dim=256
 
+      hsa convert SmolLM2-135M-Instruct.Q4_1.gguf -o models/smol --lower-layers 16 --groups 7
+
       hsa convert models/llama -o models/llama-hsa --lower-layers 10 --groups 2 --set chunk_topk=64
     """
 
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from hsa_ultralong.cli.model_folder import weight_files
+    from hsa_ultralong.cli.convert_source import open_source
     from hsa_ultralong.cli.places import removed_on_failure, require_folder
+    from hsa_ultralong.files.checksum import file_record
     from hsa_ultralong.models.convert import convert_model, converted_config
     from hsa_ultralong.models.presets import parse_options
 
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source} is no model folder: it has no config.json")
     require_folder(output, is_new=True)
     torch.manual_seed(seed)
     layout = {"sliding_window": window, "num_lower_layers": lower_layers, "num_upper_groups": groups}
@@ -70,13 +74,14 @@ def convert(
     if clash := sorted(set(options) & set(layout)):
         raise ValueError(f"{', '.join(clash)}: use --window, --lower-layers and --groups")
     options |= layout
+    found_at = open_source(source, tokenizer)
     # refuses what cannot be converted before the weights are read
-    converted_config(_source_config(source), **options)
-    weight_files(source)
-    teacher = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
+    converted_config(found_at.config, **options)
+    teacher = found_at.load()
     found = convert_model(teacher, **options)
     report = {
-        "source": source.name,
+        "source": found_at.name,
+        "source_files": {file.name: file_record(file) for file in found_at.files},
         "source_type": teacher.config.model_type,
         "window": window,
         "seed": seed,
@@ -85,64 +90,34 @@ def convert(
         "initialised": found.initialised,
     }
     with removed_on_failure(output.with_name(f".partial-{output.name}")):
-        _save(found.model, source, output, report)
-    echo_json(report) if as_json else echo(_summary(found, output))
+        _save(found.model, found_at.save_tokenizer, output, report)
+    echo_json(report) if as_json else echo(_summary(found, report, output))
 
 
-def _source_config(source: Path) -> Any:
-    """The folder's configuration; of a kind that is not converted, the bare keys of its file."""
-    import json
-    from types import SimpleNamespace
-
-    from transformers import AutoConfig
-
-    from hsa_ultralong.models.convert import SOURCES
-
-    try:
-        keys = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source / 'config.json'} is damaged: {error}") from None
-    if keys.get("model_type") in SOURCES:
-        return AutoConfig.from_pretrained(source)
-    return SimpleNamespace(**{"model_type": "unnamed", **keys})
-
-
-def _save(model: Any, source: Path, output: Path, report: dict[str, Any]) -> None:
+def _save(model: Any, save_tokenizer: Callable[[Path], None], output: Path, report: dict[str, Any]) -> None:
     """Model, tokenizer and conversion.json, all or nothing."""
     import shutil
 
+    from hsa_ultralong.cli.convert_source import complete_tokenizer
     from hsa_ultralong.eval.metadata import write_json
 
     partial = output.with_name(f".partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    for file in sorted(source.iterdir()):
-        if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")):
-            shutil.copy(file, partial / file.name)
-    if (settings := partial / "tokenizer_config.json").is_file():
-        # the length of the source's context is none of the new model's: tools would cut texts to it
-        _drop(settings, "model_max_length", "max_len")
+    save_tokenizer(partial)
+    report["named_tokens"] = complete_tokenizer(partial)
     write_json(partial / "conversion.json", report)
     if output.exists():
         output.rmdir()
     partial.rename(output)
 
 
-def _drop(file: Path, *names: str) -> None:
-    """Remove keys from a JSON file; one without them stays byte for byte."""
-    import json
-
-    table = json.loads(file.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in table.items() if key not in names}
-    if kept != table:
-        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _summary(found: Any, output: Path) -> str:
-    config = found.model.config
+def _summary(found: Any, report: dict[str, Any], output: Path) -> str:
+    config, named = found.model.config, report["named_tokens"]
+    tokens = "".join(f"\n{name}, which the tokenizer lacks, is {token} from now on" for name, token in named.items())
     return (
         f"{config.num_lower_layers} layers below the memory, {config.num_upper_groups} groups of "
-        f"{config.num_layers_per_group} above; window {config.sliding_window}\n\n{_table(found)}\n\n"
+        f"{config.num_layers_per_group} above; window {config.sliding_window}{tokens}\n\n{_table(found)}\n\n"
         f"Written: {output} (conversion.json lists every tensor)"
     )
 

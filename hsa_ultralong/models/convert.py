@@ -173,6 +173,8 @@ def convert_model(source: PreTrainedModel, **options: Any) -> Conversion:
                 if found.shape != parameter.shape:
                     shapes = f"{tuple(found.shape)} there, {tuple(parameter.shape)} here"
                     raise ValueError(f"{names[name]} does not fit {name}: {shapes}")
+                if not found.isfinite().all():
+                    raise ValueError(f"{names[name]} of the source holds numbers that are not finite; get it again")
                 parameter.copy_(found)
                 reused[name] = names[name]
             elif name.endswith(".hsa.o_proj.weight"):

@@ -8,8 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.cli.model_folder import load_folder
+from hsa_ultralong.data.tokenizer import train_tokenizer
+from hsa_ultralong.files.checksum import file_record
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.registration import REMOTE_MODULE
+from hsa_ultralong.testing.gguf_files import write_gguf
 
 
 def run(*arguments):
@@ -109,7 +113,72 @@ def test_what_cannot_be_converted_is_one_line(tmp_path):
         assert not (tmp_path / "x").exists()
     (tmp_path / "config.json").write_text("{")
     result = run(tmp_path, "-o", tmp_path / "x")
-    assert result.exit_code == 2 and "damaged" in result.output
+    assert result.exit_code == 2 and "not readable JSON" in result.output
     (tmp_path / "config.json").write_text(json.dumps({**kept, "model_type": "llama"}))
     result = run(tmp_path, "-o", tmp_path / "x", "--set", "sliding_window=64")
     assert result.exit_code == 2 and "sliding_window: use --window" in result.output
+
+
+def gguf_source(folder, **options):
+    """A Llama in a GGUF file, and its tokenizer's fields."""
+    pytest.importorskip("gguf")
+    tokenizer = train_tokenizer(["the mill of the miller is old 1234567890"], 300)
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    torch.manual_seed(0)
+    ids = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+    sizes = {**SIZES, "vocab_size": len(tokens), "hidden_size": 64, "intermediate_size": 64, **ids}
+    teacher = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.1)).eval()
+    fields = {
+        "ggml.model": "gpt2", "ggml.pre": "smollm", "ggml.tokens": tokens, "chat_template": "{{ messages }}",
+        "ggml.merges": [" ".join(pair) if isinstance(pair, list) else pair for pair in merges],
+        "ggml.token_type": [3, 3, 3, *[1] * (len(tokens) - 3)],
+    }  # fmt: skip
+    return teacher, tokenizer, write_gguf(teacher, folder / "source.gguf", tokenizer=fields, **options)
+
+
+def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(tmp_path):
+    teacher, tokenizer, path = gguf_source(tmp_path)
+    made = run(path, "-o", tmp_path / "ours", "--window", 16, "--set", "retrieval_dim=16")
+    assert made.exit_code == 0, made.output
+    # the file names no token that begins a document, none for padding
+    assert "bos_token, which the tokenizer lacks, is <|eos|> from now on" in made.output
+    assert "pad_token, which the tokenizer lacks, is <|eos|> from now on" in made.output
+    student, found = load_folder(tmp_path / "ours", torch.float32)
+    assert (found.bos_token, found.eos_token, found.pad_token) == ("<|eos|>",) * 3
+    assert found.chat_template == "{{ messages }}"
+    ids = found("the miller is old 17", add_special_tokens=False, return_tensors="pt")["input_ids"][:, :16]
+    assert ids[0].tolist() == tokenizer("the miller is old 17", add_special_tokens=False)["input_ids"][:16]
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-5)
+    report = json.loads((tmp_path / "ours" / "conversion.json").read_text())
+    assert report["source_files"] == {"source.gguf": file_record(path)}
+
+
+def test_a_damaged_gguf_file_is_one_line(tmp_path):
+    _, _, path = gguf_source(tmp_path)
+    content = path.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[:-200])
+    (tmp_path / "other.gguf").write_bytes(b"not what its name says")
+    for name, problem in (("cut.gguf", "ends before"), ("other.gguf", "does not begin with GGUF")):
+        result = run(tmp_path / name, "-o", tmp_path / "x")
+        assert result.exit_code == 2 and problem in result.output, result.output
+        assert len(result.output.strip().splitlines()) == 1 and not (tmp_path / "x").exists()
+
+
+def test_numbers_that_are_not_finite_are_no_source(tmp_path):
+    _, _, path = gguf_source(tmp_path, tensors={"output_norm.weight": torch.full((64,), float("nan"))})
+    result = run(path, "-o", tmp_path / "x", "--set", "retrieval_dim=16")
+    assert result.exit_code == 2 and "not finite" in result.output and not (tmp_path / "x").exists()
+
+
+def test_another_tokenizer_takes_the_place_of_the_sources(tmp_path):
+    teacher, tokenizer, path = gguf_source(tmp_path, fields={"tokenizer.ggml.pre": "unheard-of"})
+    options = ["-o", tmp_path / "ours", "--set", "retrieval_dim=16"]
+    refused = run(path, *options)
+    assert refused.exit_code == 2 and "--tokenizer FOLDER" in refused.output
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    made = run(path, *options, "--tokenizer", tmp_path / "tokenizer")
+    assert made.exit_code == 0 and "lacks" not in made.output, made.output
+    assert load_folder(tmp_path / "ours", torch.float32)[1].bos_token == tokenizer.bos_token
