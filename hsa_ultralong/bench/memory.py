@@ -8,7 +8,9 @@ Called by `hsa bench memory`; tests/bench/test_memory_benchmark.py.
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -29,6 +31,7 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 _PROMPT_TOKENS, _WARM_STEPS = 16, 2
 # what is read before the clock starts, in segments of reading on a GPU, and such a segment unless the settings name one
 _WARM_SEGMENTS, _WARM_TOKENS = 8, 1 << 16
+_DISK_BLOCK = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,21 @@ class Recorder:
         }  # fmt: skip
 
     @torch.no_grad()
-    def reading(self, tokens: int) -> tuple[ChunkMemory, list[dict[str, Any]]]:
-        """Memorise random tokens; the memory and its records. On a GPU eight segments are read before the clock
-        starts, and what they took, compiling included, is a record of its own."""
+    def reading(
+        self, tokens: int, path: Path | None = None, format: str = ""
+    ) -> tuple[ChunkMemory, list[dict[str, Any]]]:
+        """Memorise random tokens where the settings say, or into a new file in this form; the memory and its records.
+
+        On a GPU eight segments are read before the clock starts, and what they took, compiling included, is a record
+        of its own.
+        """
         generator = torch.Generator().manual_seed(self.settings.seed)
         ids = torch.randint(3, self.model.config.vocab_size, (tokens,), generator=generator, dtype=torch.int32)
         is_gpu = self.device.type == "cuda"
         before, found = 0, []
         place: Any = {"store": self.settings.store, "format": self.settings.form}
+        if path is not None:
+            place = {"store": "file", "format": format}
         if is_gpu:
             if not self._is_warm:
                 start, warm = time.perf_counter(), _WARM_SEGMENTS * (self.settings.segment_tokens or _WARM_TOKENS)
@@ -122,23 +132,24 @@ class Recorder:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         start = time.perf_counter()
-        memory = self._memorize(ids)
+        memory = self._memorize(ids, path, format)
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(self.device) - before if is_gpu else peak_host_bytes()
         found += [
             self.record("read_s", seconds, tokens, **place),
             self.record("read_tokens_per_s", tokens / seconds, tokens, **place),
             self.record("peak_device_bytes" if is_gpu else "peak_host_bytes", peak, tokens, **place),
-            self.record("bytes_per_token", memory.num_bytes / tokens, tokens, **place),
         ]
+        if path is None:
+            found.append(self.record("bytes_per_token", memory.num_bytes / tokens, tokens, **place))
         return memory, found
 
-    def _memorize(self, ids: torch.Tensor) -> ChunkMemory:
+    def _memorize(self, ids: torch.Tensor, path: Path | None = None, format: str = "") -> ChunkMemory:
         settings = self.settings
-        memory = self.model.memorize(
-            ids, segment_tokens=settings.segment_tokens, store=settings.store, key_values=settings.key_values,
-            landmarks=settings.landmarks,
-        )  # fmt: skip
+        place: Any = {"store": settings.store, "key_values": settings.key_values, "landmarks": settings.landmarks}
+        if path is not None:
+            place = {"store": path, "key_values": format, "landmarks": landmark_form(format)}
+        memory = self.model.memorize(ids, segment_tokens=settings.segment_tokens, **place)
         _synchronize(self.device)
         return memory
 
@@ -283,15 +294,39 @@ def memory_records(
                 on_record(record)
 
 
+def landmark_form(format: str) -> str:
+    """Of a file whose keys and values are in this form; landmarks in fp8 lose too much."""
+    return "int8" if format == "fp8" else format
+
+
+def _disk_seconds(path: Path, num_bytes: int) -> float:
+    """Plain writing of so many bytes until they are on disk."""
+    block = torch.randint(0, 256, (min(num_bytes, _DISK_BLOCK),), dtype=torch.uint8).numpy().data
+    start = time.perf_counter()
+    with path.open("wb", buffering=0) as stream:
+        for done in range(0, num_bytes, len(block)):
+            stream.write(block[: num_bytes - done])
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds
+
+
 def _through_files(recorder: Recorder, memory: ChunkMemory, tokens: int) -> Iterator[dict[str, Any]]:
+    """Reading into a file beside what it cannot be faster than: hashing and writing alone (save_s), the disk alone."""
     with tempfile.TemporaryDirectory(prefix="hsa-bench-") as folder:
         for format in recorder.settings.formats:
             path = Path(folder) / f"{format}.hsa"
+            yield from recorder.reading(tokens, path, format)[1]
+            shutil.rmtree(path)
             start = time.perf_counter()
-            memory.save(path, key_values=format, landmarks=format if format != "fp8" else "int8")
+            memory.save(path, key_values=format, landmarks=landmark_form(format))
             yield recorder.record("save_s", time.perf_counter() - start, tokens, store="file", format=format)
             with MemoryFile.open(path) as file:
-                yield recorder.record("bytes_per_token", file.num_bytes / tokens, tokens, store="file", format=format)
+                num_bytes = file.num_bytes
+            yield recorder.record("bytes_per_token", num_bytes / tokens, tokens, store="file", format=format)
+            seconds = _disk_seconds(Path(folder) / "plain", num_bytes)
+            yield recorder.record("disk_s", seconds, tokens, store="file", format=format)
             for store in recorder.settings.stores:
                 opened, found = recorder.opening(path, store, format=format)
                 found += recorder.decoding(opened, tokens, store=store, format=format)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _UNITS = {
     "read_tokens_per_s": "{:,.0f} tokens/s", "read_s": "{:,.2f} s", "decode_ms": "{:,.2f} ms", "open_s": "{:,.2f} s",
-    "save_s": "{:,.2f} s", "warmup_s": "{:,.2f} s", "first_token_s": "{:,.3f} s", "bytes_per_token": "{:,.1f} B",
+    "save_s": "{:,.2f} s", "disk_s": "{:,.2f} s", "warmup_s": "{:,.2f} s", "first_token_s": "{:,.3f} s",
+    "bytes_per_token": "{:,.1f} B",
     "hit_rate": "{:.1%}", "fetch_fraction": "{:.2%}", "host_share": "{:.1%}",
     "recall_32": "{:.5f}", "recall_64": "{:.5f}", "exact_scan_ms": "{:,.2f} ms",
     "lookup_ms": "{:,.2f} ms",

@@ -108,7 +108,7 @@ def memory(
     file: Annotated[Path | None, typer.Option(help="Existing memory file to open and decode on.")] = None,
     stores: Annotated[str, typer.Option(help="Where opened files' keys and values lie.")] = "device,host,file",
     formats: Annotated[str, typer.Option(help="Forms of keys and values in files.")] = "bf16,int8",
-    file_max: Annotated[str, typer.Option(help="Longest memory that is also written to a file.")] = "1M",
+    file_max: Annotated[str, typer.Option(help="Longest memory that is also read into a file and saved.")] = "1M",
     batches: Annotated[str, typer.Option(help="Sequences that share the memory while decoding.")] = "1",
     lookups: Annotated[str, typer.Option(help="For --file: exact, sketch or both.")] = "exact",
     steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Tokens decoded and timed.")] = 32,
@@ -131,6 +131,8 @@ def memory(
       hsa bench memory --preset small_345m --lengths 8K,1M,16M --batches 1,8
 
       hsa bench memory --lengths 1G --store tiered --key-values int8 --landmarks int8
+
+      hsa bench memory --preset small_345m --lengths 16M --segment 128K --file-max 16M --formats bf16 --stores file
 
       hsa bench memory --lengths none --file lib.hsa --stores file
 

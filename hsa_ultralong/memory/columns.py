@@ -5,7 +5,7 @@ Between ChunkTensors (nn/views.py) and MemoryFile (files/); docs/memory-format.m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ def to_columns(
     tokens: torch.Tensor,
     kept: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Columns, on the host, of chunks of batch 1 and their token ids (at most n * S, the last chunk may be short).
+    """Columns, where the chunks lie, of chunks of batch 1 and token ids (at most n * S, the last chunk may be short).
 
     kept: payload and scales of "keys_values" or "landmarks" that are in the spec's form already; those of `chunks`
     are not looked at then.
@@ -140,12 +140,22 @@ def to_columns(
         found["landmarks"] = encode(chunks.landmarks[0], formats["landmarks"])
     columns = {}
     for name, (payload, scales) in found.items():
-        columns[name] = payload.cpu()
+        columns[name] = payload
         if scales is not None:
-            columns[f"{name}_scale"] = scales.cpu()
+            columns[f"{name}_scale"] = scales
     padded = torch.zeros(count * size, dtype=torch.int32)
     padded[: len(tokens)] = tokens
-    return {**columns, "lengths": chunks.lengths[0].cpu(), "tokens": padded.unflatten(0, (count, size))}
+    return {**columns, "lengths": chunks.lengths[0], "tokens": padded.unflatten(0, (count, size))}
+
+
+def on_host(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Callable[[], object]]:
+    """Copies on the host that are made without waiting for the device, and what to call before they are read."""
+    # pinned, and kept so for the next of their size, by torch
+    copies = {name: tensor.detach().to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return copies, lambda: None
+    return copies, torch.cuda.current_stream(device).record_event().synchronize
 
 
 def from_payload(

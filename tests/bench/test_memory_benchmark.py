@@ -27,12 +27,14 @@ def records():
 def test_every_metric_of_the_suite_is_measured(records):
     assert {record["metric"] for record in records} == {
         "read_s", "read_tokens_per_s", "peak_host_bytes", "bytes_per_token", "decode_ms", "first_token_s", "save_s",
-        "open_s", "hit_rate", "fetch_fraction", "host_share",
+        "disk_s", "open_s", "hit_rate", "fetch_fraction", "host_share",
     }  # fmt: skip
     assert {"metric", "preset", "store", "dtype", "tokens", "batch", "value"} == set(records[0])
     decoded = {(r["store"], r["dtype"], r["tokens"], r["batch"]) for r in records if r["metric"] == "decode_ms"}
     assert {("device", "fp32", 1200, 3), ("file", "int8", 600, 1), ("host", "bf16", 600, 1)} <= decoded
     assert not any(store == "file" and tokens == 1200 for store, _, tokens, _ in decoded)
+    read = {(r["store"], r["dtype"], r["tokens"]) for r in records if r["metric"] == "read_tokens_per_s"}
+    assert read == {("device", "fp32", 600), ("device", "fp32", 1200), ("file", "bf16", 600), ("file", "int8", 600)}
     assert all(record["value"] > 0 for record in records)
     assert all(record["value"] <= 1 for record in records if record["metric"] in ("hit_rate", "fetch_fraction"))
 

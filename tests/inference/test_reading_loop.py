@@ -1,12 +1,15 @@
 """One loop reads a document into device memory, onto tiers and into a file: the same pieces, compiled, streamed."""
 
+import threading
+
 import pytest
 import torch
 
 from hsa_ultralong.inference import Library, append, reading_loop
-from hsa_ultralong.memory import MemoryFile
+from hsa_ultralong.memory import MemoryFile, MemoryFileError, MemoryWriter
 from hsa_ultralong.models import pieces, reading
 from hsa_ultralong.testing.factories import tiny_model
+from hsa_ultralong.testing.processes import HANG_SECONDS
 from tests.inference.test_library import EXACT, assert_holds, document
 
 TEXT = document(50)
@@ -138,3 +141,47 @@ def test_a_killed_stream_can_be_closed_and_says_so(model, tmp_path):
         assert library.documents[0].metadata == {"closed_early": "unknown"}
     with MemoryFile.open(path) as file:
         assert file.documents[0].num_tokens == 28
+
+
+def test_the_model_reads_on_while_a_file_is_written(model, tmp_path, monkeypatch):
+    """The writer gets its first rows only when a later piece has been read: one after the other they would wait."""
+    read, later, pieces = reading.DocumentReader.read, threading.Event(), []
+
+    def noted(self, tokens):
+        pieces.append(len(tokens))
+        if len(pieces) == 3:
+            later.set()
+        return read(self, tokens)
+
+    splice = MemoryWriter.splice_chunks
+
+    def waiting(self, *arguments):
+        assert later.wait(HANG_SECONDS)
+        splice(self, *arguments)
+
+    monkeypatch.setattr(reading.DocumentReader, "read", noted)
+    monkeypatch.setattr(MemoryWriter, "splice_chunks", waiting)
+    with Library.create(model, tmp_path / "a.hsa", **EXACT) as library:
+        library.add(TEXT, **SMALL)
+    assert_holds(tmp_path / "a.hsa", model, [TEXT])
+
+
+@pytest.mark.parametrize("piece", range(1, 8))
+def test_an_error_of_the_writer_comes_back_and_later_rows_are_not_written(model, tmp_path, monkeypatch, piece):
+    calls, splice = [], MemoryWriter.splice_chunks
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == piece:
+            raise MemoryFileError("no space left")
+        splice(self, *arguments)
+
+    with Library.create(model, tmp_path / "a.hsa", **EXACT) as library:
+        monkeypatch.setattr(MemoryWriter, "splice_chunks", failing)
+        with pytest.raises(MemoryFileError, match="no space left"):
+            library.add(TEXT, name="x", **SMALL)
+        assert len(calls) == piece
+        monkeypatch.undo()
+        assert sum(document.num_tokens for document in library.documents) == 14 * ((piece - 1) // 2)
+        library.add(TEXT, name="x", **SMALL)
+    assert_holds(tmp_path / "a.hsa", model, [TEXT])

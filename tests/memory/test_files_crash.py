@@ -235,8 +235,10 @@ def test_fifty_kills_at_random_moments_lose_nothing(folder):
                 if number % 7 == 0:
                     writer.compact()
 
-    generator, last = random.Random(0), 0
-    for _ in range(50):
+    generator, last, kills = random.Random(0), 0, 0
+    # on a busy machine a run comes less far before its kill
+    while kills < 50 or last <= 20:
+        kills += 1
         child = os.fork()
         if child == 0:
             try:
@@ -255,7 +257,6 @@ def test_fifty_kills_at_random_moments_lose_nothing(folder):
         kept = range(count // 3, count)
         expected = [(f"d{n}", (1 + n % 5) * S, False, tuple(range(n, n + 1 + n % 5))) for n in kept]
         assert list(model.documents.values()) == expected
-    assert last > 20
 
 
 def test_every_file_is_on_disk_before_the_manifest_names_it(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -121,6 +122,14 @@ class PageSums:
         return [*self._done, self._sum] if self._filled else list(self._done)
 
 
+def page_sums(pieces: Iterable[Buffer]) -> list[int]:
+    """CRC-32 of every page of what these make together."""
+    sums = PageSums()
+    for _ in sums.passing(pieces):
+        pass
+    return sums.finish()
+
+
 def write_shard(
     folder: Path, number: int, spec: MemorySpec, num_chunks: int, rows: Mapping[str, Sequence[np.ndarray]]
 ) -> ShardRecord:
@@ -137,10 +146,12 @@ def write_shard(
         for name in layout.offsets:
             yield from (part.data for part in rows[name])
 
-    sums = PageSums()
     record = ShardRecord(number, num_chunks, layout.num_bytes, "")
-    write_file(folder, record.file, sums.passing(pieces()))
-    return write_page_table(folder, record, sums.finish())
+    # summed up while they are written
+    with ThreadPoolExecutor(1) as other:
+        sums = other.submit(page_sums, pieces())
+        write_file(folder, record.file, pieces())
+        return write_page_table(folder, record, sums.result())
 
 
 def write_page_table(folder: Path, record: ShardRecord, sums: Sequence[int]) -> ShardRecord:
