@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> float:
     conversion = convert_model(source, sliding_window=options.window)
     model = conversion.model.eval()
     config = model.config
-    print(f"{config.num_lower_layers} lower layers, {config.num_upper_groups} groups of {config.num_layers_per_group}")
+    print(f"{config.num_lower_layers} lower layers, {config.num_upper_groups} groups of {config.group_sizes[0]}")
 
     # the memory is silent: within the window nothing changed
     ids = torch.randint(config.vocab_size, (1, options.window))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED
+from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_LAYERS, MAX_SEED, parse_counts
 from hsa_ultralong.cli.terminal import echo, echo_json
 
 # what a parameter's name contains -> the part of the model that it belongs to
@@ -36,7 +36,12 @@ def convert(
     lower_layers: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Layers below the memory.", show_default="half")
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Layers that read the memory, one per group.")] = 2,
+    groups: Annotated[
+        str, typer.Option(help="Groups above the memory, the first layer of each reads it; or the size of each, 2,2,4.")
+    ] = "2",
+    reading: Annotated[
+        str | None, typer.Option("--read-at", help="Instead: numbers of the layers that read the memory, 16,18,22.")
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Options of the memory: chunk_topk=32, retrieval_dim=256."),
@@ -56,7 +61,7 @@ def convert(
 
       hsa convert SmolLM2-135M-Instruct.Q4_1.gguf -o models/smol --lower-layers 16 --groups 7
 
-      hsa convert models/llama -o models/llama-hsa --lower-layers 10 --groups 2 --set chunk_topk=64
+      hsa convert models/llama -o models/llama-hsa --read-at 10,12,16,24 --set chunk_topk=64
     """
 
     import torch
@@ -69,10 +74,16 @@ def convert(
 
     require_folder(output, is_new=True)
     torch.manual_seed(seed)
-    layout = {"sliding_window": window, "num_lower_layers": lower_layers, "num_upper_groups": groups}
+    sizes = parse_counts(groups, "--groups", MAX_LAYERS)
+    layout = {
+        "sliding_window": window,
+        "num_lower_layers": lower_layers,
+        "num_upper_groups": sizes[0] if len(sizes) == 1 else sizes,
+        "reading_layers": None if reading is None else parse_counts(reading, "--read-at", MAX_LAYERS),
+    }
     options = parse_options(changes or [])
-    if clash := sorted(set(options) & set(layout)):
-        raise ValueError(f"{', '.join(clash)}: use --window, --lower-layers and --groups")
+    if clash := sorted(set(options) & {*layout, "num_layers_per_group"}):
+        raise ValueError(f"{', '.join(clash)}: use --window, --lower-layers, --groups and --read-at")
     options |= layout
     found_at = open_source(source, tokenizer)
     # refuses what cannot be converted before the weights are read
@@ -115,9 +126,10 @@ def _save(model: Any, save_tokenizer: Callable[[Path], None], output: Path, repo
 def _summary(found: Any, report: dict[str, Any], output: Path) -> str:
     config, named = found.model.config, report["named_tokens"]
     tokens = "".join(f"\n{name}, which the tokenizer lacks, is {token} from now on" for name, token in named.items())
+    shape, reading = (", ".join(map(str, part)) for part in (sorted(set(config.group_sizes)), config.reading_layers))
     return (
         f"{config.num_lower_layers} layers below the memory, {config.num_upper_groups} groups of "
-        f"{config.num_layers_per_group} above; window {config.sliding_window}{tokens}\n\n{_table(found)}\n\n"
+        f"{shape} above; layers {reading} read it; window {config.sliding_window}{tokens}\n\n{_table(found)}\n\n"
         f"Written: {output} (conversion.json lists every tensor)"
     )
 

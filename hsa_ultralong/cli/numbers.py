@@ -12,6 +12,7 @@ MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**32 - 1
 MAX_TOKENS = 2**50
 MAX_TOPK = 2**20
+MAX_LAYERS = 1000
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "B": 2**30, "G": 2**30}
 # longer ones exceed every bound, and Python refuses to convert thousands of digits
 _MAX_DIGITS = 18

@@ -128,11 +128,12 @@ def _encoder(config: HSAConfig) -> int:
 def count_parameters(config: HSAConfig) -> ParameterCount:
     """Parameters of HSAForCausalLM(config), buffers not counted."""
     width = config.hidden_size
+    reading = set(config.reading_layers)
     lower = active_lower = upper = active_upper = 0
     for layer in range(config.num_hidden_layers):
         total, active = _feed_forward(config, layer)
         above = layer - config.num_lower_layers
-        is_hsa = above >= 0 and above % config.num_layers_per_group == 0
+        is_hsa = layer in reading
         rest = width + (_hsa_extra(config) if is_hsa else width + _attention(config) + _qkv_biases(config))
         if above < 0:
             lower, active_lower = lower + rest + total, active_lower + rest + active

@@ -99,7 +99,7 @@ def build_encoder(config: HSAConfig) -> ChunkEncoder:
 
 def build_group(config: HSAConfig, index: int) -> UpperGroup:
     """Upper group `index`, counted from the memory."""
-    first = config.num_lower_layers + index * config.num_layers_per_group
+    first = config.reading_layers[index]
     retriever = ChunkRetriever(
         hidden_size=config.hidden_size,
         retrieval_dim=config.retrieval_dim,
@@ -119,5 +119,5 @@ def build_group(config: HSAConfig, index: int) -> UpperGroup:
         residual=config.hsa_residual,
         rms_norm_eps=config.rms_norm_eps,
     )
-    layers = [_decoder_layer(config, first + 1 + i) for i in range(config.num_layers_per_group - 1)]
+    layers = [_decoder_layer(config, first + 1 + i) for i in range(config.group_sizes[index] - 1)]
     return UpperGroup(retriever, hsa_layer, layers)

@@ -4,7 +4,7 @@ import logging
 import math
 from difflib import get_close_matches
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class HSAConfig(PreTrainedConfig):
         vocab_size (V), hidden_size (M), intermediate_size (width of the dense SwiGLU),
         num_lower_layers: sliding-window layers below the memory.
         num_upper_groups, num_layers_per_group: each upper group is one HSA layer and num_layers_per_group - 1
-            sliding-window layers.
+            sliding-window layers; a list gives every group its own number of layers.
         num_attention_heads (Hq), num_key_value_heads (of the windows), head_dim (D; default hidden / heads).
         tie_word_embeddings: head = embedding.
     Window
@@ -94,7 +94,7 @@ class HSAConfig(PreTrainedConfig):
     intermediate_size: int = 704
     num_lower_layers: int = 4
     num_upper_groups: int = 2
-    num_layers_per_group: int = 2
+    num_layers_per_group: int | list[int] = 2
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int | None = None
@@ -200,13 +200,27 @@ class HSAConfig(PreTrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         """Decoder layers, the encoder not counted."""
-        return self.num_lower_layers + self.num_upper_groups * self.num_layers_per_group
+        return self.num_lower_layers + sum(self.group_sizes)
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Layers of every upper group, the HSA layer counted."""
+        size = self.num_layers_per_group
+        return list(size) if isinstance(size, list) else [size] * self.num_upper_groups
+
+    @property
+    def reading_layers(self) -> list[int]:
+        """Numbers of the HSA layers, the first of every group, among all decoder layers."""
+        return list(accumulate(self.group_sizes[:-1], initial=self.num_lower_layers))
 
     @property
     def layer_windows(self) -> list[int]:
         """Window of every decoder layer from the embedding up; 0 for an HSA layer without one."""
-        group = [self.hsa_sliding_window, *[self.sliding_window] * (self.num_layers_per_group - 1)]
-        return [self.sliding_window] * self.num_lower_layers + group * self.num_upper_groups
+        reading = set(self.reading_layers)
+        return [
+            self.hsa_sliding_window if layer in reading else self.sliding_window
+            for layer in range(self.num_hidden_layers)
+        ]
 
     @property
     def lower_reach(self) -> int:
@@ -216,9 +230,7 @@ class HSAConfig(PreTrainedConfig):
     @property
     def upper_reach(self) -> int:
         """U of fact 5: sum over upper layers with a window of (W - 1)."""
-        per_group = (self.num_layers_per_group - 1) * (self.sliding_window - 1)
-        per_group += max(self.hsa_sliding_window - 1, 0)
-        return self.num_upper_groups * per_group
+        return sum(max(window - 1, 0) for window in self.layer_windows[self.num_lower_layers :])
 
     @property
     def is_composable(self) -> bool:
@@ -228,7 +240,7 @@ class HSAConfig(PreTrainedConfig):
     def _check(self) -> None:
         at_least = {
             "vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "num_lower_layers": 1, "num_upper_groups": 1,
-            "num_layers_per_group": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2,
             "sliding_window": 1, "hsa_sliding_window": 0, "chunk_size": 1, "num_encoder_layers": 1,
             "encoder_intermediate_size": 1,
             "moe_intermediate_size": 1, "num_memory_heads": 1, "chunk_topk": 1,
@@ -239,6 +251,7 @@ class HSAConfig(PreTrainedConfig):
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
+        self._check_groups()
         for name in ("rope_theta", "rms_norm_eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
@@ -272,6 +285,19 @@ class HSAConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_token={self.num_experts_per_token} exceeds num_experts={self.num_experts}"
             )
+
+    def _check_groups(self) -> None:
+        sizes = self.group_sizes
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"num_layers_per_group must be >= 1, got {self.num_layers_per_group}")
+        if len(sizes) != self.num_upper_groups:
+            raise ValueError(
+                f"num_layers_per_group must be one number or num_upper_groups={self.num_upper_groups} of them, "
+                f"got {self.num_layers_per_group}"
+            )
+        if len(set(sizes)) == 1:
+            # one form of one thing
+            self.num_layers_per_group = sizes[0]
 
     def _check_unsure(self) -> None:
         if self.unsure_below is None:

@@ -9,6 +9,8 @@ Used by `hsa convert`; tests/models/test_convert.py, docs/convert.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -44,15 +46,18 @@ def converted_config(
     *,
     sliding_window: int = 512,
     num_lower_layers: int | None = None,
-    num_upper_groups: int = 2,
+    num_upper_groups: int | Sequence[int] = 2,
+    reading_layers: Sequence[int] | None = None,
     **options: Any,
 ) -> HSAConfig:
     """The configuration that a source's layers fit into.
 
     Args:
         source: configuration of a Llama, Mistral, Qwen2 or Qwen3 model; of another kind, it is refused by name.
-        num_lower_layers: layers below the memory; default half of them, so that the groups are equal. options: of
-            HSAConfig, such as chunk_topk, retrieval_dim, num_memory_heads.
+        num_lower_layers: layers below the memory; default half of them, so that the groups are equal.
+        num_upper_groups: how many layers read the memory, each the first of as many; or the layers of every group.
+        reading_layers: instead of both, the numbers of the layers that read, counted from 0: rising, the first above 0.
+        options: of HSAConfig, such as chunk_topk, retrieval_dim, num_memory_heads.
 
     Raises:
         ValueError: for what the layers cannot represent, layers that do not divide into groups, a window beyond the
@@ -61,15 +66,12 @@ def converted_config(
     problems = _problems(source)
     if problems:
         raise ValueError(f"this {source.model_type} model cannot be converted: {'; '.join(problems)}")
-    layers = source.num_hidden_layers
-    if num_lower_layers is None:
-        num_lower_layers = layers - layers // 2 // num_upper_groups * num_upper_groups
-    upper = layers - num_lower_layers
-    if upper < num_upper_groups or upper % num_upper_groups or num_lower_layers < 1:
-        raise ValueError(
-            f"{layers} layers, {num_lower_layers} below the memory: the other {upper} do not divide into "
-            f"{num_upper_groups} groups; choose other --lower-layers or --groups"
-        )
+    if reading_layers is not None and (num_lower_layers is not None or num_upper_groups != 2):
+        raise ValueError("the layers that read the memory say how many lie below and between them: leave those out")
+    if reading_layers is None:
+        num_lower_layers, sizes = _groups(source.num_hidden_layers, num_lower_layers, num_upper_groups)
+    else:
+        num_lower_layers, sizes = _groups_at(source.num_hidden_layers, reading_layers)
     own = getattr(source, "sliding_window", None)
     if own is not None and own < sliding_window:
         raise ValueError(f"the source's own attention reaches {own} tokens; choose a --window of at most {own}")
@@ -78,8 +80,8 @@ def converted_config(
         hidden_size=source.hidden_size,
         intermediate_size=source.intermediate_size,
         num_lower_layers=num_lower_layers,
-        num_upper_groups=num_upper_groups,
-        num_layers_per_group=upper // num_upper_groups,
+        num_upper_groups=len(sizes),
+        num_layers_per_group=sizes,
         num_attention_heads=source.num_attention_heads,
         num_key_value_heads=source.num_key_value_heads,
         head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
@@ -98,6 +100,36 @@ def converted_config(
     if clash := sorted(set(options) & set(fixed)):
         raise ValueError(f"{', '.join(clash)}: follows from the source, the window and the groups; leave it out")
     return HSAConfig(**fixed, **options)
+
+
+def _groups(layers: int, lower: int | None, groups: int | Sequence[int]) -> tuple[int, list[int]]:
+    """Layers below the memory, and those of every group above it."""
+    if isinstance(groups, int):
+        # more than there are layers do not fit, however many
+        groups = max(1, min(groups, layers + 1))
+        lower = layers - layers // 2 // groups * groups if lower is None else lower
+        sizes = [(layers - lower) // groups] * groups
+    else:
+        sizes = list(groups)
+        lower = layers - sum(sizes) if lower is None else lower
+    if lower < 1 or not sizes or min(sizes) < 1 or lower + sum(sizes) != layers:
+        what = f"{groups} groups" if isinstance(groups, int) else f"groups of {', '.join(map(str, sizes))}"
+        raise ValueError(
+            f"{layers} layers, {lower} below the memory: the other {layers - lower} do not divide into {what}; choose "
+            "other --lower-layers or --groups"
+        )
+    return lower, sizes
+
+
+def _groups_at(layers: int, reading: Sequence[int]) -> tuple[int, list[int]]:
+    """As _groups, where the layers `reading` read the memory."""
+    ends = [*reading, layers]
+    if not reading or reading[0] < 1 or any(first >= last for first, last in pairwise(ends)):
+        raise ValueError(
+            f"the layers that read the memory must be rising numbers from 1 to {layers - 1}, got "
+            f"{', '.join(map(str, reading)) or 'none'}"
+        )
+    return reading[0], [last - first for first, last in pairwise(ends)]
 
 
 def _rope(source: Any) -> dict[str, Any]:
@@ -213,13 +245,11 @@ def _sources(model: HSAForCausalLM) -> dict[str, str]:
     }  # fmt: skip
     for index in range(config.num_lower_layers):
         take(f"model.lower_layers.{index}", index, plain)
-    number = config.num_lower_layers
-    for group in range(config.num_upper_groups):
+    for group, (number, size) in enumerate(zip(config.reading_layers, config.group_sizes, strict=True)):
         take(f"model.groups.{group}.hsa_layer", number, hsa)
         take(f"model.groups.{group}.retriever", number, {"norm": "input_layernorm"})
-        for index in range(config.num_layers_per_group - 1):
+        for index in range(size - 1):
             take(f"model.groups.{group}.layers.{index}", number + 1 + index, plain)
-        number += config.num_layers_per_group
     below = config.num_lower_layers - 1
     if config.encoder_intermediate_size == config.intermediate_size:
         for index in range(config.num_encoder_layers):

@@ -197,8 +197,49 @@ def test_layers_divide_into_groups():
     assert (config.num_lower_layers, config.num_upper_groups, config.num_layers_per_group) == (4, 2, 1)
     config = converted_config(llama().config, **OURS, num_lower_layers=2)
     assert (config.num_hidden_layers, config.num_layers_per_group) == (6, 2)
-    with pytest.raises(ValueError, match="do not divide"):
-        converted_config(llama().config, **OURS, num_lower_layers=3)
+    for wrong in (
+        {"num_lower_layers": 3}, {"num_upper_groups": 2**40}, {"num_upper_groups": [4, 3]}, {"num_upper_groups": []},
+        {"num_upper_groups": [2, 2], "num_lower_layers": 1}, {"num_upper_groups": [5, 0]},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="do not divide"):
+            converted_config(llama().config, **OURS, **wrong)
+
+
+def test_any_layers_above_the_first_may_read_the_memory():
+    by_layer = converted_config(llama().config, **OURS, reading_layers=[1, 2, 4])
+    assert (by_layer.num_lower_layers, by_layer.group_sizes, by_layer.reading_layers) == (1, [1, 2, 2], [1, 2, 4])
+    assert converted_config(llama().config, **OURS, num_upper_groups=[1, 2, 2]).to_dict() == by_layer.to_dict()
+    # equal groups have one form, however they are given
+    assert converted_config(llama().config, **OURS, reading_layers=[2, 4]).num_layers_per_group == 2
+    for wrong in ([0, 2], [3, 3], [4, 2], [2, 6], []):
+        with pytest.raises(ValueError, match="rising numbers from 1 to 5"):
+            converted_config(llama().config, **OURS, reading_layers=wrong)
+    with pytest.raises(ValueError, match="leave those out"):
+        converted_config(llama().config, **OURS, reading_layers=[2, 4], num_lower_layers=2)
+
+
+@torch.no_grad()
+def test_with_uneven_groups_everything_is_as_with_even_ones(tmp_path):
+    teacher = exact(llama(initializer_range=0.2))
+    student = convert_model(teacher, **OURS, reading_layers=[1, 2, 5]).model
+    ids = ids_of(1, 60)
+    torch.testing.assert_close(student(ids).logits[:, :24], teacher(ids).logits[:, :24], rtol=1e-9, atol=1e-9)
+    for group in student.model.upper_groups():
+        group.hsa_layer.hsa.o_proj.weight.normal_(std=0.2)
+    config = student.config
+    assert count_parameters(config).total == sum(part.numel() for part in student.parameters())
+    assert config.layer_windows == [24] * 6 and config.upper_reach == 5 * 23
+    expected, cache = student(ids).logits, HSACache(config)
+    parts = [student(part, past_key_values=cache).logits for part in ids.split([30, 1, 29], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-9)
+    memory = student.memorize(ids[0])
+    engine = DecodingEngine(student, memory, max_tokens=80)
+    engine.start(0, ids[0, :8])
+    engine.step()
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path, dtype=torch.float64)
+    assert again.config.group_sizes == [1, 3, 1]
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
