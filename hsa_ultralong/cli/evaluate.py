@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,8 +66,9 @@ def needles(
     """Hide sentences in a text of any length, one at a time, and ask for each; every form memorises the text once.
 
     A text that is shorter than a length goes on with its lines in new random orders; the number of different chunks is
-    reported. summary.json, records.jsonl and needles.png are written after every length and form, and when a run is
-    cut off, with what was asked so far. --together and --notes: all sentences at once.
+    reported. Every answer is written to records.jsonl at once; the same command goes on with a run that was cut off,
+    and lengths can be added to it. summary.json and needles.png follow after every length and form. --together and
+    --notes: all sentences at once.
 
     Examples:
 
@@ -80,31 +83,55 @@ def needles(
     from hsa_ultralong.cli.common import load_model
     from hsa_ultralong.cli.places import require_folder
     from hsa_ultralong.eval.haystack import recombined
+    from hsa_ultralong.eval.needle_run import NeedleRun
     from hsa_ultralong.eval.needles import run_forms
 
     if notes and together:
         raise ValueError("give --notes or --together, not both: notes lie behind the text, not in it")
     require_folder(output)
-    wanted, kinds = parse_sizes(lengths, "--lengths"), _forms(forms, store)
+    wanted, kinds = [*dict.fromkeys(parse_sizes(lengths, "--lengths"))], _forms(forms, store)
     segment_tokens = None if segment is None else parse_size(segment, "--segment")
     network, tokenizer = load_model(model, device, dtype)
     if topk is not None:
         network.config.chunk_topk = topk
     source = haystack(tokenizer, text, text_field, encoding, shards, max(wanted)).to(network.device)
-    study = _Study(output, network, "nano" if model is None else model.name, seed, len(source))
-    try:
+    name, task = "nano" if model is None else model.name, "notes" if notes else "mk_niah" if together else "s_niah"
+    with NeedleRun(
+        output, network, name, forms=kinds, store=store, task=task, samples=samples, seed=seed
+    ) as run, _written(run, len(source)) as keep:  # fmt: skip
         for length in wanted:
             echo(f"{length:,} tokens from a text of {len(source):,}", err=True)
+            passage = recombined(source, length, tokenizer, seed)
+            known = run.known(passage)
             with _Bars(length, samples) as bars:
                 run_forms(
-                    network, tokenizer, recombined(source, length, tokenizer, seed), samples=samples, forms=kinds,
-                    store=store, together=together, notes=notes, seed=seed, progress=bars.show,
-                    segment_tokens=segment_tokens, keep=study.keep,
+                    network, tokenizer, passage, samples=samples, forms=kinds, store=store, together=together,
+                    notes=notes, seed=seed, progress=bars.show, segment_tokens=segment_tokens, known=known, keep=keep,
                 )  # fmt: skip
+    _print(run.study(), output)
+
+
+@contextmanager
+def _written(run: Any, source_tokens: int) -> Iterator[Callable[[Any], None]]:
+    """Gives what keeps an answer; summary and figure follow after every length and form, and at any end."""
+    if run.records:
+        echo(f"{run.folder} holds {len(run.records):,} sentences; going on", err=True)
+    meta = {"dtype": run.settings["dtype"], "source_tokens": source_tokens, "settings": run.settings}
+
+    def keep(result: Any) -> None:
+        run.keep(result)
+        if len(result.samples) == run.settings["samples"]:
+            _write(run, meta)
+
+    try:
+        yield keep
     except BaseException:
-        study.say_what_is_kept()
+        if run.records:
+            echo(f"cut off; the {len(run.records):,} sentences asked for so far are in {run.folder}", err=True)
         raise
-    _print(study.found, output)
+    finally:
+        if run.records:
+            _write(run, meta)
 
 
 def _forms(forms: str, store: str) -> list[str]:
@@ -114,34 +141,7 @@ def _forms(forms: str, store: str) -> list[str]:
         raise ValueError(f"--forms must be of {', '.join(_FORMS)}, got {unknown[0]!r}")
     if store not in _STORES:
         raise ValueError(f"--store must be one of {', '.join(_STORES)}, got {store!r}")
-    return ["" if kind == "own" else kind for kind in kinds]
-
-
-class _Study:
-    """What was measured so far, written after every form of every length; the last one may be cut off."""
-
-    def __init__(self, output: Path, network: Any, name: str, seed: int, source_tokens: int) -> None:
-        self.output, self.network, self.name, self.seed = output, network, name, seed
-        self.source_tokens = source_tokens
-        self.results: list[Any] = []
-
-    @property
-    def found(self) -> Any:
-        from hsa_ultralong.eval.needles import NeedleStudy, peak_host_bytes
-
-        return NeedleStudy(self.results, self.network.config.chunk_topk, self.seed, peak_host_bytes())
-
-    def keep(self, result: Any) -> None:
-        from hsa_ultralong.eval.metadata import command_line, run_metadata
-
-        self.results.append(result)
-        meta = run_metadata(command_line(), self.seed, dtype=str(self.network.dtype).removeprefix("torch."))
-        _write(self.found, self.output, self.name, {**meta, "source_tokens": self.source_tokens})
-
-    def say_what_is_kept(self) -> None:
-        if self.results:
-            number = sum(len(result.samples) for result in self.results)
-            echo(f"cut off; the {number:,} sentences asked for so far are in {self.output}", err=True)
+    return ["" if kind == "own" else kind for kind in dict.fromkeys(kinds)]
 
 
 class _Bars:
@@ -171,13 +171,16 @@ class _Bars:
             self.bar.update(self.task, description=f"memorise {tokens:,}", total=length, completed=tokens)
 
 
-def _write(study: Any, output: Path, name: str, meta: dict[str, Any]) -> None:
+def _write(run: Any, meta: dict[str, Any]) -> None:
     from hsa_ultralong.cli.figures import draw
-    from hsa_ultralong.eval.report import write_study
+    from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
+    from hsa_ultralong.eval.report import study_records
 
-    write_study(output, study, name, meta, "summary.json")
-    title = f"Hidden sentences, {name}, K={study.topk}"
-    draw(output / "records.jsonl", output / "needles.png", "needles", title)
+    study = run.study()
+    summary = {"meta": run_metadata(command_line(), study.seed, **meta), "records": study_records(study, run.name)}
+    write_json(run.folder / "summary.json", summary)
+    title = f"Hidden sentences, {run.name}, K={study.topk}"
+    draw(run.folder / "records.jsonl", run.folder / "needles.png", "needles", title)
 
 
 def _print(study: Any, output: Path) -> None:

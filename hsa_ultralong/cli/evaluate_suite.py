@@ -201,12 +201,11 @@ def _measure(
     from hsa_ultralong.eval.suite import SuiteRun, run_settings, run_suite, write_summary
 
     settings = run_settings(model, material, setting=reader.setting, samples=samples, seed=seed)
-    run = SuiteRun(place, settings)
-    if run.records:
-        echo(f"{place} holds {len(run.records):,} samples; going on", err=True)
     bar = progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     total = len(names) * len(lengths) * samples
-    with run.locked(), bar:
+    with SuiteRun(place, settings) as run, bar:
+        if run.records:
+            echo(f"{place} holds {len(run.records):,} samples; going on", err=True)
         task = bar.add_task(label, total=total)
 
         def show(name: str, length: int, done: int, wanted: int) -> None:
@@ -230,5 +229,7 @@ def _measure(
         finally:
             if run.records:
                 write_summary(run, model, material, seed=seed, label=label)
+        if not run.records:
+            raise ValueError(f"nothing can be measured: {next(iter(run.skipped.values()))}")
     echo((place / "summary.md").read_text(encoding="utf-8"))
     echo(f"Written: {place}/summary.json, summary.md, summary.tex, scores.png, records.jsonl")

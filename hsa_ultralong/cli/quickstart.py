@@ -57,22 +57,23 @@ def quickstart(
     text = torch.tensor(tokenizer(opticks())["input_ids"], dtype=torch.int32)
     if max(wanted) > len(text):
         raise ValueError(f"the book has {len(text):,} tokens, {max(wanted):,} wanted; choose smaller --lengths")
-    kept: list[Any] = []
+    kept: dict[int, Any] = {}
     try:
         study = _run(network, tokenizer, text, wanted, needles, controls, seed, kept)
     except BaseException:
         if kept:
             from hsa_ultralong.eval.needles import NeedleStudy
 
-            _write(NeedleStudy(kept, network.config.chunk_topk, seed), output, network)
+            _write(NeedleStudy([*kept.values()], network.config.chunk_topk, seed), output, network)
             echo(f"cut off; what was measured so far is in {output}", err=True)
         raise
     _finish(study, output, network)
 
 
 def _run(
-    network: Any, tokenizer: Any, text: Any, lengths: list[int], needles: int, controls: int, seed: int, kept: list[Any]
-) -> Any:
+    network: Any, tokenizer: Any, text: Any, lengths: list[int], needles: int, controls: int, seed: int,
+    kept: dict[int, Any],
+) -> Any:  # fmt: skip
     from rich.progress import BarColumn, TimeElapsedColumn
 
     from hsa_ultralong.eval.needles import run_needles
@@ -106,7 +107,7 @@ def _run(
             controls=controls,
             seed=seed,
             progress=report,
-            keep=kept.append,
+            keep=lambda result: kept.update({result.length: result}),
         )
 
 

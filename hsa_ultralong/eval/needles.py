@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # (length, needles done, needles wanted, tokens read)
 Progress = Callable[[int, int, int, int], None]
+# after every question, with what there is so far of its length and form
 Keep = Callable[["LengthResult"], None]
 
 
@@ -37,7 +37,8 @@ class NeedleSample:
 
     depth: 0..1 in the text; of a note among the notes. found: the best chunk is of the needle (of a note: its own).
     margin: after the question, by how much the needle's chunk scores above the best other one, in nats, in the upper
-    group where that is most; of a chunk that was not retrieved at most this.
+    group where that is most; of a chunk that was not retrieved at most this. index: number among those of its length.
+    logits_error: relative distance of the logits after the question from those of the first form.
     """
 
     length: int
@@ -50,6 +51,8 @@ class NeedleSample:
     found: bool
     form: str = ""
     margin: float | None = None
+    index: int = 0
+    logits_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,22 @@ class LengthResult:
     length: int
     samples: list[NeedleSample]
     read_seconds: float
-    ask_seconds: float
     distinct_chunks: int
     memory_bytes: int
     control_weights: list[float] = field(default_factory=list)
     store: str = "device"
     form: str = ""
-    logits_error: float | None = None
     task: str = "s_niah"
 
     @property
     def accuracy(self) -> float:
         return sum(sample.correct for sample in self.samples) / max(1, len(self.samples))
+
+    @property
+    def logits_error(self) -> float | None:
+        """Mean over the samples for which it is known."""
+        errors = [sample.logits_error for sample in self.samples if sample.logits_error is not None]
+        return sum(errors) / len(errors) if errors else None
 
 
 @dataclass(frozen=True)
@@ -122,8 +129,8 @@ def run_needles(
     Args:
         haystack: (n,) token ids, at least max(lengths), never repeated. samples: needles per length, depths
             (i + 1/2) / samples. controls: questions per length about sentences that were never hidden. seed: of the
-            evaluation needles, whose key words no training needle has. keep: called with every result as soon
-            as it is known, and with what there is of one that is cut off.
+            evaluation needles, whose key words no training needle has. keep: called after every question with what
+            there is of its length.
 
     Raises:
         ValueError: if the haystack is shorter than a length or a length too short for its needle.
@@ -149,49 +156,28 @@ def _one_length(
     if memory.k.is_cuda:
         torch.cuda.synchronize()
     read_seconds = time.monotonic() - started
-    done: list[NeedleSample] = []
-    started = time.monotonic()
     needles = evaluation_needles(seed + length, samples + controls)
-    absent: list[float] = []
-    distinct = count_distinct(text, memory.chunk_size)
-    spans: list[float] = []
-
-    def result() -> LengthResult:
-        seconds = spans[0] if spans else time.monotonic() - started
-        return LengthResult(length, done, read_seconds, seconds, distinct, memory.num_bytes, absent)
-
-    with _kept(keep, done, result):
-        for number, needle in enumerate(needles[:samples]):
-            statement = tokenizer(needle.statement, add_special_tokens=False)["input_ids"]
-            depth = (number + 0.5) / samples
-            start = 1 + round(depth * (length - len(statement) - 1))
-            stop = start + len(statement)
-            if stop > length:
-                raise ValueError(f"{length} tokens are too few for a needle of {len(statement)}")
-            edit(model, memory, start, stop, statement)
-            answer = ask(model, tokenizer, memory, needle.question, max_new_tokens=16)
-            edit(model, memory, start, stop, text[start:stop])
-            found = any(source.start < stop and start < source.stop for source in answer.sources[:1])
-            correct = is_right(answer.text, needle.value)
-            told = (needle.question, needle.value, answer.text)
-            done.append(NeedleSample(length, depth, *told, correct, answer.weight, found))
-            report(length, number + 1, samples, length)
-        spans.append(time.monotonic() - started)
-        for needle in needles[samples:]:
-            absent.append(ask(model, tokenizer, memory, needle.question, max_new_tokens=16).weight)
-    return result()
-
-
-@contextmanager
-def _kept(keep: Keep, done: list[NeedleSample], result: Callable[[], LengthResult]) -> Iterator[None]:
-    """Hand on the result at the end of the block, also of one that is cut off after some samples."""
-    try:
-        yield
-    except BaseException:
-        if done:
-            keep(result())
-        raise
-    keep(result())
+    result = LengthResult(length, [], read_seconds, count_distinct(text, memory.chunk_size), memory.num_bytes)
+    for number, needle in enumerate(needles[:samples]):
+        statement = tokenizer(needle.statement, add_special_tokens=False)["input_ids"]
+        depth = (number + 0.5) / samples
+        start = 1 + round(depth * (length - len(statement) - 1))
+        stop = start + len(statement)
+        if stop > length:
+            raise ValueError(f"{length} tokens are too few for a needle of {len(statement)}")
+        edit(model, memory, start, stop, statement)
+        answer = ask(model, tokenizer, memory, needle.question, max_new_tokens=16)
+        edit(model, memory, start, stop, text[start:stop])
+        found = any(source.start < stop and start < source.stop for source in answer.sources[:1])
+        correct = is_right(answer.text, needle.value)
+        told = (needle.question, needle.value, answer.text)
+        result.samples.append(NeedleSample(length, depth, *told, correct, answer.weight, found, index=number))
+        keep(result)
+        report(length, number + 1, samples, length)
+    for needle in needles[samples:]:
+        result.control_weights.append(ask(model, tokenizer, memory, needle.question, max_new_tokens=16).weight)
+        keep(result)
+    return result
 
 
 def plant(text: torch.Tensor, statements: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -239,6 +225,7 @@ def run_forms(
     segment_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    known: Sequence[LengthResult] = (),
     keep: Keep | None = None,
 ) -> NeedleStudy:
     """The same needles in memories of one text that differ in form, on any tier.
@@ -252,70 +239,101 @@ def run_forms(
             at a time, by exact edits.
         notes: all needles are documents of their own behind the text, as `hsa memory append` makes them, and are asked
             for by the beginning of their sentence instead of by a question. Depths are their places in this order.
-        keep: called with every result as soon as it is known, and with what there is of one that is cut off.
+        known: what an earlier run that was cut off found in this text; only the rest is asked.
+        keep: called after every question with what there is of its form.
 
     Raises:
         ValueError: notes that are in the text together, a text too short, or a memory that does not fit.
     """
     if together and notes:
         raise ValueError("give notes or together, not both: notes lie behind the text, not in it")
-    report = progress or (lambda *_: None)
+    report, keep = progress or (lambda *_: None), keep or (lambda _: None)
     length, device = len(text), model.model.embed_tokens.weight.device
-    needles = evaluation_needles(seed + length, samples)
-    prompts = [needle.completion if notes else needle.question for needle in needles]
-    if notes:
-        statements = [tokenizer(needle.statement.strip())["input_ids"] for needle in needles]
-        places = [Place(number, 0, len(statement)) for number, statement in enumerate(statements, 1)]
-    else:
-        statements = [tokenizer(needle.statement, add_special_tokens=False)["input_ids"] for needle in needles]
-        places = [Place(0, *place) for place in plant(text if together else text.clone(), statements)]
+    hidden = _Hidden(tokenizer, text, samples, seed, together, notes)
     distinct = count_distinct(text, model.config.chunk_size, device)
-    is_edited = not (together or notes)
-    task = "notes" if notes else "mk_niah" if together else "s_niah"
+    earlier = {result.form: result for result in known}
+    missing = {
+        form: {*range(samples)} - {sample.index for result in known if result.form == form for sample in result.samples}
+        for form in forms
+    }
     results: list[LengthResult] = []
-    expected: list[torch.Tensor] = []
-    for form in forms:
+    expected: dict[int, torch.Tensor] = {}
+    for number, form in enumerate(forms):
+        # what the others are compared with is not kept: the first form is asked again, without an answer
+        wanted = missing[form] if number else set().union(*missing.values())
+        if not wanted:
+            results.append(earlier[form])
+            continue
         started = time.monotonic()
         memory = memorize(
-            model, [text, *statements] if notes else [text], store=store, key_values=form or None,
+            model, [text, *hidden.statements] if notes else [text], store=store, key_values=form or None,
             landmarks=("int8" if form == "fp8" else form) or None, segment_tokens=segment_tokens,
             progress=lambda done, _: report(length, 0, samples, done),
         )  # fmt: skip
         if device.type == "cuda":
             torch.cuda.synchronize()
-        read_seconds, started = time.monotonic() - started, time.monotonic()
-        done: list[NeedleSample] = []
-        errors: list[float] = []
-        find = partial(
-            LengthResult, length, done, read_seconds, distinct_chunks=distinct, memory_bytes=memory.num_bytes,
-            store=store, form=form, task=task,
+        result = LengthResult(
+            length, [*earlier[form].samples] if form in earlier else [], time.monotonic() - started, distinct,
+            memory.num_bytes, store=store, form=form, task=hidden.task,
         )  # fmt: skip
-
-        def result(find: Any = find, errors: list[float] = errors, started: float = started) -> LengthResult:
-            return find(ask_seconds=time.monotonic() - started, logits_error=sum(errors) / max(1, len(errors)))
-
-        with _kept(keep or (lambda _: None), done, result):
-            for number, (needle, prompt, place) in enumerate(zip(needles, prompts, places, strict=True)):
-                if is_edited:
-                    edit(model, memory, place.start, place.stop, statements[number])
-                answer = ask(model, tokenizer, memory, prompt, max_new_tokens=16)
-                logits, margin = _question_logits(model, tokenizer, memory, prompt, place.chunks(memory))
-                if is_edited:
-                    edit(model, memory, place.start, place.stop, text[place.start : place.stop])
-                found = any(place.overlaps(source) for source in answer.sources[:1])
-                done.append(
-                    NeedleSample(
-                        length, (number + 0.5) / samples, prompt, needle.value, answer.text,
-                        is_right(answer.text, needle.value), answer.weight, found, form, margin,
-                    )
-                )  # fmt: skip
-                if len(expected) <= number:
-                    expected.append(logits)
-                errors.append(((logits - expected[number]).norm() / expected[number].norm()).item())
-                report(length, number + 1, samples, length)
-        results.append(result())
+        for index in sorted(wanted):
+            sample = hidden.ask(model, memory, form, index, expected, only_logits=index not in missing[form])
+            if sample is not None:
+                result.samples.append(sample)
+                keep(result)
+                report(length, index + 1, samples, length)
+        results.append(result)
         del memory
     return NeedleStudy(results, model.config.chunk_topk, seed, peak_host_bytes())
+
+
+class _Hidden:
+    """The sentences of a text, where they lie, and how they are asked for: the same for every form."""
+
+    def __init__(
+        self, tokenizer: Any, text: torch.Tensor, samples: int, seed: int, together: bool, notes: bool
+    ) -> None:
+        needles = evaluation_needles(seed + len(text), samples)
+        self.tokenizer, self.text, self.is_edited = tokenizer, text, not (together or notes)
+        self.task = "notes" if notes else "mk_niah" if together else "s_niah"
+        self.prompts = [needle.completion if notes else needle.question for needle in needles]
+        self.values = [needle.value for needle in needles]
+        if notes:
+            self.statements = [tokenizer(needle.statement.strip())["input_ids"] for needle in needles]
+            self.places = [Place(number, 0, len(statement)) for number, statement in enumerate(self.statements, 1)]
+        else:
+            self.statements = [tokenizer(needle.statement, add_special_tokens=False)["input_ids"] for needle in needles]
+            self.places = [Place(0, *place) for place in plant(text if together else text.clone(), self.statements)]
+
+    def ask(
+        self, model: HSAForCausalLM, memory: ChunkMemory, form: str, index: int, expected: dict[int, torch.Tensor],
+        only_logits: bool,
+    ) -> NeedleSample | None:  # fmt: skip
+        """The answer about sentence `index`, whose logits are compared with `expected`, or become it."""
+        prompt, value = self.prompts[index], self.values[index]
+        with self._written(model, memory, index) as place:
+            logits, margin = _question_logits(model, self.tokenizer, memory, prompt, place.chunks(memory))
+            first = expected.setdefault(index, logits)
+            if only_logits:
+                return None
+            answer = ask(model, self.tokenizer, memory, prompt, max_new_tokens=16)
+        found = any(place.overlaps(source) for source in answer.sources[:1])
+        error = ((logits - first).norm() / first.norm()).item()
+        return NeedleSample(
+            len(self.text), (index + 0.5) / len(self.prompts), prompt, value, answer.text,
+            is_right(answer.text, value), answer.weight, found, form, margin, index, error,
+        )  # fmt: skip
+
+    @contextmanager
+    def _written(self, model: HSAForCausalLM, memory: ChunkMemory, index: int) -> Iterator[Place]:
+        """Sentence `index` is in the memory while this runs; gives its place."""
+        place = self.places[index]
+        if not self.is_edited:
+            yield place
+            return
+        edit(model, memory, place.start, place.stop, self.statements[index])
+        yield place
+        edit(model, memory, place.start, place.stop, self.text[place.start : place.stop])
 
 
 @torch.no_grad()

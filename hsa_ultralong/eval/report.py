@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any
 
 from hsa_ultralong.eval.metadata import write_json
-from hsa_ultralong.eval.needles import LengthResult, NeedleStudy, wilson_interval
+from hsa_ultralong.eval.needles import LengthResult, NeedleSample, NeedleStudy, wilson_interval
+from hsa_ultralong.files.regular import write_whole
 
 
 def study_records(study: NeedleStudy, model: str) -> list[dict[str, Any]]:
@@ -55,16 +56,17 @@ def _place(result: LengthResult) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def write_study(
-    folder: Path, study: NeedleStudy, model: str, meta: dict[str, Any], summary: str = "report.json"
-) -> None:
-    """Write `summary` and records.jsonl into `folder`."""
-    write_json(folder / summary, {"meta": meta, "records": study_records(study, model)})
+def sample_record(result: LengthResult, sample: NeedleSample, model: str, topk: int) -> dict[str, Any]:
+    """One line of records.jsonl."""
+    return {"model": model, "task": result.task, "topk": topk, **dataclasses.asdict(sample)}
+
+
+def write_study(folder: Path, study: NeedleStudy, model: str, meta: dict[str, Any]) -> None:
+    """Write report.json and records.jsonl into `folder`."""
+    write_json(folder / "report.json", {"meta": meta, "records": study_records(study, model)})
     lines = [
-        json.dumps({"model": model, "task": result.task, "topk": study.topk, **dataclasses.asdict(sample)})
+        json.dumps(sample_record(result, sample, model, study.topk))
         for result in study.results
         for sample in result.samples
     ]
-    new = folder / ".partial-records.jsonl"
-    new.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    new.replace(folder / "records.jsonl")
+    write_whole(folder / "records.jsonl", "\n".join(lines) + "\n")

@@ -1,15 +1,12 @@
 """Many tasks at many lengths on one model: records as they come, resumable, then tables. tests/eval/test_suite.py.
 
-A folder holds run.json (what is measured), records.jsonl (a line for every sample), summary.json (docs/results.md) and
-summary.md. Records of a run that was cut off are kept, and the same run goes on from them.
+A folder holds what recorded_run.py says, summary.json (docs/results.md) and summary.md.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,83 +17,32 @@ from hsa_ultralong.eval.evidence import passage_records, sample_digest
 from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
 from hsa_ultralong.eval.readers import Reader, Reply
+from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_digest
 from hsa_ultralong.eval.suite_summary import draw_table, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import Material, Sample, check_tasks, make_samples, score
 from hsa_ultralong.eval.tasks.sample import TooShort
-from hsa_ultralong.files.regular import FileLock, append_text, parse_json, read_json, read_regular, write_whole
+from hsa_ultralong.files.regular import NUMBER_OR_NULL, TEXT, Field, whole, write_whole
 
 # (task, length, samples done, samples wanted)
 Progress = Callable[[str, int, int, int], None]
-_VERSION = 1
-_RECORD_BYTES = 2**32
 
 
-class SuiteRun:
-    """What a folder holds of one run: settings that all its samples share, and the samples so far."""
+class SuiteRun(RecordedRun):
+    """The run of a suite."""
+
+    FIELDS = {
+        "task": TEXT, "length": whole(), "index": whole(), "setting": TEXT, "metric": TEXT, "depth": NUMBER_OR_NULL,
+        "score": NUMBER_OR_NULL, "certainty": NUMBER_OR_NULL, "weight": NUMBER_OR_NULL, "margin": NUMBER_OR_NULL,
+        "rank": NUMBER_OR_NULL, "found": Field(lambda value: value in (None, True, False), "true, false or null"),
+    }  # fmt: skip
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """
-        Args:
-            settings: all that a sample's result depends on, JSON values: model, seed, samples, haystack ...
-
-        Raises:
-            ValueError: if the folder holds another run, naming what differs.
-        """
-        self.folder, self.settings = folder, settings
-        folder.mkdir(parents=True, exist_ok=True)
-        place = folder / "run.json"
-        if place.exists():
-            self._require_same(read_json(place), place)
-        else:
-            write_whole(place, json.dumps({"version": _VERSION, "settings": settings}, indent=1) + "\n")
-        self.records: list[dict[str, Any]] = self._read()
+        super().__init__(folder, settings)
         self.skipped: dict[tuple[str, int], str] = {}
-
-    def _require_same(self, found: dict[str, Any], place: Path) -> None:
-        if found.get("version") != _VERSION or not isinstance(found.get("settings"), dict):
-            raise ValueError(f"{place} is no run of this version; give an empty folder")
-        old = found["settings"]
-        differs = sorted(key for key in {*old, *self.settings} if old.get(key) != self.settings.get(key))
-        if differs:
-            key = differs[0]
-            raise ValueError(
-                f"{self.folder} holds another run: {key} was {old.get(key)!r}, now {self.settings.get(key)!r}; "
-                "give another folder"
-            )
-
-    def _read(self) -> list[dict[str, Any]]:
-        """The samples so far; a last line that a kill cut off is taken away."""
-        place = self.folder / "records.jsonl"
-        if not place.exists():
-            return []
-        data = read_regular(place, _RECORD_BYTES)
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            write_whole(place, whole)
-        return [parse_json(line, place) for line in whole.split(b"\n") if line]
 
     def done(self, task: str, length: int) -> set[int]:
         """Indices of the samples that are known."""
         return {r["index"] for r in self.records if r["task"] == task and r["length"] == length}
-
-    def add(self, records: Sequence[dict[str, Any]]) -> None:
-        """Keep records, on disk before this returns to the caller."""
-        self.records += records
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        append_text(self.folder / "records.jsonl", lines)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """While this runs no second process writes here.
-
-        Raises:
-            ValueError: if one does.
-        """
-        lock = FileLock.acquire(self.folder / "run.lock", f"{self.folder} is being written")
-        try:
-            yield
-        finally:
-            lock.release()
 
 
 def run_suite(
@@ -174,18 +120,13 @@ def distinct_chunks(material: Material, length: int, chunk_size: int) -> int:
 
 def run_settings(model: Any, material: Material, *, setting: str, samples: int, seed: int) -> dict[str, Any]:
     """What all samples of a run share: of the model its weights, of the haystack and the files their contents."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r} ".encode())
     return {
-        "weights": digest.hexdigest()[:16],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "topk": getattr(model.config, "chunk_topk", None),
+        **model_settings(model),
         "setting": setting,
         "chat": material.chat,
         "samples": samples,
         "seed": seed,
-        "haystack": hashlib.sha256(material.text.numpy().tobytes()).hexdigest()[:16],
+        "haystack": tokens_digest(material.text),
         "haystack_tokens": len(material.text),
         "files": {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in material.files.items()},
     }

@@ -157,6 +157,7 @@ def whole(least: int = 0, most: int = LARGEST) -> Field:
 DIGEST = Field(is_digest, "64 hexadecimal digits")
 TEXT = Field(lambda value: isinstance(value, str), "text")
 NUMBER = Field(is_number, "a number")
+NUMBER_OR_NULL = Field(lambda value: value is None or is_number(value), "a number or null")
 
 
 def list_of(test: Callable[[Any], bool], what: str, most: int = 2**32) -> Field:

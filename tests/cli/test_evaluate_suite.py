@@ -60,3 +60,11 @@ def test_the_shipped_model_is_measured_and_a_second_command_goes_on(tmp_path):
     result = run("--tasks", "passkey", "--lengths", "1K", "--samples", 3, "-o", place, "--device", "cpu")
     assert result.exit_code != 0
     assert "samples was 2, now 3" in result.output + str(result.exception)
+
+
+def test_lengths_of_which_none_can_be_measured_are_refused_and_leave_nothing(tmp_path):
+    pytest.importorskip("wonderwords")
+    result = run("--tasks", "recall_similar_256", "--lengths", "1K", "-o", tmp_path / "run", "--device", "cpu")
+    assert result.exit_code != 0
+    assert "nothing can be measured: " in result.output + str(result.exception)
+    assert not (tmp_path / "run").exists()

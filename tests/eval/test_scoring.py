@@ -138,7 +138,7 @@ def test_a_study_has_every_needle_of_every_length_at_its_depth(model, monkeypatc
             assert sample.correct == is_right(sample.answered, sample.expected) and 0 < sample.weight <= 1
         assert len(result.control_weights) == 2 and result.accuracy == 0.0
         assert result.distinct_chunks == result.length // 4 and result.memory_bytes > 0
-        assert result.read_seconds > 0 and result.ask_seconds > 0
+        assert result.read_seconds > 0
     # each statement goes in at its depth, and the text of that place comes back
     assert len(written) == 12
     for (start, stop, tokens), back in zip(written[::2], written[1::2], strict=True):
