@@ -27,18 +27,25 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="Hugging Face folder, or GGUF file, of a Llama, Mistral, Qwen2 or Qwen3 model.")
+        Path, typer.Argument(help="Folder (Hugging Face) or GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New model folder.")],
     window: Annotated[
-        int, typer.Option("--window", min=1, max=MAX_COUNT, help="Keys that each layer's attention keeps.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            "--window", min=1, max=MAX_COUNT, help="Keys that each layer's attention keeps.", show_default="512"
+        ),
+    ] = None,
     lower_layers: Annotated[
         int | None, typer.Option(min=1, max=MAX_COUNT, help="Layers below the memory.", show_default="half")
     ] = None,
     groups: Annotated[
-        str, typer.Option(help="Groups above the memory, the first layer of each reads it; or the size of each, 2,2,4.")
-    ] = "2",
+        str | None,
+        typer.Option(
+            help="Groups above the memory, the first layer of each reads it; or the size of each: 2,2,4.",
+            show_default="2",
+        ),
+    ] = None,
     reading: Annotated[
         str | None, typer.Option("--read-at", help="Instead: numbers of the layers that read the memory, 16,18,22.")
     ] = None,
@@ -69,32 +76,27 @@ def convert(
     from hsa_ultralong.cli.convert_source import open_source
     from hsa_ultralong.cli.places import removed_on_failure, require_folder
     from hsa_ultralong.files.checksum import file_record
-    from hsa_ultralong.models.convert import convert_model, converted_config
-    from hsa_ultralong.models.presets import parse_options
+    from hsa_ultralong.models import HSAConfig
+    from hsa_ultralong.models.convert import Conversion, convert_model, converted_config
 
     require_folder(output, is_new=True)
     torch.manual_seed(seed)
-    sizes = parse_counts(groups, "--groups", MAX_LAYERS)
-    layout = {
-        "sliding_window": window,
-        "num_lower_layers": lower_layers,
-        "num_upper_groups": sizes[0] if len(sizes) == 1 else sizes,
-        "reading_layers": None if reading is None else parse_counts(reading, "--read-at", MAX_LAYERS),
-    }
-    options = parse_options(changes or [])
-    if clash := sorted(set(options) & {*layout, "num_layers_per_group"}):
-        raise ValueError(f"{', '.join(clash)}: use --window, --lower-layers, --groups and --read-at")
-    options |= layout
+    options = _options(window, lower_layers, groups, reading, changes)
     found_at = open_source(source, tokenizer)
-    # refuses what cannot be converted before the weights are read
-    converted_config(found_at.config, **options)
-    teacher = found_at.load()
-    found = convert_model(teacher, **options)
+    if isinstance(found_at.config, HSAConfig):
+        if options:
+            raise ValueError(f"{source} is a model with a memory, which says itself how it is built: leave out options")
+        model = found_at.load()
+        found = Conversion(model, {name: name for name, _ in model.named_parameters()}, [])
+    else:
+        # refuses what cannot be converted before the weights are read
+        converted_config(found_at.config, **options)
+        found = convert_model(found_at.load(), **options)
     report = {
         "source": found_at.name,
         "source_files": {file.name: file_record(file) for file in found_at.files},
-        "source_type": teacher.config.model_type,
-        "window": window,
+        "source_type": found_at.config.model_type,
+        "window": found.model.config.sliding_window,
         "seed": seed,
         "reused_share": found.reused_share,
         "reused": found.reused,
@@ -103,6 +105,25 @@ def convert(
     with removed_on_failure(output.with_name(f".partial-{output.name}")):
         _save(found.model, found_at.save_tokenizer, output, report)
     echo_json(report) if as_json else echo(_summary(found, report, output))
+
+
+def _options(
+    window: int | None, lower_layers: int | None, groups: str | None, reading: str | None, changes: list[str] | None
+) -> dict[str, Any]:
+    """What was asked for, as converted_config takes it."""
+    from hsa_ultralong.models.presets import parse_options
+
+    sizes = None if groups is None else parse_counts(groups, "--groups", MAX_LAYERS)
+    layout = {
+        "sliding_window": window,
+        "num_lower_layers": lower_layers,
+        "num_upper_groups": sizes[0] if sizes is not None and len(sizes) == 1 else sizes,
+        "reading_layers": None if reading is None else parse_counts(reading, "--read-at", MAX_LAYERS),
+    }
+    options = parse_options(changes or [])
+    if clash := sorted(set(options) & {*layout, "num_layers_per_group"}):
+        raise ValueError(f"{', '.join(clash)}: use --window, --lower-layers, --groups and --read-at")
+    return options | {name: value for name, value in layout.items() if value is not None}
 
 
 def _save(model: Any, save_tokenizer: Callable[[Path], None], output: Path, report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What `hsa convert` starts from: a Hugging Face folder or a GGUF file. tests/cli/test_convert.py."""
+"""What `hsa convert` starts from: folder, GGUF file, authors' checkpoint. tests/cli/test_convert.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _STAND_INS = {"bos_token": ("<|endoftext|>", "eos_token"), "pad_token": ("<|endo
 class Source(NamedTuple):
     """A pretrained transformer on disk; nothing of it is in memory but `config`.
 
-    config: of transformers; of a kind that is not converted, the bare keys. files: those that hold the weights.
+    config: of transformers; of a kind that is not converted, the bare keys; of the authors' checkpoints, ours. files:
+        those that hold the weights.
     load: its model. save_tokenizer: writes the tokenizer's files into a folder.
     """
 
@@ -43,11 +44,14 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
 def _folder_source(path: Path) -> Source:
     from hsa_ultralong.cli.model_folder import weight_files
     from hsa_ultralong.files.regular import read_json
+    from hsa_ultralong.models.authors import MODEL_TYPES
     from hsa_ultralong.models.convert import SOURCES
 
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is no model folder: it has no config.json")
     keys = read_json(path / "config.json")
+    if keys.get("model_type") in MODEL_TYPES:
+        return _authors_source(path, keys)
     config = _bare(keys)
     if keys.get("model_type") in SOURCES:
         from transformers import AutoConfig
@@ -63,6 +67,21 @@ def _folder_source(path: Path) -> Source:
     files = [path / name for name in ("model.safetensors", "model.safetensors.index.json")]
     listed = weight_files(path) if any(file.is_file() for file in files) else []
     return Source(path.name, config, listed, load, lambda folder: copy_tokenizer(path, folder))
+
+
+def _authors_source(path: Path, keys: dict[str, Any]) -> Source:
+    """A checkpoint of the authors' code, whose configuration is ours from the start."""
+    from hsa_ultralong.cli.model_folder import weight_files
+    from hsa_ultralong.models.authors import authors_config, read_authors
+
+    config, files = authors_config(keys), weight_files(path)
+
+    def load() -> Any:
+        from safetensors.torch import load_file
+
+        return read_authors(keys, {name: part for file in files for name, part in load_file(file).items()})
+
+    return Source(path.name, config, files, load, lambda folder: copy_tokenizer(path, folder))
 
 
 def _bare(keys: dict[str, Any]) -> Any:

@@ -80,16 +80,18 @@ def _swiglu(width: int, inner: int) -> int:
     return 3 * width * inner
 
 
-def _attention(config: HSAConfig) -> int:
+def _attention(config: HSAConfig, use_qk_norm: bool | None = None) -> int:
     """Query, key, value and output projections and the two head norms."""
+    use_qk_norm = config.use_qk_norm if use_qk_norm is None else use_qk_norm
     dim = _head_dim(config)
     projections = 2 * config.hidden_size * dim * (config.num_attention_heads + config.num_key_value_heads)
-    return projections + (2 * dim if config.use_qk_norm else 0)
+    return projections + (2 * dim if use_qk_norm else 0)
 
 
-def _qkv_biases(config: HSAConfig) -> int:
+def _qkv_biases(config: HSAConfig, use_qkv_bias: bool | None = None) -> int:
+    use_qkv_bias = config.use_qkv_bias if use_qkv_bias is None else use_qkv_bias
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    return heads * _head_dim(config) if config.use_qkv_bias else 0
+    return heads * _head_dim(config) if use_qkv_bias else 0
 
 
 def _feed_forward(config: HSAConfig, layer: int) -> tuple[int, int]:
@@ -119,7 +121,8 @@ def _hsa_extra(config: HSAConfig) -> int:
 def _encoder(config: HSAConfig) -> int:
     width, dim = config.hidden_size, _head_dim(config)
     assert config.encoder_intermediate_size is not None
-    layer = _attention(config) + _qkv_biases(config) + _swiglu(width, config.encoder_intermediate_size) + 2 * width
+    layer = _attention(config, config.encoder_qk_norm) + _qkv_biases(config, config.encoder_qkv_bias)
+    layer += _swiglu(width, config.encoder_intermediate_size) + 2 * width
     keys_values = 2 * width * config.num_memory_heads * dim + (dim if config.use_qk_norm else 0)
     # CLS and the final norm, one width each
     return config.num_encoder_layers * layer + 2 * width + keys_values + width * config.retrieval_dim

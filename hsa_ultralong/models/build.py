@@ -71,11 +71,14 @@ def build_lower_layer(config: HSAConfig, index: int) -> DecoderLayer:
 def build_encoder(config: HSAConfig) -> ChunkEncoder:
     """The chunk encoder with its key, value and landmark heads."""
     assert config.head_dim is not None and config.encoder_intermediate_size is not None
+    heads = _heads(config)
+    for option, own in (("use_qk_norm", config.encoder_qk_norm), ("use_qkv_bias", config.encoder_qkv_bias)):
+        heads[option] = heads[option] if own is None else own
     layers = [
         EncoderLayer(
             intermediate_size=config.encoder_intermediate_size,
             num_key_value_heads=config.num_key_value_heads,
-            **_heads(config),
+            **heads,
         )
         for _ in range(config.num_encoder_layers)
     ]

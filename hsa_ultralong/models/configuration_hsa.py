@@ -58,6 +58,8 @@ class HSAConfig(PreTrainedConfig):
             `rope_parameters`, transformers 5's name for both; a "rope_theta" in either becomes the option.
         use_qkv_bias: biases of the query, key and value projections of windows and encoder layers, and of the queries
             to the memory (Qwen2).
+        encoder_qk_norm, encoder_qkv_bias: of the encoder's layers alone, and final_norm_eps: of the last norm; None is
+            what all others have (the authors' checkpoints differ there).
     Memory
         chunk_size (S), num_encoder_layers, encoder_intermediate_size (default intermediate_size),
         num_memory_heads (Hkv of the memory), landmark_source: "cls" or "mean".
@@ -105,6 +107,9 @@ class HSAConfig(PreTrainedConfig):
     rope_scaling: dict | None = None
     use_qk_norm: bool = True
     use_qkv_bias: bool = False
+    encoder_qk_norm: bool | None = None
+    encoder_qkv_bias: bool | None = None
+    final_norm_eps: float | int | None = None
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
     chunk_size: int = 64
@@ -255,6 +260,8 @@ class HSAConfig(PreTrainedConfig):
         for name in ("rope_theta", "rms_norm_eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.final_norm_eps is not None and self.final_norm_eps <= 0:
+            raise ValueError(f"final_norm_eps must be > 0, got {self.final_norm_eps}")
         for name in ("initializer_range", "router_bias_update_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")

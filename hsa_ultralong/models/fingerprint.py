@@ -59,6 +59,9 @@ def memory_fingerprint(model: HSAForCausalLM) -> str:
     if model.config.rope_scaling is not None:
         # appended, so that memories of models without it keep their fingerprint
         options += repr(sorted(model.config.rope_scaling.items()))
+    own = [model.config.encoder_qk_norm, model.config.encoder_qkv_bias]
+    if own != [None, None]:
+        options += repr(own)
     # versions and addresses of tensors tell nothing: `.data` and kernels write past them
     key = (options, *state_key(entries))
     known = getattr(model, "_known_fingerprint", None)

@@ -100,7 +100,8 @@ class HSAModel(HSAPreTrainedModel):
         self.lower_layers = nn.ModuleList(build_lower_layer(config, i) for i in range(config.num_lower_layers))
         self.chunk_encoder = build_encoder(config)
         self.groups = nn.ModuleList(build_group(config, i) for i in range(config.num_upper_groups))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        eps = config.rms_norm_eps if config.final_norm_eps is None else config.final_norm_eps
+        self.norm = nn.RMSNorm(config.hidden_size, eps=eps)
         # set from outside: processes that share every row, and processes whose rows share a pool (distributed/)
         self.context_ranks: ContextRanks = ALONE
         self.pool_ranks: PoolRanks = ALONE

@@ -61,6 +61,7 @@ def small_345m() -> HSAConfig:
     The "345M" are the 341.8M of the 16 window layers and the embedding, to which HSA adds 43.3M.
     Differences: position decay is off (it breaks fact 4), the encoder has query-key norm and no q, k, v biases
     (1,280 numbers), the final norm has eps 1e-6 (C1: 1e-5), and landmarks are centred (no effect on the output).
+    models/authors.py reads their checkpoints with all of it.
     """
     return HSAConfig(
         vocab_size=100_278,

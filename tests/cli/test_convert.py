@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
@@ -12,6 +13,7 @@ from hsa_ultralong.cli.model_folder import load_folder
 from hsa_ultralong.data.tokenizer import train_tokenizer
 from hsa_ultralong.files.checksum import file_record
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.authors import _names, authors_config
 from hsa_ultralong.models.registration import REMOTE_MODULE
 from hsa_ultralong.testing.gguf_files import write_gguf
 
@@ -182,3 +184,30 @@ def test_another_tokenizer_takes_the_place_of_the_sources(tmp_path):
     made = run(path, *options, "--tokenizer", tmp_path / "tokenizer")
     assert made.exit_code == 0 and "lacks" not in made.output, made.output
     assert load_folder(tmp_path / "ours", torch.float32)[1].bos_token == tokenizer.bos_token
+
+
+def test_a_checkpoint_of_the_authors_becomes_a_folder_as_it_is(tmp_path):
+    keys = {
+        "model_type": "hsa_swa", "vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_lower_layers": 1,
+        "num_upper_layers": 1, "num_upper_groups": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+        "chunk_topk": 3, "retrieval_dim": 64, "chunk_size": 64, "encoder_layers": 1, "sliding_window": 24,
+        "enable_softmax": True, "enable_qk_norm": True, "eos_token_id": 3,
+    }  # fmt: skip
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(keys))
+    config = authors_config(keys)
+    weights = {theirs: part for ours, theirs in _names(config)
+               for name, part in HSAForCausalLM(config).state_dict().items() if name == ours}  # fmt: skip
+    weights["lm_head.weight"] = weights["backbone.embeddings.weight"].clone()
+    save_file(weights, folder / "model.safetensors")
+    refused = run(folder, "-o", tmp_path / "ours", "--window", 12)
+    assert refused.exit_code == 2 and "leave out options" in refused.output and not (tmp_path / "ours").exists()
+    made = run(folder, "-o", tmp_path / "ours")
+    assert made.exit_code == 0, made.output
+    found = HSAForCausalLM.from_pretrained(tmp_path / "ours")
+    assert found.config.to_dict()["encoder_qkv_bias"] and found.config.hsa_residual == "bypass"
+    assert torch.equal(found.model.chunk_encoder.landmark_proj.weight, weights["backbone.layers.1.lmk_ln.weight"])
+    (folder / "config.json").write_text(json.dumps({**keys, "enable_lmk_norm": True}))
+    refused = run(folder, "-o", tmp_path / "again")
+    assert refused.exit_code == 2 and "enable_lmk_norm=True is not supported" in refused.output
