@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -130,9 +131,8 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
 
     def memorize(self, tokens: Any, **options: Any) -> ChunkMemory:
         """Read any amount of text into a ChunkMemory in linear time: see inference.reader.memorize."""
-        from hsa_ultralong.inference import memorize
-
-        return memorize(self, tokens, **options)
+        # by the front door: the loop over texts, with tiers and files, stands above the models
+        return import_module("hsa_ultralong").memorize(self, tokens, **options)
 
     def generate(
         self, inputs: torch.Tensor | None = None, *args: Any, memory: ChunkMemory | None = None, **kwargs: Any

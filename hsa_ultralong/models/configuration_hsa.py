@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 
-from hsa_ultralong.models.registration import is_own_auto_class, own_auto_map, register_models, write_remote_module
+from hsa_ultralong.models.auto_map import is_own_auto_class, own_auto_map, register_models, write_remote_module
 from hsa_ultralong.nn.rotary import check_scaling
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple
 
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models.arguments import check_arguments, check_tokens
+from hsa_ultralong.models.auto_map import is_own_auto_class
 from hsa_ultralong.models.build import (
     RecomputedDecoderLayer,
     RecomputedHSALayer,
@@ -32,7 +33,6 @@ from hsa_ultralong.models.layout import Layout, packed_layout, plain_layout, res
 from hsa_ultralong.models.outputs import HSAModelOutput
 from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
 from hsa_ultralong.models.ranks import ALONE, ContextRanks, PoolRanks
-from hsa_ultralong.models.registration import is_own_auto_class
 from hsa_ultralong.models.stack import Windows, run_lower, run_upper
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer

@@ -14,7 +14,7 @@ from hsa_ultralong.data.tokenizer import train_tokenizer
 from hsa_ultralong.files.checksum import file_record
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.authors import _names, authors_config
-from hsa_ultralong.models.registration import REMOTE_MODULE
+from hsa_ultralong.models.auto_map import REMOTE_MODULE
 from hsa_ultralong.testing.gguf_files import write_gguf
 
 

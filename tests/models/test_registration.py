@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM, HSAModel
-from hsa_ultralong.models.registration import AUTO_MAP, REMOTE_MODULE
+from hsa_ultralong.models.auto_map import AUTO_MAP, REMOTE_MODULE
 from hsa_ultralong.testing.factories import random_tokens, tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

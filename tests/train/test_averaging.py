@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.cli.common import load_model
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.models.registration import AUTO_MAP, REMOTE_MODULE
+from hsa_ultralong.models.auto_map import AUTO_MAP, REMOTE_MODULE
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, tiny_model
 from hsa_ultralong.train.averaging import average_models
 from hsa_ultralong.train.export import export_model
