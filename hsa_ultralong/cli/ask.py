@@ -82,12 +82,14 @@ def ask(
     if hide is not None:
         named[0] = (named[0][0], _hide(named[0][1], hide, depth))
     network, tokenizer = load_model(model, device, dtype)
-    question = as_question(prompt)
-    encode_prompt(tokenizer, question)
     import torch
 
     from hsa_ultralong.inference import ask as ask_memory
     from hsa_ultralong.inference import memorize
+    from hsa_ultralong.inference.ask import as_question
+
+    question = as_question(prompt)
+    encode_prompt(tokenizer, question)
 
     if memory is not None:
         library = open_library(network, tokenizer, memory, store, lookup)
@@ -141,12 +143,6 @@ def open_library(network: Any, tokenizer: Any, path: Path, store: str, lookup: s
         require_tokenizer(file.spec, tokenizer)
     weight = network.model.embed_tokens.weight
     return open_memory(path, store=store, device=weight.device, dtype=weight.dtype, lookup=lookup)
-
-
-def as_question(prompt: str) -> str:
-    """A bare question in the form that the model was trained on; anything else stays."""
-    prompt = prompt.strip()
-    return f"Question: {prompt}\nAnswer:" if prompt.endswith("?") else prompt
 
 
 def _hide(text: str, sentence: str, depth: float) -> str:

@@ -32,11 +32,14 @@ from hsa_ultralong.cli import (
     plan,
     plot,
     quickstart,
+    serve,
     train,
 )
 from hsa_ultralong.cli.terminal import LogFormatter, echo, one_line
 
-COMMANDS = (quickstart, memorize, ask, memory, generate, data, train, average, convert, plot, plan, evaluate, bench)
+COMMANDS = (
+    quickstart, memorize, ask, memory, serve, generate, data, train, average, convert, plot, plan, evaluate, bench,
+)  # fmt: skip
 
 EXIT_BUG = 1
 EXIT_BAD_INPUT = 2

@@ -125,6 +125,12 @@ def ask(
     return Answer(text, tokens, weight, threshold, sources)
 
 
+def as_question(prompt: str) -> str:
+    """A bare question in the form that the model was trained on; anything else stays."""
+    prompt = prompt.strip()
+    return f"Question: {prompt}\nAnswer:" if prompt.endswith("?") else prompt
+
+
 def _source(memory: ChunkMemory, chunk: int, weight: float) -> Source:
     for number, document in enumerate(memory.documents):
         inside = chunk - document.first_chunk

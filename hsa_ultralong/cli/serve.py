@@ -1,0 +1,196 @@
+"""`hsa serve`: memories and a model behind an HTTP API in OpenAI's form, with a page."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hsa_ultralong.cli.numbers import MAX_COUNT, finite, parse_size
+from hsa_ultralong.cli.terminal import echo
+
+_STORES = ("host", "device", "file")
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve")(serve)
+
+
+def serve(
+    model: Annotated[Path | None, typer.Argument(help="Model folder.", show_default="checkpoints/nano")] = None,
+    memories: Annotated[Path, typer.Option(help="Folder of all memories; made if it does not exist.")] = Path(
+        "memories"
+    ),
+    host: Annotated[str, typer.Option(help="Address; others than this machine's own need --keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name in the API.", show_default="its folder's")] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="File of API keys, a line each: NAMESPACE KEY. Namespaces see their own memories."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, max=1024, help="Answers decoded at once.")] = 8,
+    context: Annotated[str, typer.Option(help="Tokens of a prompt and its answer, such as 8K.")] = "8K",
+    waiting: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Requests that may wait.")] = 256,
+    max_body: Annotated[str, typer.Option(help="Bytes of a request, such as 64M.")] = "64M",
+    max_seconds: Annotated[
+        float, typer.Option(min=0.1, max=86400, callback=finite, help="Longest time of an answer.")
+    ] = 300.0,
+    max_disk: Annotated[
+        str | None, typer.Option(help="Bytes of all memories, such as 50G.", show_default="no bound")
+    ] = None,
+    evict: Annotated[
+        bool,
+        typer.Option("--evict", help="Past --max-disk, delete what was not asked for longest instead of refusing."),
+    ] = False,
+    store: Annotated[str, typer.Option(help="Where keys and values lie while asked: host, device, file.")] = "host",
+    key_values: Annotated[
+        str, typer.Option(help="Form of new memories' keys and values: bf16, int8, fp8, fp16, fp32.")
+    ] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
+) -> None:
+    """Serve a model and its memories: /v1/completions, /v1/chat/completions and /v1/memories, and a page at /.
+
+    Clients of OpenAI's API work with base_url http://HOST:PORT/v1 and name memories in the request. Stop it with
+    Ctrl-C: answers under way are finished first.
+
+    Examples:
+
+      hsa serve --memories library --port 8000
+
+      hsa serve models/mine --memories library --keys keys.txt --host 0.0.0.0 --rows 32 --max-disk 200G
+    """
+    from hsa_ultralong.cli.memorize import FORMATS
+
+    if store not in _STORES:
+        raise ValueError(f"--store must be one of {', '.join(_STORES)}, got {store!r}")
+    if key_values not in FORMATS:
+        raise ValueError(f"--key-values must be one of {', '.join(FORMATS)}, got {key_values!r}")
+    if evict and max_disk is None:
+        raise ValueError("--evict needs --max-disk")
+    if memories.exists() and not memories.is_dir():
+        raise ValueError(f"--memories {memories} is no folder")
+    namespaces = None if keys is None else read_keys(keys)
+    if namespaces is None and not _is_loopback(host):
+        raise ValueError(
+            f"--host {host} can be reached from other machines: give --keys FILE, or leave it at 127.0.0.1"
+        )
+    _require_packages()
+    import uvicorn
+
+    from hsa_ultralong.serve.app import build_app
+    from hsa_ultralong.serve.limits import Limits
+
+    limits = Limits(
+        body_bytes=parse_size(max_body, "--max-body"),
+        context_tokens=parse_size(context, "--context"),
+        rows=rows,
+        waiting=waiting,
+        request_seconds=max_seconds,
+        disk_bytes=None if max_disk is None else parse_size(max_disk, "--max-disk"),
+        evict=evict,
+    )
+    answers = make_answers(model, memories, limits, name, store, key_values, device, dtype)
+    config = uvicorn.Config(
+        build_app(answers, namespaces), host=host, port=port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=int(max_seconds) + 1, timeout_keep_alive=30,
+    )  # fmt: skip
+    _Server(config, answers).run()
+
+
+def make_answers(
+    model: Path | None,
+    memories: Path,
+    limits: Any,
+    name: str | None,
+    store: str,
+    key_values: str,
+    device: str,
+    dtype: str,
+) -> Any:
+    """Model, worker and memories, warm: the first answer pays for nothing that a later one does not."""
+    from hsa_ultralong import default_checkpoint
+    from hsa_ultralong.cli.common import load_model
+    from hsa_ultralong.serve.answers import Answers
+    from hsa_ultralong.serve.memories import Memories
+    from hsa_ultralong.serve.worker import Worker
+
+    network, tokenizer = load_model(model, device, dtype)
+    rooms = Memories(memories, network, tokenizer, limits, store=store, key_values=key_values)
+    worker = Worker(network, tokenizer, limits)
+    label = name or (model or default_checkpoint()).resolve().name
+    return Answers(network, tokenizer, label, worker, rooms, limits)
+
+
+def read_keys(path: Path) -> dict[str, str]:
+    """Namespace of the SHA-256 of every key in a file.
+
+    Raises:
+        ValueError: a line that is none, a namespace that is no name, or a key twice.
+    """
+    import hashlib
+
+    from hsa_ultralong.files.regular import read_regular
+    from hsa_ultralong.serve.limits import ServeError, require_id
+
+    found: dict[str, str] = {}
+    for number, line in enumerate(read_regular(path, 2**20).decode("utf-8").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        parts = line.split()
+        if len(parts) != 2:
+            raise ValueError(f"{path}, line {number}: needs NAMESPACE KEY")
+        try:
+            require_id(parts[0], "namespace")
+        except ServeError as error:
+            raise ValueError(f"{path}, line {number}: {error.message}") from None
+        digest = hashlib.sha256(parts[1].encode()).hexdigest()
+        if digest in found:
+            raise ValueError(f"{path}, line {number}: this key stands there twice")
+        found[digest] = parts[0]
+    if not found:
+        raise ValueError(f"{path} holds no keys; a line is: NAMESPACE KEY")
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _require_packages() -> None:
+    from importlib.util import find_spec
+
+    missing = [one for one in ("fastapi", "uvicorn", "python_multipart", "prometheus_client") if find_spec(one) is None]
+    if missing:
+        raise ValueError(f"hsa serve needs {', '.join(missing)}: pip install 'hsa-ultralong[serve]'")
+
+
+class _Server:
+    """uvicorn, which says where it listens once it does."""
+
+    def __init__(self, config: Any, answers: Any) -> None:
+        import uvicorn
+
+        class Told(uvicorn.Server):
+            async def startup(self, sockets: Any = None) -> None:
+                await super().startup(sockets)
+                for server in self.servers:
+                    for socket in server.sockets:
+                        host, port = socket.getsockname()[:2]
+                        place = f"[{host}]" if ":" in host else host
+                        echo(f"Serving {answers.name} and {answers.memories.folder} on http://{place}:{port}")
+
+        self.server = Told(config)
+
+    def run(self) -> None:
+        try:
+            self.server.run()
+        except KeyboardInterrupt:  # passed on after all answers were finished
+            echo("Stopped.")
+        if not self.server.started:
+            raise ValueError("the address is taken or cannot be used; give another --port or --host")

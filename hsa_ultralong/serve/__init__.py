@@ -1,0 +1,1 @@
+"""Memories behind an HTTP API: docs/serve.md."""

@@ -1,0 +1,51 @@
+"""What a server allows, and what it answers when more is wanted. Called by all of serve/; tests/serve/test_app.py."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+
+
+class ServeError(Exception):
+    """What a client is told: a status of HTTP, a message of one line, and a code that programs can compare."""
+
+    def __init__(self, status: int, message: str, code: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one server.
+
+    body_bytes: of a request. context_tokens: prompt and answer of one row. rows: answered at once. waiting: requests
+    that may wait for a row. request_seconds: from arrival to the last token. body_seconds: for a body to arrive.
+    disk_bytes: of all memories, None: no bound. choices: of `n`. memories_per_request: of one question.
+    open_memories: kept open for the next question.
+    """
+
+    body_bytes: int = 64 * 2**20
+    body_seconds: float = 30.0
+    context_tokens: int = 8192
+    rows: int = 8
+    waiting: int = 256
+    request_seconds: float = 300.0
+    disk_bytes: int | None = None
+    evict: bool = False
+    choices: int = 8
+    memories_per_request: int = 16
+    open_memories: int = 32
+
+
+def require_id(value: str, what: str = "memory id") -> str:
+    """Raises: ServeError for a name that is none: it becomes a folder's name."""
+    if not _NAME.fullmatch(value):
+        raise ServeError(
+            400,
+            f"a {what} has 1 to 64 letters, digits, '.', '_' and '-', no '.', '_' or '-' at its ends; "
+            f"got {value[:80]!r}",
+            "invalid_id",
+        )
+    return value

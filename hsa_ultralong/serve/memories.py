@@ -1,0 +1,420 @@
+"""The memory files of a server: made, changed, listed, opened and kept open, one folder for every namespace.
+
+A memory is served as it was last committed. In doubt it is read again: an open one counts as long as the file on disk
+has its generation. Called by app.py and worker.py; tests/serve/test_memories.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsa_ultralong.data import tokenizer_fingerprint
+from hsa_ultralong.inference import Library, memory_fingerprint
+from hsa_ultralong.memory import ChunkMemory, MemoryFile
+from hsa_ultralong.memory.files import MemoryFileError
+from hsa_ultralong.memory.files.durable import sync_folder
+from hsa_ultralong.memory.half_read import half_read
+from hsa_ultralong.memory.saving import open_memory
+from hsa_ultralong.serve.limits import Limits, ServeError, require_id
+
+_SUFFIX = ".hsa"
+# (tokens read, tokens of the whole text)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a question reads: `memory` holds the documents of the memories `ids`, in order; `documents` are their
+    (memory id, document id)."""
+
+    memory: ChunkMemory
+    ids: tuple[str, ...]
+    documents: list[tuple[str, int]]
+
+
+class Memories:
+    """All memories below a folder; thread-safe.
+
+    One writer changes a memory at a time; questions go on with the state that was committed before.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Any,
+        tokenizer: Any,
+        limits: Limits,
+        *,
+        store: str = "host",
+        key_values: str = "bf16",
+        landmarks: str = "bf16",
+    ) -> None:
+        """
+        Args:
+            store: where keys and values lie while asked: device, host or file. key_values, landmarks: forms of new
+                files.
+        """
+        self.folder, self.model, self.tokenizer, self.limits = folder, model, tokenizer, limits
+        self.store, self.key_values, self.landmarks = store, key_values, landmarks
+        self.fingerprint, self.tokens = memory_fingerprint(model), tokenizer_fingerprint(tokenizer)
+        self._guard = threading.RLock()
+        self._open: OrderedDict[tuple[str, ...], tuple[tuple[tuple[int, ...], ...], Opened]] = OrderedDict()
+        self._asked: dict[Path, int] = {}
+        self._clock = 0
+        self._writers: dict[Path, threading.Lock] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    # places -----------------------------------------------------------------------------------------------------------
+
+    def _place(self, namespace: str, id: str) -> Path:
+        require_id(id)
+        return self.folder / namespace / (id + _SUFFIX)
+
+    def _existing(self, namespace: str, id: str) -> Path:
+        place = self._place(namespace, id)
+        if not (place / "manifest.json").is_file() or place.is_symlink() or place.parent.is_symlink():
+            raise ServeError(404, f"there is no memory {id!r}", "memory_not_found")
+        return place
+
+    def ids(self, namespace: str) -> list[str]:
+        """Names of a namespace's memories, sorted."""
+        place = self.folder / namespace
+        if not place.is_dir() or place.is_symlink():
+            return []
+        found = (one.name.removesuffix(_SUFFIX) for one in place.iterdir() if one.name.endswith(_SUFFIX))
+        return sorted(id for id in found if (place / (id + _SUFFIX) / "manifest.json").is_file())
+
+    # looking ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _file(self, namespace: str, id: str) -> Iterator[MemoryFile]:
+        place = self._existing(namespace, id)
+        try:
+            with MemoryFile.open_unverified(place) as file:
+                yield file
+        except MemoryFileError as error:
+            raise _refusal(error, self.folder) from error
+
+    def info(self, namespace: str, id: str) -> dict[str, Any]:
+        """What a memory holds.
+
+        Raises:
+            ServeError: there is none.
+        """
+        with self._file(namespace, id) as file:
+            half = half_read(file.manifest.open_document, file.build_state)
+            state = "reading" if half is not None else "ready" if self._is_ours(file) else "foreign"
+            return {
+                "id": id, "object": "memory", "status": state, "tokens": file.num_tokens, "chunks": file.num_chunks,
+                "documents": len(file.documents), "bytes": file.num_bytes, "generation": file.generation,
+                "formats": file.spec.metadata.get("formats"),
+            }  # fmt: skip
+
+    def _is_ours(self, file: MemoryFile) -> bool:
+        return file.spec.fingerprint == self.fingerprint and file.spec.tokenizer in ("", self.tokens)
+
+    def documents(self, namespace: str, id: str) -> list[dict[str, Any]]:
+        """Numbers, names and sizes of a memory's documents."""
+        with self._file(namespace, id) as file:
+            return [
+                {"number": number, "id": one.id, "name": one.name, "tokens": one.num_tokens, "open": one.is_open}
+                for number, one in enumerate(file.documents)
+            ]
+
+    def passage(self, namespace: str, id: str, document: int, start: int, stop: int) -> dict[str, Any]:
+        """Text of tokens start..stop of a document (by id)."""
+        with self._file(namespace, id) as file:
+            try:
+                record = file.document(document)
+            except ValueError as error:
+                raise ServeError(404, f"{id} holds no document {document}", "document_not_found") from error
+            stop = min(stop, record.num_tokens)
+            if not 0 <= start <= stop:
+                raise ServeError(400, f"tokens {start}..{stop} are no range of {record.num_tokens}", "invalid_range")
+            text = self.tokenizer.decode(file.document_tokens(document)[start:stop].tolist(), skip_special_tokens=True)
+            return {"document": document, "name": record.name, "start": start, "stop": stop, "text": text}
+
+    # asking -----------------------------------------------------------------------------------------------------------
+
+    def open(self, namespace: str, ids: Sequence[str]) -> Opened:
+        """What a question reads: one memory, or several as one.
+
+        Raises:
+            ServeError: unknown, empty, half-read or another model's.
+        """
+        if len(ids) > self.limits.memories_per_request:
+            raise ServeError(
+                400,
+                f"at most {self.limits.memories_per_request} memories a question, got {len(ids)}",
+                "too_many_memories",
+            )
+        if len(set(ids)) < len(ids):
+            raise ServeError(400, "a memory is named twice", "invalid_memory")
+        with self._guard:
+            places = [self._existing(namespace, id) for id in ids]
+            stamps = tuple(self._stamp(namespace, id) for id in ids)
+            key = (namespace, *ids)
+            self._clock += 1
+            self._asked.update(dict.fromkeys(places, self._clock))
+            known = self._open.get(key)
+            if known is None or known[0] != stamps:
+                known = self._open[key] = (stamps, self._read(places, ids))
+            self._open.move_to_end(key)
+            while len(self._open) > self.limits.open_memories:
+                self._open.popitem(last=False)
+            return known[1]
+
+    def _stamp(self, namespace: str, id: str) -> tuple[int, ...]:
+        """What tells one state of the file from another, also of another file of this name."""
+        info = self.info(namespace, id)
+        if info["status"] == "foreign":
+            raise ServeError(
+                409, f"memory {id!r} was made by another model or tokenizer; hsa memory rebuild makes it again",
+                "foreign_memory",
+            )  # fmt: skip
+        if info["status"] == "reading":
+            raise ServeError(409, f"memory {id!r} is still being read; ask it when it is ready", "memory_not_ready")
+        if info["chunks"] == 0:
+            raise ServeError(409, f"memory {id!r} holds nothing to read yet", "memory_empty")
+        place = (self._place(namespace, id) / "manifest.json").stat()
+        return int(info["generation"]), place.st_ino, place.st_mtime_ns
+
+    def _read(self, places: Sequence[Path], ids: Sequence[str]) -> Opened:
+        weight = self.model.model.embed_tokens.weight
+        # several are put together where they are read
+        store = self.store if len(places) == 1 else "device"
+        try:
+            found = [open_memory(place, store=store, device=weight.device, dtype=weight.dtype) for place in places]
+            memory = found[0] if len(found) == 1 else ChunkMemory.concat(found)
+            documents: list[tuple[str, int]] = []
+            for id, place in zip(ids, places, strict=True):
+                with MemoryFile.open_unverified(place) as file:
+                    documents += [(id, one.id) for one in file.documents]
+        except (ValueError, OSError) as error:
+            raise _refusal(error, self.folder) from error
+        if len(documents) != len(memory.documents):
+            raise ServeError(409, "a memory changed while it was opened; ask again", "memory_busy")
+        return Opened(memory, tuple(ids), documents)
+
+    # changing ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self, place: Path) -> Iterator[None]:
+        """One change of a memory at a time."""
+        with self._guard:
+            lock = self._writers.setdefault(place, threading.Lock())
+        if not lock.acquire(blocking=False):
+            raise ServeError(409, f"memory {place.stem!r} is being changed; try again", "memory_busy")
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise _refusal(error, self.folder) from error
+        finally:
+            lock.release()
+
+    def create(
+        self, namespace: str, id: str, documents: Sequence[tuple[str, str]], progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Memorise (name, text) documents as a new memory, which is there when all of them are.
+
+        The same call after a kill goes on where the last one stood; a call whose memory is there already and holds
+        just these documents changes nothing.
+
+        Raises:
+            ServeError: the memory exists with other documents, or does not fit.
+        """
+        place, encoded = self._place(namespace, id), self._encoded(documents)
+        if (place / "manifest.json").is_file():
+            if self._holds(place, encoded):
+                return self.info(namespace, id)
+            raise ServeError(409, f"memory {id!r} exists already, with other documents", "memory_exists")
+        begun = place.with_name(f".{place.name}.partial")
+        with self._changing(place):
+            self._make_room(place, _count(encoded))
+            begun.parent.mkdir(parents=True, exist_ok=True)
+            if begun.exists() and not self._goes_on(begun, encoded):
+                shutil.rmtree(begun)
+            with self._library(begun) as library:
+                done = 0
+                for number, (name, tokens) in enumerate(encoded):
+                    if number >= len(library.documents) or library.documents[number].is_open:
+                        library.add(tokens, name=name, progress=_shifted(progress, done, _count(encoded)))
+                    done += len(tokens)
+            begun.rename(place)
+            sync_folder(place.parent)
+        return self.info(namespace, id)
+
+    def append(
+        self, namespace: str, id: str, documents: Sequence[tuple[str, str]], progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Memorise (name, text) documents behind those of a memory: all of them, or none."""
+        place, encoded = self._existing(namespace, id), self._encoded(documents)
+        with self._changing(place):
+            self._make_room(place, _count(encoded))
+            with Library.open(self.model, place) as library:
+                done = 0
+                for name, tokens in encoded:
+                    library.add(tokens, name=name, commit=False, progress=_shifted(progress, done, _count(encoded)))
+                    done += len(tokens)
+                library.commit()
+        return self.info(namespace, id)
+
+    def _encoded(self, documents: Sequence[tuple[str, str]]) -> list[tuple[str, torch.Tensor]]:
+        found = [(name, torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int32)) for name, text in documents]
+        if not found or any(len(tokens) == 0 for _, tokens in found):
+            raise ServeError(400, "a document is empty: nothing to memorise", "empty_document")
+        return found
+
+    def _holds(self, place: Path, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
+        with MemoryFile.open_unverified(place) as file:
+            return len(file.documents) == len(encoded) and _is_beginning(file, encoded)
+
+    def _goes_on(self, place: Path, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
+        """Whether what a killed call left is the beginning of these documents, by this model."""
+        try:
+            with MemoryFile.open_unverified(place, self.fingerprint) as file:
+                return _is_beginning(file, encoded)
+        except MemoryFileError:
+            return False
+
+    def _library(self, place: Path) -> Library:
+        return Library.create(
+            self.model,
+            place,
+            key_values=self.key_values,
+            landmarks=self.landmarks,
+            tokenizer=self.tokens,
+            exist_ok=True,
+        )
+
+    def replace(
+        self, namespace: str, id: str, document: int, text: str, span: tuple[int, int] | None
+    ) -> dict[str, Any]:
+        """Give a document (by id) another text, or tokens start..stop of it; only what changed is read again."""
+        place = self._existing(namespace, id)
+        tokens = self.tokenizer(text)["input_ids"] if text else []
+        with self._changing(place), Library.open(self.model, place) as library:
+            self._make_room(place, len(tokens))
+            self._require_document(library, id, document)
+            if span is None:
+                plan = library.replace(document, tokens)
+            else:
+                plan = library.edit(document, *span, tokens)
+        return {**self.info(namespace, id), "chunks_read": plan.num_chunks}
+
+    @staticmethod
+    def _require_document(library: Library, id: str, document: int) -> None:
+        if all(one.id != document for one in library.documents):
+            raise ServeError(404, f"{id} holds no document {document}", "document_not_found")
+
+    def remove(self, namespace: str, id: str, document: int) -> dict[str, Any]:
+        """Delete a document (by id), and its bytes."""
+        place = self._existing(namespace, id)
+        with self._changing(place), Library.open(self.model, place) as library:
+            self._require_document(library, id, document)
+            library.delete(document)
+            library.compact()
+        return self.info(namespace, id)
+
+    def merge(self, namespace: str, id: str, others: Sequence[str]) -> dict[str, Any]:
+        """Add the documents of other memories, which stay as they are; a new memory if there is none of this name."""
+        place, sources = self._place(namespace, id), [self._existing(namespace, other) for other in others]
+        if place in sources:
+            raise ServeError(400, f"memory {id!r} cannot be merged into itself", "invalid_memory")
+        for other in others:
+            self._stamp(namespace, other)
+        is_new = not (place / "manifest.json").is_file()
+        with self._changing(place):
+            self._make_room(place, 0, sum(_bytes_of(source) for source in sources))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with self._library(place) if is_new else Library.open(self.model, place) as library:
+                library.merge(sources)
+        return self.info(namespace, id)
+
+    def delete(self, namespace: str, id: str) -> None:
+        """Remove a memory for good; questions under way go on with what they opened."""
+        place = self._existing(namespace, id)
+        with self._changing(place):
+            self._drop(place)
+
+    def _drop(self, place: Path) -> None:
+        with self._guard:
+            # out of the way in one step, so that a kill leaves it whole or gone
+            grave = place.with_name(f".{place.name}.deleted")
+            shutil.rmtree(grave, ignore_errors=True)
+            place.rename(grave)
+            shutil.rmtree(grave, ignore_errors=True)
+            namespace, id = place.parent.name, place.stem
+            for key in [key for key in self._open if key[0] == namespace and id in key[1:]]:
+                del self._open[key]
+            self._asked.pop(place, None)
+
+    # room -------------------------------------------------------------------------------------------------------------
+
+    def bytes_used(self) -> int:
+        """Of all memories."""
+        return sum(_bytes_of(place) for place in self.folder.glob(f"*/*{_SUFFIX}") if not place.is_symlink())
+
+    def _make_room(self, place: Path, tokens: int, extra: int = 0) -> None:
+        bound = self.limits.disk_bytes
+        if bound is None:
+            return
+        config = self.model.config
+        heads = config.num_memory_heads * config.head_dim * 4 + config.retrieval_dim * 2 // config.chunk_size
+        wanted = extra + tokens * (heads + 4)
+        while self.bytes_used() + wanted > bound:
+            idle = [one for one in self.folder.glob(f"*/*{_SUFFIX}") if one != place and not self._is_changing(one)]
+            if not self.limits.evict or not idle:
+                raise ServeError(
+                    507, f"about {wanted:,} bytes more would pass the disk budget of {bound:,}; delete memories",
+                    "disk_budget",
+                )  # fmt: skip
+            self._drop(min(idle, key=lambda one: (self._asked.get(one, 0), one.stat().st_mtime)))
+
+    def _is_changing(self, place: Path) -> bool:
+        lock = self._writers.get(place)
+        return lock is not None and lock.locked()
+
+
+def _count(encoded: Sequence[tuple[str, torch.Tensor]]) -> int:
+    return sum(len(tokens) for _, tokens in encoded)
+
+
+def _shifted(progress: Progress | None, done: int, total: int) -> Callable[[int, int | None], None] | bool:
+    """Progress of one document as part of all."""
+    return False if progress is None else lambda read, _: progress(done + read, total)
+
+
+def _is_beginning(file: MemoryFile, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
+    if len(file.documents) > len(encoded):
+        return False
+    for record, (name, tokens) in zip(file.documents, encoded, strict=False):
+        known = file.document_tokens(record.id)
+        if record.name != name or not torch.equal(known, tokens[: len(known)]):
+            return False
+        if len(known) < len(tokens) and not record.is_open:
+            return False
+    return True
+
+
+def _bytes_of(place: Path) -> int:
+    return sum(one.lstat().st_size for one in place.rglob("*") if one.is_file())
+
+
+def _refusal(error: Exception, folder: Path) -> ServeError:
+    """What a client is told of an error of the library, without the server's paths."""
+    if isinstance(error, ServeError):
+        return error
+    message = str(error).replace(f"{folder}/", "").replace(str(folder), "the memories")
+    if isinstance(error, OSError) and not isinstance(error, MemoryFileError):
+        return ServeError(507 if error.errno == 28 else 500, f"the disk refused it: {error.strerror}", "storage")
+    return ServeError(409 if isinstance(error, MemoryFileError) else 400, message, "refused")

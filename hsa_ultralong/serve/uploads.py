@@ -1,0 +1,43 @@
+"""Uploaded files as documents, read as `hsa memorize` reads them. Called by app.py; tests/serve/test_app.py."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from fastapi import UploadFile
+from fastapi.concurrency import run_in_threadpool
+
+from hsa_ultralong.data import Spool, read_sources, source_files
+from hsa_ultralong.serve.limits import ServeError
+
+
+async def documents_of(files: list[UploadFile]) -> list[tuple[str, str]]:
+    """(name, text) of all documents of uploaded files; of a file's name only the last part is used.
+
+    Raises:
+        ServeError: what cannot be read.
+    """
+    bodies = [(file.filename or "text.txt", await file.read()) for file in files]
+    return await run_in_threadpool(_read, bodies)
+
+
+def _read(bodies: list[tuple[str, bytes]]) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    with tempfile.TemporaryDirectory(prefix="hsa-upload-") as folder, Spool() as spool:
+        for number, (name, body) in enumerate(bodies):
+            name = PurePosixPath(PureWindowsPath(name).name).name.replace("\0", "")[-200:] or "text.txt"
+            if name in (".", ".."):
+                name = "text.txt"
+            place = Path(folder, str(number))
+            place.mkdir()
+            (place / name).write_bytes(body)
+            try:
+                for file in source_files([place / name], spool=spool):
+                    found += [(one.name.replace(f"{place}/", ""), one.text) for one in read_sources(file)]
+            except (ValueError, OSError) as error:
+                message = str(error).replace(f"{place}/", "")
+                raise ServeError(400, message, "unreadable_file") from error
+    if not found:
+        raise ServeError(400, "no text in what was uploaded", "empty_document")
+    return found

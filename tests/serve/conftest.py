@@ -1,0 +1,76 @@
+"""A server of the shipped model in this process, and clients of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from hsa_ultralong.cli.common import load_model
+from hsa_ultralong.serve.answers import Answers
+from hsa_ultralong.serve.limits import Limits
+from hsa_ultralong.serve.memories import Memories
+from hsa_ultralong.serve.worker import Worker
+from hsa_ultralong.testing.processes import HANG_SECONDS
+
+LIMITS = Limits(context_tokens=512, rows=3, body_bytes=2**20, body_seconds=2.0, request_seconds=HANG_SECONDS)
+LANTERN = "The secret code of the silver lantern is 4821937."
+FERRY = "The secret code of the calm ferry is 7925186."
+FILLER = "The old road runs along the river and then up to the mill. Nobody knows how long it has been there. " * 12
+
+
+@pytest.fixture(scope="session")
+def nano():
+    return load_model(None, "cpu", "fp32")
+
+
+@contextmanager
+def serving(nano, folder, *, keys=None, **changes):
+    """(base address, Answers) of a running server."""
+    import uvicorn
+
+    from hsa_ultralong.serve.app import build_app
+
+    limits = replace(LIMITS, **changes)
+    model, tokenizer = nano
+    worker = Worker(model, tokenizer, limits)
+    answers = Answers(model, tokenizer, "nano", worker, Memories(folder, model, tokenizer, limits), limits)
+    config = uvicorn.Config(build_app(answers, keys), port=0, log_level="error", access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    end = time.monotonic() + HANG_SECONDS
+    while not server.started and thread.is_alive() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert server.started
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", answers
+    finally:
+        server.should_exit = True
+        thread.join(HANG_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def server(nano, tmp_path_factory):
+    with serving(nano, tmp_path_factory.mktemp("memories")) as (address, answers):
+        yield address, answers
+
+
+@pytest.fixture
+def client(server):
+    import httpx
+
+    with httpx.Client(base_url=server[0], timeout=HANG_SECONDS) as found:
+        yield found
+
+
+@pytest.fixture
+def openai_client(server):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=server[0] + "/v1", api_key="none", timeout=HANG_SECONDS, max_retries=0)

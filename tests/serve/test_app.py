@@ -1,0 +1,212 @@
+"""The API in the hands of OpenAI's own client and of a plain one: answers, memories, errors, metrics."""
+
+import hashlib
+import json
+
+import httpx
+import pytest
+import torch
+
+from hsa_ultralong.inference import ask, memorize
+from hsa_ultralong.testing.processes import HANG_SECONDS
+from tests.serve.conftest import FERRY, FILLER, LANTERN, serving
+
+QUESTION = "What is the secret code of the silver lantern?"
+PROMPT = f"Question: {QUESTION}\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def lib(server):
+    """A memory that holds two facts in two documents."""
+    documents = [{"name": "a", "text": FILLER + LANTERN + " " + FILLER}, {"name": "b", "text": FERRY + " " + FILLER}]
+    made = httpx.post(server[0] + "/v1/memories", json={"id": "lib", "documents": documents}, timeout=HANG_SECONDS)
+    assert made.status_code == 201, made.text
+    assert made.json()["status"] == "ready" and made.json()["documents"] == 2
+    return documents
+
+
+def asked(nano, texts, prompt):
+    """By the library, from a memory of its own."""
+    model, tokenizer = nano
+    memory = memorize(model, [torch.tensor(tokenizer(text)["input_ids"]) for text in texts])
+    return ask(model, tokenizer, memory, prompt)
+
+
+def asked_there(server, id, prompt):
+    """By the library, from the memory as the server opens it."""
+    answers = server[1]
+    return ask(answers.model, answers.tokenizer, answers.memories.open("default", [id]).memory, prompt)
+
+
+def test_a_completion_with_a_memory_equals_ask(openai_client, server, lib):
+    expected = asked_there(server, "lib", PROMPT)
+    found = openai_client.completions.create(
+        model="nano", prompt=PROMPT, max_tokens=24, stop="\n", extra_body={"memory": "lib", "sources": 3}
+    )
+    assert found.choices[0].text == expected.text and "4821937" in expected.text
+    retrieval = found.choices[0].model_extra["retrieval"]
+    assert retrieval["weight"] == pytest.approx(expected.weight, abs=1e-5)
+    assert retrieval["is_uncertain"] == expected.is_uncertain
+    assert [one["start"] for one in retrieval["sources"]] == [one.start for one in expected.sources]
+    assert retrieval["sources"][0]["memory"] == "lib" and "lantern" in retrieval["sources"][0]["text"]
+    assert found.usage.completion_tokens == len(expected.tokens)
+
+
+def test_a_chat_message_is_asked_as_the_command_asks_it(openai_client, server, lib):
+    expected = asked_there(server, "lib", PROMPT)
+    found = openai_client.chat.completions.create(
+        model="nano", messages=[{"role": "user", "content": QUESTION}], extra_body={"memory": ["lib"]}
+    )
+    assert found.choices[0].message.content == expected.text and found.choices[0].finish_reason == "stop"
+
+
+def test_a_stream_is_the_same_answer_in_pieces(openai_client, lib):
+    options = {"model": "nano", "prompt": PROMPT, "max_tokens": 24, "extra_body": {"memory": "lib", "sources": 1}}
+    whole = openai_client.completions.create(**options)
+    events = list(openai_client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(event.choices[0].text for event in events if event.choices) == whole.choices[0].text
+    assert events[-1].usage == whole.usage
+    assert events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert events[-2].choices[0].model_extra["retrieval"] == whole.choices[0].model_extra["retrieval"]
+    chat = openai_client.chat.completions.create(
+        model="nano", messages=[{"role": "user", "content": QUESTION}], stream=True, extra_body={"memory": "lib"}
+    )
+    text = "".join(event.choices[0].delta.content or "" for event in chat)
+    assert "4821937" in text
+
+
+def test_rows_that_run_together_answer_what_they_answer_alone(server, lib, nano):
+    from concurrent.futures import ThreadPoolExecutor
+
+    address, _ = server
+    other = httpx.post(address + "/v1/memories", json={"id": "other", "text": FILLER + FERRY}, timeout=HANG_SECONDS)
+    assert other.status_code == 201
+    prompts = [PROMPT, "The secret code of the calm ferry is", "The old road runs", "Nobody knows"]
+    wanted = [(prompt, memory) for prompt in prompts for memory in ("lib", "other", None)]
+
+    def one(pair):
+        prompt, memory = pair
+        body = {"model": "nano", "prompt": prompt, "max_tokens": 20, **({"memory": memory} if memory else {})}
+        return httpx.post(address + "/v1/completions", json=body, timeout=HANG_SECONDS).json()["choices"][0]["text"]
+
+    alone = [one(pair) for pair in wanted]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(one, wanted)) == alone
+
+
+def test_logprobs_are_those_of_the_model(openai_client, lib, nano):
+    model, tokenizer = nano
+    found = openai_client.completions.create(model="nano", prompt="The old road", max_tokens=3, logprobs=2)
+    ids = torch.tensor([tokenizer("The old road")["input_ids"]])
+    with torch.no_grad():
+        shares = model(ids).logits[0, -1].log_softmax(-1)
+    best = shares.max()
+    logprobs = found.choices[0].logprobs
+    assert logprobs.token_logprobs[0] == pytest.approx(float(best), abs=1e-4)
+    assert len(logprobs.tokens) == 3 and "".join(logprobs.tokens) == found.choices[0].text
+    chat = openai_client.chat.completions.create(
+        model="nano",
+        messages=[{"role": "user", "content": "The old road"}],
+        max_tokens=2,
+        logprobs=True,
+        top_logprobs=1,
+    )
+    content = chat.choices[0].logprobs.content
+    assert content[0].top_logprobs[0].logprob == pytest.approx(content[0].logprob, abs=1e-6)
+
+
+def test_a_seed_repeats_a_drawn_answer_and_choices_differ(openai_client):
+    options = {"model": "nano", "prompt": "The old road", "max_tokens": 12, "temperature": 1.5, "seed": 7, "n": 2}
+    first, again = (openai_client.completions.create(**options) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices] and texts[0] != texts[1]
+
+
+def test_a_memory_grows_is_edited_merged_and_deleted(client, nano):
+    assert client.post("/v1/memories", json={"id": "notes", "text": FILLER}).status_code == 201
+    more = client.post("/v1/memories/notes/documents", json={"documents": [{"name": "n", "text": LANTERN}]})
+    assert more.json()["documents"] == 2
+    number = client.get("/v1/memories/notes/documents").json()["data"][1]["id"]
+    changed = LANTERN.replace("4821937", "1112223")
+    assert client.put(f"/v1/memories/notes/documents/{number}", json={"text": changed}).status_code == 200
+    body = {"model": "nano", "prompt": PROMPT, "memory": "notes", "stop": "\n", "max_tokens": 24}
+    answer = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert answer == asked(nano, [FILLER, changed], PROMPT).text and "1112223" in answer
+    part = client.get(f"/v1/memories/notes/documents/{number}", params={"stop": 500}).json()
+    assert part["text"].strip() == changed
+    merged = client.post("/v1/memories/both/merge", json={"memories": ["notes"]})
+    assert merged.json()["documents"] == 2
+    assert client.post("/v1/completions", json={**body, "memory": ["both"]}).json()["choices"][0]["text"] == answer
+    assert client.delete(f"/v1/memories/notes/documents/{number}").json()["documents"] == 1
+    assert client.delete("/v1/memories/notes").json()["deleted"] is True
+    gone = client.post("/v1/completions", json=body)
+    assert gone.status_code == 404 and gone.json()["error"]["code"] == "memory_not_found"
+
+
+def test_making_a_memory_again_changes_nothing_and_another_text_is_refused(client):
+    body = {"id": "twice", "text": FILLER + LANTERN}
+    first, second = (client.post("/v1/memories", json=body) for _ in range(2))
+    assert (first.status_code, second.status_code) == (201, 201) and first.json() == second.json()
+    other = client.post("/v1/memories", json={"id": "twice", "text": FERRY})
+    assert other.status_code == 409 and other.json()["error"]["code"] == "memory_exists"
+
+
+def test_progress_comes_as_events(client):
+    with client.stream("POST", "/v1/memories", json={"id": "slow", "text": FILLER * 3, "stream": True}) as response:
+        events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    assert events[0]["object"] == "memory.progress" and events[-1]["id"] == "slow"
+    assert events[-2]["tokens"] == events[-2]["total"] == events[-1]["tokens"]
+
+
+def test_uploaded_files_become_documents_and_their_names_stay_names(client, server):
+    files = [("files", ("../../evil.txt", FERRY.encode())), ("files", ("b.md", LANTERN.encode("utf-16")))]
+    made = client.post("/v1/memories/up/files", files=files)
+    assert made.status_code == 201, made.text
+    names = [one["name"] for one in client.get("/v1/memories/up/documents").json()["data"]]
+    assert names == ["evil.txt", "b.md"]
+    more = client.post("/v1/memories/up/files", files=[("files", ("c.jsonl", b'{"text": "x y z"}\n'))])
+    assert more.json()["documents"] == 3
+    bad = client.post("/v1/memories/up2/files", files=[("files", ("c.bin", b"\x00\x01\xff\xfe\x00"))])
+    assert bad.status_code == 400 and "tmp" not in bad.text
+
+
+def test_keys_part_namespaces(nano, tmp_path):
+    keys = {hashlib.sha256(key.encode()).hexdigest(): name for key, name in (("ka", "anna"), ("kb", "bob"))}
+    with (
+        serving(nano, tmp_path, keys=keys) as (address, _),
+        httpx.Client(base_url=address, timeout=HANG_SECONDS) as client,
+    ):
+        anna, bob = ({"Authorization": f"Bearer {key}"} for key in ("ka", "kb"))
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic ka"}):
+            found = client.get("/v1/memories", headers=headers)
+            assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
+        assert client.post("/v1/memories", json={"id": "m", "text": LANTERN}, headers=anna).status_code == 201
+        assert client.get("/v1/memories", headers=bob).json()["data"] == []
+        assert client.get("/v1/memories/m", headers=bob).status_code == 404
+        assert client.get("/v1/memories/m", headers=anna).json()["tokens"] > 0
+        assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_disk_budget_refuses_or_evicts_what_was_asked_for_longest_ago(nano, tmp_path):
+    def make(address, number):
+        return httpx.post(address + "/v1/memories", json={"id": f"m{number}", "text": FILLER}, timeout=HANG_SECONDS)
+
+    with serving(nano, tmp_path / "a") as (address, answers):
+        make(address, 0)
+        room = int(2.5 * answers.memories.bytes_used())
+    with serving(nano, tmp_path / "a", disk_bytes=room) as (address, _):
+        made = [make(address, number) for number in range(1, 3)]
+    assert made[0].status_code == 201 and made[-1].status_code == 507 and "disk_budget" in made[-1].text
+    with serving(nano, tmp_path / "b", disk_bytes=room, evict=True) as (address, answers):
+        for number in range(3):
+            assert make(address, number).status_code == 201
+        assert "m0" not in answers.memories.ids("default") and "m2" in answers.memories.ids("default")
+
+
+def test_models_health_metrics_and_the_page(client, openai_client):
+    assert [one.id for one in openai_client.models.list()] == ["nano"]
+    assert client.get("/ready").json() == {"status": "ready"}
+    numbers = client.get("/metrics").text
+    assert "hsa_tokens_decoded" in numbers and 'hsa_answers_total{finish="' in numbers
+    page = client.get("/")
+    assert page.status_code == 200 and "https://" not in page.text and "http://" not in page.text

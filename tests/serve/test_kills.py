@@ -1,0 +1,132 @@
+"""A server that is killed in the middle of writing: what was acknowledged is there, and nothing half is served."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from hsa_ultralong.testing.processes import HANG_SECONDS
+from tests.serve.conftest import FILLER
+
+
+class Server:
+    """`hsa serve` in a process of its own."""
+
+    def __init__(self, folder, *options):
+        command = [sys.executable, "-m", "hsa_ultralong", "serve", "--memories", str(folder), "--port", "0"]
+        more = ["--dtype", "fp32", "--device", "cpu", *options]
+        self.process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line + self.process.stdout.read()
+        self.client = httpx.Client(base_url=found[0], timeout=HANG_SECONDS)
+
+    def end(self, number):
+        """Send a signal and wait for the end; the exit code."""
+        self.process.send_signal(number)
+        code = self.process.wait(HANG_SECONDS)
+        self.process.stdout.close()
+        return code
+
+    def kill(self):
+        self.end(signal.SIGKILL)
+        self.client.close()
+
+
+def fact(number):
+    return f"The secret code of the calm ferry is {1_000_000 + number}. {FILLER}"
+
+
+def write_until_killed(server, round, acknowledged):
+    """Make a memory, then append and replace in it, noting what the server has confirmed."""
+    texts = []
+    try:
+        made = server.client.post("/v1/memories", json={"id": f"m{round}", "text": fact(0)})
+        if made.status_code == 201:
+            texts.append(fact(0))
+            acknowledged[f"m{round}"] = list(texts)
+        for number in range(1, 1000):
+            document = {"name": f"d{number}", "text": fact(number)}
+            added = server.client.post(f"/v1/memories/m{round}/documents", json={"documents": [document]})
+            if added.status_code == 200:
+                texts.append(fact(number))
+                acknowledged[f"m{round}"] = list(texts)
+    except httpx.HTTPError:
+        pass
+
+
+def texts_of(client, id):
+    found = client.get(f"/v1/memories/{id}/documents").json()["data"]
+    parts = [client.get(f"/v1/memories/{id}/documents/{one['id']}", params={"stop": 60_000}) for one in found]
+    return [part.json()["text"] for part in parts]
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_what_was_acknowledged_survives_a_kill_and_nothing_half_is_served(tmp_path, kills):
+    chance, acknowledged = random.Random(0), {}
+    for round in range(kills):
+        server = Server(tmp_path / "memories")
+        writer = threading.Thread(target=write_until_killed, args=(server, round, acknowledged))
+        writer.start()
+        time.sleep(chance.uniform(0.05, 4.0))
+        server.kill()
+        writer.join()
+    server = Server(tmp_path / "memories")
+    try:
+        infos = {one["id"]: one for one in server.client.get("/v1/memories").json()["data"]}
+        assert set(acknowledged) <= set(infos)
+        for id, info in infos.items():
+            assert info["status"] == "ready"
+            texts = texts_of(server.client, id)
+            # at most the one write more that was under way
+            known = acknowledged.get(id, [])
+            assert texts[: len(known)] == known and len(texts) <= len(known) + 1
+            body = {"model": "nano", "prompt": "The secret code of the calm ferry is", "memory": id, "max_tokens": 2}
+            assert server.client.post("/v1/completions", json=body).status_code == 200
+            # and it can be written again
+            more = {"documents": [{"name": "again", "text": "One more line."}]}
+            assert server.client.post(f"/v1/memories/{id}/documents", json=more).status_code == 200
+    finally:
+        server.kill()
+
+
+def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path):
+    server = Server(tmp_path / "memories")
+    body = {"model": "nano", "prompt": "The old road", "max_tokens": 200}
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.append(server.client.post("/v1/completions", json=body).json()["choices"][0])
+    )
+    asking.start()
+    end = time.monotonic() + HANG_SECONDS
+    while "hsa_rows_running 1" not in server.client.get("/metrics").text and time.monotonic() < end:
+        time.sleep(0.02)
+    assert server.end(signal.SIGINT) == 0
+    asking.join(HANG_SECONDS)
+    assert answers and answers[0]["finish_reason"] in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--host", "0.0.0.0"), "give --keys"),
+        (("--store", "moon"), "--store must be one of"),
+        (("--evict",), "--evict needs --max-disk"),
+        (("--keys", "/dev/null"), "regular file"),
+        (("--context", "many"), "--context"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_model_is_loaded(tmp_path, options, message):
+    from typer.testing import CliRunner
+
+    from hsa_ultralong.cli.main import app
+
+    found = CliRunner().invoke(app, ["serve", "--memories", str(tmp_path / "m"), *options])
+    assert found.exit_code != 0 and message in str(found.exception) + found.output
+    assert not (tmp_path / "m").exists()
