@@ -88,8 +88,7 @@ def ask(
     from hsa_ultralong.inference import memorize
     from hsa_ultralong.inference.ask import as_question
 
-    question = as_question(prompt)
-    encode_prompt(tokenizer, question)
+    encode_prompt(tokenizer, question := as_question(prompt))
 
     if memory is not None:
         library = open_library(network, tokenizer, memory, store, lookup)
