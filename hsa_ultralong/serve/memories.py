@@ -1,7 +1,7 @@
 """The memory files of a server: made, changed, listed, opened and kept open, one folder for every namespace.
 
 A memory is served as it was last committed. In doubt it is read again: an open one counts as long as the file on disk
-has its generation. Called by app.py and worker.py; tests/serve/test_memories.py.
+has its generation. Called by app.py and worker.py; tests/serve/test_app.py, test_kills.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Requests of the API, as types: what is unknown is refused, what is not supported says what to do instead.
 
 The names are those of OpenAI's API (completions, chat completions); `memory`, `sources`, `top_k` and `unsure_below` are
-ours. Called by app.py; tests/serve/test_protocol.py.
+ours. Called by app.py; tests/serve/test_hostile.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The one thread that decodes: it takes requests into free rows, steps, and passes tokens on. No HTTP here.
 
-tests/serve/test_worker.py.
+tests/serve/test_app.py.
 """
 
 from __future__ import annotations
