@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from hsa_ultralong.testing.processes import HANG_SECONDS
 from tests.serve.conftest import FILLER
 
 MEMORY = {"id": "ok", "text": "x"}
@@ -97,11 +98,10 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(client):
 
 def test_a_body_that_comes_too_slowly_is_refused(server):
     host, port = server[0].removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as slow:
+    with socket.create_connection((host, int(port)), timeout=HANG_SECONDS) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        began = time.monotonic()
         answer = slow.recv(4096)
-    assert b"408" in answer.split(b"\r\n")[0] and time.monotonic() - began < 50
+    assert b"408" in answer.split(b"\r\n")[0]
 
 
 def test_a_client_that_leaves_gives_its_row_back(client, server):
@@ -110,7 +110,7 @@ def test_a_client_that_leaves_gives_its_row_back(client, server):
     body = {"model": "nano", "prompt": "The old road", "max_tokens": 400, "stream": True, "memory": "left"}
     with client.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANG_SECONDS
     while answers.worker.num_running and time.monotonic() < end:
         time.sleep(0.05)
     assert answers.worker.num_running == 0
