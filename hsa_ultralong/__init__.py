@@ -88,4 +88,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_with_transformers()
+register_with_transformers(
+    (f"{__name__}.models.configuration_hsa", "HSAConfig"), (f"{__name__}.baselines.configuration", "RivalConfig")
+)

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "memory": {"nn", "ops", "files"},
     "inference": {"models", "memory", "nn", "ops", "distributed"},
-    "baselines": {"nn", "ops"},
+    "baselines": {"models", "nn", "ops"},
     "data": {"files"},
     "distributed": set(),
     "train": {"models", "baselines", "data", "distributed", "nn", "ops", "files"},

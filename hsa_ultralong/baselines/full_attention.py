@@ -1,72 +1,40 @@
-"""A plain transformer of the same width: every layer attends to all tokens before, with RoPE, through cuDNN on a GPU.
+"""Full attention: every token reads all tokens up to itself; with RoPE or, as NoPE, with no positions at all.
 
-The twin that training speed is compared with (docs/results.md). tests/baselines/test_full_attention.py.
+And a bare transformer of such layers, which training speed is compared with (docs/results.md).
+tests/baselines/test_full_attention.py, tests/baselines/test_rivals.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from hsa_ultralong.baselines.attention import SelfAttention, causal_attention
 from hsa_ultralong.nn.decoder_layer import DecoderLayer
 from hsa_ultralong.nn.mlp import SwiGLU
-from hsa_ultralong.nn.rotary import RotaryTable, apply_rotary, rotary_table
+from hsa_ultralong.nn.rotary import rotary_table
 from hsa_ultralong.ops import linear_cross_entropy
 
-_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-]  # fmt: skip
+
+class FullAttention(SelfAttention):
+    """Token t reads tokens 0 .. t, keys rotated at their places (Su et al. 2021).
+
+    O(T^2) time and O(T) memory, on a GPU by cuDNN or FlashAttention; a step of decoding reads all N keys.
+    """
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: Any) -> torch.Tensor:
+        if state is not None:
+            k, v = state.extend(k, v)
+        return causal_attention(q, k, v)
 
 
-@contextmanager
-def _cudnn_first(is_cuda: bool) -> Iterator[None]:
-    if not is_cuda:
-        yield
-        return
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        yield
+class FullAttentionNoPE(FullAttention):
+    """The same without positions, which a causal mask alone tells apart (Kazemnejad et al. 2023)."""
 
-
-class FullAttention(nn.Module):
-    """Pre-normed input (B, T, M) -> (B, T, M); every token reads all tokens up to itself."""
-
-    def __init__(
-        self,
-        *,
-        hidden_size: int,
-        num_attention_heads: int,
-        num_key_value_heads: int,
-        head_dim: int,
-        use_qk_norm: bool,
-        rms_norm_eps: float,
-    ) -> None:
-        super().__init__()
-        self.head_dim, self.group = head_dim, num_attention_heads // num_key_value_heads
-        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()
-
-    def forward(self, x: torch.Tensor, rotary: RotaryTable, segments: None = None, state: None = None) -> torch.Tensor:
-        """rotary: table of T indices. segments, state: there are none; they stand for the layer's interface."""
-        heads = (*x.shape[:-1], -1, self.head_dim)
-        v = self.v_proj(x).view(heads)
-        q = apply_rotary(self.q_norm(self.q_proj(x).view(heads)), rotary).to(v.dtype)
-        k = apply_rotary(self.k_norm(self.k_proj(x).view(heads)), rotary).to(v.dtype)
-        k, v = (part.unsqueeze(3).expand(-1, -1, -1, self.group, -1).flatten(2, 3) for part in (k, v))
-        with _cudnn_first(x.is_cuda):
-            out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
-            )
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+    is_rotary = False
 
 
 class FullAttentionLM(nn.Module):

@@ -37,7 +37,10 @@ def train(
     encoding: Encoding = "auto",
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder.", show_default="that of the shards")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the run.", show_default="runs/RECIPE")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder of the run.", show_default="runs/RECIPE, of a twin runs/RECIPE-TWIN"
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None,
@@ -94,14 +97,14 @@ def train(
     if dry_run:
         _show_plan(config, as_json)
         return
-    run = output or Path("runs") / recipe
+    run = output or Path("runs") / "-".join(filter(None, (recipe, config.twin)))
     reading = {"text_field": text_field, "encoding": encoding}
     _check_options(config, data, text, chat, init_from, reading)
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.train.run_folder import RunFolder
 
-    _check_folders(run, data, export, init_from)
+    _check_folders(run, data, export, init_from, is_twin=bool(config.twin))
     if init_from is not None and tokenizer is None and data is None and (init_from / "tokenizer.json").is_file():
         # tokens must mean to the new rows what they mean to the weights
         tokenizer = init_from
@@ -127,6 +130,14 @@ def _check_options(
         raise ValueError("--text-field and --encoding go with --text FILE")
     if config.freeze_memory and init_from is None:
         raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
+    if config.twin and init_from is not None:
+        raise ValueError(
+            "--init-from starts from the weights of a model of this library, a twin from none: leave it out"
+        )
+    from hsa_ultralong.models.presets import preset
+    from hsa_ultralong.train.twins import rival_of
+
+    rival_of(config, preset(config.preset, **config.model))
     if chat and not text:
         raise ValueError("--chat goes with --text; shards get conversations from `hsa data corpus.txt --chat FILE`")
     if (data is None) == (not text):
@@ -135,7 +146,7 @@ def _check_options(
         )
 
 
-def _check_folders(run: Path, data: Path | None, export: Path | None, init_from: Path | None) -> None:
+def _check_folders(run: Path, data: Path | None, export: Path | None, init_from: Path | None, *, is_twin: bool) -> None:
     """Everything named by the command can be read or written, before any work; nothing is written."""
     from hsa_ultralong.cli.model_folder import check_model_folder
     from hsa_ultralong.eval.plots import read_log
@@ -146,7 +157,7 @@ def _check_folders(run: Path, data: Path | None, export: Path | None, init_from:
     check_run_folder(run)
     read_log(run / "log.jsonl")
     if export is not None:
-        check_export(export, [run, run / "shards", *([data] if data else [])])
+        check_export(export, [run, run / "shards", *([data] if data else [])], is_twin=is_twin)
     if init_from is not None and not list_checkpoints(run):
         check_model_folder(init_from)
 
@@ -331,14 +342,19 @@ def _plan_table(config: TrainConfig, plan: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
+    from hsa_ultralong.baselines.twins import rival_parameters
     from hsa_ultralong.cli.plan import format_bytes, format_count
     from hsa_ultralong.models.accounting import count_parameters
     from hsa_ultralong.models.presets import preset
+    from hsa_ultralong.train.twins import rival_of
 
-    parameters = count_parameters(preset(config.preset, **config.model))
+    model = preset(config.preset, **config.model)
+    parameters, rival = count_parameters(model), rival_of(config, model)
+    count = parameters.total if rival is None else rival_parameters(rival)
     gpus = f"{plan['gpus']} GPU{'s' if plan['gpus'] > 1 else ''}"
     active = f", {format_count(parameters.active)} active" if parameters.active < parameters.total else ""
-    title = f"{config.preset}: {format_count(parameters.total)} parameters{active}; {gpus}, bytes are of one"
+    name = f"{config.preset}, twin {config.twin}" if config.twin else config.preset
+    title = f"{name}: {format_count(count)} parameters{active}; {gpus}, bytes are of one"
     caption = (
         f"Time: FLOP at {plan['mfu']:.0%} of {plan['peak_flops'] / 1e12:.0f} TFLOP/s a GPU (H100, H200), probes and "
         "checkpoints left out. Activations are an estimate (train/planning.py)."

@@ -35,7 +35,7 @@ def run_summary(
         lines = [line for line in steps if line["stage"] == name]
         shared = {
             "preset": config["preset"],
-            "attention": "hsa",
+            "attention": config.get("twin") or "hsa",
             "stage": name,
             "gpus": gpus,
             "step": lines[-1]["step"],

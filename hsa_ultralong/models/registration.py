@@ -1,4 +1,4 @@
-"""The Auto classes of transformers know our model as soon as `hsa_ultralong` is imported, at no cost before their use.
+"""The Auto classes of transformers know our models as soon as `hsa_ultralong` is imported, at no cost before their use.
 
 Registering needs classes, and those need torch. So the configuration is registered when transformers' Auto classes are
 imported (at once if they already are), and the models when the first configuration is made (auto_map.py).
@@ -16,9 +16,9 @@ from typing import Any
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"
 
 
-def register_with_transformers() -> None:
-    """Make AutoConfig know our model type, now or when it is imported."""
-    hook = _AfterAutoClasses()
+def register_with_transformers(*configurations: tuple[str, str]) -> None:
+    """Make AutoConfig know our model types, each given by module and class, now or when it is imported."""
+    hook = _AfterAutoClasses(configurations)
     sys.meta_path.insert(0, hook)
     if AUTO_CLASSES in sys.modules:
         # waits if another thread is still importing it
@@ -27,6 +27,9 @@ def register_with_transformers() -> None:
 
 class _AfterAutoClasses:
     """A finder, and the loader that it finds, of one module: loads it as usual and registers afterwards."""
+
+    def __init__(self, configurations: tuple[tuple[str, str], ...]) -> None:
+        self._configurations = configurations
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != AUTO_CLASSES:
@@ -55,6 +58,6 @@ class _AfterAutoClasses:
     def finish(self, module: ModuleType) -> None:
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        from hsa_ultralong.models.configuration_hsa import HSAConfig
-
-        module.AutoConfig.register(HSAConfig.model_type, HSAConfig, exist_ok=True)
+        for place, name in self._configurations:
+            kind = getattr(importlib.import_module(place), name)
+            module.AutoConfig.register(kind.model_type, kind, exist_ok=True)

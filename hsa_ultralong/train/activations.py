@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from hsa_ultralong.baselines import RivalForCausalLM
 from hsa_ultralong.distributed.mesh import ParallelConfig
-from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.decoder_layer import DecoderLayer
 from hsa_ultralong.nn.mlp import SwiGLU
 from hsa_ultralong.nn.window_attention import extends_a_cache
+from hsa_ultralong.train.twins import Trained
 
 # smaller tensors cost more to move than to keep
 _LEAST_OFFLOADED_BYTES = 1 << 20
@@ -60,14 +61,16 @@ def _recompute(module: Any, method: str = "forward", **options: Any) -> None:
     setattr(module, method, run)
 
 
-def _layers(model: HSAForCausalLM) -> list[Any]:
+def _layers(model: Trained) -> list[Any]:
     """All layers that have a feed-forward block: of the lower decoder, the encoder and the upper decoder."""
+    if isinstance(model, RivalForCausalLM):
+        return list(model.model.layers)
     groups = model.model.upper_groups()
     upper = [layer for group in groups for layer in (group.hsa_layer, *group.layers)]
     return [*model.model.lower_layers, *model.model.chunk_encoder.layers, *upper]
 
 
-def recompute_activations(model: HSAForCausalLM, mode: str) -> None:
+def recompute_activations(model: Trained, mode: str) -> None:
     """Activation checkpointing, see ParallelConfig.activation_checkpointing.
 
     Retrieval is never recomputed: its cost grows with the number of chunks, what it keeps does not.

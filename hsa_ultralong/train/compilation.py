@@ -6,16 +6,24 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.baselines import FullAttentionLM
+from hsa_ultralong.baselines import FullAttentionLM, RivalForCausalLM
 from hsa_ultralong.models import HSAForCausalLM
 
 
-def compile_layers(model: HSAForCausalLM | FullAttentionLM) -> None:
+def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -> None:
     """Compile the pointwise-heavy parts in place; attention over the memory keeps its own compiled kernels."""
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     if isinstance(model, FullAttentionLM):
         for layer in model.layers:
             layer.compile(dynamic=False)
+        return
+    if isinstance(model, RivalForCausalLM):
+        # what all rivals share; their attentions loop over pieces of a row
+        for layer in model.model.layers:
+            parts: Any = layer
+            for part in (parts.input_norm, parts.mlp_norm, parts.mlp):
+                part.compile(dynamic=False)
+        model.model.norm.compile(dynamic=False)
         return
     for layer in model.model.lower_layers:
         layer.compile(dynamic=False)

@@ -124,6 +124,9 @@ class TrainConfig:
 
     Attributes:
         preset, model: preset name and overrides of its HSAConfig fields.
+        twin: name of a rival (baselines/twins.py) of the same size to train in the model's place; "" trains the model.
+            Of a stage it takes rows, steps and rates; chunk_topk and gumbel_noise are of the model only.
+        twin_options: options of the rival's RivalConfig, such as {"num_sinks": 8}.
         optimizer: "adamw", or "muon": Muon on the matrices of layers and experts, AdamW on the rest (optim.py).
         freeze_memory: train the upper decoder only, so that memories built before stay valid (train/freezing.py).
         weight_decay: on matrices only. betas, clip_norm: AdamW and gradient clipping.
@@ -143,6 +146,8 @@ class TrainConfig:
     stages: list[StageConfig]
     model: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    twin: str = ""
+    twin_options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "adamw"
     freeze_memory: bool = False
     weight_decay: float = 0.1

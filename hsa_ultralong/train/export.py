@@ -18,14 +18,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from hsa_ultralong.baselines import RivalForCausalLM
 from hsa_ultralong.files.checksum import file_digest
 from hsa_ultralong.files.regular import read_json
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.train.twins import Trained
 
 
-def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: int) -> None:
-    """Save `model` in bf16 with `chunk_topk = topk` and its tokenizer; of an existing folder, weights that were there
-    go and other files stay.
+def export_model(model: Trained, tokenizer: Any, folder: Path, *, topk: int) -> None:
+    """Save `model` in bf16, ours with `chunk_topk = topk`, and its tokenizer; of an existing folder, weights
+    that were there go and other files stay.
 
     A model that is spread over processes is collected: all of them call this, the first one writes.
     """
@@ -37,9 +39,12 @@ def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: i
             weights[name] = whole.cpu()
     if not is_first:
         return
-    config = copy.deepcopy(model.config)
-    config.chunk_topk = topk
-    plain = HSAForCausalLM(config)
+    if isinstance(model, HSAForCausalLM):
+        config = copy.deepcopy(model.config)
+        config.chunk_topk = topk
+        plain: Trained = HSAForCausalLM(config)
+    else:
+        plain = RivalForCausalLM(copy.deepcopy(model.config))
     plain.load_state_dict(weights)
     partial = folder.with_name(f".partial-{folder.name}")
     if partial.is_symlink():
@@ -65,8 +70,8 @@ def export_model(model: HSAForCausalLM, tokenizer: Any, folder: Path, *, topk: i
     partial.rmdir()
 
 
-def check_export(folder: Path, others: Sequence[Path]) -> None:
-    """A model can be written to the folder, which is none of `others`; nothing is written.
+def check_export(folder: Path, others: Sequence[Path], *, is_twin: bool = False) -> None:
+    """A model, or a twin, can be written to the folder, which is none of `others`; nothing is written.
 
     Raises:
         ValueError: it cannot; naming why.
@@ -84,7 +89,7 @@ def check_export(folder: Path, others: Sequence[Path]) -> None:
             )
     if os.path.lexists(folder / "config.json"):
         kind = read_json(folder / "config.json").get("model_type")
-        if kind != HSAForCausalLM.config_class.model_type:
+        if kind != (RivalForCausalLM if is_twin else HSAForCausalLM).config_class.model_type:
             raise ValueError(f"{folder} holds something else than a model of this kind; choose another folder")
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "checksums.json"):
         if (folder / name).is_dir():

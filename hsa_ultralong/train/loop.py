@@ -6,7 +6,6 @@ the place in the run, so resuming continues exactly where the checkpoint stands,
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -53,10 +52,11 @@ from hsa_ultralong.train.schedule import learning_rate
 from hsa_ultralong.train.segmented import segmented_loss_backward
 from hsa_ultralong.train.stages import check_stage, enter_stage
 from hsa_ultralong.train.state import read_state
+from hsa_ultralong.train.twins import build_model, require_same_twin
 
 logger = logging.getLogger(__name__)
 # (model in eval mode, tokens a row) -> needle_accuracy and what else was measured; "retrieval": numbers a group by name
-Probe = Callable[[HSAForCausalLM, int], dict[str, Any]]
+Probe = Callable[[Any, int], dict[str, Any]]
 
 
 class TrainingDiverged(RuntimeError):
@@ -102,7 +102,7 @@ class Trainer:
             raise ValueError(f"model.vocab_size={wanted} has no room for the {len(tokenizer)} tokens of the tokenizer")
         # on the device from the start: the host of 8 processes could not hold 8 large models
         with self.device:
-            self.model = HSAForCausalLM(copy.deepcopy(self.preset))
+            self.model = build_model(config, self.preset)
         # a stage that cannot run must not come to light after hours of the ones before it
         self.mixtures = [self._checked_mixture(index) for index in range(len(config.stages))]
         self.model.to(self.device).train()
@@ -179,6 +179,7 @@ class Trainer:
         newest = self.checkpoints.newest()
         if newest is None:
             return None
+        require_same_twin(self.config, self.run)
         before = read_state(newest)
         kind, begun = before["optimizer"], before.get("stages", [])
         names = [stage.name for stage in self.config.stages]
@@ -340,7 +341,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         synchronize_buffers(self.model, self.mesh)
         measured = {"loss": total(loss, self.mesh), "grad_norm": norm}
-        if balance := self.model.update_router_bias():
+        if isinstance(self.model, HSAForCausalLM) and (balance := self.model.update_router_bias()):
             measured["expert_imbalance"] = torch.stack(balance).max()
         return measured
 
@@ -361,8 +362,9 @@ class Trainer:
                         self.model, inputs, stage.segment_tokens, num_items=labels, offload=stage.segment_offload
                     )
             with activation_context(self.config.parallel):
-                pool = stage.pool_memory or False
-                loss = self.model(**inputs, pool_memory=pool, num_items_in_batch=labels).loss
+                if stage.pool_memory:
+                    inputs["pool_memory"] = stage.pool_memory
+                loss = self.model(**inputs, num_items_in_batch=labels).loss
         loss.backward()
         return loss.detach()
 

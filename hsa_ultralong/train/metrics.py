@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.models import HSAForCausalLM, accounting
+from hsa_ultralong.baselines import RivalForCausalLM
+from hsa_ultralong.baselines import accounting as rival_accounting
+from hsa_ultralong.models import accounting
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
+from hsa_ultralong.train.twins import Trained
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +116,13 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def training_flops(model: HSAForCausalLM, stage: StageConfig) -> float:
+def training_flops(model: Trained, stage: StageConfig) -> float:
     """FLOP per token of a stage as docs/results.md counts them, with the model's present window and K.
 
     Pooled chunks are left out; rows count as one document.
     """
+    if isinstance(model, RivalForCausalLM):
+        return rival_accounting.training_flops(model.config, stage.seq_len)
     return accounting.flops_per_token(model.config, stage.seq_len, training=True)
 
 

@@ -28,11 +28,10 @@ from hsa_ultralong.nn.chunk_encoder import Total
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.train.activations import recompute_activations, tile_mlps
 from hsa_ultralong.train.compilation import compile_layers
+from hsa_ultralong.train.twins import Trained
 
 
-def parallelize(
-    model: HSAForCausalLM, mesh: DeviceMesh | None, config: ParallelConfig, *, use_compile: bool = False
-) -> None:
+def parallelize(model: Trained, mesh: DeviceMesh | None, config: ParallelConfig, *, use_compile: bool = False) -> None:
     """Change `model` in place; every rank calls it with the same weights, before the optimiser is made.
 
     Args:
@@ -49,6 +48,8 @@ def parallelize(
         compile_layers(model)
     if mesh is None:
         return
+    if not isinstance(model, HSAForCausalLM):
+        raise ValueError("a twin trains in one process: leave torchrun out")
     _check(model)
     if config.context > 1:
         model.model.context_ranks = ContextRanks(mesh["context"].get_group())
@@ -138,14 +139,14 @@ def _shard(model: HSAForCausalLM, mesh: DeviceMesh, config: ParallelConfig, apar
     register_fsdp_forward_method(model, "meet")
 
 
-def require_all_reduce(model: HSAForCausalLM, is_required: bool) -> None:
+def require_all_reduce(model: nn.Module, is_required: bool) -> None:
     """Whether the next backwards add gradients over "replicate" too; without, their sum waits for one that does."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_required)
 
 
 @contextmanager
-def gathered(model: HSAForCausalLM) -> Iterator[None]:
+def gathered(model: Trained) -> Iterator[None]:
     """Inside, any part of the model may be called directly on all ranks, with backwards or without.
 
     Otherwise only the model as a whole may be called. What reads all weights at once (memorize, save_pretrained) needs
@@ -165,8 +166,11 @@ def gathered(model: HSAForCausalLM) -> Iterator[None]:
 
 
 @contextmanager
-def alone(model: HSAForCausalLM) -> Iterator[None]:
+def alone(model: Trained) -> Iterator[None]:
     """Inside, every rank sees whole rows and no others: neither context nor pool ranks share them (probes)."""
+    if not isinstance(model, HSAForCausalLM):
+        yield
+        return
     ranks = model.model.context_ranks, model.model.pool_ranks
     model.model.context_ranks = model.model.pool_ranks = ALONE
     try:
@@ -176,7 +180,7 @@ def alone(model: HSAForCausalLM) -> Iterator[None]:
 
 
 @torch.no_grad()
-def synchronize_buffers(model: HSAForCausalLM, mesh: DeviceMesh | None) -> None:
+def synchronize_buffers(model: nn.Module, mesh: DeviceMesh | None) -> None:
     """After every optimiser step, before `update_router_bias`: the load of the experts, summed over the ranks."""
     loads = [part.expert_load for part in model.modules() if isinstance(part, MixtureOfExperts)]
     if mesh is None or not loads:

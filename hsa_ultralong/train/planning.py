@@ -12,9 +12,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hsa_ultralong.baselines import RivalConfig
+from hsa_ultralong.baselines.accounting import training_flops
+from hsa_ultralong.baselines.twins import rival_parameters
 from hsa_ultralong.models import HSAConfig, accounting
 from hsa_ultralong.models.presets import preset, replace_options
 from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig
+from hsa_ultralong.train.twins import rival_of
 
 ASSUMED_PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 (docs/results.md)
 _TEMPORARIES = 1.5
@@ -69,6 +73,9 @@ def plan_run(config: TrainConfig, vocab_size: int | None = None) -> list[StagePl
     """
     vocab = {} if vocab_size is None else {"vocab_size": vocab_size}
     model = preset(config.preset, **{**config.model, **vocab})
+    rival = rival_of(config, model)
+    if rival is not None:
+        return [_plan_twin(config, stage, model, rival) for stage in config.stages]
     plans, window = [], model.sliding_window
     for stage in config.stages:
         window = stage.sliding_window or window
@@ -107,6 +114,29 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
         host=_FP32 * model.hidden_size * tokens if stage.segment_offload else 0,
         flops_per_token=flops,
         seconds=stage.num_steps * stage.batch_tokens * flops / (gpus * ASSUMED_PEAK_FLOPS * config.mfu),
+    )
+
+
+def _plan_twin(config: TrainConfig, stage: StageConfig, model: HSAConfig, rival: RivalConfig) -> StagePlan:
+    """As for a model of its layers alone: what attention keeps beside queries, keys and values is not counted."""
+    tokens = stage.forward_rows(1) * stage.seq_len
+    number, kept = rival_parameters(rival), config.parallel.activation_checkpointing
+    alike = replace_options(model, {"intermediate_size": rival.intermediate_size})
+    layers = rival.num_hidden_layers * layer_bytes(alike, kept) + (0 if kept == "none" else layer_bytes(alike, "none"))
+    flops, trained = training_flops(rival, stage.seq_len), stage.num_steps * stage.batch_tokens
+    return StagePlan(
+        stage=stage.name,
+        steps=stage.num_steps,
+        tokens=trained,
+        seq_len=stage.seq_len,
+        forward_tokens=tokens,
+        weights=(_FP32 + _BF16) * number,
+        gradients=_FP32 * number,
+        optimizer=(4 if config.optimizer == "muon" else 8) * number,
+        activations=int(_TEMPORARIES * tokens * layers),
+        host=0,
+        flops_per_token=flops,
+        seconds=trained * flops / (ASSUMED_PEAK_FLOPS * config.mfu),
     )
 
 

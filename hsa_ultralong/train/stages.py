@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hsa_ultralong.baselines import RivalForCausalLM
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig
+from hsa_ultralong.train.twins import Trained
 
 
 def check_stage(config: TrainConfig, index: int, preset: HSAConfig, data_world: int) -> None:
@@ -39,8 +41,11 @@ def check_stage(config: TrainConfig, index: int, preset: HSAConfig, data_world: 
         )
 
 
-def enter_stage(model: HSAForCausalLM, stages: Sequence[StageConfig], index: int, preset: HSAConfig) -> None:
-    """Give `model` the K, window and noise of stage `index`; `preset` is its configuration before any stage."""
+def enter_stage(model: Trained, stages: Sequence[StageConfig], index: int, preset: HSAConfig) -> None:
+    """Give `model` the K, window and noise of stage `index`; `preset` is its configuration before any stage. A twin
+    keeps its own."""
+    if isinstance(model, RivalForCausalLM):
+        return
     stage, config = stages[index], model.config
     all_chunks = stage.seq_len // config.chunk_size * stage.rows
     config.chunk_topk = all_chunks if stage.chunk_topk == FULL_COVERAGE else stage.chunk_topk

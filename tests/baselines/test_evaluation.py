@@ -1,0 +1,37 @@
+"""`hsa eval` measures a rival's folder by plain prompts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hsa_ultralong.baselines import RivalConfig, RivalForCausalLM
+from hsa_ultralong.cli.main import app
+from hsa_ultralong.data import load_tokenizer
+
+NANO = Path(__file__).resolve().parents[2] / "checkpoints" / "nano"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = load_tokenizer(NANO)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    config = RivalConfig(layers=["window_sinks", "full_rope"], vocab_size=len(tokenizer), **sizes)
+    RivalForCausalLM(config).save_pretrained(tmp_path / "rival")
+    tokenizer.save_pretrained(tmp_path / "rival")
+    return tmp_path / "rival"
+
+
+def hsa(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def test_a_rival_answers_tasks_by_its_cache(folder, tmp_path):
+    common = (folder, "--tasks", "passkey", "--lengths", "1K", "--samples", 1, "--device", "cpu", "--dtype", "fp32")
+    result = hsa(*common, "-o", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert settings["setting"] == "prompt"
+    refused = hsa(*common, "--setting", "memory", "-o", tmp_path / "other")
+    assert "needs a model with a memory" in refused.output + str(refused.exception)
