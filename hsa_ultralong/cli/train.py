@@ -37,10 +37,7 @@ def train(
     encoding: Encoding = "auto",
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder.", show_default="that of the shards")] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder of the run.", show_default="runs/RECIPE, of a twin runs/RECIPE-TWIN"
-        ),
+        Path | None, typer.Option("--output", "-o", help="Folder of the run.", show_default="runs/RECIPE")
     ] = None,
     assignments: Annotated[
         list[str] | None,
