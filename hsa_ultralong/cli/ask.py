@@ -136,7 +136,7 @@ def open_library(network: Any, tokenizer: Any, path: Path, store: str, lookup: s
     from hsa_ultralong.cli.memory_common import require_tokenizer
     from hsa_ultralong.inference import memory_fingerprint
     from hsa_ultralong.memory import MemoryFile
-    from hsa_ultralong.memory.saving import open_memory
+    from hsa_ultralong.memory.opening import open_memory
 
     with MemoryFile.open_unverified(path, memory_fingerprint(network)) as file:
         require_tokenizer(file.spec, tokenizer)

@@ -18,7 +18,8 @@ from hsa_ultralong.memory.columns import on_host, to_columns
 from hsa_ultralong.memory.files import MemoryWriter
 from hsa_ultralong.memory.files.behind import Behind
 from hsa_ultralong.memory.half_read import with_note
-from hsa_ultralong.memory.saving import pack_continuation, stored_continuation
+from hsa_ultralong.memory.opening import stored_continuation
+from hsa_ultralong.memory.saving import pack_continuation
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.form import require_state, require_vocabulary
 from hsa_ultralong.models.reading import DocumentReader

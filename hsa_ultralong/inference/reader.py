@@ -27,7 +27,7 @@ from hsa_ultralong.inference.reading_loop import (
 )
 from hsa_ultralong.inference.tiers import tiered_memory
 from hsa_ultralong.memory.chunk_memory import ChunkMemory, Document
-from hsa_ultralong.memory.saving import open_memory
+from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import memory_fingerprint, require_same_model

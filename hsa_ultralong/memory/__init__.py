@@ -14,7 +14,8 @@ from hsa_ultralong.memory.files import (
     verify_memory,
 )
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
-from hsa_ultralong.memory.saving import open_memory, save_memory
+from hsa_ultralong.memory.opening import open_memory
+from hsa_ultralong.memory.saving import save_memory
 from hsa_ultralong.memory.tiers import TieredStore
 
 __all__ = [

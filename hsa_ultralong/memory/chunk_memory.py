@@ -122,8 +122,8 @@ class ChunkMemory:
 
     @staticmethod
     def load(path: str | Path, **options: Any) -> ChunkMemory:
-        """Open a saved memory, on a device, in host memory or left on disk: see memory.saving.open_memory."""
-        from hsa_ultralong.memory.saving import open_memory
+        """Open a saved memory, on a device, in host memory or left on disk: see memory.opening.open_memory."""
+        from hsa_ultralong.memory.opening import open_memory
 
         return open_memory(path, **options)
 

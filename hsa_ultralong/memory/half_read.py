@@ -1,7 +1,7 @@
 """Half-read documents: what a killed reader leaves open, and the note in the build state that tells it from a document
 that was left open on purpose.
 
-Written by inference/file_reader.py; asked by inference/library.py, saving.py and the command line;
+Written by inference/file_reader.py; asked by inference/library.py, opening.py and the command line;
 tests/inference/test_half_read.py.
 """
 

@@ -1,69 +1,21 @@
-"""ChunkMemory to a memory file and back: all at once into device memory, or with keys and values left where they are.
-
-Called by ChunkMemory.save and ChunkMemory.load and by inference/library.py; tests/memory/test_saving.py.
-"""
+"""A memory written to a new folder, wherever it lies. tests/memory/test_saving.py."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hsa_ultralong.files.fields import shown
-from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document
-from hsa_ultralong.memory.columns import (
-    from_payload,
-    memory_spec,
-    require_lengths,
-    require_model_columns,
-    to_columns,
-)
-from hsa_ultralong.memory.files import MemoryFile, MemoryFileError, MemoryWriter
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation
+from hsa_ultralong.memory.columns import memory_spec, to_columns
+from hsa_ultralong.memory.files import MemoryWriter
 from hsa_ultralong.memory.files.housekeeping import new_folder
-from hsa_ultralong.memory.half_read import half_read, way_on
-from hsa_ultralong.memory.landmark_index import LandmarkIndex
-from hsa_ultralong.memory.stores import CachedStore, FileStore
-from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, QuantizedLandmarks, TieredStore
-from hsa_ultralong.nn.views import ChunkTensors, KeyValueStore, LandmarkKeeper
+from hsa_ultralong.nn.views import LandmarkKeeper
 
-logger = logging.getLogger(__name__)
-STORES = ("device", "host", "tiered", "file")
-LOOKUPS = ("exact", "sketch")
 # chunks converted at a time
 _STEP = 4096
-_CACHE_BYTES = 256 * 2**20
-
-
-class StoredDocument(Document):
-    """A document of a memory file; its token ids are read when first asked for."""
-
-    def __init__(self, file: MemoryFile, id: int, first_chunk: int, continuation: Continuation | None) -> None:
-        record = file.document(id)
-        self._file, self._id, self._num_tokens = file, id, record.num_tokens
-        self._tokens: torch.Tensor | None = None
-        self.first_chunk, self.num_chunks = first_chunk, record.num_chunks
-        self.is_open, self.continuation, self.name = record.is_open, continuation, record.name
-
-    @property
-    def tokens(self) -> torch.Tensor:  # type: ignore[override]
-        if self._tokens is None:
-            self._tokens = self._file.document_tokens(self._id)
-        return self._tokens
-
-    @tokens.setter
-    def tokens(self, value: torch.Tensor) -> None:
-        self._tokens, self._num_tokens = value, len(value)
-
-    @property
-    def num_tokens(self) -> int:
-        return self._num_tokens
-
-    def loaded(self) -> Document:
-        """The same as an ordinary Document."""
-        return Document(self.tokens, self.first_chunk, self.num_chunks, self.is_open, self.continuation, self.name)
 
 
 def pack_continuation(state: Continuation, tail_tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -72,40 +24,6 @@ def pack_continuation(state: Continuation, tail_tokens: torch.Tensor) -> dict[st
     for number, (keys, values) in enumerate(state.windows):
         tensors[f"window_{number}_keys"], tensors[f"window_{number}_values"] = keys, values
     return tensors
-
-
-def stored_continuation(
-    file: MemoryFile, device: torch.device | str, dtype: torch.dtype
-) -> tuple[Continuation, torch.Tensor]:
-    """State and unfinished chunk's tokens, (n,) int32, of a file's open document, as `pack_continuation` wrote them.
-
-    What a model in another dtype wrote is rounded.
-
-    Raises:
-        MemoryFileError: there is none, or no such state, or one of another document.
-    """
-    document, stored = file.manifest.open_document, file.continuation()
-    assert document is not None
-    tensors = {} if stored is None else stored[0]
-    count = sum(name.endswith("_keys") for name in tensors)
-    pairs = [(f"window_{number}_keys", f"window_{number}_values") for number in range(count)]
-    states = {"lower", *(name for pair in pairs for name in pair)}
-    rest = document.num_tokens - document.num_chunks * file.spec.chunk_size
-    problem = None
-    if set(tensors) != {*states, "tail_tokens"}:
-        problem = "there is none" if stored is None else f"it holds {shown(sorted(tensors))}"
-    elif any(not tensors[name].is_floating_point() for name in states):
-        problem = "its states are no floating-point numbers"
-    elif tensors["tail_tokens"].dtype != torch.int32 or tensors["tail_tokens"].shape != (rest,):
-        tail = tensors["tail_tokens"]
-        problem = f"tail_tokens are {tuple(tail.shape)} {tail.dtype}, not ({rest},) int32"
-    if problem:
-        raise MemoryFileError(
-            f"{file.path}: {document.label} cannot be gone on with, its continuation is not as a model writes it "
-            f"({problem}); delete the document (hsa memory edit --delete) and read it again"
-        )
-    windows = [(tensors[keys], tensors[values]) for keys, values in pairs]
-    return Continuation(windows, tensors["lower"]).to(device, dtype), tensors["tail_tokens"]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -170,136 +88,3 @@ def save_memory(
             else:
                 writer.close_document(id)
         writer.commit()
-
-
-def open_memory(
-    path: str | Path,
-    *,
-    store: str = "file",
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    cache_bytes: int | None = None,
-    device_bytes: int | None = None,
-    lookup: str = "exact",
-    fingerprint: str | None = None,
-    part: tuple[int, int] | None = None,
-) -> ChunkMemory:
-    """Open a memory file.
-
-    Args:
-        store: "device" reads everything into one ordinary ChunkMemory; "host" keeps keys and values in host memory
-            (pinned beside a GPU, which reads them there), "tiered" the first `device_bytes` of them (default 0) on the
-            device, "file" all on disk. Landmarks are on the device in all four.
-        dtype: that the model reads; default the file's, bf16 for 8-bit formats.
-        lookup: "exact" scans all landmarks (int8 ones as they are on a GPU), "sketch" a projection of them first
-            (landmark_index.py).
-        cache_bytes: of hot chunks kept ready on the device ("file" only); default 256 MiB.
-        fingerprint: refuse another model's memory.
-        part: first and last + 1 of the chunks to open; the documents are those of the whole (inference/sharding.py).
-
-    Raises:
-        MemoryFileError: no memory, another model's, truncated or damaged.
-        ValueError: an unknown store or lookup, or bytes that the store does not take.
-    """
-    if store not in STORES:
-        raise ValueError(f"store must be one of {', '.join(STORES)}, got {store!r}")
-    if lookup not in LOOKUPS:
-        raise ValueError(f"lookup must be one of {', '.join(LOOKUPS)}, got {lookup!r}")
-    for name, given, taker in (("cache_bytes", cache_bytes, "file"), ("device_bytes", device_bytes, "tiered")):
-        if given is not None and store != taker:
-            raise ValueError(f"{name} goes with store={taker!r}, got store={store!r}")
-    file = MemoryFile.open(path, fingerprint=fingerprint)
-    require_model_columns(file.spec)
-    first, stop = part or (0, file.num_chunks)
-    kind = file.spec.columns["keys_values"]
-    if dtype is None:
-        dtype = kind.dtype if kind.dtype.itemsize > 1 else torch.bfloat16
-    half = half_read(file.manifest.open_document, file.build_state)
-    if half is not None:
-        logger.warning("%s: %s; only that much is known here; to finish it, %s", path, half, way_on(path))
-    is_open = file.manifest.open_document is not None
-    continuation = stored_continuation(file, device, dtype)[0] if is_open else None
-    counts = torch.tensor([document.num_chunks for document in file.documents], dtype=torch.int64)
-    firsts = counts.cumsum(0) - counts
-    documents: list[Document] = []
-    for record, begin in zip(file.documents, firsts.tolist(), strict=True):
-        document = StoredDocument(file, record.id, begin, continuation if record.is_open else None)
-        documents.append(document.loaded() if store == "device" else document)
-    tensors, scan = _resident(file, firsts, counts, (first, stop), device, dtype, lookup)
-    heads, dim = kind.shape[2:]
-    if store == "device":
-        k, v = _read_all(FileStore(file, device, dtype, first), stop - first)
-    else:
-        k = v = torch.empty((1, 0, heads, dim), dtype=dtype, device=device)
-    spec = file.spec
-    tensors = tensors._replace(k=k, v=v)
-    memory = ChunkMemory(spec.chunk_size, tensors, stop - first, documents, spec.fingerprint, spec.is_composable)
-    memory.lookup = LandmarkIndex.build(tensors.landmarks[0]) if lookup == "sketch" else scan
-    if store == "file":
-        chunk_bytes = 2 * spec.chunk_size * heads * dim * dtype.itemsize
-        room = _CACHE_BYTES if cache_bytes is None else cache_bytes
-        capacity = min(max(1, room // chunk_bytes), max(1, stop - first))
-        memory.store = CachedStore(FileStore(file, device, dtype, first), capacity)
-    elif store != "device":
-        memory.store = _load_tiers(file, (first, stop), device, dtype, device_bytes or 0)
-    return memory
-
-
-def _resident(
-    file: MemoryFile,
-    firsts: torch.Tensor,
-    counts: torch.Tensor,
-    part: tuple[int, int],
-    device: torch.device | str,
-    dtype: torch.dtype,
-    lookup: str,
-) -> tuple[ChunkTensors, QuantizedLandmarks | None]:
-    """What every store has on the device: landmarks, lengths, documents and ends of chunks; k and v are empty."""
-    first, stop = part
-    segments = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (C,)
-    ends = (torch.arange(file.num_chunks) - firsts[segments] + 1) * file.spec.chunk_size
-    payload = file.resident("landmarks")[first:stop]
-    scales = file.resident("landmarks_scale")[first:stop] if "landmarks_scale" in file.spec.columns else None
-    scan = None
-    if payload.dtype == torch.int8 and lookup == "exact" and torch.device(device).type == "cuda" and len(payload):
-        assert scales is not None
-        scan = QuantizedLandmarks(*payload.shape[1:], device, len(payload))  # type: ignore[call-arg]
-        scan.put(0, payload[None].to(device), scales[None].to(device))
-        landmarks = torch.zeros(1, dtype=dtype, device=device).expand(1, *payload.shape)
-    else:
-        landmarks = from_payload(payload, scales, device, dtype)[None]  # (1, C, Hr, R)
-    lengths = file.resident("lengths")
-    require_lengths(lengths, file.documents, file.spec.chunk_size)
-    lengths, segments, ends = (x[first:stop].to(device, torch.int32)[None] for x in (lengths, segments, ends))
-    nothing = landmarks[:, :0]
-    return ChunkTensors(nothing, nothing, landmarks, lengths, segments, ends), scan
-
-
-def _load_tiers(
-    file: MemoryFile, part: tuple[int, int], device: torch.device | str, dtype: torch.dtype, device_bytes: int
-) -> TieredStore:
-    """Keys and values in the file's own form, copied to the tiers."""
-    first, stop = part
-    columns = file.spec.columns
-    kind = columns["keys_values"]
-    row_bytes = sum(columns[name].row_bytes for name in ("keys_values", "keys_values_scale") if name in columns)
-    block = min(BLOCK_CHUNKS, max(1, stop - first))
-    store = TieredStore(
-        kind.shape, format=file.spec.metadata["formats"]["key_values"], device=device, dtype=dtype,
-        device_chunks=device_bytes // row_bytes, block_chunks=block,
-    )  # fmt: skip
-    for begin in range(first, stop, _STEP):
-        end = min(begin + _STEP, stop)
-        scales = file.read("keys_values_scale", begin, end) if "keys_values_scale" in columns else None
-        store.put(begin - first, file.read("keys_values", begin, end), scales)
-    return store
-
-
-def _read_all(store: KeyValueStore, num_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """k and v (1, C*S, Hkv, D) of a whole store."""
-    parts = [store.fetch(torch.arange(first, min(first + _STEP, num_chunks))) for first in range(0, num_chunks, _STEP)]
-    if not parts:
-        k, v = store.fetch(torch.empty(0, dtype=torch.int64))
-        return k.flatten(0, 1)[None], v.flatten(0, 1)[None]
-    k, v = (torch.cat(columns).flatten(0, 1)[None] for columns in zip(*parts, strict=True))
-    return k, v

@@ -2,7 +2,7 @@
 
 All are KeyValueStores (nn/views.py): the HSA layer fetches what a few tokens selected. A store of the same dtype
 gives the logits of device memory: bit for bit from every store, and on a CPU for up to 15 tokens at a time; longer
-prompts may take another path through ops/hsa and differ in the last bits. Made by saving.open_memory;
+prompts may take another path through ops/hsa and differ in the last bits. Made by opening.open_memory;
 tests/memory/test_stores.py.
 """
 

@@ -2,7 +2,7 @@
 
 A TieredMemory is written like any ChunkMemory, grows block by block without moving what is there, and is read where it
 lies (ops/chunk_gather). Landmarks stay on the device, in 16 bits or in int8 with a scan of their own. Made by
-inference.memorize(store="host" or "tiered"); saving.open_memory fills a store from a file. tests/memory/test_tiers.py.
+inference.memorize(store="host" or "tiered"); opening.open_memory fills a store from a file. tests/memory/test_tiers.py.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Documen
 from hsa_ultralong.memory.files import MemoryFile, MemoryFileError, MemoryWriter, finite, verify_memory
 from hsa_ultralong.memory.files import continuation as continuation_module
 from hsa_ultralong.memory.files import writer as writer_module
+from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.memory.quantization import encode
-from hsa_ultralong.memory.saving import open_memory, save_memory
+from hsa_ultralong.memory.saving import save_memory
 from hsa_ultralong.testing.factories import random_chunks
 
 BAD = [float("nan"), float("inf"), float("-inf")]

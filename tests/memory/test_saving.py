@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import Library, append, close_document, edit, last_logits
-from hsa_ultralong.memory import MemoryFileError, MemoryWriter, saving, verify_memory
+from hsa_ultralong.memory import MemoryFileError, MemoryWriter, opening, saving, verify_memory
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
-from hsa_ultralong.memory.saving import open_memory
+from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from tests.memory.test_files_crash import die_at, in_child
 
@@ -148,7 +148,8 @@ def test_another_dtype_rounds_once(tmp_path):
 
 def test_pieces_and_shards_change_no_bit(tmp_path, monkeypatch):
     memory = tiny_model().memorize([document(90), document(3, seed=1), document(21, seed=2)], close=False)
-    monkeypatch.setattr(saving, "_STEP", 3)
+    for part in (opening, saving):
+        monkeypatch.setattr(part, "_STEP", 3)
     memory.save(tmp_path / "a.hsa")
     for store in STORES:
         assert_same_bits(ChunkMemory.load(tmp_path / "a.hsa", store=store), memory)

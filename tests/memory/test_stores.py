@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hsa_ultralong.inference import Library, append, last_logits, memory_fingerprint
 from hsa_ultralong.memory import MemoryFile, MemoryFileError, landmark_index, verify_memory
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.opening import _load_tiers, open_memory
 from hsa_ultralong.memory.quantization import decode, encode, row_bytes
-from hsa_ultralong.memory.saving import _load_tiers, open_memory
 from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.ops.hsa import api as hsa_api

@@ -1,6 +1,6 @@
 """How to go on with the open document: named tensors and JSON in one safetensors file, checked by its SHA-256.
 
-Used by reader.py and writer.py; saving.py knows what a model's tensors must be; tests/memory/test_files_fields.py.
+Used by reader.py and writer.py; opening.py knows what a model's tensors must be; tests/memory/test_files_fields.py.
 """
 
 from __future__ import annotations
