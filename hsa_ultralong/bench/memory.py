@@ -24,7 +24,9 @@ import torch
 import torch.distributed as dist
 
 from hsa_ultralong.inference import DecodingEngine, open_shared, share_out
-from hsa_ultralong.memory import ChunkMemory, LandmarkIndex, MemoryFile, TieredStore, open_memory
+from hsa_ultralong.memory import LandmarkIndex, MemoryFile, TieredStore, open_memory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Memory
+from hsa_ultralong.memory.stored_memory import SharedMemory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # tokens of a question, and steps before the clock starts
@@ -108,9 +110,7 @@ class Recorder:
         }  # fmt: skip
 
     @torch.no_grad()
-    def reading(
-        self, tokens: int, path: Path | None = None, format: str = ""
-    ) -> tuple[ChunkMemory, list[dict[str, Any]]]:
+    def reading(self, tokens: int, path: Path | None = None, format: str = "") -> tuple[Memory, list[dict[str, Any]]]:
         """Memorise random tokens where the settings say, or into a new file in this form; the memory and its records.
 
         On a GPU eight segments are read before the clock starts, and what they took, compiling included, is a record
@@ -144,7 +144,7 @@ class Recorder:
             found.append(self.record("bytes_per_token", memory.num_bytes / tokens, tokens, **place))
         return memory, found
 
-    def _memorize(self, ids: torch.Tensor, path: Path | None = None, format: str = "") -> ChunkMemory:
+    def _memorize(self, ids: torch.Tensor, path: Path | None = None, format: str = "") -> Memory:
         settings = self.settings
         place: Any = {"store": settings.store, "key_values": settings.key_values, "landmarks": settings.landmarks}
         if path is not None:
@@ -155,7 +155,7 @@ class Recorder:
 
     @torch.no_grad()
     def decoding(
-        self, memory: ChunkMemory, tokens: int, *, store: str = "device", format: str = "", batch: int = 1
+        self, memory: Memory, tokens: int, *, store: str = "device", format: str = "", batch: int = 1
     ) -> list[dict[str, Any]]:
         """Milliseconds of one greedy step for sequences that share a memory, and what a store had to fetch.
 
@@ -191,7 +191,7 @@ class Recorder:
             self.record("decode_ms", sorted(times)[len(times) // 2], tokens, store=store, format=format, batch=batch),
             self.record("first_token_s", first, tokens, store=store, format=format, batch=batch),
         ]
-        counts = memory.store
+        counts = getattr(_here(memory), "store", None)
         hits, misses = getattr(counts, "num_hits", 0), getattr(counts, "num_misses", 0)
         if hits + misses:
             for metric, value in (
@@ -208,7 +208,7 @@ class Recorder:
 
     def opening(
         self, path: Path, store: str, *, format: str = "", lookup: str = "exact"
-    ) -> tuple[ChunkMemory, list[dict[str, Any]]]:
+    ) -> tuple[Memory, list[dict[str, Any]]]:
         """Open a file; the memory and its records."""
         start = time.perf_counter()
         opened = open_shared if dist.is_initialized() else open_memory
@@ -219,10 +219,11 @@ class Recorder:
         return memory, [self.record("open_s", seconds, memory.num_tokens, store=name, format=format)]
 
     @torch.no_grad()
-    def lookup_quality(self, memory: ChunkMemory, *, format: str = "") -> list[dict[str, Any]]:
+    def lookup_quality(self, memory: Memory, *, format: str = "") -> list[dict[str, Any]]:
         """Recall of the lookup against the exact scan, for queries of all retrieval layers on text of the memory, and
         the times of one query by both."""
-        index = memory.lookup
+        own = _here(memory)
+        index = own.lookup
         assert isinstance(index, LandmarkIndex)
         every = memory.num_chunks  # scoring all candidates is the exact scan
         text = memory.documents[0].tokens[: self.settings.steps][None].long().to(self.device)
@@ -232,9 +233,9 @@ class Recorder:
             queries.append((query, options))
             return index.search(query, topk, visible=visible, **options)
 
-        memory.lookup = _Observed(keep)
+        own.lookup = _Observed(keep)
         self.model(text, past_key_values=HSACache(self.model.config, library=memory), logits_to_keep=1)
-        memory.lookup = index
+        own.lookup = index
         found = []
         for topk in (32, 64):
             shares = []
@@ -257,6 +258,11 @@ class Recorder:
                 times.append(1e3 * (time.perf_counter() - start))
             found.append(self.record(metric, sorted(times)[5], memory.num_tokens, store="sketch", format=format))
         return found
+
+
+def _here(memory: Memory) -> Memory:
+    """What of a memory this process holds."""
+    return memory.own if isinstance(memory, SharedMemory) else memory
 
 
 class _Observed:
@@ -289,7 +295,7 @@ def memory_records(
                 found += recorder.decoding(part, tokens, store=place, format=settings.form, batch=batch)
         for record in found:
             on_record(record)
-        if not dist.is_initialized() and tokens <= settings.file_max and memory.store is None:
+        if not dist.is_initialized() and tokens <= settings.file_max and isinstance(memory, ChunkMemory):
             for record in _through_files(recorder, memory, tokens):
                 on_record(record)
 
@@ -312,7 +318,7 @@ def _disk_seconds(path: Path, num_bytes: int) -> float:
     return seconds
 
 
-def _through_files(recorder: Recorder, memory: ChunkMemory, tokens: int) -> Iterator[dict[str, Any]]:
+def _through_files(recorder: Recorder, memory: Memory, tokens: int) -> Iterator[dict[str, Any]]:
     """Reading into a file beside what it cannot be faster than: hashing and writing alone (save_s), the disk alone."""
     with tempfile.TemporaryDirectory(prefix="hsa-bench-") as folder:
         for format in recorder.settings.formats:

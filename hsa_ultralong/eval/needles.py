@@ -22,7 +22,7 @@ from hsa_ultralong.data import evaluation_needles
 from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.inference import ask, edit, memorize
 from hsa_ultralong.inference.ask import Source
-from hsa_ultralong.memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # (length, needles done, needles wanted, tokens read)
@@ -204,7 +204,7 @@ class Place(NamedTuple):
     start: int
     stop: int
 
-    def chunks(self, memory: ChunkMemory) -> range:
+    def chunks(self, memory: Memory) -> range:
         first, size = memory.documents[self.document].first_chunk, memory.chunk_size
         return range(first + self.start // size, first + (self.stop - 1) // size + 1)
 
@@ -306,7 +306,7 @@ class _Hidden:
             self.places = [Place(0, *place) for place in plant(text if together else text.clone(), self.statements)]
 
     def ask(
-        self, model: HSAForCausalLM, memory: ChunkMemory, form: str, index: int, expected: dict[int, torch.Tensor],
+        self, model: HSAForCausalLM, memory: Memory, form: str, index: int, expected: dict[int, torch.Tensor],
         only_logits: bool,
     ) -> NeedleSample | None:  # fmt: skip
         """The answer about sentence `index`, whose logits are compared with `expected`, or become it."""
@@ -325,7 +325,7 @@ class _Hidden:
         )  # fmt: skip
 
     @contextmanager
-    def _written(self, model: HSAForCausalLM, memory: ChunkMemory, index: int) -> Iterator[Place]:
+    def _written(self, model: HSAForCausalLM, memory: Memory, index: int) -> Iterator[Place]:
         """Sentence `index` is in the memory while this runs; gives its place."""
         place = self.places[index]
         if not self.is_edited:
@@ -338,7 +338,7 @@ class _Hidden:
 
 @torch.no_grad()
 def _question_logits(
-    model: HSAForCausalLM, tokenizer: Any, memory: ChunkMemory, question: str, chunks: range
+    model: HSAForCausalLM, tokenizer: Any, memory: Memory, question: str, chunks: range
 ) -> tuple[torch.Tensor, float]:
     """Logits (V,) after the question, in fp32 on the host, and the margin of these chunks."""
     ids = torch.tensor([tokenizer(question)["input_ids"]], device=model.model.embed_tokens.weight.device)

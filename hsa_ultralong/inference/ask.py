@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.inference.engine import DecodingEngine
-from hsa_ultralong.memory.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.models.fingerprint import require_chunks
 from hsa_ultralong.models.wrapped import unwrapped
@@ -78,7 +78,7 @@ def end_tokens(model: HSAForCausalLM) -> list[int]:
 def ask(
     model: HSAForCausalLM,
     tokenizer: Any,
-    memory: ChunkMemory,
+    memory: Memory,
     prompt: str,
     *,
     max_new_tokens: int = 24,
@@ -131,7 +131,7 @@ def as_question(prompt: str) -> str:
     return f"Question: {prompt}\nAnswer:" if prompt.endswith("?") else prompt
 
 
-def _source(memory: ChunkMemory, chunk: int, weight: float) -> Source:
+def _source(memory: Memory, chunk: int, weight: float) -> Source:
     for number, document in enumerate(memory.documents):
         inside = chunk - document.first_chunk
         if 0 <= inside < document.num_chunks:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.inference.engine import DecodingEngine
-from hsa_ultralong.memory.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.fingerprint import require_same_model
 from hsa_ultralong.nn.views import MemoryView
@@ -33,7 +33,7 @@ class BatchEngine(DecodingEngine):
         Args:
             batch: rows. max_tokens: of one row, prompt and answer.
         """
-        self.known: list[ChunkMemory] = []
+        self.known: list[Memory] = []
         self._readers: list[torch.Tensor] = []  # (B, 1) int32 each: 0 where a row reads the memory
         self.is_taken = [False] * batch
         super().__init__(model, None, batch=batch, max_tokens=max_tokens, use_graph=use_graph)
@@ -55,7 +55,7 @@ class BatchEngine(DecodingEngine):
             views.append(memory.view(visible, is_for_all=True))
         return views
 
-    def join(self, prompt: torch.Tensor, memory: ChunkMemory | None = None) -> int:
+    def join(self, prompt: torch.Tensor, memory: Memory | None = None) -> int:
         """Read a prompt (n,) as a new document in a free row; returns the row, whose first token is in `tokens`.
 
         Raises:
@@ -94,7 +94,7 @@ class BatchEngine(DecodingEngine):
             offset += other.num_chunks_of_all
         return 0
 
-    def forget(self, memory: ChunkMemory) -> None:
+    def forget(self, memory: Memory) -> None:
         """Let go of a memory that no row reads; unknown ones are none to let go of.
 
         Raises:
@@ -108,7 +108,7 @@ class BatchEngine(DecodingEngine):
             self._readers = [self._readers[number] for number in kept]
             self._renew()
 
-    def _learn(self, memory: ChunkMemory) -> None:
+    def _learn(self, memory: Memory) -> None:
         if any(memory is other for other in self.known):
             return
         require_same_model(self.model, memory)
@@ -116,7 +116,7 @@ class BatchEngine(DecodingEngine):
         self._readers.append(torch.full((self.batch, 1), _NOBODY, dtype=torch.int32, device=self.device))
         self._renew()
 
-    def _read_by(self, row: int, memory: ChunkMemory | None) -> None:
+    def _read_by(self, row: int, memory: Memory | None) -> None:
         for other, readers in zip(self.known, self._readers, strict=True):
             readers[row] = 0 if other is memory else _NOBODY
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.inference.reading_loop import as_tokens, check_range, piece_length
-from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation
+from hsa_ultralong.memory.chunk_memory import Continuation, Memory
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
@@ -102,7 +102,7 @@ def continuation_at_end(model: HSAForCausalLM, tokens: torch.Tensor) -> Continua
     return reader.continuation()
 
 
-def edit(model: HSAForCausalLM, memory: ChunkMemory, start: int, stop: int, tokens: Any, *, document: int = 0) -> range:
+def edit(model: HSAForCausalLM, memory: Memory, start: int, stop: int, tokens: Any, *, document: int = 0) -> range:
     """Replace tokens start..stop of a document by others, any number of them, in place; equals rebuilding the memory.
 
     start == stop inserts, no tokens delete.
@@ -119,6 +119,7 @@ def edit(model: HSAForCausalLM, memory: ChunkMemory, start: int, stop: int, toke
     """
     model = unwrapped(model)
     require_same_model(model, memory)
+    memory.require_growable("changed")
     if not 0 <= document < len(memory.documents):
         raise ValueError(f"document {document} does not exist; the memory holds {len(memory.documents)}")
     record = memory.documents[document]

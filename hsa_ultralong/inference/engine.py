@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.inference.sampling import sample
-from hsa_ultralong.memory.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
@@ -52,7 +52,7 @@ class DecodingEngine:
     def __init__(
         self,
         model: HSAForCausalLM,
-        memory: ChunkMemory | Sequence[ChunkMemory | None] | None = None,
+        memory: Memory | Sequence[Memory | None] | None = None,
         *,
         batch: int = 1,
         max_tokens: int = 4096,
@@ -124,7 +124,7 @@ class DecodingEngine:
         return [(label, part.data_ptr(), 0 if part.is_inference() else part._version) for label, part in found]
 
     @staticmethod
-    def _layout_of(memory: ChunkMemory | None) -> Any:
+    def _layout_of(memory: Memory | None) -> Any:
         """What the views of a memory depend on; the tensors' contents may change."""
         return None if memory is None else (memory.storage, memory.num_chunks, memory.lookup)
 
@@ -169,7 +169,7 @@ class DecodingEngine:
     def _library_views(self) -> list[MemoryView]:
         """One view per memory, readable by the sequences that have it."""
         views: list[MemoryView] = []
-        known: list[ChunkMemory] = []
+        known: list[Memory] = []
         for memory in self.memories:
             if memory is None or memory.num_chunks_of_all == 0 or any(memory is other for other in known):
                 continue

@@ -26,8 +26,9 @@ from hsa_ultralong.inference.reading_loop import (
     show_progress,
 )
 from hsa_ultralong.inference.tiers import tiered_memory
-from hsa_ultralong.memory.chunk_memory import ChunkMemory, Document
+from hsa_ultralong.memory.chunk_memory import Document, Memory
 from hsa_ultralong.memory.opening import open_memory
+from hsa_ultralong.memory.quantization import format_of
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import memory_fingerprint, require_same_model
@@ -62,8 +63,8 @@ def memorize(
     landmarks: str | None = None,
     device_bytes: int | None = None,
     progress: bool | Progress = False,
-) -> ChunkMemory:
-    """Read documents into a new ChunkMemory; linear time, activation memory of one segment.
+) -> Memory:
+    """Read documents into a new memory; linear time, activation memory of one segment.
 
     Args:
         tokens: token ids of one document (1-D tensor, array, list), a list of such documents, or an iterator of
@@ -123,7 +124,7 @@ def _empty_memory(
     key_values: str | None,
     landmarks: str | None,
     device_bytes: int | None,
-) -> ChunkMemory:
+) -> Memory:
     """A memory with room for documents of these many tokens."""
     chunks = sum(-(-n // model.config.chunk_size) for n in known)
     if store == "device" and key_values is None and landmarks is None:
@@ -135,13 +136,13 @@ def _empty_memory(
 
 
 def _new_library(model: HSAForCausalLM, path: Path, key_values: str | None, landmarks: str | None) -> Library:
-    own = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}.get(computing_dtype(model), "bf16")
+    own = format_of(computing_dtype(model))
     return Library.create(model, path, key_values=key_values or own, landmarks=landmarks or own)
 
 
 def append(
     model: HSAForCausalLM,
-    memory: ChunkMemory,
+    memory: Memory,
     tokens: Any,
     *,
     document: int | None = None,
@@ -157,6 +158,7 @@ def append(
     """
     model = unwrapped(model)
     require_same_model(model, memory)
+    memory.require_growable("written to")
     # all refusals come before the first change of the memory
     text = as_text(tokens, model.config.vocab_size)
     piece_length(model, segment_tokens)
@@ -177,7 +179,7 @@ def append(
 class _MemorySink:
     """A document of a memory, on the device or on tiers."""
 
-    def __init__(self, memory: ChunkMemory, document: Document) -> None:
+    def __init__(self, memory: Memory, document: Document) -> None:
         self.memory, self.document, self.num_tokens = memory, document, document.num_tokens
         self.parts = [document.tokens]
 
@@ -195,7 +197,7 @@ class _MemorySink:
 
 def _read_document(
     model: HSAForCausalLM,
-    memory: ChunkMemory,
+    memory: Memory,
     text: Text,
     name: str,
     close: bool,
@@ -227,7 +229,7 @@ def _read_document(
 
 
 @contextmanager
-def _undone_on_error(memory: ChunkMemory, document: Document) -> Iterator[None]:
+def _undone_on_error(memory: Memory, document: Document) -> Iterator[None]:
     """Forget the chunks of a reading that fails or is interrupted: no document would own them."""
     total, own = memory.num_chunks, document.num_chunks
     try:
@@ -237,12 +239,13 @@ def _undone_on_error(memory: ChunkMemory, document: Document) -> Iterator[None]:
         raise
 
 
-def close_document(model: HSAForCausalLM, memory: ChunkMemory) -> None:
+def close_document(model: HSAForCausalLM, memory: Memory) -> None:
     """Close the open document, if any: its last m < S tokens become a short chunk, visible to other documents."""
     model, document = unwrapped(model), memory.open_document
     if document is None:
         return
     require_same_model(model, memory)
+    memory.require_growable("written to")
     reader = DocumentReader(model, keep=0)
     rest = document.num_tokens - document.num_chunks * reader.size
     if rest:

@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from hsa_ultralong.distributed import RankedMemory
 from hsa_ultralong.memory import MemoryFile, open_memory
-from hsa_ultralong.memory.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.stored_memory import SharedMemory
 
 
-def share_out(memory: ChunkMemory, group: dist.ProcessGroup | None = None) -> ChunkMemory:
+def share_out(memory: Memory, group: dist.ProcessGroup | None = None) -> SharedMemory:
     """This rank's part of a memory that every rank has at hand (views; drop the whole one to free its room).
 
     `generate`, `ask` and the cache take it like any memory; every rank must make the same calls. The answers are those
@@ -25,10 +26,10 @@ def share_out(memory: ChunkMemory, group: dist.ProcessGroup | None = None) -> Ch
         ValueError: without a process group, or for a memory whose keys and values lie in a store.
     """
     first, stop = _range(memory.num_chunks, group)
-    return memory.held_by(RankedMemory(first, memory.num_chunks, group), stop - first)
+    return SharedMemory(memory.held(first, stop), RankedMemory(first, memory.num_chunks, group))
 
 
-def open_shared(path: str | Path, group: dist.ProcessGroup | None = None, **options: Any) -> ChunkMemory:
+def open_shared(path: str | Path, group: dist.ProcessGroup | None = None, **options: Any) -> SharedMemory:
     """This rank's part of a memory file, of which nothing else is kept; `options` are those of memory.open_memory.
 
     Raises:
@@ -37,9 +38,7 @@ def open_shared(path: str | Path, group: dist.ProcessGroup | None = None, **opti
     with MemoryFile.open_unverified(Path(path)) as file:
         total = file.num_chunks
     first, stop = _range(total, group)
-    memory = open_memory(path, part=(first, stop), **options)
-    memory.ranks = RankedMemory(first, total, group)
-    return memory
+    return SharedMemory(open_memory(path, part=(first, stop), **options), RankedMemory(first, total, group))
 
 
 def _range(total: int, group: dist.ProcessGroup | None) -> tuple[int, int]:

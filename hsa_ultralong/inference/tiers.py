@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.memory.quantization import FORMATS, row_bytes
+from hsa_ultralong.memory.quantization import FORMATS, format_of, row_bytes
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, TieredMemory
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.fingerprint import memory_fingerprint
@@ -20,10 +20,6 @@ TIERS = ("device", "host", "tiered")
 # left free on the device for activations of a segment and for decoding
 _DEVICE_RESERVE = 10 * 2**30
 _GIB = 2**30
-
-
-def _own_format(dtype: torch.dtype) -> str:
-    return {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16"}.get(dtype, "bf16")
 
 
 def available_host_bytes() -> int:
@@ -70,7 +66,7 @@ def tiered_memory(
         raise ValueError(f"store must be one of {', '.join(TIERS)} or the path of a new file, got {store!r}")
     model = unwrapped(model)
     config, device, dtype = model.config, device_of(model), computing_dtype(model)
-    own = _own_format(dtype)
+    own = format_of(dtype)
     forms: list[Any] = [key_values or own, landmarks or own]
     for form in forms:
         if form not in FORMATS:

@@ -1,30 +1,24 @@
-"""ChunkMemory: keys, values and landmarks of chunks, with their lengths and documents. No files, no model.
+"""Memories: what models and engines read (Memory), and the kind that grows, in device memory (ChunkMemory). No model.
 
-Grows by doubling, so appending never copies what is there more than O(1) times a chunk. One class serves a training
-row (batch B), a generation cache and a memorised library (batch 1, with document records). Facts 4, 6 and 7 of
-docs/architecture.md; tests/memory/test_chunk_memory.py.
+A ChunkMemory grows by doubling, so appending never copies what is there more than O(1) times a chunk. One class serves
+a training row (batch B), a generation cache and a memorised library (batch 1, with document records); what lies on
+tiers or in a file is a StoredMemory. Facts 4, 6 and 7 of docs/architecture.md; tests/memory/test_chunk_memory.py.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from hsa_ultralong.nn.views import (
-    ChunkTensors,
-    GraphView,
-    KeyValueStore,
-    LandmarkKeeper,
-    LandmarkLookup,
-    MemoryRanks,
-    MemoryView,
-    RanksView,
-    StoredView,
-)
+from hsa_ultralong.memory.quantization import format_of
+from hsa_ultralong.memory.saving import save_memory
+from hsa_ultralong.nn.views import ChunkTensors, GraphView, LandmarkLookup, MemoryView, StoredView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
@@ -58,20 +52,23 @@ class Document:
     def num_tokens(self) -> int:
         return self.tokens.shape[0]
 
+    def loaded(self) -> Document:
+        """A record of its own, token ids read if they lay in a file."""
+        return Document(self.tokens, self.first_chunk, self.num_chunks, self.is_open, self.continuation, self.name)
+
 
 @dataclass
-class ChunkMemory:
-    """Chunks that a model can retrieve.
+class Memory(ABC):
+    """Chunks that a model can retrieve, wherever their keys and values lie.
 
     Attributes (B is 1 for a memorised library):
-        k, v: (B, C*S, Hkv, D). landmarks: (B, C, Hr, R). lengths: (B, C) int32, tokens in each chunk, 1..S.
-        segments: (B, C) int32 document number. ends: (B, C) int32, position in the document after the last slot.
+        storage: k, v (B, C*S, Hkv, D), without slots where they lie elsewhere; landmarks (B, C, Hr, R); lengths (B, C)
+            int32, tokens in each chunk, 1..S; segments (B, C) int32 document number; ends (B, C) int32, position in the
+            document after the last slot. There may be room for more than `num_chunks`.
         documents: records of a memorised library, empty inside a forward.
         fingerprint: of the parameters that the memory depends on; a reader with another one refuses it.
         is_composable: False if the model's fusion depends on the order of chunks (fact 4): merging is refused then.
-        store: where k and v lie if not in `storage`, whose k and v then have no slots; such a memory is for reading.
         lookup: finds chunks for questions without scanning all landmarks; None scans them (exact).
-        ranks: set where this process holds only a part of the chunks (`documents` lists all); also for reading.
     """
 
     chunk_size: int
@@ -80,9 +77,147 @@ class ChunkMemory:
     documents: list[Document] = field(default_factory=list)
     fingerprint: str = ""
     is_composable: bool = True
-    store: KeyValueStore | None = None
-    ranks: MemoryRanks | None = None
     lookup: LandmarkLookup | None = None
+
+    @property
+    def tensors(self) -> ChunkTensors:
+        """Views of the chunks in use."""
+        return self._slice(0, self.num_chunks)
+
+    def _slice(self, first: int, stop: int) -> ChunkTensors:
+        k, v, *rest = self.storage
+        slots = slice(first * self.chunk_size, stop * self.chunk_size)
+        return ChunkTensors(k[:, slots], v[:, slots], *(x[:, first:stop] for x in rest))
+
+    k = property(lambda self: self.tensors.k)
+    v = property(lambda self: self.tensors.v)
+    landmarks = property(lambda self: self.tensors.landmarks)
+    lengths = property(lambda self: self.tensors.lengths)
+    segments = property(lambda self: self.tensors.segments)
+    ends = property(lambda self: self.tensors.ends)
+
+    @property
+    def num_chunks_of_all(self) -> int:
+        """Chunks of all processes that share the memory."""
+        return self.num_chunks
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, the unfinished tail of an open one included."""
+        return sum(document.num_tokens for document in self.documents)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys, values, landmarks and bookkeeping in use (token ids not counted)."""
+        return sum(part.nbytes for part in self.tensors)
+
+    @property
+    def open_document(self) -> Document | None:
+        """The one document that may still grow: always the last."""
+        return self.documents[-1] if self.documents and self.documents[-1].is_open else None
+
+    @abstractmethod
+    def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
+        """What layers read of this memory; is_for_all: every token that is not padding sees every chunk."""
+
+    @abstractmethod
+    def part(self, first: int, stop: int) -> ChunkTensors:
+        """Chunks first..stop, keys and values on the device in the dtype that the model reads, wherever they lie."""
+
+    @abstractmethod
+    def loaded(self) -> ChunkMemory:
+        """The same as a ChunkMemory, which can be changed; one that is a ChunkMemory is itself.
+
+        Raises:
+            ValueError: for a memory shared out over processes.
+        """
+
+    @property
+    def forms(self) -> tuple[str, str]:
+        """The forms that keys and values, and landmarks, are kept in: "bf16", "int8" ..."""
+        return format_of(self.storage.k.dtype), format_of(self.storage.landmarks.dtype)
+
+    def kept(self, first: int, stop: int, forms: tuple[str, str]) -> dict[str, Any]:
+        """Payload and scales on the host of "keys_values" and "landmarks" of chunks, those that are in these forms."""
+        return {}
+
+    @abstractmethod
+    def refuse(self, what: str) -> NoReturn:
+        """Raises: ValueError, as this memory cannot be `what`, with what can be done instead."""
+
+    def require_growable(self, what: str) -> None:
+        """Raises: ValueError where chunks can be neither added nor replaced."""
+        self.refuse(what)
+
+    def write(self, first: int, chunks: ChunkTensors) -> None:
+        """Put `chunks` at chunk index `first` and following, growing as needed.
+
+        Raises:
+            ValueError: for a memory that is for reading.
+        """
+        self.refuse("written to")
+
+    def splice(self, document: int, first: int, stop: int, chunks: ChunkTensors) -> None:
+        """Replace chunks first..stop of a document (counted inside it) by others, any number; later chunks move.
+
+        Raises:
+            ValueError: for a memory that is for reading, or on tiers for another number of chunks.
+        """
+        self.refuse("changed")
+
+    def held(self, first: int, stop: int) -> ChunkMemory:
+        """Chunks first..stop as views, beside the records of all documents: what one of several processes holds.
+
+        Raises:
+            ValueError: for a memory whose keys and values lie in a store, or is shared out already.
+        """
+        self.refuse("shared out")
+
+    def save(self, path: str | Path, **options: Any) -> None:
+        """Write the memory to a new folder: see memory.saving.save_memory."""
+        save_memory(self, path, **options)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ChunkMemory:
+        """A ChunkMemory on another device or in another float dtype, with document records of its own.
+
+        Raises:
+            ValueError: for a memory shared out over processes.
+        """
+        whole = self.loaded()
+        moved = (part.to(device, dtype if part.is_floating_point() else None, copy=True) for part in whole.tensors)
+        return self._ordinary(ChunkTensors(*moved), [document.loaded() for document in whole.documents])
+
+    def select(self, documents: Sequence[int]) -> ChunkMemory:
+        """A memory of only these documents (by number), in the given order, on the device.
+
+        Raises:
+            ValueError: for an unknown document number or an order-dependent model.
+        """
+        return ChunkMemory.concat([self._single(number) for number in documents])
+
+    def _single(self, number: int) -> ChunkMemory:
+        if not 0 <= number < len(self.documents):
+            raise ValueError(f"document {number} does not exist; the memory holds {len(self.documents)}")
+        document = self.documents[number].loaded()
+        part = self.part(document.first_chunk, document.first_chunk + document.num_chunks)
+        part = part._replace(segments=torch.zeros_like(part.segments))
+        return self._ordinary(part, [replace(document, first_chunk=0)])
+
+    def _ordinary(self, tensors: ChunkTensors, documents: list[Document]) -> ChunkMemory:
+        count = tensors.landmarks.shape[1]
+        return ChunkMemory(self.chunk_size, tensors, count, documents, self.fingerprint, self.is_composable)
+
+
+def grown(part: torch.Tensor, length: int, fill: int = 0) -> torch.Tensor:
+    """A tensor (B, n, ...) with room for `length`."""
+    bigger = part.new_full((part.shape[0], length, *part.shape[2:]), fill)
+    bigger[:, : part.shape[1]] = part
+    return bigger
+
+
+@dataclass
+class ChunkMemory(Memory):
+    """A memory with all its tensors in device memory, which grows and can be changed."""
 
     @staticmethod
     def empty(
@@ -114,88 +249,32 @@ class ChunkMemory:
         )
         return ChunkMemory(chunk_size, storage, 0, fingerprint=fingerprint, is_composable=is_composable)
 
-    def save(self, path: str | Path, **options: Any) -> None:
-        """Write the memory to a new folder: see memory.saving.save_memory."""
-        from hsa_ultralong.memory.saving import save_memory
-
-        save_memory(self, path, **options)
-
     @staticmethod
-    def load(path: str | Path, **options: Any) -> ChunkMemory:
+    def load(path: str | Path, **options: Any) -> Memory:
         """Open a saved memory, on a device, in host memory or left on disk: see memory.opening.open_memory."""
-        from hsa_ultralong.memory.opening import open_memory
-
-        return open_memory(path, **options)
-
-    @property
-    def tensors(self) -> ChunkTensors:
-        """Views of the chunks in use."""
-        slots = self.num_chunks * self.chunk_size
-        k, v, *rest = self.storage
-        return ChunkTensors(k[:, :slots], v[:, :slots], *(part[:, : self.num_chunks] for part in rest))
-
-    @property
-    def num_chunks_of_all(self) -> int:
-        """Chunks of all ranks, those of this process where there is no other."""
-        return self.num_chunks if self.ranks is None else self.ranks.num_chunks
+        # by the front door: opening makes memories of every kind
+        return import_module("hsa_ultralong.memory").open_memory(path, **options)
 
     def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
-        """What layers read of this memory; is_for_all: every token that is not padding sees every chunk."""
-        # a sketch knows no other visibility; who keeps the landmarks must be asked
-        lookup = self.lookup if is_for_all or isinstance(self.lookup, LandmarkKeeper) else None
-        own: GraphView | StoredView = GraphView(self.tensors, visible)
-        if self.store is not None or lookup is not None:
-            own = StoredView(self.tensors, visible, self.store, lookup)
-        return own if self.ranks is None else RanksView(own, self.ranks)
+        # a lookup knows no other visibility
+        if self.lookup is None or not is_for_all:
+            return GraphView(self.tensors, visible)
+        return StoredView(self.tensors, visible, None, self.lookup)
 
-    def held_by(self, ranks: MemoryRanks, num_chunks: int) -> ChunkMemory:
-        """The part of one rank: `num_chunks` chunks from ranks.first on, as views.
+    def part(self, first: int, stop: int) -> ChunkTensors:
+        return self._slice(first, stop)
 
-        Raises:
-            ValueError: for a memory whose keys and values lie in a store, or is shared out already.
-        """
-        self._require_own_storage("shared out")
-        part = self._part(self.tensors, ranks.first, ranks.first + num_chunks)
-        return replace(self, storage=part, num_chunks=num_chunks, ranks=ranks, lookup=None)
+    def loaded(self) -> ChunkMemory:
+        return self
 
-    @property
-    def k(self) -> torch.Tensor:
-        """Raises: ValueError where keys and values lie in a store."""
-        return self._own_pairs().k
+    def held(self, first: int, stop: int) -> ChunkMemory:
+        return replace(self, storage=self.part(first, stop), num_chunks=stop - first, lookup=None)
 
-    @property
-    def v(self) -> torch.Tensor:
-        """Raises: ValueError where keys and values lie in a store."""
-        return self._own_pairs().v
+    def refuse(self, what: str) -> NoReturn:
+        raise AssertionError(f"a ChunkMemory can be {what}")
 
-    def _own_pairs(self) -> ChunkTensors:
-        if self.store is not None:
-            raise ValueError(
-                "keys and values of this memory do not lie on the device; memory.part(first, stop) reads those of some "
-                "chunks, memory.loaded() makes an ordinary memory of all"
-            )
-        return self.tensors
-
-    landmarks = property(lambda self: self.tensors.landmarks)
-    lengths = property(lambda self: self.tensors.lengths)
-    segments = property(lambda self: self.tensors.segments)
-    ends = property(lambda self: self.tensors.ends)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents, the unfinished tail of an open one included."""
-        return sum(document.num_tokens for document in self.documents)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of keys, values, landmarks and bookkeeping in use (token ids not counted)."""
-        stored = 0 if self.store is None else self.store.num_bytes
-        return stored + sum(part.numel() * part.element_size() for part in self.tensors)
-
-    @property
-    def open_document(self) -> Document | None:
-        """The one document that may still grow: always the last."""
-        return self.documents[-1] if self.documents and self.documents[-1].is_open else None
+    def require_growable(self, what: str) -> None:
+        pass
 
     def reserve(self, num_chunks: int) -> None:
         """Make room for `num_chunks` in all, at least doubling when the storage grows."""
@@ -204,29 +283,18 @@ class ChunkMemory:
             return
         capacity = max(num_chunks, 2 * capacity)
 
-        def grow(part: torch.Tensor, length: int, fill: int = 0) -> torch.Tensor:
-            bigger = part.new_full((part.shape[0], length, *part.shape[2:]), fill)
-            bigger[:, : part.shape[1]] = part
-            return bigger
-
         k, v, landmarks, lengths, segments, ends = self.storage
         slots = capacity * self.chunk_size
         self.storage = ChunkTensors(
-            grow(k, slots),
-            grow(v, slots),
-            grow(landmarks, capacity),
-            grow(lengths, capacity),
-            grow(segments, capacity, UNUSED),
-            grow(ends, capacity),
+            grown(k, slots),
+            grown(v, slots),
+            grown(landmarks, capacity),
+            grown(lengths, capacity),
+            grown(segments, capacity, UNUSED),
+            grown(ends, capacity),
         )
 
     def write(self, first: int, chunks: ChunkTensors) -> None:
-        """Put `chunks` at chunk index `first` and following, growing as needed.
-
-        Raises:
-            ValueError: for a memory whose keys and values lie in a store.
-        """
-        self._require_own_storage("written to")
         self.lookup = None
         count = chunks.landmarks.shape[1]
         self.reserve(first + count)
@@ -236,18 +304,11 @@ class ChunkMemory:
             target[:, first * unit : (first + count) * unit] = source.detach()
 
     def splice(self, document: int, first: int, stop: int, chunks: ChunkTensors) -> None:
-        """Replace chunks first..stop of a document (counted inside it) by others, any number; later chunks move.
-
-        Raises:
-            ValueError: for a memory whose keys and values lie in a store.
-        """
-        self._require_own_storage("changed")
         record, count = self.documents[document], chunks.landmarks.shape[1]
         shift = count - (stop - first)
         if shift:
-            old = self.tensors
             place, end = record.first_chunk + stop, record.first_chunk + stop + shift
-            later = self._part(old, place, self.num_chunks)
+            later = self.part(place, self.num_chunks)
             # positions inside this document move with its chunks, those of other documents stay
             mine = slice(0, record.num_chunks - stop)
             later = ChunkTensors(*(part.clone() for part in later))
@@ -259,51 +320,6 @@ class ChunkMemory:
                 other.first_chunk += shift
         if count:
             self.write(record.first_chunk + first, chunks)
-
-    def _part(self, tensors: ChunkTensors, first: int, stop: int) -> ChunkTensors:
-        k, v, *rest = tensors
-        slots = slice(first * self.chunk_size, stop * self.chunk_size)
-        return ChunkTensors(k[:, slots], v[:, slots], *(x[:, first:stop] for x in rest))
-
-    def part(self, first: int, stop: int) -> ChunkTensors:
-        """Chunks first..stop, keys and values on the device in the dtype that the model reads, wherever they lie."""
-        found = self._part(self.tensors, first, stop)
-        if self.store is None:
-            return found
-        k, v = (pairs.flatten(0, 1)[None] for pairs in self.store.fetch(torch.arange(first, stop)))
-        if isinstance(self.lookup, LandmarkKeeper):
-            found = found._replace(landmarks=self.lookup.landmarks(first, stop, k.dtype))
-        return found._replace(k=k, v=v)
-
-    def loaded(self) -> ChunkMemory:
-        """The same as an ordinary memory on the device, which can be changed; one that is ordinary is itself.
-
-        Raises:
-            ValueError: for a memory shared out over processes.
-        """
-        self.require_whole("loaded")
-        if self.store is None:
-            return self
-        documents = [_plain(document) for document in self.documents]
-        # landmarks and lengths are views of this memory's
-        return self._ordinary(ChunkTensors(*(x.clone() for x in self.part(0, self.num_chunks))), documents)
-
-    def _ordinary(self, tensors: ChunkTensors, documents: list[Document]) -> ChunkMemory:
-        count = tensors.landmarks.shape[1]
-        return ChunkMemory(self.chunk_size, tensors, count, documents, self.fingerprint, self.is_composable)
-
-    def require_whole(self, what: str) -> None:
-        """Raises: ValueError where this process holds a part only."""
-        if self.ranks is not None:
-            raise ValueError(f"a memory shared out over processes cannot be {what}; do it before sharing it out")
-
-    def _require_own_storage(self, what: str) -> None:
-        self.require_whole(what)
-        if self.store is not None:
-            raise ValueError(
-                f"a memory opened from a file or on several tiers cannot be {what}; change the file with "
-                "hsa_ultralong.inference.Library and open it again, or take an ordinary copy: memory.loaded()"
-            )
 
     def write_rows(self, slots: torch.Tensor, chunks: ChunkTensors) -> None:
         """Put chunk j of row b at index slots[b, j], (B, n) int64; the caller has reserved the room."""
@@ -318,20 +334,8 @@ class ChunkMemory:
         """Replace every tensor by function(tensor): reorder, repeat or select rows of the batch."""
         self.storage = ChunkTensors(*(function(part) for part in self.storage))
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ChunkMemory:
-        """An ordinary copy on another device or in another float dtype, with document records of its own.
-
-        Raises:
-            ValueError: for a memory shared out over processes.
-        """
-        whole = self.loaded()
-        moved = ChunkTensors(
-            *(part.to(device, dtype if part.is_floating_point() else None, copy=True) for part in whole.tensors)
-        )
-        return self._ordinary(moved, [replace(document) for document in whole.documents])
-
     @staticmethod
-    def concat(memories: Sequence[ChunkMemory]) -> ChunkMemory:
+    def concat(memories: Sequence[Memory]) -> ChunkMemory:
         """One memory of all documents, in the given order (fact 4: the order does not matter to the model).
 
         Keys and values that lie in a store are read onto the device.
@@ -341,9 +345,9 @@ class ChunkMemory:
         """
         if not memories:
             raise ValueError("concat needs at least one memory")
-        memories = [memory.loaded() for memory in memories]
-        first = memories[0]
-        for number, memory in enumerate(memories):
+        loaded = [memory.loaded() for memory in memories]
+        first = loaded[0]
+        for number, memory in enumerate(loaded):
             if memory.open_document is not None:
                 raise ValueError(f"memory {number} holds an open document; close it with close_document() first")
             if memory.fingerprint != first.fingerprint:
@@ -363,35 +367,10 @@ class ChunkMemory:
         parts: list[ChunkTensors] = []
         documents: list[Document] = []
         chunk_offset = 0
-        for memory in memories:
+        for memory in loaded:
             shifted = [replace(doc, first_chunk=doc.first_chunk + chunk_offset) for doc in memory.documents]
             parts.append(memory.tensors._replace(segments=memory.segments + len(documents)))
             documents += shifted
             chunk_offset += memory.num_chunks
         merged = ChunkTensors(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
         return replace(first, storage=merged, num_chunks=chunk_offset, documents=documents, lookup=None)
-
-    def select(self, documents: Sequence[int]) -> ChunkMemory:
-        """A memory of only these documents (by number), in the given order, on the device.
-
-        Raises:
-            ValueError: for an unknown document number or an order-dependent model.
-        """
-        return ChunkMemory.concat([self._single(number) for number in documents])
-
-    def _single(self, number: int) -> ChunkMemory:
-        if not 0 <= number < len(self.documents):
-            raise ValueError(f"document {number} does not exist; the memory holds {len(self.documents)}")
-        self.require_whole("taken apart")
-        document = _plain(self.documents[number])
-        first = document.first_chunk
-        part = self.part(first, first + document.num_chunks)
-        part = part._replace(segments=torch.zeros_like(part.segments))
-        return self._ordinary(part, [replace(document, first_chunk=0)])
-
-
-def _plain(record: Document) -> Document:
-    """A record of its own, token ids read if they lay in a file."""
-    return Document(
-        record.tokens, record.first_chunk, record.num_chunks, record.is_open, record.continuation, record.name
-    )

@@ -6,16 +6,20 @@ Called by ChunkMemory.load, reader.py and file_reader.py; tests/memory/test_savi
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hsa_ultralong.files.fields import shown
-from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document, Memory
 from hsa_ultralong.memory.columns import from_payload, require_lengths, require_model_columns
 from hsa_ultralong.memory.files import MemoryFile, MemoryFileError
 from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
+from hsa_ultralong.memory.stored_memory import StoredMemory
 from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, QuantizedLandmarks, TieredStore
 from hsa_ultralong.nn.views import ChunkTensors, KeyValueStore
@@ -51,10 +55,6 @@ class StoredDocument(Document):
     @property
     def num_tokens(self) -> int:
         return self._num_tokens
-
-    def loaded(self) -> Document:
-        """The same as an ordinary Document."""
-        return Document(self.tokens, self.first_chunk, self.num_chunks, self.is_open, self.continuation, self.name)
 
 
 def stored_continuation(
@@ -102,13 +102,13 @@ def open_memory(
     lookup: str = "exact",
     fingerprint: str | None = None,
     part: tuple[int, int] | None = None,
-) -> ChunkMemory:
+) -> Memory:
     """Open a memory file.
 
     Args:
-        store: "device" reads everything into one ordinary ChunkMemory; "host" keeps keys and values in host memory
-            (pinned beside a GPU, which reads them there), "tiered" the first `device_bytes` of them (default 0) on the
-            device, "file" all on disk. Landmarks are on the device in all four.
+        store: "device" reads everything into a ChunkMemory, which can be changed; the others make a StoredMemory:
+            "host" keeps keys and values in host memory (pinned beside a GPU, which reads them there), "tiered" the
+            first `device_bytes` of them (default 0) on the device, "file" all on disk. Landmarks are on the device.
         dtype: that the model reads; default the file's, bf16 for 8-bit formats.
         lookup: "exact" scans all landmarks (int8 ones as they are on a GPU), "sketch" a projection of them first
             (landmark_index.py).
@@ -136,32 +136,40 @@ def open_memory(
     half = half_read(file.manifest.open_document, file.build_state)
     if half is not None:
         logger.warning("%s: %s; only that much is known here; to finish it, %s", path, half, way_on(path))
-    is_open = file.manifest.open_document is not None
-    continuation = stored_continuation(file, device, dtype)[0] if is_open else None
     counts = torch.tensor([document.num_chunks for document in file.documents], dtype=torch.int64)
     firsts = counts.cumsum(0) - counts
-    documents: list[Document] = []
-    for record, begin in zip(file.documents, firsts.tolist(), strict=True):
-        document = StoredDocument(file, record.id, begin, continuation if record.is_open else None)
-        documents.append(document.loaded() if store == "device" else document)
+    documents = _records(file, firsts.tolist(), device, dtype)
     tensors, scan = _resident(file, firsts, counts, (first, stop), device, dtype, lookup)
-    heads, dim = kind.shape[2:]
+    spec, pairs = file.spec, FileStore(file, device, dtype, first)
+    more: dict[str, Any] = {"fingerprint": spec.fingerprint, "is_composable": spec.is_composable}
+    if lookup == "sketch":
+        more["lookup"] = LandmarkIndex.build(tensors.landmarks[0])
+    elif scan is not None:
+        more["lookup"] = scan
     if store == "device":
-        k, v = _read_all(FileStore(file, device, dtype, first), stop - first)
-    else:
-        k = v = torch.empty((1, 0, heads, dim), dtype=dtype, device=device)
-    spec = file.spec
-    tensors = tensors._replace(k=k, v=v)
-    memory = ChunkMemory(spec.chunk_size, tensors, stop - first, documents, spec.fingerprint, spec.is_composable)
-    memory.lookup = LandmarkIndex.build(tensors.landmarks[0]) if lookup == "sketch" else scan
+        if scan is not None:
+            # what is changed later needs them
+            tensors = tensors._replace(landmarks=scan.landmarks(0, stop - first, dtype))
+        documents = [document.loaded() for document in documents]
+        k, v = _read_all(pairs, stop - first)
+        return ChunkMemory(spec.chunk_size, tensors._replace(k=k, v=v), stop - first, documents, **more)
     if store == "file":
-        chunk_bytes = 2 * spec.chunk_size * heads * dim * dtype.itemsize
+        chunk_bytes = 2 * spec.chunk_size * math.prod(kind.shape[2:]) * dtype.itemsize
         room = _CACHE_BYTES if cache_bytes is None else cache_bytes
-        capacity = min(max(1, room // chunk_bytes), max(1, stop - first))
-        memory.store = CachedStore(FileStore(file, device, dtype, first), capacity)
-    elif store != "device":
-        memory.store = _load_tiers(file, (first, stop), device, dtype, device_bytes or 0)
-    return memory
+        more["store"] = CachedStore(pairs, min(max(1, room // chunk_bytes), max(1, stop - first)))
+    else:
+        more["store"] = _load_tiers(file, (first, stop), device, dtype, device_bytes or 0)
+    k = v = torch.empty((1, 0, *kind.shape[2:]), dtype=dtype, device=device)
+    return StoredMemory(spec.chunk_size, tensors._replace(k=k, v=v), stop - first, documents, **more)
+
+
+def _records(file: MemoryFile, firsts: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> list[Document]:
+    is_open = file.manifest.open_document is not None
+    continuation = stored_continuation(file, device, dtype)[0] if is_open else None
+    return [
+        StoredDocument(file, record.id, first, continuation if record.is_open else None)
+        for record, first in zip(file.documents, firsts, strict=True)
+    ]
 
 
 def _resident(

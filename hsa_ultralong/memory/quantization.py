@@ -49,6 +49,11 @@ def payload_dtype(format: str) -> torch.dtype:
     return _PAYLOADS[format]
 
 
+def format_of(dtype: torch.dtype) -> KeyValueFormat:
+    """The format of plain numbers; bf16 for what has none."""
+    return next((format for format in FORMATS[:4] if _PAYLOADS[format] == dtype), "bf16")
+
+
 def encode(tensor: torch.Tensor, format: KeyValueFormat) -> Encoded:
     """Store a tensor in a format: scale = max |row| / largest payload, payload = row / scale rounded to nearest even.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation
 from hsa_ultralong.memory.columns import memory_spec, to_columns
 from hsa_ultralong.memory.files import MemoryWriter
 from hsa_ultralong.memory.files.housekeeping import new_folder
-from hsa_ultralong.nn.views import LandmarkKeeper
+
+if TYPE_CHECKING:
+    from hsa_ultralong.memory.chunk_memory import Continuation, Memory
 
 # chunks converted at a time
 _STEP = 4096
@@ -26,12 +27,8 @@ def pack_continuation(state: Continuation, tail_tokens: torch.Tensor) -> dict[st
     return tensors
 
 
-def _name(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}.get(dtype, "fp32")
-
-
 def save_memory(
-    memory: ChunkMemory,
+    memory: Memory,
     path: str | Path,
     *,
     key_values: str | None = None,
@@ -47,19 +44,16 @@ def save_memory(
         MemoryFileError: the folder exists and is not empty, or cannot be written.
         ValueError: unknown format, or a memory shared out over processes.
     """
-    memory.require_whole("saved")
-    tensors, size, store = memory.tensors, memory.chunk_size, memory.store
-    kept = _name(tensors.k.dtype) if store is None else store.format
-    keeper = memory.lookup if isinstance(memory.lookup, LandmarkKeeper) else None
-    scanned = _name(tensors.landmarks.dtype) if keeper is None else keeper.format
+    tensors, size = memory.tensors, memory.chunk_size
+    forms = (key_values or memory.forms[0], landmarks or memory.forms[1])
     spec = memory_spec(
         chunk_size=size,
-        num_memory_heads=tensors.k.shape[2],
-        head_dim=tensors.k.shape[3],
+        num_memory_heads=memory.storage.k.shape[2],
+        head_dim=memory.storage.k.shape[3],
         num_retrieval_heads=tensors.landmarks.shape[2],
         retrieval_dim=tensors.landmarks.shape[2] * tensors.landmarks.shape[3],
-        key_values=key_values or kept,  # type: ignore[arg-type]
-        landmarks=landmarks or scanned,  # type: ignore[arg-type]
+        key_values=forms[0],  # type: ignore[arg-type]
+        landmarks=forms[1],  # type: ignore[arg-type]
         fingerprint=memory.fingerprint,
         tokenizer=tokenizer,
         is_composable=memory.is_composable,
@@ -73,13 +67,8 @@ def save_memory(
             for first in range(0, document.num_chunks, _STEP):
                 stop = min(first + _STEP, document.num_chunks)
                 place = (document.first_chunk + first, document.first_chunk + stop)
-                as_kept = {}
-                if store is not None and key_values in (None, kept):
-                    as_kept["keys_values"] = store.kept(*place)
-                if keeper is not None and landmarks in (None, scanned):
-                    as_kept["landmarks"] = keeper.kept(*place)
                 tokens = document.tokens[first * size : min(stop * size, document.num_tokens)]
-                columns = to_columns(spec, memory.part(*place), tokens, as_kept)
+                columns = to_columns(spec, memory.part(*place), tokens, memory.kept(*place, forms))
                 writer.append_chunks(id, columns, document.num_tokens)
             if document.is_open:
                 assert document.continuation is not None

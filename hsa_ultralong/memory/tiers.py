@@ -1,6 +1,6 @@
 """Memories larger than the card: keys and values in blocks on the device and in pinned host memory, 8 bits or 16.
 
-A TieredMemory is written like any ChunkMemory, grows block by block without moving what is there, and is read where it
+A TieredMemory is written like a ChunkMemory, grows block by block without moving what is there, and is read where it
 lies (ops/chunk_gather). Landmarks stay on the device, in 16 bits or in int8 with a scan of their own. Made by
 inference.memorize(store="host" or "tiered"); opening.open_memory fills a store from a file. tests/memory/test_tiers.py.
 """
@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hsa_ultralong.memory.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, grown
 from hsa_ultralong.memory.quantization import KeyValueFormat, decode, encode, payload_dtype
+from hsa_ultralong.memory.stored_memory import StoredMemory
 from hsa_ultralong.nn.views import ChunkTensors
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks
@@ -124,15 +125,8 @@ class QuantizedLandmarks:
         self.num_chunks = max(self.num_chunks, stop)
 
     def reserve(self, capacity: int) -> None:
-        if capacity <= self.payload.shape[1]:
-            return
-
-        def grow(part: torch.Tensor) -> torch.Tensor:
-            bigger = part.new_empty((1, capacity, *part.shape[2:]))
-            bigger[:, : part.shape[1]] = part
-            return bigger
-
-        self.payload, self.scales = grow(self.payload), grow(self.scales)
+        if capacity > self.payload.shape[1]:
+            self.payload, self.scales = grown(self.payload, capacity), grown(self.scales, capacity)
 
     def search(
         self,
@@ -162,14 +156,17 @@ class QuantizedLandmarks:
 
 
 @dataclass
-class TieredMemory(ChunkMemory):
-    """A ChunkMemory whose keys and values lie in a TieredStore, and whose landmarks may be QuantizedLandmarks.
+class TieredMemory(StoredMemory):
+    """A StoredMemory that grows: keys and values in a TieredStore, landmarks in `storage` or in QuantizedLandmarks.
 
     Chunks are appended, or replaced by as many others; anything that moves chunks is refused.
     """
 
-    store: TieredStore | None = None
-    lookup: QuantizedLandmarks | None = field(default=None)
+    store: TieredStore = field(kw_only=True)
+    lookup: QuantizedLandmarks | None = None
+
+    def require_growable(self, what: str) -> None:
+        pass
 
     @staticmethod
     def make(
@@ -212,40 +209,20 @@ class TieredMemory(ChunkMemory):
         memory.reserve(capacity)
         return memory
 
-    @property
-    def tensors(self) -> ChunkTensors:
-        """Views of the chunks in use; k and v have no slots."""
-        k, v, *rest = self.storage
-        return ChunkTensors(k, v, *(part[:, : self.num_chunks] for part in rest))
-
-    @property
-    def num_bytes(self) -> int:
-        assert self.store is not None
-        parts = [self.storage.lengths, self.storage.segments, self.storage.ends]
-        found = self.store.num_bytes + sum(part[:, : self.num_chunks].nbytes for part in parts)
-        return found + (self.landmarks.nbytes if self.lookup is None else self.lookup.num_bytes)
-
     def reserve(self, num_chunks: int) -> None:
         capacity = self.storage.lengths.shape[1]
         if num_chunks <= capacity:
             return
         capacity = max(num_chunks, capacity + capacity // 2)
         k, v, landmarks, *rest = self.storage
-
-        def grow(part: torch.Tensor) -> torch.Tensor:
-            bigger = part.new_empty((1, capacity, *part.shape[2:]))
-            bigger[:, : part.shape[1]] = part
-            return bigger
-
         if self.lookup is None:
-            landmarks = grow(landmarks)
+            landmarks = grown(landmarks, capacity)
         else:
             self.lookup.reserve(capacity)
             landmarks = landmarks.new_zeros(1).expand(1, capacity, *landmarks.shape[2:])
-        self.storage = ChunkTensors(k, v, landmarks, *(grow(part) for part in rest))
+        self.storage = ChunkTensors(k, v, landmarks, *(grown(part, capacity) for part in rest))
 
     def write(self, first: int, chunks: ChunkTensors) -> None:
-        assert self.store is not None
         count = chunks.landmarks.shape[1]
         stop = first + count
         self.reserve(stop)
@@ -262,11 +239,6 @@ class TieredMemory(ChunkMemory):
         self.num_chunks = max(self.num_chunks, stop)
 
     def splice(self, document: int, first: int, stop: int, chunks: ChunkTensors) -> None:
-        """Replace chunks first..stop of a document by as many others.
-
-        Raises:
-            ValueError: for another number of chunks.
-        """
         if chunks.landmarks.shape[1] != stop - first:
             raise ValueError(
                 "an edit of a memory on tiers must not change its number of chunks; replace as many tokens, or use a "

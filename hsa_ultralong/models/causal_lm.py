@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.utils import can_return_tuple
 
-from hsa_ultralong.memory.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models.adapters import offer_adapter_targets
 from hsa_ultralong.models.arguments import check_arguments, check_generation, check_labels
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, REWIND, HSACache, given_cache
@@ -129,13 +129,13 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
         rate = self.config.router_bias_update_rate
         return [part.update_router_bias(rate) for part in self.modules() if isinstance(part, MixtureOfExperts)]
 
-    def memorize(self, tokens: Any, **options: Any) -> ChunkMemory:
-        """Read any amount of text into a ChunkMemory in linear time: see inference.reader.memorize."""
+    def memorize(self, tokens: Any, **options: Any) -> Memory:
+        """Read any amount of text into a memory in linear time: see inference.reader.memorize."""
         # by the front door: the loop over texts, with tiers and files, stands above the models
         return import_module("hsa_ultralong").memorize(self, tokens, **options)
 
     def generate(
-        self, inputs: torch.Tensor | None = None, *args: Any, memory: ChunkMemory | None = None, **kwargs: Any
+        self, inputs: torch.Tensor | None = None, *args: Any, memory: Memory | None = None, **kwargs: Any
     ) -> Any:
         """transformers' generate, in evaluation mode whatever the mode of the model.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.memory.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.form import require_form
 from hsa_ultralong.models.weights import refuse_hooks, state_key, weights_of
@@ -89,7 +89,7 @@ def _add(digest: Any, label: str, tensor: torch.Tensor) -> None:
     digest.update(exact.contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
-def require_same_model(model: HSAForCausalLM, memory: ChunkMemory) -> None:
+def require_same_model(model: HSAForCausalLM, memory: Memory) -> None:
     """Refuse a memory that another model built, or that says so and has another form."""
     if memory.fingerprint != memory_fingerprint(model):
         raise ValueError(
@@ -99,7 +99,7 @@ def require_same_model(model: HSAForCausalLM, memory: ChunkMemory) -> None:
     require_form(unwrapped(model).config, memory)
 
 
-def require_chunks(memory: ChunkMemory) -> None:
+def require_chunks(memory: Memory) -> None:
     """Refuse to ask a memory that holds nothing to read."""
     if memory.num_chunks_of_all == 0:
         way = "close the document" if memory.num_tokens else "memorise a text first"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.memory import MemoryFileError, MemorySpec
-from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation
+from hsa_ultralong.memory.chunk_memory import Continuation, Memory
 from hsa_ultralong.memory.columns import memory_spec, require_model_columns
 from hsa_ultralong.models import HSACache, HSAConfig
 
@@ -45,7 +45,7 @@ def require_model_spec(config: HSAConfig, spec: MemorySpec, who: str) -> None:
     model_spec(config, **spec.metadata["formats"], **others).require_compatible(spec, who)
 
 
-def require_form(config: HSAConfig, memory: ChunkMemory) -> None:
+def require_form(config: HSAConfig, memory: Memory) -> None:
     """Refuse a memory whose chunks or open document have other shapes than the model's.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation
+from hsa_ultralong.memory.chunk_memory import Continuation, Memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
@@ -104,7 +104,7 @@ class DocumentReader:
         return self.encode(padded, chunk, segment, length)
 
 
-def document_view(memory: ChunkMemory, document: int, positions: torch.Tensor) -> MemoryView:
+def document_view(memory: Memory, document: int, positions: torch.Tensor) -> MemoryView:
     """The memory as tokens at `positions` (1, T) of one of its documents see it: their own past, all of the others."""
     segments = torch.full_like(positions, document)
     tensors = memory.tensors
@@ -112,7 +112,7 @@ def document_view(memory: ChunkMemory, document: int, positions: torch.Tensor) -
     return memory.view(visible, is_for_all=False)
 
 
-def replay_upper(model: HSAForCausalLM, memory: ChunkMemory, cache: HSACache | None) -> torch.Tensor:
+def replay_upper(model: HSAForCausalLM, memory: Memory, cache: HSACache | None) -> torch.Tensor:
     """Run the upper decoder over the kept lower outputs of the open document, (1, n, M) after the final norm.
 
     The last n - U positions are exact; with `cache`, the upper windows afterwards are those of the document's end.
@@ -128,7 +128,7 @@ def replay_upper(model: HSAForCausalLM, memory: ChunkMemory, cache: HSACache | N
     return inner.norm(inner.decode_upper(lower, inner.rotary(lower, None), views, None, cache))
 
 
-def last_logits(model: HSAForCausalLM, memory: ChunkMemory, num_logits: int = 1) -> torch.Tensor:
+def last_logits(model: HSAForCausalLM, memory: Memory, num_logits: int = 1) -> torch.Tensor:
     """Logits (num_logits, V) of the last tokens of the memory's open document, equal to one full forward's.
 
     Raises:

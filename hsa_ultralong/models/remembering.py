@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from hsa_ultralong.memory.chunk_memory import ChunkMemory
+from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, REWIND
 from hsa_ultralong.models.evaluation import evaluating
@@ -17,15 +17,13 @@ from hsa_ultralong.models.fingerprint import require_same_model
 from hsa_ultralong.models.reading import replay_upper
 
 
-def question_cache(model: HSAForCausalLM, memory: ChunkMemory, rewind: int = REWIND) -> HSACache:
+def question_cache(model: HSAForCausalLM, memory: Memory, rewind: int = REWIND) -> HSACache:
     """Cache of new documents (any batch) that may read the whole memory, windows empty."""
     require_same_model(model, memory)
     return HSACache(model.config, library=memory, rewind=rewind)
 
 
-def continuation_cache(
-    model: HSAForCausalLM, memory: ChunkMemory, rewind: int = REWIND
-) -> tuple[HSACache, torch.Tensor]:
+def continuation_cache(model: HSAForCausalLM, memory: Memory, rewind: int = REWIND) -> tuple[HSACache, torch.Tensor]:
     """Cache that continues the open document, and the tokens of its unfinished chunk (n,), which the cache has seen.
 
     Raises:
@@ -67,7 +65,7 @@ def generate_with_memory(
     model: HSAForCausalLM,
     generate: Callable[..., Any],
     inputs: torch.Tensor | None,
-    memory: ChunkMemory,
+    memory: Memory,
     *,
     continue_document: bool = False,
     rewind: int = REWIND,

@@ -21,7 +21,7 @@ _TOKENS_PER_GATHER, _MOST_GATHERED = 15, 512
 
 
 class KeyValueStore(Protocol):
-    """Keys and values that lie elsewhere than in ChunkMemory.storage: in host memory, in a file, on several tiers."""
+    """Keys and values that lie elsewhere than in a memory's storage: in host memory, in a file, on several tiers."""
 
     @property
     def format(self) -> str:
@@ -52,7 +52,7 @@ class GatheringStore(KeyValueStore, Protocol):
 
 
 class ChunkTensors(NamedTuple):
-    """The tensors of some chunks, batch first; see ChunkMemory for the shapes."""
+    """The tensors of some chunks, batch first; see Memory for the shapes."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -89,6 +89,9 @@ class LandmarkKeeper(LandmarkLookup, Protocol):
 
     @property
     def format(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
 
     def landmarks(self, first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Landmarks (1, n, Hr, R) of chunks first..stop."""
@@ -239,7 +242,7 @@ class StoredView(NamedTuple):
 class RanksView(NamedTuple):
     """A memory shared out over processes, of which this one holds `own`; for reading."""
 
-    own: GraphView | StoredView
+    own: MemoryView
     ranks: MemoryRanks
 
     def num_chunks(self) -> int:

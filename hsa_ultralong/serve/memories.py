@@ -19,11 +19,11 @@ import torch
 
 from hsa_ultralong.data import tokenizer_fingerprint
 from hsa_ultralong.inference import Library, memory_fingerprint
-from hsa_ultralong.memory import ChunkMemory, MemoryFile
+from hsa_ultralong.memory import ChunkMemory, Memory, MemoryFile
 from hsa_ultralong.memory.files import MemoryFileError
 from hsa_ultralong.memory.files.durable import sync_folder
 from hsa_ultralong.memory.half_read import half_read
-from hsa_ultralong.memory.saving import open_memory
+from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.limits import Limits, ServeError, require_id
 
 _SUFFIX = ".hsa"
@@ -36,7 +36,7 @@ class Opened:
     """What a question reads: `memory` holds the documents of the memories `ids`, in order; `documents` are their
     (memory id, document id)."""
 
-    memory: ChunkMemory
+    memory: Memory
     ids: tuple[str, ...]
     documents: list[tuple[str, int]]
 
@@ -194,7 +194,7 @@ class Memories:
         store = self.store if len(places) == 1 else "device"
         try:
             found = [open_memory(place, store=store, device=weight.device, dtype=weight.dtype) for place in places]
-            memory = found[0] if len(found) == 1 else ChunkMemory.concat(found)
+            memory: Memory = found[0] if len(found) == 1 else ChunkMemory.concat(found)
             documents: list[tuple[str, int]] = []
             for id, place in zip(ids, places, strict=True):
                 with MemoryFile.open_unverified(place) as file:

@@ -18,7 +18,7 @@ import torch
 from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.inference.batching import BatchEngine
 from hsa_ultralong.inference.sampling import sample
-from hsa_ultralong.memory import ChunkMemory
+from hsa_ultralong.memory import Memory
 from hsa_ultralong.serve.answer_text import AnswerText
 from hsa_ultralong.serve.limits import Limits, ServeError
 
@@ -69,7 +69,7 @@ class Request:
     """
 
     prompt: torch.Tensor
-    memory: ChunkMemory | None
+    memory: Memory | None
     max_new_tokens: int
     put: Callable[[Piece], None]
     sampling: Sampling = field(default_factory=Sampling)

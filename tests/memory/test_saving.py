@@ -22,7 +22,7 @@ def document(length, seed=0):
 
 def pairs(memory):
     """k and v (C*S, Hkv, D) of a memory in any store."""
-    if memory.store is None:
+    if isinstance(memory, ChunkMemory):
         return memory.k[0], memory.v[0]
     return tuple(part.flatten(0, 1) for part in memory.store.fetch(torch.arange(memory.num_chunks)))
 

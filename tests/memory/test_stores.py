@@ -7,13 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hsa_ultralong.inference import Library, append, last_logits, memory_fingerprint
+from hsa_ultralong.inference import Library, append, close_document, edit, last_logits, memory_fingerprint
 from hsa_ultralong.memory import MemoryFile, MemoryFileError, landmark_index, verify_memory
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.memory.opening import _load_tiers, open_memory
 from hsa_ultralong.memory.quantization import decode, encode, row_bytes
+from hsa_ultralong.memory.stored_memory import StoredMemory
 from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.models import HSACache
+from hsa_ultralong.models.reading import DocumentReader
+from hsa_ultralong.nn.views import LandmarkKeeper
 from hsa_ultralong.ops.hsa import api as hsa_api
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 
@@ -116,7 +119,7 @@ def test_an_open_document_goes_on_after_loading(tmp_path):
 def test_memorising_to_a_path_equals_memorising_and_saving(tmp_path):
     model, texts = tiny_model(), [document(21), document(34, seed=1)]
     memory = model.memorize(texts, names=["a", "b"], store=tmp_path / "a.hsa", segment_tokens=8)
-    assert memory.store is not None and [d.name for d in memory.documents] == ["a", "b"]
+    assert isinstance(memory, StoredMemory) and [d.name for d in memory.documents] == ["a", "b"]
     ids = random_tokens(1, 9, seed=7)
     torch.testing.assert_close(logits(model, memory, ids), logits(model, model.memorize(texts), ids), **EXACT)
 
@@ -157,6 +160,23 @@ def test_a_memory_left_in_a_file_refuses_changes_and_says_how_to_take_a_copy(tmp
     assert copy.num_tokens == 30 and memory.num_tokens == 21
 
 
+def test_a_change_of_a_memory_for_reading_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    model = tiny_model()
+    model.memorize(document(21), close=False).save(tmp_path / "a.hsa")
+    memory = opened(tmp_path / "a.hsa", "file")
+    monkeypatch.setattr(DocumentReader, "read", lambda *_: pytest.fail("was read"))
+    for change in (
+        # too short for a chunk, which nothing else would refuse
+        lambda: append(model, memory, document(2), close=False),
+        lambda: append(model, memory, document(2), document=0, close=False),
+        lambda: edit(model, memory, 3, 4, [1]),
+        lambda: close_document(model, memory),
+    ):
+        with pytest.raises(ValueError, match="opened from a file or on several tiers"):
+            change()
+    assert [(d.num_tokens, d.is_open) for d in memory.documents] == [(21, True)]
+
+
 def test_a_memory_left_in_a_file_is_merged_selected_copied_and_saved_again(tmp_path):
     model = tiny_model()
     plain = model.memorize([document(21), document(9, seed=1)])
@@ -168,7 +188,7 @@ def test_a_memory_left_in_a_file_is_merged_selected_copied_and_saved_again(tmp_p
         (memory.select([1]), plain.select([1])),
         (memory.to("cpu"), plain),
     ):
-        assert found.store is None and len(found.documents) == len(expected.documents)
+        assert isinstance(found, ChunkMemory) and len(found.documents) == len(expected.documents)
         assert all(torch.equal(a, b) for a, b in zip(found.tensors, expected.tensors, strict=True))
     memory.save(tmp_path / "b.hsa")
     again = opened(tmp_path / "b.hsa", "device")
@@ -409,6 +429,20 @@ def test_a_memory_built_on_a_gpu_is_generated_from_and_continued_after_loading(t
     elif store == "host":
         blocks = loaded.store.blocks
         assert all(part.is_pinned() for part in blocks.payloads + blocks.scales)
+
+
+@pytest.mark.parametrize("store", [pytest.param("device", marks=GPU)])
+@torch.no_grad()
+def test_a_memory_with_int8_landmarks_read_into_a_gpu_keeps_them_when_it_is_changed(tmp_path, store):
+    model = gpu_model()
+    memory = model.memorize(document(900))
+    memory.save(tmp_path / "a.hsa", landmarks="int8")
+    loaded = open_memory(tmp_path / "a.hsa", store=store, device="cuda")
+    assert isinstance(loaded.lookup, LandmarkKeeper)
+    append(model, loaded, document(100, seed=1))
+    assert loaded.lookup is None
+    size = memory.num_chunks
+    assert distance(loaded.landmarks[:, :size], memory.landmarks) < 0.02 and loaded.num_chunks > size
 
 
 def test_room_that_a_store_does_not_take_is_refused(tmp_path):

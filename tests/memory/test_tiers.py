@@ -7,6 +7,7 @@ from hsa_ultralong.inference import append, edit, last_logits
 from hsa_ultralong.inference.tiers import tiered_memory
 from hsa_ultralong.memory import ChunkMemory, MemoryFile
 from hsa_ultralong.memory.quantization import decode, encode
+from hsa_ultralong.memory.stored_memory import StoredMemory
 from hsa_ultralong.memory.tiers import QuantizedLandmarks, TieredStore
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.ops import ChunkVisibility, chunk_topk
@@ -71,7 +72,7 @@ def test_a_memory_on_tiers_answers_like_an_ordinary_one(store, options):
     texts = [document(90), document(33, seed=1), document(5, seed=2)]
     plain = model.memorize(texts)
     tiered = model.memorize(texts, store=store, key_values="fp64", **ROOM[store])
-    assert tiered.num_chunks == plain.num_chunks and tiered.store is not None
+    assert tiered.num_chunks == plain.num_chunks and isinstance(tiered, StoredMemory)
     # one token gathers, many tokens fetch
     for batch, tokens in ((1, 1), (2, 5), (1, 200)):
         ids = random_tokens(batch, tokens, seed=tokens)
@@ -142,7 +143,7 @@ def test_a_memory_on_tiers_is_saved_selected_and_copied_like_any_other(tmp_path,
     append(model, opened.loaded(), document(20, seed=5), document=2)
     # copied: an ordinary memory that answers the same and can be changed, the first one untouched
     copy = memory.to(dtype=torch.float64)
-    assert copy.store is None
+    assert isinstance(copy, ChunkMemory)
     torch.testing.assert_close(logits_of(model, copy, ids), wanted, rtol=1e-11, atol=1e-12)
     edit(model, copy, 3, 9, document(6, seed=8))
     torch.testing.assert_close(logits_of(model, memory, ids), wanted, rtol=0, atol=0)

@@ -1,0 +1,123 @@
+"""Memories for reading: keys and values left in a store (host memory, a file, tiers), or one shared out over processes.
+
+Landmarks, lengths and documents are at hand. Saved, copied, selected and merged like any Memory. Made by opening.py and
+inference/sharding.py; tests/memory/test_stores.py, tests/distributed/test_memory_ranks.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Memory
+from hsa_ultralong.nn.views import (
+    ChunkTensors,
+    KeyValueStore,
+    LandmarkKeeper,
+    MemoryRanks,
+    MemoryView,
+    RanksView,
+    StoredView,
+)
+from hsa_ultralong.ops import ChunkVisibility
+
+
+@dataclass
+class StoredMemory(Memory):
+    """A memory whose keys and values lie in `store`; those of `storage` have no slots.
+
+    A lookup that keeps the landmarks itself (LandmarkKeeper) stands for those of `storage`, which have no numbers then.
+    """
+
+    store: KeyValueStore = field(kw_only=True)
+
+    @property
+    def keeper(self) -> LandmarkKeeper | None:
+        """What keeps the landmarks, None if they are in `storage`."""
+        return self.lookup if isinstance(self.lookup, LandmarkKeeper) else None
+
+    def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
+        # a sketch knows no other visibility; who keeps the landmarks must be asked
+        return StoredView(self.tensors, visible, self.store, self.lookup if is_for_all else self.keeper)
+
+    def part(self, first: int, stop: int) -> ChunkTensors:
+        k, v = (pairs.flatten(0, 1)[None] for pairs in self.store.fetch(torch.arange(first, stop)))
+        found = self._slice(first, stop)._replace(k=k, v=v)
+        return found if self.keeper is None else found._replace(landmarks=self.keeper.landmarks(first, stop, k.dtype))
+
+    def loaded(self) -> ChunkMemory:
+        # landmarks and lengths are views of this memory's
+        tensors = ChunkTensors(*(x.clone() for x in self.part(0, self.num_chunks)))
+        return self._ordinary(tensors, [document.loaded() for document in self.documents])
+
+    @property
+    def num_bytes(self) -> int:
+        _, _, landmarks, *rest = self.tensors
+        kept = landmarks.nbytes if self.keeper is None else self.keeper.num_bytes
+        return self.store.num_bytes + kept + sum(part.nbytes for part in rest)
+
+    @property
+    def forms(self) -> tuple[str, str]:
+        return self.store.format, super().forms[1] if self.keeper is None else self.keeper.format
+
+    def kept(self, first: int, stop: int, forms: tuple[str, str]) -> dict[str, Any]:
+        places = {"keys_values": self.store, "landmarks": self.keeper}
+        return {
+            name: place.kept(first, stop)
+            for (name, place), form in zip(places.items(), forms, strict=True)
+            if place is not None and place.format == form
+        }
+
+    @property
+    def k(self) -> NoReturn:  # type: ignore[override]
+        """Raises: ValueError."""
+        raise ValueError(
+            "keys and values of this memory do not lie on the device; memory.part(first, stop) reads those of some "
+            "chunks, memory.loaded() makes an ordinary memory of all"
+        )
+
+    v = k
+
+    def refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"a memory opened from a file or on several tiers cannot be {what}; change the file with "
+            "hsa_ultralong.inference.Library and open it again, or take an ordinary copy: memory.loaded()"
+        )
+
+
+class SharedMemory(Memory):
+    """What this process holds of a memory shared out over several; `documents` lists those of all."""
+
+    def __init__(self, own: Memory, ranks: MemoryRanks) -> None:
+        super().__init__(
+            own.chunk_size, own.storage, own.num_chunks, own.documents, own.fingerprint, own.is_composable, own.lookup
+        )
+        self.own, self.ranks = own, ranks
+
+    @property
+    def num_chunks_of_all(self) -> int:
+        return self.ranks.num_chunks
+
+    @property
+    def num_bytes(self) -> int:
+        return self.own.num_bytes
+
+    def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
+        return RanksView(self.own.view(visible, is_for_all=is_for_all), self.ranks)
+
+    k = property(lambda self: self.own.k)
+    v = property(lambda self: self.own.v)
+
+    def part(self, first: int, stop: int) -> ChunkTensors:
+        self.refuse("taken apart")
+
+    def loaded(self) -> ChunkMemory:
+        self.refuse("loaded")
+
+    def save(self, *_: Any, **__: Any) -> None:
+        self.refuse("saved")
+
+    def refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"a memory shared out over processes cannot be {what}; do it before sharing it out")
