@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from hsa_ultralong.cli.common import Encoding, TextField
 from hsa_ultralong.cli.numbers import finite
-from hsa_ultralong.cli.terminal import console, echo, echo_json
+from hsa_ultralong.cli.terminal import echo
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
 
     from hsa_ultralong.train import TrainConfig, Trainer
     from hsa_ultralong.train.run_folder import RunFolder
@@ -53,7 +52,7 @@ def train(
         typer.Option(min=0, max=1e9, callback=finite, help="Save and stop after so many minutes; run again to go on."),
     ] = None,
     init_from: Annotated[
-        Path | None, typer.Option(help="Start from the weights of this exported model folder.")
+        Path | None, typer.Option(help="Start from this model folder: its shape and weights, whatever the recipe's.")
     ] = None,
     freeze_memory: Annotated[
         bool,
@@ -89,100 +88,122 @@ def train(
         _use_conversations(config)
     config = apply_overrides(config, assignments or [])
     config.freeze_memory |= freeze_memory
+    run = output or Path("runs") / "-".join(filter(None, (recipe, config.twin)))
+    if init_from is not None:
+        _take_shape(config, init_from, run)
     if until is not None:
         config.stage(until)
     if dry_run:
-        _show_plan(config, as_json)
+        from hsa_ultralong.cli.train_plan import show_plan
+
+        show_plan(config, as_json)
         return
-    run = output or Path("runs") / "-".join(filter(None, (recipe, config.twin)))
     reading = {"text_field": text_field, "encoding": encoding}
-    _check_options(config, data, text, chat, init_from, reading)
+    _execute(
+        Request(config, run, data, text or [], chat or [], reading, tokenizer, until, max_minutes, init_from, export),
+        device,
+    )
+
+
+class Request(NamedTuple):
+    """What a command asks for, resolved."""
+
+    config: TrainConfig
+    run: Path
+    data: Path | None
+    text: list[str]
+    chat: list[str]
+    reading: dict[str, str]
+    tokenizer: Path | None
+    until: str | None
+    max_minutes: float | None
+    init_from: Path | None
+    export: Path | None
+
+
+def _execute(request: Request, device: str) -> None:
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.train.run_folder import RunFolder
 
-    _check_folders(run, data, export, init_from, is_twin=bool(config.twin))
-    if init_from is not None and tokenizer is None and data is None and (init_from / "tokenizer.json").is_file():
+    _check_options(request)
+    _check_folders(request)
+    own = None if request.init_from is None else request.init_from / "tokenizer.json"
+    if own is not None and own.is_file() and request.tokenizer is None and request.data is None:
         # tokens must mean to the new rows what they mean to the weights
-        tokenizer = init_from
+        request = request._replace(tokenizer=request.init_from)
     place = init_distributed(choose_device(device))
-    folder = RunFolder(run)
+    folder = RunFolder(request.run)
     folder.take()
     try:
-        shards = data or _prepare_shards(text or [], chat or [], run / "shards", tokenizer, config, reading)
-        _run(config, folder, shards, tokenizer or shards / "tokenizer", place, until, max_minutes, init_from, export)
+        shards = request.data or _prepare_shards(request)
+        _run(request, folder, shards, request.tokenizer or shards / "tokenizer", place)
     finally:
         folder.release()
 
 
-def _check_options(
-    config: TrainConfig,
-    data: Path | None,
-    text: list[str] | None,
-    chat: list[str] | None,
-    init_from: Path | None,
-    reading: dict[str, str],
-) -> None:
-    if not text and tuple(reading.values()) != ("text", "auto"):
+def _take_shape(config: TrainConfig, init_from: Path, run: Path) -> None:
+    """The model is that of the folder; once the run has a checkpoint, that of the run."""
+    from hsa_ultralong.cli.model_folder import check_model_folder
+    from hsa_ultralong.files.regular import read_json
+    from hsa_ultralong.models import HSAConfig
+    from hsa_ultralong.train.state import list_checkpoints
+
+    if list_checkpoints(run) and (run / "config.json").is_file():
+        base = read_json(run / "config.json").get("base")
+        if isinstance(base, dict) and base:
+            config.start_from(HSAConfig.from_dict(base))
+            return
+    config.start_from(check_model_folder(init_from))
+
+
+def _check_options(request: Request) -> None:
+    if not request.text and tuple(request.reading.values()) != ("text", "auto"):
         raise ValueError("--text-field and --encoding go with --text FILE")
-    if config.freeze_memory and init_from is None:
+    if request.config.freeze_memory and request.init_from is None:
         raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
-    if config.twin and init_from is not None:
+    if request.config.twin and request.init_from is not None:
         raise ValueError(
             "--init-from starts from the weights of a model of this library, a twin from none: leave it out"
         )
-    from hsa_ultralong.models.presets import preset
     from hsa_ultralong.train.twins import rival_of
 
-    rival_of(config, preset(config.preset, **config.model))
-    if chat and not text:
+    rival_of(request.config, request.config.shape())
+    if request.chat and not request.text:
         raise ValueError("--chat goes with --text; shards get conversations from `hsa data corpus.txt --chat FILE`")
-    if (data is None) == (not text):
+    if (request.data is None) == (not request.text):
         raise ValueError(
             "training needs --data SHARDS, made with `hsa data corpus.txt -o SHARDS`, or --text corpus.txt"
         )
 
 
-def _check_folders(run: Path, data: Path | None, export: Path | None, init_from: Path | None, *, is_twin: bool) -> None:
+def _check_folders(request: Request) -> None:
     """Everything named by the command can be read or written, before any work; nothing is written."""
-    from hsa_ultralong.cli.model_folder import check_model_folder
     from hsa_ultralong.eval.plots import read_log
     from hsa_ultralong.train.export import check_export
     from hsa_ultralong.train.run_folder import check_run_folder
-    from hsa_ultralong.train.state import list_checkpoints
 
+    run, data = request.run, request.data
     check_run_folder(run)
     read_log(run / "log.jsonl")
-    if export is not None:
-        check_export(export, [run, run / "shards", *([data] if data else [])], is_twin=is_twin)
-    if init_from is not None and not list_checkpoints(run):
-        check_model_folder(init_from)
+    if request.export is not None:
+        others = [run, run / "shards", *([data] if data else [])]
+        check_export(request.export, others, is_twin=bool(request.config.twin))
 
 
-def _run(
-    config: TrainConfig,
-    held: RunFolder,
-    folder: Path,
-    tokenizer: Path,
-    place: torch.device,
-    until: str | None,
-    max_minutes: float | None,
-    init_from: Path | None,
-    export: Path | None,
-) -> None:
+def _run(request: Request, held: RunFolder, folder: Path, tokenizer: Path, place: torch.device) -> None:
     """Train on the shards in `folder` in this process, or in it and its peers."""
     import logging
     import math
 
     import torch.distributed as dist
 
-    from hsa_ultralong.cli.model_folder import load_checkpoint
     from hsa_ultralong.cli.train_display import Display
     from hsa_ultralong.data import TokenShards, load_tokenizer
     from hsa_ultralong.distributed.mesh import on_first, patient_group
     from hsa_ultralong.train import Trainer
 
-    run = held.path
+    config, run, export = request.config, held.path, request.export
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     if not is_first:
         # warnings are the same on all processes
@@ -194,12 +215,12 @@ def _run(
     with Display(config, is_first) as display:
         probe = _probe(shards, tokens, config, place)
         trainer = Trainer(config, run, shards, tokens, device=place, probe=probe, listener=display.show, folder=held)
-        if init_from is not None and trainer.resumed_from is None:
-            _require_same_tokenizer(init_from, tokens)
-            trainer.initialize_from(load_checkpoint(init_from, "auto").state_dict())
+        if request.init_from is not None:
+            _start_from(trainer, request.init_from, tokens)
         display.start(trainer)
         _stop_on_signals(trainer)
-        done = trainer.train(max_minutes=math.inf if max_minutes is None else max_minutes, last_stage=until)
+        minutes = math.inf if request.max_minutes is None else request.max_minutes
+        done = trainer.train(max_minutes=minutes, last_stage=request.until)
     if export is not None and done:
         _export(trainer, export)
     gpus = dist.get_world_size() if dist.is_initialized() else 1
@@ -214,6 +235,19 @@ def _run(
         _draw(run)
         if export is not None and done:
             echo(f"model written to {export}")
+
+
+def _start_from(trainer: Trainer, folder: Path, tokens: Any) -> None:
+    """Weights of a model folder, unless the run has its own; which tokens end an answer, in any case."""
+    from transformers import GenerationConfig
+
+    from hsa_ultralong.cli.model_folder import load_checkpoint
+
+    if trainer.resumed_from is None:
+        _require_same_tokenizer(folder, tokens)
+        trainer.initialize_from(load_checkpoint(folder, "auto").state_dict())
+    if (folder / "generation_config.json").is_file():
+        trainer.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _require_same_tokenizer(init_from: Path, tokens: Any) -> None:
@@ -244,22 +278,21 @@ def _use_conversations(config: TrainConfig) -> None:
         stage.mixture = {"sft" if kind == "instructions" else kind: share for kind, share in stage.mixture.items()}
 
 
-def _prepare_shards(
-    text: list[str], chat: list[str], folder: Path, tokenizer: Path | None, config: TrainConfig, reading: dict[str, str]
-) -> Path:
-    """Token shards in `folder`, made by the first process unless they are there already."""
+def _prepare_shards(request: Request) -> Path:
+    """Token shards in the run's folder, made by the first process unless they are there already."""
     from hsa_ultralong.distributed.mesh import on_first, patient_group
+
+    folder, text, chat = request.run / "shards", request.text, request.chat
 
     def prepare() -> None:
         if folder.exists():
             echo(f"training on {folder}, made before; remove it to read {', '.join([*text, *chat])} again")
             return
         from hsa_ultralong.cli.data import data as tokenise
-        from hsa_ultralong.models.presets import preset
 
         folder.parent.mkdir(parents=True, exist_ok=True)
-        vocab_size = preset(config.preset).vocab_size
-        tokenise(text, folder, tokenizer=tokenizer, vocab_size=vocab_size, chat=chat, **reading)  # type: ignore[arg-type]
+        vocab_size = request.config.shape().vocab_size
+        tokenise(text, folder, tokenizer=request.tokenizer, vocab_size=vocab_size, chat=chat, **request.reading)  # type: ignore[arg-type]
 
     on_first(prepare, patient_group())
     return folder
@@ -270,14 +303,13 @@ def _probe(shards: Any, tokens: Any, config: TrainConfig, place: Any) -> Any:
     import logging
 
     from hsa_ultralong.eval.probes import needle_probe
-    from hsa_ultralong.models.presets import preset
 
     logger = logging.getLogger(__name__)
     if not len(shards.documents("validation")):
         logger.warning("no document is held out: needle accuracy is not measured in training")
         return None
     lengths = sorted({stage.seq_len for stage in config.stages} | set(config.probe_lengths))
-    size = preset(config.preset, **config.model).chunk_size
+    size = config.shape().chunk_size
     try:
         return needle_probe(shards, tokens, rows=config.probe_rows, device=place, lengths=lengths, chunk_size=size)
     except ValueError as error:
@@ -318,65 +350,3 @@ def _draw(run: Path) -> None:
     if any("loss" in record for record in log):
         plot_training(log, run / "loss.png", f"{run.resolve().name}: training")
         echo(f"curves drawn to {run / 'loss.png'}")
-
-
-def _show_plan(config: TrainConfig, as_json: bool) -> None:
-    """The resolved run, and what each stage takes."""
-
-    from hsa_ultralong.train import as_dict
-    from hsa_ultralong.train.planning import plan_as_dict, plan_run
-
-    plan = plan_as_dict(config, plan_run(config))
-    if as_json:
-        echo_json({**as_dict(config), "plan": plan})
-        return
-
-    echo_json(as_dict(config))
-    console().print(_plan_table(config, plan))
-
-
-def _plan_table(config: TrainConfig, plan: dict[str, Any]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    from hsa_ultralong.baselines.twins import rival_parameters
-    from hsa_ultralong.cli.plan import format_bytes, format_count
-    from hsa_ultralong.models.accounting import count_parameters
-    from hsa_ultralong.models.presets import preset
-    from hsa_ultralong.train.twins import rival_of
-
-    model = preset(config.preset, **config.model)
-    parameters, rival = count_parameters(model), rival_of(config, model)
-    count = parameters.total if rival is None else rival_parameters(rival)
-    gpus = f"{plan['gpus']} GPU{'s' if plan['gpus'] > 1 else ''}"
-    active = f", {format_count(parameters.active)} active" if parameters.active < parameters.total else ""
-    name = f"{config.preset}, twin {config.twin}" if config.twin else config.preset
-    title = f"{name}: {format_count(count)} parameters{active}; {gpus}, bytes are of one"
-    caption = (
-        f"Time: FLOP at {plan['mfu']:.0%} of {plan['peak_flops'] / 1e12:.0f} TFLOP/s a GPU (H100, H200), probes and "
-        "checkpoints left out. Activations are an estimate (train/planning.py)."
-    )
-    # stages side by side: there are five at most, and terminals are narrow
-    style: dict[str, Any] = {"box": box.SIMPLE, "padding": (0, 1, 0, 0), "title_justify": "left"}
-    table = Table("", title=title, caption=caption, caption_justify="left", **style)
-    stages = plan["stages"]
-    for name in (*(stage["stage"] for stage in stages), "all"):
-        table.add_column(name, justify="right", no_wrap=True)
-    steps, tokens = (sum(stage[name] for stage in stages) for name in ("steps", "tokens"))
-    table.add_row("context", *(f"{stage['seq_len']:,}" for stage in stages))
-    table.add_row("steps", *(f"{stage['steps']:,}" for stage in stages), f"{steps:,}")
-    table.add_row("tokens", *(format_count(stage["tokens"]) for stage in stages), format_count(tokens))
-    kinds = {"optimizer": "optimiser", "total_bytes": "sum"}
-    for key in ("weights", "gradients", "optimizer", "activations", "total_bytes"):
-        table.add_row(kinds.get(key, key), *(format_bytes(stage[key]) for stage in stages))
-    if any(stage["host"] for stage in stages):
-        table.add_row("host", *(format_bytes(stage["host"]) if stage["host"] else "" for stage in stages))
-    table.add_row("time", *(_duration(stage["seconds"]) for stage in stages), _duration(plan["seconds"]))
-    return table
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 0.1 else "< 0.1 s"

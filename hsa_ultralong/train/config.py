@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hsa_ultralong.distributed.mesh import ParallelConfig
+from hsa_ultralong.models import HSAConfig
+from hsa_ultralong.models.configuration_hsa import config_fields
+from hsa_ultralong.models.presets import preset, replace_options
 
 FULL_COVERAGE = 0
 _SCHEDULES = ("constant", "linear", "cosine")
@@ -124,6 +127,7 @@ class TrainConfig:
 
     Attributes:
         preset, model: preset name and overrides of its HSAConfig fields.
+        base: the HSAConfig fields of the model folder that the run starts from, in place of the preset's.
         twin: name of a rival (baselines/twins.py) of the same size to train in the model's place; "" trains the model.
             Of a stage it takes rows, steps and rates; chunk_topk and gumbel_noise are of the model only.
         twin_options: options of the rival's RivalConfig, such as {"num_sinks": 8}.
@@ -145,6 +149,7 @@ class TrainConfig:
     preset: str
     stages: list[StageConfig]
     model: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     twin: str = ""
     twin_options: dict[str, Any] = field(default_factory=dict)
@@ -189,6 +194,18 @@ class TrainConfig:
         if any(not isinstance(length, int) or length < 1 for length in self.probe_lengths):
             raise ValueError(f"probe_lengths must be numbers of tokens, got {self.probe_lengths}")
 
+    def shape(self, **defaults: Any) -> HSAConfig:
+        """The model's configuration before any stage; `defaults` are options that follow from a tokenizer, which the
+        folder that a run starts from states itself."""
+        if self.base:
+            return replace_options(HSAConfig(**self.base), self.model)
+        return preset(self.preset, **{**defaults, **self.model})
+
+    def start_from(self, config: HSAConfig) -> None:
+        """Take the shape of a model that was saved; what was measured of its weights is not kept."""
+        fields = (name for name in config_fields() if name != "unsure_below")
+        self.base = {name: getattr(config, name) for name in fields}
+
     def stage(self, name: str) -> int:
         """Index of the stage called `name`."""
         names = [stage.name for stage in self.stages]
@@ -227,7 +244,7 @@ def apply_overrides(config: TrainConfig, assignments: Sequence[str]) -> TrainCon
 
 def _assign(target: Any, name: str, path: str, text: str) -> None:
     """Set one field to the value that `text` spells, if it is of the field's type."""
-    names = [f.name for f in dataclasses.fields(target) if f.name not in ("stages", "model", "parallel")]
+    names = [f.name for f in dataclasses.fields(target) if f.name not in ("stages", "model", "base", "parallel")]
     if name not in names:
         raise ValueError(f"unknown key {path!r}; choose one of {', '.join(names)}")
     hint = typing.get_type_hints(type(target))[name]

@@ -46,6 +46,8 @@ def export_model(model: Trained, tokenizer: Any, folder: Path, *, topk: int) -> 
     else:
         plain = RivalForCausalLM(copy.deepcopy(model.config))
     plain.load_state_dict(weights)
+    if model.generation_config is not None:
+        plain.generation_config = copy.deepcopy(model.generation_config)
     partial = folder.with_name(f".partial-{folder.name}")
     if partial.is_symlink():
         partial.unlink()

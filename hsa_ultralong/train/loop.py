@@ -19,7 +19,6 @@ from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.distributed.mesh import build_mesh, data_rank, data_world, everywhere, total
 from hsa_ultralong.models import HSAForCausalLM
-from hsa_ultralong.models.presets import preset
 from hsa_ultralong.train.activations import activation_context
 from hsa_ultralong.train.batches import Batch, count_labels, stage_mixture, step_batches
 from hsa_ultralong.train.checkpoint import (
@@ -96,7 +95,7 @@ class Trainer:
         self.is_first = self.mesh is None or self.mesh.get_rank() == 0
         torch.manual_seed(config.seed)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        self.preset = preset(config.preset, **{"vocab_size": len(tokenizer), **ids, **config.model})
+        self.preset = config.shape(vocab_size=len(tokenizer), **ids)
         if self.preset.vocab_size < len(tokenizer):
             wanted = self.preset.vocab_size
             raise ValueError(f"model.vocab_size={wanted} has no room for the {len(tokenizer)} tokens of the tokenizer")

@@ -16,7 +16,7 @@ from hsa_ultralong.baselines import RivalConfig
 from hsa_ultralong.baselines.accounting import training_flops
 from hsa_ultralong.baselines.twins import rival_parameters
 from hsa_ultralong.models import HSAConfig, accounting
-from hsa_ultralong.models.presets import preset, replace_options
+from hsa_ultralong.models.presets import replace_options
 from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig
 from hsa_ultralong.train.twins import rival_of
 
@@ -71,8 +71,9 @@ def plan_run(config: TrainConfig, vocab_size: int | None = None) -> list[StagePl
     Raises:
         ValueError: if a step's rows cannot be shared out over the GPUs.
     """
-    vocab = {} if vocab_size is None else {"vocab_size": vocab_size}
-    model = preset(config.preset, **{**config.model, **vocab})
+    model = config.shape()
+    if vocab_size is not None:
+        model = replace_options(model, {"vocab_size": vocab_size})
     rival = rival_of(config, model)
     if rival is not None:
         return [_plan_twin(config, stage, model, rival) for stage in config.stages]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hsa_ultralong.cli.train import _plan_table
+from hsa_ultralong.cli.train_plan import plan_table
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.recipes import RECIPES, recipe
@@ -77,7 +77,7 @@ def stage_plan(seq_len, preset="small_345m", model=None, **options):
 def test_the_table_of_a_plan_is_whole_in_a_narrow_terminal(name):
     config = recipe(name)
     plan, printed = plan_as_dict(config, plan_run(config)), io.StringIO()
-    Console(file=printed, width=80).print(_plan_table(config, plan))
+    Console(file=printed, width=80).print(plan_table(config, plan))
     text = printed.getvalue()
     assert "…" not in text and all(stage.name in text and f"{stage.seq_len:,}" in text for stage in config.stages)
 
