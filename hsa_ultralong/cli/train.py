@@ -149,6 +149,10 @@ def _take_shape(config: TrainConfig, init_from: Path, run: Path) -> None:
     from hsa_ultralong.models import HSAConfig
     from hsa_ultralong.train.state import list_checkpoints
 
+    if config.twin:
+        raise ValueError(
+            "--init-from starts from the weights of a model of this library, a twin from none: leave it out"
+        )
     if list_checkpoints(run) and (run / "config.json").is_file():
         base = read_json(run / "config.json").get("base")
         if isinstance(base, dict) and base:
@@ -162,10 +166,6 @@ def _check_options(request: Request) -> None:
         raise ValueError("--text-field and --encoding go with --text FILE")
     if request.config.freeze_memory and request.init_from is None:
         raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
-    if request.config.twin and request.init_from is not None:
-        raise ValueError(
-            "--init-from starts from the weights of a model of this library, a twin from none: leave it out"
-        )
     from hsa_ultralong.train.twins import rival_of
 
     rival_of(request.config, request.config.shape())
