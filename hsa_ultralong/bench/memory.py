@@ -7,7 +7,6 @@ Called by `hsa bench memory`; tests/bench/test_memory_benchmark.py.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hsa_ultralong.files.strict_json import read_json
 from hsa_ultralong.inference import DecodingEngine, open_shared, share_out
 from hsa_ultralong.memory import LandmarkIndex, MemoryFile, TieredStore, open_memory
 from hsa_ultralong.memory.chunk_memory import ChunkMemory, Memory
@@ -67,7 +67,7 @@ class MemorySettings:
 
 def continued(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """The results file at `path`, or an empty one, ready for a further run: meta is the newest run's, "runs" all."""
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"meta": {}, "records": []}
+    earlier = read_json(path) if path.is_file() else {"meta": {}, "records": []}
     runs = [*earlier["meta"].get("runs", []), {key: meta[key] for key in ("command", "commit", "date")}]
     return {"meta": {**meta, "runs": runs}, "records": earlier["records"]}
 

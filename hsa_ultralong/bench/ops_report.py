@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsa_ultralong.eval.plots import human_tokens, plt
+from hsa_ultralong.files.strict_json import read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,11 +37,8 @@ def read_benchmark(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is not JSON of the form {"meta", "records"}.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error.msg})") from error
-    if not isinstance(value, dict) or not {"meta", "records"} <= set(value):
+    value = read_json(path)
+    if not {"meta", "records"} <= set(value):
         raise ValueError(f"{path} holds no benchmark: expected an object with meta and records")
     return value
 

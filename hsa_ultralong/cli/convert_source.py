@@ -43,7 +43,7 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
 
 def _folder_source(path: Path) -> Source:
     from hsa_ultralong.cli.model_folder import weight_files
-    from hsa_ultralong.files.regular import read_json
+    from hsa_ultralong.files.strict_json import read_json
     from hsa_ultralong.models.authors import MODEL_TYPES
     from hsa_ultralong.models.convert import SOURCES
 
@@ -124,15 +124,16 @@ def complete_tokenizer(folder: Path) -> dict[str, str]:
     """
     import json
 
+    from hsa_ultralong.files.durable import write_whole
+    from hsa_ultralong.files.strict_json import read_json
+
     settings = folder / "tokenizer_config.json"
     if not settings.is_file():
         return {}
-    table = json.loads(settings.read_text(encoding="utf-8"))
+    table = read_json(settings)
     kept = {key: value for key, value in table.items() if key not in ("model_max_length", "max_len")}
     named: dict[str, str] = {}
     if (folder / "tokenizer.json").is_file():
-        from hsa_ultralong.files.regular import read_json
-
         stored = read_json(folder / "tokenizer.json")
         added = {token.get("content") for token in stored.get("added_tokens", []) if isinstance(token, dict)}
         for name, (first, other) in _STAND_INS.items():
@@ -140,5 +141,5 @@ def complete_tokenizer(folder: Path) -> dict[str, str]:
                 kept[name] = token
                 named[name] = token if isinstance(token, str) else token.get("content", "")
     if kept != table:
-        settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(settings, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
     return named

@@ -166,7 +166,7 @@ def _files(data: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
 def _load(folder: Path | None, device: str, dtype: str) -> tuple[Any, Any, bool]:
     """Model, tokenizer, and whether the model is one of this library."""
     from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model
-    from hsa_ultralong.files.regular import read_json
+    from hsa_ultralong.files.strict_json import read_json
 
     if folder is None or not (folder / "config.json").is_file():
         return (*load_model(folder, device, dtype), True)

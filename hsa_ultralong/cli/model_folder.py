@@ -105,7 +105,8 @@ def check_model_folder(folder: Path) -> Any:
 
 
 def _check_config(folder: Path) -> Any:
-    from hsa_ultralong.files.regular import read_json, reason
+    from hsa_ultralong.files.messages import reason
+    from hsa_ultralong.files.strict_json import read_json
     from hsa_ultralong.models import HSAConfig
 
     file = folder / _CONFIG
@@ -122,7 +123,7 @@ def _check_config(folder: Path) -> Any:
 
 def _check_leaves(file: Path, content: Any, name: str = "", depth: int = 0) -> None:
     """No number of a file is beyond what any model needs, and it is not nested deeper than libraries can copy."""
-    from hsa_ultralong.files.regular import shown
+    from hsa_ultralong.files.messages import shown
 
     if depth > _DEPTH:
         raise ValueError(f"{file}: {shown(name)} is nested too deeply")
@@ -139,7 +140,9 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: there are none, or the index names files elsewhere.
     """
-    from hsa_ultralong.files.regular import is_plain_name, read_json, shown
+    from hsa_ultralong.files.fields import is_plain_name
+    from hsa_ultralong.files.messages import shown
+    from hsa_ultralong.files.strict_json import read_json
 
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
@@ -206,7 +209,7 @@ def _stored(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and kind of every tensor, from the headers of the files."""
     from safetensors import SafetensorError, safe_open
 
-    from hsa_ultralong.files.regular import reason
+    from hsa_ultralong.files.messages import reason
 
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
@@ -228,7 +231,7 @@ def _expected(folder: Path, config: Any) -> tuple[dict[str, tuple[tuple[int, ...
 
     import torch
 
-    from hsa_ultralong.files.regular import reason
+    from hsa_ultralong.files.messages import reason
     from hsa_ultralong.models import HSAForCausalLM
 
     try:
@@ -244,7 +247,9 @@ def _expected(folder: Path, config: Any) -> tuple[dict[str, tuple[tuple[int, ...
 
 def _check_generation(folder: Path, config: Any) -> None:
     """Values of generation_config.json are of the right kind, and its and config.json's tokens in the vocabulary."""
-    from hsa_ultralong.files.regular import is_finite, is_whole, read_json, shown
+    from hsa_ultralong.files.fields import is_finite, is_whole
+    from hsa_ultralong.files.messages import shown
+    from hsa_ultralong.files.strict_json import read_json
 
     content: dict[str, Any] = {}
     if os.path.lexists(folder / _GENERATION):
@@ -273,7 +278,9 @@ def _check_generation(folder: Path, config: Any) -> None:
 def _verify_checksums(folder: Path, weights: list[str]) -> None:
     """Compare every file named in checksums.json; a folder without one is taken as it is."""
     from hsa_ultralong.files.checksum import file_digest
-    from hsa_ultralong.files.regular import is_digest, is_plain_name, read_json, shown
+    from hsa_ultralong.files.fields import is_digest, is_plain_name
+    from hsa_ultralong.files.messages import shown
+    from hsa_ultralong.files.strict_json import read_json
 
     if not os.path.lexists(folder / CHECKSUMS):
         return

@@ -331,14 +331,13 @@ def _stop_on_signals(trainer: Trainer) -> None:
 
 def _summarise(run: Path, seed: int, gpus: int) -> None:
     """What was measured, with command, commit and hardware, as summary.json in the run folder (docs/results.md)."""
-    import json
-
     from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
     from hsa_ultralong.eval.plots import read_log
     from hsa_ultralong.eval.run_summary import run_summary
+    from hsa_ultralong.files.strict_json import read_json
 
     log = read_log(run / "log.jsonl")
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config = read_json(run / "config.json")
     write_json(run / "summary.json", run_summary(log, config, run_metadata(command_line(), seed), gpus=gpus))
 
 

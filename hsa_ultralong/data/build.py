@@ -48,7 +48,8 @@ from hsa_ultralong.data.shards import (
 from hsa_ultralong.data.sources import BadRecords, parse_text, read_parsed
 from hsa_ultralong.data.tokenizer import plain_backend, special_token_ids, tokenizer_fingerprint
 from hsa_ultralong.files.checksum import file_record
-from hsa_ultralong.files.regular import sealed, write_whole
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.strict_json import sealed
 
 logger = logging.getLogger(__name__)
 

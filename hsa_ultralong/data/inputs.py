@@ -21,7 +21,7 @@ from hsa_ultralong.data import kinds
 from hsa_ultralong.data.encodings import AUTO, check_encoding
 from hsa_ultralong.data.input_file import HUB_PREFIX, InputFile
 from hsa_ultralong.data.tables import has_field
-from hsa_ultralong.files.regular import FileLock
+from hsa_ultralong.files.lock import FileLock
 
 logger = logging.getLogger(__name__)
 

@@ -20,19 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.shards import LABELS_FILE, TOKENIZER_FOLDER, TOKENS_FILE
 from hsa_ultralong.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from hsa_ultralong.files.regular import (
-    Field,
-    FileLock,
-    check_fields,
-    is_digest,
-    is_whole,
-    open_regular,
-    read_regular,
-    sealed,
-    unsealed,
-    whole,
-    write_whole,
-)
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.fields import DIGEST, OBJECT, mapping, require, row, rows, table, text, whole
+from hsa_ultralong.files.lock import FileLock
+from hsa_ultralong.files.regular import open_regular, read_regular
+from hsa_ultralong.files.strict_json import sealed, unsealed
 
 STATE_FILE = "state.json"
 _LOCK_FILE = "lock"
@@ -43,30 +35,24 @@ _GROWING = (TOKENS_FILE, LABELS_FILE, LENGTHS_FILE, HASHES_FILE)
 _STATE_BYTES = 2**31
 
 
-def _is_place(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_whole, value))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(is_whole, value.values()))
-
-
-def _is_bad(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and is_whole(value[0]) and isinstance(value[1], list)
-
-
-_SAVED_FIELDS = {
-    "identity": Field(lambda value: isinstance(value, dict), "a JSON object"),
-    "sizes": Field(lambda value: _is_count(value) and value.keys() == set(_GROWING), "sizes of the growing files"),
-    "digests": Field(lambda value: isinstance(value, dict) and all(map(is_digest, value.values())), "SHA-256 by file"),
-    "state": Field(lambda value: isinstance(value, dict), "a JSON object"),
-}
-_STATE_FIELDS = {
-    "place": Field(_is_place, "two whole numbers"),
-    **{name: whole() for name in ("num_bytes", "num_tokens", "num_documents", "num_conversations")},
-    "words": Field(_is_count, "numbers by word"),
-    "bad": Field(_is_bad, "a count and messages"),
-}
+_STATE = table(
+    {
+        "place": row(whole(), whole()),
+        **{name: whole() for name in ("num_bytes", "num_tokens", "num_documents", "num_conversations")},
+        "words": mapping(text(longest=_STATE_BYTES), whole()),
+        "bad": row(whole(), rows(lambda _: None)),
+    }
+)
+# builds of earlier versions have no digests
+_SAVED = table(
+    {
+        "identity": OBJECT,
+        "sizes": table(dict.fromkeys(_GROWING, whole())),
+        "digests": mapping(text(), DIGEST),
+        "state": _STATE,
+    },
+    may_lack=("digests",),
+)
 
 
 def partial_folder(out_dir: Path) -> Path:
@@ -121,9 +107,7 @@ class PartialBuild:
             return None
         try:
             saved, _ = unsealed(read_regular(file, _STATE_BYTES, follow=False), file)
-            # builds of earlier versions have no digests
-            check_fields(saved, _SAVED_FIELDS, str(file), optional=("digests",))
-            check_fields(saved["state"], _STATE_FIELDS, f"{file}: state")
+            require(_SAVED, saved, f"{file}:")
             self._check_sizes(saved["sizes"], saved["state"])
         except (OSError, ValueError) as error:
             raise ValueError(

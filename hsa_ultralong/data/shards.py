@@ -21,20 +21,24 @@ from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.token_file import TokenFile, recall, remember
 from hsa_ultralong.data.tokenizer import tokenizer_fingerprint
-from hsa_ultralong.files.regular import (
+from hsa_ultralong.files.fields import (
     DIGEST,
-    Field,
-    check_fields,
+    OBJECT,
+    RECORD,
+    Check,
     is_finite,
-    is_record,
-    is_whole,
-    list_of,
-    read_regular,
-    reason,
-    shown,
-    unsealed,
+    mapping,
+    one_of,
+    require,
+    rows,
+    table,
+    text,
+    that,
     whole,
 )
+from hsa_ultralong.files.messages import reason, shown
+from hsa_ultralong.files.regular import read_regular
+from hsa_ultralong.files.strict_json import unsealed
 
 # 2 if there are conversations, which a reader of version 1 would take for text
 FORMAT_VERSIONS = (1, 2)
@@ -45,23 +49,21 @@ LABELS_FILE = "labels.bin"
 TOKENIZER_FOLDER = "tokenizer"
 MANIFEST_FILE = "manifest.json"
 SPLITS = ("train", "validation")
-_MANIFEST_FIELDS: Mapping[str, Field] = {
+_MANIFEST_FIELDS: Mapping[str, Check] = {
     "format_version": whole(*FORMAT_VERSIONS),
     "tokenizer_fingerprint": DIGEST,
     "vocab_size": whole(1, 2**32),
-    "dtype": Field(lambda value: value in ("<u2", "<u4"), "<u2 or <u4"),
+    "dtype": one_of(("<u2", "<u4")),
     "num_documents": whole(1),
     "num_conversations": whole(),
     "num_tokens": whole(1),
     "num_text_bytes": whole(),
     "num_words": whole(),
-    "files": Field(
-        lambda value: isinstance(value, dict) and all(map(is_record, value.values())), "names with size and SHA-256"
-    ),
-    "bad_records": Field(lambda value: isinstance(value, dict), "a JSON object"),
-    "passed_over": Field(lambda value: isinstance(value, dict), "a JSON object"),
-    "validation_fraction": Field(lambda value: is_finite(value) and 0 <= value < 1, "a number of at least 0 below 1"),
-    "validation_documents": list_of(is_whole, "numbers of documents"),
+    "files": mapping(text(), RECORD),
+    "bad_records": OBJECT,
+    "passed_over": OBJECT,
+    "validation_fraction": that(lambda value: is_finite(value) and 0 <= value < 1, "a number of at least 0 below 1"),
+    "validation_documents": rows(whole()),
 }
 # not in folders of earlier versions
 _OPTIONAL = ("num_conversations", "bad_records", "passed_over")
@@ -238,7 +240,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _check_manifest(manifest: dict[str, Any], where: str) -> None:
     """Fields by their kind, and what they say together."""
-    check_fields(manifest, _MANIFEST_FIELDS, where, optional=_OPTIONAL)
+    require(table(_MANIFEST_FIELDS, may_lack=_OPTIONAL), manifest, f"{where}:")
     num_documents, num_conversations = manifest["num_documents"], manifest.get("num_conversations", 0)
     names = {TOKENS_FILE, DOCUMENTS_FILE, WORDS_FILE} | ({LABELS_FILE} if num_conversations else set())
     if manifest["files"].keys() != names:

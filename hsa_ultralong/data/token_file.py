@@ -16,7 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from hsa_ultralong.files.regular import is_digest, open_regular, read_json, write_whole
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.fields import is_digest
+from hsa_ultralong.files.regular import open_regular
+from hsa_ultralong.files.strict_json import read_json
 
 VERIFIED_FILE = ".verified.json"
 _BLOCK_BYTES = 2**23

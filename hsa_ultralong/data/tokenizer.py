@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hsa_ultralong.files.regular import reason
+from hsa_ultralong.files.messages import reason
 
 BOS_TOKEN = "<|bos|>"
 EOS_TOKEN = "<|eos|>"

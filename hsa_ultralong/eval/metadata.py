@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.files.regular import write_whole
+from hsa_ultralong.files.durable import write_whole
 
 
 def hardware() -> str:

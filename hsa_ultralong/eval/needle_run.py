@@ -11,11 +11,10 @@ import torch
 from hsa_ultralong.eval.needles import LengthResult, NeedleSample, NeedleStudy, peak_host_bytes
 from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_digest
 from hsa_ultralong.eval.report import sample_record
-from hsa_ultralong.files.regular import NUMBER, NUMBER_OR_NULL, TEXT, Field, is_finite, whole
+from hsa_ultralong.files.fields import NUMBER, NUMBER_OR_NULL, TEXT, flag, is_finite, that, whole
 
 _SAMPLE = [field.name for field in fields(NeedleSample)]
 _READING = ("read_seconds", "distinct_chunks", "memory_bytes", "store", "task")
-_BOOL = Field(lambda value: type(value) is bool, "true or false")
 
 
 class NeedleRun(RecordedRun):
@@ -23,10 +22,10 @@ class NeedleRun(RecordedRun):
 
     FIELDS = {
         "length": whole(1), "index": whole(), "form": TEXT, "store": TEXT, "task": TEXT, "haystack": TEXT,
-        "prompt": TEXT, "expected": TEXT, "answered": TEXT, "correct": _BOOL, "found": _BOOL, "depth": NUMBER,
+        "prompt": TEXT, "expected": TEXT, "answered": TEXT, "correct": flag, "found": flag, "depth": NUMBER,
         "weight": NUMBER, "margin": NUMBER_OR_NULL, "logits_error": NUMBER_OR_NULL,
         "distinct_chunks": whole(), "memory_bytes": whole(),
-        "read_seconds": Field(lambda value: is_finite(value) and value > 0, "a number above 0"),
+        "read_seconds": that(lambda value: is_finite(value) and value > 0, "a number above 0"),
     }  # fmt: skip
 
     def __init__(

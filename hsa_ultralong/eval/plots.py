@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from hsa_ultralong.files.regular import TEXT, check_fields, is_number, read_regular, whole, write_whole
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.fields import TEXT, is_number, require, table, whole
+from hsa_ultralong.files.regular import read_regular
+from hsa_ultralong.files.strict_json import parse_lines
 
 _LOG_FIELDS = {"stage": TEXT, "global_step": whole(), "tokens": whole()}
 _LOG_BYTES = 2**32
@@ -53,20 +55,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: for a line that is not JSON, naming file and line.
     """
-    return _parse_lines(path, read_regular(path, _LOG_BYTES))
-
-
-def _parse_lines(path: Path, data: bytes) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    # whatever stands in a text, lines end at line feeds only
-    for number, line in enumerate(data.decode("utf-8").rstrip("\n").split("\n") if data else (), 1):
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number} is not JSON ({getattr(error, 'msg', 'nested too deeply')})") from error
-        if not isinstance(records[-1], dict):
-            raise ValueError(f"{path}:{number} is no JSON object")
-    return records
+    return parse_lines(read_regular(path, _LOG_BYTES), path)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -77,10 +66,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     data = read_regular(path, _LOG_BYTES) if path.exists() else b""
     # the last line of a run that is under way, or was killed, may be unfinished
-    records = _parse_lines(path, data[: data.rfind(b"\n") + 1])
+    records = parse_lines(data[: data.rfind(b"\n") + 1], path)
     for number, record in enumerate(records, 1):
         where = f"{path}:{number}"
-        check_fields(record, _LOG_FIELDS, where, is_open=True)
+        require(table(_LOG_FIELDS, is_open=True), record, f"{where}:")
         probe, retrieval = record.get("probe", {}), record.get("retrieval", {})
         numbers = {name: value for name, value in record.items() if name not in (*_LOG_FIELDS, "probe", "retrieval")}
         is_valid = all(map(is_number, numbers.values()))

@@ -15,17 +15,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from hsa_ultralong.data.inputs import missing_parents, remove_empty
-from hsa_ultralong.files.regular import (
-    Field,
-    FileLock,
-    append_text,
-    check_fields,
-    parse_json,
-    read_json,
-    read_regular,
-    shown,
-    write_whole,
-)
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.fields import Check, require, table
+from hsa_ultralong.files.lock import FileLock
+from hsa_ultralong.files.messages import shown
+from hsa_ultralong.files.regular import append_text, read_regular
+from hsa_ultralong.files.strict_json import parse_lines, read_json
 
 _VERSION = 1
 _RECORD_BYTES = 2**32
@@ -36,7 +31,7 @@ class RecordedRun:
     """A run's folder, held by this process until `close`."""
 
     # of a record, what a run that goes on needs to know
-    FIELDS: ClassVar[Mapping[str, Field]] = {}
+    FIELDS: ClassVar[Mapping[str, Check]] = {}
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         """
@@ -100,9 +95,9 @@ class RecordedRun:
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             write_whole(place, whole)
-        records = [parse_json(line, place) for line in whole.split(b"\n") if line]
+        records = parse_lines(whole, place)
         for number, record in enumerate(records, 1):
-            check_fields(record, self.FIELDS, f"{place}, line {number}", is_open=True)
+            require(table(self.FIELDS, is_open=True), record, f"{place}, line {number}:")
         return records
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:

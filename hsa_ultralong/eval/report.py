@@ -10,7 +10,7 @@ from typing import Any
 
 from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.needles import LengthResult, NeedleSample, NeedleStudy, wilson_interval
-from hsa_ultralong.files.regular import write_whole
+from hsa_ultralong.files.durable import write_whole
 
 
 def study_records(study: NeedleStudy, model: str) -> list[dict[str, Any]]:

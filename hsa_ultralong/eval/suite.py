@@ -21,7 +21,8 @@ from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_
 from hsa_ultralong.eval.suite_summary import draw_table, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import Material, Sample, check_tasks, make_samples, score
 from hsa_ultralong.eval.tasks.sample import TooShort
-from hsa_ultralong.files.regular import NUMBER_OR_NULL, TEXT, Field, whole, write_whole
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.fields import NUMBER_OR_NULL, TEXT, that, whole
 
 # (task, length, samples done, samples wanted)
 Progress = Callable[[str, int, int, int], None]
@@ -33,7 +34,7 @@ class SuiteRun(RecordedRun):
     FIELDS = {
         "task": TEXT, "length": whole(), "index": whole(), "setting": TEXT, "metric": TEXT, "depth": NUMBER_OR_NULL,
         "score": NUMBER_OR_NULL, "certainty": NUMBER_OR_NULL, "weight": NUMBER_OR_NULL, "margin": NUMBER_OR_NULL,
-        "rank": NUMBER_OR_NULL, "found": Field(lambda value: value in (None, True, False), "true, false or null"),
+        "rank": NUMBER_OR_NULL, "found": that(lambda value: value in (None, True, False), "true, false or null"),
     }  # fmt: skip
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:

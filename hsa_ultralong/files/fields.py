@@ -1,91 +1,55 @@
-"""What a field of a memory's JSON may hold, as small checks that are put together; and strict parsing.
+"""What JSON may hold, as small checks that are put together.
 
 Pure data, no files. A check returns None, or what is wrong, which begins with the place: `.spec.chunk_size must be ..`.
-manifest.py, shard.py and reader.py state their fields with these; tests/memory/test_files_fields.py.
+Manifests, states and logs state their fields with these; tests/files/test_fields.py, tests/memory/test_files_fields.py.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import isfinite
-from reprlib import Repr
 from typing import Any
+
+from hsa_ultralong.files.messages import shown
 
 Check = Callable[[Any], str | None]
 
 LARGEST = 2**63 - 1
-MAX_ITEMS = 2**26
 MAX_DEPTH = 64
-_MAX_DIGITS = 1000
-_shown = Repr()
-_shown.maxstring = _shown.maxlong = _shown.maxother = 60
 
 
-def parse_json(data: bytes) -> Any:
-    """The value of ASCII JSON without repeated keys, NaN, infinities or numbers of more than 1,000 digits.
-
-    Raises:
-        ValueError: what is wrong, in one line. At most MAX_ITEMS items are read: lists take more memory than text.
-    """
-    require_few_items(data)
-    try:
-        return json.loads(
-            data.decode("ascii"),
-            object_pairs_hook=_without_repeats,
-            parse_int=_bounded,
-            parse_float=_finite,
-            parse_constant=_refused,
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+def is_whole(value: Any, least: int = 0, most: int = LARGEST) -> bool:
+    return type(value) is int and least <= value <= most
 
 
-def require_few_items(data: bytes) -> None:
-    """Refuse JSON of more than MAX_ITEMS items, without parsing it.
-
-    Raises:
-        ValueError: it has more.
-    """
-    if (count := data.count(b",") + data.count(b"[") + data.count(b"{")) > MAX_ITEMS:
-        raise ValueError(f"it has about {count:,} items, at most {MAX_ITEMS:,} are allowed")
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and (type(value) is float or abs(value) <= LARGEST)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
+def is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
-def _bounded(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"a number has {len(digits):,} digits")
-    return int(digits)
+def is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not isfinite(value):
-        raise ValueError(f"{shown(text)} is no finite number")
-    return value
+def is_plain_name(value: Any) -> bool:
+    """A file's name inside its folder: no path, no hidden file."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}", value) is not None
 
 
-def _refused(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
-
-
-def shown(value: object) -> str:
-    """A value for a message: short, on one line."""
-    return _shown.repr(value)
+def that(test: Callable[[Any], bool], words: str) -> Check:
+    """Whatever passes a test; `words` say what."""
+    return lambda value: None if test(value) else f" must be {words}, got {shown(value)}"
 
 
 def whole(low: int = 0, high: int = LARGEST) -> Check:
     """An int (no bool) within low..high."""
 
     def check(value: Any) -> str | None:
-        if type(value) is int and low <= value <= high:
+        if is_whole(value, low, high):
             return None
         return f" must be a whole number within {low}..{high}, got {shown(value)}"
 
@@ -155,15 +119,18 @@ def row(*items: Check) -> Check:
     return check
 
 
-def table(fields: Mapping[str, Check]) -> Check:
-    """An object with exactly these fields."""
+def table(fields: Mapping[str, Check], *, may_lack: Collection[str] = (), is_open: bool = False) -> Check:
+    """An object with exactly these fields; some may be missing, and if it `is_open` there may be others."""
 
     def check(value: Any) -> str | None:
-        if type(value) is not dict or value.keys() != fields.keys():
-            got = shown(sorted(value)) if type(value) is dict else shown(value)
-            return f" must have the fields {', '.join(fields)}; got {got}"
+        if type(value) is not dict:
+            return f" must be a JSON object, got {shown(value)}"
+        if missing := sorted(fields.keys() - value.keys() - set(may_lack)):
+            return f" lacks {missing[0]!r}"
+        if unknown := [] if is_open else sorted(value.keys() - fields.keys()):
+            return f" has an unknown field {shown(unknown[0])}"
         for name, field in fields.items():
-            if problem := field(value[name]):
+            if name in value and (problem := field(value[name])):
                 return f".{name}{problem}"
         return None
 
@@ -206,8 +173,20 @@ def free_object(value: Any) -> str | None:
 def require(check: Check, value: Any, what: str) -> None:
     """Refuse a value.
 
+    Args:
+        what: its name, which the place inside it follows; a file's ends in a colon.
+
     Raises:
         ValueError: `what`, the place inside it, what is needed and what was got.
     """
     if problem := check(value):
-        raise ValueError(f"{what}{problem}")
+        raise ValueError(f"{what} {problem.lstrip(' .')}" if what.endswith(":") else f"{what}{problem}")
+
+
+DIGEST = that(is_digest, "64 hexadecimal digits")
+TEXT = that(lambda value: isinstance(value, str), "text")
+NUMBER = that(is_number, "a number")
+NUMBER_OR_NULL = optional(NUMBER)
+OBJECT = that(lambda value: isinstance(value, dict), "a JSON object")
+# size and SHA-256 of a file, as `checksum.file_record` makes them
+RECORD = table({"bytes": whole(), "sha256": DIGEST})

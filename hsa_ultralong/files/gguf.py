@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hsa_ultralong.files.regular import open_regular, reason, shown
+from hsa_ultralong.files.messages import reason, shown
+from hsa_ultralong.files.regular import open_regular
 
 INSTALL = "pip install 'hsa-ultralong[gguf]'"
 _STRING, _ARRAY = 8, 9

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.files.durable import sync_folder
 from hsa_ultralong.inference.library import Library
 from hsa_ultralong.inference.reading_loop import Progress, as_tokens, check_range, show_progress
 from hsa_ultralong.memory.files import MemoryDocument, MemoryFile, MemoryFileError, MemorySpec, MemoryWriter
-from hsa_ultralong.memory.files.durable import clear_errors, sync_folder
 from hsa_ultralong.memory.files.housekeeping import remove_unfinished
 from hsa_ultralong.memory.files.manifest import read_manifest
+from hsa_ultralong.memory.files.spec import clear_errors
 from hsa_ultralong.memory.files.takeover import number_documents, take_over
 from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.quantization import bytes_per_token

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.files.fields import shown
+from hsa_ultralong.files.messages import shown
 from hsa_ultralong.memory.files import Column, MemoryFileError, MemorySpec
 from hsa_ultralong.memory.files.spec import MemoryDocument
 from hsa_ultralong.memory.quantization import FORMATS, KeyValueFormat, decode, encode, payload_dtype

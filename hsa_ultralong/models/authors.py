@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.files.regular import shown
+from hsa_ultralong.files.messages import shown
 from hsa_ultralong.models.causal_lm import HSAForCausalLM
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hsa_ultralong.files.gguf import GGUFFile, read_gguf
-from hsa_ultralong.files.regular import shown
+from hsa_ultralong.files.messages import shown
 
 _CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),

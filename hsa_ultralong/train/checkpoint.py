@@ -30,7 +30,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
 from hsa_ultralong.files.checksum import file_record
-from hsa_ultralong.files.regular import open_regular, reason, write_whole
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.messages import reason
+from hsa_ultralong.files.regular import open_regular
 from hsa_ultralong.train.state import STATE_FILE, advice, encode_state, list_checkpoints, read_state
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from hsa_ultralong.baselines import RivalForCausalLM
 from hsa_ultralong.files.checksum import file_digest
-from hsa_ultralong.files.regular import read_json
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.strict_json import read_json
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.train.twins import Trained
 
@@ -57,7 +58,7 @@ def export_model(model: Trained, tokenizer: Any, folder: Path, *, topk: int) -> 
     tokenizer.save_pretrained(partial)
     _forget_where(partial / "tokenizer_config.json")
     table = {file.name: file_digest(file) for file in sorted(partial.iterdir())}
-    (partial / "checksums.json").write_text(json.dumps(table, indent=1) + "\n")
+    write_whole(partial / "checksums.json", json.dumps(table, indent=1) + "\n")
     if not folder.exists():
         partial.rename(folder)
         return
@@ -100,7 +101,7 @@ def check_export(folder: Path, others: Sequence[Path], *, is_twin: bool = False)
 
 def _forget_where(config: Path) -> None:
     """Drop what transformers notes of where a tokenizer was loaded from: it is no part of the tokenizer."""
-    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings = read_json(config)
     for name in ("is_local", "local_files_only"):
         settings.pop(name, None)
-    config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(config, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hsa_ultralong.distributed.mesh import on_first, patient_group
-from hsa_ultralong.files.regular import FileLock, append_text, is_whole, read_json, read_regular, shown, write_whole
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.fields import is_whole
+from hsa_ultralong.files.lock import FileLock
+from hsa_ultralong.files.messages import shown
+from hsa_ultralong.files.regular import append_text, read_regular
+from hsa_ultralong.files.strict_json import read_json
 
 logger = logging.getLogger(__name__)
 

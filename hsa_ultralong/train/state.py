@@ -11,19 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hsa_ultralong.files.regular import (
-    Field,
-    check_fields,
-    is_number,
+from hsa_ultralong.files.fields import (
+    NUMBER,
+    RECORD,
+    Check,
     is_plain_name,
-    is_record,
     is_whole,
-    list_of,
-    read_regular,
-    sealed,
-    unsealed,
+    mapping,
+    one_of,
+    require,
+    rows,
+    table,
+    text,
+    that,
     whole,
 )
+from hsa_ultralong.files.regular import read_regular
+from hsa_ultralong.files.strict_json import sealed, unsealed
 from hsa_ultralong.train.config import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
@@ -34,42 +38,19 @@ FORMAT_VERSIONS = (2, 3)
 _SUFFIX = ".safetensors"
 
 
-def _is_file_table(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(is_plain_name(name) and name.endswith(_SUFFIX) and is_record(value[name]) for name in value)
-    )
-
-
-def _is_meter(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(part, list) and all(map(is_number, part)) for part in value.values()
-    )
-
-
-def _is_guard(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"recent", "high"}
-        and isinstance(value["recent"], list)
-        and len(value["recent"]) <= 1000
-        and all(map(is_number, value["recent"]))
-        and is_whole(value["high"])
-    )
-
-
-FIELDS: Mapping[str, Field] = {
+FIELDS: Mapping[str, Check] = {
     "format": whole(*FORMAT_VERSIONS),
-    "files": Field(_is_file_table, "names of safetensors files with size and SHA-256"),
+    "files": mapping(
+        that(lambda name: is_plain_name(name) and name.endswith(_SUFFIX), "the name of a safetensors file"), RECORD, 1
+    ),
     "stage_index": whole(),
     "step": whole(),
     "global_step": whole(),
     "tokens_seen": whole(),
-    "stages": list_of(lambda name: isinstance(name, str) and name != "" and name.isprintable(), "names of stages"),
-    "optimizer": Field(lambda value: value in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-    "meter": Field(_is_meter, "lists of numbers by name"),
-    "guard": Field(_is_guard, "the last losses, and how many were high"),
+    "stages": rows(that(lambda name: isinstance(name, str) and name != "" and name.isprintable(), "a stage's name")),
+    "optimizer": one_of(OPTIMIZERS),
+    "meter": mapping(text(), rows(NUMBER)),
+    "guard": table({"recent": rows(NUMBER, 0, 1000), "high": whole()}),
 }
 
 
@@ -101,7 +82,7 @@ def read_state(path: Path) -> dict[str, Any]:
         state, is_sealed = unsealed(read_regular(path / STATE_FILE, follow=False), path / STATE_FILE)
         version = state.get("format")
         if version in FORMAT_VERSIONS or not is_whole(version):
-            check_fields(state, FIELDS, str(path / STATE_FILE), optional=("stages",) if version == 2 else ())
+            require(table(FIELDS, may_lack=("stages",) if version == 2 else ()), state, f"{path / STATE_FILE}:")
             _check_sense(path, state, is_sealed)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {path.name} cannot be read: {error}; {advice(path)}") from error

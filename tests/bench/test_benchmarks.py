@@ -276,7 +276,7 @@ def test_the_figure_is_drawn_from_the_file_alone(result, tmp_path):
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_ops({"meta": result["meta"], "records": []}, tmp_path / "empty.png")
     source.write_text("[]")
-    with pytest.raises(ValueError, match="holds no benchmark"):
+    with pytest.raises(ValueError, match="must hold a JSON object"):
         read_benchmark(source)
 
 

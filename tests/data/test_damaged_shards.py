@@ -14,7 +14,7 @@ import pytest
 from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards, token_file
 from hsa_ultralong.data.token_file import VERIFIED_FILE
 from hsa_ultralong.files.checksum import file_record
-from hsa_ultralong.files.regular import sealed
+from hsa_ultralong.files.strict_json import sealed
 
 FILES = ("tokens.bin", "documents.npy", "words.txt", "manifest.json")
 
@@ -141,7 +141,7 @@ def test_tokens_beyond_the_vocabulary_are_refused_when_opened_with_the_right_che
         ({"num_conversations": 3}, "files must be|conversations"),
         ({"validation_documents": [99]}, "must ascend below"),
         ({"validation_documents": [3, 3]}, "must ascend below"),
-        ({"validation_documents": ["a"]}, "validation_documents must be a list"),
+        ({"validation_documents": ["a"]}, r"validation_documents\[0\] must be a whole number"),
         ({"validation_fraction": float("nan")}, "validation_fraction must be"),
         ({"tokenizer_fingerprint": None}, "tokenizer_fingerprint must be"),
         ({"format_version": True}, "format_version must be"),

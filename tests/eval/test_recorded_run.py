@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hsa_ultralong.eval.recorded_run import RecordedRun
-from hsa_ultralong.files.regular import TEXT
+from hsa_ultralong.files.fields import TEXT
 
 SETTINGS = {"weights": "abc", "seed": 0, "samples": 4}
 
@@ -64,7 +64,7 @@ def test_a_line_that_a_kill_cut_off_is_taken_away_and_the_others_stay(tmp_path):
     [
         ("[1]", "must hold a JSON object"),
         ("{", "is not readable JSON"),
-        ("{}", "line 2 lacks 'name'"),
+        ("{}", "line 2: lacks 'name'"),
         ('{"name": 3}', "line 2: name must be text, got 3"),
     ],
 )

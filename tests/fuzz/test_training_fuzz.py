@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.data import build, load_tokenizer
 from hsa_ultralong.files.checksum import file_digest, file_record
-from hsa_ultralong.files.regular import sealed
+from hsa_ultralong.files.strict_json import sealed
 from tests.fuzz.harness import Target, faults_of, make_outside, seeds_of
 from tests.fuzz.mutators import Mutation, other_bytes, other_json, other_kind, swapped
 
@@ -140,7 +140,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         * (
             other_kind(
                 STATE, TENSORS, SETTINGS, LOG, "checkpoints", "checkpoints/*", "train.lock", "summary.json", "loss.png",
-                ".partial-log.jsonl", ".partial-config.json", ".partial-summary.json",
+                "log.jsonl.tmp", "config.json.tmp", "summary.json.tmp",
                 "checkpoints/.partial-step-00000003",
             ),
         ),
@@ -154,7 +154,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         *3 * (other_bytes("*.bin", "*.npy", "words.txt", seal=seal_shards),),
         other_bytes(".verified.json", "tokenizer/*.json"),
         swapped("*", "tokenizer/*", seal=seal_shards),
-        *2 * (other_kind("*", ".verified.json", ".partial-.verified.json", "tokenizer/*", "run"),),
+        *2 * (other_kind("*", ".verified.json", ".verified.json.tmp", "tokenizer/*", "run"),),
     ),
     "build": (
         *4 * (other_json(".shards.partial/state.json", take=opened, put=put_sealed),),
@@ -166,7 +166,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
         * (
             other_kind(
                 ".shards.partial", ".shards.partial/*", ".shards.partial/lock", ".shards.partial/tokenizer/*",
-                ".shards.partial/.partial-state.json", ".shards.partial/manifest.json", ".shards.partial/words.txt",
+                ".shards.partial/state.json.tmp", ".shards.partial/manifest.json", ".shards.partial/words.txt",
                 ".shards.partial/documents.npy",
             ),
         ),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hsa_ultralong.memory import MemoryFile, MemoryFileError, MemoryWriter, export_memory, verify_memory
-from hsa_ultralong.memory.files import durable, transfer
+from hsa_ultralong.memory.files import housekeeping, transfer
 from tests.memory.test_files_model import SPEC, Model, S, add_document, build, rows, set_mark, state_of
 
 ROW = SPEC.row_bytes
@@ -396,4 +396,4 @@ def test_a_killed_writer_leaves_no_lock(tmp_path):
 
     assert os.WIFSIGNALED(in_child(work))
     MemoryWriter.open(path).close()
-    assert (path / durable.LOCK_FILE).exists()
+    assert (path / housekeeping.LOCK_FILE).exists()

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from hsa_ultralong.files import fields
-from hsa_ultralong.files.fields import MAX_DEPTH, free_object, parse_json, require
+from hsa_ultralong.files import strict_json
+from hsa_ultralong.files.fields import MAX_DEPTH, free_object, require
+from hsa_ultralong.files.strict_json import parse_json
 from hsa_ultralong.memory import Column, MemoryFile, MemoryFileError, MemorySpec, MemoryWriter, verify_memory
 from hsa_ultralong.memory.files import manifest
 from hsa_ultralong.memory.files.spec import MemoryDocument
@@ -102,8 +103,8 @@ def test_no_field_of_the_manifest_takes_a_value_of_another_type_or_range(tmp_pat
         (lambda body: body["documents"][0].update(extents=[[1, 1, 2**63 - 1]]), ("extents",)),
         (lambda body: body["documents"][0].update(extents=[[1, 0, 1], [1, 0, 1]]), ("extents",)),
         (lambda body: body["documents"][0].update(extents=[[1, 0, 1, 1]]), ("extents[0] must be a list of 3",)),
-        (lambda body: body["documents"][0].update(extra=1), ("documents[0] must have the fields",)),
-        (lambda body: body["documents"][0].pop("name"), ("documents[0] must have the fields",)),
+        (lambda body: body["documents"][0].update(extra=1), ("documents[0] has an unknown field 'extra'",)),
+        (lambda body: body["documents"][0].pop("name"), ("documents[0] lacks 'name'",)),
         (lambda body: body["documents"][0].update(name="x" * 70_000), ("documents[0].name",)),
         (lambda body: body.update(next_document=1), ("document ids",)),
         (lambda body: body.update(next_shard=2), ("shard numbers",)),
@@ -160,7 +161,7 @@ def test_a_continuation_has_its_own_name_and_no_other_file_is_read_or_removed_fo
 )
 def test_json_that_python_would_take_or_choke_on_is_refused(tmp_path, text, word):
     with pytest.raises(ValueError, match=word) as refused:
-        parse_json(text.encode())
+        parse_json(text.encode(), encoding="ascii")
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 200
     path = build(tmp_path / "a.hsa", [[1]])
     body = dumped(body_of(path)).replace('"build_state":{}', f'"build_state":{text}')
@@ -191,7 +192,7 @@ def test_free_json_is_bounded_in_depth_for_writers_too(tmp_path):
 
 def test_a_manifest_is_not_parsed_when_it_has_too_many_items_or_bytes(tmp_path, monkeypatch):
     path = build(tmp_path / "a.hsa", [[1], [2]])
-    monkeypatch.setattr(fields, "MAX_ITEMS", 20)
+    monkeypatch.setattr(strict_json, "MAX_ITEMS", 20)
     assert_refused(path, "items")
     monkeypatch.undo()
     monkeypatch.setattr(manifest, "LARGEST_FILE", 100)

@@ -145,7 +145,7 @@ def test_a_memory_without_documents_or_chunks_can_be_read(tmp_path):
         (lambda value: value["body"]["documents"][0].update(id=1), "contradicts itself .document ids"),
         (lambda value: value["body"]["documents"][1].update(is_open=False), "contradicts itself .a continuation"),
         (lambda value: value["body"]["shards"][0].update(number=9), "contradicts itself .shard numbers"),
-        (lambda value: value["body"].pop("spec"), "contradicts itself .body must have the fields"),
+        (lambda value: value["body"].pop("spec"), "contradicts itself .body lacks 'spec'"),
         (
             lambda value: value["body"]["spec"]["columns"]["tokens"].update(dtype="I13"),
             r"contradicts itself .body\.spec\.columns\.tokens\.dtype must be one of",

@@ -130,7 +130,12 @@ def copy(path: Path) -> None:
 
 def test_what_is_not_a_file_is_named_as_what_it_is(place):
     path, outside = place
-    for kind, word in ((to_file, "a link"), (fifo, "a pipe"), (listening, "a socket"), (in_a_folder, "a folder")):
+    for kind, word in (
+        (to_file, "a symbolic link"),
+        (fifo, "a pipe"),
+        (listening, "a socket"),
+        (in_a_folder, "a folder"),
+    ):
         shutil.rmtree(path)
         build(path, [[1]])
         (path / "shards/000001.safetensors").unlink()
@@ -188,7 +193,7 @@ def test_a_lock_file_is_never_shown_as_it_is(place):
     path, _ = place
     with MemoryWriter.open(path):
         (path / "writer.lock").write_bytes(b"\x1b[2J\n[red]1")
-        with pytest.raises(MemoryFileError, match="written by process unknown;"):
+        with pytest.raises(MemoryFileError, match="written by another process;"):
             MemoryWriter.open(path)
 
 

@@ -187,7 +187,7 @@ def test_links_beside_the_export_and_in_the_run_are_replaced_and_not_followed(pl
     (place / "outside" / "mine").write_text("mine")
     (place / ".partial-new").symlink_to(place / "outside")
     (place / "run").mkdir()
-    for name in ("loss.png", "summary.json", ".partial-summary.json", "config.json"):
+    for name in ("loss.png", "summary.json", "summary.json.tmp", "config.json"):
         (place / "run" / name).symlink_to(place / "outside" / "mine")
     (place / "run" / "log.jsonl").touch()
     (place / "outside" / "mine").write_text("{}")

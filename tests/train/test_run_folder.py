@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from hsa_ultralong.files.regular import FileLock
+from hsa_ultralong.files.lock import FileLock
 from hsa_ultralong.train.run_folder import LOCK_FILE, RunFolder, RunLog
 
 
@@ -145,7 +145,7 @@ def test_a_link_or_a_pipe_in_place_of_the_lock_is_refused_and_not_followed(tmp_p
     assert outside.read_text() == "mine"
     lock.unlink()
     os.mkfifo(lock)
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="is a pipe, not a plain file"):
         RunFolder(tmp_path / "run").take()
 
 
@@ -153,7 +153,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("hsa_ultralong.files.regular.fcntl.flock", no_locks)
+    monkeypatch.setattr("hsa_ultralong.files.lock.fcntl.flock", no_locks)
     FileLock.acquire(tmp_path / "lock", "x").release()
     assert "has no locks" in caplog.text
 
@@ -194,7 +194,7 @@ def test_links_planted_where_a_run_writes_are_replaced_or_refused(tiny_runs, tmp
     (tmp_path / "outside").mkdir()
     mine = tmp_path / "outside" / "mine"
     mine.write_text("mine")
-    for name in (".partial-config.json", "config.json"):
+    for name in ("config.json.tmp", "config.json"):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / name).symlink_to(mine)
     (tmp_path / "run" / "checkpoints").mkdir()

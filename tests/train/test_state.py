@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from hsa_ultralong.files.regular import sealed
+from hsa_ultralong.files.strict_json import sealed
 from hsa_ultralong.train.state import list_checkpoints, read_state
 
 
@@ -58,13 +58,13 @@ def test_every_flipped_bit_is_refused_and_the_checkpoint_before_is_named(newest,
         ({"stage_index": 7}, "contradict"),
         ({"tokens_seen": 1}, "contradict"),
         ({"stages": "warmup"}, "stages must be a list"),
-        ({"stages": [1, 2]}, "stages must be a list"),
+        ({"stages": [1, 2]}, r"stages\[0\] must be a stage's name"),
         ({"optimizer": ["adamw"]}, "optimizer must be one of adamw, muon"),
-        ({"files": {}}, "files must be"),
-        ({"files": {"../x.safetensors": {"bytes": 1, "sha256": "0" * 64}}}, "files must be"),
-        ({"files": {"x.safetensors": {"bytes": -1, "sha256": "0" * 64}}}, "files must be"),
-        ({"meter": {"loss": ["\x1b[31m"]}}, "meter must be"),
-        ({"guard": {"recent": [1.0], "high": "a"}}, "guard must be"),
+        ({"files": {}}, "files must be an object of 1"),
+        ({"files": {"../x.safetensors": {"bytes": 1, "sha256": "0" * 64}}}, "files: a key must be the name"),
+        ({"files": {"x.safetensors": {"bytes": -1, "sha256": "0" * 64}}}, "files.x.safetensors.bytes must be"),
+        ({"meter": {"loss": ["\x1b[31m"]}}, r"meter.loss\[0\] must be a number"),
+        ({"guard": {"recent": [1.0], "high": "a"}}, "guard.high must be"),
         ({"guard": []}, "guard must be"),
         ({"more": 1}, "unknown field 'more'"),
         ({"format": 2}, "does not go with a checksum"),

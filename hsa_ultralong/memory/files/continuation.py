@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from hsa_ultralong.files.fields import free_object, parse_json, require
+from hsa_ultralong.files.durable import write_file
+from hsa_ultralong.files.fields import free_object, require
 from hsa_ultralong.files.folder import read_file
-from hsa_ultralong.memory.files.durable import write_file
+from hsa_ultralong.files.strict_json import parse_json
 from hsa_ultralong.memory.files.finite import WHAT, is_finite
 from hsa_ultralong.memory.files.manifest import ContinuationRecord, continuation_file
 from hsa_ultralong.memory.files.spec import MemoryFileError, as_json_object
@@ -56,7 +57,7 @@ def read_continuation(folder: Path, record: ContinuationRecord) -> Continuation:
     if len(data) != record.num_bytes or hashlib.sha256(data).hexdigest() != record.sha256:
         raise MemoryFileError("the checksum differs")
     try:
-        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], encoding="ascii")
         metadata = parse_json(header["__metadata__"][KEY].encode("ascii"))
         require(free_object, metadata, "metadata")
         tensors = load(data)

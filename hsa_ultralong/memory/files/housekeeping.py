@@ -12,20 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hsa_ultralong.files.durable import TEMPORARY, make_folder, remove_file, sync_folder
 from hsa_ultralong.files.folder import parent_of
-from hsa_ultralong.memory.files.durable import (
-    LOCK_FILE,
-    TEMPORARY,
-    WriterLock,
-    clear_errors,
-    make_folder,
-    remove_file,
-    sync_folder,
-)
+from hsa_ultralong.files.lock import FileLock
 from hsa_ultralong.memory.files.manifest import FILE, Manifest, generation_on_disk
 from hsa_ultralong.memory.files.shard import FOLDER
-from hsa_ultralong.memory.files.spec import MemoryFileError
+from hsa_ultralong.memory.files.spec import MemoryFileError, clear_errors
 
+LOCK_FILE = "writer.lock"
 # by the folder inside the memory's, "" for the memory's own
 _OURS = {
     "": re.compile(r"(continuation-\d{6,}\.safetensors|manifest\.json)(\.tmp)?", re.ASCII),
@@ -46,7 +40,20 @@ def require_empty(folder: Path) -> None:
         raise MemoryFileError(f"{folder} is not empty ({names[0]}); choose another name, or empty the folder")
 
 
-def require_own_generation(folder: Path, lock: WriterLock, stamp: bytes) -> None:
+def lock_writer(folder: Path) -> FileLock:
+    """The right to change a memory, or a refusal at once; the lock file stays.
+
+    Raises:
+        MemoryFileError: another writer has the memory open; the message names its process.
+    """
+    advice = "a memory has one writer at a time, wait until it is done or open the memory for reading"
+    try:
+        return FileLock.acquire(folder / LOCK_FILE, f"{folder} is being written", advice, is_kept=True)
+    except ValueError as error:
+        raise MemoryFileError(str(error)) from error
+
+
+def require_own_generation(folder: Path, lock: FileLock, stamp: bytes) -> None:
     """Refuse to write where another writer was: one can begin when `writer.lock` or the folder is taken away.
 
     Args:
@@ -108,7 +115,7 @@ def remove_unfinished(folder: Path) -> None:
     """
     if os.path.lexists(folder):
         _require_partial(folder)
-        WriterLock.acquire(folder).release()
+        lock_writer(folder).release()
         shutil.rmtree(folder)
 
 

@@ -15,24 +15,23 @@ from typing import Any
 
 import numpy as np
 
+from hsa_ultralong.files.durable import write_file
 from hsa_ultralong.files.fields import (
     LARGEST,
     Check,
     flag,
     free_object,
     optional,
-    parse_json,
     require,
-    require_few_items,
     row,
     rows,
-    shown,
     table,
     text,
     whole,
 )
 from hsa_ultralong.files.folder import read_file
-from hsa_ultralong.memory.files.durable import write_file
+from hsa_ultralong.files.messages import shown
+from hsa_ultralong.files.strict_json import parse_json, require_few_items
 from hsa_ultralong.memory.files.shard import ShardRecord, shard_layout
 from hsa_ultralong.memory.files.spec import SPEC, Extent, MemoryDocument, MemoryFileError, MemorySpec
 
@@ -220,7 +219,7 @@ def decode(data: bytes, path: Path) -> Manifest:
     if data != _framed(body):
         raise MemoryFileError(_why_refused(data, path))
     try:
-        value = parse_json(body)
+        value = parse_json(body, encoding="ascii")
         require(BODY, value, "body")
         manifest = _from_body(value)
         problem = _contradiction(manifest)
@@ -236,7 +235,7 @@ def decode(data: bytes, path: Path) -> Manifest:
 def _why_refused(data: bytes, path: Path) -> str:
     damaged = f"{path} is damaged (its checksum differs); restore the memory from a copy or build it again"
     try:
-        value = parse_json(data)
+        value = parse_json(data, encoding="ascii")
     except ValueError:
         return damaged
     if not isinstance(value, dict) or value.get("format") != FORMAT:

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from hsa_ultralong.memory.files.continuation import Continuation, read_continuation
-from hsa_ultralong.memory.files.durable import clear_errors
 from hsa_ultralong.memory.files.finite import WHAT, first_bad_row
 from hsa_ultralong.memory.files.manifest import Manifest, read_manifest
 from hsa_ultralong.memory.files.shard import Shard, ShardDamage, shard_layout
-from hsa_ultralong.memory.files.spec import Damage, MemoryDocument, MemoryFileError, MemorySpec
+from hsa_ultralong.memory.files.spec import Damage, MemoryDocument, MemoryFileError, MemorySpec, clear_errors
 
 Progress = Callable[[int, int], None]
 _MAX_RETRIES = 20

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hsa_ultralong.files.fields import one_of, parse_json, require, rows, table, whole
+from hsa_ultralong.files.durable import Buffer, remove_file, write_file
+from hsa_ultralong.files.fields import one_of, require, rows, table, whole
 from hsa_ultralong.files.folder import open_to_read, read_bytes, read_file
-from hsa_ultralong.memory.files.durable import Buffer, remove_file, write_file
+from hsa_ultralong.files.strict_json import parse_json
 from hsa_ultralong.memory.files.spec import DTYPE_NAMES, MemorySpec
 
 PAGE_BYTES = 2**20
@@ -186,7 +187,7 @@ def read_page_table(folder: Path, record: ShardRecord) -> list[int]:
         what = "the page table's checksum differs"
         raise ShardDamage(record.pages_file, None, what, 0, record.num_bytes)
     try:
-        value = parse_json(data)
+        value = parse_json(data, encoding="ascii")
         require(table(fields), value, "table")
     except ValueError as error:
         what = f"the page table is not that of the shard: {error}"

@@ -6,28 +6,21 @@ tests/memory/test_files_format.py.
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from reprlib import Repr
 from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.files.fields import (
-    flag,
-    free_object,
-    mapping,
-    one_of,
-    parse_json,
-    require,
-    rows,
-    shown,
-    table,
-    text,
-    whole,
-)
+from hsa_ultralong.files.fields import flag, free_object, mapping, one_of, require, rows, table, text, whole
+from hsa_ultralong.files.messages import shown
+from hsa_ultralong.files.strict_json import parse_json
 
 # The names of the safetensors format.
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -50,6 +43,7 @@ _LABELS = Repr()
 _LABELS.maxstring = 160
 # of one chunk in all columns
 LARGEST_ROW = 2**40
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _column_name(value: Any) -> str | None:
@@ -77,6 +71,25 @@ SPEC = table(
 
 class MemoryFileError(ValueError):
     """A memory folder is missing, damaged, foreign, locked or could not be written; one line says which and where."""
+
+
+@contextmanager
+def clear_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turn an operating system's refusal into one MemoryFileError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise MemoryFileError(
+                f"{path}: no space left while {doing}; the memory is as after its last commit; "
+                "free some space and try again"
+            ) from error
+        if error.errno == errno.EMFILE:
+            raise MemoryFileError(
+                f"{path}: too many open files while {doing}; raise the limit (ulimit -n) or compact the memory"
+            ) from error
+        name = f"{error.filename} " if isinstance(error.filename, str) and error.filename != str(path) else ""
+        raise MemoryFileError(f"{path}: failed while {doing}: {name}{error.strerror or error}") from error
 
 
 class Extent(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hsa_ultralong.memory.files.durable import remove_file
+from hsa_ultralong.files.durable import remove_file
 from hsa_ultralong.memory.files.shard import ShardRecord, write_shard
 from hsa_ultralong.memory.files.spec import Extent, MemorySpec
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from hsa_ultralong.memory.files.durable import clear_errors, link_file
+from hsa_ultralong.files.durable import link_file
 from hsa_ultralong.memory.files.reader import MemoryFile
-from hsa_ultralong.memory.files.spec import Extent
+from hsa_ultralong.memory.files.spec import Extent, clear_errors
 from hsa_ultralong.memory.files.verification import require_undamaged
 from hsa_ultralong.memory.files.writer import MemoryWriter
 

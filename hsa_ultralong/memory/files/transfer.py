@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hsa_ultralong.files.durable import remove_file, write_file
 from hsa_ultralong.files.folder import read_bytes
-from hsa_ultralong.memory.files.durable import clear_errors, remove_file, write_file
 from hsa_ultralong.memory.files.manifest import Manifest
 from hsa_ultralong.memory.files.reader import MemoryFile, Progress
 from hsa_ultralong.memory.files.shard import PAGE_BYTES, PageSums, Shard, ShardRecord, write_page_table
-from hsa_ultralong.memory.files.spec import Extent, MemoryDocument, MemoryFileError, splice
+from hsa_ultralong.memory.files.spec import Extent, MemoryDocument, MemoryFileError, clear_errors, splice
 from hsa_ultralong.memory.files.verification import require_undamaged
 
 if TYPE_CHECKING:

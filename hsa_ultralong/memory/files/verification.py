@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from hsa_ultralong.memory.files.durable import clear_errors
 from hsa_ultralong.memory.files.finite import WHAT, is_finite
 from hsa_ultralong.memory.files.manifest import FILE, Manifest, read_manifest
 from hsa_ultralong.memory.files.reader import MemoryFile, Progress, name_documents, open_snapshot
 from hsa_ultralong.memory.files.shard import PAGE_BYTES, Shard, ShardDamage
-from hsa_ultralong.memory.files.spec import Damage, MemoryFileError
+from hsa_ultralong.memory.files.spec import Damage, MemoryFileError, clear_errors
 
 # rows looked at together
 _STEP_BYTES = 2**25

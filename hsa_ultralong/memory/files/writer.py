@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.files.durable import make_folder, remove_file, sync_folder
 from hsa_ultralong.files.fields import require
+from hsa_ultralong.files.lock import FileLock
 from hsa_ultralong.memory.files import transfer
 from hsa_ultralong.memory.files.continuation import encode_continuation, write_continuation
-from hsa_ultralong.memory.files.durable import WriterLock, clear_errors, make_folder, remove_file, sync_folder
 from hsa_ultralong.memory.files.finite import require_finite_columns, require_finite_state
-from hsa_ultralong.memory.files.housekeeping import remove_leftovers, require_empty, require_own_generation
+from hsa_ultralong.memory.files.housekeeping import lock_writer, remove_leftovers, require_empty, require_own_generation
 from hsa_ultralong.memory.files.manifest import (
     DOCUMENT,
     FILE,
@@ -32,7 +33,15 @@ from hsa_ultralong.memory.files.manifest import (
 )
 from hsa_ultralong.memory.files.reader import MemoryFile, Progress
 from hsa_ultralong.memory.files.shard import FOLDER
-from hsa_ultralong.memory.files.spec import Extent, MemoryDocument, MemoryFileError, MemorySpec, as_json_object, splice
+from hsa_ultralong.memory.files.spec import (
+    Extent,
+    MemoryDocument,
+    MemoryFileError,
+    MemorySpec,
+    as_json_object,
+    clear_errors,
+    splice,
+)
 from hsa_ultralong.memory.files.staging import SHARD_BYTES, Staging, check_columns
 
 logger = logging.getLogger(__name__)
@@ -44,7 +53,7 @@ class MemoryWriter:
     Documents are named by their id. Leaving the `with` block, or `close`, drops what was not committed.
     """
 
-    def __init__(self, path: Path, lock: WriterLock, manifest: Manifest, shard_bytes: int) -> None:
+    def __init__(self, path: Path, lock: FileLock, manifest: Manifest, shard_bytes: int) -> None:
         self.path, self.shard_bytes = path, shard_bytes
         self._lock = lock
         self._committed, self._stamp = manifest, generation_on_disk(path)
@@ -78,7 +87,7 @@ class MemoryWriter:
             return writer
         with clear_errors(folder, "creating the memory"):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = WriterLock.acquire(folder)
+            lock = lock_writer(folder)
             try:
                 require_empty(folder)
                 make_folder(folder, FOLDER)
@@ -100,7 +109,7 @@ class MemoryWriter:
         folder = Path(path)
         read_manifest(folder)
         with clear_errors(folder, "opening the memory for writing"):
-            lock = WriterLock.acquire(folder)
+            lock = lock_writer(folder)
             try:
                 # every file of this generation is there, of the right size, with right page tables and headers
                 with MemoryFile.open_unverified(folder, fingerprint) as file:
@@ -178,10 +187,7 @@ class MemoryWriter:
         """
         if self.open_document is not None:
             raise ValueError(f"{self.open_document.label} is still open; close it with close_document first")
-        id = self._next_document
-        self._put(MemoryDocument(id, name, as_json_object(metadata or {}, "metadata"), is_open=True))
-        self._next_document += 1
-        return id
+        return self.adopt_document(MemoryDocument(0, name, as_json_object(metadata or {}, "metadata"), is_open=True))
 
     def append_chunks(self, id: int, columns: Mapping[str, torch.Tensor], num_tokens: int) -> None:
         """Add chunks at the end of a document.
@@ -422,7 +428,7 @@ class MemoryWriter:
             raise ValueError(f"this writer of {self.path} was closed, or belongs to a parent process; open a new one")
 
     def require_own_generation(self) -> None:
-        """Refuse to write where another writer was: see housekeeping.require_own_generation."""
+        """Refuse to write where another writer was."""
         self._require_lock()
         require_own_generation(self.path, self._lock, self._stamp)
 
@@ -439,6 +445,4 @@ class MemoryWriter:
 
     def _write_continuation(self) -> ContinuationRecord | None:
         data = self._continuation
-        if not isinstance(data, bytes):
-            return data
-        return write_continuation(self.path, self.generation + 1, data)
+        return write_continuation(self.path, self.generation + 1, data) if isinstance(data, bytes) else data
