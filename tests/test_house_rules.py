@@ -253,6 +253,25 @@ def test_the_backend_rule_sees_every_form_of_import(source, is_broken):
     assert any(found) == is_broken
 
 
+def public_names(source: str) -> list[str]:
+    """Classes and aliases of types at the top of a file, by the form of their names."""
+    found = []
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found += [node.name] if isinstance(node, ast.ClassDef) else [t.id for t in targets if isinstance(t, ast.Name)]
+    return [name for name in found if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name)]
+
+
+def test_no_two_public_classes_share_a_name():
+    """One word, one concept: what is called alike is taken for alike."""
+    assert public_names("class A1b: ...\nRowId = int\nMAX = 3\n_X = 1\nclass _Own: ...") == ["A1b", "RowId"]
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in public_names(path.read_text(encoding="utf-8")):
+            places.setdefault(name, []).append(relative(path))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 # plain `groups` are of other things
 _RUN_OVER = re.compile(r"layers|upper_groups|\.groups|enumerate\(groups")
 

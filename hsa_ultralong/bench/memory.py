@@ -31,8 +31,8 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # tokens of a question, and steps before the clock starts
 _PROMPT_TOKENS, _WARM_STEPS = 16, 2
-# what is read before the clock starts, in segments of reading on a GPU, and such a segment unless the settings name one
-_WARM_SEGMENTS, _WARM_TOKENS = 8, 1 << 16
+# what is read before the clock starts, in pieces of reading on a GPU, and such a piece unless the settings name one
+_WARM_PIECES, _WARM_TOKENS = 8, 1 << 16
 _DISK_BLOCK = 1 << 23
 
 
@@ -49,7 +49,7 @@ class MemorySettings:
     file_max: int = 2**20
     batches: tuple[int, ...] = (1,)
     steps: int = 32
-    segment_tokens: int | None = None
+    piece_tokens: int | None = None
     lookups: tuple[str, ...] = ("exact",)
     store: str = "device"
     key_values: str | None = None
@@ -113,7 +113,7 @@ class Recorder:
     def reading(self, tokens: int, path: Path | None = None, format: str = "") -> tuple[Memory, list[dict[str, Any]]]:
         """Memorise random tokens where the settings say, or into a new file in this form; the memory and its records.
 
-        On a GPU eight segments are read before the clock starts, and what they took, compiling included, is a record
+        On a GPU eight pieces are read before the clock starts, and what they took, compiling included, is a record
         of its own.
         """
         generator = torch.Generator().manual_seed(self.settings.seed)
@@ -125,7 +125,7 @@ class Recorder:
             place = {"store": "file", "format": format}
         if is_gpu:
             if not self._is_warm:
-                start, warm = time.perf_counter(), _WARM_SEGMENTS * (self.settings.segment_tokens or _WARM_TOKENS)
+                start, warm = time.perf_counter(), _WARM_PIECES * (self.settings.piece_tokens or _WARM_TOKENS)
                 self._memorize(ids[:warm])
                 found.append(self.record("warmup_s", time.perf_counter() - start, tokens, **place))
                 self._is_warm = tokens >= warm
@@ -149,7 +149,7 @@ class Recorder:
         place: Any = {"store": settings.store, "key_values": settings.key_values, "landmarks": settings.landmarks}
         if path is not None:
             place = {"store": path, "key_values": format, "landmarks": landmark_form(format)}
-        memory = self.model.memorize(ids, segment_tokens=settings.segment_tokens, **place)
+        memory = self.model.memorize(ids, piece_tokens=settings.piece_tokens, **place)
         _synchronize(self.device)
         return memory
 

@@ -27,15 +27,15 @@ NEIGHBOURS = (4, 8, 16)
 _UNION_TOKENS = 16_384
 
 # K -> lists (T, K) recorded from a model, T as long as the text allows
-Recorder = Callable[[int], np.ndarray]
+MakeLists = Callable[[int], np.ndarray]
 # one finished or failed point: a record, or a failure with "error"
-Progress = Callable[[dict[str, Any]], None]
+OnPoint = Callable[[dict[str, Any]], None]
 
 
 class ListStore:
     """Lists of every selection and K, drawn once for the longest T; shorter ones are prefixes."""
 
-    def __init__(self, settings: Settings, recorder: Recorder | None) -> None:
+    def __init__(self, settings: Settings, recorder: MakeLists | None) -> None:
         self.settings, self.recorder = settings, recorder
         self.longest = max(settings.lengths)
         self.lists: dict[tuple[str, int], np.ndarray] = {}
@@ -114,9 +114,9 @@ def run_ops(
     meta: dict[str, Any],
     *,
     ops: tuple[str, ...] = OPS,
-    recorder: Recorder | None = None,
+    recorder: MakeLists | None = None,
     path: Path | None = None,
-    progress: Progress | None = None,
+    progress: OnPoint | None = None,
 ) -> dict[str, Any]:
     """Measure `ops` and return {"meta", "records"}, writing it to `path` after every operator.
 

@@ -15,7 +15,7 @@ from hsa_ultralong.models import HSAForCausalLM
 
 RESTART = 512  # shared lists start anew at multiples of this
 KEEP = 0.9  # probability that a chunk stays in the list of the next token
-_SEGMENTS = 64  # shared segments advanced together
+_LANES = 64  # stretches of shared lists that are advanced together
 _ROWS = 4096  # random lists drawn together
 
 
@@ -76,21 +76,21 @@ def random_lists(num_tokens: int, topk: int, chunk_size: int, seed: int = 0) -> 
 def shared_lists(num_tokens: int, topk: int, chunk_size: int, seed: int = 0) -> np.ndarray:
     """Token t keeps each chunk of token t - 1 with probability KEEP and fills up with uniformly drawn visible chunks.
 
-    Every list restarts at multiples of RESTART, so segments of RESTART tokens are advanced side by side.
+    Every list restarts at multiples of RESTART, so stretches of RESTART tokens are advanced side by side.
     """
     out: np.ndarray = np.empty((num_tokens, topk), dtype=np.int32)
-    span = _SEGMENTS * RESTART
+    span = _LANES * RESTART
     for start in range(0, num_tokens, span):
-        segments = min(_SEGMENTS, -(-(num_tokens - start) // RESTART))
+        lanes = min(_LANES, -(-(num_tokens - start) // RESTART))
         generator = np.random.default_rng([seed, 1, start])
-        lists = _Lists(generator, _SEGMENTS, topk, (start + span) // chunk_size)
-        block: np.ndarray = np.empty((RESTART, segments, topk), dtype=np.int32)
-        first: np.ndarray = start + RESTART * np.arange(_SEGMENTS)
+        lists = _Lists(generator, _LANES, topk, (start + span) // chunk_size)
+        block: np.ndarray = np.empty((RESTART, lanes, topk), dtype=np.int32)
+        first: np.ndarray = start + RESTART * np.arange(_LANES)
         for step in range(RESTART):
             lists.drop(generator.random(lists.chunks.shape) >= KEEP)
             lists.fill((first + step) // chunk_size)
-            block[step] = lists.chunks[:segments]
-        tokens = block.transpose(1, 0, 2).reshape(-1, topk)  # (segments * RESTART, K)
+            block[step] = lists.chunks[:lanes]
+        tokens = block.transpose(1, 0, 2).reshape(-1, topk)  # (lanes * RESTART, K)
         stop = min(start + span, num_tokens)
         out[start:stop] = tokens[: stop - start]
     return _descending(out)

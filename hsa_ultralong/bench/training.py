@@ -20,9 +20,9 @@ from hsa_ultralong.models import HSAConfig, HSAForCausalLM, accounting
 PEAK_FLOPS = 989e12  # H200 and H100, dense bf16 (docs/results.md)
 CHECKPOINTING = ("none", "full")
 ATTENTIONS = ("hsa", "full")
-Model = HSAForCausalLM | FullAttentionLM
+TimedModel = HSAForCausalLM | FullAttentionLM
 # what the trainer does to a model before its first step, given the kind of checkpointing
-Prepare = Callable[[Model, str], None]
+Prepare = Callable[[TimedModel, str], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def full_attention_twin(config: HSAConfig) -> FullAttentionLM:
     )
 
 
-def build(attention: str, config: HSAConfig, device: torch.device, checkpointing: str) -> Model:
+def build(attention: str, config: HSAConfig, device: torch.device, checkpointing: str) -> TimedModel:
     """The model ("hsa") or its twin ("full"), random weights in fp32, in training mode.
 
     Checkpointing is set on the twin only; on the model it is the trainer's (Prepare).
@@ -72,7 +72,7 @@ def build(attention: str, config: HSAConfig, device: torch.device, checkpointing
     return model.train()
 
 
-def loss_of(model: Model, ids: torch.Tensor) -> torch.Tensor:
+def loss_of(model: TimedModel, ids: torch.Tensor) -> torch.Tensor:
     """Loss of token ids (B, T) under the trainer's autocast."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
         return model(ids, labels=ids).loss if isinstance(model, HSAForCausalLM) else model(ids, ids)
@@ -81,7 +81,7 @@ def loss_of(model: Model, ids: torch.Tensor) -> torch.Tensor:
 class Bench:
     """Times optimiser steps of one model."""
 
-    def __init__(self, model: Model, vocab_size: int, settings: TrainingSettings) -> None:
+    def __init__(self, model: TimedModel, vocab_size: int, settings: TrainingSettings) -> None:
         self.model, self.vocab_size, self.settings = model, vocab_size, settings
         self.device = next(model.parameters()).device
         is_cuda = self.device.type == "cuda"

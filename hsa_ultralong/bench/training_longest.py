@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.bench.training import ATTENTIONS, Model, Prepare, build, loss_of
+from hsa_ultralong.bench.training import ATTENTIONS, Prepare, TimedModel, build, loss_of
 from hsa_ultralong.models import HSAConfig
 
 METHODS = ("plain", "checkpointing", "segmented", "offloaded")
@@ -30,25 +30,25 @@ _SHORT = 8192
 _REPEATED_BELOW_S = 30.0
 # the seconds of a step grow with this power of the row, about, where the attention over it all decides
 _GROWTH = {"hsa": 1.5, "full": 2.0}
-Record = dict[str, Any]
-# (model, {"input_ids", "labels"}, tokens of a segment, offload=...) -> loss; adds the gradients
+LengthRecord = dict[str, Any]
+# (model, {"input_ids", "labels"}, tokens of a piece, offload=...) -> loss; adds the gradients
 SegmentedBackward = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a step keeps: `checkpointing` as ParallelConfig has it, or segments of so many tokens, on the host or not;
+    """What a step keeps: `checkpointing` as ParallelConfig has it, or pieces of so many tokens, on the host or not;
     compiled: with torch.compile, only part of the name here."""
 
     checkpointing: str = "none"
-    segment_tokens: int = 0
+    piece_tokens: int = 0
     offload: bool = False
     compiled: bool = False
 
     @property
     def parallel(self) -> str:
         """Its name in the records."""
-        kept = f"segments of {self.segment_tokens}" if self.segment_tokens else f"checkpointing {self.checkpointing}"
+        kept = f"segments of {self.piece_tokens}" if self.piece_tokens else f"checkpointing {self.checkpointing}"
         return kept + (", offloaded" if self.offload else "") + (", compiled" if self.compiled else "")
 
 
@@ -82,16 +82,16 @@ class Trial(NamedTuple):
     peak_bytes: int | None = None
 
 
-def choose_methods(names: Sequence[str], segment_tokens: int, compiled: bool = False) -> tuple[Method, ...]:
+def choose_methods(names: Sequence[str], piece_tokens: int, compiled: bool = False) -> tuple[Method, ...]:
     """The methods called `names`, of METHODS.
 
     Raises:
-        ValueError: for another name, or segments without tokens.
+        ValueError: for another name, or pieces without tokens.
     """
-    kinds = (("none", 0, False), ("full", 0, False), ("none", segment_tokens, False), ("none", segment_tokens, True))
+    kinds = (("none", 0, False), ("full", 0, False), ("none", piece_tokens, False), ("none", piece_tokens, True))
     known = {name: Method(*kind, compiled) for name, kind in zip(METHODS, kinds, strict=True)}
-    if segment_tokens < 1:
-        raise ValueError(f"segments need at least one chunk of tokens, got {segment_tokens}")
+    if piece_tokens < 1:
+        raise ValueError(f"pieces need at least one chunk of tokens, got {piece_tokens}")
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"methods are {', '.join(METHODS)}; got {', '.join(unknown)}")
     return tuple(known[name] for name in dict.fromkeys(names))
@@ -153,7 +153,9 @@ def next_length(longest: int, failed: int | None, *, first: int, last: int, unit
 class RowTrainer:
     """Optimiser steps on single rows of random tokens."""
 
-    def __init__(self, model: Model, vocab_size: int, method: Method, segmented: SegmentedBackward, seed: int) -> None:
+    def __init__(
+        self, model: TimedModel, vocab_size: int, method: Method, segmented: SegmentedBackward, seed: int
+    ) -> None:
         self.model, self.vocab_size, self.method, self.segmented = model, vocab_size, method, segmented
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=self.device.type == "cuda")
@@ -184,10 +186,10 @@ class RowTrainer:
             torch.cuda.reset_peak_memory_stats(self.device)
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        if self.method.segment_tokens:
+        if self.method.piece_tokens:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 batch = {"input_ids": ids, "labels": ids}
-                self.segmented(self.model, batch, self.method.segment_tokens, offload=self.method.offload)
+                self.segmented(self.model, batch, self.method.piece_tokens, offload=self.method.offload)
         else:
             loss_of(self.model, ids).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -227,11 +229,11 @@ def _limited(device: torch.device, cap: Cap) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
-def usable_trials(result: dict[str, Any], preset: str) -> list[Record]:
+def usable_trials(result: dict[str, Any], preset: str) -> list[LengthRecord]:
     """Trials of a preset by runs of the commit of `result`'s newest run; those of other commits are taken out of it."""
     commits = [run["commit"] for run in result["meta"]["runs"]]
 
-    def is_stale(record: Record) -> bool:
+    def is_stale(record: LengthRecord) -> bool:
         is_trial = record["metric"] == "trial" and record["preset"] == preset
         return is_trial and commits[record["run"]] != commits[-1]
 
@@ -243,13 +245,13 @@ class LongestSearch:
     """The longest row of every method and cap for one preset; what an earlier run tried is not tried again.
 
     Args:
-        name: of the preset, in the records. attention: "hsa", or "full" for the twin, which has no segments.
+        name: of the preset, in the records. attention: "hsa", or "full" for the twin, which has no pieces.
         segmented: train.segmented.segmented_loss_backward. prepare: what the trainer does to a model.
         known: trials to start from, records of an earlier run.
         on_record: gets every trial and, per method and cap, the result. say: gets lines of progress.
 
     Raises:
-        ValueError: for another attention, rows shorter than a chunk, or segments that are no multiple of it.
+        ValueError: for another attention, rows shorter than a chunk, or pieces that are no multiple of it.
     """
 
     def __init__(
@@ -262,9 +264,9 @@ class LongestSearch:
         *,
         segmented: SegmentedBackward,
         prepare: Prepare,
-        on_record: Callable[[Record], None],
+        on_record: Callable[[LengthRecord], None],
         say: Callable[[str], None],
-        known: Sequence[Record] = (),
+        known: Sequence[LengthRecord] = (),
     ) -> None:
         self.config, self.name, self.attention, self.settings = config, name, attention, settings
         self.device, self.segmented, self.prepare = device, segmented, prepare
@@ -277,15 +279,15 @@ class LongestSearch:
         if not self.last:
             raise ValueError(f"--max-tokens must be at least one chunk of {self.unit} tokens")
         for method in settings.methods:
-            if method.segment_tokens % self.unit:
-                raise ValueError(f"--segment-tokens must be a multiple of chunk_size={self.unit}")
+            if method.piece_tokens % self.unit:
+                raise ValueError(f"--piece-tokens must be a multiple of chunk_size={self.unit}")
         # at least three doublings, so that a small bound is searched too
         short = min(_SHORT, self.last // 8)
         self.first = max(self.unit, min(settings.first or short, self.last) // self.unit * self.unit)
 
     def run(self) -> None:
         for method in self.settings.methods:
-            if self.attention == "full" and method.segment_tokens:
+            if self.attention == "full" and method.piece_tokens:
                 continue
             trainer: RowTrainer | None = None
             for cap in self.settings.caps:
@@ -324,11 +326,11 @@ class LongestSearch:
         trainer.trial(min(self.first, _SHORT))
         return trainer
 
-    def _of(self, method: Method) -> list[Record]:
+    def _of(self, method: Method) -> list[LengthRecord]:
         wanted = (self.name, self.attention, method.parallel)
         return [one for one in self.trials if (one["preset"], one["attention"], one["parallel"]) == wanted]
 
-    def _fitted(self, method: Method, cap: Cap) -> Record | None:
+    def _fitted(self, method: Method, cap: Cap) -> LengthRecord | None:
         """The trial of the longest row that fits: what fits under a cap fits under a larger one."""
         found = [one for one in self._of(method) if one["value"] and _bytes(one["cap_bytes"]) <= _bytes(cap.bytes)]
         return max(found, key=lambda one: (one["context"], _bytes(one["cap_bytes"])), default=None)
@@ -348,13 +350,13 @@ class LongestSearch:
         step = fitted["context"] / fitted["tokens_per_s"] * growth
         return step * (2 if step < _REPEATED_BELOW_S else 1)
 
-    def _record(self, metric: str, method: Method, cap: Cap, context: int | None, value: float) -> Record:
+    def _record(self, metric: str, method: Method, cap: Cap, context: int | None, value: float) -> LengthRecord:
         return {
             "metric": metric, "preset": self.name, "attention": self.attention, "context": context, "gpus": 1,
             "parallel": method.parallel, "micro_batch_rows": 1, "cap": cap.name, "cap_bytes": cap.bytes, "value": value,
         }  # fmt: skip
 
-    def _result(self, method: Method, cap: Cap, limit: str) -> Record:
+    def _result(self, method: Method, cap: Cap, limit: str) -> LengthRecord:
         fitted = self._fitted(method, cap) or {"context": 0, "tokens_per_s": None, "peak_bytes": None}
         longest, failed = self._bounds(method, cap)
         record = self._record("longest_sequence", method, cap, None, longest)
@@ -369,7 +371,7 @@ def _bytes(cap: int | None) -> float:
     return math.inf if cap is None else cap
 
 
-def describe_trial(trial: Record) -> str:
+def describe_trial(trial: LengthRecord) -> str:
     """What became of it, in a few words."""
     if not trial["value"]:
         return "out of memory"

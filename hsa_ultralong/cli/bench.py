@@ -112,7 +112,9 @@ def memory(
     batches: Annotated[str, typer.Option(help="Sequences that share the memory while decoding.")] = "1",
     lookups: Annotated[str, typer.Option(help="For --file: exact, sketch or both.")] = "exact",
     steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Tokens decoded and timed.")] = 32,
-    segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
+    piece: Annotated[
+        str | None, typer.Option("--piece", "--segment", help="Tokens per forward of reading; 128K compiles.")
+    ] = None,
     tune: Annotated[bool, typer.Option(help="Let the compiler measure its choices for decoding (GPU).")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
@@ -132,7 +134,7 @@ def memory(
 
       hsa bench memory --lengths 1G --store tiered --key-values int8 --landmarks int8
 
-      hsa bench memory --preset small_345m --lengths 16M --segment 128K --file-max 16M --formats bf16 --stores file
+      hsa bench memory --preset small_345m --lengths 16M --piece 128K --file-max 16M --formats bf16 --stores file
 
       hsa bench memory --lengths none --file lib.hsa --stores file
 
@@ -163,7 +165,7 @@ def memory(
         batches=tuple(parse_counts(batches, "--batches")),
         steps=steps,
         lookups=tuple(lookups.split(",")),
-        segment_tokens=None if segment is None else parse_size(segment, "--segment"),
+        piece_tokens=None if piece is None else parse_size(piece, "--piece"),
         store=store, key_values=key_values, landmarks=landmarks, tune=tune, seed=seed,
     )  # fmt: skip
     network, label = _network(preset_name, model, place, dtype, seed)

@@ -32,11 +32,13 @@ def training(
     checkpointing: Annotated[str, typer.Option(help="Activation checkpointing: none or full.")] = "none",
     longest: Annotated[bool, typer.Option("--longest", help="Instead: search the longest row that trains.")] = False,
     methods: Annotated[
-        str, typer.Option(help="For --longest: plain, checkpointing, segmented, offloaded (segments on the host).")
+        str, typer.Option(help="For --longest: plain, checkpointing, segmented, offloaded (pieces on the host).")
     ] = "plain,checkpointing,segmented",
     caps: Annotated[str | None, typer.Option(help="For --longest: limits on memory.", show_default="80GB,card")] = None,
     max_tokens: Annotated[str | None, typer.Option(help="For --longest: no longer row.", show_default="16M")] = None,
-    segment_tokens: Annotated[str, typer.Option(help="For --longest: tokens of a segment.")] = "32K",
+    piece_tokens: Annotated[
+        str, typer.Option("--piece-tokens", "--segment-tokens", help="For --longest: tokens of a piece.")
+    ] = "32K",
     max_minutes: Annotated[
         float, typer.Option(min=0, max=1e9, callback=finite, help="For --longest: begin no trial that ends later.")
     ] = 1e9,
@@ -61,7 +63,7 @@ def training(
     """Time optimiser steps against the context, beside a transformer of the same width with full attention.
 
     --longest doubles one row until it no longer trains and bisects, under every cap: plain, with activation
-    checkpointing, and in segments. Run it again to go on where it was cut off.
+    checkpointing, and in pieces. Run it again to go on where it was cut off.
 
     Started by torchrun, steps are timed once in every process alone and once spread over all, by FSDP2 or with shared
     rows.
@@ -76,7 +78,7 @@ def training(
 
       hsa bench training --preset debug --contexts 256 --batch-tokens 1024 --micro-tokens 256,512 --device cpu
 
-      hsa bench training --longest --preset debug --max-tokens 512 --segment-tokens 64 --device cpu
+      hsa bench training --longest --preset debug --max-tokens 512 --piece-tokens 64 --device cpu
 
       torchrun --standalone --nproc-per-node=2 --no-python hsa bench training --contexts 8K --spread shard
     """
@@ -94,7 +96,7 @@ def training(
         raise ValueError("--longest searches on one card: start it without torchrun")
     if longest:
         rows = _longest_settings(
-            methods, caps, max_tokens, segment_tokens, max_minutes, start, use_compile, seed, place
+            methods, caps, max_tokens, piece_tokens, max_minutes, start, use_compile, seed, place
         )  # fmt: skip
         _search_longest(model, preset_name, kinds, rows, place, results)
     else:
@@ -232,7 +234,7 @@ def _preparation(use_compile: bool) -> Any:
 
 
 def _longest_settings(
-    methods: str, caps: str | None, max_tokens: str | None, segment_tokens: str, max_minutes: float,
+    methods: str, caps: str | None, max_tokens: str | None, piece_tokens: str, max_minutes: float,
     start: str | None, use_compile: bool, seed: int, place: str,
 ) -> LongestSettings:  # fmt: skip
     import time
@@ -246,7 +248,7 @@ def _longest_settings(
     names = [part.strip() for part in methods.split(",")]
     return LongestSettings(
         max_tokens=parse_size(max_tokens or "16M", "--max-tokens"),
-        methods=choose_methods(names, parse_size(segment_tokens, "--segment-tokens"), use_compile),
+        methods=choose_methods(names, parse_size(piece_tokens, "--piece-tokens"), use_compile),
         caps=choose_caps(caps, torch.device(place)),
         first=None if start is None else parse_size(start, "--from"),
         deadline=time.monotonic() + 60 * max_minutes,

@@ -11,7 +11,7 @@ _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "mer
 _STAND_INS = {"bos_token": ("<|endoftext|>", "eos_token"), "pad_token": ("<|endoftext|>", "eos_token")}
 
 
-class Source(NamedTuple):
+class PretrainedSource(NamedTuple):
     """A pretrained transformer on disk; nothing of it is in memory but `config`.
 
     config: of transformers; of a kind that is not converted, the bare keys; of the authors' checkpoints, ours. files:
@@ -26,7 +26,7 @@ class Source(NamedTuple):
     save_tokenizer: Callable[[Path], None]
 
 
-def open_source(path: Path, tokenizer: Path | None = None) -> Source:
+def open_source(path: Path, tokenizer: Path | None = None) -> PretrainedSource:
     """The source at `path`; a tokenizer folder takes the place of its own tokenizer.
 
     Raises:
@@ -41,7 +41,7 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
     return found
 
 
-def _folder_source(path: Path) -> Source:
+def _folder_source(path: Path) -> PretrainedSource:
     from hsa_ultralong.cli.model_folder import weight_files
     from hsa_ultralong.files.strict_json import read_json
     from hsa_ultralong.models.authors import MODEL_TYPES
@@ -66,10 +66,10 @@ def _folder_source(path: Path) -> Source:
 
     files = [path / name for name in ("model.safetensors", "model.safetensors.index.json")]
     listed = weight_files(path) if any(file.is_file() for file in files) else []
-    return Source(path.name, config, listed, load, lambda folder: copy_tokenizer(path, folder))
+    return PretrainedSource(path.name, config, listed, load, lambda folder: copy_tokenizer(path, folder))
 
 
-def _authors_source(path: Path, keys: dict[str, Any]) -> Source:
+def _authors_source(path: Path, keys: dict[str, Any]) -> PretrainedSource:
     """A checkpoint of the authors' code, whose configuration is ours from the start."""
     from hsa_ultralong.cli.model_folder import weight_files
     from hsa_ultralong.models.authors import authors_config, read_authors
@@ -81,7 +81,7 @@ def _authors_source(path: Path, keys: dict[str, Any]) -> Source:
 
         return read_authors(keys, {name: part for file in files for name, part in load_file(file).items()})
 
-    return Source(path.name, config, files, load, lambda folder: copy_tokenizer(path, folder))
+    return PretrainedSource(path.name, config, files, load, lambda folder: copy_tokenizer(path, folder))
 
 
 def _bare(keys: dict[str, Any]) -> Any:
@@ -90,7 +90,7 @@ def _bare(keys: dict[str, Any]) -> Any:
     return SimpleNamespace(**{"model_type": "unnamed", **keys})
 
 
-def _gguf_source(path: Path, has_own_tokenizer: bool) -> Source:
+def _gguf_source(path: Path, has_own_tokenizer: bool) -> PretrainedSource:
     from hsa_ultralong.data.gguf_tokenizer import gguf_tokenizer
     from hsa_ultralong.files.gguf import read_gguf
     from hsa_ultralong.models.gguf import gguf_config, load_gguf
@@ -104,7 +104,7 @@ def _gguf_source(path: Path, has_own_tokenizer: bool) -> Source:
     def save_tokenizer(folder: Path) -> None:
         own.save_pretrained(folder)
 
-    return Source(path.name, config, [path], lambda: load_gguf(path), save_tokenizer)
+    return PretrainedSource(path.name, config, [path], lambda: load_gguf(path), save_tokenizer)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

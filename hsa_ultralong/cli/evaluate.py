@@ -54,7 +54,9 @@ def needles(
             "beginning ('The secret code of the calm ferry is'), not by a question.",
         ),
     ] = False,
-    segment: Annotated[str | None, typer.Option(help="Tokens per forward of reading; 128K compiles.")] = None,
+    piece: Annotated[
+        str | None, typer.Option("--piece", "--segment", help="Tokens per forward of reading; 128K compiles.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
     topk: Annotated[
         int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
@@ -90,7 +92,7 @@ def needles(
         raise ValueError("give --notes or --together, not both: notes lie behind the text, not in it")
     require_folder(output)
     wanted, kinds = [*dict.fromkeys(parse_sizes(lengths, "--lengths"))], _forms(forms, store)
-    segment_tokens = None if segment is None else parse_size(segment, "--segment")
+    piece_tokens = None if piece is None else parse_size(piece, "--piece")
     network, tokenizer = load_model(model, device, dtype)
     if topk is not None:
         network.config.chunk_topk = topk
@@ -106,7 +108,7 @@ def needles(
             with _Bars(length, samples) as bars:
                 run_forms(
                     network, tokenizer, passage, samples=samples, forms=kinds, store=store, together=together,
-                    notes=notes, seed=seed, progress=bars.show, segment_tokens=segment_tokens, known=known, keep=keep,
+                    notes=notes, seed=seed, progress=bars.show, piece_tokens=piece_tokens, known=known, keep=keep,
                 )  # fmt: skip
     _print(run.study(), output)
 

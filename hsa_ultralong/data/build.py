@@ -54,7 +54,7 @@ from hsa_ultralong.files.strict_json import sealed
 logger = logging.getLogger(__name__)
 
 PathLike = str | Path
-Progress = Callable[[int, int], None]
+BuildProgress = Callable[[int, int], None]
 
 MAX_WORDS = 20_000
 _WORD = re.compile(r"\b[a-z]{4,10}\b")
@@ -91,7 +91,7 @@ def build_shards(
     encoding: str = AUTO,
     max_bad: int = 0,
     passed_over: Sequence[PassedOver] = (),
-    progress: Progress | None = None,
+    progress: BuildProgress | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> TokenShards:
     """Tokenise documents, then conversations, into a new directory of token shards.
@@ -216,7 +216,7 @@ class _Build:
         chats: list[Input],
         text_field: str,
         chat_field: str,
-        progress: Progress | None,
+        progress: BuildProgress | None,
         checkpoint_seconds: float,
     ) -> None:
         """Tokenise everything from the place of the last checkpoint on."""

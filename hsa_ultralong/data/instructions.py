@@ -24,7 +24,7 @@ _MIN_PASSAGE = 48
 # a passage, and one turn of any task: requests have at most 3 * _MIN_PASSAGE tokens in every sane tokenizer
 _SMALLEST = 5 * _MIN_PASSAGE
 
-Tokens = list[int]
+TokenList = list[int]
 
 
 def instructions_row(
@@ -59,11 +59,11 @@ def _conversation(
     tokenizer: PieceTokenizer,
     words: Sequence[str],
     is_long: bool,
-) -> tuple[Tokens, list[tuple[int, int]]]:
+) -> tuple[TokenList, list[tuple[int, int]]]:
     """Tokens and the spans of the assistant's words, at most `most_tokens`; at least one turn."""
     longest = max(_MIN_PASSAGE, most_tokens - 3 * _MIN_PASSAGE)
     length = longest if is_long else int(rng.integers(_MIN_PASSAGE, longest + 1))
-    passage: Tokens = sampler.fill(rng, length).tolist()
+    passage: TokenList = sampler.fill(rng, length).tolist()
     (needle,) = sample_needles(rng, 1, words)
     statement = tokenizer.encode(needle.statement)
     tasks = [_first, _last, _next]
@@ -87,20 +87,20 @@ def _conversation(
 
 
 def _first(
-    rng: np.random.Generator, passage: Tokens, tokenizer: PieceTokenizer, needle: Needle
-) -> tuple[Tokens, Tokens]:
+    rng: np.random.Generator, passage: TokenList, tokenizer: PieceTokenizer, needle: Needle
+) -> tuple[TokenList, TokenList]:
     return tokenizer.encode(" Repeat the first words of the text."), passage[: int(rng.integers(6, 16))]
 
 
 def _last(
-    rng: np.random.Generator, passage: Tokens, tokenizer: PieceTokenizer, needle: Needle
-) -> tuple[Tokens, Tokens]:
+    rng: np.random.Generator, passage: TokenList, tokenizer: PieceTokenizer, needle: Needle
+) -> tuple[TokenList, TokenList]:
     return tokenizer.encode(" Repeat the last words of the text."), passage[-int(rng.integers(6, 16)) :]
 
 
 def _next(
-    rng: np.random.Generator, passage: Tokens, tokenizer: PieceTokenizer, needle: Needle
-) -> tuple[Tokens, Tokens]:
+    rng: np.random.Generator, passage: TokenList, tokenizer: PieceTokenizer, needle: Needle
+) -> tuple[TokenList, TokenList]:
     count = int(rng.integers(6, 12))
     start = int(rng.integers(0, len(passage) - 2 * count))
     quoted = passage[start : start + count]
@@ -108,7 +108,7 @@ def _next(
 
 
 def _fact(
-    rng: np.random.Generator, passage: Tokens, tokenizer: PieceTokenizer, needle: Needle
-) -> tuple[Tokens, Tokens]:
+    rng: np.random.Generator, passage: TokenList, tokenizer: PieceTokenizer, needle: Needle
+) -> tuple[TokenList, TokenList]:
     question = needle.question.removeprefix("Question:").split("\n")[0]
     return tokenizer.encode(question), tokenizer.encode(needle.answer)

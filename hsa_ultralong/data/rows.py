@@ -204,7 +204,7 @@ def needles_row(
 
 
 @dataclass(frozen=True)
-class Question:
+class RowQuestion:
     """A question with its answer as tokens, and where in them the answer lies."""
 
     tokens: list[int]
@@ -220,16 +220,16 @@ def too_short(layout: RowLayout, what: str) -> str:
 
 def questions_of(
     rng: np.random.Generator, layout: RowLayout, tokenizer: PieceTokenizer, needles: Sequence[Needle], is_inline: bool
-) -> list[Question]:
+) -> list[RowQuestion]:
     """Tokenise questions for the first needles, as many as fit into half of the row, in the needles' order."""
     room = layout.seq_len // 2
-    questions: list[Question] = []
+    questions: list[RowQuestion] = []
     for needle, is_question in zip(needles, (rng.random(len(needles)) < 0.5).tolist(), strict=True):
         prompt = needle.question if is_question else needle.completion
         head = tokenizer.encode(f"\n{prompt}" if is_inline else prompt)
         answer = tokenizer.encode(needle.answer)
         tail = [] if is_question else tokenizer.encode(".")
-        question = Question(head + answer + tail, (len(head), len(head) + len(answer)))
+        question = RowQuestion(head + answer + tail, (len(head), len(head) + len(answer)))
         room -= question_cost(layout, question, is_inline)
         if room < 0:
             break
@@ -237,7 +237,7 @@ def questions_of(
     return questions
 
 
-def question_cost(layout: RowLayout, question: Question, is_inline: bool) -> int:
+def question_cost(layout: RowLayout, question: RowQuestion, is_inline: bool) -> int:
     """Number of row tokens a question takes; as a document it has bos and eos and fills its last chunk."""
     return len(question.tokens) if is_inline else round_up(len(question.tokens) + 2, layout.chunk_size)
 
@@ -288,7 +288,7 @@ def hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Sequ
     return num_hidden
 
 
-def _add_inline(writer: RowWriter, haystack: np.ndarray, questions: Sequence[Question]) -> None:
+def _add_inline(writer: RowWriter, haystack: np.ndarray, questions: Sequence[RowQuestion]) -> None:
     tokens = haystack.tolist()
     answers: list[tuple[int, int]] = []
     for question in questions:

@@ -14,9 +14,9 @@ import numpy as np
 from hsa_ultralong.data.needles import MAIN_ATTRIBUTE, make_needle, sample_needles
 from hsa_ultralong.data.rows import (
     NeedleOptions,
-    Question,
     Row,
     RowLayout,
+    RowQuestion,
     RowWriter,
     haystack,
     hide,
@@ -101,7 +101,7 @@ def multi_query_row(
     """
     drawn = sample_needles(rng, int(rng.integers(2, max(options.max_needles, 2) + 1)), words, p_hard=options.p_hard)
     facts = [make_needle(needle.key, needle.value) for needle in drawn]
-    questions: list[Question] = []
+    questions: list[RowQuestion] = []
     groups: list[tuple[int, int]] = []
     room, first = layout.seq_len // 2, 0
     while first < min(len(facts), options.max_questions):
@@ -112,7 +112,7 @@ def multi_query_row(
         names = " and the".join([", the".join(f" {fact.key}" for fact in asked[:-1]), f" {asked[-1].key}"])
         head = tokenizer.encode(f"Question: What are the {MAIN_ATTRIBUTE}s of the{names}?\nAnswer:")
         answer = tokenizer.encode(f" {', '.join(fact.value for fact in asked)}")
-        question = Question(head + answer, (len(head), len(head) + len(answer)))
+        question = RowQuestion(head + answer, (len(head), len(head) + len(answer)))
         room -= question_cost(layout, question, False)
         if room < 0:
             break
@@ -144,13 +144,13 @@ def variable_tracking_row(
     names = _variable_names(rng, num_chains * _MOST_LINKS)
     values = rng.choice(np.arange(10_000, 100_000), num_chains, replace=False).tolist()
     chains: list[list[list[int]]] = []
-    questions: list[Question] = []
+    questions: list[RowQuestion] = []
     room = layout.seq_len // 2
     for number, value in enumerate(values):
         links = names[number * _MOST_LINKS :][: int(rng.integers(2, _MOST_LINKS + 1))]
         head = tokenizer.encode(f"Question: Which variables hold the value {value}?\nAnswer:")
         answer = tokenizer.encode(f" {', '.join(links)}")
-        question = Question(head + answer, (len(head), len(head) + len(answer)))
+        question = RowQuestion(head + answer, (len(head), len(head) + len(answer)))
         room -= question_cost(layout, question, False)
         if room < 0:
             break
@@ -178,7 +178,7 @@ def _hide_and_ask(
     options: NeedleOptions,
     groups: list[list[list[int]]],
     distractors: list[list[int]],
-    questions: list[Question],
+    questions: list[RowQuestion],
     kind: str,
     *,
     in_order: bool = False,

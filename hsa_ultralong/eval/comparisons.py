@@ -3,15 +3,15 @@ tokens. Called by cli/plot.py and cli/figures.py; tests/eval/test_comparisons.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 from hsa_ultralong.eval.needles import wilson_interval
 from hsa_ultralong.eval.plots import LOSS, NEEDLES, human_tokens, plt, training_panels
+from hsa_ultralong.eval.suite_summary import Records
 
-Records = Sequence[dict[str, Any]]
 _MARKS = "osD^vP"
 
 

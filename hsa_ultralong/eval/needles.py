@@ -21,12 +21,12 @@ import torch
 from hsa_ultralong.data import evaluation_needles
 from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.inference import ask, edit, memorize
-from hsa_ultralong.inference.ask import Source
+from hsa_ultralong.inference.ask import RetrievedChunk
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # (length, needles done, needles wanted, tokens read)
-Progress = Callable[[int, int, int, int], None]
+NeedleProgress = Callable[[int, int, int, int], None]
 # after every question, with what there is so far of its length and form
 Keep = Callable[["LengthResult"], None]
 
@@ -121,7 +121,7 @@ def run_needles(
     samples: int,
     controls: int = 0,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: NeedleProgress | None = None,
     keep: Keep | None = None,
 ) -> NeedleStudy:
     """Needle accuracy at uniform depths for every length.
@@ -147,8 +147,8 @@ def run_needles(
 
 
 def _one_length(
-    model: HSAForCausalLM, tokenizer: Any, text: torch.Tensor, samples: int, controls: int, seed: int, report: Progress,
-    keep: Keep,
+    model: HSAForCausalLM, tokenizer: Any, text: torch.Tensor, samples: int, controls: int, seed: int,
+    report: NeedleProgress, keep: Keep,
 ) -> LengthResult:  # fmt: skip
     length = len(text)
     started = time.monotonic()
@@ -208,7 +208,7 @@ class Place(NamedTuple):
         first, size = memory.documents[self.document].first_chunk, memory.chunk_size
         return range(first + self.start // size, first + (self.stop - 1) // size + 1)
 
-    def overlaps(self, source: Source) -> bool:
+    def overlaps(self, source: RetrievedChunk) -> bool:
         return source.document == self.document and source.start < self.stop and self.start < source.stop
 
 
@@ -222,9 +222,9 @@ def run_forms(
     store: str = "device",
     together: bool = False,
     notes: bool = False,
-    segment_tokens: int | None = None,
+    piece_tokens: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: NeedleProgress | None = None,
     known: Sequence[LengthResult] = (),
     keep: Keep | None = None,
 ) -> NeedleStudy:
@@ -267,7 +267,7 @@ def run_forms(
         started = time.monotonic()
         memory = memorize(
             model, [text, *hidden.statements] if notes else [text], store=store, key_values=form or None,
-            landmarks=("int8" if form == "fp8" else form) or None, segment_tokens=segment_tokens,
+            landmarks=("int8" if form == "fp8" else form) or None, piece_tokens=piece_tokens,
             progress=lambda done, _: report(length, 0, samples, done),
         )  # fmt: skip
         if device.type == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +131,7 @@ class Curve(NamedTuple):
     points: list[tuple[float, float]]
 
 
-def training_panels(log: Sequence[dict[str, Any]]) -> dict[str, list[Curve]]:
+def training_panels(log: Sequence[Mapping[str, Any]]) -> dict[str, list[Curve]]:
     """Title of every panel that a run's log has numbers for, and its curves."""
     panels: dict[str, list[Curve]] = {}
     for key, title in _STEP_PANELS.items():

@@ -25,7 +25,7 @@ from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.fields import NUMBER_OR_NULL, TEXT, that, whole
 
 # (task, length, samples done, samples wanted)
-Progress = Callable[[str, int, int, int], None]
+SuiteProgress = Callable[[str, int, int, int], None]
 
 
 class SuiteRun(RecordedRun):
@@ -56,7 +56,7 @@ def run_suite(
     samples: int,
     seed: int = 0,
     model: str = "",
-    progress: Progress | None = None,
+    progress: SuiteProgress | None = None,
 ) -> None:
     """Answer all samples that the run does not hold yet; a length too short for a task is noted in `run.skipped`.
 

@@ -29,7 +29,7 @@ def unsure_weight(config: HSAConfig, num_chunks: int) -> float | None:
 
 
 @dataclass(frozen=True)
-class Source:
+class RetrievedChunk:
     """A retrieved chunk: document number and name, token range in it, and its largest fusion weight."""
 
     document: int
@@ -48,7 +48,7 @@ class Answer:
     tokens: list[int]
     weight: float
     threshold: float | None
-    sources: list[Source] = field(default_factory=list)
+    sources: list[RetrievedChunk] = field(default_factory=list)
 
     @property
     def is_uncertain(self) -> bool | None:
@@ -131,10 +131,12 @@ def as_question(prompt: str) -> str:
     return f"Question: {prompt}\nAnswer:" if prompt.endswith("?") else prompt
 
 
-def _source(memory: Memory, chunk: int, weight: float) -> Source:
+def _source(memory: Memory, chunk: int, weight: float) -> RetrievedChunk:
     for number, document in enumerate(memory.documents):
         inside = chunk - document.first_chunk
         if 0 <= inside < document.num_chunks:
             start = inside * memory.chunk_size
-            return Source(number, document.name, start, min(start + memory.chunk_size, document.num_tokens), weight)
+            return RetrievedChunk(
+                number, document.name, start, min(start + memory.chunk_size, document.num_tokens), weight
+            )
     raise AssertionError(f"chunk {chunk} belongs to no document")

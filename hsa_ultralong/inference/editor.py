@@ -71,7 +71,7 @@ def difference(old: torch.Tensor, new: torch.Tensor) -> tuple[int, int, int]:
 
 
 def recompute_chunks(
-    model: HSAForCausalLM, tokens: torch.Tensor, first: int, stop: int, segment: int, step: int | None = None
+    model: HSAForCausalLM, tokens: torch.Tensor, first: int, stop: int, document: int, step: int | None = None
 ) -> Iterator[ChunkTensors]:
     """Chunks first..stop of a document of all these tokens (n,), in pieces; a last one that is not full is short."""
     size, device = model.config.chunk_size, device_of(model)
@@ -85,10 +85,10 @@ def recompute_chunks(
         pending = part if pending is None else torch.cat((pending, part), 1)
         whole = pending.shape[1] // size
         if whole:
-            yield reader.encode(pending[:, : whole * size], number, segment)
+            yield reader.encode(pending[:, : whole * size], number, document)
             number, pending = number + whole, pending[:, whole * size :].clone()
     if pending is not None and pending.shape[1]:
-        yield reader.encode_short(pending, number, segment)
+        yield reader.encode_short(pending, number, document)
     reader.check.require("the edited document")
 
 

@@ -74,7 +74,7 @@ class FileReader:
         tail: torch.Tensor,
         state: Continuation | None,
         *,
-        segment_tokens: int | None,
+        piece_tokens: int | None,
         commit_tokens: int | None,
         report: Progress,
     ) -> None:
@@ -88,7 +88,7 @@ class FileReader:
         sink = _FileSink(self, id, text.num_tokens, tail, commit_tokens)
         with sink:
             read_document(
-                self.model, text, sink, state=state, number=0, label=label, piece_tokens=segment_tokens, report=report
+                self.model, text, sink, state=state, number=0, label=label, piece_tokens=piece_tokens, report=report
             )
 
     def rewrite(self, id: int, tokens: torch.Tensor, plan: EditPlan, report: Progress) -> None:

@@ -139,7 +139,7 @@ class Library:
         metadata: Mapping[str, Any] | None = None,
         close: bool = True,
         commit: bool = True,
-        segment_tokens: int | None = None,
+        piece_tokens: int | None = None,
         commit_tokens: int = COMMIT_TOKENS,
         progress: bool | Progress = False,
     ) -> int:
@@ -163,7 +163,7 @@ class Library:
             raise ValueError("commit=False is for whole documents; commit a document that stays open")
         text = as_text(tokens, self.model.config.vocab_size)
         return self.add_text(
-            text, name=name, metadata=metadata, close=close, commit=commit, segment_tokens=segment_tokens,
+            text, name=name, metadata=metadata, close=close, commit=commit, piece_tokens=piece_tokens,
             commit_tokens=commit_tokens, progress=progress,
         )  # fmt: skip
 
@@ -175,7 +175,7 @@ class Library:
         close: bool,
         metadata: Mapping[str, Any] | None = None,
         commit: bool = True,
-        segment_tokens: int | None = None,
+        piece_tokens: int | None = None,
         commit_tokens: int = COMMIT_TOKENS,
         progress: bool | Progress = False,
     ) -> int:
@@ -192,7 +192,7 @@ class Library:
             else:
                 id, (state, tail) = started.id, self._reader.committed()
             self._reader.read_on(
-                id, text, tail, state, segment_tokens=segment_tokens, commit_tokens=commit_tokens, report=report
+                id, text, tail, state, piece_tokens=piece_tokens, commit_tokens=commit_tokens, report=report
             )
             if self.writer.document(id).num_tokens == 0:
                 raise ValueError(f"document {name!r} is empty: nothing to memorise")
@@ -206,7 +206,7 @@ class Library:
         *,
         close: bool = False,
         metadata: Mapping[str, Any] | None = None,
-        segment_tokens: int | None = None,
+        piece_tokens: int | None = None,
     ) -> None:
         """Add text at the end of the last document, exactly as if it had been longer; a closed one is opened again.
 
@@ -235,7 +235,7 @@ class Library:
             # no commit on the way: a kill leaves the text as it was
             self._reader.read_on(
                 last.id, Text(iter([new]), len(old) + len(new)), tail, state,
-                segment_tokens=segment_tokens, commit_tokens=None, report=lambda *_: None,
+                piece_tokens=piece_tokens, commit_tokens=None, report=lambda *_: None,
             )  # fmt: skip
             if close:
                 self._reader.close(last.id)

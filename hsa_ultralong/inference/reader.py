@@ -57,14 +57,14 @@ def memorize(
     *,
     names: Sequence[str] | None = None,
     close: bool = True,
-    segment_tokens: int | None = None,
+    piece_tokens: int | None = None,
     store: str | Path = "device",
     key_values: str | None = None,
     landmarks: str | None = None,
     device_bytes: int | None = None,
     progress: bool | Progress = False,
 ) -> Memory:
-    """Read documents into a new memory; linear time, activation memory of one segment.
+    """Read documents into a new memory; linear time, activation memory of one piece.
 
     Args:
         tokens: token ids of one document (1-D tensor, array, list), a list of such documents, or an iterator of
@@ -72,7 +72,7 @@ def memorize(
         names: a name per document.
         close: close the last document (its tail becomes a short chunk); False leaves it open for `append`,
             `last_logits` and `generate(continue_document=True)`.
-        segment_tokens: tokens per forward; default 2,048 on a CPU, 65,536 on a GPU. On a GPU 131,072 stands for
+        piece_tokens: tokens per forward; default 2,048 on a CPU, 65,536 on a GPU. On a GPU 131,072 stands for
             compiled layers, 1.5 to 3 times as fast after 10 to 20 seconds; the default from 64M tokens on.
         store: "device", "host" (keys and values in host memory), "tiered" (on the device as far as they fit, the rest
             in host memory), or the path of a new memory file NAME.hsa, which is returned open, keys and values on disk.
@@ -92,7 +92,7 @@ def memorize(
         raise ValueError(f"device_bytes is room for store='tiered', got store={str(store)!r}")
     known = [text.num_tokens for text in documents if text.num_tokens is not None]
     total = sum(known) if len(known) == len(documents) else None
-    piece_tokens = piece_length(model, segment_tokens, total)
+    piece_tokens = piece_length(model, piece_tokens, total)
     with ExitStack() as opened:
         if Path(store).suffix == ".hsa":
             library = opened.enter_context(_new_library(model, Path(store), key_values, landmarks))
@@ -107,7 +107,7 @@ def memorize(
         for number, text in enumerate(documents):
             name, is_closed = names[number] if names else "", close or number < len(documents) - 1
             if library is not None:
-                library.add_text(text, name=name, close=is_closed, segment_tokens=piece_tokens, progress=advance)
+                library.add_text(text, name=name, close=is_closed, piece_tokens=piece_tokens, progress=advance)
                 done += library.documents[-1].num_tokens
             else:
                 _read_document(model, memory, text, name, is_closed, piece_tokens, advance)
@@ -148,7 +148,7 @@ def append(
     document: int | None = None,
     name: str = "",
     close: bool = True,
-    segment_tokens: int | None = None,
+    piece_tokens: int | None = None,
     progress: bool | Progress = False,
 ) -> None:
     """Add a new document (default), or go on with the open one (`document` = its number), in place.
@@ -161,7 +161,7 @@ def append(
     memory.require_growable("written to")
     # all refusals come before the first change of the memory
     text = as_text(tokens, model.config.vocab_size)
-    piece_length(model, segment_tokens)
+    piece_length(model, piece_tokens)
     if text.num_tokens == 0:
         raise ValueError("nothing to append: no tokens were given")
     if document is None:
@@ -171,7 +171,7 @@ def append(
     before = 0 if document is None else memory.documents[-1].num_tokens
     with show_progress(progress, text.num_tokens) as report:
         _read_document(
-            model, memory, text, name, close, segment_tokens, lambda done, _: report(done - before, None),
+            model, memory, text, name, close, piece_tokens, lambda done, _: report(done - before, None),
             resume=document is not None,
         )  # fmt: skip
 
@@ -201,7 +201,7 @@ def _read_document(
     text: Text,
     name: str,
     close: bool,
-    segment_tokens: int | None,
+    piece_tokens: int | None,
     report: Progress,
     resume: bool = False,
 ) -> None:
@@ -215,7 +215,7 @@ def _read_document(
     label, sink = repr(name) if name else f"document {number}", _MemorySink(memory, document)
     with evaluating(model), _undone_on_error(memory, document):
         reader = read_document(
-            model, text, sink, state=document.continuation, number=number, label=label, piece_tokens=segment_tokens,
+            model, text, sink, state=document.continuation, number=number, label=label, piece_tokens=piece_tokens,
             report=report,
         )  # fmt: skip
     if sink.num_tokens == 0:

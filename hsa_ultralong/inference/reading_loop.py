@@ -73,7 +73,7 @@ def read_document(
     """
     device, step = device_of(model), piece_length(model, piece_tokens, text.num_tokens)
     compiled = step if _is_compiled(device, step) else None
-    reader = DocumentReader(model, keep=kept_lower_outputs(model), compiled_segment=compiled)
+    reader = DocumentReader(model, keep=kept_lower_outputs(model), compiled_piece=compiled)
     if state is not None:
         reader.resume(state)
     for part, is_last in _in_steps(text.pieces, step):
@@ -115,7 +115,7 @@ def piece_length(model: HSAForCausalLM, piece_tokens: int | None, num_tokens: in
             return _COMPILED_PIECE
         return _PIECE_TOKENS.get(kind, 2048)
     if piece_tokens < 1:
-        raise ValueError(f"segment_tokens must be >= 1, got {piece_tokens}")
+        raise ValueError(f"piece_tokens must be >= 1, got {piece_tokens}")
     return piece_tokens
 
 

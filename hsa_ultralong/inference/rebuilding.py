@@ -55,7 +55,7 @@ def rebuild(
     key_values: str | None = None,
     landmarks: str | None = None,
     metadata: Mapping[str, Any] | None = None,
-    segment_tokens: int | None = None,
+    piece_tokens: int | None = None,
     progress: bool | Progress = False,
 ) -> Rebuilt:
     """Read all documents of a memory file again by `model`; the result equals memorising their token ids anew.
@@ -90,7 +90,7 @@ def rebuild(
         if output is None and _is_of(source.spec, model, options):
             remove_unfinished(partial)
             return Rebuilt(source_path, len(source.documents), source.num_tokens, 0)
-        num_read = _Rebuild(model, source, retokenize, segment_tokens).run(partial, options, progress)
+        num_read = _Rebuild(model, source, retokenize, piece_tokens).run(partial, options, progress)
         if output is None:
             with MemoryFile.open_unverified(partial) as built:
                 take_over(writer, built)
@@ -162,9 +162,9 @@ class _Rebuild:
     """One pass over the documents of a memory into the unfinished one."""
 
     def __init__(
-        self, model: HSAForCausalLM, source: MemoryFile, retokenize: Retokenize | None, segment_tokens: int | None
+        self, model: HSAForCausalLM, source: MemoryFile, retokenize: Retokenize | None, piece_tokens: int | None
     ) -> None:
-        self.model, self.source, self.segment_tokens = model, source, segment_tokens
+        self.model, self.source, self.piece_tokens = model, source, piece_tokens
         self.retokenize = retokenize
         # documents of an earlier run
         self.kept: tuple[MemoryDocument, ...] = ()
@@ -239,7 +239,7 @@ class _Rebuild:
                 metadata=document.metadata,
                 close=not document.is_open,
                 commit=document.is_open,
-                segment_tokens=self.segment_tokens,
+                piece_tokens=self.piece_tokens,
                 progress=advance,
             )
             self.read += len(tokens) - before

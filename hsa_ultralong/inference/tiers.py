@@ -17,7 +17,7 @@ from hsa_ultralong.models.fingerprint import memory_fingerprint
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
 
 TIERS = ("device", "host", "tiered")
-# left free on the device for activations of a segment and for decoding
+# left free on the device for activations of a piece and for decoding
 _DEVICE_RESERVE = 10 * 2**30
 _GIB = 2**30
 

@@ -13,7 +13,7 @@ import torch
 
 from hsa_ultralong.models.cache_hsa import HSACache, NewChunks
 from hsa_ultralong.models.padding import Padding
-from hsa_ultralong.models.ranks import ContextRanks
+from hsa_ultralong.models.ranks import ContextExchange
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
@@ -134,7 +134,7 @@ def restrict(
     return layout._replace(groups=groups, isolated=isolated, source_ids=source_ids)
 
 
-def slice_layout(layout: Layout, ranks: ContextRanks, reach: int) -> Layout:
+def slice_layout(layout: Layout, ranks: ContextExchange, reach: int) -> Layout:
     """The layout of this rank's slice of rows shared over ranks; windows reach `reach` tokens before it."""
     num_tokens = layout.segments.shape[1]
     layout = layout._replace(positions=layout.positions + ranks.rank * num_tokens)

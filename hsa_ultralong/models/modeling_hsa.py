@@ -1,6 +1,6 @@
 """HSAModel: from tokens to hidden states, the first seven steps of docs/architecture.md (paper sec. 3.1).
 
-One forward serves training, segment-wise reading and decoding; what differs lives in HSACache. The reader in
+One forward serves training, reading piece by piece and decoding; what differs lives in HSACache. The reader in
 `inference` calls the same pieces (`read_lower`, `chunk_encoder`, `decode_upper`). Tests: tests/models/.
 """
 
@@ -32,7 +32,7 @@ from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.models.layout import Layout, packed_layout, plain_layout, restrict, slice_layout, whole_chunks
 from hsa_ultralong.models.outputs import HSAModelOutput
 from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
-from hsa_ultralong.models.ranks import ALONE, ContextRanks, PoolRanks
+from hsa_ultralong.models.ranks import ALONE, ContextExchange, PoolExchange
 from hsa_ultralong.models.stack import Windows, run_lower, run_upper
 from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer
@@ -103,8 +103,8 @@ class HSAModel(HSAPreTrainedModel):
         eps = config.rms_norm_eps if config.final_norm_eps is None else config.final_norm_eps
         self.norm = nn.RMSNorm(config.hidden_size, eps=eps)
         # set from outside: processes that share every row, and processes whose rows share a pool (distributed/)
-        self.context_ranks: ContextRanks = ALONE
-        self.pool_ranks: PoolRanks = ALONE
+        self.context_ranks: ContextExchange = ALONE
+        self.pool_ranks: PoolExchange = ALONE
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hsa_ultralong.models.stack import Windows
 
 
-class PoolRanks(Protocol):
+class PoolExchange(Protocol):
     """Processes that hold different rows."""
 
     rank: int
@@ -30,7 +30,7 @@ class PoolRanks(Protocol):
         ...
 
 
-class ContextRanks(PoolRanks, Protocol):
+class ContextExchange(PoolExchange, Protocol):
     """Processes that hold consecutive slices of the same rows."""
 
     def windows(self, windows: Sequence[int], slice_tokens: int) -> Windows: ...

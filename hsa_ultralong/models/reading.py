@@ -31,10 +31,10 @@ class DocumentReader:
     document (`first_token`) with empty windows: outputs are exact `lower_reach` tokens later (fact 6).
     """
 
-    def __init__(self, model: HSAForCausalLM, *, keep: int, compiled_segment: int | None = None) -> None:
-        """keep: lower outputs to keep. compiled_segment: pieces of this length run compiled; None: none do."""
+    def __init__(self, model: HSAForCausalLM, *, keep: int, compiled_piece: int | None = None) -> None:
+        """keep: lower outputs to keep. compiled_piece: pieces of this length run compiled; None: none do."""
         self.model, self.inner, self.size, self.keep = model, model.model, model.config.chunk_size, keep
-        self.compiled_segment = compiled_segment
+        self.compiled_piece = compiled_piece
         self.cache = HSACache(model.config)
         self.lower: torch.Tensor | None = None
         self.check = FiniteCheck()
@@ -61,7 +61,7 @@ class DocumentReader:
         """Lower outputs of the next tokens (n,), (1, n, M); the last `keep` of all stay in `self.lower`."""
         x = self.inner.embed_tokens(tokens[None].long())
         rotary = self.inner.rotary(x, self.cache)
-        if x.shape[1] == self.compiled_segment and all(state.length == state.keep for state in self._states()):
+        if x.shape[1] == self.compiled_piece and all(state.length == state.keep for state in self._states()):
             x = self.inner.read_lower(x, rotary, None, self.cache, parts=Pieces(compiled))
         else:
             x = self.inner.read_lower(x, rotary, None, self.cache)
@@ -71,7 +71,7 @@ class DocumentReader:
         return joined
 
     def complete_chunks(
-        self, tokens: torch.Tensor, num_tokens: int, num_chunks: int, segment: int
+        self, tokens: torch.Tensor, num_tokens: int, num_chunks: int, document: int
     ) -> ChunkTensors | None:
         """Read tokens (n,) after `num_tokens` of its document; the chunks beyond `num_chunks` that are full now."""
         joined = self.read(tokens)
@@ -80,28 +80,28 @@ class DocumentReader:
         if not complete:
             return None
         begin = joined.shape[1] - (count - num_chunks * self.size)
-        return self.encode(joined[:, begin : begin + complete * self.size], num_chunks, segment)
+        return self.encode(joined[:, begin : begin + complete * self.size], num_chunks, document)
 
-    def encode(self, hidden: torch.Tensor, first_chunk: int, segment: int, length: int | None = None) -> ChunkTensors:
-        """Chunks of lower outputs (1, n*S, M), the first being chunk `first_chunk` of document number `segment`."""
+    def encode(self, hidden: torch.Tensor, first_chunk: int, document: int, length: int | None = None) -> ChunkTensors:
+        """Chunks of lower outputs (1, n*S, M), the first being chunk `first_chunk` of document number `document`."""
         chunks = hidden.unflatten(1, (-1, self.size))  # (1, n, S, M)
         count = chunks.shape[1]
         lengths = torch.full((1, count), self.size, dtype=torch.int32, device=hidden.device)
         if length is not None:
             lengths[:, -1] = length
-        if self.compiled_segment == count * self.size:
+        if self.compiled_piece == count * self.size:
             k, v, landmarks = compiled(run_encoder)(self.inner.chunk_encoder, chunks)
         else:
             k, v, landmarks = self.inner.chunk_encoder(chunks, None if length is None else lengths)
         self.check.note(k, v, landmarks)
         index = torch.arange(first_chunk, first_chunk + count, dtype=torch.int32, device=hidden.device)[None]
-        return ChunkTensors(k, v, landmarks, lengths, torch.full_like(index, segment), (index + 1) * self.size)
+        return ChunkTensors(k, v, landmarks, lengths, torch.full_like(index, document), (index + 1) * self.size)
 
-    def encode_short(self, hidden: torch.Tensor, chunk: int, segment: int) -> ChunkTensors:
+    def encode_short(self, hidden: torch.Tensor, chunk: int, document: int) -> ChunkTensors:
         """The short chunk of a closed document's last m < S lower outputs, (1, m, M)."""
         length = hidden.shape[1]
         padded = torch.nn.functional.pad(hidden, (0, 0, 0, self.size - length))
-        return self.encode(padded, chunk, segment, length)
+        return self.encode(padded, chunk, document, length)
 
 
 def document_view(memory: Memory, document: int, positions: torch.Tensor) -> MemoryView:

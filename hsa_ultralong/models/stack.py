@@ -24,7 +24,7 @@ _SEED_STEP = 7919
 class Windows(Protocol):
     """What the windows of all layers read before the tokens of a call.
 
-    An HSACache; the rings of a decoding step (nn/ring_window.py); the border of a segment (train/segmented.py); the
+    An HSACache; the rings of a decoding step (nn/ring_window.py); the border of a piece (train/segmented.py); the
     slices before this one (distributed/context.py). Whole rows have None.
     """
 

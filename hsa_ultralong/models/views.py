@@ -6,7 +6,7 @@ import torch
 
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models.layout import Layout, source_numbers
-from hsa_ultralong.models.ranks import ALONE, ContextRanks, PoolRanks
+from hsa_ultralong.models.ranks import ALONE, ContextExchange, PoolExchange
 from hsa_ultralong.nn.views import ChunkTensors, CompetingView, GraphView, MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
@@ -22,7 +22,7 @@ def library_view(library: Memory, segments: torch.Tensor, positions: torch.Tenso
     return library.view(visible, is_for_all=True)
 
 
-def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: ContextRanks = ALONE) -> MemoryView:
+def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: ContextExchange = ALONE) -> MemoryView:
     """The past chunks of the token's own row and group; `is_causal`: the call's first token is the row's."""
     if context.rank + 1 < context.size:
         # later slices hold nothing but future
@@ -38,8 +38,8 @@ def pooled_view(
     layout: Layout,
     *,
     is_read: bool = True,
-    context: ContextRanks = ALONE,
-    ranks: PoolRanks = ALONE,
+    context: ContextExchange = ALONE,
+    ranks: PoolExchange = ALONE,
 ) -> MemoryView:
     """The chunks of all rows as one memory, of which a token sees those of other sources (its own come separately).
 

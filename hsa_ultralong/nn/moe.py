@@ -18,7 +18,7 @@ from hsa_ultralong.nn.mlp import SwiGLU
 from hsa_ultralong.nn.plain_linear import is_plain_linear
 
 
-class ExpertRanks(Protocol):
+class ExpertExchange(Protocol):
     """Processes that share out the experts; distributed/experts.py has the class, given from outside."""
 
     def local(self, weight: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ class MixtureOfExperts(nn.Module):
             if num_shared_experts
             else None
         )
-        self.expert_ranks: ExpertRanks | None = None
+        self.expert_ranks: ExpertExchange | None = None
         self.register_buffer("router_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("expert_load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         for weight in (self.gate_up, self.down):

@@ -42,9 +42,9 @@ class StageConfig:
         isolate_documents: retrieval stays inside a document, also where a row holds several.
         pool_memory: rows of a micro-batch read each other's chunks: "" (no), "attended" or "compete"
             (docs/pooled-memory.md).
-        segment_tokens: run rows this many tokens at a time, so that activations are those of one piece
+        piece_tokens: run rows this many tokens at a time, so that activations are those of one piece
             (train/segmented.py); 0 = whole rows.
-        segment_offload: with segment_tokens on a GPU, lower outputs and their gradients wait in pinned host memory
+        piece_offload: with piece_tokens on a GPU, lower outputs and their gradients wait in pinned host memory
             (4 bytes * hidden_size a token), so that only the memory grows with the row on the card.
     """
 
@@ -64,8 +64,8 @@ class StageConfig:
     long_documents: bool = False
     isolate_documents: bool = False
     pool_memory: str | bool = ""
-    segment_tokens: int = 0
-    segment_offload: bool = False
+    piece_tokens: int = 0
+    piece_offload: bool = False
     data_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class StageConfig:
         for name in ("seq_len", "tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage {self.name!r}: {name} must be >= 1, got {getattr(self, name)}")
-        positive = ("warmup_steps", "micro_batch_rows", "chunk_topk", "sliding_window", "segment_tokens")
+        positive = ("warmup_steps", "micro_batch_rows", "chunk_topk", "sliding_window", "piece_tokens")
         for name in (*positive, "learning_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stage {self.name!r}: {name} must be >= 0, got {getattr(self, name)}")
@@ -90,12 +90,10 @@ class StageConfig:
                 f"stage {self.name!r}: {self.rows} rows a step are no multiple of "
                 f"micro_batch_rows={self.micro_batch_rows}"
             )
-        if self.segment_tokens and self.pool_memory:
-            raise ValueError(f"stage {self.name!r}: segment_tokens does not go with pool_memory")
-        if self.segment_offload and not self.segment_tokens:
-            raise ValueError(
-                f"stage {self.name!r}: segment_offload moves what segments leave behind: set segment_tokens too"
-            )
+        if self.piece_tokens and self.pool_memory:
+            raise ValueError(f"stage {self.name!r}: piece_tokens does not go with pool_memory")
+        if self.piece_offload and not self.piece_tokens:
+            raise ValueError(f"stage {self.name!r}: piece_offload moves what pieces leave behind: set piece_tokens too")
 
     @property
     def rows(self) -> int:

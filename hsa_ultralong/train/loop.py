@@ -355,10 +355,10 @@ class Trainer:
         """Add the gradients of one micro-batch; its share of the loss, which all processes' labels divide."""
         inputs = self._inputs(stage, batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            if stage.segment_tokens:
+            if stage.piece_tokens:
                 with gathered(self.model):
                     return segmented_loss_backward(
-                        self.model, inputs, stage.segment_tokens, num_items=labels, offload=stage.segment_offload
+                        self.model, inputs, stage.piece_tokens, num_items=labels, offload=stage.piece_offload
                     )
             with activation_context(self.config.parallel):
                 if stage.pool_memory:

@@ -2,8 +2,8 @@
 
 Weights, gradients and optimiser state are exact. Activations are an estimate: what the layers keep for the backward
 under bf16 autocast, times an allowance for temporaries that makes it meet the three peaks measured for nano on one H200
-(results/training-nano: 10.0, 11.4 and 28.2 GiB; estimated 9.2, 10.2 and 27.0). Rows in segments: what
-train/segmented.py keeps, exactly, beside the activations of one segment of one half of the model. Used by
+(results/training-nano: 10.0, 11.4 and 28.2 GiB; estimated 9.2, 10.2 and 27.0). Rows in pieces: what
+train/segmented.py keeps, exactly, beside the activations of one piece of one half of the model. Used by
 `hsa train --dry-run`; tests/train/test_planning.py.
 """
 
@@ -23,7 +23,7 @@ from hsa_ultralong.train.twins import rival_of
 ASSUMED_PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 (docs/results.md)
 _TEMPORARIES = 1.5
 _FP32, _BF16 = 4, 2
-# ids, labels, targets and layout of a row that runs in segments
+# ids, labels, targets and layout of a row that runs in pieces
 _ROW_BYTES = 40
 
 
@@ -34,7 +34,7 @@ class StagePlan:
     Attributes:
         steps, tokens, seq_len: of the stage. forward_tokens: tokens of one forward of one GPU.
         weights: fp32, and the bf16 copies that layers compute with. gradients, optimizer: fp32. activations: estimate.
-        All in bytes of one GPU. host: bytes of pinned host memory a GPU, with segment_offload. seconds: of the whole
+        All in bytes of one GPU. host: bytes of pinned host memory a GPU, with piece_offload. seconds: of the whole
         stage; flops_per_token: in training (docs/results.md).
     """
 
@@ -112,7 +112,7 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
         gradients=_FP32 * trained,
         optimizer=state,
         activations=_activations(config, stage, model, tokens),
-        host=_FP32 * model.hidden_size * tokens if stage.segment_offload else 0,
+        host=_FP32 * model.hidden_size * tokens if stage.piece_offload else 0,
         flops_per_token=flops,
         seconds=stage.num_steps * stage.batch_tokens * flops / (gpus * ASSUMED_PEAK_FLOPS * config.mfu),
     )
@@ -178,16 +178,16 @@ def _activations(config: TrainConfig, stage: StageConfig, model: HSAConfig, toke
     reading = (model.num_lower_layers + model.num_encoder_layers) * layer_bytes(model, kept)
     upper_layers = model.num_hidden_layers - model.num_lower_layers
     upper = upper_layers * layer_bytes(model, kept) + model.num_upper_groups * retrieval
-    if not stage.segment_tokens:
+    if not stage.piece_tokens:
         return int(_TEMPORARIES * tokens * (reading + upper + again))
-    # one half of the model at a time, a segment of it with activations
-    share = min(1.0, stage.segment_tokens / stage.seq_len)
-    halves = zip((upper, reading), segmented_bytes(model, stage.segment_tokens, stage.segment_offload), strict=True)
+    # one half of the model at a time, a piece of it with activations
+    share = min(1.0, stage.piece_tokens / stage.seq_len)
+    halves = zip((upper, reading), segmented_bytes(model, stage.piece_tokens, stage.piece_offload), strict=True)
     return int(tokens * max(_TEMPORARIES * share * (part + again) + kept_whole for part, kept_whole in halves))
 
 
-def segmented_bytes(model: HSAConfig, segment_tokens: int, offload: bool = False) -> tuple[float, float]:
-    """Bytes per token that train/segmented.py keeps of the whole row on the GPU while a segment of the upper half runs
+def segmented_bytes(model: HSAConfig, piece_tokens: int, offload: bool = False) -> tuple[float, float]:
+    """Bytes per token that train/segmented.py keeps of the whole row on the GPU while a piece of the upper half runs
     backward, and while one of the lower half does.
 
     In both the lower outputs (fp32), or gradients in their place, unless they wait on the host (`offload`), the fp32
@@ -197,11 +197,11 @@ def segmented_bytes(model: HSAConfig, segment_tokens: int, offload: bool = False
     assert model.head_dim is not None
     numbers = accounting.memory_bytes_per_token(model, 1)
     reach = [max(window - 1, 0) for window in model.layer_windows]
-    window_token = 2 * _BF16 * model.num_key_value_heads * model.head_dim / segment_tokens
+    window_token = 2 * _BF16 * model.num_key_value_heads * model.head_dim / piece_tokens
     lower_windows = window_token * sum(reach[: model.num_lower_layers])
     outputs = 0 if offload else _FP32 * model.hidden_size
     lower = _ROW_BYTES + outputs + lower_windows + _FP32 * numbers
-    # the memory, and the gradient that a segment gives to all of it
+    # the memory, and the gradient that a piece gives to all of it
     return lower + window_token * sum(reach[model.num_lower_layers :]) + 2 * _BF16 * numbers, lower
 
 

@@ -1,8 +1,8 @@
-"""Exact gradients of rows of any length with the activations of one segment: recomputation over time, not over layers.
+"""Exact gradients of rows of any length with the activations of one piece: recomputation over time, not over layers.
 
-The lower decoder runs over the segments and keeps what crosses their borders: the windows' last keys and values, and
-its outputs, from which the memory of the whole row follows. Then every segment of the upper decoder runs with
-gradients, last one first, as its windows give gradients to the segment before; what reaches the memory adds up. Last,
+The lower decoder runs over the pieces and keeps what crosses their borders: the windows' last keys and values, and
+its outputs, from which the memory of the whole row follows. Then every piece of the upper decoder runs with
+gradients, last one first, as its windows give gradients to the piece before; what reaches the memory adds up. Last,
 the lower decoder and the encoder run again in the same way. Loss and gradients are those of one ordinary forward and
 backward (tests/train/test_segmented.py). Kept per token: the lower output, whose gradient takes its place (M, on the
 host if asked), and the memory with its gradient, 2*Hkv*D + Hr*R/S each; per border, the windows of all layers.
@@ -27,12 +27,12 @@ from hsa_ultralong.nn.views import ChunkTensors
 
 IGNORE_INDEX = -100
 Pair = tuple[torch.Tensor, torch.Tensor]
-# per segment and layer, the window at the beginning
+# per piece and layer, the window at the beginning
 Borders = list[list[Pair | None]]
 
 
 class CarriedWindow:
-    """The window of one layer at the beginning of a segment, and, after the layer has run, at its end; stands where a
+    """The window of one layer at the beginning of a piece, and, after the layer has run, at its end; stands where a
     cache's window stands, but inside the autograd graph."""
 
     def __init__(self, window: int, carried: Pair | None) -> None:
@@ -68,7 +68,7 @@ class BorderWindows:
         return self.states[layer - self.first]
 
     def leave(self) -> list[Pair | None]:
-        """What the segment leaves to the next one, detached; copied, as a slice would keep the segment's keys alive."""
+        """What the piece leaves to the next one, detached; copied, as a slice would keep the piece's keys alive."""
         lefts = [state.left for state in self.states]
         return [None if left is None else (left[0].detach().clone(), left[1].detach().clone()) for left in lefts]
 
@@ -77,14 +77,14 @@ class BorderWindows:
         return [None if s.carried is None else (_gradient(s.carried[0]), _gradient(s.carried[1])) for s in self.states]
 
     def roots(self, gradients: list[Pair | None]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What was left and the gradients that the next segment gives it."""
+        """What was left and the gradients that the next piece gives it."""
         for state, pair in zip(self.states, gradients, strict=True):
             if state.left is not None and pair is not None:
                 yield from zip(state.left, pair, strict=True)
 
 
-class Row(NamedTuple):
-    """One call: ids (B, T), labels of the next tokens (B, T), layout, divisor of the loss, and segment borders."""
+class LongRow(NamedTuple):
+    """One call: ids (B, T), labels of the next tokens (B, T), layout, divisor of the loss, and piece borders."""
 
     ids: torch.Tensor
     targets: torch.Tensor
@@ -111,37 +111,37 @@ def _backward(roots: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def segmented_loss_backward(
     model: HSAForCausalLM,
     batch: dict[str, torch.Tensor],
-    segment_tokens: int,
+    piece_tokens: int,
     *,
     loss_scale: float = 1.0,
     num_items: torch.Tensor | int | None = None,
     offload: bool = False,
 ) -> torch.Tensor:
-    """Loss of a batch; adds its gradients, times `loss_scale`, to the parameters', segment by segment.
+    """Loss of a batch; adds its gradients, times `loss_scale`, to the parameters', piece by piece.
 
     Call it under the autocast that the ordinary forward would have. All layers run twice forward, once without
     gradients; the head runs once.
 
     Args:
         batch: input_ids and labels (B, T), optionally segment_ids (B, T) and isolate_documents, as HSAForCausalLM takes
-            them. segment_tokens: a multiple of chunk_size. num_items: divisor of the summed loss; default the labels.
+            them. piece_tokens: a multiple of chunk_size. num_items: divisor of the summed loss; default the labels.
         offload: keep lower outputs and their gradients in pinned host memory, T*M numbers.
 
     Returns:
         The loss, a scalar without graph.
 
     Raises:
-        ValueError: for a segment that is no multiple of chunk_size, or inputs that only the ordinary forward takes.
+        ValueError: for a piece that is no multiple of chunk_size, or inputs that only the ordinary forward takes.
     """
     config = model.config
-    if segment_tokens < 1 or segment_tokens % config.chunk_size:
-        raise ValueError(f"segment_tokens must be a multiple of chunk_size={config.chunk_size}, got {segment_tokens}")
+    if piece_tokens < 1 or piece_tokens % config.chunk_size:
+        raise ValueError(f"piece_tokens must be a multiple of chunk_size={config.chunk_size}, got {piece_tokens}")
     known = {"input_ids", "labels", "segment_ids", "isolate_documents"}
     if extra := sorted(name for name, value in batch.items() if name not in known and value is not None):
         raise ValueError(f"segmented training takes {', '.join(sorted(known))}, not {', '.join(extra)}")
     if model.model.context_ranks.size > 1 or model.model.pool_ranks.size > 1:
         raise ValueError("segmented training runs on one process: rows and pools cannot be shared over ranks")
-    pass_ = _Pass(model, _row(model, batch, segment_tokens, num_items), loss_scale, offload)
+    pass_ = _Pass(model, _row(model, batch, piece_tokens, num_items), loss_scale, offload)
     with torch.no_grad():
         lower, memory, lower_borders = pass_.read_lower()
     # every token counts once toward the load of experts: in the first lower and the last upper run
@@ -155,8 +155,8 @@ def segmented_loss_backward(
 
 
 def _row(
-    model: HSAForCausalLM, batch: dict[str, torch.Tensor], segment_tokens: int, num_items: torch.Tensor | int | None
-) -> Row:
+    model: HSAForCausalLM, batch: dict[str, torch.Tensor], piece_tokens: int, num_items: torch.Tensor | int | None
+) -> LongRow:
     ids, labels = batch["input_ids"], batch["labels"]
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     segment_ids = batch.get("segment_ids")
@@ -167,8 +167,8 @@ def _row(
     layout = restrict(layout, batch.get("isolate_documents"))
     divisor = ((targets != IGNORE_INDEX).sum() if num_items is None else torch.as_tensor(num_items)).clamp_min(1)
     total = ids.shape[1]
-    borders = [(start, min(start + segment_tokens, total)) for start in range(0, total, segment_tokens)]
-    return Row(ids, targets, layout, divisor, borders)
+    borders = [(start, min(start + piece_tokens, total)) for start in range(0, total, piece_tokens)]
+    return LongRow(ids, targets, layout, divisor, borders)
 
 
 @contextmanager
@@ -184,9 +184,9 @@ def _experts_uncounted(model: HSAForCausalLM) -> Iterator[None]:
 
 
 class _Pass:
-    """The phases of one forward and backward over the segments of a batch."""
+    """The phases of one forward and backward over the pieces of a batch."""
 
-    def __init__(self, model: HSAForCausalLM, row: Row, loss_scale: float, offload: bool) -> None:
+    def __init__(self, model: HSAForCausalLM, row: LongRow, loss_scale: float, offload: bool) -> None:
         self.model, self.inner, self.config, self.row = model, model.model, model.config, row
         self.loss_scale, self.offload = loss_scale, offload
         lower, windows = self.config.num_lower_layers, self.config.layer_windows
@@ -207,7 +207,7 @@ class _Pass:
         return self.inner.read_lower(x, self.inner.rotary(x, windows), self._window_segments(start, stop), windows)
 
     def _encoded(self, hidden: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """k, v and raw landmarks of the full chunks of a segment (B, n, M)."""
+        """k, v and raw landmarks of the full chunks of a piece (B, n, M)."""
         size = self.config.chunk_size
         count = hidden.shape[1] // size
         if not count:
@@ -219,7 +219,7 @@ class _Pass:
     def _upper(
         self, x: torch.Tensor, start: int, stop: int, windows: BorderWindows, memory: ChunkTensors | None
     ) -> torch.Tensor:
-        """Upper outputs (B, n, M) of a segment from its lower outputs and the chunks up to its end."""
+        """Upper outputs (B, n, M) of a piece from its lower outputs and the chunks up to its end."""
         layout = self.row.layout
         part = layout._replace(
             segments=layout.segments[:, start:stop],
@@ -256,7 +256,7 @@ class _Pass:
     # forward, without gradients
 
     def read_lower(self) -> tuple[list[torch.Tensor], ChunkTensors | None, Borders]:
-        """Lower outputs of every segment, the memory of the rows, and the windows at the beginning of every segment."""
+        """Lower outputs of every piece, the memory of the rows, and the windows at the beginning of every piece."""
         carried = self.nothing[0]
         outputs, encoded, borders = [], [], []
         for start, stop in self.row.borders:
@@ -270,7 +270,7 @@ class _Pass:
         return outputs, self._memory(encoded), borders
 
     def _memory(self, encoded: Sequence[tuple[torch.Tensor, ...]]) -> ChunkTensors | None:
-        """Chunks of all segments as one memory; in training the centre of landmarks moves once."""
+        """Chunks of all pieces as one memory; in training the centre of landmarks moves once."""
         if not encoded:
             return None
         k, v, raw = (torch.cat(parts, 1) for parts in zip(*encoded, strict=True))
@@ -280,7 +280,7 @@ class _Pass:
         return ChunkTensors(k, v, landmarks, full, segments, ends)
 
     def read_upper(self, lower: list[torch.Tensor], memory: ChunkTensors | None) -> Borders:
-        """The windows at the beginning of every segment; so the last segment need not run."""
+        """The windows at the beginning of every piece; so the last piece need not run."""
         carried = self.nothing[1]
         borders = [carried]
         for (start, stop), part in zip(self.row.borders[:-1], lower, strict=False):
@@ -290,7 +290,7 @@ class _Pass:
             borders.append(carried)
         return borders
 
-    # backward, last segment first
+    # backward, last piece first
 
     def backward_upper(
         self, lower: list[torch.Tensor], memory: ChunkTensors | None, borders: Borders

@@ -24,20 +24,19 @@ def check_stage(config: TrainConfig, index: int, preset: HSAConfig, data_world: 
             f"stage {stage.name!r}: seq_len={stage.seq_len} must be a multiple of chunk_size={size} times "
             f"parallel.context={parallel.context}"
         )
-    if stage.segment_tokens and (parallel.context > 1 or stage.segment_tokens % size):
+    if stage.piece_tokens and (parallel.context > 1 or stage.piece_tokens % size):
         raise ValueError(
-            f"stage {stage.name!r}: segment_tokens must be a multiple of chunk_size={size}, "
-            "and needs parallel.context=1"
+            f"stage {stage.name!r}: piece_tokens must be a multiple of chunk_size={size}, and needs parallel.context=1"
         )
     if config.freeze_memory and stage.sliding_window not in (0, preset.sliding_window):
         raise ValueError(
             f"stage {stage.name!r}: freeze_memory keeps the window that memories were built with, "
             f"{preset.sliding_window}; leave sliding_window={stage.sliding_window} out"
         )
-    if stage.segment_tokens and parallel.offload_activations:
+    if stage.piece_tokens and parallel.offload_activations:
         raise ValueError(
-            f"stage {stage.name!r}: parallel.offload_activations acts on whole rows; with segment_tokens take "
-            "segment_offload=true instead"
+            f"stage {stage.name!r}: parallel.offload_activations acts on whole rows; with piece_tokens take "
+            "piece_offload=true instead"
         )
 
 

@@ -238,7 +238,7 @@ def test_the_report_shows_every_cap_and_what_ended_the_search(monkeypatch, tmp_p
 
 
 def test_the_command_searches_on_a_cpu_and_goes_on(tmp_path):
-    arguments = "bench training --longest --preset debug --segment-tokens 32 --device cpu --hardware x --attention hsa"
+    arguments = "bench training --longest --preset debug --piece-tokens 32 --device cpu --hardware x --attention hsa"
     arguments += " --methods plain,segmented"
 
     def run(*more):
@@ -268,7 +268,7 @@ def test_the_command_searches_on_a_cpu_and_goes_on(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_a_cap_ends_the_search(tmp_path):
     arguments = (
-        "bench training --longest --preset nano --caps 2GB,4GB --max-tokens 256K --segment-tokens 4K --device cuda"
+        "bench training --longest --preset nano --caps 2GB,4GB --max-tokens 256K --piece-tokens 4K --device cuda"
     )
     result = CliRunner().invoke(app, [*arguments.split(), "--attention", "hsa", "-o", str(tmp_path), "--hardware", "x"])
     assert result.exit_code == 0, result.output

@@ -102,7 +102,7 @@ def test_an_interrupted_memorize_goes_on_and_ends_with_the_same_memory(library, 
                     raise KeyboardInterrupt
                 report(stop, total)
 
-            read_on(self, id, tokens, done, state, segment_tokens=64, commit_tokens=64, report=limited)
+            read_on(self, id, tokens, done, state, piece_tokens=64, commit_tokens=64, report=limited)
 
         shutil.rmtree(path, ignore_errors=True)
         monkeypatch.setattr(FileReader, "read_on", stop)

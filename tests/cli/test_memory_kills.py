@@ -57,9 +57,9 @@ def place(checkpoint, monkeypatch):
         monkeypatch.setattr(updating, "_COMMIT_TOKENS", 1)
         monkeypatch.setattr(rebuilding, "_COMMIT_TOKENS", 1)
 
-        def in_small_steps(self, *arguments, segment_tokens, commit_tokens, report):
+        def in_small_steps(self, *arguments, piece_tokens, commit_tokens, report):
             commit_tokens = None if commit_tokens is None else 64
-            READ_ON(self, *arguments, segment_tokens=64, commit_tokens=commit_tokens, report=report)
+            READ_ON(self, *arguments, piece_tokens=64, commit_tokens=commit_tokens, report=report)
 
         monkeypatch.setattr(FileReader, "read_on", in_small_steps)
         monkeypatch.chdir(start)

@@ -60,7 +60,7 @@ def half(texts, options, monkeypatch):
             if id == 1 and stop == 128:
                 raise KeyboardInterrupt
 
-        READ_ON(self, id, tokens, done, state, segment_tokens=64, commit_tokens=64, report=dying)
+        READ_ON(self, id, tokens, done, state, piece_tokens=64, commit_tokens=64, report=dying)
 
     monkeypatch.setattr(updating, "_COMMIT_TOKENS", 1)
     with monkeypatch.context() as patch:

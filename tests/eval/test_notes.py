@@ -12,7 +12,7 @@ from hsa_ultralong.data import evaluation_needles
 from hsa_ultralong.eval import needles as study_module
 from hsa_ultralong.eval.haystack import opticks
 from hsa_ultralong.eval.needles import Place, run_forms
-from hsa_ultralong.inference.ask import Source
+from hsa_ultralong.inference.ask import RetrievedChunk
 from hsa_ultralong.testing.factories import tiny_model
 
 
@@ -33,7 +33,7 @@ def test_a_place_names_its_chunks_and_the_sources_that_it_overlaps(nano, text):
     assert [Place(*place).chunks(memory) for place in ((0, 60, 70), (0, 64, 128), (1, 0, 20), (2, 0, 130))] == [
         range(0, 2), range(1, 2), range(16, 17), range(17, 20)
     ]  # fmt: skip
-    source = Source(1, "", 0, 20, 0.5)
+    source = RetrievedChunk(1, "", 0, 20, 0.5)
     assert Place(1, 0, 20).overlaps(source) and Place(1, 19, 25).overlaps(source)
     assert not Place(1, 20, 25).overlaps(source) and not Place(0, 0, 20).overlaps(source)
 

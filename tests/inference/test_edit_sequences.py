@@ -84,7 +84,7 @@ def test_any_sequence_of_edits_appends_and_deletions_equals_a_rebuild(options, c
         elif kind in ("append", "continue") and put and (is_open or kind == "append"):
             more, is_open = document(put, seed=50 + number), which > 0
             if kind == "append":
-                append(model, memory, more, close=not is_open, segment_tokens=3)
+                append(model, memory, more, close=not is_open, piece_tokens=3)
                 texts.append(more)
             else:
                 append(model, memory, more, document=len(texts) - 1, close=not is_open)

@@ -10,7 +10,7 @@ from hsa_ultralong.testing.factories import tiny_model
 from tests.inference.test_library import EXACT, assert_holds, bits, document, loaded
 
 TEXT, OTHER = document(50), document(20, seed=3)
-SMALL = {"segment_tokens": 7, "commit_tokens": 14}
+SMALL = {"piece_tokens": 7, "commit_tokens": 14}
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ class Changes:
         new = document(put, seed=number) if put else document(1)[:0]
         if kind in ("add", "add open") and put:
             self.is_open = kind == "add open"
-            added = library.add(new, name=f"n{number}", segment_tokens=5, close=not self.is_open)
+            added = library.add(new, name=f"n{number}", piece_tokens=5, close=not self.is_open)
             # also after deletions, no id comes again
             assert added not in self.ids
             self.ids.add(added)
@@ -181,7 +181,7 @@ ROUNDING = {"bf16": 2**-8, "int8": 1 / 253, "fp8": 1 / 16}
 def test_formats_of_two_and_of_one_byte_round_the_same_memory(tmp_path, key_values, landmarks):
     model, text = tiny_model(), document(50)
     with Library.create(model, tmp_path / "a.hsa", key_values=key_values, landmarks=landmarks) as library:
-        library.add(text, segment_tokens=7)
+        library.add(text, piece_tokens=7)
     exact, memory = model.memorize(text), loaded(tmp_path / "a.hsa")
     used = (torch.arange(exact.chunk_size) < exact.lengths[..., None]).flatten(1)
     for a, b, format in (
@@ -195,7 +195,7 @@ def test_formats_of_two_and_of_one_byte_round_the_same_memory(tmp_path, key_valu
 @pytest.mark.parametrize("commits", range(5))
 def test_an_interrupted_add_goes_on_and_gives_the_same_bits(tmp_path, monkeypatch, commits):
     model, text = tiny_model(), document(60)
-    options = {"name": "book", "metadata": {"a": 1}, "segment_tokens": 7, "commit_tokens": 14}
+    options = {"name": "book", "metadata": {"a": 1}, "piece_tokens": 7, "commit_tokens": 14}
     with Library.create(model, tmp_path / "whole.hsa", **EXACT) as library:
         library.add(text, **options)
     with Library.create(model, tmp_path / "cut.hsa", **EXACT) as library:
@@ -270,14 +270,14 @@ def changes(model, path):
         done = len(library.documents)
         finished = done > 1 or (done == 1 and not library.documents[0].is_open)
         if not finished:
-            library.add(document(60), name="book", segment_tokens=7, commit_tokens=14)
+            library.add(document(60), name="book", piece_tokens=7, commit_tokens=14)
         if len(library.documents) < 2:
-            library.add(document(23, seed=1), name="notes", segment_tokens=7, commit_tokens=14)
+            library.add(document(23, seed=1), name="notes", piece_tokens=7, commit_tokens=14)
         notes = library.documents[1]
         if notes.is_open:
-            library.add(document(23, seed=1), name="notes", segment_tokens=7, commit_tokens=14)
+            library.add(document(23, seed=1), name="notes", piece_tokens=7, commit_tokens=14)
         if library.documents[1].num_tokens == 23:
-            library.extend(document(9, seed=2), close=True, segment_tokens=7)
+            library.extend(document(9, seed=2), close=True, piece_tokens=7)
         if library.tokens(0)[5] != 36:
             library.edit(0, 5, 8, [36, 36])
         if len(library.documents) < 3:

@@ -14,7 +14,7 @@ from hsa_ultralong.testing.factories import tiny_model
 from tests.inference.test_library import EXACT, assert_holds, bits, document, loaded
 from tests.memory.test_files_crash import die_at, in_child
 
-SMALL = {"segment_tokens": 7, "commit_tokens": 14}
+SMALL = {"piece_tokens": 7, "commit_tokens": 14}
 
 
 def add(library):
@@ -23,7 +23,7 @@ def add(library):
 
 def extend(library):
     if library.documents[-1].num_tokens == 13:
-        library.extend(document(9, seed=5), close=True, segment_tokens=7)
+        library.extend(document(9, seed=5), close=True, piece_tokens=7)
 
 
 def edit(library):
@@ -128,8 +128,8 @@ def test_a_failed_change_does_not_close_the_open_document(tmp_path, monkeypatch)
         monkeypatch.undo()
         with pytest.raises(MemoryFileError, match="holds no memory"):
             library.merge([tmp_path / "b.hsa"])
-        with pytest.raises(ValueError, match="segment_tokens"):
-            library.add(document(30, seed=1), segment_tokens=0)
+        with pytest.raises(ValueError, match="piece_tokens"):
+            library.add(document(30, seed=1), piece_tokens=0)
         assert library.documents[0].is_open and bits(path) == before
         library.extend(document(7, seed=2), close=True)
     assert_holds(path, model, [torch.cat((document(10), document(7, seed=2)))])
@@ -156,7 +156,7 @@ def test_extending_a_closed_document_equals_one_longer_document(tmp_path, length
     with Library.create(model, path, **EXACT) as library:
         library.add(document(5, seed=9))
         library.add(document(length), name="a", metadata={"x": 1})
-        library.extend(document(more, seed=1), close=True, segment_tokens=6)
+        library.extend(document(more, seed=1), close=True, piece_tokens=6)
         assert (library.document("a").id, library.document("a").metadata) == (1, {"x": 1})
     assert_holds(path, model, [document(5, seed=9), torch.cat((document(length), document(more, seed=1)))])
 

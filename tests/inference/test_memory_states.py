@@ -47,14 +47,14 @@ def test_chunks_read_in_segments_equal_those_of_one_forward(options):
     whole, full = model.memorize(tokens, close=False), model(tokens[None]).past_key_values.memory
     assert_same_chunks(whole, full)
     for segment in (1, 3, 11, 46):
-        assert_same_chunks(model.memorize(tokens, close=False, segment_tokens=segment), whole)
+        assert_same_chunks(model.memorize(tokens, close=False, piece_tokens=segment), whole)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3,), (4,), (5,), (47,), (9, 1, 8, 3)])
 def test_closed_documents_equal_reading_each_with_empty_windows(lengths):
     model = tiny_model()
     parts = [document(length, seed) for seed, length in enumerate(lengths)]
-    assert_same_chunks(model.memorize(parts, segment_tokens=5), encode_documents(model, parts))
+    assert_same_chunks(model.memorize(parts, piece_tokens=5), encode_documents(model, parts))
 
 
 @pytest.mark.parametrize("options", ["default", "hsa_only_layer", "window_of_one", "all_at_once"])
@@ -123,7 +123,7 @@ def test_token_ids_may_come_in_any_integer_form(kind):
 def test_streams_of_any_piece_size_equal_the_whole(size):
     model, tokens = tiny_model(), document(26)
     pieces = [tokens[:0], *tokens.split(size), tokens[:0]]
-    assert_same_chunks(model.memorize(iter(pieces), segment_tokens=6), model.memorize(tokens))
+    assert_same_chunks(model.memorize(iter(pieces), piece_tokens=6), model.memorize(tokens))
     assert torch.equal(model.memorize(iter(pieces)).documents[0].tokens, tokens.int())
 
 
@@ -160,7 +160,7 @@ def test_appended_documents_equal_a_list_and_close_the_open_one():
         ([], {}, "nothing to append"),
         ([], {"document": 0}, "nothing to append"),
         ([1.5], {}, "token ids"),
-        ([1], {"segment_tokens": 0}, "segment_tokens"),
+        ([1], {"piece_tokens": 0}, "piece_tokens"),
         ([1], {"document": 1}, "not open"),
         ([1], {"document": -1}, "not open"),
     ],
@@ -185,7 +185,7 @@ def test_an_interrupted_append_leaves_no_chunk_without_an_owner(options):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        append(model, memory, more, segment_tokens=8, progress=interrupt, **options)
+        append(model, memory, more, piece_tokens=8, progress=interrupt, **options)
     assert_unchanged(memory, before)
     append(model, memory, more, **options)
     both = torch.cat((document(30), more)) if options else [document(30), more]

@@ -33,7 +33,7 @@ def tokens(length, *, seed=0, sick=None):
 def test_memorize_refuses_and_names_the_document(model, options, length, sick):
     documents = [tokens(9), tokens(length, sick=sick)]
     with pytest.raises(ValueError, match="'b' cannot be memorised: the model computes numbers that are not finite"):
-        memorize(model, documents, names=["a", "b"], segment_tokens=8, **options)
+        memorize(model, documents, names=["a", "b"], piece_tokens=8, **options)
 
 
 def test_append_and_edit_refuse_and_leave_the_memory_as_it_was(model):

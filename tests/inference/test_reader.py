@@ -32,7 +32,7 @@ def test_last_logits_after_reading_in_segments_equal_one_full_forward(options):
     model, tokens = tiny_model(**MODEL_OPTIONS[options]), document(61)
     full = model(tokens[None], use_cache=False).logits[0]
     for segment in (1, 7, 16, 1000):
-        memory = model.memorize(tokens, close=False, segment_tokens=segment)
+        memory = model.memorize(tokens, close=False, piece_tokens=segment)
         for count in (1, 3, SIZE):
             torch.testing.assert_close(last_logits(model, memory, count), full[-count:], **EXACT)
 
@@ -41,7 +41,7 @@ def test_last_logits_after_reading_in_segments_equal_one_full_forward(options):
 @torch.no_grad()
 def test_any_length_is_read_exactly(length):
     model, tokens = tiny_model(), document(length)
-    memory = model.memorize(tokens, close=False, segment_tokens=6)
+    memory = model.memorize(tokens, close=False, piece_tokens=6)
     full = model(tokens[None], use_cache=False).logits[0]
     torch.testing.assert_close(last_logits(model, memory, min(SIZE, length)), full[-min(SIZE, length) :], **EXACT)
     assert memory.num_chunks == length // SIZE and memory.num_tokens == length
@@ -177,7 +177,7 @@ def test_bad_input_is_refused(tokens, options, message):
 
 def test_progress_counts_every_token():
     seen = []
-    tiny_model().memorize(document(50), segment_tokens=16, progress=lambda done, total: seen.append((done, total)))
+    tiny_model().memorize(document(50), piece_tokens=16, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(16, 50), (32, 50), (48, 50), (50, 50)]
 
 

@@ -14,7 +14,7 @@ from tests.inference.test_library import EXACT, assert_holds, document
 
 TEXT = document(50)
 SINKS = ("device", "host", "tiered", "file")
-SMALL = {"segment_tokens": 7, "commit_tokens": 14}
+SMALL = {"piece_tokens": 7, "commit_tokens": 14}
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def test_every_sink_reads_the_same_pieces_of_texts_and_streams(model, tmp_path, 
         return read(self, tokens)
 
     monkeypatch.setattr(reading.DocumentReader, "read", noted)
-    memory = model.memorize(iter(TEXT.split(cut)), store=place(sink, tmp_path), segment_tokens=16)
+    memory = model.memorize(iter(TEXT.split(cut)), store=place(sink, tmp_path), piece_tokens=16)
     assert lengths == [16, 16, 16, 2]
-    whole = model.memorize(TEXT, segment_tokens=16)
+    whole = model.memorize(TEXT, piece_tokens=16)
     assert torch.equal(memory.landmarks, whole.landmarks) and torch.equal(memory.documents[0].tokens, TEXT)
     assert torch.equal(memory.part(0, 12).k, whole.part(0, 12).k)
 
@@ -58,7 +58,7 @@ def test_every_sink_reads_compiled_where_that_pays(model, tmp_path, monkeypatch,
     for module in (pieces, reading):
         monkeypatch.setattr(module, "compiled", traced)
     text = document(150)
-    memory = model.memorize(text, store=place(sink, tmp_path), segment_tokens=16)
+    memory = model.memorize(text, store=place(sink, tmp_path), piece_tokens=16)
     # layers once the windows are full; the last piece is shorter
     assert calls.count("run_encoder") == 9 and calls.count("run_layer") >= model.config.num_lower_layers
     torch.testing.assert_close(memory.landmarks, model.memorize(text).landmarks)
@@ -77,7 +77,7 @@ def test_a_stream_is_read_as_it_comes(model, tmp_path, sink):
         assert total is None
         most.append(sum(given) - done)
 
-    model.memorize(stream(), store=place(sink, tmp_path), segment_tokens=8, progress=look)
+    model.memorize(stream(), store=place(sink, tmp_path), piece_tokens=8, progress=look)
     assert len(most) > 5 and max(most) <= 8 + 5
 
 
@@ -85,7 +85,7 @@ def test_a_stream_is_read_as_it_comes(model, tmp_path, sink):
 def test_progress_goes_on_from_document_to_document(model, tmp_path, sink):
     seen = []
     model.memorize(
-        [TEXT, TEXT[:20]], store=place(sink, tmp_path), segment_tokens=25, progress=lambda *counts: seen.append(counts)
+        [TEXT, TEXT[:20]], store=place(sink, tmp_path), piece_tokens=25, progress=lambda *counts: seen.append(counts)
     )
     assert seen == [(25, 70), (50, 70), (70, 70)]
 

@@ -122,7 +122,7 @@ def test_a_half_read_document_stays_half_read_and_is_finished_by_the_new_model(o
     with Library.create(old, path, **EXACT) as library:
         library.add(TEXTS[0], name="d0")
         with pytest.raises(KeyboardInterrupt):
-            library.add(TEXTS[2], name="d2", segment_tokens=7, commit_tokens=14, progress=killed)
+            library.add(TEXTS[2], name="d2", piece_tokens=7, commit_tokens=14, progress=killed)
     rebuild(new, path)
     with Library.open(new, path) as library, Library.create(new, tmp_path / "fresh.hsa", **EXACT) as fresh:
         assert (library.half_read.document.num_tokens, library.half_read.num_tokens) == (28, 50)
@@ -132,7 +132,7 @@ def test_a_half_read_document_stays_half_read_and_is_finished_by_the_new_model(o
     assert torch.tensor(bits(path)[1][1]).allclose(torch.tensor(bits(tmp_path / "fresh.hsa")[1][1]))
     with pytest.raises(ValueError, match="half-read"):
         with Library.open(new, path) as library, pytest.raises(KeyboardInterrupt):
-            library.add(TEXTS[2], name="d3", segment_tokens=7, commit_tokens=14, progress=killed)
+            library.add(TEXTS[2], name="d3", piece_tokens=7, commit_tokens=14, progress=killed)
         rebuild(old, path, retokenize=lambda tokens, _: tokens)
 
 

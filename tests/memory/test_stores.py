@@ -118,7 +118,7 @@ def test_an_open_document_goes_on_after_loading(tmp_path):
 
 def test_memorising_to_a_path_equals_memorising_and_saving(tmp_path):
     model, texts = tiny_model(), [document(21), document(34, seed=1)]
-    memory = model.memorize(texts, names=["a", "b"], store=tmp_path / "a.hsa", segment_tokens=8)
+    memory = model.memorize(texts, names=["a", "b"], store=tmp_path / "a.hsa", piece_tokens=8)
     assert isinstance(memory, StoredMemory) and [d.name for d in memory.documents] == ["a", "b"]
     ids = random_tokens(1, 9, seed=7)
     torch.testing.assert_close(logits(model, memory, ids), logits(model, model.memorize(texts), ids), **EXACT)

@@ -38,7 +38,7 @@ def small_launches(monkeypatch):
         from hsa_ultralong.ops.hsa import triton_attention
 
         # tiles of two parts, as the second pass sees them
-        monkeypatch.setattr(triton_attention, "launch_options", lambda *_: triton_attention.LaunchOptions(32, 4, 1))
+        monkeypatch.setattr(triton_attention, "launch_options", lambda *_: triton_attention.HSALaunch(32, 4, 1))
         monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 0)
 
 

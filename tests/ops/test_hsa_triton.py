@@ -39,7 +39,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def small_launches(monkeypatch):
     """Tiles of 16 rows, so that a few tokens make several tiles; no path for few tokens unless a test asks for it."""
-    monkeypatch.setattr(triton_attention, "launch_options", lambda *_: triton_attention.LaunchOptions(16, 4, 1))
+    monkeypatch.setattr(triton_attention, "launch_options", lambda *_: triton_attention.HSALaunch(16, 4, 1))
     monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 0)
     monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 32)
     monkeypatch.setattr(kernel_lists, "_COUNTED_SHARE", 1000)
@@ -117,7 +117,7 @@ def test_parts_of_a_memory_read_by_the_same_indices_add_up_to_the_whole(monkeypa
 def test_segments_of_tokens_change_nothing(monkeypatch):
     inputs = problem(kv_heads=1, group=4)
     whole = run(inputs, "triton", torch.float32)
-    monkeypatch.setattr(triton_attention, "_SEGMENT_BYTES", 1)
+    monkeypatch.setattr(triton_attention, "_LAUNCH_BYTES", 1)
     for left, right in zip(whole, run(inputs, "triton", torch.float32), strict=True):
         assert torch.equal(left, right)
 

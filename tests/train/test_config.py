@@ -73,8 +73,8 @@ def test_overrides_that_cannot_work_say_why(tiny_runs, assignment, message):
 
 
 def test_segments_and_pools_exclude_each_other(tiny_runs):
-    with pytest.raises(ValueError, match="segment_tokens does not go with pool_memory"):
-        tiny_runs.stage(segment_tokens=32, pool_memory=True)
+    with pytest.raises(ValueError, match="piece_tokens does not go with pool_memory"):
+        tiny_runs.stage(piece_tokens=32, pool_memory=True)
 
 
 def test_rows_of_a_step_are_shared_out_evenly_or_refused(tiny_runs):

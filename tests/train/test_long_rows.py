@@ -20,8 +20,8 @@ def test_offloading_segments_takes_the_very_same_steps(tiny_runs, tmp_path, monk
     monkeypatch.setattr(loop, "segmented_loss_backward", seen)
     curves = []
     for name, offload in (("card", "False"), ("host", "True")):
-        stage = tiny_runs.stage(tokens=512, micro_batch_rows=1, segment_tokens=32)
-        config = apply_overrides(tiny_runs.config(stage), [f"warmup.segment_offload={offload}"])
+        stage = tiny_runs.stage(tokens=512, micro_batch_rows=1, piece_tokens=32)
+        config = apply_overrides(tiny_runs.config(stage), [f"warmup.piece_offload={offload}"])
         tiny_runs.trainer(tmp_path / name, config).train()
         curves.append(tiny_runs.losses(tmp_path / name))
     assert curves[0] == curves[1] and len(curves[0]) == 2
@@ -29,15 +29,15 @@ def test_offloading_segments_takes_the_very_same_steps(tiny_runs, tmp_path, monk
 
 
 def test_options_that_do_not_go_together_are_refused(tiny_runs, tmp_path):
-    with pytest.raises(ValueError, match=r"stage 'warmup': segment_offload .* set segment_tokens too"):
-        tiny_runs.stage(segment_offload=True)
-    config = tiny_runs.config(tiny_runs.stage(segment_tokens=32), parallel=ParallelConfig(offload_activations=True))
-    with pytest.raises(ValueError, match="acts on whole rows; with segment_tokens take segment_offload=true"):
+    with pytest.raises(ValueError, match=r"stage 'warmup': piece_offload .* set piece_tokens too"):
+        tiny_runs.stage(piece_offload=True)
+    config = tiny_runs.config(tiny_runs.stage(piece_tokens=32), parallel=ParallelConfig(offload_activations=True))
+    with pytest.raises(ValueError, match="acts on whole rows; with piece_tokens take piece_offload=true"):
         tiny_runs.trainer(tmp_path, config)
 
 
 def test_a_dry_run_counts_the_host(tmp_path):
-    sets = ("long.segment_tokens=8192", "long.segment_offload=true", "long.seq_len=131072", "long.batch_tokens=1048576")
+    sets = ("long.piece_tokens=8192", "long.piece_offload=true", "long.seq_len=131072", "long.batch_tokens=1048576")
     arguments = ["train", "small_345m", "--dry-run", *(part for one in sets for part in ("--set", one))]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output

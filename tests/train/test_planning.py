@@ -63,7 +63,7 @@ def test_spreading_and_recomputing_save_memory():
     full, selective = first(activation_checkpointing="full"), first(activation_checkpointing="selective")
     assert full.activations < selective.activations < plain.activations
     assert first(context=2).activations * 2 == plain.activations
-    config.stages[0].segment_tokens = 2048
+    config.stages[0].piece_tokens = 2048
     assert first().activations < plain.activations / 2
 
 
@@ -93,7 +93,7 @@ def test_the_peaks_seen_for_rows_in_segments_are_met_within_five_percent():
         (6 * 2**20, False, 66.6),
         (12 * 2**20, False, 100.6),
     ):
-        plan = stage_plan(tokens, segment_tokens=32_768, segment_offload=offload)
+        plan = stage_plan(tokens, piece_tokens=32_768, piece_offload=offload)
         assert plan.total_bytes / 1e9 == pytest.approx(measured, rel=0.05)
         assert plan.host == (4 * 1024 * tokens if offload else 0)
 
@@ -129,7 +129,7 @@ def test_a_segment_saves_one_half_of_the_model():
     batch = {"input_ids": ids, "labels": ids}
 
     def planned(segment):
-        plan = stage_plan(256, "debug", {**TINY, **sizes}, segment_tokens=segment, chunk_topk=2)
+        plan = stage_plan(256, "debug", {**TINY, **sizes}, piece_tokens=segment, chunk_topk=2)
         return plan.activations - (256 * segmented_bytes(model.config, segment)[0] if segment else 0)
 
     with SavedBytes() as whole, torch.autocast("cpu", torch.bfloat16):

@@ -118,7 +118,7 @@ def check_two(rank, world, runs, folder):
         export_model(one.model, runs.tokenizer, folder / f"{name}-model", topk=one.topk)
     pieces = spread(config, shard=2)
     for stage in pieces.stages:
-        stage.segment_tokens = 64
+        stage.piece_tokens = 64
     assert runs.trainer(folder / "pieces", pieces, probe=probe).train()
     assert_same_run(runs, folder / "pieces", expected)
     muon = runs.trainer(folder / "muon-two", spread(recipe(runs, optimizer="muon"), replicate=2))

@@ -142,14 +142,14 @@ def test_micro_batches_take_the_very_step_of_the_whole_batch(corpus, tmp_path):
 def test_a_stage_in_segments_takes_the_very_step_of_whole_rows(corpus, tmp_path):
     seen = []
     for segment in (0, 32):
-        one = stage(tokens=512, micro_batch_rows=1, segment_tokens=segment)
+        one = stage(tokens=512, micro_batch_rows=1, piece_tokens=segment)
         trainer(corpus, tmp_path / str(segment), run_config(one)).train()
         seen.append([(record["loss"], record["grad_norm"]) for record in records(tmp_path / str(segment))])
     assert [number for pair in seen[1] for number in pair] == pytest.approx(
         [number for pair in seen[0] for number in pair], rel=1e-4
     )
     with pytest.raises(ValueError, match="multiple of chunk_size=16"):
-        trainer(corpus, tmp_path / "x", run_config(stage(segment_tokens=40)))
+        trainer(corpus, tmp_path / "x", run_config(stage(piece_tokens=40)))
 
 
 def test_rows_that_pool_their_memory_train(corpus, tmp_path):

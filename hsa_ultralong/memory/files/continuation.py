@@ -23,7 +23,7 @@ from hsa_ultralong.memory.files.finite import WHAT, is_finite
 from hsa_ultralong.memory.files.manifest import ContinuationRecord, continuation_file
 from hsa_ultralong.memory.files.spec import MemoryFileError, as_json_object
 
-Continuation = tuple[dict[str, torch.Tensor], dict[str, Any]]
+StoredContinuation = tuple[dict[str, torch.Tensor], dict[str, Any]]
 KEY = "hsa"
 
 
@@ -46,7 +46,7 @@ def write_continuation(folder: Path, generation: int, data: bytes) -> Continuati
     return ContinuationRecord(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def read_continuation(folder: Path, record: ContinuationRecord) -> Continuation:
+def read_continuation(folder: Path, record: ContinuationRecord) -> StoredContinuation:
     """Read and check a continuation file.
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hsa_ultralong.memory.files.housekeeping import new_folder
-from hsa_ultralong.memory.files.reader import MemoryFile, Progress
+from hsa_ultralong.memory.files.reader import FileProgress, MemoryFile
 from hsa_ultralong.memory.files.spec import MemoryFileError
 from hsa_ultralong.memory.files.staging import SHARD_BYTES
 from hsa_ultralong.memory.files.transfer import copy_documents
@@ -23,7 +23,7 @@ def export_memory(
     documents: Sequence[int] | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: FileProgress | None = None,
 ) -> None:
     """Write documents of a memory as a new one, without dead chunks, after checking every byte of the source.
 

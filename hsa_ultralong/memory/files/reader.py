@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsa_ultralong.memory.files.continuation import Continuation, read_continuation
+from hsa_ultralong.memory.files.continuation import StoredContinuation, read_continuation
 from hsa_ultralong.memory.files.finite import WHAT, first_bad_row
 from hsa_ultralong.memory.files.manifest import Manifest, read_manifest
 from hsa_ultralong.memory.files.shard import Shard, ShardDamage, shard_layout
 from hsa_ultralong.memory.files.spec import Damage, MemoryDocument, MemoryFileError, MemorySpec, clear_errors
 
-Progress = Callable[[int, int], None]
+FileProgress = Callable[[int, int], None]
 _MAX_RETRIES = 20
 # what is wrong with one file, not with the machine or the whole folder
 _BAD_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO)
@@ -30,7 +30,9 @@ _BAD_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM
 class MemoryFile:
     """A snapshot of a memory folder, made by `open`. A context manager; `close` gives the files back."""
 
-    def __init__(self, path: Path, manifest: Manifest, shards: dict[int, Shard], state: Continuation | None) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, shards: dict[int, Shard], state: StoredContinuation | None
+    ) -> None:
         self.path, self.manifest = path, manifest
         self._shards, self._state = shards, state
         self._residents: dict[str, torch.Tensor] = {}
@@ -152,7 +154,7 @@ class MemoryFile:
         """An open shard (for copying it whole)."""
         return self._shards[number]
 
-    def continuation(self) -> Continuation | None:
+    def continuation(self) -> StoredContinuation | None:
         """Tensors and metadata of the open document's continuation, None without one."""
         return self._state
 
@@ -342,7 +344,7 @@ def require_fingerprint(path: Path, spec: MemorySpec, fingerprint: str | None) -
 
 def open_snapshot(
     path: Path, on_damage: Callable[[Damage], None]
-) -> tuple[Manifest, dict[int, Shard], Continuation | None]:
+) -> tuple[Manifest, dict[int, Shard], StoredContinuation | None]:
     """Read the manifest and open all that it names; again if a writer replaced it meanwhile.
 
     `on_damage` is told of every file that cannot be opened right, and may raise.
@@ -363,7 +365,9 @@ def open_snapshot(
     return manifest, shards, state
 
 
-def _open_files(path: Path, manifest: Manifest, found: list[Damage]) -> tuple[dict[int, Shard], Continuation | None]:
+def _open_files(
+    path: Path, manifest: Manifest, found: list[Damage]
+) -> tuple[dict[int, Shard], StoredContinuation | None]:
     shards: dict[int, Shard] = {}
     for record in manifest.shards:
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hsa_ultralong.files.durable import remove_file, write_file
 from hsa_ultralong.files.folder import read_bytes
 from hsa_ultralong.memory.files.manifest import Manifest
-from hsa_ultralong.memory.files.reader import MemoryFile, Progress
+from hsa_ultralong.memory.files.reader import FileProgress, MemoryFile
 from hsa_ultralong.memory.files.shard import PAGE_BYTES, PageSums, Shard, ShardRecord, write_page_table
 from hsa_ultralong.memory.files.spec import Extent, MemoryDocument, MemoryFileError, clear_errors, splice
 from hsa_ultralong.memory.files.verification import require_undamaged
@@ -29,7 +29,7 @@ _FOLD = 8
 _SMALLEST_TIER = 4096
 
 
-def compact(writer: MemoryWriter, progress: Progress | None = None) -> int:
+def compact(writer: MemoryWriter, progress: FileProgress | None = None) -> int:
     """See MemoryWriter.compact."""
     writer.publish()
     manifest = writer.committed
@@ -67,7 +67,7 @@ def fold_small_shards(writer: MemoryWriter) -> None:
             return
 
 
-def merge(writer: MemoryWriter, others: Sequence[MemoryFile], progress: Progress | None = None) -> list[int]:
+def merge(writer: MemoryWriter, others: Sequence[MemoryFile], progress: FileProgress | None = None) -> list[int]:
     """See MemoryWriter.merge."""
     writer.spec.require_composable("merge")
     if writer.open_document is not None:
@@ -103,7 +103,7 @@ def merge(writer: MemoryWriter, others: Sequence[MemoryFile], progress: Progress
 
 
 def copy_documents(
-    writer: MemoryWriter, file: MemoryFile, documents: Sequence[MemoryDocument], progress: Progress | None = None
+    writer: MemoryWriter, file: MemoryFile, documents: Sequence[MemoryDocument], progress: FileProgress | None = None
 ) -> list[MemoryDocument]:
     """Stage the chunks of documents of another memory; returns their records with the new places."""
     counts = Manifest(file.spec, shards=file.manifest.shards, documents=tuple(documents)).live_rows()

@@ -13,7 +13,7 @@ import torch
 
 from hsa_ultralong.memory.files.finite import WHAT, is_finite
 from hsa_ultralong.memory.files.manifest import FILE, Manifest, read_manifest
-from hsa_ultralong.memory.files.reader import MemoryFile, Progress, name_documents, open_snapshot
+from hsa_ultralong.memory.files.reader import FileProgress, MemoryFile, name_documents, open_snapshot
 from hsa_ultralong.memory.files.shard import PAGE_BYTES, Shard, ShardDamage
 from hsa_ultralong.memory.files.spec import Damage, MemoryFileError, clear_errors
 
@@ -21,7 +21,7 @@ from hsa_ultralong.memory.files.spec import Damage, MemoryFileError, clear_error
 _STEP_BYTES = 2**25
 
 
-def verify_memory(path: str | Path, progress: Progress | None = None) -> list[Damage]:
+def verify_memory(path: str | Path, progress: FileProgress | None = None) -> list[Damage]:
     """Check the manifest, the continuation, page tables, every page of every shard of a memory folder, and that the
     numbers of all documents are finite.
 
@@ -46,7 +46,7 @@ def verify_memory(path: str | Path, progress: Progress | None = None) -> list[Da
     return found + _check_pages(manifest, shards, progress)
 
 
-def verify_file(file: MemoryFile, progress: Progress | None = None) -> list[Damage]:
+def verify_file(file: MemoryFile, progress: FileProgress | None = None) -> list[Damage]:
     """`verify_memory` for an open memory; a superseded one is checked through the shards that it holds open."""
     try:
         is_superseded = read_manifest(file.path).generation != file.manifest.generation
@@ -67,7 +67,7 @@ def require_undamaged(file: MemoryFile, doing: str) -> None:
         raise MemoryFileError(f"{doing} refused, {file.path}/{damages[0]}{more}; restore the memory from a copy first")
 
 
-def _check_pages(manifest: Manifest, shards: Mapping[int, Shard], progress: Progress | None) -> list[Damage]:
+def _check_pages(manifest: Manifest, shards: Mapping[int, Shard], progress: FileProgress | None) -> list[Damage]:
     found: list[Damage] = []
     total = sum(record.num_bytes for record in manifest.shards)
     done = 0

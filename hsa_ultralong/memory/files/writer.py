@@ -31,7 +31,7 @@ from hsa_ultralong.memory.files.manifest import (
     read_manifest,
     write_manifest,
 )
-from hsa_ultralong.memory.files.reader import MemoryFile, Progress
+from hsa_ultralong.memory.files.reader import FileProgress, MemoryFile
 from hsa_ultralong.memory.files.shard import FOLDER
 from hsa_ultralong.memory.files.spec import (
     Extent,
@@ -376,7 +376,7 @@ class MemoryWriter:
             if is_ours:
                 remove_leftovers(self.path, self._committed)
 
-    def compact(self, progress: Progress | None = None) -> int:
+    def compact(self, progress: FileProgress | None = None) -> int:
         """Free the bytes of deleted and replaced chunks for good; returns how many bytes the memory lost.
 
         Commits staged changes first, then rewrites group after group of shards, a commit each.
@@ -386,7 +386,7 @@ class MemoryWriter:
         """
         return transfer.compact(self, progress)
 
-    def merge(self, others: Sequence[MemoryFile], progress: Progress | None = None) -> list[int]:
+    def merge(self, others: Sequence[MemoryFile], progress: FileProgress | None = None) -> list[int]:
         """Add all documents of other memories at the end, after checking every byte of them; returns the new ids.
 
         Staged like everything: `commit` makes it visible.

@@ -5,7 +5,7 @@ slot that it has in each token's own list (-1: that token did not select it). In
 (token, slot) pairs that selected it, cut into units of bounded length. Both stay on the device: sizes are bounded from
 shapes alone, so nothing synchronises with the host. Letters: docs/architecture.md. Tests: tests/ops/test_hsa_triton.py.
 
-Grids: _tile_lists_kernel (tiles of a segment, Hr, B), a program owns the list and the slot map of its tile;
+Grids: _tile_lists_kernel (tiles of a launch, Hr, B), a program owns the list and the slot map of its tile;
 _slot_map_kernel (tokens / BT, K / BK, B * Hr), entries that no other program writes, as a token selects a chunk once;
 _inverse_kernel (blocks of BT tokens, Hr, B), launched twice: counts, then pairs at the places that a running sum gave.
 """

@@ -5,7 +5,7 @@ Row r of a tile is token r // GP and head r % GP, GP = G padded to a power of tw
 tile, so there is no running maximum and tiles add up. A program says in `spoiled` (B, Hkv, tiles) whether a sum of its
 is not finite; kernel_exact.py then forms these again. Derivation: README.md of this folder.
 
-Grid of both: (tiles of a segment, Hkv, B); a program owns the BT * G rows of out, or of dq and of its own share of dw
+Grid of both: (tiles of a launch, Hkv, B); a program owns the BT * G rows of out, or of dq and of its own share of dw
 (B, T, Hkv, K), so nothing is added up across programs. Needed: contiguous operands, D and S powers of two from 16 to
 128, BT * GP rows that a matrix product takes (triton_attention.py sees to these); every chunk once in a tile
 (kernel_lists.py); with CAUSAL that no token selects a chunk beyond t // S, which the caller of hsa_attention promises.

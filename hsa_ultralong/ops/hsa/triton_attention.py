@@ -23,8 +23,8 @@ from hsa_ultralong.ops.hsa import kernel_chunks, kernel_decode, kernel_exact, ke
 from hsa_ultralong.ops.hsa.indices import within
 from hsa_ultralong.ops.hsa.kernel_lists import TileLists, coverage_slots, inverse_lists, tile_lists
 
-# slot maps of one segment of tokens; longer inputs are processed in segments
-_SEGMENT_BYTES = 1 << 27
+# slot maps of one launch; longer inputs take several
+_LAUNCH_BYTES = 1 << 27
 # longest list that one program sorts: tokens of a tile * slots
 _SORT_LIMIT = 4096
 # a tile walks every chunk, without lists, when a token reads at least this share of them
@@ -33,7 +33,7 @@ _COVERAGE_SHARE = 0.6
 _DECODE_TOKENS = 64
 
 
-class LaunchOptions(NamedTuple):
+class HSALaunch(NamedTuple):
     """Rows of a tile (tokens * heads), warps and software-pipelining stages of one kernel."""
 
     rows: int
@@ -41,16 +41,16 @@ class LaunchOptions(NamedTuple):
     stages: int
 
 
-def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype) -> LaunchOptions:
+def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype) -> HSALaunch:
     """Measured on an H200 (docs/kernels.md); kind is "forward", "query" or "memory"."""
     is_large = dim > 64 or size > 64
     if dtype == torch.float32:
-        return LaunchOptions(16, 8, 1) if is_large else LaunchOptions(32, 8, 1)
+        return HSALaunch(16, 8, 1) if is_large else HSALaunch(32, 8, 1)
     if kind == "memory":
-        return LaunchOptions(64, 8, 1) if is_large else LaunchOptions(128, 4, 2)
+        return HSALaunch(64, 8, 1) if is_large else HSALaunch(128, 4, 2)
     if is_large:
-        return LaunchOptions(64, 8, 1)
-    return LaunchOptions(64, 4, 2)
+        return HSALaunch(64, 8, 1)
+    return HSALaunch(64, 4, 2)
 
 
 class _Problem:
@@ -97,14 +97,14 @@ class _Problem:
             "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32", "STAGES": stages,
         }  # fmt: skip
 
-    def segments(self, tile_tokens: int) -> list[tuple[int, int]]:
-        """(first tile, number of tiles) of segments whose slot maps fit the workspace."""
+    def launches(self, tile_tokens: int) -> list[tuple[int, int]]:
+        """(first tile, number of tiles) of launches whose slot maps fit the workspace."""
         tiles = -(-self.tokens // tile_tokens)
         if self.covers:
             return [(0, tiles)]
         widest = min(tile_tokens * self.slots, self.chunks)
         per_tile = self.batch * self.list_heads * widest * (2 * tile_tokens + 4)
-        step = max(1, _SEGMENT_BYTES // per_tile)
+        step = max(1, _LAUNCH_BYTES // per_tile)
         return [(first, min(step, tiles - first)) for first in range(0, tiles, step)]
 
     def lists(self, tile_tokens: int, first: int, count: int) -> TileLists:
@@ -121,7 +121,7 @@ class _Problem:
         grad_out, grad_weights = gradients or (None, None)
         written = (grad_out, out, grad_weights) if gradients else (out,)
         scales = (self.scale_log2, self.scale) if gradients else (self.scale_log2,)
-        for first, count in self.segments(constants["BT"]):
+        for first, count in self.launches(constants["BT"]):
             lists = self.lists(constants["BT"], first, count)
             grid = (count, self.kv_heads, self.batch)
             spoiled = torch.empty(self.batch * self.kv_heads * count, dtype=torch.int32, device=self.q.device)

@@ -21,7 +21,7 @@ from hsa_ultralong.ops._triton import (
 from hsa_ultralong.ops.sliding_window import kernel_window
 
 
-class LaunchOptions(NamedTuple):
+class WindowLaunch(NamedTuple):
     """Rows of a tile (tokens * heads), keys of a block, warps and software-pipelining stages of one kernel."""
 
     rows: int
@@ -30,13 +30,13 @@ class LaunchOptions(NamedTuple):
     stages: int
 
 
-def launch_options(kind: str, dim: int, dtype: torch.dtype) -> LaunchOptions:
+def launch_options(kind: str, dim: int, dtype: torch.dtype) -> WindowLaunch:
     """kind is "forward", "query" or "key"."""
     if dtype == torch.float32:
-        return LaunchOptions(16, 32, 4, 1)
+        return WindowLaunch(16, 32, 4, 1)
     if dim > 64:
-        return LaunchOptions(64, 64, 4 if kind == "forward" else 8, 2)
-    return LaunchOptions(64, 64, 4, 3)
+        return WindowLaunch(64, 64, 4 if kind == "forward" else 8, 2)
+    return WindowLaunch(64, 64, 4, 3)
 
 
 class _Problem:
@@ -64,7 +64,7 @@ class _Problem:
     def sizes(self) -> tuple[int, int, int, float]:
         return self.num_queries, self.num_keys, self.window, self.scale * math.log2(math.e)
 
-    def constants(self, options: LaunchOptions, group: int) -> dict[str, Any]:
+    def constants(self, options: WindowLaunch, group: int) -> dict[str, Any]:
         padded = next_power_of_two(group)
         tokens = max(1, options.rows // padded)
         return {
