@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hsa_ultralong.baselines.state import KeyValues, LayerState
+from hsa_ultralong.baselines.state import AllKeyValues, LayerState
 from hsa_ultralong.nn.rotary import RotaryTable, apply_rotary, rotary_at
 
 _BACKENDS = [
@@ -91,7 +91,7 @@ class SelfAttention(nn.Module):
 
     def new_state(self) -> LayerState:
         """What a cache keeps for this layer, empty."""
-        return KeyValues()
+        return AllKeyValues()
 
 
 @contextmanager

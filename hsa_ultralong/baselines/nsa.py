@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hsa_ultralong.baselines.attention import Rope, SelfAttention, sdpa
 from hsa_ultralong.baselines.selected import choose_by_compressed, selected_attention
-from hsa_ultralong.baselines.state import KeyValues, LastKeyValues, LayerState, num_blocks
+from hsa_ultralong.baselines.state import AllKeyValues, LastKeyValues, LayerState, num_blocks
 from hsa_ultralong.nn.rotary import RotaryTable, apply_rotary
 from hsa_ultralong.ops import sliding_window_attention
 
@@ -44,7 +44,7 @@ class NSAState(LayerState):
 
     def __init__(self, window: int, size: int) -> None:
         super().__init__()
-        self.selected, self.compressed = KeyValues(), KeyValues()
+        self.selected, self.compressed = AllKeyValues(), AllKeyValues()
         self.window, self.pending = LastKeyValues(window - 1), LastKeyValues(size - 1)
 
 

@@ -95,7 +95,7 @@ def grown(buffer: torch.Tensor | None, used: int, new: torch.Tensor) -> torch.Te
     return buffer
 
 
-class KeyValues(LayerState):
+class AllKeyValues(LayerState):
     """All keys, as they are compared, and values: (B, room, Hkv, D)."""
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +124,7 @@ def block_means(x: torch.Tensor, size: int, stride: int) -> torch.Tensor:
     return (sums.unfold(1, size // stride, 1).sum(-1)[:, :count] / size).to(x.dtype)
 
 
-class BlockedKeyValues(KeyValues):
+class BlockedKeyValues(AllKeyValues):
     """KeyValues and the mean key of every whole block of `size` tokens, one every `stride`."""
 
     def __init__(self, size: int, stride: int) -> None:

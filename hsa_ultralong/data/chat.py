@@ -28,7 +28,7 @@ NAMES = {SYSTEM: "", USER: "User:", ASSISTANT: "Assistant:"}
 # a row is full when so many conversations drawn in turn did not fit
 _MAX_MISSES = 8
 
-Message = Mapping[str, str]
+ChatMessage = Mapping[str, str]
 
 
 def parse_messages(row: object, field: str, where: str) -> list[dict[str, str]]:
@@ -60,7 +60,7 @@ def parse_messages(row: object, field: str, where: str) -> list[dict[str, str]]:
     return messages
 
 
-def conversation_pieces(messages: Sequence[Message]) -> list[tuple[str, bool]]:
+def conversation_pieces(messages: Sequence[ChatMessage]) -> list[tuple[str, bool]]:
     """Pieces of the conversation's text in order, each with whether the loss counts it.
 
     Cuts lie where every pre-tokenizer cuts, before the blank of an answer and before a line break, so the tokens of the
@@ -80,7 +80,7 @@ def conversation_pieces(messages: Sequence[Message]) -> list[tuple[str, bool]]:
     return [*pieces, (before.removesuffix("\n"), False)] if before.strip() else pieces
 
 
-def chat_prompt(messages: Sequence[Message]) -> str:
+def chat_prompt(messages: Sequence[ChatMessage]) -> str:
     """The text after which a model trained on this template gives the assistant's next answer, up to ``Assistant:``.
 
     Tokenised with bos in front it begins as the training document of the same conversation does.

@@ -18,7 +18,7 @@ from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
-from hsa_ultralong.models.pieces import Pieces, compiled, rotary_of
+from hsa_ultralong.models.pieces import SplitParts, compiled, rotary_of
 from hsa_ultralong.models.remembering import continuation_cache
 from hsa_ultralong.models.weights import is_plain, refuse_hooks, state_key, weights_of
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
@@ -89,7 +89,7 @@ class DecodingEngine:
         self.batch, self.max_tokens = batch, max_tokens
         self.sampling = (temperature, top_k, top_p)
         self.device, self.dtype = device_of(model), computing_dtype(model)
-        self.pieces = Pieces(lambda piece: compiled(piece, tune)) if compile_layers else Pieces()
+        self.pieces = SplitParts(lambda piece: compiled(piece, tune)) if compile_layers else SplitParts()
         self._laid_out = [self._layout_of(memory) for memory in memories]
         self._make_state()
         self.views = [*self._library_views(), self._own_view()]

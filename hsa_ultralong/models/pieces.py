@@ -70,7 +70,7 @@ def compiled(function: Callable[..., Any], tune: bool = False) -> Callable[..., 
     return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": True} if tune else None)
 
 
-class Pieces(Parts):
+class SplitParts(Parts):
     """Runs the parts of a decoder in pieces between which a memory is read, for tokens of one document a row."""
 
     def __init__(self, prepare: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda piece: piece) -> None:

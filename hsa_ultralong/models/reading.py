@@ -12,7 +12,7 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
 from hsa_ultralong.models.finite import FiniteCheck
-from hsa_ultralong.models.pieces import Pieces, compiled, run_encoder
+from hsa_ultralong.models.pieces import SplitParts, compiled, run_encoder
 from hsa_ultralong.models.wrapped import unwrapped
 from hsa_ultralong.nn.views import ChunkTensors, MemoryView
 from hsa_ultralong.nn.window_attention import WindowState
@@ -62,7 +62,7 @@ class DocumentReader:
         x = self.inner.embed_tokens(tokens[None].long())
         rotary = self.inner.rotary(x, self.cache)
         if x.shape[1] == self.compiled_piece and all(state.length == state.keep for state in self._states()):
-            x = self.inner.read_lower(x, rotary, None, self.cache, parts=Pieces(compiled))
+            x = self.inner.read_lower(x, rotary, None, self.cache, parts=SplitParts(compiled))
         else:
             x = self.inner.read_lower(x, rotary, None, self.cache)
         self.check.note(x)

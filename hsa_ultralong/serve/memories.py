@@ -28,7 +28,7 @@ from hsa_ultralong.serve.limits import Limits, ServeError, require_id
 
 _SUFFIX = ".hsa"
 # (tokens read, tokens of the whole text)
-Progress = Callable[[int, int], None]
+MemoryProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Memories:
             lock.release()
 
     def create(
-        self, namespace: str, id: str, documents: Sequence[tuple[str, str]], progress: Progress | None = None
+        self, namespace: str, id: str, documents: Sequence[tuple[str, str]], progress: MemoryProgress | None = None
     ) -> dict[str, Any]:
         """Memorise (name, text) documents as a new memory, which is there when all of them are.
 
@@ -254,7 +254,7 @@ class Memories:
         return self.info(namespace, id)
 
     def append(
-        self, namespace: str, id: str, documents: Sequence[tuple[str, str]], progress: Progress | None = None
+        self, namespace: str, id: str, documents: Sequence[tuple[str, str]], progress: MemoryProgress | None = None
     ) -> dict[str, Any]:
         """Memorise (name, text) documents behind those of a memory: all of them, or none."""
         place, encoded = self._existing(namespace, id), self._encoded(documents)
@@ -389,7 +389,7 @@ def _count(encoded: Sequence[tuple[str, torch.Tensor]]) -> int:
     return sum(len(tokens) for _, tokens in encoded)
 
 
-def _shifted(progress: Progress | None, done: int, total: int) -> Callable[[int, int | None], None] | bool:
+def _shifted(progress: MemoryProgress | None, done: int, total: int) -> Callable[[int, int | None], None] | bool:
     """Progress of one document as part of all."""
     return False if progress is None else lambda read, _: progress(done + read, total)
 

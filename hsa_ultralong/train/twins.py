@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hsa_ultralong.baselines import RivalConfig, RivalForCausalLM
 from hsa_ultralong.baselines.twins import twin_config
-from hsa_ultralong.files.regular import read_json
+from hsa_ultralong.files.strict_json import read_json
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.train.config import TrainConfig
 
@@ -30,7 +30,7 @@ def rival_of(config: TrainConfig, preset: HSAConfig) -> RivalConfig | None:
         raise ValueError("freeze_memory keeps a memory valid, which a twin has not: leave it out")
     for stage in config.stages:
         asked = {
-            "pool_memory": stage.pool_memory, "segment_tokens": stage.segment_tokens,
+            "pool_memory": stage.pool_memory, "piece_tokens": stage.piece_tokens,
             "isolate_documents": stage.isolate_documents, "gumbel_noise": stage.gumbel_noise,
         }  # fmt: skip
         if found := [name for name, value in asked.items() if value]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hsa_ultralong.models import HSACache
-from hsa_ultralong.models.pieces import Pieces
+from hsa_ultralong.models.pieces import SplitParts
 from hsa_ultralong.models.views import library_view
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.train.segmented import BorderWindows
@@ -39,9 +39,9 @@ def test_run_in_pieces_equals_run_as_modules():
     views = [library_view(model.memorize(random_tokens(1, 40, seed=1)[0]), torch.zeros_like(places), places)]
     with torch.no_grad():
         lower = lower_outputs(model, tokens)
-        assert torch.equal(lower_outputs(model, tokens, parts=Pieces()), lower)
+        assert torch.equal(lower_outputs(model, tokens, parts=SplitParts()), lower)
         outputs, retrieved = [], []
-        for parts in ({}, {"parts": Pieces()}):
+        for parts in ({}, {"parts": SplitParts()}):
             found: list = []
             outputs.append(inner.decode_upper(lower, inner.rotary(lower, None), views, note=found.append, **parts))
             retrieved.append(found)

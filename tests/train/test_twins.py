@@ -82,7 +82,7 @@ def test_needles_are_asked_of_a_twin_too(tiny_runs, twin_run):
         ({"twin": "window", "twin_options": {"num_sink": 3}}, {}, "did you mean 'num_sinks'"),
         ({"twin": "window", "freeze_memory": True}, {}, "freeze_memory"),
         ({"twin": "window"}, {"pool_memory": "attended"}, "knows no pool_memory"),
-        ({"twin": "window"}, {"segment_tokens": 64}, "knows no segment_tokens"),
+        ({"twin": "window"}, {"piece_tokens": 64}, "knows no piece_tokens"),
         ({"twin": "window"}, {"isolate_documents": True}, "knows no isolate_documents"),
         ({"twin": "window"}, {"sliding_window": 8}, "keeps one window; set model.sliding_window=8"),
         ({"twin": "window"}, {"mixture": {"documents": 1.0}}, "must not read one another"),
