@@ -100,12 +100,14 @@ def train(
         return
     reading = {"text_field": text_field, "encoding": encoding}
     _execute(
-        Request(config, run, data, text or [], chat or [], reading, tokenizer, until, max_minutes, init_from, export),
+        TrainRequest(
+            config, run, data, text or [], chat or [], reading, tokenizer, until, max_minutes, init_from, export
+        ),
         device,
     )
 
 
-class Request(NamedTuple):
+class TrainRequest(NamedTuple):
     """What a command asks for, resolved."""
 
     config: TrainConfig
@@ -121,7 +123,7 @@ class Request(NamedTuple):
     export: Path | None
 
 
-def _execute(request: Request, device: str) -> None:
+def _execute(request: TrainRequest, device: str) -> None:
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.train.run_folder import RunFolder
@@ -145,7 +147,7 @@ def _execute(request: Request, device: str) -> None:
 def _take_shape(config: TrainConfig, init_from: Path, run: Path) -> None:
     """The model is that of the folder; once the run has a checkpoint, that of the run."""
     from hsa_ultralong.cli.model_folder import check_model_folder
-    from hsa_ultralong.files.regular import read_json
+    from hsa_ultralong.files.strict_json import read_json
     from hsa_ultralong.models import HSAConfig
     from hsa_ultralong.train.state import list_checkpoints
 
@@ -161,7 +163,7 @@ def _take_shape(config: TrainConfig, init_from: Path, run: Path) -> None:
     config.start_from(check_model_folder(init_from))
 
 
-def _check_options(request: Request) -> None:
+def _check_options(request: TrainRequest) -> None:
     if not request.text and tuple(request.reading.values()) != ("text", "auto"):
         raise ValueError("--text-field and --encoding go with --text FILE")
     if request.config.freeze_memory and request.init_from is None:
@@ -177,7 +179,7 @@ def _check_options(request: Request) -> None:
         )
 
 
-def _check_folders(request: Request) -> None:
+def _check_folders(request: TrainRequest) -> None:
     """Everything named by the command can be read or written, before any work; nothing is written."""
     from hsa_ultralong.eval.plots import read_log
     from hsa_ultralong.train.export import check_export
@@ -191,7 +193,7 @@ def _check_folders(request: Request) -> None:
         check_export(request.export, others, is_twin=bool(request.config.twin))
 
 
-def _run(request: Request, held: RunFolder, folder: Path, tokenizer: Path, place: torch.device) -> None:
+def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, place: torch.device) -> None:
     """Train on the shards in `folder` in this process, or in it and its peers."""
     import logging
     import math
@@ -278,7 +280,7 @@ def _use_conversations(config: TrainConfig) -> None:
         stage.mixture = {"sft" if kind == "instructions" else kind: share for kind, share in stage.mixture.items()}
 
 
-def _prepare_shards(request: Request) -> Path:
+def _prepare_shards(request: TrainRequest) -> Path:
     """Token shards in the run's folder, made by the first process unless they are there already."""
     from hsa_ultralong.distributed.mesh import on_first, patient_group
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.files.fields import shown
+from hsa_ultralong.files.messages import shown
 from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document, Memory
 from hsa_ultralong.memory.columns import from_payload, require_lengths, require_model_columns
 from hsa_ultralong.memory.files import MemoryFile, MemoryFileError
