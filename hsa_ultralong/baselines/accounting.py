@@ -36,6 +36,8 @@ _KEYS: dict[str, Callable[[RivalConfig, int], float]] = {
         + _windowed(config.sliding_window, context)
         + context / (2 * config.compression_stride)
     ),
+    # a state of D^2 numbers is decayed, corrected and read: 6 D^2 for every 4 D of a key, whatever the context
+    "gated_delta": lambda config, context: 1.5 * config.head_dim,
     "infllm_v2": lambda config, context: _selected(config, context) + context / (4 * config.compression_stride),
 }
 

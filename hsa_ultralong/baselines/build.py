@@ -10,6 +10,7 @@ from torch import nn
 from hsa_ultralong.baselines.attention import Rope
 from hsa_ultralong.baselines.configuration import RivalConfig
 from hsa_ultralong.baselines.full_attention import FullAttention, FullAttentionNoPE
+from hsa_ultralong.baselines.gated_delta import GatedDelta
 from hsa_ultralong.baselines.infllm import InfLLM
 from hsa_ultralong.baselines.moba import MeanTopK
 from hsa_ultralong.baselines.nsa import NativeSparseAttention
@@ -55,6 +56,7 @@ ATTENTIONS: dict[str, Callable[[RivalConfig], nn.Module]] = {
     "nsa": lambda config: NativeSparseAttention(
         window=config.sliding_window, rope=_rope(config), **_choice(config), **_heads(config)
     ),
+    "gated_delta": lambda config: GatedDelta(impl=config.linear_impl, **_heads(config)),
     "infllm_v2": lambda config: InfLLM(dense_tokens=config.dense_tokens, **_choice(config), **_heads(config)),
 }
 

@@ -29,6 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "chunk_size", "chunk_topk", "compression_size", "compression_stride", "num_initial_chunks", "num_local_chunks",
         "dense_tokens",
     ),
+    "gated_delta": ("linear_impl",),
 }  # fmt: skip
 # keys beside our own that transformers and tools around it write into configurations; they change nothing here
 _NOTED = {
@@ -57,6 +58,7 @@ class RivalConfig(PreTrainedConfig):
         num_initial_chunks, num_local_chunks: first chunks of the row, and last ones, the token's own among them, that
             count among the K at once.
         dense_tokens: first tokens of a row that read all before them (infllm_v2).
+        linear_impl: what computes gated_delta, "torch" or, on a GPU with flash-linear-attention, its kernels: "fla".
 
     Raises:
         ValueError: for a value that does not fit, or a key that is none of these and none of transformers'.
@@ -87,6 +89,7 @@ class RivalConfig(PreTrainedConfig):
     num_initial_chunks: int = 1
     num_local_chunks: int = 2
     dense_tokens: int = 0
+    linear_impl: str = "torch"
     max_position_embeddings: int = 2**31 - 1
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -141,6 +144,8 @@ class RivalConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.linear_impl not in ("torch", "fla"):
+            raise ValueError(f'linear_impl must be "torch" or "fla", got {self.linear_impl!r}')
         for name in ("num_initial_chunks", "dense_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")

@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple
 from hsa_ultralong.baselines.attention import Rope
 from hsa_ultralong.baselines.build import build_layer
 from hsa_ultralong.baselines.configuration import RivalConfig
+from hsa_ultralong.baselines.gated_delta import GatedDelta
 from hsa_ultralong.baselines.nsa import Compressor
 from hsa_ultralong.baselines.state import RivalCache
 from hsa_ultralong.models.arguments import check_labels, check_tokens
@@ -83,6 +84,10 @@ class RivalPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Compressor):
             init.constant_(module.weights, 1 / len(module.weights))
             init.normal_(module.places, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, GatedDelta):
+            init.uniform_(module.convolution, -0.5, 0.5)
+            for parameter, start in zip((module.log_rate, module.step_bias), module.starting_decay(), strict=True):
+                init.copy_(parameter, start)
 
 
 class RivalModel(RivalPreTrainedModel):

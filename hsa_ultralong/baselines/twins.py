@@ -17,7 +17,12 @@ from hsa_ultralong.models import HSAConfig
 from hsa_ultralong.models.accounting import count_parameters
 
 # attention of the layers from the embedding up, repeated as often as there are layers
-TWINS: dict[str, tuple[str, ...]] = {name: (name,) for name in LAYERS}
+TWINS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in LAYERS},
+    # the shares of Qwen3-Next, Kimi Linear and others
+    "linear_hybrid": ("gated_delta", "gated_delta", "gated_delta", "full_rope"),
+    "window_hybrid": ("window", "window", "window", "full_rope"),
+}
 # feed-forward widths are multiples of this
 _STEP = 16
 # options that follow from the model, or would undo what a twin is

@@ -151,7 +151,7 @@ def _take_shape(config: TrainConfig, init_from: Path, run: Path) -> None:
     from hsa_ultralong.models import HSAConfig
     from hsa_ultralong.train.state import list_checkpoints
 
-    if config.twin:
+    if config.has_twin:
         raise ValueError(
             "--init-from starts from the weights of a model of this library, a twin from none: leave it out"
         )
@@ -190,7 +190,7 @@ def _check_folders(request: TrainRequest) -> None:
     read_log(run / "log.jsonl")
     if request.export is not None:
         others = [run, run / "shards", *([data] if data else [])]
-        check_export(request.export, others, is_twin=bool(request.config.twin))
+        check_export(request.export, others, is_twin=request.config.has_twin)
 
 
 def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, place: torch.device) -> None:

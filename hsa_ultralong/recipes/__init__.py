@@ -13,6 +13,7 @@ from hsa_ultralong.recipes.nano_notes import nano_notes
 from hsa_ultralong.recipes.nano_pool import nano_pool
 from hsa_ultralong.recipes.nano_stages import nano_stages
 from hsa_ultralong.recipes.small_345m import small_345m
+from hsa_ultralong.recipes.twins import twins
 from hsa_ultralong.train import TrainConfig
 
 _ALL: tuple[Callable[[], TrainConfig], ...] = (
@@ -20,6 +21,7 @@ _ALL: tuple[Callable[[], TrainConfig], ...] = (
     nano_notes,
     nano_pool,
     nano_stages,
+    twins,
     small_345m,
     dense_0_5b,
     moe_8b_a1b,

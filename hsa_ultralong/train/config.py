@@ -126,7 +126,8 @@ class TrainConfig:
     Attributes:
         preset, model: preset name and overrides of its HSAConfig fields.
         base: the HSAConfig fields of the model folder that the run starts from, in place of the preset's.
-        twin: name of a rival (baselines/twins.py) of the same size to train in the model's place; "" trains the model.
+        twin: name of a rival (baselines/twins.py) of the same size to train in the model's place; "" or "hsa" trains
+            the model.
             Of a stage it takes rows, steps and rates; chunk_topk and gumbel_noise are of the model only.
         twin_options: options of the rival's RivalConfig, such as {"num_sinks": 8}.
         optimizer: "adamw", or "muon": Muon on the matrices of layers and experts, AdamW on the rest (optim.py).
@@ -198,6 +199,11 @@ class TrainConfig:
         if self.base:
             return replace_options(HSAConfig(**self.base), self.model)
         return preset(self.preset, **{**defaults, **self.model})
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether a rival is trained in the model's place."""
+        return self.twin not in ("", "hsa")
 
     def start_from(self, config: HSAConfig) -> None:
         """Take the shape of a model that was saved; what was measured of its weights is not kept."""

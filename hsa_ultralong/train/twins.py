@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from hsa_ultralong.baselines import RivalConfig, RivalForCausalLM
 from hsa_ultralong.baselines.twins import twin_config
@@ -22,7 +23,7 @@ def rival_of(config: TrainConfig, preset: HSAConfig) -> RivalConfig | None:
     Raises:
         ValueError: there is no such twin, or it cannot do what a stage asks for.
     """
-    if not config.twin:
+    if not config.has_twin:
         if config.twin_options:
             raise ValueError("twin_options go with a twin: set twin=NAME too")
         return None
@@ -63,7 +64,8 @@ def require_same_twin(config: TrainConfig, run: Path) -> None:
     if not (run / "config.json").is_file():
         return
     before = read_json(run / "config.json")
-    for name in ("twin", "twin_options"):
-        old, new = before.get(name) or None, getattr(config, name) or None
+    kept: dict[str, Any] = {"twin": "hsa", "twin_options": {}}
+    for name, none in kept.items():
+        old, new = before.get(name) or none, getattr(config, name) or none
         if old != new:
             raise ValueError(f"{run} was begun with {name}={old}, not {new}: choose another run folder with -o")

@@ -197,7 +197,35 @@ def infllm_v2(layer, x, config):
     return mixed(layer, softmax_over(scores_of(q, k), mask), v)
 
 
+def gated_delta(layer, x, config):
+    """The recurrence, a token at a time."""
+    mixed = torch.cat([x @ p.weight.T for p in (layer.q_proj, layer.k_proj, layer.v_proj)], -1)
+    padded = torch.cat((torch.zeros(3, mixed.shape[1], dtype=x.dtype), mixed))
+    mixed = torch.stack([(padded[t : t + 4] * layer.convolution.T).sum(0) for t in range(len(x))])
+    mixed = torch.nn.functional.silu(mixed).unflatten(-1, (3, -1, layer.head_dim))
+    q, k, v = (mixed[:, i] for i in range(3))
+    q, k = (part / part.norm(dim=-1, keepdim=True) for part in (q, k))
+    decay = (
+        -layer.log_rate.exp() * torch.nn.functional.softplus(x @ layer.decay_proj.weight.T + layer.step_bias)
+    ).exp()
+    strength = (x @ layer.strength_proj.weight.T).sigmoid()
+    out = []
+    for head in range(q.shape[1]):
+        state, rows = torch.zeros(layer.head_dim, layer.head_dim, dtype=x.dtype), []
+        for t in range(len(x)):
+            key = k[t, head]
+            state = decay[t, head] * (state - strength[t, head] * torch.outer(key, key @ state))
+            state = state + strength[t, head] * torch.outer(key, v[t, head])
+            rows.append(q[t, head] @ state / math.sqrt(layer.head_dim))
+        out.append(torch.stack(rows))
+    out = torch.stack(out, 1)
+    out = out / (out.square().mean(-1, keepdim=True) + layer.o_norm.eps).sqrt() * layer.o_norm.weight
+    gate = torch.nn.functional.silu(x @ layer.gate_proj.weight.T).view_as(out)
+    return (out * gate).flatten(1) @ layer.o_proj.weight.T
+
+
 DENSE = {
+    "gated_delta": gated_delta,
     "nsa": nsa, "infllm_v2": infllm_v2,
     "full_rope": full_rope, "full_nope": full_nope, "window": window, "window_sinks": window_sinks, "moba": moba,
 }  # fmt: skip

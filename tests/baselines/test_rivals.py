@@ -110,8 +110,8 @@ def test_layers_of_several_kinds_stand_in_one_model():
     torch.testing.assert_close(torch.cat((outputs.logits, rest), 1), whole, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("window_layer", ["window", "window_sinks"])
-def test_the_cache_of_windows_does_not_grow(window_layer):
+@pytest.mark.parametrize("window_layer", ["window", "window_sinks", "gated_delta"])
+def test_the_cache_of_windows_and_states_does_not_grow(window_layer):
     model = tiny(window_layer)
     cache = model.model.new_cache()
     model(tokens(1, 50), past_key_values=cache)

@@ -16,7 +16,7 @@ from hsa_ultralong.train.schedule import learning_rate
 ROOT = Path(__file__).resolve().parents[2]
 
 FIVE = ("warmup", "pretrain", "long", "anneal", "sft")
-OF_FIVE_STAGES = [name for name in RECIPES if name not in ("nano", "nano_notes", "nano_pool", "debug")]
+OF_FIVE_STAGES = [name for name in RECIPES if name not in ("nano", "nano_notes", "nano_pool", "twins", "debug")]
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
@@ -140,3 +140,17 @@ def test_the_recipe_of_the_shipped_model_is_what_it_was():
         ("longer", 131_072, 13_000_000, 131_072, 0, 3e-4, "linear", 5),
     ]
     assert plain("nano")["optimizer"] == "adamw" and plain("nano")["weight_decay"] == 0.1
+
+
+def test_twins_see_at_most_100_million_tokens_and_differ_by_the_twin_only():
+    config = recipe("twins")
+    assert sum(stage.num_steps * stage.batch_tokens for stage in config.stages) <= 100_000_000
+    plans = {}
+    for twin in ("hsa", "full_rope", "window", "window_sinks", "nsa", "moba", "linear_hybrid"):
+        config.twin = twin
+        plans[twin] = plan_run(config)
+        assert twin in (RECIPES["twins"].__doc__ or "")
+        assert all(plan.total_bytes < 72 * 2**30 for plan in plans[twin])
+    assert (
+        len({tuple((plan.steps, plan.tokens, plan.forward_tokens) for plan in plan_) for plan_ in plans.values()}) == 1
+    )

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hsa_ultralong.baselines import RivalForCausalLM
+from hsa_ultralong.baselines.twins import TWINS
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.eval.probes import needle_probe
 from hsa_ultralong.train.export import export_model
@@ -39,6 +40,13 @@ def test_a_twin_learns_from_the_rows_of_the_model_and_is_exported_and_loaded(tin
     assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
 
 
+@pytest.mark.parametrize("twin", [name for name in TWINS if name != "full_rope"])
+def test_every_twin_learns(tiny_runs, twin_run, tmp_path, twin):
+    assert twin_run(twin).train()
+    losses = [record["loss"] for record in tiny_runs.records(tmp_path / twin) if "loss" in record]
+    assert losses[-1] < losses[0]
+
+
 def test_a_stopped_twin_goes_on_exactly_and_no_other_twin_does(tiny_runs, twin_run, tmp_path):
     twin_run("window").train()
     stopped = twin_run("window", "stopped")
@@ -47,7 +55,7 @@ def test_a_stopped_twin_goes_on_exactly_and_no_other_twin_does(tiny_runs, twin_r
     stopped.folder.release()
     with pytest.raises(ValueError, match="begun with twin=window, not full_rope"):
         twin_run("full_rope", "stopped")
-    with pytest.raises(ValueError, match="begun with twin=window, not None"):
+    with pytest.raises(ValueError, match="begun with twin=window, not hsa"):
         twin_run("", "stopped")
     assert twin_run("window", "stopped").train()
     assert tiny_runs.losses(tmp_path / "stopped") == tiny_runs.losses(tmp_path / "window")
