@@ -59,7 +59,7 @@ def suite(
     shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Samples at once, a memory each.", show_default="16 on a GPU, else 1"),
+        typer.Option(min=1, max=256, help="Samples at once, over one memory.", show_default="16"),
     ] = None,
     topk: Annotated[
         int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
@@ -72,8 +72,8 @@ def suite(
 
     Every sample is written as soon as it is answered, with what was retrieved; the same command goes on with a run
     that was cut off, and more tasks or lengths can be added to it. summary.json, summary.md, summary.tex and scores.png
-    follow at the end. Models of this library read a memory that is edited from sample to sample; others get a plain
-    prompt. What the tasks are: hsa_ultralong/eval/tasks/README.md.
+    follow at the end. Models of this library read one memory, of which each sample replaces what differs; others get a
+    plain prompt. What the tasks are: hsa_ultralong/eval/tasks/README.md.
 
     Examples:
 
@@ -180,16 +180,20 @@ def _load(folder: Path | None, device: str, dtype: str) -> tuple[Any, Any, bool]
 
 
 def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours: bool) -> Any:
-    from hsa_ultralong.eval.readers import MemoryReader, PromptReader
+    from hsa_ultralong.eval.memory_reader import MemoryReader
+    from hsa_ultralong.eval.readers import ContinuingReader, PromptReader
 
-    if setting == "prompt" or (setting == "auto" and not is_ours):
-        if batch is not None and batch > 1:
-            raise ValueError("--batch is of memories; plain prompts are answered one by one: leave it out")
+    if setting == "auto":
+        setting = "memory" if is_ours else "prompt"
+    if setting != "memory" and batch is not None and batch > 1:
+        raise ValueError(f"--batch is of the setting memory; {setting} answers samples one by one: leave it out")
+    if setting == "prompt":
         return PromptReader(model, material)
     if not is_ours:
         raise ValueError(f"--setting {setting} needs a model with a memory; leave it out, or say prompt")
-    batch = batch or (16 if model.device.type == "cuda" else 1)
-    return MemoryReader(model, material, batch=batch, setting="memory" if setting == "auto" else setting)
+    if setting == "continue":
+        return ContinuingReader(model, material)
+    return MemoryReader(model, material, batch=batch or 16)
 
 
 def _measure(

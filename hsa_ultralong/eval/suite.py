@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.eval.answers import Reply
 from hsa_ultralong.eval.evidence import passage_records, sample_digest
 from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
-from hsa_ultralong.eval.readers import Reader, Reply
+from hsa_ultralong.eval.readers import Reader
 from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_digest
 from hsa_ultralong.eval.suite_summary import draw_table, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import Material, Sample, check_tasks, make_samples, score

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.inference.late_reader import LateReader
 from hsa_ultralong.inference.sampling import sample
 from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.row_memories import RowMemories
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
@@ -25,6 +27,7 @@ from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.ring_window import RingWindows
 from hsa_ultralong.nn.views import ChunkTensors, GraphView, MemoryView
+from hsa_ultralong.nn.window_attention import WindowState
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
 
@@ -52,7 +55,7 @@ class DecodingEngine:
     def __init__(
         self,
         model: HSAForCausalLM,
-        memory: Memory | Sequence[Memory | None] | None = None,
+        memory: Memory | RowMemories | Sequence[Memory | None] | None = None,
         *,
         batch: int = 1,
         max_tokens: int = 4096,
@@ -65,7 +68,8 @@ class DecodingEngine:
     ) -> None:
         """
         Args:
-            memory: one that all sequences read, or one (or None) for each.
+            memory: one that all sequences read, one (or None) for each, or RowMemories, whose prompts are all read at
+                once.
             compile_layers: fuse the layers with torch.compile; takes about 20 seconds on a GPU, once per process.
             tune: with compile_layers, let the compiler measure its choices, which takes longer.
             use_graph: default on a GPU where nothing in a step needs the host (a file's store and a sketched lookup do,
@@ -78,15 +82,16 @@ class DecodingEngine:
         model = unwrapped(model)
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
-        memories = list(memory) if isinstance(memory, Sequence) else [memory] * batch
+        rows = memory if isinstance(memory, RowMemories) else None
+        memories = list(memory) if isinstance(memory, Sequence) else [memory] * (batch if rows is None else rows.batch)
         if len(memories) != batch or batch < 1 or max_tokens < 1:
             raise ValueError(f"{len(memories)} memories for batch={batch} sequences of {max_tokens} tokens")
         for one in memories:
             if one is not None:
-                require_same_model(model, one)
+                require_same_model(model, one.base if isinstance(one, RowMemories) else one)
         self._check_parts(model, compile_layers, use_graph)
         self.model, self.config, self.memories = model, model.config, memories
-        self.batch, self.max_tokens = batch, max_tokens
+        self.batch, self.max_tokens, self.rows = batch, max_tokens, rows
         self.sampling = (temperature, top_k, top_p)
         self.device, self.dtype = device_of(model), computing_dtype(model)
         self.pieces = SplitParts(lambda piece: compiled(piece, tune)) if compile_layers else SplitParts()
@@ -124,9 +129,10 @@ class DecodingEngine:
         return [(label, part.data_ptr(), 0 if part.is_inference() else part._version) for label, part in found]
 
     @staticmethod
-    def _layout_of(memory: Memory | None) -> Any:
+    def _layout_of(memory: Memory | RowMemories | None) -> Any:
         """What the views of a memory depend on; the tensors' contents may change."""
-        return None if memory is None else (memory.storage, memory.num_chunks, memory.lookup)
+        whole = memory.base if isinstance(memory, RowMemories) else memory
+        return None if whole is None else (whole.storage, whole.num_chunks, whole.lookup)
 
     def _require_same_layout(self, row: int) -> None:
         old, new = self._laid_out[row], self._layout_of(self.memories[row])
@@ -169,7 +175,7 @@ class DecodingEngine:
     def _library_views(self) -> list[MemoryView]:
         """One view per memory, readable by the sequences that have it."""
         views: list[MemoryView] = []
-        known: list[Memory] = []
+        known: list[Memory | RowMemories] = []
         for memory in self.memories:
             if memory is None or memory.num_chunks_of_all == 0 or any(memory is other for other in known):
                 continue
@@ -273,6 +279,12 @@ class DecodingEngine:
         self.tokens[row] = self.places[row] = self.seen[row] = self.lengths[row] = 0
         self.own.segments[row] = UNUSED
 
+    def _require_same_weights(self) -> None:
+        if self._weights != self._weights_now():
+            raise ValueError(
+                "the model (its weights or adapters) was changed after this engine was made; make a new one"
+            )
+
     def start(self, row: int, prompt: torch.Tensor, *, continue_document: bool = False) -> None:
         """Read prompt (n,) token ids as a new document (or as the continuation of its memory's open one) in slot `row`.
 
@@ -282,12 +294,11 @@ class DecodingEngine:
             ValueError: an empty prompt, one longer than max_tokens, a memory without an open document or with another
                 number of chunks, or a model that was changed (weights, adapters) since the engine was made.
         """
-        if self._weights != self._weights_now():
-            raise ValueError(
-                "the model (its weights or adapters) was changed after this engine was made; make a new one"
-            )
         self._require_same_layout(row)
         memory, prompt = self.memories[row], prompt.to(self.device)
+        if isinstance(memory, RowMemories):
+            raise ValueError("the prompts of RowMemories are read together; use stream or generate")
+        self._require_same_weights()
         if continue_document:
             if memory is None:
                 raise ValueError(f"sequence {row} has no memory, so no document to continue")
@@ -301,31 +312,59 @@ class DecodingEngine:
         logits = outputs.logits[:, -1]
         # indices count the prompt's own memory alone, which is the first
         self._note(row, outputs.retrieval)
-        self._clear(row)
-        self._load(row, cache)
+        # a continued document's windows hold more than the tokens of its open chunk
+        seen = max(cache.num_seen, *(layer.state.length for layer in cache.layers))
+        self._load(row, cache, 0, cache.num_seen, seen)
         self.logits[row] = logits[0]
         self.tokens[row] = sample(logits, *self.sampling)[0]
 
-    def _load(self, row: int, cache: HSACache) -> None:
-        """Move the state of one sequence into the buffers of a slot."""
-        size, length = self.config.chunk_size, cache.num_seen
-        states = [layer.state for layer in cache.layers]
-        seen = max(length, *(state.length for state in states))
+    def _start_together(self, prompts: Sequence[torch.Tensor]) -> None:
+        """Read one prompt (n,) for each of the rows of RowMemories, all in one call."""
+        self._require_same_weights()
+        self._require_same_layout(0)
+        sizes = [len(prompt) for prompt in prompts]
+        if min(sizes) == 0 or max(sizes) > self.max_tokens:
+            raise ValueError(f"prompts need 1 to {self.max_tokens} tokens here, got {min(sizes)} to {max(sizes)}")
+        tokens = torch.zeros((self.batch, max(sizes)), dtype=torch.int64)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[len(row) - len(prompt) :] = prompt
+        is_real = torch.arange(max(sizes)) >= max(sizes) - torch.tensor(sizes)[:, None]
+        cache = HSACache(self.config, library=self.rows)
+        with evaluating(self.model):
+            outputs = self.model(
+                tokens.to(self.device), attention_mask=is_real.long().to(self.device), past_key_values=cache,
+                logits_to_keep=1, output_retrieval=True,
+            )  # fmt: skip
+        self._note(slice(None), outputs.retrieval)
+        for row, size in enumerate(sizes):
+            self._load(row, cache, row, size, size)
+        self.logits.copy_(outputs.logits[:, -1])
+        self.tokens.copy_(sample(self.logits, *self.sampling))
+
+    def _load(self, row: int, cache: HSACache, source: int, length: int, seen: int) -> None:
+        """Move the state of the cache's sequence `source`, of `length` tokens, into the buffers of a slot; its windows
+        are at place `seen`."""
+        self._clear(row)
+        size = self.config.chunk_size
+        states: list[WindowState] = [layer.state for layer in cache.layers]
         for ring, state in zip(self.windows.rings, states, strict=True):
             if ring is None or state.keys is None or state.values is None:
                 continue
+            kept = min(state.length, seen)  # rows with masked tokens stand on the right
             # angles of the places that the kept keys have
-            rotary = rotary_of(self.config, torch.arange(seen - state.length, seen, device=self.device), self.dtype)
-            ring.load(row, state.keys[0], state.values[0], rotary, seen)
+            rotary = rotary_of(self.config, torch.arange(seen - kept, seen, device=self.device), self.dtype)
+            keys, values = (part[source, state.length - kept :] for part in (state.keys, state.values))
+            ring.load(row, keys, values, rotary, seen)
         rest = length % size
         if rest:
             assert cache.pending is not None
-            self.pending[row, :rest] = cache.pending[0, cache.pending.shape[1] - rest :]
+            self.pending[row, :rest] = cache.pending[source, cache.pending.shape[1] - rest :]
         if cache.memory is not None:
             own: ChunkTensors = cache.memory.tensors
             count = length // size
-            self.own.k[row, : count * size], self.own.v[row, : count * size] = own.k[0], own.v[0]
-            self.own.landmarks[row, :count], self.own.segments[row, :count] = own.landmarks[0], 0
+            self.own.k[row, : count * size] = own.k[source, : count * size]
+            self.own.v[row, : count * size] = own.v[source, : count * size]
+            self.own.landmarks[row, :count], self.own.segments[row, :count] = own.landmarks[source, :count], 0
         self.places[row], self.seen[row], self.lengths[row] = length, seen, length
 
     def stream(
@@ -343,10 +382,15 @@ class DecodingEngine:
         """
         if len(prompts) != self.batch:
             raise ValueError(f"{len(prompts)} prompts for {self.batch} sequences")
-        for row, prompt in enumerate(prompts):
-            self.start(row, prompt, continue_document=continue_document)
+        if self.rows is not None:
+            if continue_document:
+                raise ValueError("RowMemories have no document to continue; ask a new one")
+            self._start_together(prompts)
+        else:
+            for row, prompt in enumerate(prompts):
+                self.start(row, prompt, continue_document=continue_document)
         is_done = [False] * self.batch
-        reader = _LateReader(self.device)
+        reader = LateReader(self.device)
         reader.put(self.tokens, self.retrieved)
         for number in range(1, max_new_tokens + 1):
             if number < max_new_tokens and max(self.lengths) < self.max_tokens:
@@ -366,35 +410,3 @@ class DecodingEngine:
                 if token is not None:
                     answer.append(token)
         return answers
-
-
-Retrieved = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-class _LateReader:
-    """Copies of a step's results on their way to the host: waited for only after the next step was started."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.is_cuda = device.type == "cuda"
-        self.waiting: list[tuple[torch.Tensor, Retrieved, Any]] = []
-
-    def put(self, tokens: torch.Tensor, retrieved: Retrieved) -> None:
-        copies = [(self._copy(indices), self._copy(weights)) for indices, weights in retrieved]
-        event = torch.cuda.Event() if self.is_cuda else None
-        self.waiting.append((self._copy(tokens), copies, event))
-        if event is not None:
-            event.record()
-
-    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.is_cuda)
-        return copy.copy_(tensor, non_blocking=True)
-
-    def get(self) -> tuple[torch.Tensor, Retrieved]:
-        tokens, retrieved, event = self.waiting.pop(0)
-        if event is not None:
-            event.synchronize()
-        return tokens, retrieved
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.waiting

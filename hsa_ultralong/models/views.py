@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.row_memories import RowMemories
 from hsa_ultralong.models.layout import Layout, source_numbers
 from hsa_ultralong.models.ranks import ALONE, ContextExchange, PoolExchange
 from hsa_ultralong.nn.views import ChunkTensors, CompetingView, GraphView, MemoryView
@@ -15,7 +16,7 @@ POOLS = (False, True, "attended", "compete")
 _NEVER = 2**31 - 1
 
 
-def library_view(library: Memory, segments: torch.Tensor, positions: torch.Tensor) -> MemoryView:
+def library_view(library: Memory | RowMemories, segments: torch.Tensor, positions: torch.Tensor) -> MemoryView:
     """A loaded memory that every real token may read; segments and positions (B, T) of the queries."""
     everyone = torch.full_like(library.segments, READABLE_BY_ALL)
     visible = ChunkVisibility(segments, positions, everyone, torch.zeros_like(everyone))

@@ -33,7 +33,7 @@ def test_lengths_are_listed_or_doubled():
         (["--suite", "ruler", "--data", "squad"], "--data must be squad=FILE or hotpot=FILE"),
         (["--suite", "ruler", "--data", "squad=nowhere.json"], "there is no file nowhere.json"),
         (["--suite", "recall", "--data", "squad=nowhere.json"], "is read by qa_1, which is not among the tasks"),
-        (["--suite", "prompt", "--setting", "prompt", "--batch", 4], "answered one by one: leave it out"),
+        (["--suite", "prompt", "--setting", "prompt", "--batch", 4], "prompt answers samples one by one: leave it out"),
         (["--suite", "recall", "--lengths", "1K", "--chat"], "no chat template"),
         (["a/same", "b/same", "--suite", "recall"], "two models are called 'same'"),
     ],

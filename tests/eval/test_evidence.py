@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hsa_ultralong.eval.evidence import MAX_CHARACTERS, MAX_PASSAGES, Seen, passage_records, sample_digest
-from hsa_ultralong.eval.readers import MemoryReader, PromptReader
+from hsa_ultralong.eval.memory_reader import MemoryReader
+from hsa_ultralong.eval.readers import PromptReader
 from hsa_ultralong.eval.tasks import Material, Sample, make_samples
 from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.testing.tokenizers import byte_level

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hsa_ultralong.eval.readers import MemoryReader, PromptReader, changed_spans
+from hsa_ultralong.eval.memory_reader import MemoryReader, changed_chunks
+from hsa_ultralong.eval.readers import ContinuingReader, PromptReader, changed_spans
 from hsa_ultralong.eval.tasks import Material, Sample, make_samples
 from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.testing.tokenizers import byte_level
@@ -63,7 +64,7 @@ def test_an_edited_memory_answers_as_a_built_one_and_a_batch_as_one_at_a_time(mo
     samples = short_answers(name, material, 4)
     built = MemoryReader(model, material, edits=False)
     wanted = [built.answer([sample])[0] for sample in samples]
-    edited, batched = MemoryReader(model, material), MemoryReader(model, material, batch=2)
+    edited, batched = MemoryReader(model, material), MemoryReader(model, material)
     found = [edited.answer([sample])[0] for sample in samples]
     pairs = batched.answer(samples[:2]) + batched.answer(samples[2:])
     for one, other, third in zip(wanted, found, pairs, strict=True):
@@ -75,17 +76,48 @@ def test_an_edited_memory_answers_as_a_built_one_and_a_batch_as_one_at_a_time(mo
 @pytest.mark.parametrize("name", ["niah_single_2", "passkey", "recall_changed"])
 def test_a_continued_memory_answers_as_the_whole_prompt(model, material, name):
     samples = short_answers(name, material, 3)
-    continued, plain = MemoryReader(model, material, setting="continue"), PromptReader(model, material)
+    continued, plain = ContinuingReader(model, material), PromptReader(model, material)
     for sample in samples:
         assert continued.answer([sample])[0].tokens == plain.answer([sample])[0].tokens
 
 
-def test_settings_that_are_none_and_documents_that_cannot_be_continued_are_refused(model, material):
-    with pytest.raises(ValueError, match="memory, continue; got 'reread'"):
-        MemoryReader(model, material, setting="reread")
+def test_documents_cannot_be_continued_and_models_with_an_order_cannot_share_a_memory(model, material):
     (sample,) = make_samples("recall_documents", material, LENGTH, 1)
     with pytest.raises(ValueError, match="ask it with the setting memory"):
-        MemoryReader(model, material, setting="continue").answer([sample])
+        ContinuingReader(model, material).answer([sample])
+    ordered = tiny_model(vocab_size=len(material.tokenizer), fusion="stick_breaking")
+    with pytest.raises(ValueError, match="use the setting continue"):
+        MemoryReader(ordered, material)
+
+
+def test_the_changed_chunks_are_those_that_a_changed_token_can_reach():
+    rng = np.random.default_rng(0)
+    size, reach = 8, 19
+    for _ in range(300):
+        old = rng.integers(0, 9, int(rng.integers(100, 130)), dtype=np.int32)
+        new = random_edit(rng, old)
+        wanted = []
+        for chunk in range(-(-len(new) // size)):
+            window = slice(max(0, chunk * size - reach), (chunk + 1) * size)
+            if not np.array_equal(old[window], new[window]):
+                wanted.append(chunk)
+        assert changed_chunks(old, new, size, reach).tolist() == wanted
+
+
+def test_few_tokens_are_read_for_a_sample_whose_context_is_nearly_known(model, material, monkeypatch):
+    read: list[int] = []
+    reader = MemoryReader(model, material)
+    real = reader._stretches.read
+    monkeypatch.setattr(
+        reader._stretches, "read",
+        lambda stretches: read.extend(len(one.lead) + len(one.tokens) for one in stretches) or real(stretches),
+    )  # fmt: skip
+    samples = short_answers("recall_form_03", material, 6)
+    reader.answer(samples)
+    once = sum(read)
+    assert 0 < once < 2 * len(samples) * (2 * model.config.lower_reach + 200)
+    reader.answer(samples)
+    assert sum(read) == once
 
 
 def test_a_prompt_beyond_the_positions_of_a_model_is_refused(material):

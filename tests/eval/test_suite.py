@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from hsa_ultralong.eval.readers import Reply
+from hsa_ultralong.eval.answers import Reply
 from hsa_ultralong.eval.suite import SuiteRun, run_settings, run_suite, write_summary
 from hsa_ultralong.eval.suite_summary import auroc, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import Material
@@ -113,7 +113,7 @@ def test_the_auroc_counts_pairs_and_ties_by_half():
 
 
 def test_a_real_model_writes_all_files_of_a_run(tmp_path, material):
-    from hsa_ultralong.eval.readers import MemoryReader
+    from hsa_ultralong.eval.memory_reader import MemoryReader
 
     model = tiny_model(vocab_size=len(material.tokenizer), chunk_size=8).eval()
     reader = MemoryReader(model, material, batch=2)

@@ -12,7 +12,7 @@ import numpy as np
 
 from hsa_ultralong.data.evaluation_words import EVALUATION_ADJECTIVES, EVALUATION_NOUNS
 from hsa_ultralong.data.seeds import namespaced_rng
-from hsa_ultralong.eval.tasks.assembly import finish, make_form, middle_depth, write_in
+from hsa_ultralong.eval.tasks.assembly import Form, finish, make_form, middle_depth, write_in
 from hsa_ultralong.eval.tasks.material import Material
 from hsa_ultralong.eval.tasks.recall_forms import CITIES, FAMILY_NAMES, FIRST_NAMES, MONTHS, RECALL_FORMS, RecallForm
 from hsa_ultralong.eval.tasks.sample import Sample
@@ -78,9 +78,10 @@ def _facts(form: RecallForm, kind: str, number: int, rng: np.random.Generator) -
 class Recall:
     """One fact among others of its form, asked for by a question.
 
-    similar: facts of the same form with other keys. stated: how often the asked fact is stated, each time with another
-    value, of which the last counts. absent: of every second sample the fact is not stated at all. as_documents: the
-    facts are documents of their own behind the text.
+    similar: facts of the same form with other keys; a context of them serves as many samples, each of which asks for
+    another fact. stated: how often the asked fact is stated, each time with another value, of which the last counts.
+    absent: of every second sample the fact is not stated at all. as_documents: the facts are documents of their own
+    behind the text.
     """
 
     name: str
@@ -95,35 +96,49 @@ class Recall:
     is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
+        contexts = -(-number // (1 + self.similar))
         for index in range(number):
-            rng = namespaced_rng(f"eval/{self.name}", seed, length, index)
-            yield self._sample(material, length, index, middle_depth(index, number), rng)
+            # neighbours in depth ask different contexts, so that those of each are spread over it
+            context, fact = index % contexts, index // contexts
+            rng = namespaced_rng(f"eval/{self.name}", seed, length, context)
+            depths = [middle_depth(i, number) for i in range(context, number, contexts)]
+            yield self._sample(material, length, index, fact, depths, rng)
 
-    def _sample(self, material: Material, length: int, index: int, depth: float, rng: np.random.Generator) -> Sample:
-        asked, *others = _facts(self.form, self.kind, 1 + self.similar, rng)
-        versions = [asked]
+    def _sample(
+        self, material: Material, length: int, index: int, place: int, depths: list[float], rng: np.random.Generator
+    ) -> Sample:
+        """place: which of the context's facts is asked for. depths: of those that samples ask for."""
+        facts = _facts(self.form, self.kind, 1 + self.similar, rng)
+        asked, depth = facts[place], depths[place]
         for _ in range(self.stated - 1):
             value = _value(self.kind, rng)
-            statement = asked.statement.replace(asked.value, value)
-            versions.append(Fact(statement, asked.question, value, asked.key))
+            facts.append(Fact(asked.statement.replace(asked.value, value), asked.question, value, asked.key))
+        depths = [*depths, *rng.random(len(facts) - len(depths)).tolist()]
+        if self.stated > 1:
+            depths = sorted(rng.random(self.stated).tolist())
         is_absent = self.absent and index % 2 == 1
-        facts = [*([] if is_absent else versions), *others]
-        notes = [fact.statement for fact in facts] if self.as_documents else []
-        form = make_form(material, self, length, "", f"\nQuestion: {asked.question}\nAnswer:", "", notes)
+        if is_absent:
+            facts = []
+        forms = [self._form(material, length, fact.question, facts) for fact in {asked, *facts}]
+        form = self._form(material, length, asked.question, facts)
         form.require(128, self.name)
         context, starts = material.haystack(length, form.room)
-        depths = [depth, *rng.random(max(0, len(facts) - 1)).tolist()][: len(facts)]
-        if self.stated > 1:
-            depths[: self.stated] = sorted(rng.random(self.stated).tolist())
         spans = []
         if not self.as_documents:
             pieces = [material.encode(f" {fact.statement}") for fact in facts]
-            spans = write_in(context, starts, pieces, depths, self.name)
-        latest = 0 if is_absent else max(range(self.stated), key=lambda i: spans[i][0] if spans else i)
-        answers = [] if is_absent else [versions[latest].value]
-        evidence = [] if is_absent or self.as_documents else [spans[latest]]
+            # the same places whichever fact is asked for
+            common = min(form.room for form in forms)
+            spans = write_in(context[:common], starts[starts < common], pieces, depths[: len(facts)], self.name)
+        if self.stated > 1:
+            place = max(range(self.stated), key=lambda i: spans[i][0])
+        answers = [] if is_absent else [facts[place].value]
+        evidence = [] if is_absent or self.as_documents else [spans[place]]
         single = depth if self.stated == 1 and not (is_absent or self.as_documents) else None
         return finish(self, form, context, index, answers, asked.question, single, evidence)
+
+    def _form(self, material: Material, length: int, question: str, facts: list[Fact]) -> Form:
+        notes = [fact.statement for fact in facts] if self.as_documents else []
+        return make_form(material, self, length, "", f"\nQuestion: {question}\nAnswer:", "", notes)
 
 
 @dataclass(frozen=True)

@@ -200,4 +200,17 @@ def hsa_attention_gather(
     causal: bool = False,
 ) -> torch.Tensor:
     """Same result as hsa_attention_reference; extra memory is one block of gathered chunks."""
+    if indices.is_cpu:
+        indices, weights = _without_empty(indices, weights)
     return _GatherAttention.apply(q, k, v, indices, weights, chunk_size, chunk_lengths, scale)
+
+
+def _without_empty(indices: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and weights (B, t, Hr, K) with as few slots as the token with most chunks needs: where one of several
+    memories is read, most slots are another's. For a CPU, where the number is at hand."""
+    is_empty = indices < 0
+    most = max(1, indices.shape[-1] - int(is_empty.sum(-1).min()))
+    if most == indices.shape[-1]:
+        return indices, weights
+    kept = is_empty.to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+    return indices.gather(-1, kept), weights.gather(-1, kept)

@@ -121,6 +121,17 @@ def test_the_latest_of_changed_facts_counts_and_half_of_the_absent_ones_are_abse
         assert (head in material.tokenizer.decode(sample.context.tolist())) == bool(sample.answers)
 
 
+def test_samples_that_ask_for_similar_facts_share_contexts_and_ask_for_each_fact_once(material):
+    samples = list(make_samples("recall_similar_16", material, LENGTH, 34))
+    facts = {}
+    for sample in samples:
+        text = material.tokenizer.decode(sample.context.tolist())
+        stated = frozenset(part.split(".")[0] for part in text.split("The secret code of the")[1:])
+        facts.setdefault(stated, []).append(sample.query)
+    assert [len(queries) for queries in facts.values()] == [17, 17]
+    assert all(len(set(queries)) == 17 for queries in facts.values())
+
+
 def test_similar_facts_differ_in_keys_and_values_and_documents_stand_behind_the_text(material):
     for sample in make_samples("recall_similar_64", material, LENGTH, 2):
         text = material.tokenizer.decode(sample.context.tolist())

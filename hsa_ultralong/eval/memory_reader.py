@@ -1,0 +1,235 @@
+"""Samples answered from memories: one memory for a batch, of which every row sees all but the chunks that differ.
+
+A context is read once. Of each further one only the chunks that a changed token can reach are read (fact 6 of
+docs/architecture.md) and laid beside it (`RowMemories`), so that a row reads exactly the memory of its own context. A
+chunk read before is not read again: it depends on its own tokens and those within `lower_reach` before it alone.
+tests/eval/test_readers.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from hsa_ultralong.eval.answers import Reply, StopRule
+from hsa_ultralong.eval.evidence import Seen
+from hsa_ultralong.eval.tasks import Material, Sample
+from hsa_ultralong.eval.tasks.sample import Tokens
+from hsa_ultralong.inference import DecodingEngine, memorize
+from hsa_ultralong.inference.ask import end_tokens
+from hsa_ultralong.inference.stretches import Stretch, StretchReader
+from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.row_memories import Chunk, RowMemories
+from hsa_ultralong.models import HSAForCausalLM
+
+# chunks that are kept beside the memory, the latest used
+_KEPT_CHUNKS = 4096
+# a context of which more than this share of chunks differs is read as a whole
+_MOST_CHANGED = 0.5
+# tokens of a memory of several contexts; a longer context stands alone
+_MOST_TOKENS = 1 << 24
+
+Contents = tuple[Tokens, ...]  # the documents of one sample: its context, then its notes
+ChunkPlace = tuple[int, int]  # document of a sample, chunk in it
+_Key = tuple[int, bytes]  # what a chunk depends on: its number of tokens, and these with the ones before that reach it
+
+
+class _Numbers(NamedTuple):
+    """What the numbers of a row's chunks mean: the shared documents of its sample begin at `starts` and are moved by
+    `shifts`, and from `first_own` on stand the chunks `own` of the sample, of `total`, all its documents in order."""
+
+    starts: np.ndarray
+    shifts: np.ndarray
+    own: np.ndarray
+    first_own: int
+    total: int
+
+    def of(self, chunks: torch.Tensor) -> torch.Tensor:
+        """Numbers in the sample, -1 for those that are none of its."""
+        given = chunks.numpy()
+        document = np.maximum(np.searchsorted(self.starts, given, side="right") - 1, 0)
+        # one more, for the question's own chunks and for no chunk
+        own = np.append(self.own, -1)[np.clip(given - self.first_own, 0, len(self.own))]
+        shared = np.where(given < 0, -1, given + self.shifts[document])
+        return torch.from_numpy(np.where(given < self.first_own, shared, own))
+
+
+class MemoryReader:
+    """Answers from a memory of the context, asked by a question that is a new document.
+
+    A batch shares one memory. batch: samples answered at once.
+    """
+
+    limit: int | None = None
+    setting = "memory"
+
+    def __init__(self, model: HSAForCausalLM, material: Material, *, batch: int = 16, edits: bool = True) -> None:
+        """edits: False reads every context as a whole, for comparison.
+
+        Raises:
+            ValueError: for a model whose memories cannot be laid together (fact 4).
+        """
+        if not model.config.is_composable:
+            raise ValueError("this model's fusion knows an order of chunks; use the setting continue")
+        self.model, self.material, self.batch, self.edits = model, material, batch, edits
+        self.chunk_size = model.config.chunk_size
+        self._stretches = StretchReader(model)
+        self._memory: Memory | None = None
+        self._read: list[Contents] = []  # what the memory holds
+        self._known: OrderedDict[_Key, Chunk] = OrderedDict()
+
+    def answer(self, samples: Sequence[Sample]) -> list[Reply]:
+        replies: list[Reply] = []
+        while rest := samples[len(replies) :]:
+            count = self._hold(rest)
+            replies += self._generate(rest[:count])
+        return replies
+
+    # the memory -------------------------------------------------------------------------------------------------------
+
+    def _hold(self, samples: Sequence[Sample]) -> int:
+        """Make a memory that is near to the contexts of the first samples; returns how many."""
+        wanted = [_contents(sample) for sample in samples]
+        if self.edits and all(self._nearest(self._read, one) is not None for one in wanted):
+            return len(samples)
+        read: list[Contents] = []
+        count = tokens = 0
+        for one in wanted:
+            if not self.edits or self._nearest(read, one) is None:
+                tokens += sum(map(len, one))
+                if read and tokens > _MOST_TOKENS:
+                    break
+                read.append(one)
+            count += 1
+        self._memory = None  # before the next one takes its place
+        self._memory = memorize(self.model, [torch.from_numpy(text) for one in read for text in one])
+        self._read = read
+        return count
+
+    def _nearest(self, read: Sequence[Contents], wanted: Contents) -> tuple[int, dict[int, np.ndarray]] | None:
+        """Which of the contents read has the fewest chunks to change, and these by document; None if none is near."""
+        best: tuple[int, int, dict[int, np.ndarray]] | None = None
+        for number, held in enumerate(read):
+            if len(held) != len(wanted):
+                continue
+            changed = {
+                document: changed_chunks(old, new, self.chunk_size, self.model.config.lower_reach)
+                for document, (old, new) in enumerate(zip(held, wanted, strict=True))
+            }
+            total = sum(map(len, changed.values()))
+            most = _MOST_CHANGED * len(wanted[0]) / self.chunk_size
+            if len(changed[0]) <= most and (best is None or total < best[0]):
+                best = total, number, changed
+        return None if best is None else best[1:]
+
+    def _rows(self, samples: Sequence[Sample]) -> tuple[RowMemories, list[_Numbers]]:
+        """The memories of some samples, and which chunks of a sample their numbers mean."""
+        assert self._memory is not None
+        size, count = self.chunk_size, self._memory.num_chunks
+        contents = [_contents(sample) for sample in samples]
+        nearest = [self._nearest(self._read, one) for one in contents]
+        keys = [self._keys(one, found) for one, found in zip(contents, nearest, strict=True)]
+        self._read_missing(contents, keys)
+        hidden = torch.ones((len(samples), count), dtype=torch.bool)
+        numbers: list[_Numbers] = []
+        for row, (one, found, own) in enumerate(zip(contents, nearest, keys, strict=True)):
+            assert found is not None
+            first = sum(len(held) for held in self._read[: found[0]])
+            records = self._memory.documents[first : first + len(one)]
+            chunks = [-(-len(text) // size) for text in one]
+            for document, (record, length) in enumerate(zip(records, chunks, strict=True)):
+                changed, start, shared = found[1][document], record.first_chunk, min(length, record.num_chunks)
+                hidden[row, start : start + shared] = False
+                hidden[row, torch.from_numpy(start + changed[changed < shared])] = True
+            starts = np.array([record.first_chunk for record in records])
+            begins = np.cumsum([0, *chunks])
+            mine = np.array([begins[document] + chunk for document, chunk in own], dtype=np.int64)
+            numbers.append(_Numbers(starts, begins[:-1] - starts, mine, count, int(begins[-1])))
+        rows = RowMemories.laid(self._memory, hidden, [[self._known[key] for key in own.values()] for own in keys])
+        while len(self._known) > _KEPT_CHUNKS:
+            self._known.popitem(last=False)
+        return rows, numbers
+
+    def _keys(self, contents: Contents, found: tuple[int, dict[int, np.ndarray]] | None) -> dict[ChunkPlace, _Key]:
+        """What the changed chunks of a sample depend on: their own tokens and those that reach them."""
+        assert found is not None
+        size, reach = self.chunk_size, self.model.config.lower_reach
+        keys: dict[ChunkPlace, _Key] = {}
+        for document, chunks in found[1].items():
+            text = contents[document]
+            for chunk in chunks.tolist():
+                start, stop = chunk * size, min((chunk + 1) * size, len(text))
+                # a shorter lead tells that the document begins there
+                keys[document, chunk] = (stop - start, text[max(0, start - reach) : stop].tobytes())
+        return keys
+
+    def _read_missing(self, contents: Sequence[Contents], keys: Sequence[dict[ChunkPlace, _Key]]) -> None:
+        """Read the chunks that are not known yet, neighbours together."""
+        size, reach = self.chunk_size, self.model.config.lower_reach
+        wanted: list[tuple[Stretch, list[_Key | None]]] = []
+        asked: set[_Key] = set()
+        for one, own in zip(contents, keys, strict=True):
+            runs: list[list[ChunkPlace]] = []
+            for place, key in own.items():
+                if key in self._known:
+                    self._known.move_to_end(key)
+                elif key not in asked:
+                    asked.add(key)
+                    # what lies between two of them is shorter than what would be read before the second alone
+                    if runs and runs[-1][-1][0] == place[0] and (place[1] - runs[-1][-1][1] - 1) * size <= reach:
+                        runs[-1].append(place)
+                    else:
+                        runs.append([place])
+            for run in runs:
+                document, first, last = run[0][0], run[0][1], run[-1][1]
+                start, text = first * size, torch.from_numpy(one[document])
+                names = [own.get((document, chunk)) for chunk in range(first, last + 1)]
+                stretch = Stretch(text[max(0, start - reach) : start], text[start : (last + 1) * size])
+                wanted.append((stretch, names))
+        if wanted:
+            for chunks, (_, names) in zip(self._stretches.read([one for one, _ in wanted]), wanted, strict=True):
+                self._known |= {key: chunk for key, chunk in zip(names, chunks, strict=True) if key is not None}
+
+    # answers ----------------------------------------------------------------------------------------------------------
+
+    def _generate(self, samples: Sequence[Sample]) -> list[Reply]:
+        rows, numbers = self._rows(samples)
+        prompts = [torch.tensor([*self.material.first, *sample.question]) for sample in samples]
+        most = max(sample.max_new_tokens for sample in samples)
+        engine = DecodingEngine(self.model, rows, batch=len(samples), max_tokens=max(map(len, prompts)) + most)
+        ends = end_tokens(self.model)
+        stops = [StopRule(sample, self.material.tokenizer) for sample in samples]
+        seen = [Seen(sample, self.chunk_size, own.total) for sample, own in zip(samples, numbers, strict=True)]
+        for number, step in enumerate(engine.stream(prompts, most, stop_tokens=ends)):
+            for row, token in enumerate(step.tokens):
+                if token is not None and not stops[row].is_done:
+                    found = [(numbers[row].of(chunks[row : row + 1]), shares[row : row + 1])
+                             for chunks, shares in step.retrieved]  # fmt: skip
+                    seen[row].note(found, 0, 0, is_first=number == 0)
+                    stops[row].put(token, ends)
+            if all(stop.is_done for stop in stops):
+                break
+        return [stop.reply(one) for stop, one in zip(stops, seen, strict=True)]
+
+
+def _contents(sample: Sample) -> Contents:
+    return (sample.context, *(np.array(note, dtype=np.int32) for note in sample.notes))
+
+
+def changed_chunks(old: Tokens, new: Tokens, size: int, reach: int) -> np.ndarray:
+    """Chunks of `new`, ascending, that cannot be taken from `old` as they are: a changed token stands in them or at
+    most `reach` tokens before one of theirs."""
+    common = min(len(old), len(new))
+    differs = np.flatnonzero(old[:common] != new[:common])
+    if len(old) != len(new):
+        differs = np.concatenate([differs, np.arange(common, len(new) + 1)])
+    count = -(-len(new) // size)
+    # changes that begin and end at each chunk
+    steps: np.ndarray = np.zeros(count + 1, dtype=np.int64)
+    np.add.at(steps, np.minimum(differs // size, count), 1)
+    np.add.at(steps, np.minimum((differs + reach) // size + 1, count), -1)
+    return np.flatnonzero(np.cumsum(steps[:-1]) > 0)
