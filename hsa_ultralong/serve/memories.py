@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from hsa_ultralong.data import tokenizer_fingerprint
+from hsa_ultralong.files.durable import sync_folder
 from hsa_ultralong.inference import Library, memory_fingerprint
 from hsa_ultralong.memory import ChunkMemory, Memory, MemoryFile
 from hsa_ultralong.memory.files import MemoryFileError
-from hsa_ultralong.memory.files.durable import sync_folder
 from hsa_ultralong.memory.half_read import half_read
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.limits import Limits, ServeError, require_id

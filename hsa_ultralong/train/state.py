@@ -1,7 +1,7 @@
 """state.json of a checkpoint: where a run stands, and the size and SHA-256 of the checkpoint's other files.
 
-It is sealed (files/regular.py), and every field is checked, so that neither a flipped bit nor a made-up number moves a
-run to another place. Called by checkpoint.py and loop.py; tests/train/test_state.py.
+It is sealed (files/strict_json.py), and every field is checked, so that neither a flipped bit nor a made-up number
+moves a run to another place. Called by checkpoint.py and loop.py; tests/train/test_state.py.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from hsa_ultralong.cli.ask import _hide, as_question
+from hsa_ultralong.cli.ask import _hide
 from hsa_ultralong.cli.common import MAX_PROMPT_TOKENS
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.inference.ask import as_question
 
 
 def hsa(*arguments):
