@@ -34,19 +34,18 @@ _BLOCK_ELEMENTS = 1 << 24
 class LandmarkIndex:
     """Sketches of C landmarks, all of them visible to every query; no gradients.
 
-    The directions come from the first 4,096 chunks, however the index grew, so appending equals `build` of everything;
-    only landmarks outside of these directions make it fit again, to chunks evenly spread over all.
+    The directions come from the first 4,096 chunks; only landmarks outside of these directions make it fit again, to
+    chunks evenly spread over all.
 
     Attributes:
-        storage: (capacity, Hr, R) landmarks, any float dtype; the first num_chunks are in use.
+        landmarks: (C, Hr, R), any float dtype.
         basis: (Hr, R, d) fp32 orthonormal directions, or None while the index is an exact scan.
         center: (Hr, 1, R) fp32, mean of the landmarks that the directions were fitted to.
-        sketches: (capacity, Hr, d) in the landmarks' dtype, landmarks times basis.
+        sketches: (C, Hr, d) in the landmarks' dtype, landmarks times basis.
         num_dims: d asked for, or None to choose it from the landmarks.
     """
 
-    storage: torch.Tensor
-    num_chunks: int
+    landmarks: torch.Tensor
     num_dims: int | None
     basis: torch.Tensor | None
     center: torch.Tensor
@@ -54,7 +53,7 @@ class LandmarkIndex:
 
     @staticmethod
     def build(landmarks: torch.Tensor, *, num_dims: int | None = None) -> LandmarkIndex:
-        """Index of landmarks (C, Hr, R), which are kept, not copied (an edit by `write` changes them); C may be 0.
+        """Index of landmarks (C, Hr, R), which are kept, not copied; C may be 0.
 
         Work memory is one block of 64 MB; nothing is random.
 
@@ -70,62 +69,34 @@ class LandmarkIndex:
         if num_dims is not None and not 1 <= num_dims <= dim:
             raise ValueError(f"num_dims must be within 1..{dim}, got {num_dims}")
         nothing = landmarks.new_empty((0, heads, 0))
-        index = LandmarkIndex(landmarks.detach(), num_chunks, num_dims, None, nothing.float(), nothing)
+        index = LandmarkIndex(landmarks.detach(), num_dims, None, nothing.float(), nothing)
         if num_chunks >= _FIT_CHUNKS:
             index._fit(_FIT_CHUNKS)
-            index._update(0, num_chunks)
+            if index.basis is not None and index._sketch() > _NEW_DIRECTIONS and num_dims is None:
+                # these directions leave out too much
+                index._fit(num_chunks)
+                if index.basis is not None:
+                    index._sketch()
         return index
 
     # which candidates are read is known on the host only
     is_capturable = False
 
     @property
-    def landmarks(self) -> torch.Tensor:
-        """(C, Hr, R), the landmarks in use."""
-        return self.storage[: self.num_chunks]
+    def num_chunks(self) -> int:
+        return self.landmarks.shape[0]
 
     @property
     def num_bytes(self) -> int:
         """Bytes beside the landmarks: d / R of theirs."""
-        return self.sketches[: self.num_chunks].numel() * self.sketches.element_size()
-
-    def write(self, first: int, landmarks: torch.Tensor) -> None:
-        """Put landmarks (n, Hr, R) at chunk `first` and following: new chunks, or an edit of old ones.
-
-        Costs n projections, and grows by doubling; a fit costs as much as `build`.
-
-        Raises:
-            ValueError: for another shape, or a first chunk outside 0..num_chunks.
-        """
-        require_shape("landmarks", landmarks, (None, *self.storage.shape[1:]))
-        if not 0 <= first <= self.num_chunks:
-            raise ValueError(f"first must be within 0..{self.num_chunks}, got {first}")
-        last, had_enough = first + landmarks.shape[0], self.num_chunks >= _FIT_CHUNKS
-        if last > self.storage.shape[0]:
-            capacity = max(last, 2 * self.storage.shape[0])
-            self.storage = _grown(self.storage, self.num_chunks, capacity)
-            if self.basis is not None:
-                self.sketches = _grown(self.sketches, self.num_chunks, capacity)
-        self.storage[first:last] = landmarks.detach().to(self.storage.dtype)
-        self.num_chunks = max(self.num_chunks, last)
-        if not had_enough and self.num_chunks >= _FIT_CHUNKS:
-            self._fit(_FIT_CHUNKS)
-            first, last = 0, self.num_chunks
-        self._update(first, last)
-
-    def _update(self, first: int, last: int) -> None:
-        """Sketch chunks first..last, and all of them in better directions if these leave out too much."""
-        if self.basis is not None and self._sketch(first, last) > _NEW_DIRECTIONS and self.num_dims is None:
-            self._fit(self.num_chunks)
-            if self.basis is not None:
-                self._sketch(0, self.num_chunks)
+        return self.sketches.nbytes
 
     def _fit(self, num_chunks: int) -> None:
         """Find directions from at most 4,096 chunks, evenly spread over the first `num_chunks`."""
-        _, heads, dim = self.storage.shape
-        picked = torch.arange(_FIT_CHUNKS, device=self.storage.device) * num_chunks // _FIT_CHUNKS
+        _, heads, dim = self.landmarks.shape
+        picked = torch.arange(_FIT_CHUNKS, device=self.landmarks.device) * num_chunks // _FIT_CHUNKS
         # on the host and in fp64: small, and the same everywhere
-        sample = self.storage[picked].transpose(0, 1).to(device="cpu", dtype=torch.float64)  # (Hr, n, R)
+        sample = self.landmarks[picked].transpose(0, 1).to(device="cpu", dtype=torch.float64)  # (Hr, n, R)
         sample = sample.nan_to_num(0.0, 0.0, 0.0)
         # a vector common to all landmarks moves all scores of a query alike
         center = sample.mean(1, keepdim=True)
@@ -138,20 +109,20 @@ class LandmarkIndex:
             needed = int((left_out > _LEFT_OUT).sum(-1).max())
             num_dims = max(1, -(-needed // _STEP)) * _STEP
             if num_dims > dim // 2:
-                self.basis, self.sketches = None, self.storage.new_empty((0, heads, 0))
+                self.basis, self.sketches = None, self.landmarks.new_empty((0, heads, 0))
                 return
-        self.basis = directions[..., dim - num_dims :].to(device=self.storage.device, dtype=torch.float32)
-        self.center = center.to(device=self.storage.device, dtype=torch.float32)
-        self.sketches = self.storage.new_empty((self.storage.shape[0], heads, num_dims))
+        self.basis = directions[..., dim - num_dims :].to(device=self.landmarks.device, dtype=torch.float32)
+        self.center = center.to(device=self.landmarks.device, dtype=torch.float32)
+        self.sketches = self.landmarks.new_empty((self.landmarks.shape[0], heads, num_dims))
 
-    def _sketch(self, first: int, last: int) -> float:
-        """Write the sketches of chunks first..last; the share of their variance left out, the largest of the heads."""
+    def _sketch(self) -> float:
+        """Make the sketches; the share of the variance that they leave out, the largest of the heads."""
         assert self.basis is not None
-        _, heads, dim = self.storage.shape
-        inside, total = (torch.zeros(heads, device=self.storage.device) for _ in range(2))
-        for start, stop in blocks(last - first, max(1, _BLOCK_ELEMENTS // (heads * dim))):
-            part = self.storage[first + start : first + stop].float().transpose(0, 1)  # (Hr, n, R)
-            self.sketches[first + start : first + stop] = (part @ self.basis).transpose(0, 1)  # (n, Hr, d)
+        num_chunks, heads, dim = self.landmarks.shape
+        inside, total = (torch.zeros(heads, device=self.landmarks.device) for _ in range(2))
+        for start, stop in blocks(num_chunks, max(1, _BLOCK_ELEMENTS // (heads * dim))):
+            part = self.landmarks[start:stop].float().transpose(0, 1)  # (Hr, n, R)
+            self.sketches[start:stop] = (part @ self.basis).transpose(0, 1)  # (n, Hr, d)
             part = part.nan_to_num(0.0, 0.0, 0.0) - self.center
             inside += (part @ self.basis).square().sum((1, 2))
             total += part.square().sum((1, 2))
@@ -182,7 +153,7 @@ class LandmarkIndex:
         Raises:
             ValueError: on shapes that do not fit, topk < 1, num_scored < 1, or a scale <= 0.
         """
-        heads, dim = self.storage.shape[1:]
+        heads, dim = self.landmarks.shape[1:]
         require_shape("query", query, (None, None, heads, dim))
         if topk < 1 or (num_scored is not None and num_scored < 1):
             raise ValueError(f"topk and num_scored must be >= 1, got {topk} and {num_scored}")
@@ -218,13 +189,13 @@ class LandmarkIndex:
         assert self.basis is not None
         heads, num_rows, dim = query.shape
         small = (query.float() @ self.basis).to(self.sketches.dtype)  # (Hr, m, d)
-        rough = matmul_wide(small, self.sketches[: self.num_chunks].permute(1, 2, 0))  # (Hr, m, C)
+        rough = matmul_wide(small, self.sketches.permute(1, 2, 0))  # (Hr, m, C)
         # a chunk whose product is not finite comes last, as in chunk_topk
         rough = rough.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
         candidates = rough.topk(wanted, dim=-1, sorted=False).indices.sort(dim=-1).values  # (Hr, m, n)
         head = torch.arange(heads, device=query.device)[:, None, None]
         place = (candidates * heads + head).flatten()
-        read = self.storage.flatten(0, 1).index_select(0, place).to(query.dtype).view(heads * num_rows, wanted, dim)
+        read = self.landmarks.flatten(0, 1).index_select(0, place).to(query.dtype).view(heads * num_rows, wanted, dim)
         exact = matmul_wide(read, query.reshape(heads * num_rows, dim, 1))  # (Hr*m, n, 1)
         return candidates, exact.view(candidates.shape).float()
 
@@ -233,12 +204,6 @@ def _see_all(query: torch.Tensor, num_chunks: int) -> ChunkVisibility:
     nobody = torch.zeros(query.shape[:2], dtype=torch.int32, device=query.device)
     chunks = torch.full((1, num_chunks), READABLE_BY_ALL, dtype=torch.int32, device=query.device)
     return ChunkVisibility(nobody, nobody, chunks, torch.zeros_like(chunks))
-
-
-def _grown(part: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
-    bigger = part.new_empty((capacity, *part.shape[1:]))
-    bigger[:used] = part[:used]
-    return bigger
 
 
 def _best(candidates: torch.Tensor, products: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,9 +87,9 @@ def _run_topk(shape: Shape, num_queries: int, is_training: bool, chunks: int, us
     query = _noise(1, num_queries, 1, shape.R, dtype=shape.dtype, grad=is_training)
     landmarks = _noise(1, chunks, 1, shape.R, dtype=shape.dtype, grad=is_training)
     visible = ChunkVisibility.causal(1, num_queries, chunks, shape.S)
-    temperature = torch.ones(1, requires_grad=is_training) if use_noise else None
+    scale = torch.ones(1, requires_grad=is_training) if use_noise else None
     _, scores = chunk_topk(
-        query, landmarks, visible, topk=shape.K, temperature=temperature, noise_seed=1 if use_noise else None,
+        query, landmarks, visible, topk=shape.K, scale=scale, noise_seed=1 if use_noise else None,
         impl="triton",
     )  # fmt: skip
     if is_training:

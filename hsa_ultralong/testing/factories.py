@@ -107,7 +107,7 @@ def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
 
 
 def random_visibility(
-    batch: int, num_tokens: int, num_chunks: int, *, foreign: str = "earlier", seed: int = 0
+    batch: int, num_tokens: int, num_chunks: int, *, foreign: str = "past", seed: int = 0
 ) -> ChunkVisibility:
     """Segments -1..2, chunk segments -2..2, positions and ends in 0..num_tokens: every case of the rule occurs."""
     source = generator(seed)

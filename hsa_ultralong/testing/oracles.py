@@ -90,7 +90,7 @@ def is_chunk_visible(segment: int, position: int, chunk_segment: int, end: int, 
         return True
     if chunk_segment == segment:
         return end <= position
-    return foreign == "past" or (foreign == "earlier" and chunk_segment < segment)
+    return foreign == "past"
 
 
 def max_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

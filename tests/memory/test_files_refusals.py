@@ -51,7 +51,6 @@ def test_a_closed_writer_changes_nothing(tmp_path):
             lambda: closed.begin_document("x"),
             lambda: closed.splice_chunks(0, 0, 1, rows([9]), 8),
             lambda: closed.delete_document(0),
-            lambda: closed.order_documents([0]),
             lambda: closed.close_document(0) or closed.clear_continuation(),
             lambda: closed.commit(build_state={"a": 1}),
             lambda: closed.compact(),
@@ -176,12 +175,10 @@ def test_a_model_that_depends_on_order_refuses_what_changes_it(tmp_path):
         for call, what in [
             (lambda: writer.merge([file]), "merge"),
             (lambda: writer.delete_document(0), "delete"),
-            (lambda: writer.order_documents([1, 0]), "reorder"),
             (lambda: export_memory(file, tmp_path / "b.hsa", [1]), "select"),
         ]:
             with pytest.raises(MemoryFileError, match=f"cannot {what} documents: this model's fusion depends on"):
                 call()
-        writer.order_documents([0, 1])
         writer.delete_document(1)
         writer.commit()
     export_memory(file, tmp_path / "b.hsa")
@@ -197,8 +194,6 @@ def test_wrong_use_of_a_writer_is_refused_and_changes_nothing(tmp_path):
             (lambda: writer.begin_document("x"), "'d1' is still open; close it with close_document"),
             (lambda: writer.reopen_document(0), "only the last document of a memory can be open"),
             (lambda: writer.delete_document(5), "document 5 does not exist"),
-            (lambda: writer.order_documents([0]), "each of the 2 documents exactly once"),
-            (lambda: writer.order_documents([1, 0]), "is open and must stay last"),
             (lambda: writer.splice_chunks(0, 1, 3, good, 8), r"within 0\.\.2 of 'd0', got 1\.\.3"),
             (lambda: writer.append_chunks(0, good, -1), "num_tokens must be >= 0"),
             (lambda: writer.append_chunks(0, {}, 4), "columns must be codes, keys_values"),

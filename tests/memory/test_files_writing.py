@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import tempfile
 from dataclasses import replace
@@ -89,14 +88,6 @@ class Memories(RuleBasedStateMachine):
         self.writer.delete_document(id)
         if self.staged.documents.pop(id)[2]:
             self.staged.continuation = None
-
-    @precondition(lambda self: self.open_id() is None)
-    @rule(random=st.randoms())
-    def reorder(self, random: random.Random) -> None:
-        ids = list(self.staged.documents)
-        random.shuffle(ids)
-        self.writer.order_documents(ids)
-        self.staged.documents = {id: self.staged.documents[id] for id in ids}
 
     @precondition(lambda self: self.open_id() is None)
     @rule(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3), drop=st.booleans())

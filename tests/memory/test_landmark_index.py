@@ -1,4 +1,4 @@
-"""The index against the exact scan: equal where landmarks fill few dimensions, and one state however it grew."""
+"""The index against the exact scan: equal where landmarks fill few dimensions."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_few_dimensions_find_what_the_exact_scan_finds(heads):
 def test_a_rare_chunk_is_found_among_alike_ones():
     landmarks = flat(8192, noise=0.0)
     rare = landmarks[:4096].mean(0) + 6 * (landmarks[7] - landmarks[:4096].mean(0))
-    index = LandmarkIndex.build(landmarks)
-    index.write(5000, rare[None])
-    found, _ = index.search(rare[None, None] - landmarks.mean(0), 1)
+    query = rare[None, None] - landmarks.mean(0)
+    landmarks[5000] = rare
+    found, _ = LandmarkIndex.build(landmarks).search(query, 1)
     assert found.item() == 5000
 
 
@@ -87,8 +87,6 @@ def test_landmarks_that_fill_all_dimensions_are_searched_exactly():
     index = LandmarkIndex.build(landmarks)
     assert index.basis is None
     assert torch.equal(index.search(query, 32)[0], exact(query, landmarks, 32)[0])
-    index.write(index.num_chunks, landmarks[:10])
-    assert index.basis is None and index.num_chunks == 4510
 
 
 def test_the_dimension_of_the_sketch_follows_the_landmarks():
@@ -139,55 +137,19 @@ def test_building_twice_gives_the_same_index():
     assert torch.equal(first.basis, second.basis) and torch.equal(first.sketches, second.sketches)
 
 
-@pytest.mark.parametrize("sizes", [[9000], [0, 5000, 4000], [1000, 3095, 1, 2904, 2000], [4096, 1, 1, 4902]])
-def test_appending_equals_a_rebuild(sizes):
-    landmarks, query = flat(9000, heads=2), torch.randn(1, 9, 2, 64)
-    rebuilt = LandmarkIndex.build(landmarks)
-    parts = landmarks.split(sizes)
-    index = LandmarkIndex.build(parts[0])
-    for part in parts[1:]:
-        index.write(index.num_chunks, part)
-    assert index.num_chunks == 9000 and index.num_bytes == rebuilt.num_bytes
-    assert torch.equal(index.landmarks, landmarks) and torch.equal(index.basis, rebuilt.basis)
-    torch.testing.assert_close(index.sketches[:9000], rebuilt.sketches[:9000], rtol=1e-5, atol=1e-5)
-    for found, expected in zip(index.search(query, 32), rebuilt.search(query, 32), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_an_edit_is_found_and_leaves_the_directions():
-    landmarks, query = flat(5000), torch.randn(1, 9, 1, 64)
-    index = LandmarkIndex.build(landmarks.clone())
-    basis = index.basis
-    landmarks[4900:] = 1.5 * landmarks[100:200] - 0.5 * landmarks.mean(0)
-    landmarks[17:19] = landmarks[20:22]
-    index.write(17, landmarks[17:19])
-    index.write(4900, landmarks[4900:])
-    assert index.basis is basis and torch.equal(index.landmarks, landmarks)
-    assert recall(index.search(query, 8)[0], exact(query, landmarks, 8)[0]) > 0.999
-
-
 def test_landmarks_outside_of_the_directions_bring_new_ones():
     parts = [flat(count, dim=128, noise=0.001) for count in (4500, 3000)]
     landmarks, query = torch.cat(parts), torch.randn(1, 32, 1, 128)
-    grown = LandmarkIndex.build(landmarks[:4500])
-    assert grown.basis is not None and grown.basis.shape[-1] == 16
-    grown.write(grown.num_chunks, landmarks[4500:])
-    for index in (grown, LandmarkIndex.build(landmarks)):
-        assert index.basis is not None and index.basis.shape[-1] > 16
-        assert recall(index.search(query, 16)[0], exact(query, landmarks, 16)[0]) > 0.999
-    # nothing is gained where the new landmarks fill everything
-    grown.write(grown.num_chunks, torch.randn(6000, 1, 128))
-    assert grown.basis is None and grown.num_chunks == 13500
-    assert torch.equal(grown.search(query, 16)[0], exact(query, grown.landmarks, 16)[0])
-
-
-def test_growth_does_not_write_into_the_callers_landmarks():
-    landmarks = flat(4096)
-    before = landmarks.clone()
+    index = LandmarkIndex.build(parts[0])
+    assert index.basis is not None and index.basis.shape[-1] == 16
     index = LandmarkIndex.build(landmarks)
-    for _ in range(3):
-        index.write(index.num_chunks, torch.zeros(7, 1, 64))
-    assert torch.equal(landmarks, before) and index.num_chunks == 4117
+    assert index.basis is not None and index.basis.shape[-1] > 16
+    assert recall(index.search(query, 16)[0], exact(query, landmarks, 16)[0]) > 0.999
+    # nothing is gained where the later landmarks fill everything
+    landmarks = torch.cat((landmarks, torch.randn(6000, 1, 128)))
+    index = LandmarkIndex.build(landmarks)
+    assert index.basis is None and index.num_chunks == 13500
+    assert torch.equal(index.search(query, 16)[0], exact(query, landmarks, 16)[0])
 
 
 def test_landmarks_and_queries_may_be_bf16():
@@ -212,10 +174,6 @@ def test_wrong_calls_are_refused():
         index.search(torch.randn(1, 1, 1, 4), 0)
     with pytest.raises(ValueError, match="scale must be positive"):
         index.search(torch.randn(1, 1, 1, 4), 4, scale=-1.0)
-    with pytest.raises(ValueError, match="landmarks must have shape"):
-        index.write(index.num_chunks, torch.randn(3, 1, 5))
-    with pytest.raises(ValueError, match=r"within 0\.\.10"):
-        index.write(11, torch.randn(1, 1, 4))
 
 
 @pytest.mark.gpu

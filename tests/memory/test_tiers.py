@@ -51,9 +51,9 @@ def test_quantised_landmarks_are_searched_as_they_decode():
     everyone = torch.full((1, 50), -1, dtype=torch.int32)
     visible = ChunkVisibility(segment, segment, everyone, torch.zeros_like(everyone))
     decoded = decode(*encode(landmarks, "int8"), torch.float32)
-    temperature = torch.tensor([0.7, 1.3])
-    expected = chunk_topk(query, decoded, visible, topk=6, temperature=temperature, impl="reference")
-    indices, scores = index.search(query, 6, visible=visible, scale=16**-0.5 / temperature)
+    scale = torch.tensor([0.7, 1.3])
+    expected = chunk_topk(query, decoded, visible, topk=6, scale=scale, impl="reference")
+    indices, scores = index.search(query, 6, visible=visible, scale=scale)
     assert torch.equal(indices, expected[0])
     torch.testing.assert_close(scores, expected[1], rtol=1e-4, atol=1e-4)
 

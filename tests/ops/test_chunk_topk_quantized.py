@@ -25,10 +25,10 @@ def case(batch=2, tokens=3, heads=1, chunks=600, dim=32, seed=0, rows=1):
 @pytest.mark.parametrize("topk", [1, 7, 1000])
 def test_equals_the_scan_of_the_decoded_landmarks(heads, rows, topk):
     query, payload, scales, visible = case(heads=heads, rows=rows, chunks=90)
-    temperature = torch.rand(heads, generator=torch.Generator().manual_seed(1)) + 0.5
+    scale = torch.rand(heads, generator=torch.Generator().manual_seed(1)) + 0.5
     wide = payload.double() * scales.double()[..., None]
-    expected = chunk_topk(query.double(), wide, visible, topk=topk, temperature=temperature.double(), impl="reference")
-    indices, scores = chunk_topk_quantized(query, payload, scales, visible, topk=topk, temperature=temperature)
+    expected = chunk_topk(query.double(), wide, visible, topk=topk, scale=scale.double(), impl="reference")
+    indices, scores = chunk_topk_quantized(query, payload, scales, visible, topk=topk, scale=scale)
     assert torch.equal(indices, expected[0])
     torch.testing.assert_close(scores, expected[1].float(), rtol=1e-4, atol=1e-4)
 

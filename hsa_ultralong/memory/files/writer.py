@@ -271,24 +271,6 @@ class MemoryWriter:
         del self._documents[id]
         self._is_changed = True
 
-    def order_documents(self, ids: Sequence[int]) -> None:
-        """Put the documents in this order; an open one stays last.
-
-        Raises:
-            ValueError: not every document exactly once, or an open one elsewhere than last.
-            MemoryFileError: the model depends on the order of chunks.
-        """
-        self._require_lock()
-        if sorted(ids) != sorted(self._documents):
-            raise ValueError(f"order_documents needs each of the {len(self._documents)} documents exactly once")
-        if list(ids) == list(self._documents):
-            return
-        self.spec.require_composable("reorder")
-        if self.open_document is not None and ids[-1] != self.open_document.id:
-            raise ValueError(f"{self.open_document.label} is open and must stay last")
-        self._documents = {id: self._documents[id] for id in ids}
-        self._is_changed = True
-
     def set_continuation(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> None:
         """Store how to go on with the open document; to be set again after each change of its chunks.
 

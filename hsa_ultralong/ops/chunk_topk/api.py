@@ -44,19 +44,18 @@ def chunk_topk(
     *,
     topk: int,
     scale: float | torch.Tensor | None = None,
-    temperature: torch.Tensor | float | None = None,
     noise_seed: int | None = None,
     noise_start: int = 0,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Select the `topk` visible chunks of highest score s = scale / temperature * <query, landmark>.
+    """Select the `topk` visible chunks of highest score s = scale * <query, landmark>.
 
     Args:
         query: (B, T, Hr, R), any float dtype.
         landmarks: (1 or B, C, Hr, R); batch 1 is one memory shared by the whole batch.
         visible: who may see what, see ChunkVisibility.
         topk: K >= 1; K >= C means full coverage.
-        scale: default 1 / sqrt(R). temperature: positive. Scalars or (Hr,); a tensor receives its gradient.
+        scale: default 1 / sqrt(R); a scalar or (Hr,), of which a tensor receives its gradient.
         noise_seed: adds counter-based Gumbel noise to the scores for the choice only (training).
         noise_start: number of the first query in its row, where rows come in pieces: the noise is that of the row.
         impl: "auto", "triton", "torch" or "reference". "auto" is "triton" on an NVIDIA GPU for bf16 and fp16.
@@ -64,7 +63,7 @@ def chunk_topk(
     Returns:
         indices (B, T, Hr, min(K, C)) int32 in descending chunk index (most recent first), empty slots last as -1;
         scores of the same shape, fp32 (fp64 for fp64 inputs), -inf in empty slots, without the noise. Ties go to the
-        lower chunk index. Gradients reach query, landmarks, scale and temperature through the kept pairs only.
+        lower chunk index. Gradients reach query, landmarks and scale through the kept pairs only.
 
     Raises:
         ValueError: on shapes that do not fit, topk < 1, an unknown impl, or what impl="triton" does not take.
@@ -81,14 +80,9 @@ def chunk_topk(
     require_shape("visible.query_segment", visible.query_segment, (batch, num_tokens))
     require_shape("visible.chunk_segment", visible.chunk_segment, (None, landmarks.shape[1]))
     factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
-    if isinstance(temperature, float | int) and temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    for name, value in (("scale", scale), ("temperature", temperature)):
-        if isinstance(value, torch.Tensor) and tuple(value.shape) not in ((), (1,), (heads,)):
-            raise ValueError(f"{name} must be a scalar or ({heads},), got {tuple(value.shape)}")
-    if temperature is not None:
-        factor = factor / temperature
     if isinstance(factor, torch.Tensor):
+        if tuple(factor.shape) not in ((), (1,), (heads,)):
+            raise ValueError(f"scale must be a scalar or ({heads},), got {tuple(factor.shape)}")
         factor = factor.to(accumulation_dtype(query.dtype))
         if factor.dim() == 1:
             factor = factor[:, None]  # (Hr, 1)

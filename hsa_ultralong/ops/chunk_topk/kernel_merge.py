@@ -45,8 +45,6 @@ def _reach(
         near = (owners >= lowest) & (owners <= highest) & (ends <= furthest)
         if FOREIGN == 1:
             near = near | (owners >= 0)
-        if FOREIGN == 2:
-            near = near | ((owners >= 0) & (owners < highest))
         near = (near | (owners == -1)) & (owners != -2)
         first = tl.minimum(first, tl.where(near, chunk, 0x7FFFFFFF))
         last = tl.maximum(last, tl.where(near, chunk + 1, 0))

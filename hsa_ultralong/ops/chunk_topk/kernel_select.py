@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FOREIGN_NUMBER = {"hidden": 0, "past": 1, "earlier": 2}
+FOREIGN_NUMBER = {"hidden": 0, "past": 1}
 _WORST = tl.constexpr(-(2**63))
 _INDEX_MASK = tl.constexpr(0x7FFFFFFF)
 # added to a mapped ranking: what is not finite, above and below, lands at the bottom
@@ -30,8 +30,6 @@ def _visible(segment, position, chunk_segment, chunk_end, FOREIGN: tl.constexpr)
     mask = (chunk_segment == segment) & (chunk_end <= position)
     if FOREIGN == 1:
         mask = mask | ((chunk_segment != segment) & (chunk_segment >= 0))
-    if FOREIGN == 2:
-        mask = mask | ((chunk_segment < segment) & (chunk_segment >= 0))
     mask = mask | (chunk_segment == -1)
     return mask & (segment != -1) & (chunk_segment != -2)
 

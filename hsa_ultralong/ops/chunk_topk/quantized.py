@@ -27,14 +27,13 @@ def chunk_topk_quantized(
     *,
     topk: int,
     scale: float | torch.Tensor | None = None,
-    temperature: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `topk` best visible chunks by landmarks payload * scales.
 
     Args:
         query: (B, T, Hr, R). payload: (1 or B, C, Hr, R) int8. scales: (1 or B, C, Hr), any float dtype.
-        scale, temperature: as for chunk_topk. impl: "auto", "triton" or "torch".
+        scale: as for chunk_topk. impl: "auto", "triton" or "torch".
 
     Returns:
         indices and scores (B, T, Hr, min(K, C)) in the form of chunk_topk.
@@ -54,8 +53,6 @@ def chunk_topk_quantized(
     factor = dim**-0.5 if scale is None else scale
     if not isinstance(factor, torch.Tensor):
         factor = torch.full((), factor, device=query.device)
-    if temperature is not None:
-        factor = factor / temperature.to(factor)
     auto = "torch"
     if triton_runs_on(query) and query.dtype in (torch.bfloat16, torch.float16):
         auto = "triton" if keep < num_chunks else "torch"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-FOREIGN_RULES = ("hidden", "past", "earlier")
+FOREIGN_RULES = ("hidden", "past")
 READABLE_BY_ALL = -1
 UNUSED = -2
 PADDING = -1
@@ -27,15 +27,14 @@ class ChunkVisibility:
         query_position: (B, T) int32, position of the token in its document.
         chunk_segment: (1 or B, C) int32, document of each chunk; -1 is readable by every real token, -2 by none.
         chunk_end: (1 or B, C) int32, position (in its document) after the chunk's last slot.
-        foreign: chunks of other documents are "hidden", "past" (all visible: pooled memory, loaded memories) or
-            "earlier" (visible where the chunk's segment number is smaller: packed documents read in order).
+        foreign: chunks of other documents are "hidden" or "past" (all visible: pooled memory, loaded memories).
     """
 
     query_segment: torch.Tensor
     query_position: torch.Tensor
     chunk_segment: torch.Tensor
     chunk_end: torch.Tensor
-    foreign: Literal["hidden", "past", "earlier"] = "hidden"
+    foreign: Literal["hidden", "past"] = "hidden"
 
     def __post_init__(self) -> None:
         if self.foreign not in FOREIGN_RULES:
@@ -67,8 +66,6 @@ class ChunkVisibility:
         visible = (chunk_segment == segment) & (end <= position)  # (B, t, C)
         if self.foreign == "past":
             visible = visible | ((chunk_segment != segment) & (chunk_segment >= 0))
-        elif self.foreign == "earlier":
-            visible = visible | ((chunk_segment < segment) & (chunk_segment >= 0))
         visible = visible | (chunk_segment == READABLE_BY_ALL)
         return visible & (segment != PADDING) & (chunk_segment != UNUSED)
 
