@@ -8,9 +8,7 @@ Called by `hsa bench memory`; tests/bench/test_memory_benchmark.py.
 from __future__ import annotations
 
 import os
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hsa_ultralong.eval.metadata import peak_host_bytes
 from hsa_ultralong.files.strict_json import read_json
 from hsa_ultralong.inference import DecodingEngine, open_shared, share_out
 from hsa_ultralong.memory import LandmarkIndex, MemoryFile, TieredStore, open_memory
@@ -83,12 +82,6 @@ def add_record(result: dict[str, Any], record: dict[str, Any]) -> None:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_host_bytes() -> int:
-    """Most resident memory that this process had so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Recorder:

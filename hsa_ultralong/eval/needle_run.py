@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.eval.needles import LengthResult, NeedleSample, NeedleStudy, peak_host_bytes
+from hsa_ultralong.eval.metadata import peak_host_bytes
+from hsa_ultralong.eval.needles import LengthResult, NeedleSample, NeedleStudy
 from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_digest
 from hsa_ultralong.eval.report import sample_record
 from hsa_ultralong.files.fields import NUMBER, NUMBER_OR_NULL, TEXT, flag, is_finite, that, whole

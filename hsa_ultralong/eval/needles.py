@@ -8,8 +8,6 @@ docs/results.md). tests/eval/test_needles.py, test_haystack.py, test_notes.py.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import torch
 
 from hsa_ultralong.data import evaluation_needles
 from hsa_ultralong.eval.haystack import count_distinct
+from hsa_ultralong.eval.metadata import peak_host_bytes
 from hsa_ultralong.inference import ask, edit, memorize
 from hsa_ultralong.inference.ask import RetrievedChunk
 from hsa_ultralong.memory.chunk_memory import Memory
@@ -99,12 +98,6 @@ def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, f
     center = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
     return max(0.0, center - half), min(1.0, center + half)
-
-
-def peak_host_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def is_right(answered: str, expected: str) -> bool:
