@@ -11,12 +11,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
 from hsa_ultralong.data import evaluation_needles
+from hsa_ultralong.data.needles import Needle
 from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.eval.metadata import peak_host_bytes
 from hsa_ultralong.inference import ask, edit, memorize
@@ -151,20 +153,10 @@ def _one_length(
     read_seconds = time.monotonic() - started
     needles = evaluation_needles(seed + length, samples + controls)
     result = LengthResult(length, [], read_seconds, count_distinct(text, memory.chunk_size), memory.num_bytes)
-    for number, needle in enumerate(needles[:samples]):
-        statement = tokenizer(needle.statement, add_special_tokens=False)["input_ids"]
-        depth = (number + 0.5) / samples
-        start = 1 + round(depth * (length - len(statement) - 1))
-        stop = start + len(statement)
-        if stop > length:
-            raise ValueError(f"{length} tokens are too few for a needle of {len(statement)}")
-        edit(model, memory, start, stop, statement)
-        answer = ask(model, tokenizer, memory, needle.question, max_new_tokens=16)
-        edit(model, memory, start, stop, text[start:stop])
-        found = any(source.start < stop and start < source.stop for source in answer.sources[:1])
-        correct = is_right(answer.text, needle.value)
-        told = (needle.question, needle.value, answer.text)
-        result.samples.append(NeedleSample(length, depth, *told, correct, answer.weight, found, index=number))
+    hidden = _Hidden(tokenizer, text, needles[:samples])
+    for number in range(samples):
+        with hidden.written(model, memory, number):
+            result.samples.append(hidden.answer(model, memory, number))
         keep(result)
         report(length, number + 1, samples, length)
     for needle in needles[samples:]:
@@ -179,14 +171,26 @@ def plant(text: torch.Tensor, statements: Sequence[Sequence[int]]) -> list[tuple
     Raises:
         ValueError: if the text is too short for them.
     """
+    places = places_in(len(text), statements)
+    if any(start < stop for (_, stop), (start, _) in pairwise(places)):
+        raise ValueError(f"{len(text)} tokens are too few for {len(statements)} needles")
+    for (start, stop), statement in zip(places, statements, strict=True):
+        text[start:stop] = torch.tensor(statement, dtype=text.dtype)
+    return places
+
+
+def places_in(length: int, statements: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Where statements lie at depths (i + 1/2) / number of a text; they may overlap.
+
+    Raises:
+        ValueError: if the text is too short for one of them.
+    """
     places: list[tuple[int, int]] = []
     for number, statement in enumerate(statements):
-        start = 1 + round((number + 0.5) / len(statements) * (len(text) - len(statement) - 1))
-        stop = start + len(statement)
-        if stop > len(text) or (places and start < places[-1][1]):
-            raise ValueError(f"{len(text)} tokens are too few for {len(statements)} needles")
-        text[start:stop] = torch.tensor(statement, dtype=text.dtype)
-        places.append((start, stop))
+        start = 1 + round((number + 0.5) / len(statements) * (length - len(statement) - 1))
+        if start + len(statement) > length:
+            raise ValueError(f"{length} tokens are too few for a needle of {len(statement)}")
+        places.append((start, start + len(statement)))
     return places
 
 
@@ -242,7 +246,7 @@ def run_forms(
         raise ValueError("give notes or together, not both: notes lie behind the text, not in it")
     report, keep = progress or (lambda *_: None), keep or (lambda _: None)
     length, device = len(text), model.model.embed_tokens.weight.device
-    hidden = _Hidden(tokenizer, text, samples, seed, together, notes)
+    hidden = _Hidden(tokenizer, text, evaluation_needles(seed + length, samples), together=together, notes=notes)
     distinct = count_distinct(text, model.config.chunk_size, device)
     earlier = {result.form: result for result in known}
     missing = {
@@ -284,9 +288,9 @@ class _Hidden:
     """The sentences of a text, where they lie, and how they are asked for: the same for every form."""
 
     def __init__(
-        self, tokenizer: Any, text: torch.Tensor, samples: int, seed: int, together: bool, notes: bool
-    ) -> None:
-        needles = evaluation_needles(seed + len(text), samples)
+        self, tokenizer: Any, text: torch.Tensor, needles: Sequence[Needle], *, together: bool = False,
+        notes: bool = False,
+    ) -> None:  # fmt: skip
         self.tokenizer, self.text, self.is_edited = tokenizer, text, not (together or notes)
         self.task = "notes" if notes else "mk_niah" if together else "s_niah"
         self.prompts = [needle.completion if notes else needle.question for needle in needles]
@@ -296,29 +300,35 @@ class _Hidden:
             self.places = [Place(number, 0, len(statement)) for number, statement in enumerate(self.statements, 1)]
         else:
             self.statements = [tokenizer(needle.statement, add_special_tokens=False)["input_ids"] for needle in needles]
-            self.places = [Place(0, *place) for place in plant(text if together else text.clone(), self.statements)]
+            found = plant(text, self.statements) if together else places_in(len(text), self.statements)
+            self.places = [Place(0, *place) for place in found]
 
     def ask(
         self, model: HSAForCausalLM, memory: Memory, form: str, index: int, expected: dict[int, torch.Tensor],
         only_logits: bool,
     ) -> NeedleSample | None:  # fmt: skip
         """The answer about sentence `index`, whose logits are compared with `expected`, or become it."""
-        prompt, value = self.prompts[index], self.values[index]
-        with self._written(model, memory, index) as place:
-            logits, margin = _question_logits(model, self.tokenizer, memory, prompt, place.chunks(memory))
+        with self.written(model, memory, index) as place:
+            chunks = place.chunks(memory)
+            logits, margin = _question_logits(model, self.tokenizer, memory, self.prompts[index], chunks)
             first = expected.setdefault(index, logits)
             if only_logits:
                 return None
-            answer = ask(model, self.tokenizer, memory, prompt, max_new_tokens=16)
-        found = any(place.overlaps(source) for source in answer.sources[:1])
+            sample = self.answer(model, memory, index)
         error = ((logits - first).norm() / first.norm()).item()
-        return NeedleSample(
-            len(self.text), (index + 0.5) / len(self.prompts), prompt, value, answer.text,
-            is_right(answer.text, value), answer.weight, found, form, margin, index, error,
-        )  # fmt: skip
+        return replace(sample, form=form, margin=margin, logits_error=error)
+
+    def answer(self, model: HSAForCausalLM, memory: Memory, index: int) -> NeedleSample:
+        """The answer about a sentence that is written."""
+        prompt, value, place = self.prompts[index], self.values[index], self.places[index]
+        answer = ask(model, self.tokenizer, memory, prompt, max_new_tokens=16)
+        found = any(place.overlaps(source) for source in answer.sources[:1])
+        depth, correct = (index + 0.5) / len(self.prompts), is_right(answer.text, value)
+        told = (prompt, value, answer.text)
+        return NeedleSample(len(self.text), depth, *told, correct, answer.weight, found, index=index)
 
     @contextmanager
-    def _written(self, model: HSAForCausalLM, memory: Memory, index: int) -> Iterator[Place]:
+    def written(self, model: HSAForCausalLM, memory: Memory, index: int) -> Iterator[Place]:
         """Sentence `index` is in the memory while this runs; gives its place."""
         place = self.places[index]
         if not self.is_edited:
