@@ -236,4 +236,4 @@ def _measure(
         if not run.records:
             raise ValueError(f"nothing can be measured: {next(iter(run.skipped.values()))}")
     echo((place / "summary.md").read_text(encoding="utf-8"))
-    echo(f"Written: {place}/summary.json, summary.md, summary.tex, scores.png, records.jsonl")
+    echo(f"Written: {place}/summary.json, summary.md, summary.tex, scores.png, report.html, records.jsonl")

@@ -23,6 +23,7 @@ from hsa_ultralong.cli import (
     ask,
     average,
     bench,
+    compare,
     convert,
     data,
     evaluate,
@@ -38,7 +39,8 @@ from hsa_ultralong.cli import (
 from hsa_ultralong.cli.terminal import LogFormatter, echo, one_line
 
 COMMANDS = (
-    quickstart, memorize, ask, memory, serve, generate, data, train, average, convert, plot, plan, evaluate, bench,
+    quickstart, memorize, ask, memory, serve, generate, data, train, average, convert, plot, plan, evaluate, compare,
+    bench,
 )  # fmt: skip
 
 EXIT_BUG = 1

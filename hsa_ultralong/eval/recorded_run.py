@@ -22,7 +22,7 @@ from hsa_ultralong.files.messages import shown
 from hsa_ultralong.files.regular import append_text, read_regular
 from hsa_ultralong.files.strict_json import parse_lines, read_json
 
-_VERSION = 1
+VERSION = 1
 _RECORD_BYTES = 2**32
 _Run = TypeVar("_Run", bound="RecordedRun")
 
@@ -74,10 +74,10 @@ class RecordedRun:
         if self._is_new:
             if (self.folder / "records.jsonl").exists():
                 raise ValueError(f"{self.folder} holds records of another study; give an empty folder")
-            write_whole(place, json.dumps({"version": _VERSION, "settings": self.settings}, indent=1) + "\n")
+            write_whole(place, json.dumps({"version": VERSION, "settings": self.settings}, indent=1) + "\n")
             return
         found = read_json(place)
-        if found.get("version") != _VERSION or not isinstance(found.get("settings"), dict):
+        if found.get("version") != VERSION or not isinstance(found.get("settings"), dict):
             raise ValueError(f"{place} is no run of this version; give an empty folder")
         old = found["settings"]
         differs = sorted(key for key in {*old, *self.settings} if old.get(key) != self.settings.get(key))
@@ -91,13 +91,9 @@ class RecordedRun:
         place = self.folder / "records.jsonl"
         if not place.exists():
             return []
-        data = read_regular(place, _RECORD_BYTES)
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        records, whole = read_records(place, table(self.FIELDS, is_open=True))
+        if len(whole) < place.stat().st_size:
             write_whole(place, whole)
-        records = parse_lines(whole, place)
-        for number, record in enumerate(records, 1):
-            require(table(self.FIELDS, is_open=True), record, f"{place}, line {number}:")
         return records
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
@@ -105,6 +101,20 @@ class RecordedRun:
         self.records += records
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         append_text(self.folder / "records.jsonl", lines)
+
+
+def read_records(place: Path, check: Check) -> tuple[list[dict[str, Any]], bytes]:
+    """The records in a file, and the bytes of its whole lines: a last line that a kill cut off is left out.
+
+    Raises:
+        ValueError: for a line that does not pass the check, naming file and line.
+    """
+    data = read_regular(place, _RECORD_BYTES)
+    whole = data[: data.rfind(b"\n") + 1]
+    records = parse_lines(whole, place)
+    for number, record in enumerate(records, 1):
+        require(check, record, f"{place}, line {number}:")
+    return records, whole
 
 
 def model_settings(model: Any) -> dict[str, Any]:

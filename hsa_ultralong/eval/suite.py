@@ -1,6 +1,6 @@
 """Many tasks at many lengths on one model: records as they come, resumable, then tables. tests/eval/test_suite.py.
 
-A folder holds what recorded_run.py says, summary.json (docs/results.md) and summary.md.
+A folder holds what recorded_run.py says, summary.json (docs/results.md), tables, a figure and report.html.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch
 from hsa_ultralong.eval.answers import Reply
 from hsa_ultralong.eval.evidence import passage_records, sample_digest
 from hsa_ultralong.eval.haystack import count_distinct
+from hsa_ultralong.eval.html_report import write_page
 from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
 from hsa_ultralong.eval.readers import Reader
 from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_digest
+from hsa_ultralong.eval.stored_runs import FIELDS, StoredRun
 from hsa_ultralong.eval.suite_summary import draw_table, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import Material, Sample, check_tasks, make_samples, score
 from hsa_ultralong.eval.tasks.sample import TooShort
 from hsa_ultralong.files.durable import write_whole
-from hsa_ultralong.files.fields import NUMBER_OR_NULL, TEXT, that, whole
 
 # (task, length, samples done, samples wanted)
 SuiteProgress = Callable[[str, int, int, int], None]
@@ -32,11 +33,7 @@ SuiteProgress = Callable[[str, int, int, int], None]
 class SuiteRun(RecordedRun):
     """The run of a suite."""
 
-    FIELDS = {
-        "task": TEXT, "length": whole(), "index": whole(), "setting": TEXT, "metric": TEXT, "depth": NUMBER_OR_NULL,
-        "score": NUMBER_OR_NULL, "certainty": NUMBER_OR_NULL, "weight": NUMBER_OR_NULL, "margin": NUMBER_OR_NULL,
-        "rank": NUMBER_OR_NULL, "found": that(lambda value: value in (None, True, False), "true, false or null"),
-    }  # fmt: skip
+    FIELDS = FIELDS
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__(folder, settings)
@@ -135,7 +132,7 @@ def run_settings(model: Any, material: Material, *, setting: str, samples: int, 
 
 
 def write_summary(run: SuiteRun, model: Any, material: Material, *, seed: int, label: str) -> None:
-    """Write summary.json, summary.md, summary.tex and scores.png of all samples so far."""
+    """Write summary.json, summary.md, summary.tex, scores.png and report.html of all samples so far."""
     lengths, size = sorted({record["length"] for record in run.records}), getattr(model.config, "chunk_size", 64)
     shared = {
         "topk": run.settings["topk"],
@@ -149,3 +146,4 @@ def write_summary(run: SuiteRun, model: Any, material: Material, *, seed: int, l
     write_whole(run.folder / "summary.md", markdown(found, run.skipped))
     write_whole(run.folder / "summary.tex", latex(found))
     draw_table(found, run.folder / "scores.png", f"{label}: score in percent, by task and length")
+    write_page([StoredRun(label, run.settings, run.records, meta, run.skipped)], run.folder / "report.html")

@@ -29,8 +29,7 @@ def summary_records(records: Records, shared: Mapping[str, Any]) -> list[dict[st
     found: list[dict[str, Any]] = []
     distinct = shared.get("distinct_chunks", {})
     common = {name: value for name, value in shared.items() if name != "distinct_chunks"}
-    for task, length in dict.fromkeys((r["task"], r["length"]) for r in records):
-        here = [r for r in records if r["task"] == task and r["length"] == length]
+    for (task, length), here in cells(records).items():
         base = {
             "model": here[0]["model"], "task": task, "length": length, "setting": here[0]["setting"], **common,
             "distinct_chunks": distinct.get(length),
@@ -48,6 +47,14 @@ def summary_records(records: Records, shared: Mapping[str, Any]) -> list[dict[st
             cell = [r for r in scored if r["depth"] is not None and int(min(0.999, r["depth"]) * 10) == tenth]
             if cell:
                 found.append({**base, "metric": cell[0]["metric"], "depth": (tenth + 0.5) / 10, **_share(cell)})
+    return found
+
+
+def cells(records: Records) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
+    """(task, length) -> its records, in their order."""
+    found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["task"], record["length"]), []).append(record)
     return found
 
 

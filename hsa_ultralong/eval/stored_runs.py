@@ -1,0 +1,123 @@
+"""Finished or unfinished runs of `hsa eval MODEL --suite`, read from their folders: for reports and comparisons.
+
+tests/eval/test_stored_runs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hsa_ultralong.eval.recorded_run import VERSION, read_records
+from hsa_ultralong.eval.suite_summary import cells, summary_records, wholes
+from hsa_ultralong.files.fields import OBJECT, TEXT, is_finite, is_whole, optional, require, rows, table, that, whole
+from hsa_ultralong.files.strict_json import read_json
+
+_SHARE = that(lambda value: is_finite(value) and 0 <= value <= 1, "a number of 0 to 1")
+_NUMBER = that(is_finite, "a finite number")
+_PLACE = table(
+    {"document": whole(), "start": whole(), "stop": whole(), "text": TEXT, "weight": _SHARE,
+     "is_evidence": that(lambda value: isinstance(value, bool), "true or false")},
+    may_lack=("text", "weight", "is_evidence"),
+)  # fmt: skip
+# of a sample's record
+FIELDS = {
+    "model": TEXT, "task": TEXT, "length": whole(1), "index": whole(), "depth": optional(_SHARE), "setting": TEXT,
+    "metric": TEXT, "query": TEXT, "expected": rows(TEXT), "answered": TEXT, "score": optional(_NUMBER),
+    "certainty": optional(_SHARE), "found": that(lambda value: value in (None, True, False), "true, false or null"),
+    "rank": optional(that(lambda value: is_whole(value, 1), "a whole number from 1 on")), "weight": optional(_SHARE),
+    "margin": optional(_NUMBER),
+}  # fmt: skip
+# and of those of newer runs
+_MORE = {"sample": TEXT, "retrieved": optional(rows(_PLACE)), "evidence": rows(_PLACE)}
+_RECORD = table({**FIELDS, **_MORE}, may_lack=tuple(_MORE), is_open=True)
+_SUMMARY = table(
+    {"meta": OBJECT, "skipped": rows(table({"task": TEXT, "length": whole(1), "reason": TEXT}))},
+    may_lack=("skipped",), is_open=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """One model's samples and how they were made.
+
+    Attributes:
+        name: what tables call it. settings: of run.json. meta: of summary.json, empty while the run is under way.
+        records: lines of records.jsonl. skipped: (task, length) -> why it was not measured.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[tuple[str, int], str] = field(default_factory=dict)
+
+    @cached_property
+    def summary(self) -> list[dict[str, Any]]:
+        return summary_records(self.records, {})
+
+    @cached_property
+    def wholes(self) -> dict[tuple[str, str], dict[int, Mapping[str, Any]]]:
+        """(task, metric) -> length -> the summary over all depths."""
+        return wholes(self.summary)
+
+    @cached_property
+    def cells(self) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
+        """(task, length) -> records."""
+        return cells(self.records)
+
+
+def read_run(folder: Path, name: str) -> StoredRun:
+    """The run in a folder.
+
+    Raises:
+        ValueError: if the folder holds none, an empty one, or one of another version, or a damaged file.
+    """
+    place = folder / "run.json"
+    is_study = (folder / "needles.png").exists()
+    if is_study or not place.is_file():
+        what = "a study of hidden sentences, which `hsa plot` draws" if is_study else "none"
+        raise ValueError(f"{folder} must hold a run of `hsa eval MODEL --suite` (run.json), got {what}")
+    found = read_json(place)
+    if found.get("version") != VERSION or not isinstance(found.get("settings"), dict):
+        raise ValueError(f"{place} is no run of this version; measure it again")
+    file, summary = folder / "records.jsonl", folder / "summary.json"
+    records = read_records(file, _RECORD)[0] if file.exists() else []
+    if not records:
+        raise ValueError(f"{folder} holds no sample yet; wait for the run, or start it again")
+    content: dict[str, Any] = {"meta": {}}
+    if summary.is_file():
+        content = read_json(summary)
+        require(_SUMMARY, content, f"{summary}:")
+    skipped = {(one["task"], one["length"]): one["reason"] for one in content.get("skipped", [])}
+    return StoredRun(name, found["settings"], records, content["meta"], skipped)
+
+
+def find_runs(given: Sequence[str]) -> dict[str, Path]:
+    """Name -> folder of what FOLDER or NAME=FOLDER stand for; a folder of several runs stands for all of them.
+
+    Raises:
+        ValueError: for a folder that is none, or two runs that have one name.
+    """
+    found: dict[str, Path] = {}
+    for entry in given:
+        name, sign, rest = entry.partition("=")
+        is_named = bool(sign) and not Path(entry).exists()
+        folder = Path(rest if is_named else entry)
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}; give the output folders of `hsa eval`")
+        inner = [] if (folder / "run.json").exists() else sorted(path.parent for path in folder.glob("*/run.json"))
+        for place in inner or [folder]:
+            label = place.resolve().name
+            if is_named:
+                label = f"{name}/{label}" if inner else name
+            if label in found:
+                raise ValueError(
+                    f"two runs are called {label!r} ({found[label]} and {place}); tell them apart: "
+                    f"first={found[label]} second={place}"
+                )
+            found[label] = place
+    return found
