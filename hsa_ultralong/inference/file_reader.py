@@ -124,8 +124,13 @@ class _Staging(Behind):
         num_tokens: int,
         state: Mapping[str, torch.Tensor] | None = None,
         then: Callable[[], object] = lambda: None,
+        *,
+        is_last: bool = False,
     ) -> None:
-        """`splice_chunks`, and `set_continuation` of a state, once the device has made them; then what follows."""
+        """`splice_chunks`, and `set_continuation` of a state, once the device has made them; then what follows.
+
+        The last are waited for: most documents are one piece, and nothing would run beside it.
+        """
         rows, wait_for_rows = on_host(columns)
         kept, wait = on_host(state or {})
 
@@ -137,7 +142,11 @@ class _Staging(Behind):
                 self.writer.set_continuation(kept)
             then()
 
-        self.run(write, sum(part.nbytes for part in (*rows.values(), *kept.values())))
+        if is_last:
+            self.finish()
+            write()
+        else:
+            self.run(write, sum(part.nbytes for part in (*rows.values(), *kept.values())))
 
 
 class _FileSink(_Staging):
@@ -166,9 +175,8 @@ class _FileSink(_Staging):
             state = pack_continuation(*self.files.staged)
         if is_commit:
             self.committed = self.num_tokens
-        self.put(place, place, columns, self.num_tokens, state, self._commit if is_commit else lambda: None)
-        if is_last:
-            self.finish()
+        then = self._commit if is_commit else lambda: None
+        self.put(place, place, columns, self.num_tokens, state, then, is_last=is_last)
 
     def _commit(self) -> None:
         name = self.writer.document(self.id).name
