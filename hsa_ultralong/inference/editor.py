@@ -119,13 +119,13 @@ def edit(model: HSAForCausalLM, memory: Memory, start: int, stop: int, tokens: A
     """
     model = unwrapped(model)
     require_same_model(model, memory)
-    memory.require_growable("changed")
     if not 0 <= document < len(memory.documents):
         raise ValueError(f"document {document} does not exist; the memory holds {len(memory.documents)}")
     record = memory.documents[document]
     new = as_tokens(tokens)
     plan = plan_edit(model.config, record.num_tokens, start, stop, len(new), is_open=record.is_open)
     check_range(new, model.config.vocab_size)
+    memory.require_changeable("changed", plan.new_stop - plan.old_stop)
     changed = torch.cat((record.tokens[:start], new, record.tokens[stop:]))
     with evaluating(model):
         parts = list(recompute_chunks(model, changed, plan.first, plan.new_stop, document)) if plan.num_chunks else []

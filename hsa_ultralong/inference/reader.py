@@ -158,7 +158,7 @@ def append(
     """
     model = unwrapped(model)
     require_same_model(model, memory)
-    memory.require_growable("written to")
+    memory.require_changeable("written to")
     # all refusals come before the first change of the memory
     text = as_text(tokens, model.config.vocab_size)
     piece_length(model, piece_tokens)
@@ -245,7 +245,7 @@ def close_document(model: HSAForCausalLM, memory: Memory) -> None:
     if document is None:
         return
     require_same_model(model, memory)
-    memory.require_growable("written to")
+    memory.require_changeable("written to")
     reader = DocumentReader(model, keep=0)
     rest = document.num_tokens - document.num_chunks * reader.size
     if rest:

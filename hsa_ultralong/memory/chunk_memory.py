@@ -145,8 +145,8 @@ class Memory(ABC):
     def refuse(self, what: str) -> NoReturn:
         """Raises: ValueError, as this memory cannot be `what`, with what can be done instead."""
 
-    def require_growable(self, what: str) -> None:
-        """Raises: ValueError where chunks can be neither added nor replaced."""
+    def require_changeable(self, what: str, shift: int = 0) -> None:
+        """Raises: ValueError where chunks can be neither added nor replaced, or not moved by `shift`."""
         self.refuse(what)
 
     def write(self, first: int, chunks: ChunkTensors) -> None:
@@ -273,7 +273,7 @@ class ChunkMemory(Memory):
     def refuse(self, what: str) -> NoReturn:
         raise AssertionError(f"a ChunkMemory can be {what}")
 
-    def require_growable(self, what: str) -> None:
+    def require_changeable(self, what: str, shift: int = 0) -> None:
         pass
 
     def reserve(self, num_chunks: int) -> None:

@@ -165,8 +165,12 @@ class TieredMemory(StoredMemory):
     store: TieredStore = field(kw_only=True)
     lookup: QuantizedLandmarks | None = None
 
-    def require_growable(self, what: str) -> None:
-        pass
+    def require_changeable(self, what: str, shift: int = 0) -> None:
+        if shift:
+            raise ValueError(
+                "an edit of a memory on tiers must not change its number of chunks; replace as many tokens, or use a "
+                "memory file (hsa_ultralong.inference.Library)"
+            )
 
     @staticmethod
     def make(
@@ -239,9 +243,5 @@ class TieredMemory(StoredMemory):
         self.num_chunks = max(self.num_chunks, stop)
 
     def splice(self, document: int, first: int, stop: int, chunks: ChunkTensors) -> None:
-        if chunks.landmarks.shape[1] != stop - first:
-            raise ValueError(
-                "an edit of a memory on tiers must not change its number of chunks; replace as many tokens, or use a "
-                "memory file (hsa_ultralong.inference.Library)"
-            )
+        self.require_changeable("changed", chunks.landmarks.shape[1] - (stop - first))
         self.write(self.documents[document].first_chunk + first, chunks)

@@ -10,6 +10,7 @@ from hsa_ultralong.memory.quantization import decode, encode
 from hsa_ultralong.memory.stored_memory import StoredMemory
 from hsa_ultralong.memory.tiers import QuantizedLandmarks, TieredStore
 from hsa_ultralong.models import HSACache
+from hsa_ultralong.models.reading import DocumentReader
 from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 
@@ -91,7 +92,7 @@ def test_eight_bits_are_close_and_take_half_the_room():
     assert small.num_bytes < plain.num_bytes / 4  # of fp64
 
 
-def test_equal_edits_are_exact_and_others_refused():
+def test_equal_edits_are_exact_and_others_refused_before_anything_is_read(monkeypatch):
     model, text = tiny_model(), document(200)
     memory = model.memorize(text, store="host", key_values="fp64")
     new = document(7, seed=9)
@@ -99,6 +100,7 @@ def test_equal_edits_are_exact_and_others_refused():
     rebuilt = model.memorize(torch.cat((text[:50], new, text[57:])))
     ids = random_tokens(1, 6, seed=3)
     torch.testing.assert_close(logits_of(model, memory, ids), logits_of(model, rebuilt, ids), rtol=1e-11, atol=1e-12)
+    monkeypatch.setattr(DocumentReader, "read", lambda *_: pytest.fail("was read"))
     with pytest.raises(ValueError, match="number of chunks"):
         edit(model, memory, 50, 57, document(7 + 3 * model.config.chunk_size))
 
