@@ -9,6 +9,7 @@ from torch import nn
 
 from hsa_ultralong.baselines.attention import Rope
 from hsa_ultralong.baselines.configuration import RivalConfig
+from hsa_ultralong.baselines.decoding import SelectingAttention, Selection
 from hsa_ultralong.baselines.full_attention import FullAttention, FullAttentionNoPE
 from hsa_ultralong.baselines.gated_delta import GatedDelta
 from hsa_ultralong.baselines.infllm import InfLLM
@@ -41,12 +42,20 @@ def _choice(config: RivalConfig) -> dict[str, Any]:
     }
 
 
+def _selection(config: RivalConfig) -> Selection:
+    return Selection(config.decoding, config.decoding_tokens, config.decoding_tail, config.num_sinks)
+
+
 def _rope(config: RivalConfig) -> Rope:
     return Rope(config.head_dim, *config.rope())
 
 
 ATTENTIONS: dict[str, Callable[[RivalConfig], nn.Module]] = {
-    "full_rope": lambda config: FullAttention(**_heads(config)),
+    "full_rope": lambda config: (
+        FullAttention(**_heads(config))
+        if config.decoding == "full"
+        else SelectingAttention(selection=_selection(config), rope=_rope(config), **_heads(config))
+    ),
     "full_nope": lambda config: FullAttentionNoPE(**_heads(config)),
     "window": lambda config: Window(window=config.sliding_window, **_heads(config)),
     "window_sinks": lambda config: WindowAndSinks(

@@ -16,7 +16,7 @@ from hsa_ultralong.nn.rotary import check_scaling
 
 # name of a layer -> options that only such layers read
 LAYERS: dict[str, tuple[str, ...]] = {
-    "full_rope": (),
+    "full_rope": ("rope_scaling", "decoding", "decoding_tokens", "decoding_tail"),
     "full_nope": (),
     "window": ("sliding_window",),
     "window_sinks": ("sliding_window", "num_sinks"),
@@ -31,6 +31,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "gated_delta": ("linear_impl",),
 }  # fmt: skip
+DECODING = ("full", "sinks", "pages")
+# options that may be others at evaluation than in training
+AT_TEST_TIME = (
+    "rope_scaling", "rope_theta", "sliding_window", "num_sinks", "chunk_topk", "dense_tokens", "linear_impl",
+    "decoding", "decoding_tokens", "decoding_tail",
+)  # fmt: skip
 # keys beside our own that transformers and tools around it write into configurations; they change nothing here
 _NOTED = {
     "architectures", "attn_implementation", "auto_map", "dtype", "torch_dtype", "model_type", "name_or_path",
@@ -59,6 +65,10 @@ class RivalConfig(PreTrainedConfig):
             count among the K at once.
         dense_tokens: first tokens of a row that read all before them (infllm_v2).
         linear_impl: what computes gated_delta, "torch" or, on a GPU with flash-linear-attention, its kernels: "fla".
+
+    Evaluation without training (decoding.py)
+        decoding: what the last tokens of full_rope layers read: "full" (all), "sinks" (num_sinks first and the last
+            tokens), "pages" (Quest). decoding_tokens: how many. decoding_tail: last tokens of a prompt that read so.
 
     Raises:
         ValueError: for a value that does not fit, or a key that is none of these and none of transformers'.
@@ -90,6 +100,9 @@ class RivalConfig(PreTrainedConfig):
     num_local_chunks: int = 2
     dense_tokens: int = 0
     linear_impl: str = "torch"
+    decoding: str = "full"
+    decoding_tokens: int = 1024
+    decoding_tail: int = 64
     max_position_embeddings: int = 2**31 - 1
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -144,9 +157,14 @@ class RivalConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.decoding not in DECODING:
+            raise ValueError(f"decoding must be one of {', '.join(DECODING)}, got {self.decoding!r}")
+        least = {"full": 1, "sinks": self.num_sinks + 1, "pages": 16}[self.decoding]
+        if self.decoding_tokens < least:
+            raise ValueError(f"decoding={self.decoding} needs decoding_tokens >= {least}, got {self.decoding_tokens}")
         if self.linear_impl not in ("torch", "fla"):
             raise ValueError(f'linear_impl must be "torch" or "fla", got {self.linear_impl!r}')
-        for name in ("num_initial_chunks", "dense_tokens"):
+        for name in ("num_initial_chunks", "dense_tokens", "decoding_tail"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         stride = self.compression_stride

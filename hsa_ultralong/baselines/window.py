@@ -60,57 +60,56 @@ class WindowAndSinks(SelfAttention):
         places = torch.arange(start, start + new, device=x.device)
         far = self.rope.at(places.clamp_max(self.window + self.num_sinks - 1), x.dtype)
         near_q, far_q = apply_rotary(q, rotary), apply_rotary(q, far)
-        return self.o_proj(self._attend(near_q, far_q, near_k, v, sink_k, sink_v, start).flatten(-2))
-
-    def _attend(
-        self,
-        near_q: torch.Tensor,
-        far_q: torch.Tensor,
-        near_k: torch.Tensor,
-        v: torch.Tensor,
-        sink_k: torch.Tensor,
-        sink_v: torch.Tensor,
-        start: int,
-    ) -> torch.Tensor:
-        """One softmax over two kinds of keys: their dimensions stand beside each other, zero in the other's place.
-
-        near_q, far_q: (B, T, Hq, D). near_k, v: (B, n + T, Hkv, D), n before the T new tokens. sink_k, sink_v: (B, A,
-        Hkv, D). start: place of the first new token.
-        """
-        q = torch.cat((near_q, far_q), -1)  # (B, T, Hq, 2 D)
-        near_k, sink_k = F.pad(near_k, (0, self.head_dim)), F.pad(sink_k, (self.head_dim, 0))
-        new, reach = q.shape[1], self.window - 1
-        # the first key of the first band stands `reach` before the first query
-        missing = reach - (near_k.shape[1] - new)
-        near_k, v = (F.pad(x, (0, 0, 0, 0, max(missing, 0), 0))[:, max(-missing, 0) :] for x in (near_k, v))
-        parts = []
-        for first in range(0, new, _PIECE):
-            stop = min(first + _PIECE, new)
-            keys, values = near_k[:, first : stop + reach], v[:, first : stop + reach]
-            parts.append(self._piece(q[:, first:stop], keys, values, sink_k, sink_v, start + first))
-        return torch.cat(parts, 1)
-
-    def _piece(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_k: torch.Tensor, sink_v: torch.Tensor, start: int
-    ) -> torch.Tensor:
-        """Blocks of queries, each with the band of keys that it reads, as rows of one batch."""
-        batch, new, _, _ = q.shape
-        block = min(max(64, self.window), new)
-        count, width = -(-new // block), block + self.window - 1
-        right = count * block - new
-        queries = F.pad(q, (0, 0, 0, 0, 0, right)).unflatten(1, (count, block)).flatten(0, 1)  # (B nb, b, Hq, 2 D)
-        k, v = (
-            F.pad(x, (0, 0, 0, 0, 0, right)).unfold(1, width, block).movedim(-1, 2).flatten(0, 1) for x in (k, v)
-        )  # (B nb, b + W - 1, Hkv, ...)
-        sink_k, sink_v = (x.repeat_interleave(count, 0) for x in (sink_k, sink_v))
-        t = start + torch.arange(count * block, device=q.device).view(count, block, 1)
-        near = t[:, :1] - (self.window - 1) + torch.arange(width, device=q.device)  # (nb, 1, b + W - 1)
-        in_window = (near >= 0) & (near <= t) & (near > t - self.window)
-        # a sink that is still in the window counts there
-        in_sinks = torch.arange(sink_k.shape[1], device=q.device) <= t - self.window
-        mask = torch.cat((in_sinks, in_window), -1).repeat(batch, 1, 1)[:, None]  # (B nb, 1, b, A + b + W - 1)
-        out = sdpa(queries, torch.cat((sink_k, k), 1), torch.cat((sink_v, v), 1), mask, scale=self.head_dim**-0.5)
-        return out.unflatten(0, (batch, count)).flatten(1, 2)[:, :new]
+        out = attend_sinks(near_q, far_q, near_k, v, sink_k, sink_v, window=self.window, start=start)
+        return self.o_proj(out.flatten(-2))
 
     def new_state(self) -> LastKeyValues:
         return LastKeyValues(self.window - 1, self.num_sinks)
+
+
+def attend_sinks(
+    near_q: torch.Tensor, far_q: torch.Tensor, near_k: torch.Tensor, v: torch.Tensor, sink_k: torch.Tensor,
+    sink_v: torch.Tensor, *, window: int, start: int,
+) -> torch.Tensor:  # fmt: skip
+    """One softmax over two kinds of keys: their dimensions stand beside each other, zero in the other's place.
+
+    near_q, far_q: (B, T, Hq, D), rotated for the window and for the sinks. near_k, v: (B, n + T, Hkv, D), n before the
+    T new tokens. sink_k, sink_v: (B, A, Hkv, D). start: place of the first new token.
+    """
+    dim = near_q.shape[-1]
+    q = torch.cat((near_q, far_q), -1)  # (B, T, Hq, 2 D)
+    near_k, sink_k = F.pad(near_k, (0, dim)), F.pad(sink_k, (dim, 0))
+    new, reach = q.shape[1], window - 1
+    # the first key of the first band stands `reach` before the first query
+    missing = reach - (near_k.shape[1] - new)
+    near_k, v = (F.pad(x, (0, 0, 0, 0, max(missing, 0), 0))[:, max(-missing, 0) :] for x in (near_k, v))
+    parts = []
+    for first in range(0, new, _PIECE):
+        stop = min(first + _PIECE, new)
+        keys, values = near_k[:, first : stop + reach], v[:, first : stop + reach]
+        parts.append(_piece(q[:, first:stop], keys, values, sink_k, sink_v, window, start + first))
+    return torch.cat(parts, 1)
+
+
+def _piece(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink_k: torch.Tensor, sink_v: torch.Tensor, window: int,
+    start: int,
+) -> torch.Tensor:  # fmt: skip
+    """Blocks of queries, each with the band of keys that it reads, as rows of one batch."""
+    batch, new, _, width2 = q.shape
+    block = min(max(64, window), new)
+    count, width = -(-new // block), block + window - 1
+    right = count * block - new
+    queries = F.pad(q, (0, 0, 0, 0, 0, right)).unflatten(1, (count, block)).flatten(0, 1)  # (B nb, b, Hq, 2 D)
+    k, v = (
+        F.pad(x, (0, 0, 0, 0, 0, right)).unfold(1, width, block).movedim(-1, 2).flatten(0, 1) for x in (k, v)
+    )  # (B nb, b + W - 1, Hkv, ...)
+    sink_k, sink_v = (x.repeat_interleave(count, 0) for x in (sink_k, sink_v))
+    t = start + torch.arange(count * block, device=q.device).view(count, block, 1)
+    near = t[:, :1] - (window - 1) + torch.arange(width, device=q.device)  # (nb, 1, b + W - 1)
+    in_window = (near >= 0) & (near <= t) & (near > t - window)
+    # a sink that is still in the window counts there
+    in_sinks = torch.arange(sink_k.shape[1], device=q.device) <= t - window
+    mask = torch.cat((in_sinks, in_window), -1).repeat(batch, 1, 1)[:, None]  # (B nb, 1, b, A + b + W - 1)
+    out = sdpa(queries, torch.cat((sink_k, k), 1), torch.cat((sink_v, v), 1), mask, scale=(width2 // 2) ** -0.5)
+    return out.unflatten(0, (batch, count)).flatten(1, 2)[:, :new]

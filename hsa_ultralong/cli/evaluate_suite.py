@@ -64,6 +64,12 @@ def suite(
     topk: Annotated[
         int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
     ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Of a rival (hsa_ultralong/baselines): decoding=pages, chunk_topk=8, rope_scaling=..."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the samples.")] = 0,
@@ -96,7 +102,7 @@ def suite(
     if len(set(labels)) < len(labels):
         raise ValueError(f"two models are called {_twice(labels)!r}; give them different folder names")
     for folder, label in zip(folders, labels, strict=True):
-        model, tokenizer, is_ours = _load(folder, device, dtype)
+        model, tokenizer, is_ours = _load(folder, device, dtype, changes or [])
         if topk is not None:
             if not is_ours:
                 raise ValueError(f"--topk is of models of this library, {label} is none")
@@ -109,7 +115,7 @@ def suite(
         check_tasks(names, material, samples)
         reader = _reader(model, material, setting, batch, is_ours)
         place = output if len(folders) == 1 else output / label
-        _measure(place, label, model, material, reader, names, wanted, samples, seed, topk)
+        _measure(place, label, model, material, reader, names, wanted, samples, seed, topk, changes or [])
 
 
 def _twice(labels: Sequence[str]) -> str:
@@ -163,20 +169,47 @@ def _files(data: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _load(folder: Path | None, device: str, dtype: str) -> tuple[Any, Any, bool]:
-    """Model, tokenizer, and whether the model is one of this library."""
+def _load(folder: Path | None, device: str, dtype: str, changes: Sequence[str]) -> tuple[Any, Any, bool]:
+    """Model, tokenizer, and whether the model is one with a memory; changes: of a rival's configuration."""
     from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model
     from hsa_ultralong.files.strict_json import read_json
 
-    if folder is None or not (folder / "config.json").is_file():
+    is_named = folder is not None and (folder / "config.json").is_file()
+    kind = read_json(folder / "config.json").get("model_type") if folder and is_named else "hsa_ultralong"
+    if changes and kind != "hsa_rival":
+        raise ValueError(f"--set is of rivals (hsa_ultralong/baselines/README.md), {folder or 'nano'} is none")
+    if kind == "hsa_ultralong":
         return (*load_model(folder, device, dtype), True)
-    if read_json(folder / "config.json").get("model_type") == "hsa_ultralong":
-        return (*load_model(folder, device, dtype), True)
+    assert folder is not None
+    options = {"config": _changed(folder, changes)} if changes else {}
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = choose_device(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=choose_dtype(dtype, place), use_safetensors=True)
+    chosen = choose_dtype(dtype, place)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, use_safetensors=True, **options)
     return model.to(place).eval(), AutoTokenizer.from_pretrained(folder), False
+
+
+def _changed(folder: Path, changes: Sequence[str]) -> Any:
+    """A rival's configuration with KEY=VALUE options that evaluation may set."""
+    from ast import literal_eval
+
+    from hsa_ultralong.baselines import RivalConfig
+    from hsa_ultralong.baselines.configuration import AT_TEST_TIME
+
+    found: dict[str, Any] = {}
+    for change in changes:
+        key, sign, text = change.partition("=")
+        if not sign or key not in AT_TEST_TIME:
+            raise ValueError(f"--set must be KEY=VALUE with one of {', '.join(AT_TEST_TIME)}, got {change!r}")
+        try:
+            found[key] = literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[key] = text
+        kind = dict if key == "rope_scaling" else type(getattr(RivalConfig, key))
+        if type(found[key]) is not kind and not (kind is float and type(found[key]) is int):
+            raise ValueError(f"--set {key} must be of type {kind.__name__}, got {text!r}")
+    return RivalConfig.from_dict({**RivalConfig.from_pretrained(folder).to_diff_dict(), **found})
 
 
 def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours: bool) -> Any:
@@ -198,13 +231,15 @@ def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours:
 
 def _measure(
     place: Path, label: str, model: Any, material: Any, reader: Any, names: list[str], lengths: list[int], samples: int,
-    seed: int, topk: int | None,
+    seed: int, topk: int | None, changes: Sequence[str],
 ) -> None:  # fmt: skip
     from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from hsa_ultralong.eval.suite import SuiteRun, run_settings, run_suite, write_summary
 
     settings = run_settings(model, material, setting=reader.setting, samples=samples, seed=seed)
+    if changes:
+        settings["set"] = sorted(changes)
     bar = progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     total = len(names) * len(lengths) * samples
     with SuiteRun(place, settings) as run, bar:

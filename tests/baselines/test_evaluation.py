@@ -33,5 +33,20 @@ def test_a_rival_answers_tasks_by_its_cache(folder, tmp_path):
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["setting"] == "prompt"
+    changed = hsa(*common, "--set", "decoding=pages", "--set", "decoding_tokens=64", "-o", tmp_path / "pages")
+    assert changed.exit_code == 0, changed.output
+    settings = json.loads((tmp_path / "pages" / "run.json").read_text())["settings"]
+    assert settings["set"] == ["decoding=pages", "decoding_tokens=64"]
+    for wrong, message in (
+        ("layers=[]", "--set must be KEY=VALUE with one of rope_scaling"),
+        ("decoding", "--set must be KEY=VALUE"),
+        ("decoding=quest", "decoding must be one of full"),
+        ("decoding_tokens=many", "decoding_tokens must be of type int"),
+        ("rope_scaling=8", "rope_scaling must be of type dict"),
+    ):
+        said = hsa(*common, "--set", wrong, "-o", tmp_path / "other")
+        assert message in said.output + str(said.exception) and not (tmp_path / "other").exists()
     refused = hsa(*common, "--setting", "memory", "-o", tmp_path / "other")
     assert "needs a model with a memory" in refused.output + str(refused.exception)
+    ours = hsa(NANO, *common[1:], "--set", "decoding=pages", "-o", tmp_path / "other")
+    assert "--set is of rivals" in ours.output + str(ours.exception)
