@@ -431,6 +431,23 @@ def test_a_memory_built_on_a_gpu_is_generated_from_and_continued_after_loading(t
         assert all(part.is_pinned() for part in blocks.payloads + blocks.scales)
 
 
+@pytest.mark.parametrize("form", [pytest.param(form, marks=GPU) for form in ("bf16", "int8")])
+@torch.no_grad()
+def test_a_text_read_into_a_file_on_a_gpu_is_that_of_one_saved_from_its_memory(tmp_path, form):
+    """Copies that nobody waited for would be of other chunks, or of none."""
+    model, text = gpu_model(), document(20_000)
+    saved, read = tmp_path / "saved.hsa", tmp_path / "read.hsa"
+    model.memorize(text, piece_tokens=512).save(saved, key_values=form, landmarks=form)
+    with Library.create(model, read, key_values=form, landmarks=form) as library:
+        library.add(text, piece_tokens=512, commit_tokens=3000)
+    assert verify_memory(read) == []
+    with MemoryFile.open(saved) as one, MemoryFile.open(read) as other:
+        assert one.num_chunks == other.num_chunks
+        for name in one.spec.columns:
+            parts = (file.read(name, 0, file.num_chunks).contiguous().view(torch.uint8) for file in (one, other))
+            assert torch.equal(*parts), name
+
+
 @pytest.mark.parametrize("store", [pytest.param("device", marks=GPU)])
 @torch.no_grad()
 def test_a_memory_with_int8_landmarks_read_into_a_gpu_keeps_them_when_it_is_changed(tmp_path, store):
