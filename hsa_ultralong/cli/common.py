@@ -58,11 +58,40 @@ def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -
         ValueError: if the folder is no checkpoint, is damaged, or its files do not fit one another.
     """
     from hsa_ultralong import default_checkpoint
-    from hsa_ultralong.cli.model_folder import load_folder
+    from hsa_ultralong.data import load_tokenizer
 
-    place = choose_device(device)
-    model, tokenizer = load_folder(folder or default_checkpoint(), choose_dtype(dtype, place))
-    return model.to(place), tokenizer
+    place, folder = choose_device(device), folder or default_checkpoint()
+    model = load_checkpoint(folder, choose_dtype(dtype, place))
+    return model.to(place), load_tokenizer(folder)
+
+
+def load_checkpoint(folder: Path, dtype: Any) -> Any:
+    """Model on the CPU in eval mode, of a folder with or without a tokenizer; errors as in `load_model`."""
+    from transformers.utils import logging
+
+    from hsa_ultralong.models import HSAForCausalLM
+
+    require_model_folder(folder)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return HSAForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def require_model_folder(folder: Path) -> None:
+    """Refuse what `from_pretrained` would look for elsewhere: a name of a hub, an adapter.
+
+    Raises:
+        ValueError: it is no folder of a whole model.
+    """
+    import os
+
+    if os.path.lexists(folder / "adapter_config.json"):
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), which commands do not load: merge it into its model "
+            "(merge_and_unload of peft, then save_pretrained)"
+        )
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no model folder: it has no config.json")
 
 
 def read_named(paths: list[Path], text_field: str = "text", encoding: str = "auto") -> list[tuple[str, str]]:

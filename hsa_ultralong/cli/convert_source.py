@@ -42,10 +42,10 @@ def open_source(path: Path, tokenizer: Path | None = None) -> PretrainedSource:
 
 
 def _folder_source(path: Path) -> PretrainedSource:
-    from hsa_ultralong.cli.model_folder import weight_files
     from hsa_ultralong.files.strict_json import read_json
     from hsa_ultralong.models.authors import MODEL_TYPES
     from hsa_ultralong.models.convert import SOURCES
+    from hsa_ultralong.models.folder import weight_files
 
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is no model folder: it has no config.json")
@@ -71,8 +71,8 @@ def _folder_source(path: Path) -> PretrainedSource:
 
 def _authors_source(path: Path, keys: dict[str, Any]) -> PretrainedSource:
     """A checkpoint of the authors' code, whose configuration is ours from the start."""
-    from hsa_ultralong.cli.model_folder import weight_files
     from hsa_ultralong.models.authors import authors_config, read_authors
+    from hsa_ultralong.models.folder import weight_files
 
     config, files = authors_config(keys), weight_files(path)
 

@@ -146,9 +146,9 @@ def _execute(request: TrainRequest, device: str) -> None:
 
 def _take_shape(config: TrainConfig, init_from: Path, run: Path) -> None:
     """The model is that of the folder; once the run has a checkpoint, that of the run."""
-    from hsa_ultralong.cli.model_folder import check_model_folder
+    from hsa_ultralong.cli.common import require_model_folder
     from hsa_ultralong.files.strict_json import read_json
-    from hsa_ultralong.models import HSAConfig
+    from hsa_ultralong.models import HSAConfig, HSAForCausalLM
     from hsa_ultralong.train.state import list_checkpoints
 
     if config.has_twin:
@@ -160,7 +160,8 @@ def _take_shape(config: TrainConfig, init_from: Path, run: Path) -> None:
         if isinstance(base, dict) and base:
             config.start_from(HSAConfig.from_dict(base))
             return
-    config.start_from(check_model_folder(init_from))
+    require_model_folder(init_from)
+    config.start_from(HSAForCausalLM.check_folder(init_from))
 
 
 def _check_options(request: TrainRequest) -> None:
@@ -243,7 +244,7 @@ def _start_from(trainer: Trainer, folder: Path, tokens: Any) -> None:
     """Weights of a model folder, unless the run has its own; which tokens end an answer, in any case."""
     from transformers import GenerationConfig
 
-    from hsa_ultralong.cli.model_folder import load_checkpoint
+    from hsa_ultralong.cli.common import load_checkpoint
 
     if trainer.resumed_from is None:
         _require_same_tokenizer(folder, tokens)

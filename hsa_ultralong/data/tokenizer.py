@@ -16,7 +16,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hsa_ultralong.files.fields import require_tokens_below
 from hsa_ultralong.files.messages import reason
+from hsa_ultralong.files.strict_json import read_json
 
 BOS_TOKEN = "<|bos|>"
 EOS_TOKEN = "<|eos|>"
@@ -88,7 +90,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a directory that ``save_pretrained`` wrote; never goes to the network.
 
     Raises:
-        ValueError: the directory or its ``tokenizer.json`` is missing or unreadable, or a bos, eos or pad token lacks.
+        ValueError: the directory or its ``tokenizer.json`` is missing or unreadable, a bos, eos or pad token lacks, or
+            a token is beyond the vocabulary of the model in the same directory.
     """
     path = Path(path)
     if not path.is_dir():
@@ -103,6 +106,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             raise
         raise ValueError(f"{path / 'tokenizer.json'} cannot be read as a tokenizer: {reason(error)}") from error
     special_token_ids(tokenizer)
+    if (path / "config.json").is_file():
+        vocab_size = read_json(path / "config.json").get("vocab_size")
+        if isinstance(vocab_size, int):
+            require_tokens_below(max(tokenizer.get_vocab().values(), default=-1), vocab_size, path)
     return tokenizer
 
 

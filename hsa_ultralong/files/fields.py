@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hsa_ultralong.files.messages import shown
@@ -17,6 +18,7 @@ Check = Callable[[Any], str | None]
 
 LARGEST = 2**63 - 1
 MAX_DEPTH = 64
+_MODEL_DEPTH = 50
 
 
 def is_whole(value: Any, least: int = 0, most: int = LARGEST) -> bool:
@@ -190,3 +192,31 @@ NUMBER_OR_NULL = optional(NUMBER)
 OBJECT = that(lambda value: isinstance(value, dict), "a JSON object")
 # size and SHA-256 of a file, as `checksum.file_record` makes them
 RECORD = table({"bytes": whole(), "sha256": DIGEST})
+
+
+def require_modest(content: Any, where: str, name: str = "", depth: int = 0) -> None:
+    """No number of a JSON value is beyond what any model needs, and it is not nested deeper than libraries can copy.
+
+    Raises:
+        ValueError: naming `where` and the first that is.
+    """
+    if depth > _MODEL_DEPTH:
+        raise ValueError(f"{where}: {shown(name)} is nested too deeply")
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else ((name, value) for value in content):
+            require_modest(value, where, name or str(key), depth + 1)
+    elif (type(content) is int and abs(content) >= 2**31) or (type(content) is float and not math.isfinite(content)):
+        raise ValueError(f"{where}: {shown(name)} is {shown(content)}, which is beyond any model")
+
+
+def require_tokens_below(largest: int, vocab_size: int, folder: Path) -> None:
+    """A tokenizer whose largest token is `largest` fits a model of `vocab_size`; ids may have gaps.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has token {largest:,}, but the model's vocab_size is {vocab_size:,}: they do "
+            "not belong together"
+        )

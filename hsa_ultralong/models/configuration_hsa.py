@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from difflib import get_close_matches
 from functools import cache
 from itertools import accumulate, pairwise
@@ -11,6 +12,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 
+from hsa_ultralong.files.fields import require_modest
+from hsa_ultralong.files.messages import reason
+from hsa_ultralong.files.strict_json import read_json
 from hsa_ultralong.models.auto_map import is_own_auto_class, own_auto_map, register_models, write_remote_module
 from hsa_ultralong.nn.rotary import check_scaling
 
@@ -36,6 +40,8 @@ _OTHERS_KEYS = {
 }  # fmt: skip
 # an int32 counts the tokens of a row
 MAX_POSITIONS = 2**31 - 1
+# hashes of all files of a model folder
+CHECKSUMS = "checksums.json"
 
 
 @strict
@@ -177,17 +183,41 @@ class HSAConfig(PreTrainedConfig):
         super().__setattr__(key, value)
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; of a folder or file on this machine that is no JSON object, one line says so."""
+        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        file = place / "config.json" if place.is_dir() else place
+        if os.path.lexists(file) and not kwargs.get("gguf_file"):
+            read_json(file)
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, which drops what it does not know: a misspelt option is refused here too."""
+        """As in transformers, which drops what it does not know: a misspelt option is refused here too.
+
+        Raises:
+            ValueError: a value is of another kind, or beyond any model.
+        """
         for key in kwargs:
             _refuse_similar(cls, key)
-        return super().from_dict(config_dict, **kwargs)
+        require_modest(config_dict, "configuration")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except ValueError:
+            raise
+        # whatever a value of the wrong kind makes a library stumble over
+        except Exception as error:
+            raise ValueError(f"this configuration cannot be used: {reason(error)}") from error
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
-        """As in transformers; a config.json, by whatever it is saved, gets the module that `auto_map` names."""
+        """As in transformers; a config.json, by whatever it is saved, gets the module that `auto_map` names, and takes
+        away checksums.json, which says what stood there before."""
         super().to_json_file(json_file_path, use_diff)
         if Path(json_file_path).name == "config.json":
             write_remote_module(Path(json_file_path).parent)
+            Path(json_file_path).with_name(CHECKSUMS).unlink(missing_ok=True)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:

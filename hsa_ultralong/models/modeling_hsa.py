@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
@@ -29,6 +29,7 @@ from hsa_ultralong.models.build import (
 )
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, HSACache, given_cache
 from hsa_ultralong.models.configuration_hsa import HSAConfig
+from hsa_ultralong.models.folder import CheckedLoading, FolderContent
 from hsa_ultralong.models.layout import Layout, packed_layout, plain_layout, restrict, slice_layout, whole_chunks
 from hsa_ultralong.models.outputs import HSAModelOutput
 from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
@@ -44,7 +45,7 @@ from hsa_ultralong.nn.views import ChunkTensors, MemoryView
 from hsa_ultralong.nn.window_attention import extends_a_cache
 
 
-class HSAPreTrainedModel(PreTrainedModel):
+class HSAPreTrainedModel(CheckedLoading, PreTrainedModel):
     config_class = HSAConfig
     config: HSAConfig
     base_model_prefix = "model"
@@ -70,6 +71,11 @@ class HSAPreTrainedModel(PreTrainedModel):
             init.normal_(module.down, mean=0.0, std=std)
             init.zeros_(module.router_bias)
             init.zeros_(module.expert_load)
+
+    @classmethod
+    def folder_content(cls) -> FolderContent:
+        is_ours = cls.__module__.startswith("hsa_ultralong.")
+        return FolderContent(HSAModel, has_head=issubclass(cls, GenerationMixin), may_have_more=not is_ours)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
+from hsa_ultralong.cli.common import load_model
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.cli.model_folder import load_folder
 from hsa_ultralong.data.tokenizer import train_tokenizer
 from hsa_ultralong.files.checksum import file_record
 from hsa_ultralong.models import HSAForCausalLM
@@ -147,7 +147,7 @@ def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(tmp_path):
     # the file names no token that begins a document, none for padding
     assert "bos_token, which the tokenizer lacks, is <|eos|> from now on" in made.output
     assert "pad_token, which the tokenizer lacks, is <|eos|> from now on" in made.output
-    student, found = load_folder(tmp_path / "ours", torch.float32)
+    student, found = load_model(tmp_path / "ours", "cpu", "fp32")
     assert (found.bos_token, found.eos_token, found.pad_token) == ("<|eos|>",) * 3
     assert found.chat_template == "{{ messages }}"
     ids = found("the miller is old 17", add_special_tokens=False, return_tensors="pt")["input_ids"][:, :16]
@@ -183,7 +183,7 @@ def test_another_tokenizer_takes_the_place_of_the_sources(tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     made = run(path, *options, "--tokenizer", tmp_path / "tokenizer")
     assert made.exit_code == 0 and "lacks" not in made.output, made.output
-    assert load_folder(tmp_path / "ours", torch.float32)[1].bos_token == tokenizer.bos_token
+    assert load_model(tmp_path / "ours", "cpu", "fp32")[1].bos_token == tokenizer.bos_token
 
 
 def test_a_checkpoint_of_the_authors_becomes_a_folder_as_it_is(tmp_path):

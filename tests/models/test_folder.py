@@ -1,4 +1,4 @@
-"""A model folder that is damaged, foreign or hostile is one line, before memory is taken, whatever command loads it."""
+"""A model folder that is damaged, foreign or hostile is one line, before memory is taken, whatever loads it."""
 
 import json
 import os
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hsa_ultralong.cli.common import load_model
+from hsa_ultralong.cli.common import load_checkpoint, load_model
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.cli.model_folder import check_model_folder, load_checkpoint
-from hsa_ultralong.data import train_tokenizer
+from hsa_ultralong.data import load_tokenizer, train_tokenizer
 from hsa_ultralong.files.checksum import file_digest
-from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models import HSAConfig, HSAForCausalLM, HSAModel
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.train.export import export_model
 
@@ -71,11 +71,29 @@ def little_memory():
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def refused(folder, words):
-    with pytest.raises(ValueError, match=words) as caught, little_memory():
-        load_model(folder, "cpu", "fp32")
-    said = str(caught.value)
-    assert "\n" not in said and len(said) < 600
+def library(folder):
+    return HSAForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+# what commands do, and what people write
+LOADERS = {
+    "command": lambda folder: load_model(folder, "cpu", "fp32"),
+    "class": library,
+    "auto": lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    "base": lambda folder: HSAModel.from_pretrained(folder),
+}
+
+
+# a folder that transformers cannot tell to be ours it refuses by itself, in words of its own
+OURS = ("command", "class", "base")
+
+
+def refused(folder, words, loaders=tuple(LOADERS)):
+    for loader in loaders:
+        with pytest.raises(ValueError, match=words) as caught, little_memory():
+            LOADERS[loader](folder)
+        said = str(caught.value)
+        assert "\n" not in said and len(said) < 600, (loader, said)
     return said
 
 
@@ -90,12 +108,12 @@ def test_a_whole_folder_loads_with_and_without_checksums(folder):
     ("changes", "words"),
     [
         ({"vocab_size": 10**25}, "vocab_size.* is beyond any model"),
-        ({"vocab_size": 1e25}, "config.json"),
+        ({"vocab_size": 1e25}, "vocab_size"),
         ({"vocab_size": 2**30}, "more than .* bytes can hold|asks for"),
         ({"hidden_size": 2**40}, "beyond any model"),
         ({"hidden_size": 2**30}, "config.json"),
         ({"hidden_size": "x"}, "hidden_size"),
-        ({"hidden_size": None}, "config.json"),
+        ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": [1]}, "hidden_size"),
         ({"hidden_size": 48}, "shape|config.json"),
         ({"num_lower_layers": 2**30}, "layers, but there are"),
@@ -103,7 +121,7 @@ def test_a_whole_folder_loads_with_and_without_checksums(folder):
         ({"num_lower_layers": 5}, "lacks weights"),
         ({"num_lower_layers": 1}, "no place for|lacks weights"),
         ({"num_experts": 2**28, "moe_intermediate_size": 2**28}, "config.json"),
-        ({"rms_norm_eps": float("nan")}, "NaN is no JSON"),
+        ({"rms_norm_eps": float("nan")}, "NaN is no JSON|beyond any model"),
         ({"eos_token_id": 10**6}, "eos_token_id must be below vocab_size"),
         ({"eos_token_id": [1, -1]}, "eos_token_id must be below vocab_size"),
         ({"fusion": "prayer"}, "fusion"),
@@ -116,7 +134,7 @@ def test_a_whole_folder_loads_with_and_without_checksums(folder):
 )
 def test_configurations_that_do_not_fit_are_refused_before_memory_is_taken(folder, changes, words):
     set_config(folder, **changes)
-    refused(folder, words)
+    refused(folder, words, OURS if {"model_type", "rope_scaling"} & changes.keys() else LOADERS)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"a":' * 100_000, "\x00", '"x"'])
@@ -125,7 +143,7 @@ def test_json_of_the_wrong_type_is_refused(folder, name, text):
     (folder / name).write_text(text)
     if name != "checksums.json":
         reseal(folder)
-    refused(folder, name)
+    refused(folder, name, OURS if name == "config.json" else LOADERS)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +184,7 @@ def test_weights_that_are_not_finite_are_refused(folder, value):
         tensors["model.norm.weight"][7] = value
 
     change_weights(folder, change)
-    refused(folder, "not finite .model.norm.weight")
+    refused(folder, r"not finite \((model\.)?norm.weight")
 
 
 def test_large_finite_weights_are_no_damage(folder):
@@ -216,7 +234,7 @@ def test_an_adapter_is_refused_with_what_to_do(folder, has_model):
     (folder / "adapter_config.json").write_text("{}")
     if not has_model:
         (folder / "config.json").unlink()
-    refused(folder, "holds an adapter .* merge it into its model")
+    refused(folder, "holds an adapter .* merge it into its model", ["command"])
 
 
 def shard(folder):
@@ -268,7 +286,8 @@ def test_what_is_no_regular_file_is_refused_and_never_opened(folder, name, kind)
         (folder / name).mkdir()
     else:
         (folder / name).symlink_to("/dev/zero")
-    refused(folder, "no regular file|is no model folder|holds no tokenizer")
+    loaders = {"config.json": OURS, "tokenizer.json": ["command"]}.get(name, LOADERS)
+    refused(folder, "no regular file|is no model folder|holds no tokenizer", loaders)
 
 
 def test_a_tokenizer_of_another_size_is_refused(folder, tmp_path):
@@ -282,7 +301,9 @@ def test_a_tokenizer_of_another_size_is_refused(folder, tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_refused(folder, content):
     (folder / "tokenizer.json").write_text(content)
     reseal(folder)
-    refused(folder, "tokenizer.json")
+    refused(folder, "tokenizer.json", ["command"])
+    # a model needs none
+    library(folder)
 
 
 def test_all_commands_refuse_the_same_folder_with_the_same_line(folder, tmp_path):
@@ -307,5 +328,107 @@ def test_all_commands_refuse_the_same_folder_with_the_same_line(folder, tmp_path
 
 
 def test_the_check_reads_no_weights(folder):
-    config = check_model_folder(folder)
+    config = HSAForCausalLM.check_folder(folder)
     assert config.vocab_size == load_checkpoint(folder, "auto").config.vocab_size
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, "\x00", '"x"', '{"hidden_size": 1e999}'])
+def test_a_configuration_alone_is_refused_as_with_its_model(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json|configuration: 'hidden_size' is inf") as caught:
+        HSAConfig.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_from_the_auto_class_takes_no_huge_numbers(folder):
+    set_config(folder, vocab_size=2**40)
+    with pytest.raises(ValueError, match="configuration: 'vocab_size' is 1099511627776, which is beyond any model"):
+        AutoConfig.from_pretrained(folder)
+
+
+def test_what_transformers_offers_beside_a_folder_still_works(folder, tmp_path):
+    model = library(folder)
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    found = HSAForCausalLM.from_pretrained(None, config=model.config, state_dict=state)
+    assert torch.equal(found.model.norm.weight, state["model.norm.weight"])
+    # a configuration of one's own is one's own business, of other sizes too
+    assert HSAForCausalLM.from_pretrained(folder, chunk_topk=3).config.chunk_topk == 3
+    wider = AutoConfig.from_pretrained(folder, vocab_size=model.config.vocab_size + 8)
+    found, info = HSAForCausalLM.from_pretrained(
+        folder, config=wider, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert len(found.get_input_embeddings().weight) == wider.vocab_size and info["mismatched_keys"]
+    assert AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).config.chunk_topk == 4
+    shutil.copytree(folder, tmp_path / "all" / "part")
+    assert torch.equal(
+        HSAForCausalLM.from_pretrained(tmp_path / "all", subfolder="part").lm_head.weight, model.lm_head.weight
+    )
+    (folder / "config.json").unlink()
+    (folder / "checksums.json").unlink()
+    assert HSAForCausalLM.from_pretrained(folder, config=model.config).config.vocab_size == model.config.vocab_size
+
+
+def test_variants_and_pickles_that_are_asked_for_are_loaded(folder, tmp_path):
+    model = library(folder)
+    model.save_pretrained(tmp_path / "variant", variant="half")
+    assert torch.equal(
+        HSAForCausalLM.from_pretrained(tmp_path / "variant", variant="half").model.norm.weight, model.model.norm.weight
+    )
+    with pytest.raises(ValueError, match=r"has no model.safetensors"):
+        library(tmp_path / "variant")
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "checksums.json").unlink()
+    with pytest.raises(ValueError, match="use_safetensors=False"):
+        library(folder)
+    found = HSAForCausalLM.from_pretrained(folder, use_safetensors=False)
+    assert torch.equal(found.model.norm.weight, model.model.norm.weight)
+
+
+@pytest.mark.parametrize("save", ["model", "config"])
+def test_a_folder_that_is_saved_over_loads_again(folder, save):
+    model = library(folder)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    model.config.chunk_topk = 5
+    (model if save == "model" else model.config).save_pretrained(folder)
+    again, _ = load_model(folder, "cpu", "fp32")
+    assert again.config.chunk_topk == 5
+    assert torch.equal(again.model.norm.weight, model.model.norm.weight) == (save == "model")
+
+
+class Classifier(HSAForCausalLM):
+    """A class of a user's, with a part that no folder of ours has."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+def test_classes_derived_from_ours_may_have_parts_of_their_own(folder, tmp_path):
+    Classifier.from_pretrained(folder).save_pretrained(tmp_path / "mine")
+    Classifier.from_pretrained(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"no place for, e.g. 'score"):
+        library(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"lacks weights, e.g. model.norm.weight"):
+        change_weights(tmp_path / "mine", lambda tensors: tensors.pop("model.norm.weight"))
+        Classifier.from_pretrained(tmp_path / "mine")
+
+
+def test_a_base_model_and_its_causal_model_load_from_each_other(folder, tmp_path):
+    model = library(folder)
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "base")
+    if model.config.tie_word_embeddings:
+        assert torch.equal(library(tmp_path / "base").lm_head.weight, model.lm_head.weight)
+    untied = HSAForCausalLM(preset("debug", vocab_size=300, tie_word_embeddings=False))
+    untied.model.save_pretrained(tmp_path / "headless")
+    HSAModel.from_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"lacks weights, e.g. lm_head.weight"):
+        library(tmp_path / "headless")
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused_by_whoever_loads_it(folder):
+    set_config(folder, vocab_size=100)
+    with pytest.raises(ValueError, match="they do not belong together"):
+        load_tokenizer(folder)
