@@ -34,7 +34,7 @@ from tests.fuzz.mutators import Mutation
 SECONDS = 60
 MEMORY = 4 * 2**30
 # what may stand on standard error beside the one line of an error: notes and bars
-NOTES = ("WARNING ", "note: ", "memorising ", "compacting ", "merging ", "exporting ", "verifying ")
+NOTES = ("WARNING ", "note: ", "memorising ", "compacting ", "merging ", "exporting ", "verifying ", "rebuilding ")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Target:
         mutations: ways to spoil a copy; each is as likely as it stands here.
         commands: arguments of `hsa`, given the mutant's folder and a generator; run one after another on one mutant.
         exit_codes: beside 0 and 2, by the command's words, such as {"memory verify": 1}.
+        calls: of the library, by their names, given the mutant's folder; they return, or raise a ValueError or OSError
+            of one line. Run before the commands.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Target:
     mutations: Sequence[Mutation]
     commands: Callable[[Path, random.Random], list[list[str]]]
     exit_codes: dict[str, int] = field(default_factory=dict)
+    calls: Callable[[Path], dict[str, Callable[[], object]]] = lambda folder: {}
 
 
 class Hang(BaseException):
@@ -140,6 +143,19 @@ def fault_of(target: Target, arguments: list[str]) -> str:
     return "Traceback" if "Traceback (most recent" in out + error else ""
 
 
+def fault_of_call(call: Callable[[], object]) -> str:
+    """What is wrong with how a call of the library ended; empty if nothing."""
+    try:
+        with limits():
+            call()
+    except (ValueError, OSError) as error:
+        said = str(error)
+        return "" if said and "\n" not in said and len(said) <= 2000 else f"not one line: {said[-2000:]!r}"
+    except (Hang, Exception):
+        return "".join(traceback.format_exc().splitlines(keepends=True)[-30:])
+    return ""
+
+
 def faults_of(target: Target, pristine: Path, outside: Path, work: Path, seed: int) -> list[str]:
     """Make the mutant of a seed and run all commands on it; returns what went wrong.
 
@@ -152,6 +168,9 @@ def faults_of(target: Target, pristine: Path, outside: Path, work: Path, seed: i
     before = snapshot(outside)
     faults = []
     try:
+        for name, call in target.calls(folder).items():
+            if fault := fault_of_call(call):
+                faults.append(f"{target.name}, seed {seed}, {note}\n>>> {name}\n{fault}")
         for arguments in target.commands(folder, rng):
             if fault := fault_of(target, arguments):
                 faults.append(f"{target.name}, seed {seed}, {note}\n$ hsa {' '.join(arguments)}\n{fault}")

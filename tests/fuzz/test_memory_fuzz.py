@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from safetensors.torch import load, save
 
 from hsa_ultralong.data import tokenizer_fingerprint
 from hsa_ultralong.inference import Library
+from hsa_ultralong.memory import ChunkMemory, verify_memory
 from tests.fuzz.harness import Target, faults_of, make_outside, seeds_of
 from tests.fuzz.mutators import dump, other_bytes, other_json, other_kind, swapped
 
@@ -46,6 +48,14 @@ def memory(model: Any, tokenizer: Any, key_values: str, landmarks: str, *, is_op
             library.add(tokens(text), name="open.txt", metadata={"sha256": "0" * 64}, close=not is_open)
 
     return make
+
+
+def another(model: Any, tokenizer: Any, folder: Path, key_values: str, landmarks: str) -> None:
+    """A memory of the same form with a document of another name."""
+    with Library.create(
+        model, folder, key_values=key_values, landmarks=landmarks, tokenizer=tokenizer_fingerprint(tokenizer)
+    ) as library:
+        library.add(tokenizer("Elsewhere. " + SENTENCE * 3)["input_ids"], name="other.txt")
 
 
 def reframe(data: bytes, body: str) -> bytes:
@@ -158,36 +168,44 @@ MUTATIONS = (
 EXIT_CODES = {"memory verify": 1}
 
 
-def commands(texts: Path) -> Any:
+def commands(texts: Path, other: Path) -> Any:
+    """All that reads or changes a memory; `other` is a whole one that is merged, and to be left alone."""
+    out = texts / "out"
+
     def all_of_them(folder: Path, rng: random.Random) -> list[list[str]]:
-        path = str(folder)
+        path, new = str(folder), str(texts / "new.txt")
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(other, out / "other.hsa")
         store, lookup = rng.choice(("file", "host", "device")), rng.choice(("exact", "sketch"))
-        question = [
-            "ask",
-            "-m",
-            path,
-            "--store",
-            store,
-            "--lookup",
-            lookup,
-            "--max-new-tokens",
-            "2",
-            "--show-sources",
-            "3",
-        ]
-        append = ["memory", "append", path, str(texts / "new.txt"), *rng.choice(([], ["--to-last"]))]
-        edit = rng.choice((["--find", "bright cold day", "--replace", "dull"], ["--text", str(texts / "new.txt")]))
+        question = ["ask", "-m", path, "--store", store, "--lookup", lookup, "--max-new-tokens", "2"]
+        append = ["memory", "append", path, new, *rng.choice(([], ["--to-last"]))]
+        edit = rng.choice((["--find", "bright cold day", "--replace", "dull"], ["--text", new]))
+        name = rng.choice(("b.txt", "c.txt", "open.txt", "2"))
+        form = rng.choice(([], ["--key-values", "int8"], ["--landmarks", "bf16"]))
+        close = ["memory", "close", path, *rng.choice(([], ["--drop"]))]
         return [
             ["memory", "info", path, *rng.choice(([], ["--json"]))],
             ["memory", "verify", path],
-            [*question, "What is the secret code of the silver lantern?"],
+            [*question, "--show-sources", "3", "What is the secret code of the silver lantern?"],
+            ["memory", "export", path, rng.choice(("b.txt", "open.txt", "3")), "c.txt", "-o", f"{out}/part.hsa"],
+            ["memory", "merge", f"{out}/other.hsa", path],
+            ["memory", "rebuild", path, "-o", f"{out}/new.hsa", *form],
             append,
-            ["memory", "edit", path, rng.choice(("b.txt", "c.txt", "open.txt", "2")), *edit],
+            ["memory", "edit", path, name, *edit],
             ["memory", "edit", path, "c.txt", "--delete"],
-            ["memory", "compact", path],
+            *rng.sample((close, ["memory", "merge", path, str(other)], ["memory", "compact", path]), 3),
+            ["memory", "rebuild", path, *form],
         ]
 
     return all_of_them
+
+
+def calls(folder: Path) -> dict[str, Any]:
+    def selected() -> None:
+        memory = ChunkMemory.load(folder, store="device")
+        ChunkMemory.concat([memory.select([0]), memory.select(range(1, len(memory.documents)))])
+
+    return {"ChunkMemory.load(folder).select(...)": selected, "verify_memory(folder)": lambda: verify_memory(folder)}
 
 
 KINDS = {"fp32": ("fp32", "fp32", True), "int8": ("int8", "int8", True), "closed": ("bf16", "int8", False)}
@@ -209,8 +227,9 @@ def fuzz(kind: str, one_model: Any, room: Path, seeds: list[int]) -> None:
     key_values, landmarks, is_open = KINDS[kind]
     make = memory(*one_model, key_values, landmarks, is_open=is_open)
     make(pristine)
-    target = Target(f"memory {kind}", make, MUTATIONS, commands(texts), EXIT_CODES)
     outside = make_outside(room / "outside", pristine)
+    another(*one_model, outside / "other.hsa", key_values, landmarks)
+    target = Target(f"memory {kind}", make, MUTATIONS, commands(texts, outside / "other.hsa"), EXIT_CODES, calls)
     faults = [fault for seed in seeds for fault in faults_of(target, pristine, outside, work, seed)]
     assert not faults, f"{len(faults)} faults\n" + "\n\n".join(faults[:5])
 

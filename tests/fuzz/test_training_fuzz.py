@@ -17,9 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.data import build, load_tokenizer
+from hsa_ultralong.data import TokenShards, build, load_tokenizer
 from hsa_ultralong.files.checksum import file_digest, file_record
 from hsa_ultralong.files.strict_json import sealed
+from hsa_ultralong.models import HSAConfig, HSAForCausalLM, HSAModel
 from tests.fuzz.harness import Target, faults_of, make_outside, seeds_of
 from tests.fuzz.mutators import Mutation, other_bytes, other_json, other_kind, swapped
 
@@ -212,6 +213,20 @@ def commands(kind: str, made: Path) -> Callable[[Path, random.Random], list[list
     return all_of_them
 
 
+def calls(kind: str) -> Callable[[Path], dict[str, Callable[[], object]]]:
+    """What people write in Python with such a folder."""
+    if kind == "model":
+        return lambda folder: {
+            "HSAConfig.from_pretrained(folder)": lambda: HSAConfig.from_pretrained(folder),
+            "HSAForCausalLM.from_pretrained(folder)": lambda: HSAForCausalLM.from_pretrained(folder),
+            "HSAModel.from_pretrained(folder)": lambda: HSAModel.from_pretrained(folder),
+            "load_tokenizer(folder)": lambda: load_tokenizer(folder),
+        }
+    if kind == "shards":
+        return lambda folder: {"TokenShards.open(folder)": lambda: TokenShards.open(folder).data.sum()}
+    return lambda folder: {}
+
+
 @pytest.fixture
 def room() -> Iterator[Path]:
     """A folder in RAM where there is one: nothing here is about disks."""
@@ -225,7 +240,7 @@ def fuzz(kind: str, made: Path, room: Path, seeds: list[int]) -> None:
     for folder in (pristine.parent, work):
         folder.mkdir()
     shutil.copytree(made / kind, pristine)
-    target = Target(f"training {kind}", lambda folder: None, MUTATIONS[kind], commands(kind, made))
+    target = Target(f"training {kind}", lambda folder: None, MUTATIONS[kind], commands(kind, made), calls=calls(kind))
     outside = make_outside(room / "outside", pristine)
     faults = [fault for seed in seeds for fault in faults_of(target, pristine, outside, work, seed)]
     assert not faults, f"{len(faults)} faults\n" + "\n\n".join(faults[:5])
