@@ -164,12 +164,12 @@ def append(
     piece_length(model, piece_tokens)
     if text.num_tokens == 0:
         raise ValueError("nothing to append: no tokens were given")
-    if document is None:
-        close_document(model, memory)
-    elif memory.open_document is None or document != len(memory.documents) - 1:
+    if document is not None and (memory.open_document is None or document != len(memory.documents) - 1):
         raise ValueError(f"document {document} is not open; only the last document of a memory can be open")
     before = 0 if document is None else memory.documents[-1].num_tokens
-    with show_progress(progress, text.num_tokens) as report:
+    with show_progress(progress, text.num_tokens) as report, _undone_on_error(memory):
+        if document is None:
+            close_document(model, memory)
         _read_document(
             model, memory, text, name, close, piece_tokens, lambda done, _: report(done - before, None),
             resume=document is not None,
@@ -213,7 +213,7 @@ def _read_document(
         document = Document(empty, memory.num_chunks, 0, is_open=True, name=name)
     number = len(memory.documents) - (1 if resume else 0)
     label, sink = repr(name) if name else f"document {number}", _MemorySink(memory, document)
-    with evaluating(model), _undone_on_error(memory, document):
+    with evaluating(model):
         reader = read_document(
             model, text, sink, state=document.continuation, number=number, label=label, piece_tokens=piece_tokens,
             report=report,
@@ -229,13 +229,16 @@ def _read_document(
 
 
 @contextmanager
-def _undone_on_error(memory: Memory, document: Document) -> Iterator[None]:
-    """Forget the chunks of a reading that fails or is interrupted: no document would own them."""
-    total, own = memory.num_chunks, document.num_chunks
+def _undone_on_error(memory: Memory) -> Iterator[None]:
+    """A memory is as it was before a change that fails or is interrupted: nothing half-read, nothing left open."""
+    documents, num_chunks = list(memory.documents), memory.num_chunks
+    last = dict(vars(documents[-1])) if documents else {}
     try:
         yield
     except BaseException:
-        memory.num_chunks, document.num_chunks = total, own
+        memory.documents[:], memory.num_chunks = documents, num_chunks
+        if documents:
+            vars(documents[-1]).update(last)
         raise
 
 
