@@ -5,6 +5,8 @@ a GPU, the net or hours is marked on the line above it: `<!-- parsed: why -->` (
 `<!-- not run: why -->`. make's targets run in .ci/run.
 """
 
+import importlib
+import inspect
 import io
 import re
 import shlex
@@ -196,6 +198,25 @@ def test_the_file_map_leads_to_the_parts_that_readers_look_for():
         sources = [page for file in files for page in ([file] if file.is_file() else sorted(file.glob("*.py")))]
         code = "".join(page.read_text(encoding="utf-8") for page in sources)
         assert all(what in code for what in held), f"{wanted}: {[what for what in held if what not in code]}"
+
+
+def test_the_signatures_of_the_architecture_are_those_of_the_code():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    code = text[text.index("## Public signatures") :].split("```")[1]
+    parts = [importlib.import_module(f"hsa_ultralong{part}") for part in ("", ".ops", ".models", ".data", ".inference")]
+    checked = set()
+    for name, inside in re.findall(
+        r"^(?:memory = )?([A-Z]\w*\.\w+|[A-Za-z]\w*)\(([^)]*(?:\([^)]*\)[^)]*)*)\)", code, re.M
+    ):
+        owner, _, method = name.partition(".")
+        found = next(getattr(part, owner) for part in parts if hasattr(part, owner))
+        found = getattr(found, method) if method else found
+        parameters = inspect.signature(found).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            words = [word.split("=")[0].strip() for word in re.sub(r'"[^"]*"', "", inside).split(",")]
+            assert {word for word in words if word.isidentifier()} <= set(parameters), name
+            checked.add(name)
+    assert {"memorize", "append", "ask", "hsa_attention", "chunk_topk", "HSACache", "PackingCollator"} <= checked
 
 
 def test_the_layout_of_the_architecture_names_every_file_and_no_other():
