@@ -154,3 +154,14 @@ def test_a_wrong_command_line_is_refused_in_one_line_that_names_the_help(argumen
     assert line.startswith("error: ")
     assert words in line
     assert "\x1b" not in line
+
+
+@pytest.mark.parametrize(
+    ("command", "old"),
+    [("eval needles", "--segment"), ("bench memory", "--segment"), ("bench training", "--segment-tokens")],
+)
+def test_flags_of_earlier_versions_keep_working(command, old):
+    found = typer.main.get_command(app)
+    for name in command.split():
+        found = found.commands[name]
+    assert [part.name for part in found.params if old in part.opts] in (["piece"], ["piece_tokens"])
