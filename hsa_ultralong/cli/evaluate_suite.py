@@ -77,9 +77,9 @@ def suite(
     """Measure models on suites of tasks: RULER, recall in sentence forms that no training uses, the authors' tests.
 
     Every sample is written as soon as it is answered, with what was retrieved; the same command goes on with a run
-    that was cut off, and more tasks or lengths can be added to it. summary.json, summary.md, summary.tex and scores.png
-    follow at the end. Models of this library read one memory, of which each sample replaces what differs; others get a
-    plain prompt. What the tasks are: hsa_ultralong/eval/tasks/README.md.
+    that was cut off, and more tasks or lengths can be added to it. Tables, figures and report.html, a page that
+    needs no network, follow at the end. Models of this library read one memory, of which each sample replaces what
+    differs; others get a plain prompt. What the tasks are: hsa_ultralong/eval/tasks/README.md.
 
     Examples:
 
@@ -271,4 +271,4 @@ def _measure(
         if not run.records:
             raise ValueError(f"nothing can be measured: {next(iter(run.skipped.values()))}")
     echo((place / "summary.md").read_text(encoding="utf-8"))
-    echo(f"Written: {place}/summary.json, summary.md, summary.tex, scores.png, report.html, records.jsonl")
+    echo(f"Written: {place}/summary.json, summary.md, summary.tex, figures, report.html, records.jsonl")

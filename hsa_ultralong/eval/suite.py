@@ -1,6 +1,6 @@
 """Many tasks at many lengths on one model: records as they come, resumable, then tables. tests/eval/test_suite.py.
 
-A folder holds what recorded_run.py says, summary.json (docs/results.md), tables, a figure and report.html.
+A folder holds what recorded_run.py says, summary.json (docs/results.md), tables, figures and report.html.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
 from hsa_ultralong.eval.readers import Reader
 from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_digest
 from hsa_ultralong.eval.stored_runs import FIELDS, StoredRun
-from hsa_ultralong.eval.suite_summary import draw_table, latex, markdown, summary_records
+from hsa_ultralong.eval.suite_plots import draw_all
+from hsa_ultralong.eval.suite_summary import latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import Material, Sample, check_tasks, make_samples, score
 from hsa_ultralong.eval.tasks.sample import TooShort
 from hsa_ultralong.files.durable import write_whole
@@ -132,7 +133,7 @@ def run_settings(model: Any, material: Material, *, setting: str, samples: int, 
 
 
 def write_summary(run: SuiteRun, model: Any, material: Material, *, seed: int, label: str) -> None:
-    """Write summary.json, summary.md, summary.tex, scores.png and report.html of all samples so far."""
+    """Write summary.json, summary.md, summary.tex, figures and report.html of all samples so far."""
     lengths, size = sorted({record["length"] for record in run.records}), getattr(model.config, "chunk_size", 64)
     shared = {
         "topk": run.settings["topk"],
@@ -145,5 +146,5 @@ def write_summary(run: SuiteRun, model: Any, material: Material, *, seed: int, l
     write_json(run.folder / "summary.json", {"meta": meta, "records": found, "skipped": skipped})
     write_whole(run.folder / "summary.md", markdown(found, run.skipped))
     write_whole(run.folder / "summary.tex", latex(found))
-    draw_table(found, run.folder / "scores.png", f"{label}: score in percent, by task and length")
+    draw_all(run.records, found, run.folder, label)
     write_page([StoredRun(label, run.settings, run.records, meta, run.skipped)], run.folder / "report.html")

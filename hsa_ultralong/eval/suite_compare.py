@@ -27,9 +27,8 @@ from hsa_ultralong.eval.tasks.scoring import METRICS
 MEAN = "mean of the tasks"
 # draws of areas, each of which compares all pairs of samples
 _AREAS = 500
-# settings that change the samples, and those that change how a model answers them
+# settings that change the samples; all others but the model's own change how it answers them
 _OF_SAMPLES = ("seed", "samples", "haystack", "haystack_tokens", "files")
-_OF_ANSWERS = ("dtype", "topk", "setting", "chat")
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,8 @@ def _notes(runs: Sequence[StoredRun]) -> list[str]:
     """What is not the same, each in one sentence."""
     first, notes = runs[0], []
     for run in runs[1:]:
-        for what, names in (("its samples are others", _OF_SAMPLES), ("it answers in another way", _OF_ANSWERS)):
+        others = [n for n in {**first.settings, **run.settings} if n not in (*_OF_SAMPLES, "weights")]
+        for what, names in (("its samples are others", _OF_SAMPLES), ("it answers in another way", others)):
             found = [f"{n} {first.settings.get(n)!r} / {run.settings.get(n)!r}" for n in names
                      if first.settings.get(n) != run.settings.get(n)]  # fmt: skip
             if found:

@@ -1,6 +1,6 @@
 """Why answers are missed: the right chunk was not retrieved, got too little weight, or was read wrongly; by length.
 
-Called by suite_summary.py, suite_plots.py and html_report/; tests/eval/test_suite_diagnosis.py.
+Called by suite_plots.py and html_report/; tests/eval/test_suite_diagnosis.py.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ class Diagnosis(NamedTuple):
     rank: Spread | None
     weight: Spread | None
     margin: Spread | None
+
+    def recall_at(self, k: int) -> float:
+        """Recall at K; beyond the greatest K known nothing more is found."""
+        return self.recall[max(known for known in self.recall if known <= k)]
 
 
 def diagnose(records: Records) -> Diagnosis:

@@ -1,18 +1,17 @@
-"""The numbers of a suite's run: shares with intervals, AUROC, cells by depth, tables, a figure.
+"""The numbers of a suite's run: shares with intervals, AUROC, cells by depth, tables.
 
 Called by suite.py; tests/eval/test_suite.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from hsa_ultralong.eval.needles import wilson_interval
-from hsa_ultralong.eval.plots import human_tokens, plt, save
+from hsa_ultralong.eval.plots import human_tokens
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -139,25 +138,3 @@ def _cell(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return ""
     return f"{100 * record['value']:.0f} ({100 * record['ci_low']:.0f}-{100 * record['ci_high']:.0f})"
-
-
-def draw_table(summary: Records, path: Path, title: str) -> None:
-    """A map of scores, tasks by length, each cell with its percent."""
-    rows = wholes(summary)
-    lengths = sorted({r["length"] for r in summary})
-    values = np.array([[row[n]["value"] if n in row else np.nan for n in lengths] for row in rows.values()])
-    figure, axes = plt.subplots(
-        figsize=(max(4.6, 2.6 + 0.75 * len(lengths)), 1.1 + 0.28 * len(rows)), layout="constrained"
-    )
-    image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-    for y, row in enumerate(values):
-        for x, value in enumerate(row):
-            if not np.isnan(value):
-                color = "white" if value < 0.2 or value > 0.85 else "black"
-                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(lengths)), [human_tokens(length) for length in lengths], fontsize=8)
-    labels = [task if metric != "auroc" else f"{task} (AUROC)" for task, metric in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.set_title(title, fontsize=9)
-    figure.colorbar(image, ax=axes, fraction=0.05)
-    save(figure, path, dpi=150)

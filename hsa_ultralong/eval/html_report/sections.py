@@ -181,7 +181,7 @@ def _diagnosis_charts(name: str, of_length: Mapping[int, Diagnosis]) -> list[Mar
     if not most:
         return [*parts, tag("p", "What was retrieved is not known.", class_="note")]
     recall = [
-        Line(f"K = {k}", [PlotPoint(x, _at(one.recall, k), None, None, f"{labels[x]}: {percent(_at(one.recall, k))}")
+        Line(f"K = {k}", [PlotPoint(x, one.recall_at(k), None, None, f"{labels[x]}: {percent(one.recall_at(k))}")
                           for x, one in enumerate(found) if one.recall])
         for k in (*(k for k in _SHOWN_K if k < most), most)
     ]  # fmt: skip
@@ -203,11 +203,6 @@ def _diagnosis_charts(name: str, of_length: Mapping[int, Diagnosis]) -> list[Mar
     return parts
 
 
-def _at(recall: Mapping[int, float], k: int) -> float:
-    """Recall at K; beyond the last K known nothing more is found."""
-    return recall[max(known for known in recall if known <= k)]
-
-
 def _diagnosis_table(name: str, of_length: Mapping[int, Diagnosis]) -> Markup:
     def spread(value: Spread | None) -> str:
         return "" if value is None else f"{value.middle:.3g} ({value.low:.3g} to {value.high:.3g})"
@@ -215,7 +210,7 @@ def _diagnosis_table(name: str, of_length: Mapping[int, Diagnosis]) -> Markup:
     most = max((found.recall for found in of_length.values()), key=len)
     rows = [
         [human_tokens(length), str(found.samples), *(str(found.causes[kind]) for kind in CAUSES),
-         *(percent(_at(found.recall, k)) if found.recall else "" for k in most),
+         *(percent(found.recall_at(k)) if found.recall else "" for k in most),
          spread(found.rank), spread(found.weight), spread(found.margin)]
         for length, found in of_length.items()
     ]  # fmt: skip
