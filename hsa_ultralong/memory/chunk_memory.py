@@ -141,9 +141,12 @@ class Memory(ABC):
         """Payload and scales on the host of "keys_values" and "landmarks" of chunks, those that are in these forms."""
         return {}
 
-    @abstractmethod
     def refuse(self, what: str) -> NoReturn:
         """Raises: ValueError, as this memory cannot be `what`, with what can be done instead."""
+        raise ValueError(
+            f"a memory opened from a file or on several tiers cannot be {what}; change the file with "
+            "hsa_ultralong.inference.Library and open it again, or take an ordinary copy: memory.loaded()"
+        )
 
     def require_changeable(self, what: str, shift: int = 0) -> None:
         """Raises: ValueError where chunks can be neither added nor replaced, or not moved by `shift`."""
@@ -269,9 +272,6 @@ class ChunkMemory(Memory):
 
     def held(self, first: int, stop: int) -> ChunkMemory:
         return replace(self, storage=self.part(first, stop), num_chunks=stop - first, lookup=None)
-
-    def refuse(self, what: str) -> NoReturn:
-        raise AssertionError(f"a ChunkMemory can be {what}")
 
     def require_changeable(self, what: str, shift: int = 0) -> None:
         pass

@@ -9,12 +9,11 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hsa_ultralong.files.messages import shown
-from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document, Memory
+from hsa_ultralong.memory.chunk_memory import Continuation, Document, Memory
 from hsa_ultralong.memory.columns import from_payload, require_lengths, require_model_columns
 from hsa_ultralong.memory.files import MemoryFile, MemoryFileError
 from hsa_ultralong.memory.half_read import half_read, way_on
@@ -140,27 +139,22 @@ def open_memory(
     firsts = counts.cumsum(0) - counts
     documents = _records(file, firsts.tolist(), device, dtype)
     tensors, scan = _resident(file, firsts, counts, (first, stop), device, dtype, lookup)
-    spec, pairs = file.spec, FileStore(file, device, dtype, first)
-    more: dict[str, Any] = {"fingerprint": spec.fingerprint, "is_composable": spec.is_composable}
-    if lookup == "sketch":
-        more["lookup"] = LandmarkIndex.build(tensors.landmarks[0])
-    elif scan is not None:
-        more["lookup"] = scan
-    if store == "device":
-        if scan is not None:
-            # what is changed later needs them
-            tensors = tensors._replace(landmarks=scan.landmarks(0, stop - first, dtype))
-        documents = [document.loaded() for document in documents]
-        k, v = _read_all(pairs, stop - first)
-        return ChunkMemory(spec.chunk_size, tensors._replace(k=k, v=v), stop - first, documents, **more)
+    pairs: KeyValueStore = FileStore(file, device, dtype, first)
     if store == "file":
-        chunk_bytes = 2 * spec.chunk_size * math.prod(kind.shape[2:]) * dtype.itemsize
+        chunk_bytes = 2 * file.spec.chunk_size * math.prod(kind.shape[2:]) * dtype.itemsize
         room = _CACHE_BYTES if cache_bytes is None else cache_bytes
-        more["store"] = CachedStore(pairs, min(max(1, room // chunk_bytes), max(1, stop - first)))
-    else:
-        more["store"] = _load_tiers(file, (first, stop), device, dtype, device_bytes or 0)
+        pairs = CachedStore(pairs, min(max(1, room // chunk_bytes), max(1, stop - first)))
+    elif store != "device":
+        pairs = _load_tiers(file, (first, stop), device, dtype, device_bytes or 0)
     k = v = torch.empty((1, 0, *kind.shape[2:]), dtype=dtype, device=device)
-    return StoredMemory(spec.chunk_size, tensors._replace(k=k, v=v), stop - first, documents, **more)
+    memory: Memory = StoredMemory(
+        file.spec.chunk_size, tensors._replace(k=k, v=v), stop - first, documents, file.spec.fingerprint,
+        file.spec.is_composable, scan, store=pairs,
+    )  # fmt: skip
+    if store == "device":
+        memory = memory.loaded()
+    memory.lookup = LandmarkIndex.build(memory.landmarks[0]) if lookup == "sketch" else scan
+    return memory
 
 
 def _records(file: MemoryFile, firsts: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> list[Document]:
@@ -220,13 +214,3 @@ def _load_tiers(
         scales = file.read("keys_values_scale", begin, end) if "keys_values_scale" in columns else None
         store.put(begin - first, file.read("keys_values", begin, end), scales)
     return store
-
-
-def _read_all(store: KeyValueStore, num_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """k and v (1, C*S, Hkv, D) of a whole store."""
-    parts = [store.fetch(torch.arange(first, min(first + _STEP, num_chunks))) for first in range(0, num_chunks, _STEP)]
-    if not parts:
-        k, v = store.fetch(torch.empty(0, dtype=torch.int64))
-        return k.flatten(0, 1)[None], v.flatten(0, 1)[None]
-    k, v = (torch.cat(columns).flatten(0, 1)[None] for columns in zip(*parts, strict=True))
-    return k, v

@@ -23,6 +23,9 @@ from hsa_ultralong.nn.views import (
 )
 from hsa_ultralong.ops import ChunkVisibility
 
+# chunks fetched at a time
+_STEP = 4096
+
 
 @dataclass
 class StoredMemory(Memory):
@@ -43,13 +46,17 @@ class StoredMemory(Memory):
         return StoredView(self.tensors, visible, self.store, self.lookup if is_for_all else self.keeper)
 
     def part(self, first: int, stop: int) -> ChunkTensors:
-        k, v = (pairs.flatten(0, 1)[None] for pairs in self.store.fetch(torch.arange(first, stop)))
+        # also where there are none: the shape of no pairs
+        steps = [torch.arange(start, min(start + _STEP, stop)) for start in range(first, max(stop, first + 1), _STEP)]
+        parts = zip(*(self.store.fetch(chunks) for chunks in steps), strict=True)
+        k, v = (torch.cat(pairs).flatten(0, 1)[None] for pairs in parts)
         found = self._slice(first, stop)._replace(k=k, v=v)
         return found if self.keeper is None else found._replace(landmarks=self.keeper.landmarks(first, stop, k.dtype))
 
     def loaded(self) -> ChunkMemory:
+        k, v, *rest = self.part(0, self.num_chunks)
         # landmarks and lengths are views of this memory's
-        tensors = ChunkTensors(*(x.clone() for x in self.part(0, self.num_chunks)))
+        tensors = ChunkTensors(k, v, *(part.clone() for part in rest))
         return self._ordinary(tensors, [document.loaded() for document in self.documents])
 
     @property
@@ -79,12 +86,6 @@ class StoredMemory(Memory):
         )
 
     v = k
-
-    def refuse(self, what: str) -> NoReturn:
-        raise ValueError(
-            f"a memory opened from a file or on several tiers cannot be {what}; change the file with "
-            "hsa_ultralong.inference.Library and open it again, or take an ordinary copy: memory.loaded()"
-        )
 
 
 class SharedMemory(Memory):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import Library, append, close_document, edit, last_logits
-from hsa_ultralong.memory import MemoryFileError, MemoryWriter, opening, saving, verify_memory
+from hsa_ultralong.memory import MemoryFileError, MemoryWriter, opening, saving, stored_memory, verify_memory
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
@@ -148,7 +148,7 @@ def test_another_dtype_rounds_once(tmp_path):
 
 def test_pieces_and_shards_change_no_bit(tmp_path, monkeypatch):
     memory = tiny_model().memorize([document(90), document(3, seed=1), document(21, seed=2)], close=False)
-    for part in (opening, saving):
+    for part in (opening, saving, stored_memory):
         monkeypatch.setattr(part, "_STEP", 3)
     memory.save(tmp_path / "a.hsa")
     for store in STORES:
