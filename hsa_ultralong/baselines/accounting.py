@@ -38,6 +38,13 @@ _KEYS: dict[str, Callable[[RivalConfig, int], float]] = {
     ),
     # a state of D^2 numbers is decayed, corrected and read: 6 D^2 for every 4 D of a key, whatever the context
     "gated_delta": lambda config, context: 1.5 * config.head_dim,
+    # in training landmarks read all chunks, as full attention does, and their summaries
+    "landmark": lambda config, context: (context + 1) / 2 + context / (2 * config.chunk_size),
+    "hils": lambda config, context: (
+        _selected(config, context)
+        + _windowed(config.sliding_window + config.chunk_size // 2, context)
+        + context / (2 * config.chunk_size)
+    ),
     "infllm_v2": lambda config, context: _selected(config, context) + context / (4 * config.compression_stride),
 }
 

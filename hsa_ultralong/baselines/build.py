@@ -13,6 +13,7 @@ from hsa_ultralong.baselines.decoding import SelectingAttention, Selection
 from hsa_ultralong.baselines.full_attention import FullAttention, FullAttentionNoPE
 from hsa_ultralong.baselines.gated_delta import GatedDelta
 from hsa_ultralong.baselines.infllm import InfLLM
+from hsa_ultralong.baselines.landmarks import HiLS, LandmarkAttention
 from hsa_ultralong.baselines.moba import MeanTopK
 from hsa_ultralong.baselines.nsa import NativeSparseAttention
 from hsa_ultralong.baselines.window import Window, WindowAndSinks
@@ -66,6 +67,16 @@ ATTENTIONS: dict[str, Callable[[RivalConfig], nn.Module]] = {
         window=config.sliding_window, rope=_rope(config), **_choice(config), **_heads(config)
     ),
     "gated_delta": lambda config: GatedDelta(impl=config.linear_impl, **_heads(config)),
+    "landmark": lambda config: LandmarkAttention(
+        chunk_size=config.chunk_size, topk=config.chunk_topk, **_heads(config)
+    ),
+    "hils": lambda config: HiLS(
+        chunk_size=config.chunk_size,
+        topk=config.chunk_topk,
+        window=config.sliding_window,
+        rank=config.calibration_rank,
+        **_heads(config),
+    ),
     "infllm_v2": lambda config: InfLLM(dense_tokens=config.dense_tokens, **_choice(config), **_heads(config)),
 }
 

@@ -30,6 +30,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "dense_tokens",
     ),
     "gated_delta": ("linear_impl",),
+    "landmark": ("chunk_size", "chunk_topk"),
+    "hils": ("chunk_size", "chunk_topk", "sliding_window", "calibration_rank"),
 }  # fmt: skip
 DECODING = ("full", "sinks", "pages")
 # options that may be others at evaluation than in training
@@ -64,6 +66,7 @@ class RivalConfig(PreTrainedConfig):
         num_initial_chunks, num_local_chunks: first chunks of the row, and last ones, the token's own among them, that
             count among the K at once.
         dense_tokens: first tokens of a row that read all before them (infllm_v2).
+        calibration_rank: of the map that makes a hils layer's queries for chunks.
         linear_impl: what computes gated_delta, "torch" or, on a GPU with flash-linear-attention, its kernels: "fla".
 
     Evaluation without training (decoding.py)
@@ -100,6 +103,7 @@ class RivalConfig(PreTrainedConfig):
     num_local_chunks: int = 2
     dense_tokens: int = 0
     linear_impl: str = "torch"
+    calibration_rank: int = 64
     decoding: str = "full"
     decoding_tokens: int = 1024
     decoding_tail: int = 64
@@ -129,6 +133,12 @@ class RivalConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         assert self.layers is not None
         return len(self.layers)
+
+    @property
+    def has_landmarks(self) -> bool:
+        """Whether a landmark token follows every chunk_size - 1 tokens of the stream."""
+        assert self.layers is not None
+        return bool({"landmark", "hils"} & set(self.layers))
 
     def rope(self) -> tuple[float, dict[str, Any] | None]:
         """theta and scaling as nn/rotary.py takes them; "ntk" is another theta (Peng et al. 2023, sec. 3.1)."""
@@ -173,13 +183,16 @@ class RivalConfig(PreTrainedConfig):
                 f"compression_size={self.compression_size} and chunk_size={self.chunk_size} must be multiples of "
                 f"compression_stride={stride}"
             )
+        if self.has_landmarks and self.chunk_size < 2:
+            raise ValueError("a chunk of landmark and hils layers holds a landmark and a token: chunk_size >= 2")
         if self.head_dim % 2 or self.head_dim < 4:
             raise ValueError(f"head_dim must be even and >= 4, got {self.head_dim}")
 
 
 _AT_LEAST_ONE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "sliding_window",
-    "num_sinks", "compression_size", "compression_stride", "num_local_chunks", "chunk_size", "chunk_topk",
+    "num_sinks", "compression_size", "compression_stride", "num_local_chunks", "calibration_rank",
+    "chunk_size", "chunk_topk",
     "max_position_embeddings",
 )  # fmt: skip
 

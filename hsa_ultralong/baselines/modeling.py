@@ -81,6 +81,9 @@ class RivalPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, RivalModel):
+            if module.landmark is not None:
+                init.normal_(module.landmark, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Compressor):
             init.constant_(module.weights, 1 / len(module.weights))
             init.normal_(module.places, mean=0.0, std=self.config.initializer_range)
@@ -99,6 +102,7 @@ class RivalModel(RivalPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(build_layer(config, name) for name in config.layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.landmark = nn.Parameter(torch.zeros(config.hidden_size)) if config.has_landmarks else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -109,7 +113,8 @@ class RivalModel(RivalPreTrainedModel):
 
     def new_cache(self) -> RivalCache:
         """An empty cache for this model's layers."""
-        return RivalCache([layer.attention.new_state() for layer in self.layers])  # type: ignore[union-attr, operator]
+        states = [layer.attention.new_state() for layer in self.layers]  # type: ignore[union-attr, operator]
+        return RivalCache(states, self.config.chunk_size if self.config.has_landmarks else 0)
 
     @can_return_tuple
     def forward(
@@ -162,13 +167,32 @@ class RivalModel(RivalPreTrainedModel):
 
     def _run(self, x: torch.Tensor, cache: RivalCache | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Normed output, and the output of every layer."""
-        start, states = 0 if cache is None else cache.num_seen, []
-        places = torch.arange(start, start + x.shape[1], device=x.device)
+        seen, states = 0 if cache is None else cache.num_seen, []
+        places, tokens = torch.arange(seen, seen + x.shape[1], device=x.device), None
+        if self.landmark is not None:
+            x, places, tokens = self._with_landmarks(x, seen, self.landmark)
         rotary = Rope(self.config.head_dim, *self.config.rope()).at(places, x.dtype)
         for number, layer in enumerate(self.layers):
             x = layer(x, rotary, None, None if cache is None else cache.states[number])
-            states.append(x)
-        return self.norm(x), states
+            states.append(x if tokens is None else x[:, tokens])
+        return self.norm(states[-1]), states
+
+    def _with_landmarks(
+        self, x: torch.Tensor, seen: int, landmark: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The stream of tokens x (B, T, M) after `seen` others, its positions, and where in it the tokens are.
+
+        A landmark follows every S - 1 tokens; it has the position of the token after it.
+        """
+        size, new = self.config.chunk_size, x.shape[1]
+        last = seen + new
+        first_place, stop = seen + seen // (size - 1), last + last // (size - 1)
+        n = torch.arange(first_place, stop, device=x.device)
+        position = n - n // size
+        is_landmark = (n % size == size - 1)[:, None]
+        stream = torch.where(is_landmark, landmark.to(x.dtype), x[:, (position - seen).clamp_max(new - 1)])
+        t = torch.arange(seen, last, device=x.device)
+        return stream, position, t + t // (size - 1) - first_place
 
     def _rows(
         self,

@@ -176,19 +176,33 @@ def _joined(kept: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
 
 
 class RivalCache(Cache):
-    """A state per layer of a batch of rows that are equally long."""
+    """A state per layer of a batch of rows that are equally long.
 
-    def __init__(self, states: list[LayerState]) -> None:
+    Args:
+        chunk_size: places of the stream from one landmark to the next; 0 without landmarks.
+    """
+
+    def __init__(self, states: list[LayerState], chunk_size: int = 0) -> None:
         super().__init__(layers=states)
+        self.chunk_size = chunk_size
 
     @property
     def states(self) -> list[LayerState]:
         return self.layers  # type: ignore[return-value]
 
     @property
+    def num_places(self) -> int:
+        """Places of the stream so far, landmarks included."""
+        return self.states[0].length
+
+    @property
     def num_seen(self) -> int:
         """Tokens of every row so far."""
-        return self.states[0].length
+        return self.num_places - (self.num_places // self.chunk_size if self.chunk_size else 0)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """What transformers takes for the number of tokens that a cache has seen."""
+        return self.num_seen
 
     def num_bytes(self) -> int:
         """Bytes of all layers, room for growth included."""

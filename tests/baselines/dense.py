@@ -224,7 +224,72 @@ def gated_delta(layer, x, config):
     return (out * gate).flatten(1) @ layer.o_proj.weight.T
 
 
+def by_landmarks(layer, x, config, *, window, topk, summaries):
+    """Places one by one: what is local, the chunks before, one softmax of scores and mass."""
+    q, k, v = heads_of(layer, x)
+    size, places, scale = config.chunk_size, torch.arange(len(x)), 1 / math.sqrt(layer.head_dim)
+    q, k = rotate(q, places), rotate(k, places)
+    query, chunks = summaries(q, k)
+    group, out = q.shape[1] // config.num_key_value_heads, []
+    for n in range(len(x)):
+        begin = max(0, (n - window + 1) // size)
+        local = [j for j in range(begin * size, n + 1) if j % size != size - 1]
+        scores = [[query[n, h] @ key[h] * scale + bias[h] for h in range(q.shape[1])] for key, bias in chunks[:begin]]
+        near = [k[local, h] @ q[n, h] * scale for h in range(q.shape[1])]
+        mass = [one.logsumexp(0) for one in near]
+        row = []
+        for kv in range(config.num_key_value_heads):
+            heads = range(kv * group, (kv + 1) * group)
+            share = {}
+            for c in range(begin):
+                share[c] = max(
+                    (scores[c][h] - torch.stack([*(scores[d][h] for d in range(begin)), mass[h]]).logsumexp(0)).item()
+                    for h in heads
+                )
+            kept = sorted(best(share, topk))
+            for h in heads:
+                weights = torch.stack([*(scores[c][h] for c in kept), mass[h]]).softmax(0)
+                total = weights[-1] * (near[h].softmax(0) @ v[local, h])
+                for weight, c in zip(weights, kept):
+                    inside = slice(c * size, (c + 1) * size - 1)
+                    total = total + weight * ((k[inside, h] @ q[n, h] * scale).softmax(0) @ v[inside, h])
+                row.append(total)
+        out.append(torch.cat(row))
+    return torch.stack(out) @ layer.o_proj.weight.T
+
+
+def landmark(layer, x, config):
+    size = config.chunk_size
+
+    def summaries(q, k):
+        ends = range(size - 1, len(x), size)
+        return q, [(k[n], torch.zeros(q.shape[1], dtype=x.dtype)) for n in ends]
+
+    topk = len(x) if layer.training else config.chunk_topk
+    return by_landmarks(layer, x, config, window=1, topk=topk, summaries=summaries)
+
+
+def hils(layer, x, config):
+    size = config.chunk_size
+    raw = x @ layer.q_proj.weight.T + x @ layer.query_down.weight.T @ layer.query_up.weight.T
+    raw = raw.unflatten(-1, (-1, layer.head_dim))
+    query = raw / (raw.square().mean(-1, keepdim=True) + layer.query_norm.eps).sqrt() * layer.query_norm.weight
+    query = rotate(query, torch.arange(len(x)))
+
+    def summaries(q, k):
+        chunks = []
+        for n in range(size - 1, len(x), size):
+            keys = k[n - size + 1 : n]
+            p = (torch.einsum("hd,shd->hs", query[n], keys) / math.sqrt(layer.head_dim)).softmax(-1)
+            chunks.append((torch.einsum("hs,shd->hd", p, keys), -(p * p.log()).sum(-1)))
+        return query, chunks
+
+    window = config.sliding_window
+    return by_landmarks(layer, x, config, window=window, topk=config.chunk_topk, summaries=summaries)
+
+
 DENSE = {
+    "landmark": landmark, "hils": hils,
     "gated_delta": gated_delta,
     "nsa": nsa, "infllm_v2": infllm_v2,
     "full_rope": full_rope, "full_nope": full_nope, "window": window, "window_sinks": window_sinks, "moba": moba,

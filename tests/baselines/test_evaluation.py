@@ -28,7 +28,22 @@ def hsa(*arguments):
 
 
 def test_a_rival_answers_tasks_by_its_cache(folder, tmp_path):
-    common = (folder, "--tasks", "passkey", "--lengths", "1K", "--samples", 1, "--device", "cpu", "--dtype", "fp32")
+    text = NANO.parents[1] / "docs" / "paper_facts.md"
+    common = (
+        folder,
+        "--text",
+        text,
+        "--tasks",
+        "passkey",
+        "--lengths",
+        "1K",
+        "--samples",
+        1,
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+    )
     result = hsa(*common, "-o", tmp_path / "run")
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]

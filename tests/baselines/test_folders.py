@@ -34,6 +34,7 @@ def test_a_saved_rival_is_loaded_by_the_auto_classes(tmp_path):
         ({"layers": ["nsa"], "compression_stride": 12}, "must be multiples of compression_stride=12"),
         ({"decoding": "quest"}, "decoding must be one of full, sinks, pages"),
         ({"decoding": "pages", "decoding_tokens": 15}, "needs decoding_tokens >= 16"),
+        ({"layers": ["hils"], "chunk_size": 1}, "chunk_size >= 2"),
         ({"linear_impl": "cuda"}, "linear_impl must be"),
         ({"dense_tokens": -1}, "dense_tokens must be >= 0"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be > 0"),

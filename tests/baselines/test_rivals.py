@@ -16,7 +16,7 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 TINY = {
     "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 4, "sliding_window": 5, "num_sinks": 2, "chunk_size": 4, "chunk_topk": 4,
-    "compression_size": 4, "compression_stride": 2, "dense_tokens": 9,
+    "calibration_rank": 3, "compression_size": 4, "compression_stride": 2, "dense_tokens": 9,
 }  # fmt: skip
 
 
@@ -36,8 +36,11 @@ def test_every_layer_has_a_builder_and_an_oracle():
 
 @every_layer
 @pytest.mark.parametrize("heads", [(4, 2), (4, 1), (2, 2)])
-@pytest.mark.parametrize("length", [1, 3, 9, 150])
+@pytest.mark.parametrize("length", [1, 3, 9, "long"])
 def test_a_layer_equals_its_dense_formulation_with_all_gradients(name, heads, length):
+    if length == "long":
+        # several blocks of windows; the oracles of choices are slow
+        length = 150 if name.startswith(("full", "window")) else 43
     config = RivalConfig(**{**TINY, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]})
     attention = build_layer(config, name).attention.double()
     randomize(attention)
@@ -56,6 +59,25 @@ def test_a_layer_equals_its_dense_formulation_with_all_gradients(name, heads, le
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_landmarks_read_the_best_chunks_at_evaluation():
+    config = RivalConfig(**{**TINY, "chunk_topk": 2})
+    attention = build_layer(config, "landmark").attention.double().eval()
+    randomize(attention)
+    x = torch.randn(1, 43, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = attention(x, rotary_table(43, config.head_dim, config.rope_theta, x.device, x.dtype))
+    torch.testing.assert_close(found[0], DENSE["landmark"](attention, x[0], config), rtol=1e-10, atol=1e-10)
+
+
+def test_a_landmark_stands_behind_every_chunk_with_the_position_of_the_next_token():
+    model = tiny("hils").model
+    x = torch.randn(1, 7, 16, dtype=torch.float64)
+    for seen, wanted in ((0, [0, 1, 2, 3, 3, 4, 5, 6, 6]), (2, [2, 3, 3, 4, 5, 6, 6, 7, 8, 9])):
+        stream, positions, tokens = model._with_landmarks(x, seen, model.landmark)
+        assert positions.tolist() == wanted and torch.equal(stream[:, tokens], x)
+        others = [i for i in range(stream.shape[1]) if i not in tokens.tolist()]
+        assert torch.equal(stream[0, others], model.landmark.expand(len(others), -1))
 
 
 @every_layer
