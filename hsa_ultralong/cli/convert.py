@@ -54,6 +54,9 @@ def convert(
         typer.Option("--set", metavar="KEY=VALUE", help="Options of the memory: chunk_topk=32, retrieval_dim=256."),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder.", show_default="the source's own")] = None,
+    apply: Annotated[
+        Path | None, typer.Option(help="Make the trained model: a difference that hsa train wrote for this source.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the new parts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -68,9 +71,20 @@ def convert(
 
       hsa convert SmolLM2-135M-Instruct.Q4_1.gguf -o models/smol --lower-layers 16 --groups 7
 
+      hsa convert SmolLM2-135M-Instruct.Q4_1.gguf --apply smol.safetensors -o models/smol-read
+
       hsa convert models/llama -o models/llama-hsa --read-at 10,12,16,24 --set chunk_topk=64
     """
 
+    options = _options(window, lower_layers, groups, reading, changes)
+    found, report = _made(source, output, options, tokenizer, apply, seed)
+    echo_json(report) if as_json else echo(_summary(found, report, output))
+
+
+def _made(
+    source: Path, output: Path, options: dict[str, Any], tokenizer: Path | None, apply: Path | None, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """The conversion, written to `output`, and its report."""
     import torch
 
     from hsa_ultralong.cli.convert_source import open_source
@@ -81,8 +95,11 @@ def convert(
 
     require_folder(output, is_new=True)
     torch.manual_seed(seed)
-    options = _options(window, lower_layers, groups, reading, changes)
     found_at = open_source(source, tokenizer)
+    files = {file.name: file_record(file) for file in found_at.files}
+    change = None if apply is None else _difference(apply, files, source, options)
+    if change is not None:
+        options = change[1]["options"]
     if isinstance(found_at.config, HSAConfig):
         if options:
             raise ValueError(f"{source} is a model with a memory, which says itself how it is built: leave out options")
@@ -92,9 +109,13 @@ def convert(
         # refuses what cannot be converted before the weights are read
         converted_config(found_at.config, **options)
         found = convert_model(found_at.load(), **options)
+    if change is not None:
+        _apply(found.model, change[0], change[1]["windows"], apply)
     report = {
         "source": found_at.name,
-        "source_files": {file.name: file_record(file) for file in found_at.files},
+        "source_files": files,
+        "difference": None if apply is None else file_record(apply),
+        "options": options,
         "source_type": found_at.config.model_type,
         "window": found.model.config.sliding_window,
         "seed": seed,
@@ -104,7 +125,40 @@ def convert(
     }
     with removed_on_failure(output.with_name(f".partial-{output.name}")):
         _save(found.model, found_at.save_tokenizer, output, report)
-    echo_json(report) if as_json else echo(_summary(found, report, output))
+    return found, report
+
+
+def _difference(
+    path: Path, files: dict[str, Any], source: Path, options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors of a difference for this source, and what it says of itself."""
+    from hsa_ultralong.train.difference import read_difference, require_same_source
+
+    if options:
+        raise ValueError("--apply: the difference says how its source is converted; leave other options out")
+    tensors, conversion = read_difference(path)
+    require_same_source(conversion["source_files"], files, str(source))
+    return tensors, conversion
+
+
+def _apply(model: Any, tensors: dict[str, Any], windows: list[int], path: Path | None) -> None:
+    """Make of a converted model the trained one, in bf16."""
+    import torch
+
+    from hsa_ultralong.train.difference import with_difference
+    from hsa_ultralong.train.lora import merged
+    from hsa_ultralong.train.stages import set_hsa_window, set_window
+
+    set_window(model, windows[0])
+    set_hsa_window(model, windows[1])
+    weights = merged(with_difference(model.float().state_dict(), tensors))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        from hsa_ultralong.files.messages import reason
+
+        raise ValueError(f"{path} does not fit the model of this source: {reason(error)}") from error
+    model.to(torch.bfloat16)
 
 
 def _options(

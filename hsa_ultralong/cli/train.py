@@ -10,6 +10,16 @@ import typer
 from hsa_ultralong.cli.common import Encoding, TextField
 from hsa_ultralong.cli.numbers import finite
 from hsa_ultralong.cli.terminal import echo
+from hsa_ultralong.cli.train_plan import show_plan
+from hsa_ultralong.cli.train_start import (
+    Start,
+    check_start,
+    keep_conversion,
+    load_teacher,
+    start_from,
+    take_shape,
+    write_change,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +64,15 @@ def train(
     init_from: Annotated[
         Path | None, typer.Option(help="Start from this model folder: its shape and weights, whatever the recipe's.")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="The source that --init-from was converted from: a folder or GGUF file.")
+    ] = None,
+    from_difference: Annotated[
+        Path | None, typer.Option(help="With --init-from: go on from this file of an earlier run.")
+    ] = None,
+    export_difference: Annotated[
+        Path | None, typer.Option(help="When done, write what the run changed, at most 32 MiB, into this file.")
+    ] = None,
     freeze_memory: Annotated[
         bool,
         typer.Option(
@@ -78,6 +97,8 @@ def train(
 
       hsa train nano_notes --data .data/shards --init-from checkpoints/nano --freeze-memory --export models/mine
 
+      hsa train convert_memory --data SHARDS --init-from models/smol --teacher smol.gguf --export models/smol-read
+
       hsa train dense_0_5b --set gpus=64 --dry-run
     """
     from hsa_ultralong.recipes import recipe as find_recipe
@@ -90,21 +111,15 @@ def train(
     config.freeze_memory |= freeze_memory
     run = output or Path("runs") / "-".join(filter(None, (recipe, config.twin)))
     if init_from is not None:
-        _take_shape(config, init_from, run)
+        take_shape(config, init_from, run)
     if until is not None:
         config.stage(until)
     if dry_run:
-        from hsa_ultralong.cli.train_plan import show_plan
-
-        show_plan(config, as_json)
-        return
+        return show_plan(config, as_json)
     reading = {"text_field": text_field, "encoding": encoding}
-    _execute(
-        TrainRequest(
-            config, run, data, text or [], chat or [], reading, tokenizer, until, max_minutes, init_from, export
-        ),
-        device,
-    )
+    start = Start(init_from, teacher, from_difference, export_difference)
+    texts = text or [], chat or []
+    _execute(TrainRequest(config, run, data, *texts, reading, tokenizer, until, max_minutes, export, start), device)
 
 
 class TrainRequest(NamedTuple):
@@ -119,8 +134,8 @@ class TrainRequest(NamedTuple):
     tokenizer: Path | None
     until: str | None
     max_minutes: float | None
-    init_from: Path | None
     export: Path | None
+    start: Start
 
 
 def _execute(request: TrainRequest, device: str) -> None:
@@ -130,10 +145,12 @@ def _execute(request: TrainRequest, device: str) -> None:
 
     _check_options(request)
     _check_folders(request)
-    own = None if request.init_from is None else request.init_from / "tokenizer.json"
+    check_start(request.config, request.start)
+    first = request.start.init_from
+    own = None if first is None else first / "tokenizer.json"
     if own is not None and own.is_file() and request.tokenizer is None and request.data is None:
         # tokens must mean to the new rows what they mean to the weights
-        request = request._replace(tokenizer=request.init_from)
+        request = request._replace(tokenizer=first)
     place = init_distributed(choose_device(device))
     folder = RunFolder(request.run)
     folder.take()
@@ -144,30 +161,10 @@ def _execute(request: TrainRequest, device: str) -> None:
         folder.release()
 
 
-def _take_shape(config: TrainConfig, init_from: Path, run: Path) -> None:
-    """The model is that of the folder; once the run has a checkpoint, that of the run."""
-    from hsa_ultralong.cli.common import require_model_folder
-    from hsa_ultralong.files.strict_json import read_json
-    from hsa_ultralong.models import HSAConfig, HSAForCausalLM
-    from hsa_ultralong.train.state import list_checkpoints
-
-    if config.has_twin:
-        raise ValueError(
-            "--init-from starts from the weights of a model of this library, a twin from none: leave it out"
-        )
-    if list_checkpoints(run) and (run / "config.json").is_file():
-        base = read_json(run / "config.json").get("base")
-        if isinstance(base, dict) and base:
-            config.start_from(HSAConfig.from_dict(base))
-            return
-    require_model_folder(init_from)
-    config.start_from(HSAForCausalLM.check_folder(init_from))
-
-
 def _check_options(request: TrainRequest) -> None:
     if not request.text and tuple(request.reading.values()) != ("text", "auto"):
         raise ValueError("--text-field and --encoding go with --text FILE")
-    if request.config.freeze_memory and request.init_from is None:
+    if request.config.freeze_memory and request.start.init_from is None:
         raise ValueError("--freeze-memory keeps the memories of a trained model: name it with --init-from FOLDER")
     from hsa_ultralong.train.twins import rival_of
 
@@ -217,15 +214,20 @@ def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, 
     shards = TokenShards.open(folder, tokens)
     with Display(config, is_first) as display:
         probe = _probe(shards, tokens, config, place)
-        trainer = Trainer(config, run, shards, tokens, device=place, probe=probe, listener=display.show, folder=held)
-        if request.init_from is not None:
-            _start_from(trainer, request.init_from, tokens)
+        trainer = Trainer(
+            config, run, shards, tokens, device=place, probe=probe, listener=display.show, folder=held,
+            teacher=load_teacher(request.start),
+        )  # fmt: skip
+        start_from(trainer, request.start, tokens)
         display.start(trainer)
         _stop_on_signals(trainer)
         minutes = math.inf if request.max_minutes is None else request.max_minutes
         done = trainer.train(max_minutes=minutes, last_stage=request.until)
     if export is not None and done:
         _export(trainer, export)
+        keep_conversion(request.start, export)
+    if done:
+        write_change(trainer, request.start)
     gpus = dist.get_world_size() if dist.is_initialized() else 1
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -238,32 +240,6 @@ def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, 
         _draw(run)
         if export is not None and done:
             echo(f"model written to {export}")
-
-
-def _start_from(trainer: Trainer, folder: Path, tokens: Any) -> None:
-    """Weights of a model folder, unless the run has its own; which tokens end an answer, in any case."""
-    from transformers import GenerationConfig
-
-    from hsa_ultralong.cli.common import load_checkpoint
-
-    if trainer.resumed_from is None:
-        _require_same_tokenizer(folder, tokens)
-        trainer.initialize_from(load_checkpoint(folder, "auto").state_dict())
-    if (folder / "generation_config.json").is_file():
-        trainer.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-
-
-def _require_same_tokenizer(init_from: Path, tokens: Any) -> None:
-    """The same number must mean the same token to the weights and to the rows."""
-    from hsa_ultralong.data import load_tokenizer, tokenizer_fingerprint
-
-    if not (init_from / "tokenizer.json").is_file():
-        return
-    if tokenizer_fingerprint(load_tokenizer(init_from)) != tokenizer_fingerprint(tokens):
-        raise ValueError(
-            f"{init_from} has another tokenizer than the shards, the same number means another token to each: build "
-            f"the shards with hsa data --tokenizer {init_from}"
-        )
 
 
 def _export(trainer: Trainer, folder: Path) -> None:
@@ -314,7 +290,15 @@ def _probe(shards: Any, tokens: Any, config: TrainConfig, place: Any) -> Any:
     lengths = sorted({stage.seq_len for stage in config.stages} | set(config.probe_lengths))
     size = config.shape().chunk_size
     try:
-        return needle_probe(shards, tokens, rows=config.probe_rows, device=place, lengths=lengths, chunk_size=size)
+        return needle_probe(
+            shards,
+            tokens,
+            rows=config.probe_rows,
+            device=place,
+            lengths=lengths,
+            chunk_size=size,
+            kind=config.probe_kind,
+        )
     except ValueError as error:
         logger.warning("needle accuracy is not measured in training: %s", error)
         return None

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.chat import ConversationSampler, sft_row
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
+from hsa_ultralong.data.facts import ChatForm, chat_facts_row, span_copy_row
 from hsa_ultralong.data.instructions import instructions_row
 from hsa_ultralong.data.needles import MIN_WORDS
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, self_copy_row, text_row
@@ -30,10 +31,10 @@ from hsa_ultralong.data.tokenizer import PieceTokenizer, special_token_ids, toke
 # The smallest T, in chunks, of each kind of row.
 _MIN_CHUNKS = {
     "text": 1, "self_copy": 2, "needles": 4, "documents": 1, "short_facts": 4, "multi_query": 8, "variable_tracking": 4,
-    "instructions": 4, "sft": 1,
+    "instructions": 4, "sft": 1, "chat_facts": 4, "span_copy": 2,
 }  # fmt: skip
 # Kinds that need the word bank.
-_WITH_WORDS = {"needles", "short_facts", "multi_query", "variable_tracking", "instructions"}
+_WITH_WORDS = {"needles", "short_facts", "multi_query", "variable_tracking", "instructions", "chat_facts"}
 # Kinds of rows as people wrote them; all others are synthetic.
 _NATURAL = {"text", "documents", "sft"}
 ROW_KINDS: tuple[str, ...] = tuple(_MIN_CHUNKS)
@@ -46,7 +47,7 @@ class MixtureConfig:
 
     Attributes:
         weights: relative share of each kind of row, by number of rows; kinds are text, self_copy, needles, documents,
-            short_facts, multi_query, variable_tracking, instructions and sft (docs/data.md).
+            short_facts, multi_query, variable_tracking, instructions, sft, chat_facts and span_copy (docs/data.md).
         seq_len: T, tokens of a row, a multiple of ``chunk_size``.
         chunk_size: S, tokens of a chunk.
         seed: non-negative; another seed gives other rows.
@@ -164,6 +165,7 @@ class MixtureDataset(Dataset[Row]):
             self._conversations = ConversationSampler(shards, split, config.seq_len)
         self._pieces = PieceTokenizer(tokenizer, shards.words if uses_words else ())
         self._options = config.needle_options()
+        self._form = ChatForm.of(tokenizer) if "chat_facts" in config.weights else None
         self._kinds = tuple(config.weights)
         self._bounds = np.cumsum([config.weights[kind] for kind in self._kinds])
         # One row of each kind, so that a mixture that cannot work fails here and not in a worker.
@@ -191,6 +193,13 @@ class MixtureDataset(Dataset[Row]):
             return self_copy_row(rng, self._layout, self._sampler)
         if kind == "documents":
             return documents_row(rng, self._layout, self._sampler)
+        if kind == "span_copy":
+            return span_copy_row(rng, self._layout, self._sampler)
+        if kind == "chat_facts":
+            assert self._form is not None
+            return chat_facts_row(
+                rng, self._layout, self._sampler, self._pieces, self._words, self._options, self._form
+            )
         if kind == "instructions":
             return instructions_row(rng, self._layout, self._sampler, self._pieces, self._words)
         return _TASKS[kind](rng, self._layout, self._sampler, self._pieces, self._words, self._options)

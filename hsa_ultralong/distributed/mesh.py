@@ -142,6 +142,11 @@ def data_rank(mesh: DeviceMesh | None) -> int:
 
 
 @torch.no_grad()
+def context_place(mesh: DeviceMesh | None) -> int:
+    """Which slice of a row this process has."""
+    return 0 if mesh is None else mesh.get_local_rank("context")
+
+
 def total(part: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
     """The sum of a tensor over all ranks (a loss, a number of labels), without gradient."""
     part = part.detach().clone()

@@ -53,9 +53,10 @@ def needle_probe(
     device: torch.device | str,
     lengths: Iterable[int] = (),
     chunk_size: int = 64,
+    kind: str = "needles",
 ) -> Callable[[Any, int], dict[str, Any]]:
-    """A probe for train.Trainer: held-out documents and needle seeds, at most `rows` rows of the length asked for; what
-    it returns includes the statistics of their retrieval.
+    """A probe for train.Trainer: held-out documents, at most `rows` rows of the length asked for and of a kind
+    that asks (`needles`, `chat_facts`); what it returns includes the statistics of their retrieval.
 
     Raises:
         ValueError: rows of one of `lengths`, with chunks of `chunk_size`, cannot be made; else the probe raises it.
@@ -63,7 +64,7 @@ def needle_probe(
     cache: dict[int, list[dict[str, Any]]] = {}
 
     def rows_of(length: int, chunk_size: int) -> MixtureDataset:
-        config = MixtureConfig(weights={"needles": 1.0}, seq_len=length, chunk_size=chunk_size, seed=1)
+        config = MixtureConfig(weights={kind: 1.0}, seq_len=length, chunk_size=chunk_size, seed=1)
         return MixtureDataset(shards, tokenizer, config, split="validation")
 
     for length in lengths:

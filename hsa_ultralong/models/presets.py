@@ -51,6 +51,36 @@ def nano() -> HSAConfig:
     return HSAConfig()
 
 
+def smol_135m() -> HSAConfig:
+    """SmolLM2-135M-Instruct as `hsa convert` makes it with 7 groups of 2 layers: 144,110,023 parameters.
+
+    Sizes are the source's (Llama layout, tied 49,152-word vocabulary, 9 heads of 64, 3 key-value heads, RoPE theta
+    100,000). Ours: windows of 512, 16 layers below the memory, 3 memory heads, whose keys and values begin as the
+    source's, K = 64 (docs/log.md).
+    """
+    return HSAConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_lower_layers=16,
+        num_upper_groups=7,
+        num_layers_per_group=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        num_memory_heads=3,
+        head_dim=64,
+        sliding_window=512,
+        hsa_sliding_window=512,
+        rope_theta=100_000.0,
+        use_qk_norm=False,
+        rms_norm_eps=1e-5,
+        chunk_topk=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+
+
 def small_345m() -> HSAConfig:
     """The authors' released configuration hsa-swa-2group-345M: 385,060,160 parameters.
 
@@ -156,6 +186,7 @@ def moe_8b_a1b() -> HSAConfig:
 PRESETS: dict[str, Callable[[], HSAConfig]] = {
     "debug": debug,
     "nano": nano,
+    "smol_135m": smol_135m,
     "small_345m": small_345m,
     "dense_0_5b": dense_0_5b,
     "moe_8b_a1b": moe_8b_a1b,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from hsa_ultralong.recipes.convert import convert_align, convert_memory
 from hsa_ultralong.recipes.debug import debug, debug_stages
 from hsa_ultralong.recipes.dense_0_5b import dense_0_5b
 from hsa_ultralong.recipes.moe_8b_a1b import moe_8b_a1b
@@ -25,6 +26,8 @@ _ALL: tuple[Callable[[], TrainConfig], ...] = (
     small_345m,
     dense_0_5b,
     moe_8b_a1b,
+    convert_align,
+    convert_memory,
     debug,
     debug_stages,
 )

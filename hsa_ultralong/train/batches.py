@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hsa_ultralong.data import MixtureConfig, MixtureDataset, StepSampler, TokenShards, collate
+from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.train.config import StageConfig, TrainConfig
 
 IGNORE_INDEX = -100
@@ -104,6 +105,25 @@ def _end_when_the_trainer_says() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def seed_noise(*place: int) -> None:
+    """Noise and other draws of a forward follow from its place in the run."""
+    torch.default_generator.manual_seed(int(namespaced_rng("noise", *place).integers(2**63)))
+
+
+def model_inputs(
+    batch: Batch, stage: StageConfig, device: torch.device, place: int = 0, slices: int = 1
+) -> dict[str, Any]:
+    """What the model takes of a batch, on the device: whole rows, or slice `place` of `slices`."""
+    tensors = {name: batch[name] for name in ("input_ids", "labels", "segment_ids")}
+    if slices > 1:
+        tensors = {name: part.chunk(slices, dim=1)[place].contiguous() for name, part in tensors.items()}
+    inputs: dict[str, Any] = {name: part.to(device, non_blocking=True) for name, part in tensors.items()}
+    isolated = batch["isolated"] | stage.isolate_documents
+    if bool(isolated.any()):
+        inputs["isolate_documents"] = isolated.to(device, non_blocking=True)
+    return inputs
 
 
 def count_labels(batches: list[Batch]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hsa_ultralong.data.mixture import ROW_KINDS
 from hsa_ultralong.distributed.mesh import ParallelConfig
 from hsa_ultralong.models import HSAConfig
 from hsa_ultralong.models.configuration_hsa import config_fields
@@ -34,7 +35,12 @@ class StageConfig:
         learning_rate: peak. warmup_steps: linear from 0. schedule: "constant", "linear" or "cosine", the latter two
             falling to final_learning_rate * learning_rate at the end of the stage.
         chunk_topk: chunks kept per token (K); 0 = full coverage.
-        sliding_window: W; 0 keeps that of the last stage that had one, or the model's.
+        sliding_window: W; 0 keeps that of the last stage that had one, or the model's. hsa_sliding_window: the same of
+            the layers that read the memory.
+        divergence: weight of the divergence from the source (`hsa train --teacher`) on every token that is no answer;
+            above 0, only answers count in the ordinary loss. align_retrieval, align_output: weights of the alignment
+            with the source's attention beyond the window (train/teaching.py).
+        advance_below: end the stage once the mean loss of answers between two log lines is below; 0 = never.
         gumbel_noise: noise on the selection; None keeps the model's choice.
         mixture: weights of the data components, see data.MixtureConfig.
         long_documents: prefer documents of at least seq_len tokens.
@@ -60,6 +66,11 @@ class StageConfig:
     micro_batch_rows: int = 0
     chunk_topk: int = FULL_COVERAGE
     sliding_window: int = 0
+    hsa_sliding_window: int = 0
+    divergence: float = 0.0
+    align_retrieval: float = 0.0
+    align_output: float = 0.0
+    advance_below: float = 0.0
     gumbel_noise: bool | None = None
     long_documents: bool = False
     isolate_documents: bool = False
@@ -78,7 +89,8 @@ class StageConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"stage {self.name!r}: {name} must be >= 1, got {getattr(self, name)}")
         positive = ("warmup_steps", "micro_batch_rows", "chunk_topk", "sliding_window", "piece_tokens")
-        for name in (*positive, "learning_rate"):
+        weights = ("hsa_sliding_window", "divergence", "align_retrieval", "align_output", "advance_below")
+        for name in (*positive, *weights, "learning_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stage {self.name!r}: {name} must be >= 0, got {getattr(self, name)}")
         if self.batch_tokens % self.seq_len:
@@ -90,6 +102,10 @@ class StageConfig:
                 f"stage {self.name!r}: {self.rows} rows a step are no multiple of "
                 f"micro_batch_rows={self.micro_batch_rows}"
             )
+        if not self.divergence and (self.align_retrieval or self.align_output or self.advance_below):
+            raise ValueError(
+                f"stage {self.name!r}: align_retrieval, align_output and advance_below go with divergence above 0"
+            )
         if self.piece_tokens and self.pool_memory:
             raise ValueError(f"stage {self.name!r}: piece_tokens does not go with pool_memory")
         if self.piece_offload and not self.piece_tokens:
@@ -99,6 +115,10 @@ class StageConfig:
     def rows(self) -> int:
         """Rows per optimiser step, over all processes."""
         return self.batch_tokens // self.seq_len
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.divergence > 0
 
     @property
     def num_steps(self) -> int:
@@ -131,6 +151,10 @@ class TrainConfig:
             Of a stage it takes rows, steps and rates; chunk_topk and gumbel_noise are of the model only.
         twin_options: options of the rival's RivalConfig, such as {"num_sinks": 8}.
         optimizer: "adamw", or "muon": Muon on the matrices of layers and experts, AdamW on the rest (optim.py).
+        lora_rank: train the layers outside the memory as low-rank changes (train/lora.py), embedding and head not at
+            all; 0 trains everything.
+        old_rate: factor of the learning rate for what a converted model took over from its source. fresh: names of
+            the parameters that it did not, from the folder's conversion.json.
         freeze_memory: train the upper decoder only, so that memories built before stay valid (train/freezing.py).
         weight_decay: on matrices only. betas, clip_norm: AdamW and gradient clipping.
         parallel: how a step is spread over processes, and what it keeps in memory.
@@ -138,7 +162,7 @@ class TrainConfig:
             none, for trying things on a large model: such a run cannot be resumed.
         log_every, probe_every: optimiser steps.
         probe_rows: held-out synthetic rows per in-training needle probe.
-        probe_lengths: lengths in tokens that are probed besides the stage's own.
+        probe_kind: kind of these rows. probe_lengths: lengths in tokens that are probed besides the stage's own.
         on_spike: what to do when the loss stays more than spike_threshold (nats) above the median of the last 100
             steps for spike_steps steps: "stop" or "warn". A loss or gradient that is not finite always stops the run.
         tensorboard: write curves for TensorBoard too, if it is installed. wandb: name of a Weights & Biases project.
@@ -153,6 +177,9 @@ class TrainConfig:
     twin: str = ""
     twin_options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "adamw"
+    lora_rank: int = 0
+    old_rate: float = 1.0
+    fresh: list[str] = field(default_factory=list)
     freeze_memory: bool = False
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -165,6 +192,7 @@ class TrainConfig:
     log_every: int = 20
     probe_every: int = 250
     probe_rows: int = 32
+    probe_kind: str = "needles"
     probe_lengths: tuple[int, ...] = ()
     on_spike: str = "stop"
     spike_threshold: float = 2.0
@@ -182,7 +210,11 @@ class TrainConfig:
         for name, choices in (("optimizer", OPTIMIZERS), ("on_spike", _ON_SPIKE)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("seed", "keep_checkpoints"):
+        if self.old_rate != 1 and self.optimizer == "muon":
+            raise ValueError("old_rate goes with optimizer=adamw")
+        if self.lora_rank and self.freeze_memory:
+            raise ValueError("lora_rank trains the memory, freeze_memory does not: leave one out")
+        for name in ("seed", "keep_checkpoints", "lora_rank", "old_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         for name in ("clip_norm", "spike_threshold", "mfu"):
@@ -190,6 +222,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.probe_kind not in ROW_KINDS:
+            raise ValueError(f"probe_kind must be one of {', '.join(ROW_KINDS)}, got {self.probe_kind!r}")
         if any(not isinstance(length, int) or length < 1 for length in self.probe_lengths):
             raise ValueError(f"probe_lengths must be numbers of tokens, got {self.probe_lengths}")
 
@@ -248,7 +282,9 @@ def apply_overrides(config: TrainConfig, assignments: Sequence[str]) -> TrainCon
 
 def _assign(target: Any, name: str, path: str, text: str) -> None:
     """Set one field to the value that `text` spells, if it is of the field's type."""
-    names = [f.name for f in dataclasses.fields(target) if f.name not in ("stages", "model", "base", "parallel")]
+    names = [
+        f.name for f in dataclasses.fields(target) if f.name not in ("stages", "model", "base", "fresh", "parallel")
+    ]
     if name not in names:
         raise ValueError(f"unknown key {path!r}; choose one of {', '.join(names)}")
     hint = typing.get_type_hints(type(target))[name]

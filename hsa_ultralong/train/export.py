@@ -23,6 +23,7 @@ from hsa_ultralong.files.checksum import file_digest
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.strict_json import read_json
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.train.lora import merged
 from hsa_ultralong.train.twins import Trained
 
 
@@ -40,6 +41,7 @@ def export_model(model: Trained, tokenizer: Any, folder: Path, *, topk: int) -> 
             weights[name] = whole.cpu()
     if not is_first:
         return
+    weights = merged(weights)
     if isinstance(model, HSAForCausalLM):
         config = copy.deepcopy(model.config)
         config.chunk_topk = topk

@@ -4,10 +4,21 @@ tests/train/test_freezing.py."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.train.config import TrainConfig
+from hsa_ultralong.train.lora import add_lora
+
+
+def prepare_parameters(model: Any, config: TrainConfig) -> None:
+    """Which parameters train: all, the upper half, or the memory and low-rank changes of the rest."""
+    if config.freeze_memory:
+        freeze_memory(model)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
 
 
 def freeze_memory(model: HSAForCausalLM) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards
-from hsa_ultralong.data.seeds import namespaced_rng
-from hsa_ultralong.distributed.mesh import build_mesh, data_rank, data_world, everywhere, total
+from hsa_ultralong.distributed.mesh import build_mesh, context_place, data_rank, data_world, everywhere, total
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.train.activations import activation_context
-from hsa_ultralong.train.batches import Batch, count_labels, stage_mixture, step_batches
+from hsa_ultralong.train.batches import Batch, count_labels, model_inputs, seed_noise, stage_mixture, step_batches
 from hsa_ultralong.train.checkpoint import (
     Checkpoints,
     load_weights,
@@ -28,7 +28,8 @@ from hsa_ultralong.train.checkpoint import (
     optimizer_tensors,
 )
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
-from hsa_ultralong.train.freezing import freeze_memory
+from hsa_ultralong.train.freezing import prepare_parameters
+from hsa_ultralong.train.lora import is_lora
 from hsa_ultralong.train.metrics import (
     Listener,
     Meter,
@@ -51,6 +52,7 @@ from hsa_ultralong.train.schedule import learning_rate
 from hsa_ultralong.train.segmented import segmented_loss_backward
 from hsa_ultralong.train.stages import check_stage, enter_stage
 from hsa_ultralong.train.state import read_state
+from hsa_ultralong.train.teaching import Counts, count_tokens, is_learnt, taught_by
 from hsa_ultralong.train.twins import build_model, require_same_twin
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class Trainer:
         probe: measures needle accuracy at a length; called with the model in eval mode, on every process.
         listener: called with every log record, on the first process.
         folder: of `run`, if the caller holds it already, who then gives it back.
+        teacher: transformers' model that the model was converted from, for stages with divergence.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Trainer:
         probe: Probe | None = None,
         listener: Listener | None = None,
         folder: RunFolder | None = None,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         self.config, self.run, self.shards, self.tokenizer = config, run, shards, tokenizer
         self.device, self.probe, self.listener = torch.device(device), probe, listener
@@ -105,8 +109,8 @@ class Trainer:
         # a stage that cannot run must not come to light after hours of the ones before it
         self.mixtures = [self._checked_mixture(index) for index in range(len(config.stages))]
         self.model.to(self.device).train()
-        if config.freeze_memory:
-            freeze_memory(self.model)
+        self.teacher = taught_by(teacher, self.model, config, self.device)
+        prepare_parameters(self.model, config)
         use_compile = config.compile and self.device.type == "cuda"
         parallelize(self.model, self.mesh, config.parallel, use_compile=use_compile)
         self.optimizers = build_optimizers(self.model, config)
@@ -203,7 +207,8 @@ class Trainer:
     def initialize_from(self, weights: dict[str, torch.Tensor]) -> None:
         """Start from the weights of another run (ignored when this run has a checkpoint of its own)."""
         if self.global_step == 0:
-            load_weights(self.model, weights)
+            own = {name: part for name, part in model_tensors(self.model).items() if is_lora(name)}
+            load_weights(self.model, {**own, **weights})
 
     def save(self, *, wait: bool = True) -> None:
         """Write a checkpoint of this moment; without `wait`, beside the next steps. None if the run keeps none.
@@ -303,7 +308,7 @@ class Trainer:
             self.meter.add(stage.batch_tokens, **self.last)
             is_last = self.step == stage.num_steps
             if self.step % config.log_every == 0 or is_last:
-                self._log(stage, rate)
+                is_last = is_learnt(stage, self._log(stage, rate)) or is_last
             if self.probe is not None and (self.step % config.probe_every == 0 or is_last):
                 self._probe(stage)
             now = time.monotonic()
@@ -321,25 +326,30 @@ class Trainer:
                 self.save(wait=False)
                 saved = time.monotonic()
                 self.meter.restart_clock()
+            if is_last:
+                break
         return True
 
     def _optimizer_step(self, stage: StageConfig, batches: list[Batch], rate: float) -> dict[str, torch.Tensor]:
         """One step on this process's micro-batches; loss and gradient norm of the whole step, on the device."""
-        labels = int(total(torch.tensor(count_labels(batches)), self.mesh)) // self.config.parallel.context
+        count = count_tokens(batches) if stage.needs_teacher else [count_labels(batches)]
+        counts = [int(one) // self.config.parallel.context for one in total(torch.tensor(count), self.mesh)]
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             self._seed_noise(stage, batch, number)
             # copies of the weights on other hosts hear of the gradients once a step
             require_all_reduce(self.model, number + 1 == len(batches))
-            loss += self._backward(stage, batch, max(1, labels))
+            loss += self._backward(stage, batch, [max(1, one) for one in counts])
         norm = clip_gradients(self.model, self.config.clip_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("rate", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         synchronize_buffers(self.model, self.mesh)
         measured = {"loss": total(loss, self.mesh), "grad_norm": norm}
+        if self.teacher is not None:
+            measured.update({name: total(part, self.mesh) for name, part in sorted(self.teacher.take().items())})
         if isinstance(self.model, HSAForCausalLM) and (balance := self.model.update_router_bias()):
             measured["expert_imbalance"] = torch.stack(balance).max()
         return measured
@@ -347,39 +357,28 @@ class Trainer:
     def _seed_noise(self, stage: StageConfig, batch: Batch, number: int) -> None:
         """Noise of a forward by its first row: no two processes draw the same one, however many there are."""
         place = number * data_world(self.mesh) + data_rank(self.mesh)
-        row = self.step * stage.rows + place * len(batch["input_ids"])
-        seed = namespaced_rng("noise", self.config.seed, self.stage_index, row).integers(2**63)
-        torch.default_generator.manual_seed(int(seed))
+        seed_noise(self.config.seed, self.stage_index, self.step * stage.rows + place * len(batch["input_ids"]))
 
-    def _backward(self, stage: StageConfig, batch: Batch, labels: int) -> torch.Tensor:
-        """Add the gradients of one micro-batch; its share of the loss, which all processes' labels divide."""
-        inputs = self._inputs(stage, batch)
+    def _backward(self, stage: StageConfig, batch: Batch, counts: list[int]) -> torch.Tensor:
+        """Add the gradients of one micro-batch; its share of the loss, which all processes' tokens divide."""
+        inputs = model_inputs(batch, stage, self.device, context_place(self.mesh), self.config.parallel.context)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if stage.piece_tokens:
                 with gathered(self.model):
                     return segmented_loss_backward(
-                        self.model, inputs, stage.piece_tokens, num_items=labels, offload=stage.piece_offload
+                        self.model, inputs, stage.piece_tokens, num_items=counts[0], offload=stage.piece_offload
                     )
+            if self.teacher is not None and stage.needs_teacher:
+                with gathered(self.model), activation_context(self.config.parallel):
+                    return self.teacher.backward(self.model, inputs, batch, stage, Counts(*counts))
             with activation_context(self.config.parallel):
                 if stage.pool_memory:
                     inputs["pool_memory"] = stage.pool_memory
-                loss = self.model(**inputs, num_items_in_batch=labels).loss
+                loss = self.model(**inputs, num_items_in_batch=counts[0]).loss
         loss.backward()
         return loss.detach()
 
-    def _inputs(self, stage: StageConfig, batch: Batch) -> dict[str, Any]:
-        """What the model takes of a batch, on the device: whole rows, or this process's slice of them."""
-        tensors = {name: batch[name] for name in ("input_ids", "labels", "segment_ids")}
-        if self.mesh is not None and self.config.parallel.context > 1:
-            place, slices = self.mesh.get_local_rank("context"), self.config.parallel.context
-            tensors = {name: part.chunk(slices, dim=1)[place].contiguous() for name, part in tensors.items()}
-        inputs: dict[str, Any] = {name: part.to(self.device, non_blocking=True) for name, part in tensors.items()}
-        isolated = batch["isolated"] | stage.isolate_documents
-        if bool(isolated.any()):
-            inputs["isolate_documents"] = isolated.to(self.device, non_blocking=True)
-        return inputs
-
-    def _log(self, stage: StageConfig, rate: float) -> None:
+    def _log(self, stage: StageConfig, rate: float) -> dict[str, Any]:
         series = self.meter.take()
         speed = self.meter.speed()
         record = {
@@ -403,6 +402,7 @@ class Trainer:
             if self.config.on_spike == "stop":
                 raise TrainingDiverged(self._advice(spike, "go on regardless with --set on_spike=warn, or "))
             logger.warning("%s (step %d)", spike, self.global_step)
+        return record
 
     def _advice(self, what: str, alternative: str = "") -> str:
         finite = "" if alternative else " is not finite"

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hsa_ultralong.train.config import TrainConfig
+from hsa_ultralong.train.lora import is_lora
 
 # looked up or multiplied as tables, not as maps of hidden states
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
@@ -110,7 +111,15 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         )
 
     if config.optimizer != "muon":
-        return [adamw(parameter for parameter in model.parameters() if parameter.requires_grad)]
+        trained = {name: part for name, part in model.named_parameters() if part.requires_grad}
+        if config.old_rate == 1:
+            return [adamw(trained.values())]
+        fresh = {name for name in trained if name in config.fresh or is_lora(name)}
+        groups = []
+        for rate, names in ((1.0, fresh), (config.old_rate, trained.keys() - fresh)):
+            parts = decay_groups([part for name, part in trained.items() if name in names], config.weight_decay)
+            groups += [{**group, "rate": rate} for group in parts]
+        return [torch.optim.AdamW(groups, betas=config.betas, lr=0.0, fused=is_cuda)]
     matrices: list[nn.Parameter] = []
     stacks: list[nn.Parameter] = []
     pairs: list[nn.Parameter] = []

@@ -33,6 +33,11 @@ def check_stage(config: TrainConfig, index: int, preset: HSAConfig, data_world: 
             f"stage {stage.name!r}: freeze_memory keeps the window that memories were built with, "
             f"{preset.sliding_window}; leave sliding_window={stage.sliding_window} out"
         )
+    if stage.hsa_sliding_window and not preset.hsa_sliding_window:
+        raise ValueError(
+            f"stage {stage.name!r}: the layers that read the memory have no window in this model; leave "
+            f"hsa_sliding_window={stage.hsa_sliding_window} out"
+        )
     if stage.piece_tokens and parallel.offload_activations:
         raise ValueError(
             f"stage {stage.name!r}: parallel.offload_activations acts on whole rows; with piece_tokens take "
@@ -53,9 +58,21 @@ def enter_stage(model: Trained, stages: Sequence[StageConfig], index: int, prese
     window = next((size for size in reversed(windows) if size), preset.sliding_window)
     if window != config.sliding_window:
         set_window(model, window)
+    own = [earlier.hsa_sliding_window for earlier in stages[: index + 1]]
+    own_window = next((size for size in reversed(own) if size), preset.hsa_sliding_window)
+    if own_window != config.hsa_sliding_window:
+        set_hsa_window(model, own_window)
     config.gumbel_noise = preset.gumbel_noise if stage.gumbel_noise is None else stage.gumbel_noise
     for group in model.model.upper_groups():
         group.retriever.gumbel_noise = config.gumbel_noise
+
+
+def set_hsa_window(model: HSAForCausalLM, window: int) -> None:
+    """Change the window of the layers that read the memory."""
+    for group in model.model.upper_groups():
+        if group.hsa_layer.window_attention is not None:
+            group.hsa_layer.window_attention.window = window
+    model.config.hsa_sliding_window = window
 
 
 def set_window(model: HSAForCausalLM, window: int) -> None:

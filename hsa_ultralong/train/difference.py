@@ -1,0 +1,125 @@
+"""What a run changed of a converted model, as one small file: everything of the memory, norms and low-rank changes.
+
+The file names the source by the SHA-256 of its files, and how it was converted; the rest is the source's. The next run
+starts from it, and `hsa convert SOURCE --apply FILE` makes the model of it. Called by cli/train.py and cli/convert.py;
+tests/train/test_difference.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch.distributed.tensor import DTensor
+
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.fields import is_whole
+from hsa_ultralong.files.messages import reason, shown
+from hsa_ultralong.models import HSAConfig, HSAForCausalLM
+
+MAX_BYTES = 32 * 2**20
+_FORMAT = "hsa-difference-1"
+_HEADER_BYTES = 2**20
+
+
+def difference_tensors(model: HSAForCausalLM) -> dict[str, torch.Tensor]:
+    """All that a run trains, and buffers, on the CPU: matrices bf16, vectors fp32. Every process calls it."""
+    trained = {name for name, part in model.named_parameters() if part.requires_grad}
+    fixed = {name for name, part in model.named_parameters(remove_duplicate=False)} - trained
+    found = {}
+    for name, part in model.state_dict().items():
+        if name not in fixed:
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            found[name] = whole.detach().to("cpu", torch.bfloat16 if whole.dim() > 1 else torch.float32).contiguous()
+    return found
+
+
+def require_small(model: HSAForCausalLM) -> None:
+    """Refuse a run whose difference is no small file.
+
+    Raises:
+        ValueError: it would have more than 32 MiB.
+    """
+    sizes = {name: (2 if part.dim() > 1 else 4) * part.numel() for name, part in model.named_parameters()
+             if part.requires_grad}  # fmt: skip
+    if (size := sum(sizes.values()) + _HEADER_BYTES) > MAX_BYTES:
+        raise ValueError(
+            f"the difference would have {size / 2**20:.1f} MiB, at most {MAX_BYTES >> 20} are written: set a (smaller) "
+            "lora_rank, or export the whole model with --export"
+        )
+
+
+def write_difference(
+    path: Path, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any], config: HSAConfig
+) -> None:
+    """Write the file in one step.
+
+    Args:
+        conversion: conversion.json of the folder that the run started from. config: of the trained model, whose windows
+            may be others than it was converted with.
+    """
+    about = {name: conversion[name] for name in ("source", "source_files", "options")}
+    about["windows"] = [config.sliding_window, config.hsa_sliding_window]
+    write_whole(path, save(dict(tensors), metadata={"format": _FORMAT, "conversion": json.dumps(about)}))
+
+
+def read_difference(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and the conversion that they belong to.
+
+    Raises:
+        ValueError: the file is none, damaged, or holds numbers that are not finite.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: a difference is what --export-difference wrote")
+    if os.path.getsize(path) > MAX_BYTES:
+        raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MiB, which no difference has")
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {reason(error)}") from error
+    if about.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no difference: its format is {shown(about.get('format'))}, not {_FORMAT}")
+    try:
+        conversion = json.loads(about["conversion"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {reason(error)}") from error
+    kinds = {"source": str, "source_files": dict, "options": dict, "windows": list}
+    if (
+        not isinstance(conversion, dict)
+        or any(not isinstance(conversion.get(key), kind) for key, kind in kinds.items())
+        or len(conversion["windows"]) != 2
+        or not all(is_whole(window, number == 0, 2**31 - 1) for number, window in enumerate(conversion["windows"]))
+    ):
+        raise ValueError(f"{path} is damaged: it does not say what it belongs to")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{path} holds numbers that are not finite ({shown(name)}); get it again")
+    return tensors, conversion
+
+
+def require_same_source(named: Mapping[str, Any], found: Mapping[str, Any], what: str) -> None:
+    """Refuse files of another source, by their SHA-256; names do not count.
+
+    Raises:
+        ValueError: naming `what`.
+    """
+    wanted, here = (sorted(str(entry) for entry in table.values()) for table in (named, found))
+    if wanted != here:
+        raise ValueError(
+            f"{what} is not the source of this difference ({', '.join(map(shown, named))}): its files differ"
+        )
+
+
+def with_difference(
+    weights: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Weights of a converted model with what a difference changes in their place."""
+    return {**weights, **{name: part.to(torch.float32) for name, part in tensors.items()}}
