@@ -16,6 +16,7 @@ READ_IN_TURN = (
             *("install", "first-memory", "faq", "memory", "library", "data", "training", "long-rows", "convert"),
             *("transformers", "evaluate", "distributed", "write-an-operator", "architecture", "pooled-memory"),
             "speedrun",
+            "own-memory",
             "serve",
         )
     ),

@@ -339,7 +339,7 @@ class Trainer:
             self._seed_noise(stage, batch, number)
             # copies of the weights on other hosts hear of the gradients once a step
             require_all_reduce(self.model, number + 1 == len(batches))
-            loss += self._backward(stage, batch, [max(1, one) for one in counts])
+            loss += self._backward(stage, batch, counts)
         norm = clip_gradients(self.model, self.config.clip_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -366,7 +366,11 @@ class Trainer:
             if stage.piece_tokens:
                 with gathered(self.model):
                     return segmented_loss_backward(
-                        self.model, inputs, stage.piece_tokens, num_items=counts[0], offload=stage.piece_offload
+                        self.model,
+                        inputs,
+                        stage.piece_tokens,
+                        num_items=max(1, counts[0]),
+                        offload=stage.piece_offload,
                     )
             if self.teacher is not None and stage.needs_teacher:
                 with gathered(self.model), activation_context(self.config.parallel):
@@ -374,7 +378,7 @@ class Trainer:
             with activation_context(self.config.parallel):
                 if stage.pool_memory:
                     inputs["pool_memory"] = stage.pool_memory
-                loss = self.model(**inputs, num_items_in_batch=counts[0]).loss
+                loss = self.model(**inputs, num_items_in_batch=max(1, counts[0])).loss
         loss.backward()
         return loss.detach()
 

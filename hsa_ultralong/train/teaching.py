@@ -143,9 +143,10 @@ class Teacher:
         batch = {name: batch[name].to(device) for name in ("answer_mask", "labels", "segment_ids")}
         states = passed.hidden[:, :-1]
         loss = states.new_zeros((), dtype=torch.float32)
-        # processes exchange what all of them have
-        for name in ("divergence", "answer_loss"):
-            self._note(name, loss)
+        # processes exchange what all of them have; a step without answers says nothing of recall
+        for name, count in (("divergence", counts.texts), ("answer_loss", counts.answers)):
+            if count:
+                self._note(name, loss)
         if (texts := text_tokens(batch)).any():
             places = texts.flatten().nonzero()[:, 0]
             # drawn on the host, whose random state is that of the step

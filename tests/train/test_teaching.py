@@ -87,6 +87,14 @@ def test_micro_batches_share_out_the_loss_of_a_step():
 
 
 @torch.no_grad()
+def test_a_step_without_answers_says_nothing_of_recall():
+    _, student, teacher = made(window=8)
+    batch = batch_of()
+    batch["answer_mask"][:] = False
+    teacher.losses(student, batch, batch, stage(), counts(batch))
+    assert set(teacher.take()) == {"divergence"}
+
+
 def test_the_target_of_retrieval_is_the_sources_attention_on_chunks_beyond_the_window():
     source, student, teacher = made(window=10)
     batch = batch_of()
