@@ -110,7 +110,7 @@ class ChatForm:
 
 
 @dataclass(frozen=True)
-class Fact:
+class ChatFact:
     """A sentence, with a blank in front, and a question about it with its answer."""
 
     statement: str
@@ -118,7 +118,7 @@ class Fact:
     answer: str
 
 
-def sample_facts(rng: np.random.Generator, count: int, words: Sequence[str]) -> list[Fact]:
+def sample_facts(rng: np.random.Generator, count: int, words: Sequence[str]) -> list[ChatFact]:
     """Facts whose questions are all different."""
 
     def one(options: Sequence[str]) -> str:
@@ -127,7 +127,7 @@ def sample_facts(rng: np.random.Generator, count: int, words: Sequence[str]) -> 
     def number() -> str:
         return "".join(str(digit) for digit in rng.integers(0, 10, int(rng.integers(3, 8))))
 
-    found: dict[str, Fact] = {}
+    found: dict[str, ChatFact] = {}
     while len(found) < count:
         person = f"{one(_NAMES)} {one(words).capitalize()}"
         values = {"n": number(), "w": one(words), "c": one(_CITIES), "o": f"{one(_NAMES)} {one(words).capitalize()}"}
@@ -141,7 +141,7 @@ def sample_facts(rng: np.random.Generator, count: int, words: Sequence[str]) -> 
             key = f"{one(words)} {one(words)}"
             statement = one(_FRAMES).format(a=attribute, k=key, v=values[kind])
             question = one(_ASKED).format(a=attribute, k=key)
-        found.setdefault(question, Fact(f" {statement}", question, values[kind]))
+        found.setdefault(question, ChatFact(f" {statement}", question, values[kind]))
     return list(found.values())
 
 
