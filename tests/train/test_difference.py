@@ -24,7 +24,7 @@ def hsa(*arguments):
 
 def sizes(stage, seq_len, steps, **options):
     table = {"seq_len": seq_len, "batch_tokens": 2 * seq_len, "tokens": 2 * seq_len * steps, "warmup_steps": 1,
-             "sliding_window": 16, "hsa_sliding_window": 16, **options}  # fmt: skip
+             "sliding_window": 16, "hsa_sliding_window": 16, "mixture": {"chat_facts": 1.0}, **options}  # fmt: skip
     return [part for name, value in table.items() for part in ("--set", f"{stage}.{name}={value}")]
 
 
