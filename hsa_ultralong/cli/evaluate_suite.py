@@ -87,6 +87,8 @@ def suite(
 
       hsa eval checkpoints/nano --suite ruler --lengths 4K..1M --data squad=a.json --data hotpot=b.jsonl -o runs/ruler
 
+      torchrun --nproc-per-node=8 -m hsa_ultralong eval checkpoints/nano --suite recall --lengths 1M..16M -o runs/long
+
       hsa eval models/smol models/mine --tasks niah_single_2,vt --chat --lengths 2K..8K -o runs/beside
     """
     from hsa_ultralong.cli.places import require_folder
@@ -101,6 +103,12 @@ def suite(
     labels = ["nano" if folder is None else folder.resolve().name for folder in folders]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two models are called {_twice(labels)!r}; give them different folder names")
+    import torch.distributed as dist
+
+    from hsa_ultralong.cli.common import choose_device
+    from hsa_ultralong.distributed.mesh import init_distributed
+
+    init_distributed(choose_device(device))
     for folder, label in zip(folders, labels, strict=True):
         model, tokenizer, is_ours = _load(folder, device, dtype, changes or [])
         if topk is not None:
@@ -116,6 +124,8 @@ def suite(
         reader = _reader(model, material, setting, batch, is_ours)
         place = output if len(folders) == 1 else output / label
         _measure(place, label, model, material, reader, names, wanted, samples, seed, topk, changes or [])
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _twice(labels: Sequence[str]) -> str:
@@ -235,22 +245,34 @@ def _measure(
 ) -> None:  # fmt: skip
     from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from hsa_ultralong.eval.suite import SuiteRun, run_settings, run_suite, write_summary
+    from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
+    from hsa_ultralong.eval.suite import FollowedRun, Ranks, SuiteRun, run_settings, run_suite, write_summary
 
+    group = patient_group()
+    ranks = Ranks(group.rank(), group.size(), lambda work: everywhere(work, group)) if group else Ranks()
+    is_first = ranks.rank == 0
     settings = run_settings(model, material, setting=reader.setting, samples=samples, seed=seed)
     if changes:
         settings["set"] = sorted(changes)
-    bar = progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = progress("{task.description}", *columns, disable=not is_first)
     total = len(names) * len(lengths) * samples
-    with SuiteRun(place, settings) as run, bar:
-        if run.records:
+    own: list[SuiteRun] = []
+
+    def known() -> list[dict[str, Any]]:
+        own.append(SuiteRun(place, settings))
+        return own[0].records
+
+    records = on_first(known, group)
+    with own[0] if is_first else FollowedRun(records) as run, bar:
+        if run.records and is_first:
             echo(f"{place} holds {len(run.records):,} samples; going on", err=True)
         task = bar.add_task(label, total=total)
 
         def show(name: str, length: int, done: int, wanted: int) -> None:
             before = (lengths.index(length) * len(names) + names.index(name)) * samples
             bar.update(task, description=f"{label} {name} {length:,}", completed=before + done)
-            if not bar.console.is_terminal and done == wanted:
+            if is_first and not bar.console.is_terminal and done == wanted:
                 bar.console.print(f"{name} at {length:,}: {done} samples")
 
         try:
@@ -264,11 +286,14 @@ def _measure(
                 seed=seed,
                 model=label,
                 progress=show,
+                ranks=ranks,
             )
         finally:
-            if run.records:
+            if run.records and is_first:
                 write_summary(run, model, material, seed=seed, label=label)
         if not run.records:
             raise ValueError(f"nothing can be measured: {next(iter(run.skipped.values()))}")
+    if not is_first:
+        return
     echo((place / "summary.md").read_text(encoding="utf-8"))
     echo(f"Written: {place}/summary.json, summary.md, summary.tex, figures, report.html, records.jsonl")

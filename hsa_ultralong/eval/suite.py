@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,28 @@ class SuiteRun(RecordedRun):
         return {r["index"] for r in self.records if r["task"] == task and r["length"] == length}
 
 
+class FollowedRun(SuiteRun):
+    """A run as the processes beside the first one know it: in memory, on disk at the first."""
+
+    def __init__(self, records: Sequence[dict[str, Any]]) -> None:
+        self.records, self.skipped = list(records), {}
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        self.records += records
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that share the samples out; `everywhere` gives what each of them found, by rank, to all."""
+
+    rank: int = 0
+    world: int = 1
+    everywhere: Callable[[Callable[[], list[dict[str, Any]]]], list[list[dict[str, Any]]]] = lambda work: [work()]
+
+
 def run_suite(
     reader: Reader,
     material: Material,
@@ -56,17 +79,20 @@ def run_suite(
     seed: int = 0,
     model: str = "",
     progress: SuiteProgress | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Answer all samples that the run does not hold yet; a length too short for a task is noted in `run.skipped`.
 
     Args:
         tasks: names. samples: of each task and length, at uniform depths. model: name for the records.
+        ranks: processes that call this together. In every round each answers its share, and the first one's run keeps
+            all of them in the order that one process would give them; the others have a `FollowedRun`.
 
     Raises:
         ValueError: what the tasks refuse (unknown names, missing files), before the first sample.
     """
     check_tasks(tasks, material, samples)
-    report = progress or (lambda *_: None)
+    report, ranks = progress or (lambda *_: None), ranks or Ranks()
     for length in lengths:
         for task in tasks:
             if reader.limit is not None and length > reader.limit:
@@ -77,12 +103,10 @@ def run_suite(
             wanted = (s for s in _samples(run, task, material, length, samples, seed) if s.index not in done)
             if len(done) >= samples:
                 continue
-            while batch := list(islice(wanted, reader.batch)):
-                found = [
-                    _record(sample, reply, model, reader, material)
-                    for sample, reply in zip(batch, reader.answer(batch), strict=True)
-                ]
-                run.add(found)
+            while batch := list(islice(wanted, reader.batch * ranks.world)):
+                own = batch[ranks.rank :: ranks.world]
+                parts = ranks.everywhere(lambda own=own: _answer(own, model, reader, material))  # type: ignore[misc]
+                run.add(sorted((record for part in parts for record in part), key=lambda record: record["index"]))
                 done |= {sample.index for sample in batch}
                 report(task, length, len(done), samples)
 
@@ -97,6 +121,11 @@ def _samples(
             made += 1
     except TooShort as error:
         run.skipped[task, length] = f"{error} (after {made} of {samples} samples)" if made else str(error)
+
+
+def _answer(samples: Sequence[Sample], model: str, reader: Reader, material: Material) -> list[dict[str, Any]]:
+    replies = reader.answer(samples) if samples else []
+    return [_record(sample, reply, model, reader, material) for sample, reply in zip(samples, replies, strict=True)]
 
 
 def _record(sample: Sample, reply: Reply, model: str, reader: Reader, material: Material) -> dict[str, Any]:
