@@ -246,10 +246,10 @@ def _measure(
     from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
-    from hsa_ultralong.eval.suite import FollowedRun, Ranks, SuiteRun, run_settings, run_suite, write_summary
+    from hsa_ultralong.eval.suite import FollowedRun, SampleRanks, SuiteRun, run_settings, run_suite, write_summary
 
     group = patient_group()
-    ranks = Ranks(group.rank(), group.size(), lambda work: everywhere(work, group)) if group else Ranks()
+    ranks = SampleRanks(group.rank(), group.size(), lambda work: everywhere(work, group)) if group else SampleRanks()
     is_first = ranks.rank == 0
     settings = run_settings(model, material, setting=reader.setting, samples=samples, seed=seed)
     if changes:

@@ -60,7 +60,7 @@ class FollowedRun(SuiteRun):
 
 
 @dataclass(frozen=True)
-class Ranks:
+class SampleRanks:
     """Processes that share the samples out; `everywhere` gives what each of them found, by rank, to all."""
 
     rank: int = 0
@@ -79,7 +79,7 @@ def run_suite(
     seed: int = 0,
     model: str = "",
     progress: SuiteProgress | None = None,
-    ranks: Ranks | None = None,
+    ranks: SampleRanks | None = None,
 ) -> None:
     """Answer all samples that the run does not hold yet; a length too short for a task is noted in `run.skipped`.
 
@@ -92,7 +92,7 @@ def run_suite(
         ValueError: what the tasks refuse (unknown names, missing files), before the first sample.
     """
     check_tasks(tasks, material, samples)
-    report, ranks = progress or (lambda *_: None), ranks or Ranks()
+    report, ranks = progress or (lambda *_: None), ranks or SampleRanks()
     for length in lengths:
         for task in tasks:
             if reader.limit is not None and length > reader.limit:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
 from hsa_ultralong.eval.memory_reader import MemoryReader
-from hsa_ultralong.eval.suite import FollowedRun, Ranks, SuiteRun, run_suite
+from hsa_ultralong.eval.suite import FollowedRun, SampleRanks, SuiteRun, run_suite
 from hsa_ultralong.eval.tasks import Material
 from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.testing.processes import HANG_SECONDS, launch
@@ -43,7 +43,7 @@ def on_rank(rank, world, folder, lengths):
 
     records = on_first(known, group)
     with opened[0] if rank == 0 else FollowedRun(records) as run:
-        measure(folder, run, Ranks(rank, world, lambda work: everywhere(work, group)), lengths)
+        measure(folder, run, SampleRanks(rank, world, lambda work: everywhere(work, group)), lengths)
         assert run.skipped == {("recall_similar_256", length): run.skipped["recall_similar_256", length]
                                for length in lengths}  # fmt: skip
         counts = [None] * world
