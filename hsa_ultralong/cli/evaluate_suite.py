@@ -14,8 +14,43 @@ from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size
 from hsa_ultralong.cli.terminal import echo, progress
 
 _TEXT_TOKENS = 1 << 24
-_READER_OF = {"squad": "qa_1", "hotpot": "qa_2"}
-_SETTINGS = ("auto", "memory", "continue", "prompt")
+_QA = ("qa_xquad", "qa_squadshifts", "qa_nq", "qa_hotpot", "qa_2wiki")
+# data by name, and the tasks that read it
+_READER_OF = {
+    "squad": ("qa_1",), "hotpot": ("qa_2", "qa_hotpot"), "xquad": ("qa_xquad",), "squadshifts": ("qa_squadshifts",),
+    "nq": ("qa_nq",), "2wiki": ("qa_2wiki",), "wiki": _QA, "babi": tuple(f"babilong_qa{n}" for n in range(1, 6)),
+    "short": ("lambada_openai", "hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa",
+              "wikitext2"),
+}  # fmt: skip
+# data that is a folder
+_FOLDERS = ("babi", "short")
+_CONTROLS = ("closed", "gold", "bm25")
+_SETTINGS = ("auto", "memory", "continue", "prompt", *_CONTROLS)
+_SCORINGS = ("generate", "teacher", "both")
+
+
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=PATH: files squad (qa_1), hotpot (qa_2, qa_hotpot), xquad, squadshifts, nq, 2wiki, wiki "
+        "(distractors of qa); folders babi (its test stories), short."
+    ),
+]
+Setting = Annotated[
+    str,
+    typer.Option(
+        help="memory: the question is a new document; continue: it goes on with the text; prompt: plain. Controls "
+        "of qa: closed (no passage), gold, bm25 (those of a search)."
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Of a rival (hsa_ultralong/baselines): decoding=pages, chunk_topk=8, rope_scaling=..."),
+]
+Models = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="MODEL...", help="Model folders: of this library, or of transformers.", show_default="nano"),
+]
 
 
 class WithDefault(TyperGroup):
@@ -33,24 +68,20 @@ def register(evaluate: typer.Typer) -> None:
 
 def suite(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; one below it for each model.")],
-    models: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="MODEL...", help="Model folders: of this library, or of transformers.", show_default="nano"
-        ),
-    ] = None,
-    suites: Annotated[str, typer.Option("--suite", help="ruler, recall, paper, prompt; several by commas.")] = "",
+    models: Models = None,
+    suites: Annotated[
+        str,
+        typer.Option("--suite", help="ruler, recall, paper, prompt, babilong, qa, ppl, short; several by commas."),
+    ] = "",
     tasks: Annotated[str, typer.Option(help="Tasks by name instead of, or besides, a suite.")] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling).")] = "4K..64K",
     samples: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Samples of a task and length.")] = 100,
-    setting: Annotated[
-        str,
-        typer.Option(help="memory: the question is a new document; continue: it goes on with the text; prompt: plain."),
-    ] = "auto",
+    setting: Setting = "auto",
+    scoring: Annotated[
+        str, typer.Option(help="generate, teacher (forced answers, faster; tasks with one right answer) or both.")
+    ] = "generate",
     chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the tokenizer's chat template.")] = False,
-    data: Annotated[
-        list[str] | None, typer.Option(help="Files of questions: squad=FILE (qa_1), hotpot=FILE (qa_2).")
-    ] = None,
+    data: Data = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Haystack: file, folder or - for stdin.", show_default="Opticks")
     ] = None,
@@ -64,12 +95,7 @@ def suite(
     topk: Annotated[
         int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Of a rival (hsa_ultralong/baselines): decoding=pages, chunk_topk=8, rope_scaling=..."
-        ),
-    ] = None,
+    changes: Changes = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the samples.")] = 0,
@@ -92,11 +118,16 @@ def suite(
       hsa eval models/smol models/mine --tasks niah_single_2,vt --chat --lengths 2K..8K -o runs/beside
     """
     from hsa_ultralong.cli.places import require_folder
+    from hsa_ultralong.eval.likelihood_suite import LIKELIHOOD_TASKS, check_likelihood
     from hsa_ultralong.eval.tasks import check_tasks
 
     names, wanted = _tasks(suites, tasks), parse_lengths(lengths)
     if setting not in _SETTINGS:
         raise ValueError(f"--setting must be one of {', '.join(_SETTINGS)}, got {setting!r}")
+    if scoring not in _SCORINGS:
+        raise ValueError(f"--scoring must be one of {', '.join(_SCORINGS)}, got {scoring!r}")
+    if setting in _CONTROLS and not {*names} <= {*_QA}:
+        raise ValueError(f"--setting {setting} is of the suite qa; leave {next(n for n in names if n not in _QA)} out")
     files = _files(data or [], names)
     require_folder(output)
     folders: Sequence[Path | None] = models or [None]
@@ -120,10 +151,12 @@ def suite(
         # the same text whatever the lengths, so that lengths can be added to a run
         source = haystack(tokenizer, text, text_field, encoding, shards, max(_TEXT_TOKENS, max(wanted)))
         material = Material(tokenizer, source, chat=chat, files=files)
-        check_tasks(names, material, samples)
-        reader = _reader(model, material, setting, batch, is_ours)
+        asked = [name for name in names if name not in LIKELIHOOD_TASKS]
+        check_tasks(asked, material, samples)
+        check_likelihood(names, files.get("short"), samples)
+        reader = _reader(model, material, setting, batch, is_ours) if asked else None
         place = output if len(folders) == 1 else output / label
-        _measure(place, label, model, material, reader, names, wanted, samples, seed, topk, changes or [])
+        _measure(place, label, model, material, reader, names, wanted, samples, seed, scoring, changes or [])
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -134,19 +167,21 @@ def _twice(labels: Sequence[str]) -> str:
 
 def _tasks(suites: str, tasks: str) -> list[str]:
     """Names of the tasks, each once."""
+    from hsa_ultralong.eval.likelihood_suite import LIKELIHOOD_SUITES, LIKELIHOOD_TASKS
     from hsa_ultralong.eval.tasks import SUITES, TASKS
 
+    known = {**{name: tuple(task.name for task in own) for name, own in SUITES.items()}, **LIKELIHOOD_SUITES}
     names: list[str] = []
     for suite_name in filter(None, (part.strip() for part in suites.split(","))):
-        if suite_name not in SUITES:
-            raise ValueError(f"--suite must be of {', '.join(SUITES)}, got {suite_name!r}")
-        names += [task.name for task in SUITES[suite_name]]
+        if suite_name not in known:
+            raise ValueError(f"--suite must be of {', '.join(known)}, got {suite_name!r}")
+        names += known[suite_name]
     for task in filter(None, (part.strip() for part in tasks.split(","))):
-        if task not in TASKS:
-            raise ValueError(f"--tasks has no {task!r}; there are {', '.join(TASKS)}")
+        if task not in TASKS and task not in LIKELIHOOD_TASKS:
+            raise ValueError(f"--tasks has no {task!r}; there are {', '.join((*TASKS, *LIKELIHOOD_TASKS))}")
         names.append(task)
     if not names:
-        raise ValueError(f"give --suite ({', '.join(SUITES)}) or --tasks")
+        raise ValueError(f"give --suite ({', '.join(known)}) or --tasks")
     return list(dict.fromkeys(names))
 
 
@@ -170,11 +205,13 @@ def _files(data: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
     for entry in data:
         name, sign, path = entry.partition("=")
         if not sign or name not in _READER_OF:
-            raise ValueError(f"--data must be squad=FILE or hotpot=FILE, got {entry!r}")
-        if _READER_OF[name] not in tasks:
-            raise ValueError(f"--data {name} is read by {_READER_OF[name]}, which is not among the tasks")
-        if not Path(path).is_file():
-            raise ValueError(f"--data {name}: there is no file {path}")
+            names = ", ".join(f"{name}=PATH" for name in _READER_OF)
+            raise ValueError(f"--data must be one of {names}, got {entry!r}")
+        if not {*_READER_OF[name]} & {*tasks}:
+            raise ValueError(f"--data {name} is read by {', '.join(_READER_OF[name])}, none of which is to be measured")
+        kind, is_there = ("folder", Path(path).is_dir()) if name in _FOLDERS else ("file", Path(path).is_file())
+        if not is_there:
+            raise ValueError(f"--data {name}: there is no {kind} {path}")
         found[name] = Path(path)
     return found
 
@@ -224,6 +261,7 @@ def _changed(folder: Path, changes: Sequence[str]) -> Any:
 
 def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours: bool) -> Any:
     from hsa_ultralong.eval.memory_reader import MemoryReader
+    from hsa_ultralong.eval.passage_reader import PassageReader
     from hsa_ultralong.eval.readers import ContinuingReader, PromptReader
 
     if setting == "auto":
@@ -232,6 +270,8 @@ def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours:
         raise ValueError(f"--batch is of the setting memory; {setting} answers samples one by one: leave it out")
     if setting == "prompt":
         return PromptReader(model, material)
+    if setting in _CONTROLS:
+        return PassageReader(model, material, setting)
     if not is_ours:
         raise ValueError(f"--setting {setting} needs a model with a memory; leave it out, or say prompt")
     if setting == "continue":
@@ -241,17 +281,22 @@ def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours:
 
 def _measure(
     place: Path, label: str, model: Any, material: Any, reader: Any, names: list[str], lengths: list[int], samples: int,
-    seed: int, topk: int | None, changes: Sequence[str],
+    seed: int, scoring: str, changes: Sequence[str],
 ) -> None:  # fmt: skip
     from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
+    from hsa_ultralong.eval.likelihood_suite import LIKELIHOOD_TASKS, run_likelihood
     from hsa_ultralong.eval.suite import FollowedRun, SampleRanks, SuiteRun, run_settings, run_suite, write_summary
 
     group = patient_group()
     ranks = SampleRanks(group.rank(), group.size(), lambda work: everywhere(work, group)) if group else SampleRanks()
     is_first = ranks.rank == 0
-    settings = run_settings(model, material, setting=reader.setting, samples=samples, seed=seed)
+    setting = "likelihood" if reader is None else reader.setting
+    settings = run_settings(model, material, setting=setting, samples=samples, seed=seed, scoring=scoring)
+    asked = [name for name in names if name not in LIKELIHOOD_TASKS]
+    if ranks.world > 1 and len(asked) < len(names):
+        raise ValueError("the suites ppl and short run in one process; ask them without torchrun")
     if changes:
         settings["set"] = sorted(changes)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -270,24 +315,21 @@ def _measure(
         task = bar.add_task(label, total=total)
 
         def show(name: str, length: int, done: int, wanted: int) -> None:
-            before = (lengths.index(length) * len(names) + names.index(name)) * samples
-            bar.update(task, description=f"{label} {name} {length:,}", completed=before + done)
+            before = (lengths.index(length) if length else 0) * len(names) + names.index(name)
+            bar.update(task, description=f"{label} {name} {length:,}", completed=before * samples + done)
             if is_first and not bar.console.is_terminal and done == wanted:
                 bar.console.print(f"{name} at {length:,}: {done} samples")
 
         try:
-            run_suite(
-                reader,
-                material,
-                run,
-                tasks=names,
-                lengths=lengths,
-                samples=samples,
-                seed=seed,
-                model=label,
-                progress=show,
-                ranks=ranks,
-            )
+            if asked:
+                run_suite(
+                    reader, material, run, tasks=asked, lengths=lengths, samples=samples, seed=seed, model=label,
+                    scoring=scoring, progress=show, ranks=ranks,
+                )  # fmt: skip
+            run_likelihood(
+                model, material.tokenizer, material.text, run, tasks=names, lengths=lengths, samples=samples,
+                label=label, folder=material.files.get("short"), progress=show,
+            )  # fmt: skip
         finally:
             if run.records and is_first:
                 write_summary(run, model, material, seed=seed, label=label)

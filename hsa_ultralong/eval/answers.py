@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hsa_ultralong.eval.evidence import Passage, Seen
-from hsa_ultralong.eval.tasks import Sample, score
+from hsa_ultralong.eval.tasks import Material, Sample, score
 
 # metrics that no further text can lower, so an answer that has them may stop; the others read the first line only
 _SUBSTRING = ("all", "part")
+# metrics of answers that may be forced: those that one reference satisfies word for word
+FORCED = ("exact", "begins", "all", "part")
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,11 @@ class Reply:
     certainty: the largest fusion weight on one chunk of the memory while answering. Of the sample's evidence, when the
     answer began: found, whether one of its chunks was retrieved anywhere; rank, weight and margin (nats above the best
     other chunk) of the best of them in the head where it stands best; retrieved, the chunks of the greatest weights.
-    None where the reader cannot know.
+    teacher: whether every token of the right answer was the likeliest, given those before it. None where the reader
+    cannot know, or was not asked.
     """
 
-    text: str
+    text: str | None
     tokens: list[int]
     certainty: float | None = None
     found: bool | None = None
@@ -33,6 +38,7 @@ class Reply:
     weight: float | None = None
     margin: float | None = None
     retrieved: tuple[Passage, ...] | None = None
+    teacher: bool | None = None
 
 
 class StopRule:
@@ -57,3 +63,17 @@ class StopRule:
         return Reply(
             self.text, self.tokens, seen.certainty, seen.found, seen.rank, seen.weight, seen.margin, seen.passages()
         )  # fmt: skip
+
+
+def forced_answer(sample: Sample, material: Material) -> list[int] | None:
+    """Tokens of the one right answer as they follow the question; None where there are none or several."""
+    if sample.metric not in FORCED or len(sample.answers) != 1:
+        return None
+    before = str(material.tokenizer.decode(sample.question[-1:]))
+    return material.encode(sample.answers[0] if before[-1:].isspace() else f" {sample.answers[0]}")
+
+
+def is_likeliest(logits: torch.Tensor, answer: Sequence[int]) -> bool:
+    """Whether the last len(answer) + 1 of the logits (n, V), but for the last, are greatest at the answer's tokens."""
+    own = logits[len(logits) - len(answer) - 1 : len(logits) - 1]
+    return bool((own.argmax(-1) == torch.tensor(answer, device=own.device)).all())

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from hsa_ultralong.eval.answers import Reply, StopRule
+from hsa_ultralong.eval.answers import Reply, StopRule, forced_answer, is_likeliest
 from hsa_ultralong.eval.evidence import Seen
 from hsa_ultralong.eval.tasks import Material, Sample
 from hsa_ultralong.eval.tasks.sample import Tokens
@@ -24,10 +25,12 @@ from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.inference.stretches import Stretch, StretchReader
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.memory.row_memories import Chunk, RowMemories
-from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.models.evaluation import evaluating
 
 # chunks that are kept beside the memory, the latest used
 _KEPT_CHUNKS = 4096
+_NONE: np.ndarray = np.empty(0, dtype=np.int64)
 # a context of which more than this share of chunks differs is read as a whole
 _MOST_CHANGED = 0.5
 # tokens of a memory of several contexts; a longer context stands alone
@@ -76,7 +79,7 @@ class MemoryReader:
         if not model.config.is_composable:
             raise ValueError("this model's fusion knows an order of chunks; use the setting continue")
         self.model, self.material, self.batch, self.edits = model, material, batch, edits
-        self.chunk_size = model.config.chunk_size
+        self.chunk_size, self._reach = model.config.chunk_size, model.config.lower_reach
         self._stretches = StretchReader(model)
         self._memory: Memory | None = None
         self._read: list[Contents] = []  # what the memory holds
@@ -88,6 +91,13 @@ class MemoryReader:
             count = self._hold(rest)
             replies += self._generate(rest[:count])
         return replies
+
+    def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
+        found: list[bool | None] = []
+        while rest := samples[len(found) :]:
+            count = self._hold(rest)
+            found += self._force(rest[:count])
+        return found
 
     # the memory -------------------------------------------------------------------------------------------------------
 
@@ -117,7 +127,8 @@ class MemoryReader:
             if len(held) != len(wanted):
                 continue
             changed = {
-                document: changed_chunks(old, new, self.chunk_size, self.model.config.lower_reach)
+                # the same array where samples share a document
+                document: _NONE if old is new else changed_chunks(old, new, self.chunk_size, self._reach)
                 for document, (old, new) in enumerate(zip(held, wanted, strict=True))
             }
             total = sum(map(len, changed.values()))
@@ -215,9 +226,32 @@ class MemoryReader:
                 break
         return [stop.reply(one) for stop, one in zip(stops, seen, strict=True)]
 
+    def _force(self, samples: Sequence[Sample]) -> list[bool | None]:
+        """One pass over all questions with their answers."""
+        answers = [forced_answer(sample, self.material) for sample in samples]
+        if all(answer is None for answer in answers):
+            return [None] * len(samples)
+        texts = [[*self.material.first, *one.question, *(a or [])] for one, a in zip(samples, answers, strict=True)]
+        longest = max(map(len, texts))
+        ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
+        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+        rows, _ = self._rows(samples)
+        device, kept = self.model.device, 1 + max(len(answer or []) for answer in answers)
+        with evaluating(self.model):
+            logits = self.model(
+                ids.to(device), attention_mask=mask.to(device), logits_to_keep=kept,
+                past_key_values=HSACache(self.model.config, library=rows),
+            ).logits  # fmt: skip
+        return [None if a is None else is_likeliest(own, a) for own, a in zip(logits, answers, strict=True)]
+
 
 def _contents(sample: Sample) -> Contents:
-    return (sample.context, *(np.array(note, dtype=np.int32) for note in sample.notes))
+    return (sample.context, *_arrays(sample.notes))
+
+
+@lru_cache(maxsize=2)
+def _arrays(notes: tuple[tuple[int, ...], ...]) -> Contents:
+    return tuple(np.array(note, dtype=np.int32) for note in notes)
 
 
 def changed_chunks(old: Tokens, new: Tokens, size: int, reach: int) -> np.ndarray:

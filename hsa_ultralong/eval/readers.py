@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from hsa_ultralong.eval.answers import Reply, StopRule
+from hsa_ultralong.eval.answers import Reply, StopRule, forced_answer, is_likeliest
 from hsa_ultralong.eval.evidence import Seen
 from hsa_ultralong.eval.tasks import Material, Sample
 from hsa_ultralong.eval.tasks.sample import Tokens
@@ -20,6 +20,7 @@ from hsa_ultralong.inference import DecodingEngine, edit, memorize
 from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models.remembering import continuation_cache
 
 # spans of changed tokens that lie closer than this are edited as one
 _NEAR = 512
@@ -37,6 +38,10 @@ class Reader(Protocol):
 
     def answer(self, samples: Sequence[Sample]) -> list[Reply]:
         """Greedy answers to at most `batch` samples of one length and task."""
+        ...
+
+    def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
+        """Whether each token of the one right answer is the likeliest, given those before it; None without one."""
         ...
 
 
@@ -86,6 +91,20 @@ class ContinuingReader:
             if stop.is_done:
                 break
         return stop.reply(seen)
+
+    def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
+        found: list[bool | None] = []
+        for sample in samples:
+            answer = forced_answer(sample, self.material)
+            if answer is None:
+                found.append(None)
+                continue
+            cache, _ = continuation_cache(self.model, self._hold(sample.context))
+            ids = torch.tensor([*sample.question, *answer], device=self.model.device)
+            with torch.no_grad():
+                outputs = self.model(ids[None], past_key_values=cache, logits_to_keep=len(answer) + 1)
+            found.append(is_likeliest(outputs.logits[0], answer))
+        return found
 
 
 def changed_spans(old: Tokens, new: Tokens) -> list[tuple[int, int, int]]:
@@ -143,3 +162,16 @@ class PromptReader:
             )  # fmt: skip
         tokens = made[0, length:].tolist()
         return Reply(self.material.tokenizer.decode(tokens, skip_special_tokens=True), tokens)
+
+    def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
+        found: list[bool | None] = []
+        for sample in samples:
+            answer = forced_answer(sample, self.material)
+            if answer is None:
+                found.append(None)
+                continue
+            ids = torch.tensor([*sample.prompt().tolist(), *answer], device=self.model.device)
+            with torch.no_grad():
+                outputs = self.model(input_ids=ids[None], logits_to_keep=len(answer) + 1)
+            found.append(is_likeliest(outputs.logits[0], answer))
+        return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa_ultralong.eval.recorded_run import VERSION, read_records
-from hsa_ultralong.eval.suite_summary import cells, summary_records, wholes
+from hsa_ultralong.eval.suite_summary import cells, is_share, summary_records, wholes
 from hsa_ultralong.files.fields import OBJECT, TEXT, is_finite, is_whole, optional, require, rows, table, that, whole
 from hsa_ultralong.files.strict_json import read_json
 
@@ -25,7 +25,7 @@ _PLACE = table(
 )  # fmt: skip
 # of a sample's record
 FIELDS = {
-    "model": TEXT, "task": TEXT, "length": whole(1), "index": whole(), "depth": optional(_SHARE), "setting": TEXT,
+    "model": TEXT, "task": TEXT, "length": whole(), "index": whole(), "depth": optional(_SHARE), "setting": TEXT,
     "metric": TEXT, "query": TEXT, "expected": rows(TEXT), "answered": TEXT, "score": optional(_NUMBER),
     "certainty": optional(_SHARE), "found": that(lambda value: value in (None, True, False), "true, false or null"),
     "rank": optional(that(lambda value: is_whole(value, 1), "a whole number from 1 on")), "weight": optional(_SHARE),
@@ -57,7 +57,8 @@ class StoredRun:
 
     @cached_property
     def summary(self) -> list[dict[str, Any]]:
-        return summary_records(self.records, {})
+        """Shares of samples; perplexities stand in summary.json alone."""
+        return [record for record in summary_records(self.records, {}) if is_share(record["metric"])]
 
     @cached_property
     def wholes(self) -> dict[tuple[str, str], dict[int, Mapping[str, Any]]]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hsa_ultralong.eval.answers import Reply
+from hsa_ultralong.eval.answers import FORCED, Reply
 from hsa_ultralong.eval.evidence import passage_records, sample_digest
 from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.eval.html_report import write_page
@@ -23,8 +23,8 @@ from hsa_ultralong.eval.readers import Reader
 from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_digest
 from hsa_ultralong.eval.stored_runs import FIELDS, StoredRun
 from hsa_ultralong.eval.suite_plots import draw_all
-from hsa_ultralong.eval.suite_summary import latex, markdown, summary_records
-from hsa_ultralong.eval.tasks import Material, Sample, check_tasks, make_samples, score
+from hsa_ultralong.eval.suite_summary import is_share, latex, markdown, summary_records
+from hsa_ultralong.eval.tasks import TASKS, Material, Sample, check_tasks, make_samples, score
 from hsa_ultralong.eval.tasks.sample import TooShort
 from hsa_ultralong.files.durable import write_whole
 
@@ -78,13 +78,16 @@ def run_suite(
     samples: int,
     seed: int = 0,
     model: str = "",
+    scoring: str = "generate",
     progress: SuiteProgress | None = None,
     ranks: SampleRanks | None = None,
 ) -> None:
     """Answer all samples that the run does not hold yet; a length too short for a task is noted in `run.skipped`.
 
     Args:
-        tasks: names. samples: of each task and length, at uniform depths. model: name for the records.
+        tasks: names. samples: of each task and length, at uniform depths. model: name for the records. scoring:
+            "generate", "teacher" (is every token of the one right answer the likeliest, given those before it?) or
+            "both".
         ranks: processes that call this together. In every round each answers its share, and the first one's run keeps
             all of them in the order that one process would give them; the others have a `FollowedRun`.
 
@@ -98,6 +101,9 @@ def run_suite(
             if reader.limit is not None and length > reader.limit:
                 run.skipped[task, length] = f"the model has positions for {reader.limit:,} tokens"
                 continue
+            if scoring == "teacher" and (TASKS[task].metric not in FORCED or task.endswith("_absent")):
+                run.skipped[task, length] = f"{task} has no single answer to force; it needs --scoring generate"
+                continue
             done = run.done(task, length)
             report(task, length, len(done), samples)
             wanted = (s for s in _samples(run, task, material, length, samples, seed) if s.index not in done)
@@ -105,10 +111,20 @@ def run_suite(
                 continue
             while batch := list(islice(wanted, reader.batch * ranks.world)):
                 own = batch[ranks.rank :: ranks.world]
-                parts = ranks.everywhere(lambda own=own: _answer(own, model, reader, material))  # type: ignore[misc]
+                parts = ranks.everywhere(lambda own=own: _answer(own, model, reader, material, scoring))  # type: ignore[misc]
                 run.add(sorted((record for part in parts for record in part), key=lambda record: record["index"]))
                 done |= {sample.index for sample in batch}
                 report(task, length, len(done), samples)
+
+
+def _replies(reader: Reader, samples: Sequence[Sample], scoring: str) -> list[Reply]:
+    """Answers, with the teacher's verdict where it is wanted and the sample has one answer."""
+    if scoring == "generate":
+        return reader.answer(samples)
+    forced = reader.forced(samples)
+    if scoring == "teacher":
+        return [Reply(None, [], teacher=verdict) for verdict in forced]
+    return [replace(reply, teacher=v) for reply, v in zip(reader.answer(samples), forced, strict=True)]
 
 
 def _samples(
@@ -123,23 +139,35 @@ def _samples(
         run.skipped[task, length] = f"{error} (after {made} of {samples} samples)" if made else str(error)
 
 
-def _answer(samples: Sequence[Sample], model: str, reader: Reader, material: Material) -> list[dict[str, Any]]:
-    replies = reader.answer(samples) if samples else []
+def _answer(
+    samples: Sequence[Sample], model: str, reader: Reader, material: Material, scoring: str
+) -> list[dict[str, Any]]:
+    replies = _replies(reader, samples, scoring) if samples else []
     return [_record(sample, reply, model, reader, material) for sample, reply in zip(samples, replies, strict=True)]
 
 
 def _record(sample: Sample, reply: Reply, model: str, reader: Reader, material: Material) -> dict[str, Any]:
     """One line of records.jsonl; the passages of what was answered rightly have places only."""
-    value = score(sample.metric, reply.text, sample.answers) if sample.answers else None
+    metric, teacher, scores = sample.metric, reply.teacher, {}
+    if reply.text is None:  # forced alone: the verdict is the score
+        metric, value, teacher = "teacher", None if teacher is None else float(teacher), None
+    else:
+        value = _score(sample, sample.metric, reply.text) if sample.answers else None
+        scores = {name: _score(sample, name, reply.text) for name in sample.also if sample.answers}
     passages = passage_records(
         sample, reply.retrieved, reader.chunk_size, material.tokenizer, with_text=value is None or value < 1
     )
     return {
         "model": model, "task": sample.task, "length": sample.length, "index": sample.index, "depth": sample.depth,
-        "sample": sample_digest(sample), "setting": reader.setting, "metric": sample.metric, "query": sample.query,
-        "expected": list(sample.answers), "answered": reply.text, "score": value, "certainty": reply.certainty,
-        "found": reply.found, "rank": reply.rank, "weight": reply.weight, "margin": reply.margin, **passages,
+        "sample": sample_digest(sample), "setting": reader.setting, "metric": metric, "query": sample.query,
+        "expected": list(sample.answers), "answered": reply.text or "", "score": value, "scores": scores,
+        "teacher": teacher, "certainty": reply.certainty, "found": reply.found, "rank": reply.rank,
+        "weight": reply.weight, "margin": reply.margin, **passages,
     }  # fmt: skip
+
+
+def _score(sample: Sample, metric: str, text: str) -> float:
+    return score(metric, text, sample.answers, sample.query)
 
 
 def distinct_chunks(material: Material, length: int, chunk_size: int) -> int:
@@ -147,23 +175,40 @@ def distinct_chunks(material: Material, length: int, chunk_size: int) -> int:
     return count_distinct(torch.from_numpy(material.haystack(length, length)[0]), chunk_size)
 
 
-def run_settings(model: Any, material: Material, *, setting: str, samples: int, seed: int) -> dict[str, Any]:
+def run_settings(
+    model: Any, material: Material, *, setting: str, samples: int, seed: int, scoring: str = "generate"
+) -> dict[str, Any]:
     """What all samples of a run share: of the model its weights, of the haystack and the files their contents."""
     return {
         **model_settings(model),
         "setting": setting,
+        # runs of before this choice existed generated
+        **({} if scoring == "generate" else {"scoring": scoring}),
         "chat": material.chat,
         "samples": samples,
         "seed": seed,
         "haystack": tokens_digest(material.text),
         "haystack_tokens": len(material.text),
-        "files": {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in material.files.items()},
+        "files": {name: _digest(path) for name, path in material.files.items()},
     }
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of the files below a folder."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            found.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def write_summary(run: SuiteRun, model: Any, material: Material, *, seed: int, label: str) -> None:
     """Write summary.json, summary.md, summary.tex, figures and report.html of all samples so far."""
-    lengths, size = sorted({record["length"] for record in run.records}), getattr(model.config, "chunk_size", 64)
+    # short tasks have no length, and perplexities no haystack
+    read = [record for record in run.records if "nats" not in record and record["length"]]
+    lengths, size = sorted({record["length"] for record in read}), getattr(model.config, "chunk_size", 64)
     shared = {
         "topk": run.settings["topk"],
         "seed": seed,
@@ -175,5 +220,7 @@ def write_summary(run: SuiteRun, model: Any, material: Material, *, seed: int, l
     write_json(run.folder / "summary.json", {"meta": meta, "records": found, "skipped": skipped})
     write_whole(run.folder / "summary.md", markdown(found, run.skipped))
     write_whole(run.folder / "summary.tex", latex(found))
-    draw_all(run.records, found, run.folder, label)
-    write_page([StoredRun(label, run.settings, run.records, meta, run.skipped)], run.folder / "report.html")
+    scored = [record for record in run.records if "nats" not in record or record["score"] is not None]
+    if scored:  # figures and the page show shares, not perplexities
+        draw_all(scored, [record for record in found if is_share(record["metric"])], run.folder, label)
+        write_page([StoredRun(label, run.settings, scored, meta, run.skipped)], run.folder / "report.html")

@@ -42,6 +42,18 @@ def summary_records(records: Records, shared: Mapping[str, Any]) -> list[dict[st
         scored = [r for r in here if r["score"] is not None]
         if scored:
             found.append({**base, "metric": scored[0]["metric"], "depth": None, **_share(scored), **_diagnosis(scored)})
+            found += [
+                {**base, "metric": name, "depth": None, **_share([{"score": r["scores"][name]} for r in scored])}
+                for name in scored[0].get("scores") or {}
+            ]
+        forced = [r for r in here if r.get("teacher") is not None]
+        if forced:
+            verdicts = [{"score": float(r["teacher"])} for r in forced]
+            same = [{"score": float(bool(r["teacher"]) == (r["score"] == 1))} for r in forced]
+            found.append({**base, "metric": "teacher", "depth": None, **_share(verdicts)})
+            found.append({**base, "metric": "teacher_agrees", "depth": None, **_share(same)})
+        if any("nats" in r for r in here):
+            found.append({**base, "metric": perplexity_name(here), "depth": None, **_perplexity(here)})
         for tenth in range(10):
             cell = [r for r in scored if r["depth"] is not None and int(min(0.999, r["depth"]) * 10) == tenth]
             if cell:
@@ -61,6 +73,25 @@ def _share(records: Records) -> dict[str, Any]:
     total: float = sum(r["score"] for r in records)
     low, high = wilson_interval(total, len(records))
     return {"samples": len(records), "value": total / len(records), "ci_low": low, "ci_high": high}
+
+
+def perplexity_name(records: Records) -> str:
+    """ "word_perplexity" where words are counted, "perplexity" of tokens otherwise."""
+    return "word_perplexity" if records[0]["metric"] == "word_perplexity" else "perplexity"
+
+
+def _perplexity(records: Records, repeats: int = 1000) -> dict[str, Any]:
+    """exp of nats per count, with the 95% interval of drawing records again, with a fixed seed."""
+    nats, count = (np.array([r[name] for r in records], dtype=np.float64) for name in ("nats", "count"))
+    drawn = np.random.default_rng(0).integers(len(nats), size=(repeats, len(nats)))
+    values = np.exp(nats[drawn].sum(1) / count[drawn].sum(1))
+    low, high = np.quantile(values, [0.025, 0.975]).tolist()
+    return {"samples": len(records), "value": float(np.exp(nats.sum() / count.sum())), "ci_low": low, "ci_high": high}
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of samples, shown in percent."""
+    return not metric.endswith("perplexity")
 
 
 def _diagnosis(records: Records) -> dict[str, Any]:
@@ -118,7 +149,7 @@ def markdown(summary: Records, skipped: Mapping[tuple[str, int], str]) -> str:
         cells = [_cell(row.get(length)) for length in lengths]
         lines.append(f"| {task} | {metric} | " + " | ".join(cells) + " |")
     notes = [f"- {human_tokens(length)}: {reason}" for (_, length), reason in sorted(skipped.items())]
-    text = "\n".join(lines) + "\n\nPercent, with 95% intervals.\n"
+    text = "\n".join(lines) + "\n\nPercent (perplexities as they are), with 95% intervals.\n"
     return text + ("\nNot measured:\n" + "\n".join(notes) + "\n" if notes else "")
 
 
@@ -129,7 +160,8 @@ def latex(summary: Records) -> str:
     lines.append("task & metric & " + " & ".join(human_tokens(length) for length in lengths) + r" \\")
     lines.append(r"\midrule")
     for (task, metric), row in wholes(summary).items():
-        cells = [f"{100 * row[length]['value']:.1f}" if length in row else "--" for length in lengths]
+        factor = 100 if is_share(metric) else 1
+        cells = [f"{factor * row[length]['value']:.1f}" if length in row else "--" for length in lengths]
         lines.append(" & ".join([task.replace("_", r"\_"), metric.replace("_", r"\_"), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -137,4 +169,7 @@ def latex(summary: Records) -> str:
 def _cell(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return ""
-    return f"{100 * record['value']:.0f} ({100 * record['ci_low']:.0f}-{100 * record['ci_high']:.0f})"
+    value, low, high = (record[name] for name in ("value", "ci_low", "ci_high"))
+    if not is_share(record["metric"]):
+        return f"{value:.2f} ({low:.2f}-{high:.2f})"
+    return f"{100 * value:.0f} ({100 * low:.0f}-{100 * high:.0f})"

@@ -27,12 +27,19 @@ def test_lengths_are_listed_or_doubled():
     ("arguments", "message"),
     [
         (["--lengths", "4K"], "give --suite"),
-        (["--suite", "glue"], "--suite must be of ruler, paper, recall, prompt, got 'glue'"),
+        (["--suite", "glue"], "--suite must be of ruler, paper, recall, prompt, babilong, qa, short, ppl, got 'glue'"),
         (["--tasks", "niah"], "--tasks has no 'niah'"),
-        (["--suite", "recall", "--setting", "reread"], "--setting must be one of auto, memory, continue, prompt"),
-        (["--suite", "ruler", "--data", "squad"], "--data must be squad=FILE or hotpot=FILE"),
+        (
+            ["--suite", "recall", "--setting", "reread"],
+            "--setting must be one of auto, memory, continue, prompt, closed, gold, bm25",
+        ),
+        (["--suite", "ruler", "--data", "squad"], "--data must be one of squad=PATH, hotpot=PATH"),
         (["--suite", "ruler", "--data", "squad=nowhere.json"], "there is no file nowhere.json"),
-        (["--suite", "recall", "--data", "squad=nowhere.json"], "is read by qa_1, which is not among the tasks"),
+        (["--suite", "babilong", "--data", "babi=nowhere"], "there is no folder nowhere"),
+        (["--suite", "short"], "lambada_openai needs the files of the short tasks: give --data short=FOLDER"),
+        (["--suite", "recall", "--setting", "gold"], "--setting gold is of the suite qa; leave recall_form_01 out"),
+        (["--suite", "recall", "--scoring", "beam"], "--scoring must be one of generate, teacher, both, got 'beam'"),
+        (["--suite", "recall", "--data", "squad=nowhere.json"], "is read by qa_1, none of which is to be measured"),
         (["--suite", "prompt", "--setting", "prompt", "--batch", 4], "prompt answers samples one by one: leave it out"),
         (["--suite", "recall", "--lengths", "1K", "--chat"], "no chat template"),
         (["a/same", "b/same", "--suite", "recall"], "two models are called 'same'"),
@@ -68,3 +75,22 @@ def test_lengths_of_which_none_can_be_measured_are_refused_and_leave_nothing(tmp
     assert result.exit_code != 0
     assert "nothing can be measured: " in result.output + str(result.exception)
     assert not (tmp_path / "run").exists()
+
+
+def test_answers_are_forced_instead_of_generated_or_beside_it_and_perplexities_are_measured(tmp_path):
+    place = tmp_path / "run"
+    arguments = ("--tasks", "recall_form_02,recall_changed,ppl_last_512", "--lengths", "1K", "--samples", 2)
+    result = run(*arguments, "--scoring", "both", "-o", place, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (place / "records.jsonl").read_text().strip().split("\n")]
+    assert {r["teacher"] for r in records if r["task"] == "recall_form_02"} <= {True, False}
+    summary = json.loads((place / "summary.json").read_text())["records"]
+    names = {(r["task"], r["metric"]) for r in summary if r["depth"] is None}
+    assert ("recall_form_02", "teacher_agrees") in names
+    assert ("ppl_last_512", "perplexity") in names
+    other = tmp_path / "other"
+    result = run("--tasks", "recall_form_02", "--lengths", "1K", "--samples", 2, "--scoring", "teacher", "-o", other)
+    assert result.exit_code == 0, result.output
+    forced = [json.loads(line) for line in (other / "records.jsonl").read_text().strip().split("\n")]
+    assert [r["score"] for r in forced] == [float(r["teacher"]) for r in records if r["task"] == "recall_form_02"]
+    assert all((r["metric"], r["answered"]) == ("teacher", "") for r in forced)

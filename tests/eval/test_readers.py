@@ -134,3 +134,21 @@ def test_a_prompt_beyond_the_positions_of_a_model_is_refused(material):
     assert reader.limit == 1024
     (short,) = make_samples("recall_form_02", material, 600, 1)
     assert 1 <= len(reader.answer([short])[0].tokens) <= short.max_new_tokens
+
+
+@pytest.mark.parametrize("name", ["passkey", "recall_form_01"])
+def test_a_forced_answer_is_right_exactly_where_greedy_decoding_would_give_it(model, material, name):
+    """The answer of each sample is made what the model says, or that with another last token."""
+    memory = MemoryReader(model, material)
+    samples = short_answers(name, material, 4)
+    said = [material.tokenizer.decode(reply.tokens[:3]) for reply in memory.answer(samples)]
+    own = [replace(sample, answers=(text.lstrip() or "x",)) for sample, text in zip(samples, said, strict=True)]
+    for reader in (memory, ContinuingReader(model, material), PromptReader(model, material)):
+        verdicts = reader.forced(own)
+        for sample, verdict in zip(own, verdicts, strict=True):
+            wanted = material.encode(f" {sample.answers[0]}")
+            made = replace(sample, max_new_tokens=len(wanted), metric="em")
+            (reply,) = reader.answer([made])
+            assert verdict == (reply.tokens[: len(wanted)] == wanted), (type(reader).__name__, reply.tokens, wanted)
+    several = replace(samples[0], answers=("a", "b"))
+    assert memory.forced([several]) == [None]

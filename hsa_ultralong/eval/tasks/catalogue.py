@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from hsa_ultralong.eval.tasks.babilong import BABILONG, Babilong
 from hsa_ultralong.eval.tasks.material import Material, word_list
 from hsa_ultralong.eval.tasks.paper import PAPER
+from hsa_ultralong.eval.tasks.questions import QUESTIONS, PassageQuestions
 from hsa_ultralong.eval.tasks.recall import RECALL, RecallPrompt
 from hsa_ultralong.eval.tasks.ruler_needles import RULER_NEEDLES, Needles
 from hsa_ultralong.eval.tasks.ruler_questions import DocumentQuestions
@@ -20,7 +22,8 @@ RULER: tuple[Task, ...] = (
     DocumentQuestions("qa_1", "squad"),
     DocumentQuestions("qa_2", "hotpot"),
 )
-SUITES: dict[str, tuple[Task, ...]] = {"ruler": RULER, "paper": PAPER, "recall": RECALL, "prompt": (RecallPrompt(),)}
+SUITES: dict[str, tuple[Task, ...]] = {"ruler": RULER, "paper": PAPER, "recall": RECALL, "prompt": (RecallPrompt(),),
+                                        "babilong": BABILONG, "qa": QUESTIONS}  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for tasks in SUITES.values() for task in tasks}
 
 
@@ -39,6 +42,8 @@ def check_tasks(names: Sequence[str], material: Material, number: int) -> None:
         task = TASKS[name]
         if isinstance(task, DocumentQuestions):
             task.passages(material, number)
+        if isinstance(task, Babilong | PassageQuestions):
+            task.require(material, number)
         if isinstance(task, Needles | CommonWords):
             word_list("noun")
     if material.chat:

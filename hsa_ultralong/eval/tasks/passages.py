@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,36 @@ def read_multihop(path: Path) -> Passages:
     return Passages(list(numbers), questions)
 
 
+def read_nq(path: Path) -> Passages:
+    """NQ-open with gold passages in the form of "Lost in the Middle", plain or .gz: question, answers, ctxs.
+
+    Raises:
+        ValueError: for a file of another form.
+    """
+    numbers: dict[str, int] = {}
+    questions: list[Question] = []
+    try:
+        for place, row in enumerate(_lines(path)):
+            texts = [f"{passage['title']}\n{passage['text']}" for passage in row["ctxs"]]
+            gold = tuple(dict.fromkeys(numbers.setdefault(text, len(numbers)) for text in texts))
+            questions.append(Question(str(place), row["question"], tuple(row["answers"]), gold, gold))
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is no file of NQ with passages: question, answers and ctxs are wanted") from None
+    return Passages(list(numbers), questions)
+
+
+def read_wiki(path: Path) -> list[str]:
+    """Passages without questions: a JSON list of title and text.
+
+    Raises:
+        ValueError: for a file of another form.
+    """
+    try:
+        return list(dict.fromkeys(f"{row['title']}\n{row['text']}" for row in _json(path)))
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is no list of passages with title and text") from None
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -85,6 +116,8 @@ def _json(path: Path) -> Any:
 def _lines(path: Path) -> list[Any]:
     # not splitlines(): strings may hold other line separators
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile):
         raise ValueError(f"{path} is not JSON with one object a line") from None

@@ -34,6 +34,8 @@ class Sample:
         evidence: token spans [start, stop) of the context that hold what is asked for, in order.
         query: what is asked, as text, for records.
         notes: documents of their own behind the context, token ids each; facts of a library rather than of one text.
+        also: further metrics that the answer gets. gold_notes: numbers of the notes that hold the answer, where the
+            evidence stands in notes.
     """
 
     task: str
@@ -48,6 +50,8 @@ class Sample:
     evidence: tuple[tuple[int, int], ...]
     query: str
     notes: tuple[tuple[int, ...], ...] = ()
+    also: tuple[str, ...] = ()
+    gold_notes: tuple[int, ...] = ()
 
     def prompt(self) -> Tokens:
         """(n,) int32, context, notes and question."""

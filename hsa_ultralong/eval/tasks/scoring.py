@@ -77,6 +77,22 @@ def in_order(answer: str, references: Sequence[str]) -> float:
     return float(found == list(references))
 
 
+_PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+_GIVERS = ("bill", "fred", "jeff", "mary", "apple", "football", "milk")
+
+
+def labels_exact(answer: str, references: Sequence[str], labels: Sequence[str], query: str) -> float:
+    """1 if the labels in the first sentence of the answer, those of the question aside, are exactly the references
+    (BABILong)."""
+    text = answer.lower()
+    for mark in (".", "<context>", "<example>"):
+        text = text.split(mark)[0]
+    asked = query.lower()
+    return float({label for label in labels if label in text and label not in asked} == {r.lower() for r in references})
+
+
+# metrics that need the question too, and the labels that they look for
+LABELS = {"places": _PLACES, "givers": _GIVERS}
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "all": match_all,
     "part": match_part,
@@ -89,14 +105,16 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 }
 
 
-def score(metric: str, answer: str, references: Sequence[str]) -> float:
-    """The score 0..1 of one answer.
+def score(metric: str, answer: str, references: Sequence[str], query: str = "") -> float:
+    """The score 0..1 of one answer; query: the question, whose labels do not count where labels are looked for.
 
     Raises:
         ValueError: for a metric that is none, or without references.
     """
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; there are {', '.join(METRICS)}")
+    if metric not in METRICS and metric not in LABELS:
+        raise ValueError(f"unknown metric {metric!r}; there are {', '.join((*METRICS, *LABELS))}")
     if not references:
         raise ValueError("a sample needs at least one reference answer")
+    if metric in LABELS:
+        return labels_exact(answer, references, LABELS[metric], query)
     return METRICS[metric](answer, references)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hsa_ultralong.eval.tasks import Material
+from hsa_ultralong.eval.tasks import Material, babilong, questions
 from hsa_ultralong.testing.tokenizers import byte_level, sentence_piece
 
 _MAKES = {"byte_level": byte_level, "sentence_piece": sentence_piece}
@@ -46,7 +46,47 @@ def files(tmp_path: Path) -> dict[str, Path]:
         for i in range(6)
     ]
     (tmp_path / "hotpot.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {"squad": tmp_path / "squad.json", "hotpot": tmp_path / "hotpot.jsonl"}
+    (tmp_path / "nq.jsonl").write_text("\n".join(
+        json.dumps({"question": f"who won race {i}", "answers": [f"Runner {i}"],
+                    "ctxs": [{"title": f"Race {i}", "text": f"Race {i} was won by Runner {i}."}]})
+        for i in range(9)))  # fmt: skip
+    (tmp_path / "wiki.json").write_text(json.dumps([{"title": f"Town {i}", "text": "A town."} for i in range(30)]))
+    (tmp_path / "babi").mkdir()
+    for kind, name in babilong.FILES.items():
+        (tmp_path / "babi" / name).write_text(stories(kind))
+    named = {
+        "squad": "squad.json", "xquad": "squad.json", "squadshifts": "squad.json", "hotpot": "hotpot.jsonl",
+        "2wiki": "hotpot.jsonl", "nq": "nq.jsonl", "wiki": "wiki.json", "babi": "babi",
+    }  # fmt: skip
+    return {name: tmp_path / file for name, file in named.items()}
+
+
+def stories(kind: str) -> str:
+    """Stories of three facts in bAbI's form, whose last fact holds the answer."""
+    places = ("office", "kitchen", "garden", "hallway")
+    lines = []
+    for i in range(8):
+        answer = ("Mary" if i % 2 else "Jeff") if kind == "qa5" else places[i % 4]
+        last = f"{answer} gave the milk to Fred." if kind == "qa5" else f"John went to the {answer}."
+        asked = "Who gave the milk to Fred?" if kind == "qa5" else "Where is John?"
+        lines += [
+            f"1 Bill took the apple {i}.",
+            "2 Bill went to the bathroom.",
+            f"3 {last}",
+            f"4 {asked} \t{answer}\t3",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def every_passage_may_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passages made here are in no list of evaluation passages."""
+
+    class All:
+        def __contains__(self, passage: object) -> bool:
+            return True
+
+    monkeypatch.setattr(questions, "evaluation_passages", All)
 
 
 @pytest.fixture

@@ -49,6 +49,30 @@ def test_an_answer_gets_the_score_it_deserves(metric, answer, references, wanted
     assert score(metric, answer, references) == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize(
+    ("metric", "answer", "target", "query", "wanted"),
+    [
+        ("places", "The most recent location of Mary is office.", "office", "Where is Mary?", 1.0),
+        ("places", "OFFICE", "office", "Where is Mary?", 1.0),
+        ("places", "kitchen", "office", "Where is Mary?", 0.0),
+        # all labels named
+        ("places", "bathroom bedroom garden hallway kitchen office", "office", "Where is Mary?", 0.0),
+        ("places", "office or kitchen", "office", "Where is Mary?", 0.0),
+        # the first sentence counts, what follows it does not
+        ("places", "office. kitchen", "office", "Where is Mary?", 1.0),
+        ("places", "I think. office", "office", "Where is Mary?", 0.0),
+        ("places", "office<context>kitchen", "office", "Where is Mary?", 1.0),
+        # labels of the question do not count
+        ("places", "Before the kitchen it was in the garden", "garden", "Where was the milk before the kitchen?", 1.0),
+        ("givers", "Mary gave it", "Mary", "Who gave the milk to Fred?", 1.0),
+        ("givers", "Mary gave the apple", "Mary", "Who gave the milk to Fred?", 0.0),
+        ("givers", "", "Mary", "Who gave the milk to Fred?", 0.0),
+    ],
+)
+def test_labels_must_be_exactly_the_right_ones(metric, answer, target, query, wanted):
+    assert score(metric, answer, [target], query) == wanted
+
+
 def test_metrics_that_are_none_and_samples_without_references_are_refused():
     with pytest.raises(ValueError, match="unknown metric 'bleu'; there are all"):
         score("bleu", "a", ["a"])

@@ -1,0 +1,64 @@
+"""Controls of questions over passages."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hsa_ultralong.eval.passage_reader import PassageReader
+from hsa_ultralong.eval.tasks import Material, make_samples
+from hsa_ultralong.testing.factories import tiny_model
+from hsa_ultralong.testing.tokenizers import byte_level
+
+
+@pytest.fixture
+def material(tmp_path):
+    rows = [
+        {"_id": str(i), "question": f"Who owns boat {name}?", "answer": f"Owner {i}",
+         "supporting_facts": [[f"Boat {name}", 0]],
+         "context": [[f"Boat {name}", [f"Boat {name} is of Owner {i}."]], [f"Quay {i}", ["It is long."]]]}
+        for i, name in enumerate(("Amanda", "Bella", "Corinna", "Delia", "Elvira", "Flora"))
+    ]  # fmt: skip
+    (tmp_path / "hotpot.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = byte_level()
+    text = torch.tensor(tokenizer("Sheep sleep. They snore.\n" * 40)["input_ids"], dtype=torch.int32)
+    return Material(tokenizer, text, files={"hotpot": tmp_path / "hotpot.jsonl"})
+
+
+def prompts(reader, samples):
+    return [reader.material.tokenizer.decode(reader._rewritten(sample).prompt().tolist(), skip_special_tokens=True)
+            for sample in samples]  # fmt: skip
+
+
+def test_closed_book_has_the_question_alone_and_gold_the_passages_that_answer_it(material):
+    model = tiny_model(vocab_size=len(material.tokenizer))
+    samples = list(make_samples("qa_hotpot", material, 2000, 3))
+    for sample, text in zip(samples, prompts(PassageReader(model, material, "closed"), samples), strict=True):
+        assert text == f"Question: {sample.query}\nAnswer:"
+    for sample, text in zip(samples, prompts(PassageReader(model, material, "gold"), samples), strict=True):
+        assert sample.answers[0] in text
+        assert text.count("Boat ") == 2 and "Quay" not in text
+    (reply,) = PassageReader(model, material, "closed").answer(samples[:1])
+    assert len(reply.tokens) == samples[0].max_new_tokens
+
+
+def test_a_search_by_words_finds_the_passage_of_a_name(material):
+    pytest.importorskip("bm25s")
+    reader = PassageReader(tiny_model(vocab_size=len(material.tokenizer)), material, "bm25")
+    samples = list(make_samples("qa_hotpot", material, 2000, 4))
+    for sample, text in zip(samples, prompts(reader, samples), strict=True):
+        assert sample.answers[0] in text.split("\n\n")[-2]  # the best stands last
+
+
+def test_what_is_missing_is_named(material, monkeypatch):
+    model = tiny_model(vocab_size=len(material.tokenizer))
+    with pytest.raises(ValueError, match="closed, gold, bm25, got 'dense'"):
+        PassageReader(model, material, "dense")
+    monkeypatch.setitem(__import__("sys").modules, "bm25s", None)
+    with pytest.raises(ValueError, match=r"pip install 'hsa-ultralong\[eval\]'"):
+        PassageReader(model, material, "bm25")
+    (sample,) = make_samples("recall_form_01", material, 900, 1)
+    with pytest.raises(ValueError, match="recall_form_01 has no passages"):
+        PassageReader(model, material, "closed").answer([sample])
