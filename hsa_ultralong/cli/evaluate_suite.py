@@ -51,6 +51,17 @@ Models = Annotated[
     list[Path] | None,
     typer.Argument(metavar="MODEL...", help="Model folders: of this library, or of transformers.", show_default="nano"),
 ]
+Batch = Annotated[
+    int | None,
+    typer.Option(min=1, max=256, help="Samples at once, over one memory.", show_default="16"),
+]
+Scoring = Annotated[
+    str, typer.Option(help="generate, teacher (forced answers, faster; tasks with one right answer) or both.")
+]
+Suites = Annotated[
+    str,
+    typer.Option("--suite", help="ruler, recall, paper, prompt, babilong, qa, ppl, short; several by commas."),
+]
 
 
 class WithDefault(TyperGroup):
@@ -69,17 +80,12 @@ def register(evaluate: typer.Typer) -> None:
 def suite(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; one below it for each model.")],
     models: Models = None,
-    suites: Annotated[
-        str,
-        typer.Option("--suite", help="ruler, recall, paper, prompt, babilong, qa, ppl, short; several by commas."),
-    ] = "",
+    suites: Suites = "",
     tasks: Annotated[str, typer.Option(help="Tasks by name instead of, or besides, a suite.")] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling).")] = "4K..64K",
     samples: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Samples of a task and length.")] = 100,
     setting: Setting = "auto",
-    scoring: Annotated[
-        str, typer.Option(help="generate, teacher (forced answers, faster; tasks with one right answer) or both.")
-    ] = "generate",
+    scoring: Scoring = "generate",
     chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the tokenizer's chat template.")] = False,
     data: Data = None,
     text: Annotated[
@@ -88,10 +94,7 @@ def suite(
     text_field: TextField = "text",
     encoding: Encoding = "auto",
     shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, max=256, help="Samples at once, over one memory.", show_default="16"),
-    ] = None,
+    batch: Batch = None,
     topk: Annotated[
         int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
     ] = None,
