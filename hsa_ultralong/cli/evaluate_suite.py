@@ -51,7 +51,7 @@ Models = Annotated[
     list[Path] | None,
     typer.Argument(metavar="MODEL...", help="Model folders: of this library, or of transformers.", show_default="nano"),
 ]
-Batch = Annotated[
+BatchSize = Annotated[
     int | None,
     typer.Option(min=1, max=256, help="Samples at once, over one memory.", show_default="16"),
 ]
@@ -94,7 +94,7 @@ def suite(
     text_field: TextField = "text",
     encoding: Encoding = "auto",
     shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
-    batch: Batch = None,
+    batch: BatchSize = None,
     topk: Annotated[
         int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
     ] = None,
