@@ -43,8 +43,8 @@ def write_gguf(
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-            add[type(value)](key, value)
+            kinds: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+            kinds.get(type(value), writer.add_string)(key, value)
     written = {**_tensors(model, arch), **(tensors or {})}
     for name, tensor in written.items():
         numbers = tensor.detach().float().numpy()
