@@ -68,11 +68,6 @@ def test_lists_and_tables_below_a_line_are_set_apart():
     assert docs_site.with_blank_lines("Kinds:\n- a\n- b\n\n|x|\n") == "Kinds:\n\n- a\n- b\n\n|x|\n"
 
 
-def test_no_page_promises_a_server():
-    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
-        assert "hsa serve" not in page.read_text(encoding="utf-8"), page.name
-
-
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning():
     pytest.importorskip("mkdocs")
