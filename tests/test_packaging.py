@@ -26,7 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NANO = ROOT / "checkpoints" / "nano"
 # name in Python -> name in registries, where they differ
-DISTRIBUTIONS = {"docx": "python-docx", "bs4": "beautifulsoup4", "backports": "backports.zstd"}
+DISTRIBUTIONS = {
+    "docx": "python-docx",
+    "bs4": "beautifulsoup4",
+    "backports": "backports.zstd",
+    "fla": "flash-linear-attention",
+}
 
 FOR_DEVELOPERS = {"dev", "docs"}  # extras of which the library imports nothing
 

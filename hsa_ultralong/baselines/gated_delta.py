@@ -70,7 +70,7 @@ def _fla_delta_rule(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError as error:
-        raise ImportError('linear_impl="fla" needs a GPU and: pip install flash-linear-attention') from error
+        raise ImportError('linear_impl="fla" needs a GPU and: pip install "hsa-ultralong[rivals]"') from error
     q, k, v, log_decay, strength, state = inputs
     q, k, v, strength = (x.bfloat16() for x in (q, k, v, strength))
     return chunk_gated_delta_rule(q, k, v, log_decay, strength, initial_state=state, output_final_state=True)

@@ -61,9 +61,11 @@ def require_same_twin(config: TrainConfig, run: Path) -> None:
     Raises:
         ValueError: they are not.
     """
-    if not (run / "config.json").is_file():
+    try:
+        before = read_json(run / "config.json")
+    except (OSError, ValueError):
+        # none yet, or damaged: it is written anew with a notice, and weights of other names are refused
         return
-    before = read_json(run / "config.json")
     kept: dict[str, Any] = {"twin": "hsa", "twin_options": {}}
     for name, none in kept.items():
         old, new = before.get(name) or none, getattr(config, name) or none
