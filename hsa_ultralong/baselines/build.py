@@ -44,7 +44,7 @@ def _choice(config: RivalConfig) -> dict[str, Any]:
 
 
 def _selection(config: RivalConfig) -> Selection:
-    return Selection(config.decoding, config.decoding_tokens, config.decoding_tail, config.num_sinks)
+    return Selection(config.decoding, config.decoding_tokens, config.decoding_tail, config.num_sinks, config.chunk_size)
 
 
 def _rope(config: RivalConfig) -> Rope:

@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "landmark": ("chunk_size", "chunk_topk"),
     "hils": ("chunk_size", "chunk_topk", "sliding_window", "calibration_rank"),
 }  # fmt: skip
-DECODING = ("full", "sinks", "pages")
+DECODING = ("full", "sinks", "pages", "blocks")
 # options that may be others at evaluation than in training
 AT_TEST_TIME = (
     "rope_scaling", "rope_theta", "sliding_window", "num_sinks", "chunk_topk", "dense_tokens", "linear_impl",
@@ -71,7 +71,8 @@ class RivalConfig(PreTrainedConfig):
 
     Evaluation without training (decoding.py)
         decoding: what the last tokens of full_rope layers read: "full" (all), "sinks" (num_sinks first and the last
-            tokens), "pages" (Quest). decoding_tokens: how many. decoding_tail: last tokens of a prompt that read so.
+            tokens), "pages" (Quest), "blocks" (InfLLM: num_sinks first ones, blocks of chunk_size, the last ones).
+        decoding_tokens: how many. decoding_tail: last tokens of a prompt that read so.
 
     Raises:
         ValueError: for a value that does not fit, or a key that is none of these and none of transformers'.
@@ -169,7 +170,8 @@ class RivalConfig(PreTrainedConfig):
             )
         if self.decoding not in DECODING:
             raise ValueError(f"decoding must be one of {', '.join(DECODING)}, got {self.decoding!r}")
-        least = {"full": 1, "sinks": self.num_sinks + 1, "pages": 16}[self.decoding]
+        leasts = {"full": 1, "sinks": self.num_sinks + 1, "pages": 16, "blocks": 2 * (self.num_sinks + self.chunk_size)}
+        least = leasts[self.decoding]
         if self.decoding_tokens < least:
             raise ValueError(f"decoding={self.decoding} needs decoding_tokens >= {least}, got {self.decoding_tokens}")
         if self.linear_impl not in ("torch", "fla"):

@@ -32,7 +32,7 @@ def test_a_saved_rival_is_loaded_by_the_auto_classes(tmp_path):
         ({"rope_scaling": {"rope_type": "ntk"}}, "needs a positive factor"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be one of"),
         ({"layers": ["nsa"], "compression_stride": 12}, "must be multiples of compression_stride=12"),
-        ({"decoding": "quest"}, "decoding must be one of full, sinks, pages"),
+        ({"decoding": "quest"}, "decoding must be one of full, sinks, pages, blocks"),
         ({"decoding": "pages", "decoding_tokens": 15}, "needs decoding_tokens >= 16"),
         ({"layers": ["hils"], "chunk_size": 1}, "chunk_size >= 2"),
         ({"linear_impl": "cuda"}, "linear_impl must be"),
