@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.inference.answer_text import AnswerText
 from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.inference.batching import BatchEngine
 from hsa_ultralong.inference.sampling import sample
 from hsa_ultralong.memory import Memory
-from hsa_ultralong.serve.answer_text import AnswerText
 from hsa_ultralong.serve.limits import Limits, ServeError
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from hsa_ultralong.cli.common import load_model
-from hsa_ultralong.serve.answer_text import AnswerText
+from hsa_ultralong.inference.answer_text import AnswerText
 
 TEXTS = [
     "The code is 123.\nNext line",

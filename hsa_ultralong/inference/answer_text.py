@@ -1,6 +1,6 @@
 """Text of an answer as its tokens come, held back where a token to come may change it or a stop string may begin.
 
-Called by worker.py; tests/serve/test_answer_text.py.
+Called by ask.py and serve/worker.py; tests/inference/test_answer_text.py.
 """
 
 from __future__ import annotations
