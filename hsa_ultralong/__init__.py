@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsa_ultralong.models.registration import register_with_transformers
+from hsa_ultralong.models.registration import ABOVE, register_with_transformers
 
 if TYPE_CHECKING:
     from hsa_ultralong.inference import (
@@ -91,3 +91,5 @@ def __dir__() -> list[str]:
 register_with_transformers(
     (f"{__name__}.models.configuration_hsa", "HSAConfig"), (f"{__name__}.baselines.configuration", "RivalConfig")
 )
+# the loop over texts, with tiers and files; loaded at its first use
+ABOVE["memorize"] = lambda *args, **options: __getattr__("memorize")(*args, **options)

@@ -39,7 +39,7 @@ API = {
                 *("inference.memorize", "inference.append", "inference.close_document", "inference.edit"),
                 *("inference.last_logits", "inference.ask", "inference.Answer", "inference.DecodingEngine"),
                 *("inference.Library", "inference.rebuild", "inference.share_out", "inference.open_shared"),
-                "memory.ChunkMemory",
+                *("memory.ChunkMemory", "memory.open_memory"),
             )
         ],
     ),

@@ -10,9 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
@@ -222,6 +221,10 @@ def grown(part: torch.Tensor, length: int, fill: int = 0) -> torch.Tensor:
 class ChunkMemory(Memory):
     """A memory with all its tensors in device memory, which grows and can be changed."""
 
+    # opening makes memories of every kind, so opening.py puts it here
+    load: ClassVar[Callable[..., Memory]]
+    """Open a saved memory, on a device, in host memory or left on disk: memory.open_memory."""
+
     @staticmethod
     def empty(
         *,
@@ -251,12 +254,6 @@ class ChunkMemory(Memory):
             room(capacity, kind=torch.int32),
         )
         return ChunkMemory(chunk_size, storage, 0, fingerprint=fingerprint, is_composable=is_composable)
-
-    @staticmethod
-    def load(path: str | Path, **options: Any) -> Memory:
-        """Open a saved memory, on a device, in host memory or left on disk: see memory.opening.open_memory."""
-        # by the front door: opening makes memories of every kind
-        return import_module("hsa_ultralong.memory").open_memory(path, **options)
 
     def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
         # a lookup knows no other visibility

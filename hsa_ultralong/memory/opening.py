@@ -1,6 +1,6 @@
 """A memory file opened: all at once into device memory, or with keys and values left where they are.
 
-Called by ChunkMemory.load, reader.py and file_reader.py; tests/memory/test_saving.py, test_stores.py.
+It is ChunkMemory.load, and called by reader.py and file_reader.py; tests/memory/test_saving.py, test_stores.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hsa_ultralong.files.messages import shown
-from hsa_ultralong.memory.chunk_memory import Continuation, Document, Memory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document, Memory
 from hsa_ultralong.memory.columns import from_payload, require_lengths, require_model_columns
 from hsa_ultralong.memory.files import MemoryFile, MemoryFileError
 from hsa_ultralong.memory.half_read import half_read, way_on
@@ -155,6 +155,9 @@ def open_memory(
         memory = memory.loaded()
     memory.lookup = LandmarkIndex.build(memory.landmarks[0]) if lookup == "sketch" else scan
     return memory
+
+
+ChunkMemory.load = staticmethod(open_memory)
 
 
 def _records(file: MemoryFile, firsts: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> list[Document]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import wraps
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from hsa_ultralong.models.generation import OwnBatching, check_options, named
 from hsa_ultralong.models.head import head_loss
 from hsa_ultralong.models.modeling_hsa import HSAModel, HSAPreTrainedModel
 from hsa_ultralong.models.outputs import HSACausalLMOutput
+from hsa_ultralong.models.registration import ABOVE
 from hsa_ultralong.nn.moe import MixtureOfExperts
 
 
@@ -131,8 +131,7 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
 
     def memorize(self, tokens: Any, **options: Any) -> Memory:
         """Read any amount of text into a memory in linear time: see inference.reader.memorize."""
-        # by the front door: the loop over texts, with tiers and files, stands above the models
-        return import_module("hsa_ultralong").memorize(self, tokens, **options)
+        return ABOVE["memorize"](self, tokens, **options)
 
     def generate(
         self, inputs: torch.Tensor | None = None, *args: Any, memory: Memory | None = None, **kwargs: Any

@@ -2,6 +2,7 @@
 
 Registering needs classes, and those need torch. So the configuration is registered when transformers' Auto classes are
 imported (at once if they already are), and the models when the first configuration is made (auto_map.py).
+Methods that users expect on a model, of what stands above the models, are told here as well (ABOVE).
 Called by hsa_ultralong/__init__.py; tests/models/test_registration.py.
 """
 
@@ -9,11 +10,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"
+# method of HSAForCausalLM -> the function, of a part of the package that models know nothing of
+ABOVE: dict[str, Callable[..., Any]] = {}
 
 
 def register_with_transformers(*configurations: tuple[str, str]) -> None:
