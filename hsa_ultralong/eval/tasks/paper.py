@@ -41,7 +41,6 @@ class AuthorsNeedle:
     name: str = "s_niah_authors"
     metric: str = "exact"
     max_new_tokens: int = 16
-    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         asked = " What is the special magic number for long-context mentioned in the provided text? Answer: "
@@ -65,7 +64,6 @@ class AuthorsQueries:
     asked: int = 2
     metric: str = "in_order"
     max_new_tokens: int = 32
-    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         for index in range(number):
@@ -96,7 +94,6 @@ class AuthorsVariables:
     links: int = 3
     metric: str = "in_order"
     max_new_tokens: int = 32
-    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         for index in range(number):
@@ -126,7 +123,6 @@ class Passkey:
     name: str = "passkey"
     metric: str = "exact"
     max_new_tokens: int = 8
-    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         before = (
@@ -152,7 +148,6 @@ class KeyValues:
     name: str = "kv"
     metric: str = "part"
     max_new_tokens: int = 64
-    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         before = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{"

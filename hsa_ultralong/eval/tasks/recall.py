@@ -93,7 +93,6 @@ class Recall:
     as_documents: bool = False
     metric: str = "exact"
     max_new_tokens: int = 24
-    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         contexts = -(-number // (1 + self.similar))
@@ -151,7 +150,6 @@ class RecallPrompt:
     name: str = "recall_prompt"
     metric: str = "begins"
     max_new_tokens: int = 10
-    is_editable: bool = False
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         for index in range(number):
