@@ -23,7 +23,8 @@ from hsa_ultralong.data import train_tokenizer
 from hsa_ultralong.eval.haystack import opticks
 from hsa_ultralong.eval.metadata import run_metadata, write_json
 from hsa_ultralong.models.convert import convert_model
-from hsa_ultralong.train.distillation import distill, divergence, student_logits
+from hsa_ultralong.train.optim import decay_groups
+from hsa_ultralong.train.teaching import divergence
 
 VOCABULARY, TEACHER_LENGTH, WINDOW, CHUNK = 512, 256, 16, 16
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -98,6 +99,42 @@ def train_teacher(text, steps):
     return teacher.eval()
 
 
+def student_logits(student, ids):
+    """Logits (B, T, V) inside the autograd graph; in training the model itself returns a loss alone."""
+    return student.lm_head(student.model(ids, use_cache=False).last_hidden_state)
+
+
+def distill(student, teacher, texts, long_rows, *, steps, learning_rate, warmup_steps, on_step=lambda record: None):
+    """Train `student` in place: AdamW, linear warm-up, and linear decay to zero over the last quarter.
+
+    texts: input_ids and labels (B, T) of at most the teacher's length, of which only tokens with a label count.
+    long_rows: rows on which the memory must work. Returns, and gives to `on_step`, step, divergence and long_loss.
+    """
+    teacher.eval()
+    student.train()
+    optimizer = torch.optim.AdamW(decay_groups(student.parameters(), 0.1), lr=learning_rate, betas=(0.9, 0.95))
+    records = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, warmup_steps), 4 * (1 - step / steps))
+        batch = next(texts)
+        with torch.no_grad():
+            wanted = teacher(batch["input_ids"]).logits
+        # logits of one token foretell the next
+        is_counted = batch["labels"][:, 1:] != IGNORED
+        found = student_logits(student, batch["input_ids"])[:, :-1][is_counted]
+        near = divergence(found, wanted[:, :-1][is_counted])
+        far = student(**next(long_rows), use_cache=False).loss
+        optimizer.zero_grad(set_to_none=True)
+        (near + far).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        records.append({"step": step, "divergence": near.item(), "long_loss": far.item()})
+        on_step(records[-1])
+    student.eval()
+    return records
+
+
 def share_recalled(logits, labels):
     is_asked = labels[:, 1:] != IGNORED
     return (logits[:, :-1].argmax(-1) == labels[:, 1:])[is_asked].float().mean().item()
@@ -150,8 +187,7 @@ def main() -> None:
             print(lengths + "divergence {divergence:.3f}, long rows {long_loss:.3f}".format(**record), flush=True)
 
     records = distill(
-        student, teacher, texts, steps=arguments.steps, learning_rate=2e-3, long_rows=longer, on_step=follow,
-        warmup_steps=20,
+        student, teacher, texts, longer, steps=arguments.steps, learning_rate=2e-3, warmup_steps=20, on_step=follow
     )  # fmt: skip
     result = {
         "meta": run_metadata("python examples/convert_and_distill.py", 0, steps=arguments.steps),

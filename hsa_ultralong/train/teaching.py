@@ -25,7 +25,6 @@ from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.upper_group import UpperGroup
 from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.train.config import StageConfig, TrainConfig
-from hsa_ultralong.train.distillation import divergence
 
 logger = logging.getLogger(__name__)
 # the head of a large vocabulary is run on so many tokens of a forward, drawn at random
@@ -88,6 +87,13 @@ def text_tokens(batch: Inputs) -> torch.Tensor:
     """(B, T - 1) bool, true where the next token belongs to the same document and is no answer."""
     segments = batch["segment_ids"]
     return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0) & ~batch["answer_mask"][:, 1:]
+
+
+def divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """KL(wanted || found) of logits (..., V), mean, in fp32 (fp64 kept)."""
+    wide = torch.float64 if found.dtype == torch.float64 else torch.float32
+    ours, theirs = found.to(wide).log_softmax(-1), wanted.to(wide).log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean()
 
 
 class Teacher:
