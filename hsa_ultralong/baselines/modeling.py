@@ -7,7 +7,7 @@ row that its layer's mask lets it, also of earlier packed documents, as retrieva
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from hsa_ultralong.models.arguments import check_labels, check_tokens
 from hsa_ultralong.models.cache_hsa import CACHE_NAME, given_cache
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.head import head_loss
+from hsa_ultralong.models.padding import Rows, counted_labels
 from hsa_ultralong.nn.decoder_layer import DecoderLayer
 
 # what transformers passes on its own, with the value that changes nothing
@@ -41,31 +42,6 @@ def check_unknown(kind: str, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not None and (name not in _NEUTRAL or value != _NEUTRAL[name]):
             raise TypeError(f"{kind} takes no {name}={value!r}: leave it out")
-
-
-class Rows(NamedTuple):
-    """The real tokens of rows with padding anywhere: moved to the left, and back.
-
-    order: (B, T) column of each real token, the real ones first. place: (B, T) the last real token at or before each
-    column, -1 before the first.
-    """
-
-    order: torch.Tensor
-    place: torch.Tensor
-
-    @staticmethod
-    def of(is_real: torch.Tensor) -> Rows:
-        return Rows((~is_real).to(torch.uint8).argsort(dim=1, stable=True), is_real.cumsum(1) - 1)
-
-    def close_up(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, T, M), real tokens first, zeros behind: later than all real ones, so read by none."""
-        is_behind = torch.arange(x.shape[1], device=x.device) > self.place[:, -1:]
-        return x.gather(1, self.order[..., None].expand_as(x)).masked_fill(is_behind[..., None], 0)
-
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, T, M) back; padding repeats the last real token, 0 before the first."""
-        place = self.place[..., None]
-        return x.gather(1, place.clamp_min(0).expand_as(x)).masked_fill(place < 0, 0)
 
 
 class RivalPreTrainedModel(PreTrainedModel):
@@ -208,7 +184,7 @@ class RivalModel(RivalPreTrainedModel):
                 raise ValueError("segment_ids go without attention_mask and without a cache: use_cache=False")
             if segment_ids.shape != x.shape[:2]:
                 raise ValueError(f"segment_ids must be {tuple(x.shape[:2])}, got {tuple(segment_ids.shape)}")
-            return Rows.of(segment_ids >= 0)
+            return Rows(segment_ids >= 0)
         if attention_mask is None:
             return None
         seen = 0 if cache is None else cache.num_seen
@@ -224,7 +200,7 @@ class RivalModel(RivalPreTrainedModel):
                 "a rival's cache holds rows of one length: generate from prompts without padding, one by one or "
                 "several of a length"
             )
-        return Rows.of(is_real)
+        return Rows(is_real)
 
     def _cache(self, cache: RivalCache | None, use_cache: bool | None, *, is_plain: bool) -> RivalCache | None:
         if cache is not None and not isinstance(cache, RivalCache):
@@ -287,11 +263,7 @@ class RivalForCausalLM(RivalPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            if attention_mask is not None:
-                # what stands before the first real token predicts nothing
-                is_preceded = (attention_mask != 0).cumsum(1)[:, -targets.shape[1] :] > 0
-                targets = targets.masked_fill(~is_preceded, -100)
+            targets = counted_labels(torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), attention_mask)
             total = head_loss(self.lm_head, hidden, targets, self.config.vocab_size)
             counted = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
             loss = total / torch.as_tensor(counted, device=total.device).clamp_min(1)

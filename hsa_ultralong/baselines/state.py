@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from hsa_ultralong.models.cache_hsa import OwnCacheLayer
 from hsa_ultralong.ops._common import accumulation_dtype
 
 _FIRST_CAPACITY = 256
 
 
-class LayerState(CacheLayerMixin):
-    """State of one layer; every tensor attribute has the batch as its first dimension.
+class LayerState(OwnCacheLayer):
+    """State of one layer; every tensor attribute has the batch as its first dimension."""
 
-    Attributes:
-        length: tokens seen.
-    """
-
-    is_compileable = False
     is_croppable = False
-    supports_early_init = False
 
     keys: torch.Tensor | None
     values: torch.Tensor | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is to be done."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        raise RuntimeError("the layers of a RivalModel extend their states themselves")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
 
     def _change(self, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
         for name, value in list(vars(self).items()):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
-from hsa_ultralong.eval.plots import human_tokens
+from hsa_ultralong.eval.plots import plt, save, token_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,9 +99,7 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
     for axes in places[len(panels) :]:
         axes.axis("off")
     figure.suptitle(f"Memory on {result['meta']['hardware']}", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, 120)
 
 
 def _label(axes: Axes, title: str, unit: str, lengths: list[int], is_log: bool) -> None:
@@ -112,9 +109,7 @@ def _label(axes: Axes, title: str, unit: str, lengths: list[int], is_log: bool) 
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
-    axes.xaxis.minorticks_off()
+    token_axis(axes, lengths)
     axes.set_xlabel("tokens memorised")
     axes.grid(True, alpha=0.25)
     # below the axes, where it covers nothing

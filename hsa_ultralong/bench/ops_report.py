@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsa_ultralong.eval.plots import human_tokens, plt
+from hsa_ultralong.eval.plots import human_tokens, plt, save, token_axis
 from hsa_ultralong.files.strict_json import read_json
 
 if TYPE_CHECKING:
@@ -162,9 +162,8 @@ def plot_ops(result: dict[str, Any], path: Path, title: str = "") -> None:
                     place, [r["ms_low"] for r in curve], [r["ms_high"] for r in curve], color=colour, alpha=0.15, lw=0
                 )
         _draw_floors(axes, select(here, op="hsa"), _chip(meta))
-        axes.set_xscale("log", base=2)
+        token_axis(axes, lengths)
         axes.set_yscale("log")
-        axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
         axes.set_xlabel("tokens")
         axes.set_title(name, fontsize=10)
         axes.grid(True, which="major", alpha=0.25)
@@ -173,9 +172,7 @@ def plot_ops(result: dict[str, Any], path: Path, title: str = "") -> None:
     entries = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=9, frameon=False)
     figure.suptitle(title or _title(meta, records, topk), fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path, 150)
 
 
 def _draw_floors(axes: Any, hsa: list[dict[str, Any]], chip: str) -> None:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
-from hsa_ultralong.eval.plots import human_tokens
+from hsa_ultralong.eval.plots import human_tokens, plt, save, token_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,9 +115,7 @@ def plot_training_speed(result: dict[str, Any], path: Path) -> None:
     for draw, place in zip(panels, axes[0], strict=True):
         draw(place, speeds if draw is _draw_speed else longest)
     figure.suptitle(f"Training on {result['meta']['hardware']}", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path, 150)
 
 
 def _draw_speed(axes: Axes, records: list[dict[str, Any]]) -> None:
@@ -141,9 +138,7 @@ def _draw_speed(axes: Axes, records: list[dict[str, Any]]) -> None:
                 style = f"{'osd^v'[ways.index(way) % 5]}-"
                 axes.plot(*zip(*curve, strict=True), style, color=f"C{number}", ms=5, label=", ".join((*model, way)))
     lengths = sorted({record["context"] for record in records})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
-    axes.minorticks_off()
+    token_axis(axes, lengths)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("tokens a row")
@@ -166,13 +161,10 @@ def _draw_longest(axes: Axes, records: list[dict[str, Any]]) -> None:
     middle = 0.4 - height / 2
     axes.set_yticks([number + middle for number in range(len(labels))], [", ".join(one) for one in labels], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xscale("log", base=2)
     values = [record["value"] for record in records]
+    token_axis(axes, [2**power for power in range(min(values).bit_length(), max(values).bit_length() + 2, 3)])
     # room for the texts
     axes.set_xlim(min(values) / 4, max(values) * 8)
-    ticks = [2**power for power in range(min(values).bit_length(), max(values).bit_length() + 2, 3)]
-    axes.set_xticks(ticks, [human_tokens(tick) for tick in ticks])
-    axes.minorticks_off()
     axes.set_xlabel("longest row that trains, tokens")
     axes.grid(True, axis="x", alpha=0.25)
     axes.legend(fontsize=8, frameon=False)

@@ -66,20 +66,16 @@ def bench_ops(
     """
     from hsa_ultralong import ops as operators
     from hsa_ultralong.bench.ops import OPS, run_ops
-    from hsa_ultralong.bench.ops_report import plot_ops, short_hardware
-    from hsa_ultralong.cli.common import choose_device, processor_name
-    from hsa_ultralong.eval.metadata import command_line, run_metadata
-    from hsa_ultralong.eval.metadata import hardware as measured_on
+    from hsa_ultralong.bench.ops_report import plot_ops
+    from hsa_ultralong.cli.common import bench_results, choose_device
 
     require_folder(output)
     place = choose_device(device)
     settings = _settings(place, lengths, topk, full_max, quick, longest, seed)
     if text is not None and not text.is_file():
         raise ValueError(f"{text} is no file: give --text a text that the model shall read")
-    name = hardware or (short_hardware(measured_on()) if place == "cuda" else processor_name())
-    meta = run_metadata(command_line(), seed, hardware_name=name, device=place)
+    path, meta = bench_results(output, "ops", hardware, place, seed)
     wanted = tuple(part.strip() for part in ops.split(",")) if ops else OPS
-    path = output / f"ops-{name}.json"
     result = run_ops(
         operators, settings, meta, ops=wanted, recorder=_recorder(settings, model, text), path=path,
         progress=_show,
@@ -146,11 +142,8 @@ def memory(
     import torch.distributed as dist
 
     from hsa_ultralong.bench.memory import MemorySettings
-    from hsa_ultralong.bench.ops_report import short_hardware
-    from hsa_ultralong.cli.common import choose_device, processor_name
+    from hsa_ultralong.cli.common import bench_results, choose_device
     from hsa_ultralong.distributed.mesh import init_distributed
-    from hsa_ultralong.eval.metadata import command_line, run_metadata
-    from hsa_ultralong.eval.metadata import hardware as measured_on
 
     require_folder(output)
     place = choose_device(device)
@@ -169,9 +162,7 @@ def memory(
         store=store, key_values=key_values, landmarks=landmarks, tune=tune, seed=seed,
     )  # fmt: skip
     network, label = _network(preset_name, model, place, dtype, seed)
-    name = hardware or (short_hardware(measured_on()) if place == "cuda" else processor_name())
-    path = output / f"memory-{name}.json"
-    meta = run_metadata(command_line(), seed, hardware_name=name, device=place)
+    path, meta = bench_results(output, "memory", hardware, place, seed)
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     result = _measure_memory(network, label, settings, file, path, meta, is_first=is_first)
     if dist.is_initialized():

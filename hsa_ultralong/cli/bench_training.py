@@ -117,16 +117,12 @@ class _Results:
         import torch.distributed as dist
 
         from hsa_ultralong.bench.memory import continued
-        from hsa_ultralong.bench.ops_report import short_hardware
-        from hsa_ultralong.cli.common import processor_name
-        from hsa_ultralong.eval.metadata import command_line, run_metadata
-        from hsa_ultralong.eval.metadata import hardware as measured_on
+        from hsa_ultralong.cli.common import bench_results
 
         self.is_shared = dist.is_initialized()
         self.is_first = not self.is_shared or dist.get_rank() == 0
-        name = hardware or (short_hardware(measured_on()) if place == "cuda" else processor_name())
-        self.path = output / f"training-{name}.json"
-        self.found = continued(self.path, run_metadata(command_line(), seed, hardware_name=name, device=place))
+        self.path, meta = bench_results(output, "training", hardware, place, seed)
+        self.found = continued(self.path, meta)
 
     def keep(self, record: dict[str, Any]) -> None:
         from hsa_ultralong.bench.training_report import REPORTED, add_record, format_value

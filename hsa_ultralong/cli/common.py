@@ -43,12 +43,18 @@ def choose_dtype(name: str, device: str) -> Any:
     return known[name]
 
 
-def processor_name() -> str:
-    """Name of measurements on this machine's processor, such as cpu2."""
+def bench_results(
+    output: Path, suite: str, hardware_name: str | None, device: str, seed: int
+) -> tuple[Path, dict[str, Any]]:
+    """Where `hsa bench` writes, SUITE-HARDWARE.json (h200, cpu2), and the meta of this run."""
     import os
 
+    from hsa_ultralong.bench.ops_report import short_hardware
+    from hsa_ultralong.eval.metadata import command_line, hardware, run_metadata
+
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"cpu{count}"
+    name = hardware_name or (short_hardware(hardware()) if device == "cuda" else f"cpu{count}")
+    return output / f"{suite}-{name}.json", run_metadata(command_line(), seed, hardware_name=name, device=device)
 
 
 def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:

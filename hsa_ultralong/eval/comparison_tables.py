@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hsa_ultralong.eval.intervals import Difference
-from hsa_ultralong.eval.plots import human_tokens, plt, save
+from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, save, token_axis
 from hsa_ultralong.eval.suite_compare import MEAN, Cell, Comparison
 
 LEGEND = (
     "Percent with 95% intervals. A difference is the model's minus the first one's, in points, over pairs of the same "
     "sample, or of so many other ones; bold where its interval leaves zero out, as one in twenty does by chance."
 )
-_MARKS = "osD^vP"
 
 
 def markdown(comparison: Comparison) -> str:
@@ -129,15 +128,13 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
             found = sorted(of_run.get(run.name, {}).items())
             values = [cell.value for _, cell in found]
             spans = [[max(0.0, c.value - c.low) for _, c in found], [max(0.0, c.high - c.value) for _, c in found]]
-            style: dict[str, Any] = {"marker": _MARKS[number % len(_MARKS)], "color": f"C{number}", "label": run.name}
+            style: dict[str, Any] = {"marker": MARKS[number % len(MARKS)], "color": f"C{number}", "label": run.name}
             # runs stand a little beside one another, so that no interval hides another
             shift = 1.05 ** (number - (len(comparison.runs) - 1) / 2)
             axes.errorbar([n * shift for n, _ in found], values, spans, ms=4, lw=1.2, elinewidth=0.7, **style)
         axes.set_title(task if metric != "auroc" else f"{task} (AUROC)", fontsize=8)
-        axes.set_xscale("log", base=2)
+        token_axis(axes, lengths)
         axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
-        axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
-        axes.minorticks_off()
         axes.set_ylim(-0.05, 1.05)
         axes.tick_params(labelsize=7)
         axes.grid(True, alpha=0.2)

@@ -9,10 +9,8 @@ from statistics import quantiles
 from typing import Any
 
 from hsa_ultralong.eval.needles import wilson_interval
-from hsa_ultralong.eval.plots import LOSS, NEEDLES, human_tokens, plt, training_panels
+from hsa_ultralong.eval.plots import LOSS, MARKS, NEEDLES, plt, save, token_axis, training_panels
 from hsa_ultralong.eval.suite_summary import Records
-
-_MARKS = "osD^vP"
 
 
 def compare_needles(studies: Mapping[str, Records], path: Path, title: str) -> None:
@@ -27,7 +25,7 @@ def compare_needles(studies: Mapping[str, Records], path: Path, title: str) -> N
     )
     recall, margin = grid[0, 0], grid[0, -1]
     for number, (name, lines) in enumerate(studies.items()):
-        style: dict[str, Any] = {"color": f"C{number}", "label": name, "marker": _MARKS[number % len(_MARKS)], "ms": 5}
+        style: dict[str, Any] = {"color": f"C{number}", "label": name, "marker": MARKS[number % len(MARKS)], "ms": 5}
         of_length = {length: [line for line in lines if line["length"] == length] for length in _lengths(lines)}
         _draw_recall(recall, of_length, style)
         _draw_margins(margin, of_length, style)
@@ -38,14 +36,13 @@ def compare_needles(studies: Mapping[str, Records], path: Path, title: str) -> N
         margin.set_title("score of the right chunk over the best other (nats)", fontsize=9)
     lengths = _lengths([line for lines in studies.values() for line in lines])
     for axes in grid.flat:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
-        axes.minorticks_off()
+        token_axis(axes, lengths)
         axes.set_xlabel("tokens memorised", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(True, alpha=0.2)
     recall.legend(fontsize=8, frameon=False, loc="lower left")
-    _write(figure, path, title)
+    figure.suptitle(title, fontsize=11)
+    save(figure, path, 130)
 
 
 def _lengths(lines: Records) -> list[int]:
@@ -111,11 +108,5 @@ def compare_training(runs: Mapping[str, Records], path: Path, title: str, *, is_
         axes.legend(fontsize=7, frameon=False)
     for axes in grid.flat[len(shared) :]:
         axes.axis("off")
-    _write(figure, path, title)
-
-
-def _write(figure: Any, path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, 130)

@@ -23,6 +23,8 @@ _LOG_FIELDS = {"stage": TEXT, "global_step": whole(), "tokens": whole()}
 _LOG_BYTES = 2**32
 _DEPTH_BINS = 10
 _INK = "#22313f"
+# of curves beside one another
+MARKS = "osD^vP"
 # fields of a log record and the titles of their panels
 LOSS = "training loss (nats per token)"
 _STEP_PANELS = {
@@ -90,6 +92,13 @@ def save(figure: Any, path: Path, dpi: int) -> None:
     plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, data.getvalue())
+
+
+def token_axis(axes: Any, lengths: Sequence[int]) -> None:
+    """An axis of lengths by doubling, written 4K, 1M ..."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [human_tokens(length) for length in lengths])
+    axes.xaxis.minorticks_off()
 
 
 def plot_needles(samples: Sequence[dict[str, Any]], path: Path, title: str) -> None:

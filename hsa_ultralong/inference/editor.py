@@ -77,18 +77,17 @@ def recompute_chunks(
     size, device = model.config.chunk_size, device_of(model)
     begin, end = first * size, min(stop * size, len(tokens))
     lead = max(0, begin - model.config.lower_reach)
-    reader, step = DocumentReader(model, keep=0), piece_length(model, step)
-    pending, number = None, first
+    reader, step = DocumentReader(model, keep=size), piece_length(model, step)
+    number = first
     for start in range(lead, end, step):
-        part = reader.read(tokens[start : min(start + step, end)].to(device))
-        part = part[:, max(0, begin - start) :]
-        pending = part if pending is None else torch.cat((pending, part), 1)
-        whole = pending.shape[1] // size
-        if whole:
-            yield reader.encode(pending[:, : whole * size], number, document)
-            number, pending = number + whole, pending[:, whole * size :].clone()
-    if pending is not None and pending.shape[1]:
-        yield reader.encode_short(pending, number, document)
+        chunks = reader.complete_chunks(tokens[start : min(start + step, end)].to(device), start, number, document)
+        if chunks is not None:
+            yield chunks
+            number += chunks.landmarks.shape[1]
+    rest = end - number * size
+    if rest:
+        assert reader.lower is not None
+        yield reader.encode_short(reader.lower[:, -rest:], number, document)
     reader.check.require("the edited document")
 
 

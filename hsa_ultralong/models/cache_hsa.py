@@ -45,18 +45,50 @@ class NewChunks(NamedTuple):
         return torch.full_like(self.ends, self.hidden.shape[2]) if self.lengths is None else self.lengths.clamp_min(1)
 
 
-class WindowCacheLayer(CacheLayerMixin):
-    """transformers' view of the WindowState of one layer: keys (not rotated) and values as (B, Hkv, n, D)."""
+class OwnCacheLayer(CacheLayerMixin):
+    """What transformers asks of the cache of a layer that extends its state itself.
+
+    Attributes:
+        length: tokens that the layer has seen.
+    """
 
     is_compileable = False
-    is_croppable = True
     supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is to be done."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("the layers of this model extend their states themselves")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+
+class WindowCacheLayer(OwnCacheLayer):
+    """transformers' view of the WindowState of one layer: keys (not rotated) and values as (B, Hkv, n, D)."""
+
+    is_croppable = True
 
     def __init__(self, window: int, rewind: int) -> None:
         self.state = WindowState(max(window - 1, 0) + rewind)
         super().__init__()
-        self.seen = 0
-        self.is_initialized = True
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -74,29 +106,9 @@ class WindowCacheLayer(CacheLayerMixin):
     def values(self, values: torch.Tensor | None) -> None:
         self.state.values = None if values is None else values.transpose(1, 2)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        raise RuntimeError("HSAModel updates its windows through WindowState")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
-
     def reset(self) -> None:
         self.keys = self.values = None
-        self.seen = 0
+        self.length = 0
 
 
 class HSACache(Cache):
@@ -179,7 +191,7 @@ class HSACache(Cache):
         """Count tokens as seen, after the model has processed them."""
         self.num_seen += num_tokens
         for layer in self.layers:
-            layer.seen = self.num_seen
+            layer.length = self.num_seen
 
     @property
     def chunks(self) -> ChunkTensors | None:

@@ -20,6 +20,7 @@ from hsa_ultralong.models.generation import OwnBatching, check_options, named
 from hsa_ultralong.models.head import head_loss
 from hsa_ultralong.models.modeling_hsa import HSAModel, HSAPreTrainedModel
 from hsa_ultralong.models.outputs import HSACausalLMOutput
+from hsa_ultralong.models.padding import counted_labels
 from hsa_ultralong.models.registration import ABOVE
 from hsa_ultralong.nn.moe import MixtureOfExperts
 
@@ -118,11 +119,7 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
             if labels is None:
                 return None
             targets = self.model.context_ranks.next_labels(labels)
-        if attention_mask is not None:
-            # what stands before the first real token predicts nothing
-            is_preceded = (attention_mask != 0).cumsum(1)[:, -targets.shape[1] :] > 0
-            targets = targets.masked_fill(~is_preceded, -100)
-        return targets
+        return counted_labels(targets, attention_mask)
 
     def update_router_bias(self) -> list[torch.Tensor]:
         """After an optimiser step: balance every mixture of experts; returns their imbalance (max / mean load)."""

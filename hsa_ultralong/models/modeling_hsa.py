@@ -303,7 +303,7 @@ class HSAModel(HSAPreTrainedModel):
         if segment_ids is not None:
             layout = packed_layout(segment_ids, size, attention_mask, cache)
         else:
-            layout = plain_layout(x, None if is_real is None else Padding.of(is_real, shape[1]), cache)
+            layout = plain_layout(x, None if is_real is None else Padding(is_real, shape[1]), cache)
         return layout if context.size == 1 else slice_layout(layout, context, max(self.config.layer_windows) - 1)
 
     def encode(self, x: torch.Tensor, layout: Layout, cache: HSACache | None = None) -> ChunkTensors | None:

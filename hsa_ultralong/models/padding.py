@@ -6,7 +6,7 @@ tests/models/test_masks.py.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,30 +18,17 @@ _PACKING = (
 )
 
 
-class Padding(NamedTuple):
-    """The real tokens of a call, (B, T).
+class Rows:
+    """The real tokens of rows with masked ones anywhere: moved to the left, and back.
 
-    order: column of each real token, the real ones first. place: the last real token at or before each column, -1
-    before the first. counts: real tokens of every row, on the host. mask: (B, n + T) bool, False at masked tokens, the
-    n cached ones included.
+    Attributes:
+        order: (B, T) column of each real token, the real ones first.
+        place: (B, T) the last real token at or before each column, -1 before the first.
     """
 
-    order: torch.Tensor
-    place: torch.Tensor
-    counts: list[int]
-    mask: torch.Tensor
-
-    @staticmethod
-    def of(mask: torch.Tensor, num_tokens: int) -> Padding:
-        is_real = mask[:, -num_tokens:]
-        order = (~is_real).to(torch.uint8).argsort(dim=1, stable=True)
-        place = is_real.cumsum(1) - 1
-        return Padding(order, place, (place[:, -1] + 1).tolist(), mask)
-
-    @property
-    def gaps(self) -> list[int]:
-        """Masked tokens of the call in every row."""
-        return [self.order.shape[1] - count for count in self.counts]
+    def __init__(self, is_real: torch.Tensor) -> None:
+        self.order = (~is_real).to(torch.uint8).argsort(dim=1, stable=True)
+        self.place = is_real.cumsum(1) - 1
 
     def close_up(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, T, M) with the real tokens of every row at its start, zeros behind them: what stands at masked tokens,
@@ -55,6 +42,32 @@ class Padding(NamedTuple):
         place = self.place if columns is None else self.place[:, columns]
         place = place.view(*place.shape, *[1] * (x.dim() - 2))
         return x.gather(1, place.clamp_min(0).expand(-1, -1, *x.shape[2:])).masked_fill(place < 0, fill)
+
+
+class Padding(Rows):
+    """The real tokens of a call.
+
+    Attributes:
+        counts: real tokens of every row, on the host.
+        mask: (B, n + T) bool, False at masked tokens, the n cached ones included.
+    """
+
+    def __init__(self, mask: torch.Tensor, num_tokens: int) -> None:
+        super().__init__(mask[:, -num_tokens:])
+        self.mask, self.counts = mask, (self.place[:, -1] + 1).tolist()
+
+    @property
+    def gaps(self) -> list[int]:
+        """Masked tokens of the call in every row."""
+        return [self.order.shape[1] - count for count in self.counts]
+
+
+def counted_labels(targets: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Labels (B, T) of what each position predicts; what stands before the first real token predicts nothing, -100."""
+    if attention_mask is None:
+        return targets
+    is_preceded = (attention_mask != 0).cumsum(1)[:, -targets.shape[1] :] > 0
+    return targets.masked_fill(~is_preceded, -100)
 
 
 def real_tokens(attention_mask: Any, batch: int, num_tokens: int, cache: HSACache | None) -> torch.Tensor | None:

@@ -77,7 +77,7 @@ class DocumentReader:
         joined = self.read(tokens)
         count = num_tokens + len(tokens)
         complete = count // self.size - num_chunks
-        if not complete:
+        if complete <= 0:
             return None
         begin = joined.shape[1] - (count - num_chunks * self.size)
         return self.encode(joined[:, begin : begin + complete * self.size], num_chunks, document)
