@@ -20,22 +20,12 @@ import typer
 from hsa_ultralong.cli.main import app, main
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = (
-    *("install", "first-memory", "faq", "memory", "library", "data", "training", "long-rows", "convert"),
-    *("transformers", "evaluate", "distributed", "write-an-operator", "architecture", "pooled-memory", "speedrun"),
-)
 OPERATORS = ("hsa", "chunk_topk", "sliding_window", "linear_cross_entropy")
-PAGES = (
-    "README.md",
-    *(f"docs/{name}.md" for name in GUIDES),
-    *(f"hsa_ultralong/ops/{name}/README.md" for name in OPERATORS),
-    "hsa_ultralong/eval/tasks/README.md",
-    "docs/evidence-training.md",
-)
 LINKED = [
     *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("hsa_ultralong/**/*.md")),
-    *sorted(ROOT.glob("checkpoints/*/*.md")), *sorted(ROOT.glob("examples/*.md")),
+    *sorted(ROOT.glob("checkpoints/*/*.md")), *sorted(ROOT.glob("examples/**/*.md")),
 ]  # fmt: skip
+PAGES = [str(page.relative_to(ROOT)) for page in LINKED]
 # what a CPU can do in seconds of a run that takes a GPU minutes
 SHORTER = {
     "train nano ": "--until warmup --set warmup.tokens=1024 --set warmup.batch_tokens=1024 --set warmup.seq_len=1024 "
@@ -111,8 +101,21 @@ def run(line, monkeypatch, capsys):
     return shown.out
 
 
+def parse_request(words):
+    """The server has such a path, and takes such a body."""
+    pytest.importorskip("fastapi")
+    from hsa_ultralong.serve import protocol
+
+    (path,) = (word.partition("/v1/")[2] for word in words if "/v1/" in word)
+    kinds = {"memories": protocol.NewMemory, "chat/completions": protocol.ChatCompletion}
+    kinds[path].model_validate_json(words[words.index("-d") + 1])
+
+
 def parse(line):
     """The options of a line exist and take such values."""
+    line = line.replace("-m hsa_ultralong ", "hsa ")
+    if line.startswith("curl "):
+        return parse_request(shlex.split(line))
     words = shlex.split(line[line.index("hsa ") :])[1:]
     command = typer.main.get_command(app)
     while words and words[0] in getattr(command, "commands", {}):
@@ -132,7 +135,7 @@ def test_the_commands_of_the_page_run(name, workplace, monkeypatch, capsys):
                 parse(line)
             elif not line.startswith(PACKAGED):
                 shown += run(line, monkeypatch, capsys)
-    code = "".join(block.code for block in blocks(name) if block.language == "bash")
+    code = "".join(block.code for block in blocks(name) if block.language == "bash" and not block.mark)
     assert "4821937" in shown or "4821937" not in code
     assert ("7301954" in shown and "from standard input" in shown) or "7301954" not in code
     if name == "README.md":
