@@ -17,6 +17,7 @@ ARGUMENTS = (
 )
 
 
+@pytest.mark.slow
 def test_one_process_beside_two_by_every_way(tmp_path):
     hsa = str(Path(sys.executable).with_name("hsa"))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", hsa]

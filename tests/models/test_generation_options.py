@@ -107,7 +107,7 @@ def repeated(length):
 def test_prompt_lookup_of_any_length_equals_greedy_decoding(num_tokens):
     model, tokens = tiny_model(), repeated(70)
     for generate in both(model):
-        options = {**PLAIN, "max_new_tokens": 70}
+        options = {**PLAIN, "max_new_tokens": 70 if num_tokens > REWIND else 20}
         found = generate(tokens, prompt_lookup_num_tokens=num_tokens, max_matching_ngram_size=1, **options)
         assert torch.equal(found, generate(tokens, **options))
 
@@ -129,8 +129,12 @@ def test_drafts_of_an_assistant_of_any_length_equal_greedy_decoding(schedule, nu
     assistant.generation_config.assistant_confidence_threshold = 0.0
     for generate in both(model):
         options = {**PLAIN, "max_new_tokens": 80}
-        found = generate(tokens, assistant_model=assistant, **options)
-        assert torch.equal(found, generate(tokens, **options))
+        expected = generate(tokens, **options)
+        if not same:
+            # an early end: every draft of a stranger is as long as ever, and refused at its first token
+            options["eos_token_id"] = int(expected[0, 24])
+            expected = generate(tokens, **options)
+        assert torch.equal(generate(tokens, assistant_model=assistant, **options), expected)
 
 
 def test_assisted_decoding_returns_the_hidden_states_of_greedy_decoding():

@@ -52,7 +52,15 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order",
+    [
+        "transformers first",
+        "by a pickled configuration",
+        pytest.param("ours first, used in a thread meanwhile", marks=pytest.mark.slow),
+        pytest.param("from deep inside transformers", marks=pytest.mark.slow),
+    ],
+)
 def test_importing_the_library_registers_the_auto_classes(order, folder):
     result = python(f"folder, pickled = {str(folder)!r}, {pickle.dumps(tiny_config())!r}\n{ORDERS[order]}")
     assert result.returncode == 0, result.stderr

@@ -35,8 +35,10 @@ def small_launches(monkeypatch):
     monkeypatch.setattr(torch_gather, "_BLOCK_ELEMENTS", {"cpu": 30_000})
     monkeypatch.setattr(torch_dense, "_TILE_ELEMENTS", {"cpu": 3000})
     if find_spec("triton") is not None:
-        from hsa_ultralong.ops.hsa import triton_attention
+        from hsa_ultralong.ops.hsa import kernel_lists, triton_attention
 
+        # the interpreter walks over keys one by one
+        monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 32)
         # tiles of two parts, as the second pass sees them
         monkeypatch.setattr(triton_attention, "launch_options", lambda *_: triton_attention.HSALaunch(32, 4, 1))
         monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 0)

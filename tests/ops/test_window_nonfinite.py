@@ -55,7 +55,7 @@ def test_rows_that_do_not_read_it_are_unchanged_forward_and_backward(impl, num_q
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(90, 90), (5, 60)])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [pytest.param(90, 90, marks=pytest.mark.slow), (40, 40), (5, 60)])
 def test_so_it_is_with_the_kernels(num_queries, num_keys, documents):
     check("triton", num_queries, num_keys, documents, torch.float32, 16, rtol=1e-5, atol=1e-5)
 
