@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from hsa_ultralong.eval.haystack import recombined
 from hsa_ultralong.eval.tasks.sample import Tokens
 
+_T = TypeVar("_T")
 _SLOT = "\x00context\x00"
 # first characters of tokens that begin a word: GPT-2's and SentencePiece's blank, line breaks
 _BLANKS = ("Ġ", "▁", " ", "Ċ", "\n", "<0x0A>")
@@ -40,6 +41,7 @@ class Material:
     chat: bool = False
     files: dict[str, Path] = field(default_factory=dict)
     _haystack: tuple[int, Tokens, np.ndarray] | None = field(default=None, repr=False)
+    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         special = torch.tensor(self.tokenizer.all_special_ids, dtype=self.text.dtype)
@@ -50,6 +52,17 @@ class Material:
     def encode(self, text: str) -> list[int]:
         """Tokens of a piece of text, nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of many pieces of text, nothing added."""
+        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
+
+    def kept(self, name: Hashable, make: Callable[[], _T]) -> _T:
+        """What is made once for all samples of this material."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: _T = self._kept[name]
+        return found
 
     @cached_property
     def first(self) -> list[int]:

@@ -25,14 +25,15 @@ _PREFIX = " The special magic {kind} for {query} mentioned in the provided text 
 
 
 @lru_cache(maxsize=1)
-def _pairs() -> tuple[list[str], list[str]]:
+def word_pairs() -> tuple[list[str], list[str]]:
+    """Adjectives and nouns, of which keys and values are made."""
     return word_list("adjective"), word_list("noun")
 
 
 def draw(kind: str, rng: np.random.Generator) -> str:
     """A key or value: "words" (adjective-noun), "numbers" (7 digits) or "uuids" (version 4)."""
     if kind == "words":
-        adjectives, nouns = _pairs()
+        adjectives, nouns = word_pairs()
         return f"{adjectives[rng.integers(len(adjectives))]}-{nouns[rng.integers(len(nouns))]}"
     if kind == "numbers":
         return str(rng.integers(10**6, 10**7))

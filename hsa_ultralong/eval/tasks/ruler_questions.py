@@ -13,7 +13,7 @@ from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.eval.tasks.assembly import filled, finish, make_form
 from hsa_ultralong.eval.tasks.material import Material
 from hsa_ultralong.eval.tasks.passages import Passages, Question, read_multihop, read_squad
-from hsa_ultralong.eval.tasks.sample import Sample
+from hsa_ultralong.eval.tasks.sample import Sample, Tokens
 
 _INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."
@@ -70,26 +70,55 @@ class DocumentQuestions:
         # RULER's order of choice: the question's own passages, those of its article, then others of the file
         others = np.setdiff1d(np.arange(len(passages.texts)), [*question.gold, *question.near])
         rng.shuffle(others)
+        documents = material.kept(("documents", self.source), lambda: _Documents(material, passages.texts))
         chosen, used = list(question.gold), least
         pool = [*question.near, *others.tolist()]
         turn = 0
         while used < form.room:
             # past the whole file it is repeated, the question's own passages left out
-            text = passages.texts[pool[turn % len(pool)]]
-            used += len(material.encode(f"Document {len(chosen) + 1}:\n{text}\n\n"))
+            used += documents.size(len(chosen) + 1, pool[turn % len(pool)])
             chosen.append(pool[turn % len(pool)])
             turn += 1
         last = chosen.pop() if len(chosen) > len(gold) else None
-        order = rng.permutation(len(chosen))
-        documents = [chosen[i] for i in order]
-        parts, spans, size = [], [], 0
-        for place, passage in enumerate(documents):
-            piece = material.encode(("\n\n" if place else "") + f"Document {place + 1}:\n{passages.texts[passage]}")
-            if passage in question.support:
-                spans.append((size, size + len(piece)))
-            parts += piece
-            size += len(piece)
+        placed = [chosen[i] for i in rng.permutation(len(chosen))]
+        parts = [documents.tokens(place + 1, passage) for place, passage in enumerate(placed)]
+        stops = np.cumsum([len(part) for part in parts])
+        spans = [(int(stop) - len(part), int(stop)) for passage, part, stop in zip(placed, parts, stops, strict=True)
+                 if passage in question.support]  # fmt: skip
         if last is not None:  # cut where the room ends
-            parts += material.encode(f"\n\nDocument {len(documents) + 1}:\n{passages.texts[last]}")
-        context = filled(parts, form.room, material.encode("\n"))
+            parts.append(documents.tokens(len(placed) + 1, last))
+        tokens = np.concatenate(parts)
+        context = filled(tokens, form.room, material.encode("\n"))
         return finish(self, form, context, index, question.answers, question.text, None, spans)
+
+
+class _Documents:
+    """Tokens of passages as numbered documents; each passage and each number is encoded once."""
+
+    def __init__(self, material: Material, texts: list[str]) -> None:
+        self._material, head = material, "Document 1:\n"
+        self._cut = len(material.encode(head))
+        self._bodies = [self._behind(ids) for ids in material.encode_all([head + text for text in texts])]
+        ended = material.encode_all([f"{head}{text}\n\n" for text in texts])
+        self._sizes = [len(ids) - self._cut for ids in ended]
+        # of "Document 1:", and of every later number with the line breaks before it
+        self._heads = [np.asarray(material.encode(head), dtype=np.int32)]
+        self._breaks = len(material.encode(f"\n\n{head}")) - self._cut
+
+    def _behind(self, ids: list[int]) -> Tokens:
+        return np.asarray(ids[self._cut :], dtype=np.int32)
+
+    def _head(self, number: int) -> Tokens:
+        while len(self._heads) < number:
+            known = len(self._heads)
+            heads = [f"\n\nDocument {i}:\n" for i in range(known + 1, 2 * known + 65)]
+            self._heads += [np.asarray(ids, dtype=np.int32) for ids in self._material.encode_all(heads)]
+        return self._heads[number - 1]
+
+    def size(self, number: int, passage: int) -> int:
+        """Tokens of a document with the line breaks behind it."""
+        return len(self._head(number)) - (self._breaks if number > 1 else 0) + self._sizes[passage]
+
+    def tokens(self, number: int, passage: int) -> Tokens:
+        """(n,) int32 of a document, from the second on with the line breaks before it."""
+        return np.concatenate([self._head(number), self._bodies[passage]])

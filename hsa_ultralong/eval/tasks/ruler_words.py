@@ -5,14 +5,17 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from operator import getitem
 
 import numpy as np
 
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.eval.tasks.assembly import Form, filled, finish, make_form, write_in
+from hsa_ultralong.eval.tasks.fragments import Fragments, first_distinct
 from hsa_ultralong.eval.tasks.material import Material, word_list
-from hsa_ultralong.eval.tasks.ruler_needles import NOISE, draw, noise_lines
+from hsa_ultralong.eval.tasks.ruler_needles import NOISE, noise_lines, word_pairs
 from hsa_ultralong.eval.tasks.sample import Sample, Tokens, TooShort
 
 _VT_BEFORE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
@@ -108,18 +111,19 @@ class CommonWords:
         per_word = 6.0
         for index in range(number):
             rng = namespaced_rng("eval/cwe", seed, length, index)
-            items, common = self._list(rng, *sizes)
-            example = _CWE_BEFORE + " ".join(items) + _CWE_QUESTION + _CWE_PREFIX
+            fragments, order, common = self._list(material, rng, *sizes)
+            example = _CWE_BEFORE + fragments.text(order) + _CWE_QUESTION + _CWE_PREFIX
             example += " " + " ".join(f"{i + 1}. {word}" for i, word in enumerate(common)) + "\n"
             form = make_form(material, self, length, example + _CWE_BEFORE, _CWE_QUESTION, _CWE_PREFIX)
             form.require(16 * self.common * often, self.name)
-            words, tokens = 0, []
+            tokens: Tokens = np.empty(0, dtype=np.int32)
             for _ in range(8):  # as many words as fit; the list depends on their number
                 rng = namespaced_rng("eval/cwe/list", seed, length, index)
                 words = max(self.common + 1, int(form.room / per_word / seldom) - self.common * (often // seldom - 1))
-                items, common = self._list(rng, words, often, seldom)
-                tokens = material.encode(" ".join(items))
-                per_word = max(per_word * 1.002 if len(tokens) > form.room else 0.0, len(tokens) / len(items))
+                fragments, order, common = self._list(material, rng, words, often, seldom)
+                tokens = fragments.encode(order)
+                items = self.common * often + (words - self.common) * seldom
+                per_word = max(per_word * 1.002 if len(tokens) > form.room else 0.0, len(tokens) / items)
                 if form.room * 0.98 < len(tokens) <= form.room:
                     break
             if len(tokens) > form.room:
@@ -127,19 +131,69 @@ class CommonWords:
             context = filled(tokens, form.room, material.encode("\n"))
             yield finish(self, form, context, index, common, "the 10 most common words")
 
-    def _list(self, rng: np.random.Generator, words: int, often: int, seldom: int) -> tuple[list[str], list[str]]:
-        single = word_list("noun", "adjective", "verb")
-        if words <= len(single):
-            chosen = [single[i] for i in rng.choice(len(single), size=words, replace=False)]
+    def _list(
+        self, material: Material, rng: np.random.Generator, words: int, often: int, seldom: int
+    ) -> tuple[Fragments, np.ndarray, list[str]]:
+        """Fragments, which of them a list of `words` different words is made of, and the common words."""
+        parts: Sequence[Sequence[str]] = (_single_words(),)
+        if words <= len(parts[0]):
+            chosen = rng.choice(len(parts[0]), size=words, replace=False)[:, None]  # (words, 1)
         else:  # RULER goes on with another list of English words; here pairs of words
-            pairs: dict[str, None] = {}
-            while len(pairs) < words:
-                pairs[draw("words", rng)] = None
-            chosen = list(pairs)
-        common, others = chosen[: self.common], chosen[self.common :]
-        listed: list[str] = common * often + others * seldom
-        rng.shuffle(listed)
-        return [f"{i + 1}. {word}" for i, word in enumerate(listed)], common
+            parts = word_pairs()
+            sizes = np.array([len(part) for part in parts])
+            chosen = first_distinct(
+                rng, lambda n: rng.integers(np.tile(sizes, n)).reshape(n, 2), lambda pairs: pairs @ [sizes[1], 1], words
+            )  # (words, 2)  # fmt: skip
+        order = np.concatenate([np.tile(np.arange(self.common), often), np.tile(np.arange(self.common, words), seldom)])
+        rng.shuffle(order)
+        names = ["-".join(map(getitem, parts, word)) for word in chosen[[*range(self.common), order[-1]]].tolist()]
+        return *_numbered(material, parts, chosen[order], names.pop()), names
+
+
+@lru_cache(maxsize=1)
+def _single_words() -> list[str]:
+    return word_list("noun", "adjective", "verb")
+
+
+# no fragment, whatever is added to it
+_NOTHING = -(10**9)
+
+
+def _numbered(
+    material: Material, parts: Sequence[Sequence[str]], words: np.ndarray, last: str
+) -> tuple[Fragments, np.ndarray]:
+    """Fragments of the list "1. WORD 2. WORD ...", and which of them it is made of; words: (items, 1) of words or
+    (items, 2) of pairs, last: the last one."""
+    high, low = np.divmod(np.arange(1, len(words) + 1), 1000)
+    below = min(1000, len(words) + 1)
+    if len(parts) == 1:
+        used, inverse = np.unique(words, return_inverse=True)
+        texts, places = [("1", [f". {parts[0][i]} " for i in used.tolist()], "1")], inverse.reshape(-1, 1)
+    else:
+        # a blank at the end of a word belongs to the hyphen behind it: such pairs are fragments as a whole
+        is_odd = np.array([word != word.strip() for word in parts[0]])[words[:, 0]]
+        odd, inverse = np.unique(words[is_odd], axis=0, return_inverse=True)
+        places = words + np.array([0, len(parts[0])])
+        places[is_odd, 0] = len(parts[0]) + len(parts[1]) + inverse.reshape(-1)
+        places[is_odd, 1] = _NOTHING
+        texts = [
+            ("1", [f". {word.strip()}" for word in parts[0]], "-"), ("a", [f"-{word} " for word in parts[1]], "1"),
+            ("1", [f". {'-'.join(map(getitem, parts, pair))} " for pair in odd.tolist()], "1"),
+        ]  # fmt: skip
+    groups = [
+        ("", ["1"], "."), ("1", [f". {last}"], ""), ("a ", [str(i) for i in range(below)], "."),
+        ("1", [f"{i:03d}" for i in range(1000 if high.any() else 0)], "."),
+        ("a ", [str(i) for i in range(1, int(high[-1]) + 1)], "0"), *texts,
+    ]  # fmt: skip
+    starts = np.cumsum([0, *(len(group) for _, group, _ in groups)])
+    # thousands, the rest of the number, the word; -1 for what is not there
+    rows = np.concatenate([np.full((len(words), 2), -1), places + starts[5]], axis=1)
+    rows[:, 1] = np.where(high > 0, starts[3] + low, starts[2] + low)
+    rows[high > 0, 0] = starts[4] + high[high > 0] - 1
+    rows[0, 1] = 0
+    rows[-1, 2:] = -1
+    rows[-1, 2] = 1
+    return Fragments(material, *groups), rows[rows >= 0]
 
 
 @dataclass(frozen=True)
@@ -156,16 +210,17 @@ class FrequentWords:
         form.require(256, self.name)
         for index in range(number):
             rng = namespaced_rng("eval/fwe", seed, length, index)
-            vocabulary = _names(rng, max(8, (length - self.max_new_tokens) // 50), 6, string.ascii_lowercase)
+            vocabulary = _coded_words(rng, max(8, (length - self.max_new_tokens) // 50))
             yield self._sample(material, form, index, vocabulary, int(rng.integers(2**31)))
 
-    def _sample(self, material: Material, form: Form, index: int, vocabulary: list[str], order: int) -> Sample:
-        words = ["...", *vocabulary[1:]]
-        ranks = np.arange(1, len(words) + 1) ** -self.alpha / _zeta(self.alpha)
-        encoded = [
-            len(part) for part in material.tokenizer([f" {w}" for w in words], add_special_tokens=False)["input_ids"]
-        ]
-        cost = np.asarray(encoded, dtype=np.float64)
+    def _sample(self, material: Material, form: Form, index: int, vocabulary: np.ndarray, order: int) -> Sample:
+        """vocabulary (words, 6): the letters of each word."""
+        ranks = np.arange(1, len(vocabulary) + 1) ** -self.alpha / _zeta(self.alpha)
+        # the others never occur
+        ranks = ranks[: max(4, int((4 * form.room * ranks >= 1).sum()))]
+        letters = np.array(list(string.ascii_lowercase))
+        words = ["...", *map("".join, letters[vocabulary[1 : len(ranks)]].tolist())]
+        cost = np.array([len(part) for part in material.encode_all([f" {word}" for word in words])], dtype=np.float64)
         # counts are rounded down, so the room decides the number of words by bisection
         low, high = 1, 4 * form.room
         while low < high:
@@ -173,15 +228,24 @@ class FrequentWords:
             low, high = (
                 (middle, high) if ((middle * ranks).astype(int) * cost).sum() <= form.room else (low, middle - 1)
             )
-        for total in range(low, 0, -max(1, low // 256)):  # pieces next to each other may take other tokens
+        fragments = Fragments(material, ("", words, " a"), ("a", [f" {word}" for word in words], " a"))
+        for total in range(low, 0, -max(1, low // 256)):  # fragments next to each other may take other tokens
             counts = (total * ranks).astype(int)
-            listed: Tokens = np.repeat(np.arange(len(words), dtype=np.int32), counts)
+            listed: np.ndarray = np.repeat(np.arange(len(words)), counts)
             np.random.default_rng(order).shuffle(listed)
-            tokens = material.encode(" ".join(words[i] for i in listed))
+            listed[1:] += len(words)
+            tokens = fragments.encode(listed)
             if len(tokens) <= form.room:
                 break
         context = filled(tokens, form.room, material.encode(" ..."))
         return finish(self, form, context, index, words[1:4], "the three most frequent words")
+
+
+def _coded_words(rng: np.random.Generator, number: int) -> np.ndarray:
+    """(number, 6): the letters of different words."""
+    return first_distinct(
+        rng, lambda n: rng.integers(26, size=(n, 6)), lambda words: words @ 26 ** np.arange(6), number
+    )
 
 
 def _zeta(alpha: float) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hsa_ultralong.eval.evidence import sample_digest
 from hsa_ultralong.eval.tasks import SUITES, TASKS, Material, Sample, make_samples
 
 pytest.importorskip("wonderwords")
@@ -39,14 +41,17 @@ def test_the_evidence_holds_the_answers_and_lies_where_it_says(material, name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_samples_depend_on_seed_length_and_index_alone(material, name):
+def test_samples_depend_on_seed_length_and_index_alone_and_are_those_of_every_version(material, name):
     def prints(seed: int) -> list[str]:
-        samples = make_samples(name, material, LENGTH, 2, seed)
-        return [hashlib.sha256(sample.prompt().tobytes()).hexdigest() for sample in samples]
+        return [sample_digest(sample) for sample in make_samples(name, material, LENGTH, 2, seed)]
 
-    assert prints(0) == prints(0)
+    made = prints(0)
+    assert made == prints(0)
     if not name.startswith("qa"):  # few questions, the same ones first, as RULER has it
-        assert prints(0) != prints(1)
+        assert made != prints(1)
+    kind = "chat" if material.tokenizer.chat_template else "plain"
+    golden = json.loads(Path(__file__).with_name("golden_samples.json").read_text(encoding="utf-8"))
+    assert golden[kind][name] == made, "samples changed: what was measured with the old ones does not compare"
 
 
 def test_depths_are_uniform_and_facts_stand_at_them(material):
