@@ -44,7 +44,21 @@ def serve(
         bool,
         typer.Option("--evict", help="Past --max-disk, delete what was not asked for longest instead of refusing."),
     ] = False,
-    store: Annotated[str, typer.Option(help="Where keys and values lie while asked: host, device, file.")] = "host",
+    store: Annotated[
+        str, typer.Option(help="Best place for keys and values while asked: device, host, file.")
+    ] = "host",
+    device_memory: Annotated[
+        str | None, typer.Option(help="Bytes of open memories on the device.", show_default="half of what is free")
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Bytes of open memories in host memory.", show_default="half of what is free")
+    ] = None,
+    all_tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens of all prompts and answers under way.", show_default="--rows times --context"),
+    ] = None,
+    piece: Annotated[str, typer.Option(help="Tokens of prompts read between two steps of other answers.")] = "512",
+    prefixes: Annotated[str, typer.Option(help="Bytes for beginnings of prompts that are known; 0: none.")] = "256M",
     key_values: Annotated[
         str, typer.Option(help="Form of new memories' keys and values: bf16, int8, fp8, fp16, fp32.")
     ] = "bf16",
@@ -91,8 +105,16 @@ def serve(
         request_seconds=max_seconds,
         disk_bytes=None if max_disk is None else parse_size(max_disk, "--max-disk"),
         evict=evict,
+        row_tokens=None if all_tokens is None else parse_size(all_tokens, "--all-tokens"),
+        piece_tokens=parse_size(piece, "--piece"),
+        prefix_bytes=parse_size(prefixes, "--prefixes", 0),
+        device_bytes=None if device_memory is None else parse_size(device_memory, "--device-memory", 0),
+        host_bytes=None if host_memory is None else parse_size(host_memory, "--host-memory", 0),
     )
-    answers = make_answers(model, memories, limits, name, store, key_values, device, dtype)
+    if limits.row_tokens is not None and limits.row_tokens < limits.context_tokens:
+        raise ValueError(f"--all-tokens {all_tokens} cannot hold one answer of --context {context}")
+    owners = 1 if namespaces is None else len(set(namespaces.values()))
+    answers = make_answers(model, memories, limits, name, store, key_values, device, dtype, owners)
     config = uvicorn.Config(
         build_app(answers, namespaces), host=host, port=port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=int(max_seconds) + 1, timeout_keep_alive=30,
@@ -109,8 +131,11 @@ def make_answers(
     key_values: str,
     device: str,
     dtype: str,
+    num_owners: int = 1,
 ) -> Any:
-    """Model, worker and memories, warm: the first answer pays for nothing that a later one does not."""
+    """Model, worker and memories, on a GPU warm: the first answer waits for no compiler."""
+    from dataclasses import replace
+
     from hsa_ultralong import default_checkpoint
     from hsa_ultralong.cli.common import load_model
     from hsa_ultralong.serve.answers import Answers
@@ -118,10 +143,37 @@ def make_answers(
     from hsa_ultralong.serve.worker import Worker
 
     network, tokenizer = load_model(model, device, dtype)
+    if limits.device_bytes is None or limits.host_bytes is None:
+        on_device, on_host = (count // 2 for count in free_bytes(network))
+        limits = replace(
+            limits,
+            device_bytes=on_device if limits.device_bytes is None else limits.device_bytes,
+            host_bytes=on_host if limits.host_bytes is None else limits.host_bytes,
+        )
     rooms = Memories(memories, network, tokenizer, limits, store=store, key_values=key_values)
-    worker = Worker(network, tokenizer, limits)
+    worker = Worker(network, tokenizer, limits, num_owners, _small_memory(network, store, key_values))
     label = name or (model or default_checkpoint()).resolve().name
     return Answers(network, tokenizer, label, worker, rooms, limits)
+
+
+def free_bytes(network: Any) -> tuple[int, int]:
+    """Memory that is free on the model's device and on the host."""
+    from hsa_ultralong.inference.tiers import available_device_bytes, available_host_bytes
+
+    return max(0, available_device_bytes(network.device)), available_host_bytes()
+
+
+def _small_memory(network: Any, store: str, key_values: str) -> Any:
+    """What a GPU is warmed up with: a memory of the kind that will be asked."""
+    import torch
+
+    from hsa_ultralong.inference import memorize
+
+    if network.device.type != "cuda":
+        return None
+    tokens = torch.arange(3 * network.config.chunk_size) % network.config.vocab_size
+    place: dict[str, Any] = {"store": "host", "key_values": key_values} if store == "host" else {}
+    return memorize(network, tokens, **place)
 
 
 def read_keys(path: Path) -> dict[str, str]:

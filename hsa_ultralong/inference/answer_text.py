@@ -23,6 +23,7 @@ class AnswerText:
         # tokens before `_settled` are in the text; decoding begins at `_first`, as a token's text depends on those
         # just before it
         self._first = self._settled = self._shown = 0
+        self._before = ""  # the text of tokens _first.._settled
 
     def _decode(self, start: int, stop: int) -> str:
         return str(self.tokenizer.decode(self.tokens[start:stop], skip_special_tokens=True))
@@ -41,11 +42,12 @@ class AnswerText:
 
     def _settle(self, *, is_end: bool) -> None:
         count = len(self.tokens)
-        before, after = self._decode(self._first, self._settled), self._decode(self._first, count)
+        before, after = self._before, self._decode(self._first, count)
         # half a character is shown as U+FFFD until its other half has come
         if len(after) > len(before) and (is_end or not after.endswith("\ufffd")):
             self.text += after[len(before) :]
             self._first, self._settled = self._settled, count
+            self._before = self._decode(self._first, count)
         found = [place for place in (self.text.find(one, self._reach()) for one in self.stop) if place >= 0]
         if found:
             self.text, self.is_stopped = self.text[: min(found)], True

@@ -118,7 +118,7 @@ def ask(
                 if 0 <= index < num_chunks:
                     best[index] = max(best.get(index, 0.0), weight)
     text = tokenizer.decode(tokens, skip_special_tokens=True).split("\n")[0]
-    ranked = sorted(best.items(), key=lambda item: -item[1])[:num_sources]
+    ranked = sorted(best.items(), key=lambda item: (-item[1], -item[0]))[:num_sources]
     sources = [_source(memory, index, weight) for index, weight in ranked]
     weight = max(best.values(), default=0.0)
     threshold = unsure_weight(model.config, num_chunks) if unsure_below is None else unsure_below

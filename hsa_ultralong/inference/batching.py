@@ -1,94 +1,265 @@
 """Rows that join and leave a batch between steps, each with a memory of its own choice.
 
-A memory is ranked once for all rows that read it; who reads what is data on the device, so rows change hands without a
-new graph, and only a memory that was not there before needs one. Called by serve/worker.py;
+A prompt is read in pieces between steps, then joins as a row. A memory is ranked once for all rows that read it; who
+reads what is data on the device, so rows change hands without a new graph. Called by serve/worker.py;
 tests/inference/test_batching.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
+from hsa_ultralong.inference.decoding_state import DecodingState, StepGraphs
 from hsa_ultralong.inference.engine import DecodingEngine
+from hsa_ultralong.inference.own_chunks import PagedChunks
+from hsa_ultralong.inference.prefixes import REWIND, Prefixes
+from hsa_ultralong.inference.rows_view import RowsView
+from hsa_ultralong.inference.sampling import sample
 from hsa_ultralong.memory.chunk_memory import Memory
-from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.memory.row_memories import RowMemories
+from hsa_ultralong.models import HSACache, HSAForCausalLM
+from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
+from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
 
 _NOBODY = -1
+_MOST_GRAPHS = 32
+# chunks of memories that no row reads, which a graph may rank for nothing: dearer than that is a new graph
+_SPARE_CHUNKS = 1 << 14
+
+
+@dataclass
+class Reading:
+    """A prompt on its way to a row.
+
+    Attributes:
+        num_read: tokens read so far, those of a known beginning included. num_known: of a known beginning.
+    """
+
+    prompt: torch.Tensor
+    memory: Memory | None
+    owner: str
+    room: int
+    pages: list[int]
+    cache: HSACache
+    num_read: int = 0
+    num_known: int = 0
+    shared: int = 0
+    logits: torch.Tensor | None = None
+    retrieval: Sequence[Retrieval] = field(default_factory=list)
+
+
+class _Plan(NamedTuple):
+    """How to step the first rows: memories in the order of the views, and graphs where it is captured."""
+
+    state: DecodingState
+    memories: list[Memory]
+    views: list[MemoryView]
+    graphs: StepGraphs | None = None
 
 
 class BatchEngine(DecodingEngine):
     """A decoding engine whose rows are taken and given back one by one.
 
-    Every row decodes what it would decode alone. Free rows are computed too, and read nothing.
+    Every row decodes what it would decode alone. On a GPU a step runs for as many rows as the next power of two, free
+    ones computed too, which read nothing.
     """
 
-    def __init__(self, model: HSAForCausalLM, *, batch: int, max_tokens: int, use_graph: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: HSAForCausalLM,
+        *,
+        batch: int,
+        max_tokens: int,
+        num_tokens: int | None = None,
+        prefix_bytes: int = 0,
+        num_owners: int = 1,
+        use_graph: bool | None = None,
+    ) -> None:
         """
         Args:
-            batch: rows. max_tokens: of one row, prompt and answer.
+            batch: rows. max_tokens: of one row, prompt and answer. num_tokens: of all rows together; default room for
+                all at their longest. prefix_bytes: for beginnings of prompts, 0: all are read. num_owners: those who
+                share these bytes out.
         """
+        self.num_tokens = batch * max_tokens if num_tokens is None else num_tokens
+        if self.num_tokens < max_tokens:
+            raise ValueError(f"num_tokens={self.num_tokens} of all rows cannot hold one of max_tokens={max_tokens}")
         self.known: list[Memory] = []
-        self._readers: list[torch.Tensor] = []  # (B, 1) int32 each: 0 where a row reads the memory
+        self.prefixes = Prefixes(prefix_bytes, num_owners)
         self.is_taken = [False] * batch
+        self.room = [0] * batch  # tokens that a row may have
+        self.num_reading = 0
+        self._readers: list[torch.Tensor] = []  # (B, 1) int32 each: 0 where a row reads the memory
+        self._eager: dict[int, _Plan] = {}
+        self._captured: OrderedDict[tuple[int, tuple[int, ...]], _Plan] = OrderedDict()
+        self._stepped: list[Memory] = []
         super().__init__(model, None, batch=batch, max_tokens=max_tokens, use_graph=use_graph)
 
-    def _make_state(self) -> None:
-        super()._make_state()
+    def _prepare(self, use_graph: bool | None) -> None:
         # memories come later, so there is room for all that a token can retrieve
-        slots = (self.batch, self.config.num_retrieval_heads, self.config.chunk_topk)
-        self.retrieved = [
-            (torch.full(slots, -1, dtype=torch.int32, device=self.device), torch.zeros(slots, device=self.device))
-            for _ in self.retrieved
-        ]
+        self.state = self._empty_state(self.config.chunk_topk)
+        self.own: PagedChunks = PagedChunks(  # type: ignore[assignment]
+            self.model, self.batch, self._own_capacity, self.num_tokens // self.config.chunk_size, self.dtype,
+            self.device,
+        )  # fmt: skip
+        self.sizes = [2**n for n in range(self.batch.bit_length()) if 2**n < self.batch] + [self.batch]
 
-    def _library_views(self) -> list[MemoryView]:
-        views: list[MemoryView] = []
-        for memory, readers in zip(self.known, self._readers, strict=True):
-            everyone = torch.full_like(memory.segments, READABLE_BY_ALL)
-            visible = ChunkVisibility(readers, torch.zeros_like(readers), everyone, torch.zeros_like(everyone))
-            views.append(memory.view(visible, is_for_all=True))
-        return views
+    # prompts ----------------------------------------------------------------------------------------------------------
 
-    def join(self, prompt: torch.Tensor, memory: Memory | None = None) -> int:
-        """Read a prompt (n,) as a new document in a free row; returns the row, whose first token is in `tokens`.
+    @property
+    def num_free(self) -> int:
+        """Rows that a prompt can be begun for."""
+        return self.batch - sum(self.is_taken) - self.num_reading
+
+    def _pages_for(self, room: int) -> int:
+        return room // self.config.chunk_size
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a prompt and its answer of so many tokens fit beside those under way."""
+        return self.num_free > 0 and self._pages_for(min(num_tokens, self.max_tokens)) <= len(self.own.free)
+
+    def begin(
+        self, prompt: torch.Tensor, memory: Memory | None = None, *, max_new_tokens: int | None = None, owner: str = ""
+    ) -> Reading:
+        """Take what a prompt (n,) and its answer need, as a new document; `read_on` reads it.
+
+        Args:
+            max_new_tokens: of the answer; default up to max_tokens of both. owner: whose known beginnings count.
 
         Raises:
-            ValueError: no free row, another model's memory, or what `start` refuses; the row is then free again.
+            ValueError: no room, an empty or too long prompt, or another model's memory.
         """
-        if all(self.is_taken):
+        if self.num_free <= 0:
             raise ValueError(f"all {self.batch} rows are taken")
-        row = self.is_taken.index(False)
+        if not 1 <= len(prompt) <= self.max_tokens:
+            raise ValueError(f"a prompt needs 1 to {self.max_tokens} tokens here, got {len(prompt)}")
+        room = self.max_tokens if max_new_tokens is None else min(self.max_tokens, len(prompt) + max_new_tokens)
+        if not self.has_room(room):
+            raise ValueError(f"{room:,} tokens do not fit beside those under way, of {self.num_tokens:,} in all")
+        self._require_same_weights()
         if memory is not None and memory.num_chunks_of_all == 0:
             memory = None
         if memory is not None:
             self._learn(memory)
-        self.memories[row], self._laid_out[row] = memory, self._layout_of(memory)
-        self._read_by(row, memory)
+        prompt = prompt.cpu()
+        known, shared = self.prefixes.find(owner, memory, prompt)
+        cache = HSACache(self.config, library=memory, rewind=REWIND) if known is None else known.cache(self.model)
+        self.num_reading += 1
+        reading = Reading(prompt, memory, owner, room, self.own.take(self._pages_for(room)), cache, shared=shared)
+        if known is not None:
+            reading.num_read = reading.num_known = len(known.tokens)
+            if reading.num_read == len(prompt):
+                reading.logits, reading.retrieval = known.logits, known.retrieval or []
+        return reading
+
+    def read_on(self, reading: Reading, most: int | None = None) -> int | None:
+        """Read up to `most` tokens more of a prompt; the row that it has then, once it is read.
+
+        `tokens[row]` is then the first token of the answer, and `logits[row]` are its logits.
+        """
+        left = len(reading.prompt) if most is None else most
+        while reading.logits is None and left > 0:
+            left -= self._read_piece(reading, left)
+        return None if reading.logits is None else self._take_row(reading)
+
+    def _read_piece(self, reading: Reading, most: int) -> int:
+        begin, end = reading.num_read, len(reading.prompt)
+        stop = min(end, begin + most)
+        if begin < reading.shared < stop:
+            stop = reading.shared  # another prompt began like this: what both have is worth keeping
+        piece = reading.prompt[begin:stop].to(self.device)
+        with evaluating(self.model):
+            outputs = self.model(piece[None], past_key_values=reading.cache, logits_to_keep=1, output_retrieval=True)
+        reading.num_read = stop
+        kept = (reading.owner, reading.memory, reading.prompt[:stop], reading.cache)
+        if stop == end:
+            reading.logits, reading.retrieval = outputs.logits[:, -1], outputs.retrieval
+            self.prefixes.keep(*kept, reading.logits, reading.retrieval)
+        elif stop == reading.shared:
+            self.prefixes.keep(*kept)
+        return stop - begin
+
+    def drop(self, reading: Reading) -> None:
+        """Give back what a prompt has taken that is not read to its end."""
+        self.num_reading -= 1
+        self.own.give(reading.pages)
+
+    def join(self, prompt: torch.Tensor, memory: Memory | None = None, **options: object) -> int:
+        """`begin` and read all at once; returns the row."""
+        reading = self.begin(prompt, memory, **options)  # type: ignore[arg-type]
         try:
-            self.start(row, prompt)
+            row = self.read_on(reading)
         except BaseException:
-            self.leave(row)
+            self.drop(reading)
             raise
-        self.is_taken[row] = True
+        assert row is not None
+        return row
+
+    # rows -------------------------------------------------------------------------------------------------------------
+
+    def _take_row(self, reading: Reading) -> int:
+        assert reading.logits is not None
+        row, cache = self.is_taken.index(False), reading.cache
+        self.own.hold(row, reading.pages)
+        # a window may be longer than the prompt
+        seen = max(cache.num_seen, *(layer.state.length for layer in cache.layers))
+        self._load(row, cache, 0, cache.num_seen, seen)
+        # indices count the prompt's own memory alone, which is the first
+        self._note(self.state, row, reading.retrieval)
+        self.state.logits[row] = reading.logits[0]
+        self.state.tokens[row] = sample(reading.logits, *self.sampling)[0]
+        self.is_taken[row], self.room[row] = True, reading.room
+        self._read_by(row, reading.memory)
+        self.num_reading -= 1
         return row
 
     def leave(self, row: int) -> None:
         """Give a row back."""
-        self.memories[row] = self._laid_out[row] = None
         self._read_by(row, None)
         self._clear(row)
+        self.own.release(row)
         self.is_taken[row] = False
+
+    def compact(self) -> dict[int, int]:
+        """Move rows down where fewer need to be computed then; the new number of every row that was moved."""
+        rows = [row for row, is_taken in enumerate(self.is_taken) if is_taken]
+        moved: dict[int, int] = {}
+        if not rows or self._size_for(rows[-1] + 1) == self._size_for(len(rows)):
+            return moved
+        for source in reversed(rows):
+            target = self.is_taken.index(False)
+            if target > source:
+                break
+            self.state.copy_row(source, target)
+            self.own.move(source, target)
+            self.lengths[target], self.room[target] = self.lengths[source], self.room[source]
+            self.is_taken[target] = True
+            memory = self.memories[source]
+            assert not isinstance(memory, RowMemories)
+            self._read_by(target, memory)
+            self.leave(source)
+            moved[source] = target
+        return moved
+
+    def _size_for(self, count: int) -> int:
+        """Rows that a step for `count` of them computes."""
+        return next(size for size in self.sizes if size >= count) if self.is_captured else count
+
+    # memories ---------------------------------------------------------------------------------------------------------
 
     def chunk_offset(self, row: int) -> int:
         """Number of the first chunk of a row's memory in what steps report as retrieved; 0 where it has none."""
         memory, offset = self.memories[row], 0
-        for other in self.known:
+        for other in self._stepped:
             if other is memory:
                 return offset
             offset += other.num_chunks_of_all
@@ -102,11 +273,14 @@ class BatchEngine(DecodingEngine):
         """
         if any(memory is other for other in self.memories):
             raise ValueError("a row still reads this memory")
+        self.prefixes.forget(memory)
         kept = [number for number, other in enumerate(self.known) if other is not memory]
-        if len(kept) < len(self.known):
-            self.known = [self.known[number] for number in kept]
-            self._readers = [self._readers[number] for number in kept]
-            self._renew()
+        self.known = [self.known[number] for number in kept]
+        self._readers = [self._readers[number] for number in kept]
+        self._stepped = [other for other in self._stepped if other is not memory]
+        self._eager.clear()
+        for key in [key for key, plan in self._captured.items() if any(other is memory for other in plan.memories)]:
+            del self._captured[key]
 
     def _learn(self, memory: Memory) -> None:
         if any(memory is other for other in self.known):
@@ -114,32 +288,121 @@ class BatchEngine(DecodingEngine):
         require_same_model(self.model, memory)
         self.known.append(memory)
         self._readers.append(torch.full((self.batch, 1), _NOBODY, dtype=torch.int32, device=self.device))
-        self._renew()
 
     def _read_by(self, row: int, memory: Memory | None) -> None:
+        self.memories[row] = memory
+        self._eager.clear()
         for other, readers in zip(self.known, self._readers, strict=True):
             readers[row] = 0 if other is memory else _NOBODY
 
-    def _renew(self) -> None:
-        """Views, and the graph, of the memories known now; rows under way keep their state."""
-        self.views = [*self._library_views(), self._own_view()]
-        if not self.is_captured:
-            return
-        state = self._state()
-        saved, lengths = [part.clone() for part in state], self.lengths
-        self._capture()
-        for part, old in zip(state, saved, strict=True):
-            part.copy_(old)
-        self.lengths = lengths
-        self._weights = self._weights_now()
-
-    def _state(self) -> list[torch.Tensor]:
-        rings: list[Any] = [ring for ring in self.windows.rings if ring is not None]
-        kept = [self.tokens, self.logits, self.places, self.seen, self.pending, *self.own]
-        return [*kept, *(part for ring in rings for part in (ring.keys, ring.values)), *sum(self.retrieved, ())]
+    # steps ------------------------------------------------------------------------------------------------------------
 
     def step(self) -> torch.Tensor:
-        for row, length in enumerate(self.lengths):
-            if not self.is_taken[row] and length:
-                self._clear(row)  # a free row never grows full
-        return super().step()
+        """Read the tokens at hand; returns the next ones (B,), on the device, overwritten by the next step.
+
+        Raises:
+            ValueError: if a row is as long as it may be.
+        """
+        rows = [row for row, is_taken in enumerate(self.is_taken) if is_taken]
+        for row in rows:
+            if self.lengths[row] >= self.room[row]:
+                raise ValueError(f"row {row} has all tokens that it may have: {self.room[row]} of max_tokens")
+        if not rows:
+            return self.tokens
+        for row in rows:
+            self.lengths[row] += 1
+        is_due = any(self.lengths[row] % self.config.chunk_size == 0 for row in rows)
+        read = [memory for memory in self.known if any(memory is self.memories[row] for row in rows)]
+        plan = self._plan(self._size_for(rows[-1] + 1), read)
+        self._stepped = plan.memories
+        self._run(plan.graphs, plan.state, plan.views, is_due)
+        return self.tokens
+
+    def _plan(self, size: int, read: list[Memory]) -> _Plan:
+        if self.is_captured:
+            views = [self._view(memory, size) for memory in read]
+            if all(view.is_capturable() for view in views):
+                return self._captured_plan(size, read)
+        if size not in self._eager:
+            state = self.state.first(size)
+            views = [self._view_of_readers(memory, size) for memory in read]
+            self._eager[size] = _Plan(state, read, [*views, self.own.view(state.positions)])
+        return self._eager[size]
+
+    def _view(self, memory: Memory, size: int) -> MemoryView:
+        """A memory for the first rows, those that do not read it included."""
+        number = next(number for number, other in enumerate(self.known) if other is memory)
+        return _visible(memory, self._readers[number][:size])
+
+    def _view_of_readers(self, memory: Memory, size: int) -> MemoryView:
+        """A memory for those of the first rows that read it; which ones is known on the host."""
+        rows = [row for row in range(size) if self.memories[row] is memory]
+        view = _visible(memory, torch.zeros((len(rows), 1), dtype=torch.int32, device=self.device))
+        return view if len(rows) == size else RowsView(view, torch.tensor(rows, device=self.device))
+
+    def _captured_plan(self, size: int, read: list[Memory]) -> _Plan:
+        """A plan with graphs that ranks these memories, and few others."""
+        spare = max(_SPARE_CHUNKS, sum(memory.num_chunks_of_all for memory in read))
+        best, least = None, spare + 1
+        for key, plan in self._captured.items():
+            others = [memory for memory in plan.memories if all(memory is not one for one in read)]
+            cost = sum(memory.num_chunks_of_all for memory in others)
+            if key[0] == size and len(plan.memories) - len(others) == len(read) and cost < least:
+                best, least = key, cost
+        if best is not None:
+            self._captured.move_to_end(best)
+            return self._captured[best]
+        ranked = list(read)
+        for memory in self.known:  # small ones come along, so that their next reader needs no new graph
+            is_new = all(memory is not one for one in ranked)
+            if is_new and memory.num_chunks_of_all <= spare and self._view(memory, size).is_capturable():
+                ranked.append(memory)
+                spare -= memory.num_chunks_of_all
+        plan = self._capture_plan(size, ranked)
+        self._captured[size, tuple(map(id, ranked))] = plan
+        while len(self._captured) > _MOST_GRAPHS:
+            self._captured.popitem(last=False)
+        return plan
+
+    def _capture_plan(self, size: int, memories: list[Memory]) -> _Plan:
+        """Graphs for the first rows; rows under way keep their state."""
+        state = self.state.first(size)
+        views = [*(self._view(memory, size) for memory in memories), self.own.view(state.positions)]
+        kept = [*state.tensors(), self.own.table]
+        saved = [part.clone() for part in kept]
+        self.own.table.fill_(self.own.num_pages)  # what is completed meanwhile is nobody's
+        graphs = self._capture(state, views)
+        for part, old in zip(kept, saved, strict=True):
+            part.copy_(old)
+        return _Plan(state, memories, views, graphs)
+
+    def warm(self, memory: Memory | None = None) -> None:
+        """Run and capture what answers will need, so that the first one waits for no compiler; all rows are free.
+
+        Args:
+            memory: a small one, of the kind that will be asked; it is forgotten afterwards.
+        """
+        size, prefixes = self.config.chunk_size, self.prefixes
+        kinds = [None] if memory is None else [None, memory]
+        self.prefixes = Prefixes(0)
+        try:
+            for length in (5, 16, size + 5, 2 * size):
+                for one in kinds:
+                    if length + size < self.max_tokens and self.has_room(length + size):
+                        row = self.join(torch.arange(length) % self.config.vocab_size, one, max_new_tokens=size)
+                        self.step()
+                        self.leave(row)
+            if self.is_captured:
+                for count in self.sizes:
+                    self._captured_plan(count, [])
+            if memory is not None:
+                self.forget(memory)
+        finally:
+            self.prefixes = prefixes
+
+
+def _visible(memory: Memory, readers: torch.Tensor) -> MemoryView:
+    """A memory for rows, readers (n, 1) int32: 0 where a row reads all of it."""
+    everyone = torch.full_like(memory.segments, READABLE_BY_ALL)
+    visible = ChunkVisibility(readers, torch.zeros_like(readers), everyone, torch.zeros_like(everyone))
+    return memory.view(visible, is_for_all=True)

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.inference.decoding_state import DecodingState, StepGraphs
 from hsa_ultralong.inference.late_reader import LateReader
+from hsa_ultralong.inference.own_chunks import RowChunks
 from hsa_ultralong.inference.sampling import sample
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.memory.row_memories import RowMemories
@@ -25,11 +27,10 @@ from hsa_ultralong.models.remembering import continuation_cache
 from hsa_ultralong.models.weights import is_plain, refuse_hooks, state_key, weights_of
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.nn.chunk_retriever import Retrieval
-from hsa_ultralong.nn.ring_window import RingWindows
-from hsa_ultralong.nn.views import ChunkTensors, GraphView, MemoryView
+from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.nn.window_attention import WindowState
 from hsa_ultralong.ops import ChunkVisibility
-from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL, UNUSED
+from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
 
 
 class Step(NamedTuple):
@@ -96,12 +97,20 @@ class DecodingEngine:
         self.device, self.dtype = device_of(model), computing_dtype(model)
         self.pieces = SplitParts(lambda piece: compiled(piece, tune)) if compile_layers else SplitParts()
         self._laid_out = [self._layout_of(memory) for memory in memories]
-        self._make_state()
-        self.views = [*self._library_views(), self._own_view()]
         self.is_captured = self._can_capture() if use_graph is None else use_graph
-        if self.is_captured:
-            self._capture()
+        self._prepare(use_graph)
         self._weights = self._weights_now()
+
+    def _prepare(self, use_graph: bool | None) -> None:
+        """State, views and graphs."""
+        self._make_state()
+        if use_graph is None:
+            self.is_captured = self.is_captured and all(view.is_capturable() for view in self.views)
+        self._graphs: StepGraphs | None = None
+        if self.is_captured:
+            self._graphs = self._capture(self.state, self.views)
+            for row in range(self.batch):
+                self._clear(row)
 
     @staticmethod
     def _check_parts(model: HSAForCausalLM, compile_layers: bool, use_graph: bool | None) -> None:
@@ -146,31 +155,25 @@ class DecodingEngine:
     # state -----------------------------------------------------------------------------------------------------------
 
     def _make_state(self) -> None:
-        config, batch, inner = self.config, self.batch, self.model.model
-        assert config.head_dim is not None
-        self.tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.logits = torch.zeros((batch, config.vocab_size), dtype=self.dtype, device=self.device)
-        # places of the next token: in the sequence's own grid of chunks, and in the numbering of its windows
-        self.places = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.seen = torch.zeros_like(self.places)
-        self.windows = RingWindows(
-            self.seen, config.layer_windows, heads=config.num_key_value_heads, dim=config.head_dim, dtype=self.dtype,
-            device=self.device,
-        )  # fmt: skip
-        self.pending = torch.zeros((batch, config.chunk_size, config.hidden_size), dtype=self.dtype, device=self.device)
-        # one chunk more than can be full: what is not full yet is written there and never seen
-        self.capacity = self.max_tokens // config.chunk_size
-        self.own = self.model.model.empty_memory(batch, self.dtype, self.device, self.capacity + 1).storage
-        self.own.lengths.fill_(config.chunk_size)
-        ends = torch.arange(1, self.capacity + 2, dtype=torch.int32, device=self.device) * config.chunk_size
-        self.own.ends.copy_(ends.expand(batch, -1))
-        self.lengths = [0] * batch  # places, on the host
-        chunks = self.capacity + 1 + sum(memory.num_chunks_of_all for memory in self.memories if memory is not None)
-        slots = (batch, config.num_retrieval_heads, min(config.chunk_topk, chunks))
-        self.retrieved = [
-            (torch.full(slots, -1, dtype=torch.int32, device=self.device), torch.zeros(slots, device=self.device))
-            for _ in inner.upper_groups()
-        ]
+        config = self.config
+        chunks = self._own_capacity + 1
+        chunks += sum(memory.num_chunks_of_all for memory in self.memories if memory is not None)
+        self.state = self._empty_state(min(config.chunk_topk, chunks))
+        self.own = RowChunks(self.model, self.batch, self._own_capacity, self.dtype, self.device)
+        self.views = [*self._library_views(), self.own.view(self.state.positions)]
+
+    def _empty_state(self, slots: int) -> DecodingState:
+        self.lengths = [0] * self.batch  # places, on the host
+        return DecodingState.make(self.config, self.batch, slots, self.dtype, self.device)
+
+    @property
+    def _own_capacity(self) -> int:
+        """Full chunks of a row."""
+        return self.max_tokens // self.config.chunk_size
+
+    tokens = property(lambda self: self.state.tokens)
+    logits = property(lambda self: self.state.logits)
+    retrieved = property(lambda self: self.state.retrieved)
 
     def _library_views(self) -> list[MemoryView]:
         """One view per memory, readable by the sequences that have it."""
@@ -187,70 +190,44 @@ class DecodingEngine:
             views.append(memory.view(visible, is_for_all=True))
         return views
 
-    def _own_view(self) -> MemoryView:
-        segment = torch.zeros((self.batch, 1), dtype=torch.int32, device=self.device)
-        self.positions = torch.zeros_like(segment)
-        return GraphView(self.own, ChunkVisibility(segment, self.positions, self.own.segments, self.own.ends))
-
     def _can_capture(self) -> bool:
-        if self.device.type != "cuda" or self.config.num_experts or not is_plain(self.model):
-            return False
-        return all(view.is_capturable() for view in self.views)
+        return self.device.type == "cuda" and not self.config.num_experts and is_plain(self.model)
 
     # one step ---------------------------------------------------------------------------------------------------------
 
-    def _step(self) -> None:
-        """Read `tokens`, leave the next ones there; completes no chunks."""
+    def _step(self, state: DecodingState, views: Sequence[MemoryView]) -> None:
+        """Read the tokens of all rows of a state, leave the next ones there; completes no chunks."""
         inner, pieces = self.model.model, self.pieces
-        self.positions.copy_(self.places[:, None])
-        x, rotary = pieces.run_start(inner, self.tokens, self.seen, self.dtype)
-        x = inner.read_lower(x, rotary, None, self.windows, parts=pieces)
-        rows = torch.arange(self.batch, device=self.device)
-        self.pending[rows, self.places % self.config.chunk_size] = x[:, 0]
+        state.positions.copy_(state.places[:, None])
+        x, rotary = pieces.run_start(inner, state.tokens, state.seen, self.dtype)
+        x = inner.read_lower(x, rotary, None, state.windows, parts=pieces)
+        rows = torch.arange(len(state.tokens), device=self.device)
+        state.pending[rows, state.places % self.config.chunk_size] = x[:, 0]
         found: list[Retrieval] = []
-        x = inner.decode_upper(x, rotary, self.views, None, self.windows, parts=pieces, note=found.append)
-        self._note(slice(None), found)
+        x = inner.decode_upper(x, rotary, views, None, state.windows, parts=pieces, note=found.append)
+        self._note(state, slice(None), found)
         logits, best = pieces.run_head(inner.norm, self.model.lm_head, x)
-        self.logits.copy_(logits)
-        self.tokens.copy_(sample(self.logits, *self.sampling) if self.sampling[0] else best)
-        self.places += 1
-        self.seen += 1
+        state.logits.copy_(logits)
+        state.tokens.copy_(sample(state.logits, *self.sampling) if self.sampling[0] else best)
+        state.places += 1
+        state.seen += 1
 
-    def _note(self, rows: int | slice, retrieved: Sequence[Retrieval]) -> None:
+    @staticmethod
+    def _note(state: DecodingState, rows: int | slice, retrieved: Sequence[Retrieval]) -> None:
         """Keep what the last token of the sequences retrieved in every group."""
-        for (indices, weights), found in zip(self.retrieved, retrieved, strict=True):
+        for (indices, weights), found in zip(state.retrieved, retrieved, strict=True):
             kept = found.indices.shape[-1]
             indices[rows, :, :kept], weights[rows, :, :kept] = found.indices[:, -1], found.weights[:, -1].float()
             indices[rows, :, kept:] = -1
 
-    def _complete(self) -> None:
-        """Encode the chunks that the last step filled; those of other sequences go to the slot that is never seen."""
-        size = self.config.chunk_size
-        k, v, landmarks = self.model.model.chunk_encoder(self.pending[:, None])
-        is_full = (self.places % size == 0) & (self.places > 0) & (self.places <= self.capacity * size)
-        slots = torch.where(is_full, self.places // size - 1, self.capacity)
-        rows = torch.arange(self.batch, device=self.device)
-        for target, source in ((self.own.k, k), (self.own.v, v)):
-            target.unflatten(1, (-1, size))[rows, slots] = source
-        self.own.landmarks[rows, slots] = landmarks[:, 0]
-        self.own.segments[rows, slots] = torch.where(is_full, 0, UNUSED).to(torch.int32)
+    def _complete(self, state: DecodingState) -> None:
+        """Encode the chunks that the last step filled."""
+        self.own.put(self.model.model.chunk_encoder(state.pending[:, None]), state.places)
 
-    def _capture(self) -> None:
+    def _capture(self, state: DecodingState, views: Sequence[MemoryView]) -> StepGraphs:
+        """Graphs of a step and of completing chunks; what the rows held is lost."""
         with evaluating(self.model):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self._step()
-                    self._complete()
-            torch.cuda.current_stream().wait_stream(side)
-            self._step_graph, self._complete_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            # other threads, such as the one that watches over NCCL, may meanwhile ask the device
-            for graph, part in ((self._step_graph, self._step), (self._complete_graph, self._complete)):
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    part()
-        for row in range(self.batch):
-            self._clear(row)
+            return StepGraphs([lambda: self._step(state, views), lambda: self._complete(state)])
 
     def step(self) -> torch.Tensor:
         """Read the tokens at hand; returns the next ones (B,), on the device, overwritten by the next step.
@@ -262,22 +239,27 @@ class DecodingEngine:
             raise ValueError(f"a sequence has reached max_tokens={self.max_tokens}; make a larger engine")
         self.lengths = [length + 1 for length in self.lengths]
         is_due = any(length % self.config.chunk_size == 0 for length in self.lengths)
-        if self.is_captured:
-            self._step_graph.replay()
-            if is_due:
-                self._complete_graph.replay()
-            return self.tokens
-        with evaluating(self.model):
-            self._step()
-            if is_due:
-                self._complete()
+        self._run(self._graphs, self.state, self.views, is_due)
         return self.tokens
+
+    def _run(self, graphs: StepGraphs | None, state: DecodingState, views: Sequence[MemoryView], is_due: bool) -> None:
+        """One step; is_due: some row's chunk is full then."""
+        if graphs is not None:
+            graphs.replay(0)
+            if is_due:
+                graphs.replay(1)
+            return
+        with evaluating(self.model):
+            self._step(state, views)
+            if is_due:
+                self._complete(state)
 
     # prompts ----------------------------------------------------------------------------------------------------------
 
     def _clear(self, row: int) -> None:
-        self.tokens[row] = self.places[row] = self.seen[row] = self.lengths[row] = 0
-        self.own.segments[row] = UNUSED
+        state = self.state
+        state.tokens[row] = state.places[row] = state.seen[row] = self.lengths[row] = 0
+        self.own.clear(row)
 
     def _require_same_weights(self) -> None:
         if self._weights != self._weights_now():
@@ -311,7 +293,7 @@ class DecodingEngine:
             outputs = self.model(prompt[None], past_key_values=cache, logits_to_keep=1, output_retrieval=True)
         logits = outputs.logits[:, -1]
         # indices count the prompt's own memory alone, which is the first
-        self._note(row, outputs.retrieval)
+        self._note(self.state, row, outputs.retrieval)
         # a continued document's windows hold more than the tokens of its open chunk
         seen = max(cache.num_seen, *(layer.state.length for layer in cache.layers))
         self._load(row, cache, 0, cache.num_seen, seen)
@@ -335,7 +317,7 @@ class DecodingEngine:
                 tokens.to(self.device), attention_mask=is_real.long().to(self.device), past_key_values=cache,
                 logits_to_keep=1, output_retrieval=True,
             )  # fmt: skip
-        self._note(slice(None), outputs.retrieval)
+        self._note(self.state, slice(None), outputs.retrieval)
         for row, size in enumerate(sizes):
             self._load(row, cache, row, size, size)
         self.logits.copy_(outputs.logits[:, -1])
@@ -347,7 +329,7 @@ class DecodingEngine:
         self._clear(row)
         size = self.config.chunk_size
         states: list[WindowState] = [layer.state for layer in cache.layers]
-        for ring, state in zip(self.windows.rings, states, strict=True):
+        for ring, state in zip(self.state.windows.rings, states, strict=True):
             if ring is None or state.keys is None or state.values is None:
                 continue
             kept = min(state.length, seen)  # rows with masked tokens stand on the right
@@ -358,14 +340,10 @@ class DecodingEngine:
         rest = length % size
         if rest:
             assert cache.pending is not None
-            self.pending[row, :rest] = cache.pending[source, cache.pending.shape[1] - rest :]
+            self.state.pending[row, :rest] = cache.pending[source, cache.pending.shape[1] - rest :]
         if cache.memory is not None:
-            own: ChunkTensors = cache.memory.tensors
-            count = length // size
-            self.own.k[row, : count * size] = own.k[source, : count * size]
-            self.own.v[row, : count * size] = own.v[source, : count * size]
-            self.own.landmarks[row, :count], self.own.segments[row, :count] = own.landmarks[source, :count], 0
-        self.places[row], self.seen[row], self.lengths[row] = length, seen, length
+            self.own.load(row, cache.memory.tensors, source, length // size)
+        self.state.places[row], self.state.seen[row], self.lengths[row] = length, seen, length
 
     def stream(
         self,

@@ -34,7 +34,8 @@ def available_host_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _available_device_bytes(device: torch.device) -> int:
+def available_device_bytes(device: torch.device) -> int:
+    """Device memory that can still be taken, less what activations need."""
     if device.type != "cuda":
         return available_host_bytes()
     free, _ = torch.cuda.mem_get_info(device)
@@ -75,7 +76,7 @@ def tiered_memory(
     chunk_bytes = 2 * config.chunk_size * config.num_memory_heads * row_bytes(forms[0], config.head_dim)
     per_head = config.retrieval_dim // config.num_retrieval_heads
     landmark_bytes = num_chunks * (config.num_retrieval_heads * row_bytes(forms[1], per_head) + 12)
-    free = _available_device_bytes(device)
+    free = available_device_bytes(device)
     room = free - landmark_bytes if device_bytes is None or store == "device" else min(device_bytes, free)
     fitting = max(0, room // chunk_bytes)
     above = {"device": num_chunks, "host": 0, "tiered": fitting}[store]

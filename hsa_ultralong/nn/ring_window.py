@@ -8,6 +8,7 @@ WindowAttention; tests/inference/test_engine.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ class RingWindow:
         shape = (places.shape[0], heads, window, dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def first(self, batch: int, places: torch.Tensor) -> RingWindow:
+        """The ring of the first rows, whose places are these, as views."""
+        part = copy(self)
+        part.places, part.keys, part.values = places, self.keys[:batch], self.values[:batch]
+        return part
 
     def load(self, row: int, keys: torch.Tensor, values: torch.Tensor, rotary: RotaryTable, seen: int) -> None:
         """Take the last of keys (not rotated) and values (n, Hkv, D) of `seen` tokens; `rotary` of those n."""
@@ -62,7 +69,15 @@ class RingWindows:
     """The rings of all layers, None for a layer without a window; options are those of RingWindow."""
 
     def __init__(self, places: torch.Tensor, windows: Sequence[int], **options: Any) -> None:
+        self.places = places
         self.rings = [RingWindow(places, window=window, **options) if window else None for window in windows]
+
+    def first(self, batch: int) -> RingWindows:
+        """The rings of the first rows, as views."""
+        part = copy(self)
+        part.places = self.places[:batch]
+        part.rings = [None if ring is None else ring.first(batch, part.places) for ring in self.rings]
+        return part
 
     @property
     def length(self) -> int:

@@ -30,6 +30,8 @@ class Answers:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.worker, self.memories, self.limits = worker, memories, limits
         self.created = int(time.time())
+        memories.opened.is_held, memories.opened.let_go = worker.holds, worker.retire
+        worker.is_open = memories.opened.has
 
     def require_model(self, name: str) -> None:
         """Raises: ServeError for a model that is not served here."""
@@ -95,9 +97,10 @@ class Answers:
     # rows -------------------------------------------------------------------------------------------------------------
 
     def start(
-        self, wanted: Completion | ChatCompletion, prompts: list[list[int]], opened: Opened | None
+        self, wanted: Completion | ChatCompletion, prompts: list[list[int]], opened: Opened | None, owner: str = ""
     ) -> tuple[list[Request], AsyncIterator[tuple[int, Piece]]]:
-        """Hand all rows of a request over; pieces come as (number of the choice, piece).
+        """Hand all rows of a request over; pieces come as (number of the choice, piece). owner: whose prompts count as
+        known.
 
         Raises:
             ServeError: too many choices, or the worker takes no more.
@@ -118,7 +121,7 @@ class Answers:
             requests.append(
                 Request(
                     torch.tensor(prompts[number // wanted.n]), memory, wanted.wanted_tokens(), put, sampling,
-                    self.stops(wanted), deadline,
+                    self.stops(wanted), deadline, owner, not wanted.stream,
                 )
             )  # fmt: skip
         try:

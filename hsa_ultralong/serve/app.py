@@ -141,7 +141,7 @@ def _register_answers(app: FastAPI, answers: Answers, metrics: Metrics, space: A
             opened = await run_in_threadpool(answers.memories.open, place, wanted.memories())
         elif wanted.sources or wanted.unsure_below is not None:
             raise ServeError(400, "sources and unsure_below are of a memory; name one: memory: [id]", "no_memory")
-        rows, pieces = answers.start(wanted, prompts, opened)
+        rows, pieces = answers.start(wanted, prompts, opened, place)
         pieces = metrics.watch(pieces)
         count = sum(len(prompt) for prompt in prompts)
         if wanted.stream:

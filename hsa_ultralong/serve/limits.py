@@ -23,7 +23,9 @@ class Limits:
     body_bytes: of a request. context_tokens: prompt and answer of one row. rows: answered at once. waiting: requests
     that may wait for a row. request_seconds: from arrival to the last token. body_seconds: for a body to arrive.
     disk_bytes: of all memories, None: no bound. choices: of `n`. memories_per_request: of one question.
-    open_memories: kept open for the next question.
+    open_memories: kept open for the next question. row_tokens: of all rows together, None: room for all at their
+    longest. piece_tokens: of prompts, read between two steps. prefix_bytes: for beginnings of prompts that are known.
+    device_bytes, host_bytes: of open memories on the device and in host memory, None: no bound.
     """
 
     body_bytes: int = 64 * 2**20
@@ -37,6 +39,11 @@ class Limits:
     choices: int = 8
     memories_per_request: int = 16
     open_memories: int = 32
+    row_tokens: int | None = None
+    piece_tokens: int = 512
+    prefix_bytes: int = 256 * 2**20
+    device_bytes: int | None = None
+    host_bytes: int | None = None
 
 
 def require_id(value: str, what: str = "memory id") -> str:

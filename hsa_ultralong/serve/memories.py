@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from hsa_ultralong.memory.files import MemoryFileError
 from hsa_ultralong.memory.half_read import half_read
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.limits import Limits, ServeError, require_id
+from hsa_ultralong.serve.tiers import CACHE_BYTES, TIERS, OpenMemories
 
 _SUFFIX = ".hsa"
 # (tokens read, tokens of the whole text)
@@ -60,14 +60,14 @@ class Memories:
     ) -> None:
         """
         Args:
-            store: where keys and values lie while asked: device, host or file. key_values, landmarks: forms of new
-                files.
+            store: the best tier for keys and values while they are asked: device, host or file. key_values, landmarks:
+                forms of new files.
         """
         self.folder, self.model, self.tokenizer, self.limits = folder, model, tokenizer, limits
         self.store, self.key_values, self.landmarks = store, key_values, landmarks
         self.fingerprint, self.tokens = memory_fingerprint(model), tokenizer_fingerprint(tokenizer)
         self._guard = threading.RLock()
-        self._open: OrderedDict[tuple[str, ...], tuple[tuple[tuple[int, ...], ...], Opened]] = OrderedDict()
+        self.opened = OpenMemories({"device": limits.device_bytes, "host": limits.host_bytes}, limits.open_memories)
         self._asked: dict[Path, int] = {}
         self._clock = 0
         self._writers: dict[Path, threading.Lock] = {}
@@ -165,13 +165,25 @@ class Memories:
             key = (namespace, *ids)
             self._clock += 1
             self._asked.update(dict.fromkeys(places, self._clock))
-            known = self._open.get(key)
-            if known is None or known[0] != stamps:
-                known = self._open[key] = (stamps, self._read(places, ids))
-            self._open.move_to_end(key)
-            while len(self._open) > self.limits.open_memories:
-                self._open.popitem(last=False)
-            return known[1]
+            opened: Opened = self.opened.get(
+                key, stamps, self._costs(namespace, ids), lambda store: self._read(places, ids, store)
+            )
+            return opened
+
+    def _costs(self, namespace: str, ids: Sequence[str]) -> dict[str, dict[str, int]]:
+        """Bytes of device and host memory on every tier that memories may lie on, the best first."""
+        infos, config = [self.info(namespace, id) for id in ids], self.model.config
+        chunks, size = sum(info["chunks"] for info in infos), self.model.model.embed_tokens.weight.element_size()
+        pairs = chunks * config.chunk_size * 2 * config.num_memory_heads * config.head_dim * size
+        landmarks = chunks * (config.retrieval_dim * size + 12)
+        found = {
+            "device": {"device": pairs + landmarks, "host": 0},
+            "host": {"device": landmarks, "host": sum(info["bytes"] for info in infos)},
+            "file": {"device": landmarks + min(pairs, CACHE_BYTES), "host": 0},
+        }
+        # several are put together where they are read
+        tiers = TIERS[TIERS.index(self.store) :] if len(ids) == 1 else TIERS[:1]
+        return {tier: found[tier] for tier in tiers}
 
     def _stamp(self, namespace: str, id: str) -> tuple[int, ...]:
         """What tells one state of the file from another, also of another file of this name."""
@@ -188,12 +200,13 @@ class Memories:
         place = (self._place(namespace, id) / "manifest.json").stat()
         return int(info["generation"]), place.st_ino, place.st_mtime_ns
 
-    def _read(self, places: Sequence[Path], ids: Sequence[str]) -> Opened:
+    def _read(self, places: Sequence[Path], ids: Sequence[str], store: str) -> Opened:
         weight = self.model.model.embed_tokens.weight
-        # several are put together where they are read
-        store = self.store if len(places) == 1 else "device"
+        options: dict[str, Any] = {"store": store, "device": weight.device, "dtype": weight.dtype}
+        if store == "file":
+            options["cache_bytes"] = CACHE_BYTES
         try:
-            found = [open_memory(place, store=store, device=weight.device, dtype=weight.dtype) for place in places]
+            found = [open_memory(place, **options) for place in places]
             memory: Memory = found[0] if len(found) == 1 else ChunkMemory.concat(found)
             documents: list[tuple[str, int]] = []
             for id, place in zip(ids, places, strict=True):
@@ -354,8 +367,7 @@ class Memories:
             place.rename(grave)
             shutil.rmtree(grave, ignore_errors=True)
             namespace, id = place.parent.name, place.stem
-            for key in [key for key in self._open if key[0] == namespace and id in key[1:]]:
-                del self._open[key]
+            self.opened.close(lambda key: key[0] == namespace and id in key[1:])
             self._asked.pop(place, None)
 
     # room -------------------------------------------------------------------------------------------------------------

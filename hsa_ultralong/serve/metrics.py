@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -28,7 +28,17 @@ class Metrics:
             ("hsa_rows_running", "Answers under way.", lambda: worker.num_running),
             ("hsa_requests_waiting", "Answers that wait for a row.", lambda: worker.num_waiting),
             ("hsa_tokens_decoded", "Tokens decoded so far.", lambda: worker.num_tokens),
+            ("hsa_prompt_tokens_read", "Tokens of prompts read so far.", lambda: worker.num_prompt_tokens),
+            (
+                "hsa_prompt_tokens_known",
+                "Tokens of prompts that were known so far.",
+                lambda: worker.engine.prefixes.num_tokens_saved,
+            ),
             ("hsa_steps", "Decoding steps so far.", lambda: worker.num_steps),
+            *(
+                (f"hsa_open_{place}_bytes", f"Bytes of open memories on the {place}.", _bytes_on(answers, place))
+                for place in ("device", "host")
+            ),
             ("hsa_memory_bytes", "Bytes of all memories on disk.", answers.memories.bytes_used),
         ):
             Gauge(name, text, registry=self.registry).set_function(value)
@@ -47,3 +57,7 @@ class Metrics:
                 self.answers.labels(piece.finish).inc()
             yield number, piece
         self.whole.observe(time.perf_counter() - began)
+
+
+def _bytes_on(answers: Answers, place: str) -> Callable[[], float]:
+    return lambda: answers.memories.opened.bytes_on(place)

@@ -1,6 +1,6 @@
-"""The one thread that decodes: it takes requests into free rows, steps, and passes tokens on. No HTTP here.
+"""The one thread that decodes: it reads prompts in pieces between steps, steps, and passes tokens on. No HTTP here.
 
-tests/serve/test_app.py.
+tests/serve/test_worker.py, test_app.py.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from hsa_ultralong.inference.answer_text import AnswerText
 from hsa_ultralong.inference.ask import end_tokens
-from hsa_ultralong.inference.batching import BatchEngine
+from hsa_ultralong.inference.batching import BatchEngine, Reading
 from hsa_ultralong.inference.sampling import sample
 from hsa_ultralong.memory import Memory
+from hsa_ultralong.serve.evidence import Evidence
 from hsa_ultralong.serve.limits import Limits, ServeError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class Request:
     """One answer that is wanted.
 
     Attributes:
-        prompt: (n,) token ids, a new document. put: takes every Piece, on the worker's thread.
+        prompt: (n,) token ids, a new document. put: takes every Piece, on the worker's thread. owner: whose prompts
+            count as known. is_whole: text is wanted at the end only, so there is a first Piece and a last one.
         is_cancelled: set it from anywhere to give the row back.
     """
 
@@ -75,6 +77,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     deadline: float = float("inf")
+    owner: str = ""
+    is_whole: bool = False
     is_cancelled: bool = False
 
 
@@ -83,7 +87,9 @@ class _Row:
 
     def __init__(self, request: Request, tokenizer: Any, device: torch.device) -> None:
         self.request, self.text = request, AnswerText(tokenizer, request.stop)
-        self.best: dict[int, float] = {}
+        self.evidence = Evidence(request.memory)
+        self.held = Piece()
+        self.has_begun = False
         self.generator: torch.Generator | None = None
         if request.sampling.temperature:
             self.generator = torch.Generator(device)
@@ -92,31 +98,42 @@ class _Row:
             else:
                 self.generator.manual_seed(request.sampling.seed)
 
-    def note(self, retrieved: Sequence[tuple[torch.Tensor, torch.Tensor]], row: int, offset: int) -> None:
-        """Keep the largest weight of every chunk of the row's memory."""
-        memory = self.request.memory
-        if memory is None:
+    def put(self, piece: Piece) -> None:
+        """Pass a piece on, or hold it back where only the whole answer is wanted."""
+        text, found = self.held.text + piece.text, [*self.held.probabilities, *piece.probabilities]
+        if self.request.is_whole and self.has_begun and piece.finish is None:
+            self.held = Piece(text, found)
             return
-        for indices, weights in retrieved:
-            pairs = zip(indices[row].flatten().tolist(), weights[row].flatten().tolist(), strict=True)
-            for index, weight in pairs:
-                own = index - offset
-                if index >= 0 and 0 <= own < memory.num_chunks_of_all:
-                    self.best[own] = max(self.best.get(own, 0.0), weight)
+        self.held, self.has_begun = Piece(), True
+        self.request.put(replace(piece, text=text, probabilities=found))
 
 
 class Worker:
     """Answers requests with one model, up to `limits.rows` at once, in the order of their arrival."""
 
-    def __init__(self, model: Any, tokenizer: Any, limits: Limits) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, limits: Limits, num_owners: int = 1, warm_with: Memory | None = None
+    ) -> None:
+        """
+        Args:
+            num_owners: those who share the bytes of known beginnings out. warm_with: a small memory to warm up with.
+        """
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
-        self.engine = BatchEngine(model, batch=limits.rows, max_tokens=limits.context_tokens)
+        self.engine = BatchEngine(
+            model, batch=limits.rows, max_tokens=limits.context_tokens, num_tokens=limits.row_tokens,
+            prefix_bytes=limits.prefix_bytes, num_owners=num_owners,
+        )  # fmt: skip
+        if warm_with is not None:
+            self.engine.warm(warm_with)
+        self.is_open: Callable[[Memory], bool] = lambda memory: True
         self.ends = set(end_tokens(model))
         self._waiting: deque[Request] = deque()
         self._rows: dict[int, _Row] = {}
+        self._readings: deque[tuple[Reading, _Row]] = deque()
+        self._retired: list[tuple[Memory, threading.Event]] = []
         self._changed = threading.Condition()
         self.is_closing = False
-        self.num_tokens = self.num_steps = 0
+        self.num_tokens = self.num_steps = self.num_prompt_tokens = 0
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
 
@@ -142,7 +159,21 @@ class Worker:
 
     @property
     def num_running(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + len(self._readings)
+
+    def holds(self, memory: Memory) -> bool:
+        """Whether a row reads a memory, or a request that waits will."""
+        rows = [*list(self._rows.values()), *(row for _, row in list(self._readings))]
+        return any(one.memory is memory for one in (*(row.request for row in rows), *list(self._waiting)))
+
+    def retire(self, memory: Memory, seconds: float = 5.0) -> None:
+        """Let go of a memory that will not be asked again, once no row reads it; waits so long for one that is idle."""
+        gone = threading.Event()
+        with self._changed:
+            self._retired.append((memory, gone))
+            self._changed.notify()
+        if self.is_alive and not self.holds(memory):
+            gone.wait(seconds)
 
     @property
     def is_alive(self) -> bool:
@@ -154,7 +185,7 @@ class Worker:
             self.is_closing = True
             self._changed.notify()
         self._thread.join(seconds)
-        for row in list(self._rows.values()):
+        for row in [*self._rows.values(), *(row for _, row in self._readings)]:
             row.request.is_cancelled = True
         self._thread.join(_IDLE_SECONDS + 5)
 
@@ -163,12 +194,15 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._changed:
-                if not self._rows and not self._waiting:
+                if not (self._rows or self._waiting or self._readings or self._retired):
                     if self.is_closing:
                         return
                     self._changed.wait(_IDLE_SECONDS)
             try:
+                if self._waiting or self._retired:
+                    self._let_go()
                 self._admit()
+                self._read()
                 if self._rows:
                     self._advance()
             except Exception as error:  # a fault must not leave clients waiting for ever
@@ -180,33 +214,74 @@ class Worker:
             self.engine.leave(row)
             state.request.put(Piece(finish="error", error=error))
         self._rows.clear()
+        while self._readings:
+            reading, state = self._readings.popleft()
+            self.engine.drop(reading)
+            state.request.put(Piece(finish="error", error=error))
 
     def _admit(self) -> None:
-        """Give free rows to those who wait."""
-        while self._waiting and not all(self.engine.is_taken):
-            request = self._waiting.popleft()
+        """Begin with those who wait, in their order, as long as there is room."""
+        while self._waiting:
+            request = self._waiting[0]
             reason = self._over(request)
+            if reason is None and not self.engine.has_room(len(request.prompt) + request.max_new_tokens):
+                return
+            self._waiting.popleft()
             if reason is not None:
                 request.put(Piece(finish=reason))
                 continue
-            self._let_go()
-            state = _Row(request, self.tokenizer, self.engine.device)
             try:
-                row = self.engine.join(request.prompt, request.memory)
+                reading = self.engine.begin(
+                    request.prompt, request.memory, max_new_tokens=request.max_new_tokens, owner=request.owner
+                )
             except ValueError as error:
                 request.put(Piece(finish="error", error=ServeError(400, str(error), "refused")))
                 continue
+            self._readings.append((reading, _Row(request, self.tokenizer, self.engine.device)))
+
+    def _read(self) -> None:
+        """Read so many tokens of prompts, in turns: rows that run wait for no more than these."""
+        left = self.limits.piece_tokens
+        for _ in range(len(self._readings)):
+            if left <= 0:
+                return
+            reading, state = self._readings.popleft()
+            reason = self._over(state.request)
+            if reason is not None:
+                self.engine.drop(reading)
+                state.request.put(Piece(finish=reason))
+                continue
+            before = reading.num_read
+            try:
+                row = self.engine.read_on(reading, left)
+            except BaseException:
+                self._readings.appendleft((reading, state))  # given back with the others
+                raise
+            left -= reading.num_read - before
+            self.num_prompt_tokens += reading.num_read - before
+            if row is None:
+                self._readings.append((reading, state))
+                continue
             self._rows[row] = state
             # the prompt's own retrieval counts its memory alone
-            state.note([(a.cpu(), b.cpu()) for a, b in self.engine.retrieved], row, 0)
-            self._take(row, state)
+            state.evidence.put([(_kept(a[row]), _kept(b[row])) for a, b in self.engine.retrieved], 0)
+            self._take(row, state, int(self.engine.tokens[row]))
 
     def _let_go(self) -> None:
-        """Forget memories that nobody reads, once there are many."""
+        """Forget memories that nobody reads and that were retired or closed, and others once there are many."""
         held = {id(memory) for memory in self.engine.memories if memory is not None}
+        held |= {id(reading.memory) for reading, _ in self._readings}
+        held |= {id(request.memory) for request in self._waiting}
         idle = [memory for memory in self.engine.known if id(memory) not in held]
-        for memory in idle[: max(0, len(self.engine.known) - self.limits.open_memories)]:
-            self.engine.forget(memory)
+        many = len(self.engine.known) - self.limits.open_memories
+        for number, memory in enumerate(idle):
+            if number < many or not self.is_open(memory):
+                self.engine.forget(memory)
+        for pair in list(self._retired):
+            if id(pair[0]) not in held:
+                self.engine.forget(pair[0])
+                self._retired.remove(pair)
+                pair[1].set()
 
     def _advance(self) -> None:
         for row, state in list(self._rows.items()):
@@ -215,28 +290,32 @@ class Worker:
                 self._finish(row, state, "", [], reason)
         if not self._rows:
             return
-        self.engine.step()
+        for old, new in self.engine.compact().items():
+            self._rows[new] = self._rows.pop(old)
+        tokens = self.engine.step().tolist()
         self.num_steps += 1
-        retrieved = [(indices.cpu(), weights.cpu()) for indices, weights in self.engine.retrieved]
+        retrieved = [(_kept(indices), _kept(weights)) for indices, weights in self.engine.retrieved]
         for row, state in list(self._rows.items()):
-            state.note(retrieved, row, self.engine.chunk_offset(row))
-            self._take(row, state)
+            state.evidence.put([(a[row], b[row]) for a, b in retrieved], self.engine.chunk_offset(row))
+            self._take(row, state, tokens[row])
 
     def _over(self, request: Request) -> str | None:
         if request.is_cancelled:
             return "cancelled"
         return "timeout" if time.monotonic() > request.deadline else None
 
-    def _take(self, row: int, state: _Row) -> None:
-        """The token that the last step, or the prompt, gave."""
+    def _take(self, row: int, state: _Row, token: int) -> None:
+        """The best token that the last step, or the prompt, gave, or one drawn in its place."""
         options = state.request.sampling
-        logits = self.engine.logits[row][None]
         if options.temperature:
+            logits = self.engine.logits[row][None]
             drawn = sample(logits, options.temperature, options.top_k, options.top_p, state.generator)
             self.engine.tokens[row] = drawn[0]
-        token = int(self.engine.tokens[row])
+            token = int(drawn[0])
         self.num_tokens += 1
-        found = [] if options.top_logprobs is None else [_probability(logits[0], token, options.top_logprobs)]
+        found: list[TokenProbability] = []
+        if options.top_logprobs is not None:
+            found = [_probability(self.engine.logits[row], token, options.top_logprobs)]
         if token in self.ends:
             state.text.tokens.append(token)
             self._finish(row, state, state.text.end(), [], "stop")
@@ -248,18 +327,23 @@ class Worker:
         elif count >= state.request.max_new_tokens or self.engine.lengths[row] >= self.engine.max_tokens:
             self._finish(row, state, text + state.text.end(), found, "length")
         elif text or found:
-            state.request.put(Piece(text, found, num_tokens=count))
+            state.put(Piece(text, found, num_tokens=count))
 
     def _finish(self, row: int, state: _Row, text: str, found: list[TokenProbability], reason: str) -> None:
         self.engine.leave(row)
         del self._rows[row]
-        ranked = sorted(state.best.items(), key=lambda item: -item[1])
+        ranked = state.evidence.ranked()
         weight = ranked[0][1] if ranked else None
         count = len(state.text.tokens)
-        state.request.put(Piece(text, found, reason, count, weight, ranked[:_MOST_CHUNKS]))
+        state.put(Piece(text, found, reason, count, weight, ranked[:_MOST_CHUNKS]))
 
 
 _MOST_CHUNKS = 64
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host: the next step overwrites the tensor."""
+    return tensor.to("cpu", copy=True)
 
 
 def _probability(logits: torch.Tensor, token: int, count: int) -> TokenProbability:

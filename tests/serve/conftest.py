@@ -22,12 +22,20 @@ from hsa_ultralong.testing.processes import HANG_SECONDS
 LIMITS = Limits(context_tokens=512, rows=3, body_bytes=2**20, body_seconds=2.0, request_seconds=HANG_SECONDS)
 LANTERN = "The secret code of the silver lantern is 4821937."
 FERRY = "The secret code of the calm ferry is 7925186."
-FILLER = "The old road runs along the river and then up to the mill. Nobody knows how long it has been there. " * 12
+FILLER = "The old road runs along the river and then up to the mill. Nobody knows how long it has been there. " * 4
 
 
 @pytest.fixture(scope="session")
 def nano():
     return load_model(None, "cpu", "fp32")
+
+
+def answering(nano, folder, **changes):
+    """What a server answers with; `changes` are of its limits."""
+    limits = replace(LIMITS, **changes)
+    model, tokenizer = nano
+    worker = Worker(model, tokenizer, limits)
+    return Answers(model, tokenizer, "nano", worker, Memories(folder, model, tokenizer, limits), limits)
 
 
 @contextmanager
@@ -37,10 +45,7 @@ def serving(nano, folder, *, keys=None, **changes):
 
     from hsa_ultralong.serve.app import build_app
 
-    limits = replace(LIMITS, **changes)
-    model, tokenizer = nano
-    worker = Worker(model, tokenizer, limits)
-    answers = Answers(model, tokenizer, "nano", worker, Memories(folder, model, tokenizer, limits), limits)
+    answers = answering(nano, folder, **changes)
     config = uvicorn.Config(build_app(answers, keys), port=0, log_level="error", access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -1,5 +1,6 @@
 """A server that is killed in the middle of writing: what was acknowledged is there, and nothing half is served."""
 
+import multiprocessing
 import random
 import re
 import signal
@@ -10,32 +11,32 @@ import time
 
 import httpx
 import pytest
+import torch
 
 from hsa_ultralong.testing.processes import HANG_SECONDS
-from tests.serve.conftest import FILLER
+from tests.serve.conftest import FILLER, serving
+
+
+def serve_in_fork(nano, folder, place):
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
+    with serving(nano, folder) as (address, _):
+        place.send(address)
+        time.sleep(HANG_SECONDS)
 
 
 class Server:
-    """`hsa serve` in a process of its own."""
+    """A server in a fork of this process, which starts at once."""
 
-    def __init__(self, folder, *options):
-        command = [sys.executable, "-m", "hsa_ultralong", "serve", "--memories", str(folder), "--port", "0"]
-        more = ["--dtype", "fp32", "--device", "cpu", *options]
-        self.process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        line = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, line + self.process.stdout.read()
-        self.client = httpx.Client(base_url=found[0], timeout=HANG_SECONDS)
-
-    def end(self, number):
-        """Send a signal and wait for the end; the exit code."""
-        self.process.send_signal(number)
-        code = self.process.wait(HANG_SECONDS)
-        self.process.stdout.close()
-        return code
+    def __init__(self, nano, folder):
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe()
+        self.process = context.Process(target=serve_in_fork, args=(nano, folder, there), daemon=True)
+        self.process.start()
+        self.client = httpx.Client(base_url=here.recv(), timeout=HANG_SECONDS)
 
     def kill(self):
-        self.end(signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
         self.client.close()
 
 
@@ -67,17 +68,34 @@ def texts_of(client, id):
     return [part.json()["text"] for part in parts]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_what_was_acknowledged_survives_a_kill_and_nothing_half_is_served(tmp_path, kills):
+def ask_until_killed(server, acknowledged):
+    """Questions of memories that were acknowledged, while the writer writes."""
+    try:
+        while True:
+            for id in list(acknowledged):
+                body = {"model": "nano", "prompt": "The secret code", "memory": id, "max_tokens": 2}
+                assert server.client.post("/v1/completions", json=body).status_code == 200
+            time.sleep(0.01)
+    except httpx.HTTPError:
+        pass
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_what_was_acknowledged_survives_a_kill_and_nothing_half_is_served(nano, tmp_path, kills):
     chance, acknowledged = random.Random(0), {}
     for round in range(kills):
-        server = Server(tmp_path / "memories")
-        writer = threading.Thread(target=write_until_killed, args=(server, round, acknowledged))
-        writer.start()
-        time.sleep(chance.uniform(0.05, 4.0))
+        server = Server(nano, tmp_path / "memories")
+        threads = [
+            threading.Thread(target=write_until_killed, args=(server, round, acknowledged)),
+            threading.Thread(target=ask_until_killed, args=(server, acknowledged)),
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(chance.uniform(0.05, 1.5))
         server.kill()
-        writer.join()
-    server = Server(tmp_path / "memories")
+        for thread in threads:
+            thread.join()
+    server = Server(nano, tmp_path / "memories")
     try:
         infos = {one["id"]: one for one in server.client.get("/v1/memories").json()["data"]}
         assert set(acknowledged) <= set(infos)
@@ -96,19 +114,28 @@ def test_what_was_acknowledged_survives_a_kill_and_nothing_half_is_served(tmp_pa
         server.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path):
-    server = Server(tmp_path / "memories")
+    command = [sys.executable, "-m", "hsa_ultralong", "serve", "--memories", str(tmp_path / "memories"), "--port", "0"]
+    options = ["--dtype", "fp32", "--device", "cpu"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    line = process.stdout.readline()
+    address = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert address, line + process.stdout.read()
     body = {"model": "nano", "prompt": "The old road", "max_tokens": 200}
     answers = []
-    asking = threading.Thread(
-        target=lambda: answers.append(server.client.post("/v1/completions", json=body).json()["choices"][0])
-    )
-    asking.start()
-    end = time.monotonic() + HANG_SECONDS
-    while "hsa_rows_running 1" not in server.client.get("/metrics").text and time.monotonic() < end:
-        time.sleep(0.02)
-    assert server.end(signal.SIGINT) == 0
-    asking.join(HANG_SECONDS)
+    with httpx.Client(base_url=address[0], timeout=HANG_SECONDS) as client:
+        asking = threading.Thread(
+            target=lambda: answers.append(client.post("/v1/completions", json=body).json()["choices"][0])
+        )
+        asking.start()
+        end = time.monotonic() + HANG_SECONDS
+        while "hsa_rows_running 1" not in client.get("/metrics").text and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(HANG_SECONDS) == 0
+        asking.join(HANG_SECONDS)
+    process.stdout.close()
     assert answers and answers[0]["finish_reason"] in ("length", "stop")
 
 
