@@ -18,7 +18,7 @@ from hsa_ultralong.inference.decoding_state import DecodingState, StepGraphs
 from hsa_ultralong.inference.engine import DecodingEngine
 from hsa_ultralong.inference.own_chunks import PagedChunks
 from hsa_ultralong.inference.prefixes import REWIND, Prefixes
-from hsa_ultralong.inference.rows_view import RowsView
+from hsa_ultralong.inference.readers_view import ReadersView
 from hsa_ultralong.inference.sampling import sample
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.memory.row_memories import RowMemories
@@ -338,7 +338,7 @@ class BatchEngine(DecodingEngine):
         """A memory for those of the first rows that read it; which ones is known on the host."""
         rows = [row for row in range(size) if self.memories[row] is memory]
         view = _visible(memory, torch.zeros((len(rows), 1), dtype=torch.int32, device=self.device))
-        return view if len(rows) == size else RowsView(view, torch.tensor(rows, device=self.device))
+        return view if len(rows) == size else ReadersView(view, torch.tensor(rows, device=self.device))
 
     def _captured_plan(self, size: int, read: list[Memory]) -> _Plan:
         """A plan with graphs that ranks these memories, and few others."""

@@ -15,7 +15,7 @@ from hsa_ultralong.nn.views import ChunkTensors, GraphView, MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import UNUSED
 
-Encoded = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+EncodedChunks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class RowChunks:
@@ -36,7 +36,7 @@ class RowChunks:
         segments = torch.zeros_like(positions)
         return GraphView(self.storage, ChunkVisibility(segments, positions, self.storage.segments, self.storage.ends))
 
-    def put(self, encoded: Encoded, places: torch.Tensor) -> None:
+    def put(self, encoded: EncodedChunks, places: torch.Tensor) -> None:
         """Take k, v (B, S, Hkv, D) and landmarks (B, 1, Hr, R) of the rows whose places (B,) end a chunk."""
         k, v, landmarks = encoded
         is_full = (places % self.size == 0) & (places > 0) & (places <= self.capacity * self.size)
@@ -93,7 +93,7 @@ class PagedChunks:
         segments = self.numbers[: len(positions), None]
         return GraphView(self.storage, ChunkVisibility(segments, positions, self.storage.segments, self.storage.ends))
 
-    def put(self, encoded: Encoded, places: torch.Tensor) -> None:
+    def put(self, encoded: EncodedChunks, places: torch.Tensor) -> None:
         """Take k, v (b, S, Hkv, D) and landmarks (b, 1, Hr, R) of the first rows where places (b,) end a chunk."""
         k, v, landmarks = encoded
         batch, own = len(places), self.storage

@@ -11,7 +11,7 @@ from hsa_ultralong.nn.views import MemoryView, Search
 from hsa_ultralong.ops import ScoredChunks
 
 
-class RowsView(NamedTuple):
+class ReadersView(NamedTuple):
     """What `inner` is for rows (n,) int64 of the batch; the others see none of it."""
 
     inner: MemoryView
