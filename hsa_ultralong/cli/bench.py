@@ -1,5 +1,5 @@
 """`hsa bench`: measure speed on this machine. `ops` puts every operator beside its baselines, `memory` times reading
-and decoding; `training` is in bench_training.py."""
+and decoding; `training` is in bench_training.py, `serve` in bench_serve.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.bench_serve import serve
 from hsa_ultralong.cli.bench_training import training
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_counts, parse_size, parse_sizes
 from hsa_ultralong.cli.places import require_folder
@@ -26,6 +27,7 @@ _ON_CPU = {"lengths": (1024, 4096), "topks": (32,), "decode_chunks": (1024,)}
 
 def register(app: typer.Typer) -> None:
     bench.command("training")(training)
+    bench.command("serve")(serve)
     app.add_typer(bench, name="bench")
 
 
@@ -142,7 +144,7 @@ def memory(
     import torch.distributed as dist
 
     from hsa_ultralong.bench.memory import MemorySettings
-    from hsa_ultralong.cli.common import bench_results, choose_device
+    from hsa_ultralong.cli.common import bench_results, choose_device, load_preset_or_model
     from hsa_ultralong.distributed.mesh import init_distributed
 
     require_folder(output)
@@ -161,7 +163,7 @@ def memory(
         piece_tokens=None if piece is None else parse_size(piece, "--piece"),
         store=store, key_values=key_values, landmarks=landmarks, tune=tune, seed=seed,
     )  # fmt: skip
-    network, label = _network(preset_name, model, place, dtype, seed)
+    network, label = load_preset_or_model(preset_name, model, place, dtype, seed)
     path, meta = bench_results(output, "memory", hardware, place, seed)
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     result = _measure_memory(network, label, settings, file, path, meta, is_first=is_first)
@@ -206,21 +208,6 @@ def _report_memory(result: dict[str, Any], path: Path, as_json: bool) -> None:
         return
     console().print(table(result))
     echo(f"Written: {path} and {path.with_suffix('.png').name}")
-
-
-def _network(preset_name: str | None, folder: Path | None, device: str, dtype: str, seed: int) -> tuple[Any, str]:
-    """A preset with random weights, or a trained model, and its name in the records."""
-    import torch
-
-    from hsa_ultralong.cli.common import choose_dtype, load_model
-
-    if preset_name is None:
-        return load_model(folder, device, dtype)[0], "nano" if folder is None else folder.name
-    from hsa_ultralong.models import HSAForCausalLM
-    from hsa_ultralong.models.presets import preset
-
-    torch.manual_seed(seed)
-    return HSAForCausalLM(preset(preset_name)).to(device, choose_dtype(dtype, device)).eval(), preset_name
 
 
 def _settings(

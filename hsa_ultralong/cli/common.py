@@ -83,6 +83,21 @@ def load_checkpoint(folder: Path, dtype: Any) -> Any:
     return HSAForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
+def load_preset_or_model(
+    preset_name: str | None, folder: Path | None, device: str, dtype: str, seed: int
+) -> tuple[Any, str]:
+    """A preset with random weights, or a trained model, and its name in the records."""
+    import torch
+
+    if preset_name is None:
+        return load_model(folder, device, dtype)[0], "nano" if folder is None else folder.name
+    from hsa_ultralong.models import HSAForCausalLM
+    from hsa_ultralong.models.presets import preset
+
+    torch.manual_seed(seed)
+    return HSAForCausalLM(preset(preset_name)).to(device, choose_dtype(dtype, device)).eval(), preset_name
+
+
 def require_model_folder(folder: Path) -> None:
     """Refuse what `from_pretrained` would look for elsewhere: a name of a hub, an adapter.
 

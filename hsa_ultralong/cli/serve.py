@@ -76,6 +76,34 @@ def serve(
 
       hsa serve models/mine --memories library --keys keys.txt --host 0.0.0.0 --rows 32 --max-disk 200G
     """
+    _check_choices(store, key_values, memories, max_disk, evict)
+    namespaces = None if keys is None else read_keys(keys)
+    if namespaces is None and not _is_loopback(host):
+        raise ValueError(
+            f"--host {host} can be reached from other machines: give --keys FILE, or leave it at 127.0.0.1"
+        )
+    _require_packages()
+    import uvicorn
+
+    from hsa_ultralong.serve.app import build_app
+
+    sizes = {
+        "body_bytes": ("--max-body", max_body), "context_tokens": ("--context", context),
+        "disk_bytes": ("--max-disk", max_disk), "row_tokens": ("--all-tokens", all_tokens),
+        "piece_tokens": ("--piece", piece), "prefix_bytes": ("--prefixes", prefixes),
+        "device_bytes": ("--device-memory", device_memory), "host_bytes": ("--host-memory", host_memory),
+    }  # fmt: skip
+    limits = _limits(sizes, rows=rows, waiting=waiting, request_seconds=max_seconds, evict=evict)
+    owners = 1 if namespaces is None else len(set(namespaces.values()))
+    answers = make_answers(model, memories, limits, name, store, key_values, device, dtype, owners)
+    config = uvicorn.Config(
+        build_app(answers, namespaces), host=host, port=port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=int(max_seconds) + 1, timeout_keep_alive=30,
+    )  # fmt: skip
+    _Server(config, answers).run()
+
+
+def _check_choices(store: str, key_values: str, memories: Path, max_disk: str | None, evict: bool) -> None:
     from hsa_ultralong.cli.memorize import FORMATS
 
     if store not in _STORES:
@@ -86,40 +114,23 @@ def serve(
         raise ValueError("--evict needs --max-disk")
     if memories.exists() and not memories.is_dir():
         raise ValueError(f"--memories {memories} is no folder")
-    namespaces = None if keys is None else read_keys(keys)
-    if namespaces is None and not _is_loopback(host):
-        raise ValueError(
-            f"--host {host} can be reached from other machines: give --keys FILE, or leave it at 127.0.0.1"
-        )
-    _require_packages()
-    import uvicorn
 
-    from hsa_ultralong.serve.app import build_app
+
+def _limits(sizes: dict[str, tuple[str, str | None]], **others: Any) -> Any:
+    """Limits, sizes of which are (option, text), None for no bound."""
     from hsa_ultralong.serve.limits import Limits
 
-    limits = Limits(
-        body_bytes=parse_size(max_body, "--max-body"),
-        context_tokens=parse_size(context, "--context"),
-        rows=rows,
-        waiting=waiting,
-        request_seconds=max_seconds,
-        disk_bytes=None if max_disk is None else parse_size(max_disk, "--max-disk"),
-        evict=evict,
-        row_tokens=None if all_tokens is None else parse_size(all_tokens, "--all-tokens"),
-        piece_tokens=parse_size(piece, "--piece"),
-        prefix_bytes=parse_size(prefixes, "--prefixes", 0),
-        device_bytes=None if device_memory is None else parse_size(device_memory, "--device-memory", 0),
-        host_bytes=None if host_memory is None else parse_size(host_memory, "--host-memory", 0),
-    )
+    may_be_nothing = ("prefix_bytes", "device_bytes", "host_bytes")
+    parsed = {
+        name: None if text is None else parse_size(text, option, 0 if name in may_be_nothing else 1)
+        for name, (option, text) in sizes.items()
+    }
+    limits = Limits(**parsed, **others)  # type: ignore[arg-type]
     if limits.row_tokens is not None and limits.row_tokens < limits.context_tokens:
-        raise ValueError(f"--all-tokens {all_tokens} cannot hold one answer of --context {context}")
-    owners = 1 if namespaces is None else len(set(namespaces.values()))
-    answers = make_answers(model, memories, limits, name, store, key_values, device, dtype, owners)
-    config = uvicorn.Config(
-        build_app(answers, namespaces), host=host, port=port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=int(max_seconds) + 1, timeout_keep_alive=30,
-    )  # fmt: skip
-    _Server(config, answers).run()
+        raise ValueError(
+            f"--all-tokens {sizes['row_tokens'][1]} cannot hold one answer of --context {sizes['context_tokens'][1]}"
+        )
+    return limits
 
 
 def make_answers(

@@ -1,0 +1,298 @@
+"""Load on `hsa serve` in a process of its own: many clients at once, and kills in the middle of writing.
+
+Called by `hsa bench serve`; tests/serve/test_load.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_KEYS = {"anna": "key-of-anna", "bob": "key-of-bob"}
+_FILLER = "The old road runs along the river and then up to the mill. Nobody knows how long it has been there. " * 8
+_OBJECTS = ("silver lantern", "calm ferry", "amber falcon", "quiet harbor")
+_START_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """requests: of all clients, over `memories` in two namespaces. max_tokens: of an answer. kills: of a server that
+    is written to. server: options of `hsa serve`."""
+
+    requests: int = 200
+    clients: int = 16
+    memories: int = 8
+    max_tokens: int = 16
+    kills: int = 20
+    seed: int = 0
+    server: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one request; seconds from its start, `first` to the first piece of text."""
+
+    status: int
+    body: dict[str, Any]
+    first: float
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        return str(self.body["choices"][0]["text"])
+
+
+class ServerProcess:
+    """`hsa serve` on a folder."""
+
+    def __init__(self, model: Path | None, folder: Path, options: Sequence[str]) -> None:
+        self.began = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = folder / "keys.txt"
+        keys.write_text("".join(f"{name} {key}\n" for name, key in _KEYS.items()))
+        command = [sys.executable, "-m", "hsa_ultralong", "serve", *([] if model is None else [str(model)])]
+        command += ["--memories", str(folder / "memories"), "--port", "0", "--keys", str(keys), "--name", "m", *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.search(r"http://([\d.]+):(\d+)", line)
+        if found is None:
+            self.process.kill()
+            raise ValueError(f"hsa serve did not start: {line}{self.process.stdout.read()}"[:2000])
+        self.host, self.port = found[1], int(found[2])
+
+    def ask(self, namespace: str, method: str, path: str, body: dict[str, Any] | None = None) -> Reply:
+        """One request; a streamed answer is put together.
+
+        Raises:
+            OSError, http.client.HTTPException: the server is gone.
+        """
+        began = time.perf_counter()
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=_START_SECONDS)
+        with contextlib.closing(connection):
+            headers = {"Authorization": f"Bearer {_KEYS[namespace]}", "Content-Type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            if "event-stream" not in response.headers.get("Content-Type", ""):
+                found, first = json.loads(response.read()), time.perf_counter() - began
+            else:
+                found, first = _streamed(response, began)
+        return Reply(response.status, found, first, time.perf_counter() - began)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def _streamed(response: http.client.HTTPResponse, began: float) -> tuple[dict[str, Any], float]:
+    """The answer that events add up to, and when its first text came."""
+    text, first, last = "", 0.0, {}
+    for line in response:
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            if "error" in event:
+                return event, time.perf_counter() - began
+            last = event["choices"][0]
+            text += last["text"]
+            first = first or (time.perf_counter() - began if text else 0.0)
+    return {"choices": [{**last, "text": text}]}, first or time.perf_counter() - began
+
+
+def _code(number: int) -> str:
+    return str(1_000_000 + 7919 * (number + 1))
+
+
+def _fact(number: int) -> str:
+    return f"The secret code of the {_OBJECTS[number % len(_OBJECTS)]} is {_code(number)}. "
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share does not pass."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def load_results(model: Path | None, folder: Path, settings: LoadSettings) -> dict[str, float]:
+    """Numbers of a run of clients: every answer is compared with the one that was given alone."""
+    server = ServerProcess(model, folder, settings.server)
+    try:
+        names = list(_KEYS)
+        # memories of one name in two namespaces: a mixture would show
+        places = [(names[number % 2], f"lib{number // 2}") for number in range(settings.memories)]
+        for number, (namespace, id) in enumerate(places):
+            text = _FILLER + _fact(number) + _FILLER
+            made = server.ask(namespace, "POST", "/v1/memories", {"id": id, "text": text})
+            if made.status != 201:
+                raise ValueError(f"a memory was refused: {made.body}")
+
+        def asked(request: int) -> Reply:
+            number = request % settings.memories
+            namespace, id = places[number]
+            prompts = (f"The secret code of the {_OBJECTS[number % len(_OBJECTS)]} is", "Nobody knows")
+            body = {
+                "model": "m", "prompt": prompts[request // settings.memories % 2], "memory": id, "stream": True,
+                "max_tokens": settings.max_tokens, "sources": 1,
+            }  # fmt: skip
+            return server.ask(namespace, "POST", "/v1/completions", body)
+
+        alone = [asked(request) for request in range(2 * settings.memories)]
+        began = time.perf_counter()
+        with ThreadPoolExecutor(settings.clients) as pool:
+            found = list(pool.map(asked, range(settings.requests)))
+        seconds = time.perf_counter() - began
+    finally:
+        server.kill()
+    return _summary(alone, found, seconds, settings)
+
+
+def _summary(
+    alone: Sequence[Reply], found: Sequence[Reply], seconds: float, settings: LoadSettings
+) -> dict[str, float]:
+    codes = [_code(number) for number in range(settings.memories)]
+    errors = other = mixed = 0
+    for request, reply in enumerate(found):
+        if reply.status != 200 or "error" in reply.body:
+            errors += 1
+            continue
+        own = request % settings.memories
+        source = "".join(one["text"] for one in reply.body["choices"][0]["retrieval"]["sources"])
+        mixed += any(code in reply.text + source for number, code in enumerate(codes) if number != own)
+        other += reply.text != alone[request % len(alone)].text
+    return {
+        "requests": len(found), "errors": errors, "mixed_answers": mixed, "other_than_alone": other,
+        "answers_with_the_code": sum(
+            codes[request % settings.memories] in reply.text for request, reply in enumerate(found)
+            if reply.status == 200 and request // settings.memories % 2 == 0
+        ),
+        "code_questions": sum(request // settings.memories % 2 == 0 for request in range(len(found))),
+        "requests_per_s": len(found) / seconds,
+        **{
+            f"{name}_p{share}": quantile([value(reply) for reply in found], share / 100)
+            for name, value in (("first_token_s", _first), ("answer_s", _seconds))
+            for share in (50, 99)
+        },
+    }  # fmt: skip
+
+
+def _first(reply: Reply) -> float:
+    return reply.first
+
+
+def _seconds(reply: Reply) -> float:
+    return reply.seconds
+
+
+class _Writer:
+    """Makes a memory and appends to it until the server is gone, noting what was acknowledged."""
+
+    def __init__(self, namespace: str, id: str) -> None:
+        self.namespace, self.id = namespace, id
+        self.acknowledged: list[str] = []
+
+    def run(self, server: ServerProcess) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            made = server.ask(self.namespace, "POST", "/v1/memories", {"id": self.id, "text": _fact(0) + _FILLER})
+            if made.status == 201:
+                self.acknowledged.append(_fact(0) + _FILLER)
+            for number in range(1, 100_000):
+                text = _fact(number) + _FILLER
+                body = {"documents": [{"name": f"d{number}", "text": text}]}
+                if server.ask(self.namespace, "POST", f"/v1/memories/{self.id}/documents", body).status == 200:
+                    self.acknowledged.append(text)
+
+
+def _asker(server: ServerProcess, writers: Sequence[_Writer]) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        while True:
+            for writer in writers:
+                if writer.acknowledged:
+                    _first_answer(server, writer)
+            time.sleep(0.01)
+
+
+def _first_answer(server: ServerProcess, writer: _Writer) -> Reply:
+    body = {"model": "m", "prompt": "The secret code", "memory": writer.id, "max_tokens": 1}
+    return server.ask(writer.namespace, "POST", "/v1/completions", body)
+
+
+def kill_results(
+    model: Path | None, folder: Path, settings: LoadSettings, progress: Callable[[int], None] = lambda _: None
+) -> dict[str, float]:
+    """Numbers of a server that is killed again and again while two clients write and two ask."""
+    chance = random.Random(settings.seed)
+    writers: list[_Writer] = []
+    restarts: list[float] = []
+    for round in range(settings.kills):
+        server = ServerProcess(model, folder, settings.server)
+        known = [writer for writer in writers if writer.acknowledged]
+        if known:
+            _first_answer(server, known[-1])
+            restarts.append(time.perf_counter() - server.began)
+        new = [_Writer(namespace, f"w{round}") for namespace in _KEYS]
+        writers += new
+        threads = [threading.Thread(target=writer.run, args=(server,)) for writer in new]
+        threads += [threading.Thread(target=_asker, args=(server, writers[-4:])) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(chance.uniform(0.1, 4.0))
+        server.kill()
+        for thread in threads:
+            thread.join()
+        progress(round + 1)
+    server = ServerProcess(model, folder, settings.server)
+    try:
+        lost, partial = _damage(server, writers)
+    finally:
+        server.kill()
+    count = sum(len(writer.acknowledged) for writer in writers)
+    numbers: dict[str, float] = {
+        "kills": settings.kills, "acknowledged_writes": count, "lost_writes": lost, "partial_memories": partial,
+    }  # fmt: skip
+    if restarts:
+        numbers |= {f"restart_s_p{share}": quantile(restarts, share / 100) for share in (50, 99)}
+    return numbers
+
+
+def _damage(server: ServerProcess, writers: Sequence[_Writer]) -> tuple[int, int]:
+    """Acknowledged writes that are missing, and memories that are served with something half in them."""
+    lost = partial = 0
+    for namespace in _KEYS:
+        listed = {one["id"]: one for one in server.ask(namespace, "GET", "/v1/memories").body["data"]}
+        own = [writer for writer in writers if writer.namespace == namespace]
+        for writer in own:
+            texts = list(_texts(server, namespace, writer.id)) if writer.id in listed else []
+            wanted = writer.acknowledged
+            lost += sum(text not in texts for text in wanted)
+            # at most the one write more that was under way
+            expected = [_fact(number) + _FILLER for number in range(len(texts))]
+            is_half = (
+                texts != expected or len(texts) > len(wanted) + 1 or (texts and listed[writer.id]["status"] != "ready")
+            )
+            partial += bool(is_half)
+    return lost, partial
+
+
+def _texts(server: ServerProcess, namespace: str, id: str) -> Iterator[str]:
+    for one in server.ask(namespace, "GET", f"/v1/memories/{id}/documents").body["data"]:
+        path = f"/v1/memories/{id}/documents/{one['id']}?stop=60000"
+        yield str(server.ask(namespace, "GET", path).body["text"])
+
+
+def machine_load() -> dict[str, Any]:
+    """What else ran: processes that waited for a core, over the last 1, 5 and 15 minutes."""
+    return {"load_average": [round(value, 2) for value in os.getloadavg()], "cores": len(os.sched_getaffinity(0))}
