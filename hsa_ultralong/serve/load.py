@@ -43,7 +43,7 @@ class LoadSettings:
 
 
 @dataclass(frozen=True)
-class Reply:
+class Served:
     """What came of one request; seconds from its start, `first` to the first piece of text."""
 
     status: int
@@ -75,7 +75,7 @@ class ServerProcess:
             raise ValueError(f"hsa serve did not start: {line}{self.process.stdout.read()}"[:2000])
         self.host, self.port = found[1], int(found[2])
 
-    def ask(self, namespace: str, method: str, path: str, body: dict[str, Any] | None = None) -> Reply:
+    def ask(self, namespace: str, method: str, path: str, body: dict[str, Any] | None = None) -> Served:
         """One request; a streamed answer is put together.
 
         Raises:
@@ -91,7 +91,7 @@ class ServerProcess:
                 found, first = json.loads(response.read()), time.perf_counter() - began
             else:
                 found, first = _streamed(response, began)
-        return Reply(response.status, found, first, time.perf_counter() - began)
+        return Served(response.status, found, first, time.perf_counter() - began)
 
     def kill(self) -> None:
         self.process.kill()
@@ -140,7 +140,7 @@ def load_results(model: Path | None, folder: Path, settings: LoadSettings) -> di
             if made.status != 201:
                 raise ValueError(f"a memory was refused: {made.body}")
 
-        def asked(request: int) -> Reply:
+        def asked(request: int) -> Served:
             number = request % settings.memories
             namespace, id = places[number]
             prompts = (f"The secret code of the {_OBJECTS[number % len(_OBJECTS)]} is", "Nobody knows")
@@ -161,7 +161,7 @@ def load_results(model: Path | None, folder: Path, settings: LoadSettings) -> di
 
 
 def _summary(
-    alone: Sequence[Reply], found: Sequence[Reply], seconds: float, settings: LoadSettings
+    alone: Sequence[Served], found: Sequence[Served], seconds: float, settings: LoadSettings
 ) -> dict[str, float]:
     codes = [_code(number) for number in range(settings.memories)]
     errors = other = mixed = 0
@@ -189,11 +189,11 @@ def _summary(
     }  # fmt: skip
 
 
-def _first(reply: Reply) -> float:
+def _first(reply: Served) -> float:
     return reply.first
 
 
-def _seconds(reply: Reply) -> float:
+def _seconds(reply: Served) -> float:
     return reply.seconds
 
 
@@ -225,7 +225,7 @@ def _asker(server: ServerProcess, writers: Sequence[_Writer]) -> None:
             time.sleep(0.01)
 
 
-def _first_answer(server: ServerProcess, writer: _Writer) -> Reply:
+def _first_answer(server: ServerProcess, writer: _Writer) -> Served:
     body = {"model": "m", "prompt": "The secret code", "memory": writer.id, "max_tokens": 1}
     return server.ask(writer.namespace, "POST", "/v1/completions", body)
 

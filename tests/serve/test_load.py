@@ -11,13 +11,13 @@ from hsa_ultralong.cli.main import app
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.serve import load
-from hsa_ultralong.serve.load import LoadSettings, Reply, kill_results, load_results, quantile
+from hsa_ultralong.serve.load import LoadSettings, Served, kill_results, load_results, quantile
 from hsa_ultralong.serve.throughput import ThroughputSettings, throughput_records
 
 
 def reply(text, source="", status=200):
     choice = {"text": text, "retrieval": {"sources": [{"text": source}]}}
-    return Reply(status, {"choices": [choice]}, 0.1, 0.2)
+    return Served(status, {"choices": [choice]}, 0.1, 0.2)
 
 
 def test_errors_other_answers_and_mixtures_are_counted():
@@ -47,7 +47,7 @@ class Gone:
             raise ConnectionError
         self.count += 1
         self.is_gone.wait(0.001)
-        return Reply(201 if path == "/v1/memories" else 200, {"data": []}, 0.0, 0.0)
+        return Served(201 if path == "/v1/memories" else 200, {"data": []}, 0.0, 0.0)
 
     def kill(self):
         self.is_gone.set()
