@@ -24,7 +24,7 @@ _READER_OF = {
 }  # fmt: skip
 # data that is a folder
 _FOLDERS = ("babi", "short")
-_CONTROLS = ("closed", "gold", "bm25")
+_CONTROLS = ("closed", "gold", "bm25", "dense")
 _SETTINGS = ("auto", "memory", "continue", "prompt", *_CONTROLS)
 _SCORINGS = ("generate", "teacher", "both")
 
@@ -40,7 +40,7 @@ Setting = Annotated[
     str,
     typer.Option(
         help="memory: the question is a new document; continue: it goes on with the text; prompt: plain. Controls "
-        "of qa: closed (no passage), gold, bm25 (those of a search)."
+        "of qa: closed (no passage), gold, bm25 and dense (those of a search)."
     ),
 ]
 Changes = Annotated[

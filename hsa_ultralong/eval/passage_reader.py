@@ -4,24 +4,26 @@ those that a search finds. Any causal language model. tests/eval/test_passage_re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from hsa_ultralong.eval.answers import Reply
+from hsa_ultralong.eval.passage_search import MeaningSearch, PassageSearch, WordSearch
 from hsa_ultralong.eval.readers import PromptReader
 from hsa_ultralong.eval.tasks import Material, Sample
 
-CONTROLS = ("closed", "gold", "bm25")
+_SEARCHES: dict[str, Callable[[], PassageSearch]] = {"bm25": WordSearch, "dense": MeaningSearch}
+CONTROLS = ("closed", "gold", *_SEARCHES)
 # passages of a search that stand in the prompt
 _FOUND = 5
 
 
 class PassageReader(PromptReader):
-    """closed: no passage; gold: those that hold the answer; bm25: the best five of a search by words, the best last."""
+    """closed: no passage; gold: those that hold the answer; bm25, dense: the best five of a search by words, or by the
+    vectors of a small embedder, the best last."""
 
     def __init__(self, model: Any, material: Material, setting: str) -> None:
         """
@@ -31,9 +33,10 @@ class PassageReader(PromptReader):
         if setting not in CONTROLS:
             raise ValueError(f"a control must be one of {', '.join(CONTROLS)}, got {setting!r}")
         super().__init__(model, material)
+        self._notes: tuple[tuple[int, ...], ...] | None = None
         # the length is that of the passages, of which the prompt holds few
         self.setting, self.positions, self.limit = setting, self.limit, None
-        self._search = _Search() if setting == "bm25" else None
+        self._search = _SEARCHES[setting]() if setting in _SEARCHES else None
 
     def _rewritten(self, sample: Sample) -> Sample:
         """The sample whose context is what the control gives."""
@@ -51,36 +54,15 @@ class PassageReader(PromptReader):
             return []
         if self._search is None:
             return [sample.notes[number] for number in sample.gold_notes]
-        return [sample.notes[number] for number in self._search.best(sample, self.material.tokenizer)]
+        if self._notes is not sample.notes:  # the index serves all samples with the same passages
+            self._notes = sample.notes
+            decode = self.material.tokenizer.decode
+            self._search.index([decode(list(note), skip_special_tokens=True) for note in sample.notes])
+        found = self._search.best(sample.query, min(_FOUND, len(sample.notes)))
+        return [sample.notes[number] for number in reversed(found)]
 
     def answer(self, samples: Sequence[Sample]) -> list[Reply]:
         return super().answer([self._rewritten(sample) for sample in samples])
 
     def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
         return super().forced([self._rewritten(sample) for sample in samples])
-
-
-class _Search:
-    """BM25 over the passages of a sample; the index serves all samples with the same ones."""
-
-    def __init__(self) -> None:
-        try:
-            self._package = import_module("bm25s")
-        except ImportError:
-            raise ValueError("--setting bm25 needs the package bm25s: pip install 'hsa-ultralong[eval]'") from None
-        self._notes: tuple[tuple[int, ...], ...] | None = None
-        self._index: Any = None
-
-    def _words(self, texts: list[str]) -> Any:
-        return self._package.tokenize(texts, stopwords="en", show_progress=False)
-
-    def best(self, sample: Sample, tokenizer: Any) -> list[int]:
-        """Numbers of the notes found, the best last, next to the question."""
-        if self._notes is not sample.notes:
-            texts = [tokenizer.decode(list(note), skip_special_tokens=True) for note in sample.notes]
-            self._index = self._package.BM25()
-            self._index.index(self._words(texts), show_progress=False)
-            self._notes = sample.notes
-        count = min(_FOUND, len(sample.notes))
-        found, _ = self._index.retrieve(self._words([sample.query]), k=count, show_progress=False)
-        return [int(number) for number in found[0][::-1]]

