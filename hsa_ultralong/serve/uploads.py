@@ -35,9 +35,11 @@ def _read(bodies: list[tuple[str, bytes]]) -> list[tuple[str, str]]:
             try:
                 for file in source_files([place / name], spool=spool):
                     found += [(one.name.replace(f"{place}/", ""), one.text) for one in read_sources(file)]
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, ImportError) as error:
                 message = str(error).replace(f"{place}/", "")
-                raise ServeError(400, message, "unreadable_file") from error
+                # a package for this kind of file is not installed on the server
+                status = 415 if isinstance(error, ImportError) else 400
+                raise ServeError(status, message, "unreadable_file") from error
     if not found:
         raise ServeError(400, "no text in what was uploaded", "empty_document")
     return found

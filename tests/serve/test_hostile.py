@@ -1,12 +1,17 @@
 """Malformed, oversized and slow requests get a 4xx in one line, and touch nothing."""
 
+import hashlib
+import io
 import socket
+import tarfile
 import time
+import zipfile
 
+import httpx
 import pytest
 
 from hsa_ultralong.testing.processes import HANG_SECONDS
-from tests.serve.conftest import FILLER
+from tests.serve.conftest import FILLER, serving
 
 MEMORY = {"id": "ok", "text": "x"}
 COMPLETION = {"model": "nano", "prompt": "hello", "max_tokens": 2}
@@ -102,6 +107,100 @@ def test_a_body_that_comes_too_slowly_is_refused(server):
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         answer = slow.recv(4096)
     assert b"408" in answer.split(b"\r\n")[0]
+
+
+RAW = [
+    b"", b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n{}",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
+]  # fmt: skip
+
+
+def test_lines_that_are_no_requests_are_refused_and_the_server_goes_on(server, client):
+    host, port = server[0].removeprefix("http://").split(":")
+    for line in RAW:
+        with socket.create_connection((host, int(port)), timeout=HANG_SECONDS) as one:
+            one.sendall(line)
+            one.shutdown(socket.SHUT_WR)
+            answer = one.recv(65_536)
+        assert not answer or answer.split(b" ")[1].startswith(b"4"), (line[:60], answer[:60])
+        assert b"Traceback" not in answer and b"root:" not in answer
+    assert client.get("/health").status_code == 200
+
+
+def archive(kind):
+    """An archive whose members lead elsewhere, or are far larger than they look."""
+    target = io.BytesIO()
+    if kind == "tar":
+        with tarfile.open(fileobj=target, mode="w") as made:
+            link = tarfile.TarInfo("link.txt")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            made.addfile(link)
+            above = tarfile.TarInfo("../../above.txt")
+            above.size = 4
+            made.addfile(above, io.BytesIO(b"text"))
+    else:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as made:
+            made.writestr(
+                "../../above.txt" if kind == "zip" else "large.txt", b"text" if kind == "zip" else bytes(2**22)
+            )
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "bomb"])
+def test_archives_that_lead_elsewhere_leave_nothing_there(client, server, kind):
+    folder = server[1].memories.folder
+    before = tree(folder.parent)
+    name = "a.tar" if kind == "tar" else "a.zip"
+    found = client.post(f"/v1/memories/arch-{kind}/files", files=[("files", (name, archive(kind)))])
+    assert found.status_code < 500 and "root:" not in found.text and "/tmp" not in found.text
+    if found.status_code < 300:  # read as what they hold, under a plain name
+        texts = client.get(f"/v1/memories/arch-{kind}/documents").json()["data"]
+        assert all("root:" not in one["name"] for one in texts)
+        assert client.delete(f"/v1/memories/arch-{kind}").status_code == 200
+    left = [one for one in tree(folder.parent) if not one[0].startswith(folder.name + "/default/.")]
+    assert [one for one in left if "above" in one[0]] == [] and len(left) <= len(before)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [], [("other", ("a.txt", b"x"))], [("files", ("a.txt", b""))], [("files", ("a.json", b"{"))],
+        [("files", ("a.pdf", b"%PDF-1.4 nothing"))], [("files", ("a.zip", b"PK\x03\x04 nothing"))],
+        [("files", ("a.parquet", b"PAR1"))],
+    ],
+)  # fmt: skip
+def test_files_that_hold_no_text_are_refused(client, files):
+    found = client.post("/v1/memories/nothing/files", files=files)
+    # 415: a package for such files is not installed
+    assert found.status_code in (400, 415) and "Traceback" not in found.text and "/tmp" not in found.text, found.text
+    assert client.get("/v1/memories/nothing").status_code == 404
+
+
+ROUTES = [
+    ("GET", "/v1/models"), ("GET", "/v1/models/nano"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/memories"), ("POST", "/v1/memories"), ("GET", "/v1/memories/m"), ("DELETE", "/v1/memories/m"),
+    ("POST", "/v1/memories/m/files"), ("POST", "/v1/memories/m/merge"), ("GET", "/v1/memories/m/documents"),
+    ("POST", "/v1/memories/m/documents"), ("GET", "/v1/memories/m/documents/1"), ("PUT", "/v1/memories/m/documents/1"),
+    ("DELETE", "/v1/memories/m/documents/1"),
+]  # fmt: skip
+WRONG_KEYS = ["", "Bearer", "Bearer wrong", "Basic right", "right", "Bearer right right", "Bearer RIGHT"]
+
+
+def test_every_route_asks_for_a_key_before_anything_else(nano, tmp_path):
+    keys = {hashlib.sha256(b"right").hexdigest(): "anna"}
+    with serving(nano, tmp_path / "m", keys=keys) as (address, _), httpx.Client(base_url=address) as client:
+        for method, path in ROUTES:
+            found = client.request(method, path, headers={"Authorization": "Bearer wrong"})
+            assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key", (method, path)
+        for key in WRONG_KEYS:
+            found = client.get("/v1/models", headers={"Authorization": key})
+            assert found.status_code == 401 and found.headers["www-authenticate"] == "Bearer", key
+        assert client.get("/v1/models", headers={"Authorization": "bearer right"}).status_code == 200
+        assert not list((tmp_path / "m").iterdir())
 
 
 def test_a_client_that_leaves_gives_its_row_back(client, server):
