@@ -49,7 +49,7 @@ def serve(
       hsa bench serve --preset small_345m --requests 0 --kills 0 --lengths 8K,1M
     """
     from hsa_ultralong.bench.memory import add_record, continued
-    from hsa_ultralong.cli.common import bench_results, choose_device
+    from hsa_ultralong.cli.common import bench_results, choose_device, choose_dtype
     from hsa_ultralong.eval.metadata import write_json
     from hsa_ultralong.serve.load import LoadSettings, kill_results, load_results, machine_load
 
@@ -64,11 +64,12 @@ def serve(
     path, meta = bench_results(output, "serve", hardware, place, seed)
     result = continued(path, meta)
     result["meta"]["runs"][-1] |= {"before": machine_load()}
+    form = key_values or {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[str(choose_dtype(dtype, place))]
     label = preset_name or ("nano" if model is None else model.name)
 
     def keep(metric: str, value: float, tokens: int = 0, batch: int = 1, where: str = "") -> None:
         record = {
-            "metric": metric, "preset": label, "store": where, "dtype": key_values or dtype, "tokens": tokens,
+            "metric": metric, "preset": label, "store": where, "dtype": form, "tokens": tokens,
             "batch": batch, "value": value,
         }  # fmt: skip
         add_record(result, record)

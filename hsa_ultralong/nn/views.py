@@ -278,6 +278,8 @@ def _attend_fetched(
 ) -> torch.Tensor:
     """Attention over chunks fetched for a few tokens at a time, numbered anew."""
     is_small = q.shape[1] <= _TOKENS_PER_GATHER and indices.numel() <= _MOST_GATHERED
+    # a decoding step on a GPU never asks the host, however many rows it has
+    is_small |= q.shape[1] == 1 and q.is_cuda
     if is_small and isinstance(store, GatheringStore):
         chunks = indices.flatten()
         k, v = (part.flatten(0, 1)[None] for part in store.gather(chunks))  # (1, n*S, Hkv, D)

@@ -220,3 +220,18 @@ def test_on_a_gpu_rows_decode_what_they_decode_alone(tmp_path, form, store):
     expected = [alone(model, *request[1:]) for request in requests]
     assert together(engine, requests, 9) == expected
     assert together(engine, requests, 9) == expected and engine.prefixes.num_hits >= len(requests)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_many_rows_read_host_memory_in_a_graph(tmp_path):
+    model = tiny_model(chunk_topk=16).float().cuda()
+    model.memorize(document(250)).save(tmp_path / "m.hsa", key_values="int8")
+    memory = open_memory(tmp_path / "m.hsa", store="host", device="cuda", dtype=torch.float32)
+    engine = BatchEngine(model, batch=40, max_tokens=24)
+    prompts = [document(6, seed) for seed in range(40)]
+    rows = [engine.join(prompt, memory) for prompt in prompts]
+    tokens = [engine.tokens.tolist(), *(engine.step().tolist() for _ in range(5))]
+    assert all(plan.graphs is not None for plan in engine._captured.values())
+    for row, prompt in zip(rows[::13], prompts[::13], strict=True):
+        assert [step[row] for step in tokens] == alone(model, memory, prompt, 6)

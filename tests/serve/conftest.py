@@ -30,12 +30,13 @@ def nano():
     return load_model(None, "cpu", "fp32")
 
 
-def answering(nano, folder, **changes):
+def answering(nano, folder, key_values="bf16", **changes):
     """What a server answers with; `changes` are of its limits."""
     limits = replace(LIMITS, **changes)
     model, tokenizer = nano
     worker = Worker(model, tokenizer, limits)
-    return Answers(model, tokenizer, "nano", worker, Memories(folder, model, tokenizer, limits), limits)
+    memories = Memories(folder, model, tokenizer, limits, key_values=key_values)
+    return Answers(model, tokenizer, "nano", worker, memories, limits)
 
 
 @contextmanager

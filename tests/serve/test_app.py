@@ -94,6 +94,16 @@ def test_rows_that_run_together_answer_what_they_answer_alone(server, lib, nano)
         assert list(pool.map(one, wanted)) == alone
 
 
+def test_memories_in_8_bits_answer_as_ask_does(nano, tmp_path):
+    with serving(nano, tmp_path, key_values="int8") as server:
+        made = httpx.post(server[0] + "/v1/memories", json={"id": "m", "text": LANTERN + FILLER}, timeout=HANG_SECONDS)
+        assert made.json()["formats"]["key_values"] == "int8"
+        body = {"model": "nano", "prompt": PROMPT, "memory": "m", "stop": "\n", "max_tokens": 24}
+        found = httpx.post(server[0] + "/v1/completions", json=body, timeout=HANG_SECONDS).json()
+        expected = asked_there(server, "m", PROMPT)
+    assert found["choices"][0]["text"] == expected.text and "4821937" in expected.text
+
+
 def test_logprobs_are_those_of_the_model(openai_client, lib, nano):
     model, tokenizer = nano
     found = openai_client.completions.create(model="nano", prompt="The old road", max_tokens=3, logprobs=2)
