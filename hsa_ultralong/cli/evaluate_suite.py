@@ -24,8 +24,9 @@ _READER_OF = {
 }  # fmt: skip
 # data that is a folder
 _FOLDERS = ("babi", "short")
+_MEMORIES = ("memory", "rebuild")
 _CONTROLS = ("closed", "gold", "bm25", "dense")
-_SETTINGS = ("auto", "memory", "continue", "prompt", *_CONTROLS)
+_SETTINGS = ("auto", "memory", "rebuild", "continue", "prompt", *_CONTROLS)
 _SCORINGS = ("generate", "teacher", "both")
 
 
@@ -39,8 +40,9 @@ Data = Annotated[
 Setting = Annotated[
     str,
     typer.Option(
-        help="memory: the question is a new document; continue: it goes on with the text; prompt: plain. Controls "
-        "of qa: closed (no passage), gold, bm25 and dense (those of a search)."
+        help="memory: the question is a new document; rebuild: the same, with every context read anew; continue: it "
+        "goes on with the text; prompt: plain. Controls of qa: closed (no passage), gold, bm25 and dense (what a "
+        "search finds)."
     ),
 ]
 Changes = Annotated[
@@ -269,7 +271,7 @@ def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours:
 
     if setting == "auto":
         setting = "memory" if is_ours else "prompt"
-    if setting != "memory" and batch is not None and batch > 1:
+    if setting not in _MEMORIES and batch is not None and batch > 1:
         raise ValueError(f"--batch is of the setting memory; {setting} answers samples one by one: leave it out")
     if setting == "prompt":
         return PromptReader(model, material)
@@ -279,7 +281,7 @@ def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours:
         raise ValueError(f"--setting {setting} needs a model with a memory; leave it out, or say prompt")
     if setting == "continue":
         return ContinuingReader(model, material)
-    return MemoryReader(model, material, batch=batch or 16)
+    return MemoryReader(model, material, batch=batch or 16, edits=setting == "memory")
 
 
 def _measure(

@@ -68,7 +68,6 @@ class MemoryReader:
     """
 
     limit: int | None = None
-    setting = "memory"
 
     def __init__(self, model: HSAForCausalLM, material: Material, *, batch: int = 16, edits: bool = True) -> None:
         """edits: False reads every context as a whole, for comparison.
@@ -79,6 +78,7 @@ class MemoryReader:
         if not model.config.is_composable:
             raise ValueError("this model's fusion knows an order of chunks; use the setting continue")
         self.model, self.material, self.batch, self.edits = model, material, batch, edits
+        self.setting = "memory" if edits else "rebuild"
         self.chunk_size, self._reach = model.config.chunk_size, model.config.lower_reach
         self._stretches = StretchReader(model)
         self._memory: Memory | None = None

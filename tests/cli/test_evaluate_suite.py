@@ -31,7 +31,7 @@ def test_lengths_are_listed_or_doubled():
         (["--tasks", "niah"], "--tasks has no 'niah'"),
         (
             ["--suite", "recall", "--setting", "reread"],
-            "--setting must be one of auto, memory, continue, prompt, closed, gold, bm25",
+            "--setting must be one of auto, memory, rebuild, continue, prompt, closed, gold, bm25, dense",
         ),
         (["--suite", "ruler", "--data", "squad"], "--data must be one of squad=PATH, hotpot=PATH"),
         (["--suite", "ruler", "--data", "squad=nowhere.json"], "there is no file nowhere.json"),

@@ -65,6 +65,7 @@ def test_an_edited_memory_answers_as_a_built_one_and_a_batch_as_one_at_a_time(mo
     built = MemoryReader(model, material, edits=False)
     wanted = [built.answer([sample])[0] for sample in samples]
     edited, batched = MemoryReader(model, material), MemoryReader(model, material)
+    assert (built.setting, edited.setting) == ("rebuild", "memory")
     found = [edited.answer([sample])[0] for sample in samples]
     pairs = batched.answer(samples[:2]) + batched.answer(samples[2:])
     for one, other, third in zip(wanted, found, pairs, strict=True):
