@@ -76,8 +76,8 @@ def ask(
         raise ValueError("--hide needs --text: a memory is changed with hsa memory edit")
     if memory is not None and (text_field, encoding) != ("text", "auto"):
         raise ValueError("--text-field and --encoding go with --text FILE")
-    if memory is not None:
-        _require_filled(memory)
+    # one snapshot for all that follows
+    file = None if memory is None else _filled(memory)
     named = read_named(text or [], text_field, encoding)
     if hide is not None:
         named[0] = (named[0][0], _hide(named[0][1], hide, depth))
@@ -90,8 +90,8 @@ def ask(
 
     encode_prompt(tokenizer, question := as_question(prompt))
 
-    if memory is not None:
-        library = open_library(network, tokenizer, memory, store, lookup)
+    if file is not None:
+        library = open_library(network, tokenizer, file, store, lookup)
     else:
         documents = [torch.tensor(tokenizer(part)["input_ids"], dtype=torch.int32) for _, part in named]
         library = memorize(network, documents, names=[name for name, _ in named], progress=not as_json)
@@ -108,15 +108,16 @@ def ask(
     _show(answer, library, tokenizer, sources, as_json)
 
 
-def _require_filled(path: Path) -> None:
-    """Refuse a memory that holds nothing to ask for, before the model is loaded."""
+def _filled(path: Path) -> Any:
+    """A snapshot of a memory, opened before the model is loaded; one that holds nothing to ask for is refused."""
     from hsa_ultralong.memory import MemoryFile
     from hsa_ultralong.models.fingerprint import nothing_to_read
 
-    with MemoryFile.open_unverified(path) as file:
-        if file.num_chunks == 0:
-            way = f"close it: hsa memory close {path}" if file.num_tokens else f"fill it: hsa memorize FILES -o {path}"
-            raise ValueError(f"{path} is empty: {nothing_to_read(file.num_tokens)}; {way}")
+    file = MemoryFile.open_unverified(path)
+    if file.num_chunks == 0:
+        way = f"close it: hsa memory close {path}" if file.num_tokens else f"fill it: hsa memorize FILES -o {path}"
+        raise ValueError(f"{path} is empty: {nothing_to_read(file.num_tokens)}; {way}")
+    return file
 
 
 class _Writer:
@@ -131,17 +132,17 @@ class _Writer:
         echo(piece, nl=False)
 
 
-def open_library(network: Any, tokenizer: Any, path: Path, store: str, lookup: str = "exact") -> Any:
-    """A memory file for asking, checked against model and tokenizer."""
+def open_library(network: Any, tokenizer: Any, file: Any, store: str, lookup: str = "exact") -> Any:
+    """A memory for asking from a snapshot of its file, checked against model and tokenizer."""
     from hsa_ultralong.cli.memory_common import require_tokenizer
     from hsa_ultralong.inference import memory_fingerprint
-    from hsa_ultralong.memory import MemoryFile
+    from hsa_ultralong.memory.files.reader import require_fingerprint
     from hsa_ultralong.memory.opening import open_memory
 
-    with MemoryFile.open_unverified(path, memory_fingerprint(network)) as file:
-        require_tokenizer(file.spec, tokenizer)
+    require_fingerprint(file.path, file.spec, memory_fingerprint(network))
+    require_tokenizer(file.spec, tokenizer)
     weight = network.model.embed_tokens.weight
-    return open_memory(path, store=store, device=weight.device, dtype=weight.dtype, lookup=lookup)
+    return open_memory(file, store=store, device=weight.device, dtype=weight.dtype, lookup=lookup)
 
 
 def _hide(text: str, sentence: str, depth: float) -> str:

@@ -59,10 +59,9 @@ def _folder_source(path: Path) -> PretrainedSource:
         config = AutoConfig.from_pretrained(path)
 
     def load() -> Any:
-        from transformers import AutoModelForCausalLM
+        from hsa_ultralong.models.folder import load_pretrained
 
-        weight_files(path)
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
+        return load_pretrained(path, dtype="auto")
 
     files = [path / name for name in ("model.safetensors", "model.safetensors.index.json")]
     listed = weight_files(path) if any(file.is_file() for file in files) else []

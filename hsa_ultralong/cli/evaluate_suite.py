@@ -234,11 +234,12 @@ def _load(folder: Path | None, device: str, dtype: str, changes: Sequence[str]) 
         return (*load_model(folder, device, dtype), True)
     assert folder is not None
     options = {"config": _changed(folder, changes)} if changes else {}
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from hsa_ultralong.models.folder import load_pretrained
 
     place = choose_device(device)
-    chosen = choose_dtype(dtype, place)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, use_safetensors=True, **options)
+    model = load_pretrained(folder, dtype=choose_dtype(dtype, place), **options)
     return model.to(place).eval(), AutoTokenizer.from_pretrained(folder), False
 
 

@@ -74,7 +74,7 @@ def memorize(
             if not library.documents:
                 raise ValueError(f"nothing could be read: all {summary['bad']:,} records, named above, are bad")
     summary["passed_over"] = [one._asdict() for one in passed_over]
-    show_summary(output, summary, as_json)
+    show_summary(output, library.writer.committed, summary, as_json)
 
 
 def open_or_create(network: Any, tokenizer: Any, path: Path, key_values: str, landmarks: str) -> Library:
@@ -170,20 +170,18 @@ class Bar:
         self.bar.update(self.task, completed=self.files_done)
 
 
-def show_summary(path: Path, summary: dict[str, Any], as_json: bool) -> None:
-
+def show_summary(path: Path, manifest: Any, summary: dict[str, Any], as_json: bool) -> None:
+    """Print what was done, and what the memory holds by its manifest."""
     from hsa_ultralong.cli.plan import format_bytes
-    from hsa_ultralong.memory import MemoryFile
 
-    with MemoryFile.open(path) as file:
-        value = {
-            "path": str(path),
-            **summary,
-            "documents": len(file.documents),
-            "tokens": file.num_tokens,
-            "chunks": file.num_chunks,
-            "bytes": file.num_bytes,
-        }
+    value = {
+        "path": str(path),
+        **summary,
+        "documents": len(manifest.documents),
+        "tokens": manifest.num_tokens,
+        "chunks": manifest.num_chunks,
+        "bytes": manifest.num_bytes,
+    }
     if as_json:
         echo_json(value)
         return

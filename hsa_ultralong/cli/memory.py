@@ -130,7 +130,7 @@ def append(
             else:
                 with Bar(files, as_json) as bar:
                     summary = memorize_files(library, tokenizer, files, bar, text_field=text_field)
-    show_summary(path, summary, as_json)
+    show_summary(path, library.writer.committed, summary, as_json)
 
 
 @memory.command("edit")

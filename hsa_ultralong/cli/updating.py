@@ -34,12 +34,15 @@ class _Place(NamedTuple):
     def path(self) -> str:
         return self.file + self.record
 
-    @staticmethod
-    def of(source: Source, file: InputFile) -> _Place | None:
-        """None for standard input and pipes."""
-        if file.digest:
-            return None
-        return _Place(file_label(Path(os.path.realpath(file.path))), source.name.removeprefix(file.name))
+
+def _real_place(file: InputFile) -> str | None:
+    """A file without links and detours; None for standard input and pipes."""
+    return None if file.digest else file_label(Path(os.path.realpath(file.path)))
+
+
+def _place_of(source: Source, file: InputFile, real: str | None) -> _Place | None:
+    """The place of a document of a file, whose `_real_place` is asked for once, not for each of its documents."""
+    return None if real is None else _Place(real, source.name.removeprefix(file.name))
 
 
 class KnownDocuments:
@@ -119,8 +122,9 @@ def memorize_files(
     update, start = _Update(library, tokenizer, bar), time.monotonic()
     update.finish_half_read(files, text_field, is_lenient=bad is not None)
     for file in files:
+        real = _real_place(file)
         for source in _sources(library, file, text_field, bad):
-            update.take(source, _Place.of(source, file))
+            update.take(source, _place_of(source, file, real))
         bar.finish_file(file.num_bytes)
     library.commit()
     return {**update.counts, "bad": bad.count if bad else 0, "seconds": time.monotonic() - start}
@@ -183,12 +187,12 @@ class _Update:
 
         path = str(document.metadata.get("path", ""))
         for file in files:
-            real = file_label(Path(os.path.realpath(file.path)))
-            if not (file.digest or path.startswith(real) or document.name.startswith(file.name)):
+            real = _real_place(file)
+            if not (real is None or path.startswith(real) or document.name.startswith(file.name)):
                 continue
             # bad records are reported when their turn comes
             for source in read_sources(file, text_field=text_field, on_bad=(lambda _: None) if is_lenient else None):
-                found = self.known.find(source, _Place.of(source, file))
+                found = self.known.find(source, _place_of(source, file, real))
                 if found is not None and found.id == document.id:
                     return source
         return None

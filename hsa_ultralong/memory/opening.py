@@ -16,6 +16,7 @@ from hsa_ultralong.files.messages import shown
 from hsa_ultralong.memory.chunk_memory import ChunkMemory, Continuation, Document, Memory
 from hsa_ultralong.memory.columns import from_payload, require_lengths, require_model_columns
 from hsa_ultralong.memory.files import MemoryFile, MemoryFileError
+from hsa_ultralong.memory.files.reader import require_fingerprint
 from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.stored_memory import StoredMemory
@@ -91,7 +92,7 @@ def stored_continuation(
 
 
 def open_memory(
-    path: str | Path,
+    path: str | Path | MemoryFile,
     *,
     store: str = "file",
     device: torch.device | str = "cpu",
@@ -105,6 +106,7 @@ def open_memory(
     """Open a memory file.
 
     Args:
+        path: its folder, or a snapshot of it, which must not be closed as long as the memory is read.
         store: "device" reads everything into a ChunkMemory, which can be changed; the others make a StoredMemory:
             "host" keeps keys and values in host memory (pinned beside a GPU, which reads them there), "tiered" the
             first `device_bytes` of them (default 0) on the device, "file" all on disk. Landmarks are on the device.
@@ -126,7 +128,12 @@ def open_memory(
     for name, given, taker in (("cache_bytes", cache_bytes, "file"), ("device_bytes", device_bytes, "tiered")):
         if given is not None and store != taker:
             raise ValueError(f"{name} goes with store={taker!r}, got store={store!r}")
-    file = MemoryFile.open(path, fingerprint=fingerprint)
+    if isinstance(path, MemoryFile):
+        file = path
+        require_fingerprint(file.path, file.spec, fingerprint)
+        file.read_residents()
+    else:
+        file = MemoryFile.open(path, fingerprint=fingerprint)
     require_model_columns(file.spec)
     first, stop = part or (0, file.num_chunks)
     kind = file.spec.columns["keys_values"]
@@ -134,7 +141,7 @@ def open_memory(
         dtype = kind.dtype if kind.dtype.itemsize > 1 else torch.bfloat16
     half = half_read(file.manifest.open_document, file.build_state)
     if half is not None:
-        logger.warning("%s: %s; only that much is known here; to finish it, %s", path, half, way_on(path))
+        logger.warning("%s: %s; only that much is known here; to finish it, %s", file.path, half, way_on(file.path))
     counts = torch.tensor([document.num_chunks for document in file.documents], dtype=torch.int64)
     firsts = counts.cumsum(0) - counts
     documents = _records(file, firsts.tolist(), device, dtype)

@@ -186,11 +186,12 @@ class HSAConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; of a folder or file on this machine that is no JSON object, one line says so."""
+        """As in transformers; a file on this machine that is no JSON object, or no model's, is refused in one line."""
         place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         file = place / "config.json" if place.is_dir() else place
         if os.path.lexists(file) and not kwargs.get("gguf_file"):
-            read_json(file)
+            # before transformers, which goes through nested values by recursion
+            require_modest(read_json(file), str(file))
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

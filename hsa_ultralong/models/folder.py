@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from hsa_ultralong.files.checksum import file_digest
 from hsa_ultralong.files.fields import (
@@ -102,6 +105,38 @@ class CheckedLoading:
             raise ValueError(f"checkpoint {folder} lacks weights, e.g. {missing[0]}; export the model again")
         require_finite(model, source)
         return (model, info) if with_info else model
+
+
+def load_pretrained(folder: Path, **options: Any) -> torch.nn.Module:
+    """A causal model of any kind that transformers knows, of whose weights none is made up.
+
+    Args:
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: the folder has no safetensors, lacks weights, or has some of other shapes or that are not finite.
+    """
+    weight_files(folder)
+    # what it warns of is refused below
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **options
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged: {reason(error)}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(f"checkpoint {folder} has weights of other shapes than its {_CONFIG} asks for") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"checkpoint {folder} lacks weights, e.g. {missing[0]}; get it again")
+    require_finite(model, folder)
+    found: torch.nn.Module = model
+    return found
 
 
 def check_model_folder(
@@ -243,7 +278,7 @@ def _check_weights(folder: Path, config: HSAConfig, files: list[Path], content: 
 
 def _stored(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and kind of every tensor, from the headers of the files."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:

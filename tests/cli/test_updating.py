@@ -12,6 +12,7 @@ from hsa_ultralong.cli.memorize import Bar, open_or_create
 from hsa_ultralong.data import Spool, load_tokenizer, source_files
 from hsa_ultralong.inference.file_reader import FileReader
 from hsa_ultralong.memory import MemoryFile, MemoryWriter
+from hsa_ultralong.memory.files import manifest
 from tests.cli.test_memory_commands import SENTENCE, assert_one_clear_line, assert_same, contents, hsa, run
 
 READ_ON = FileReader.read_on
@@ -238,3 +239,16 @@ def test_the_work_for_a_document_does_not_grow_with_the_library(texts, options, 
     # four times the documents: anything quadratic would make it sixteen
     for few, many in zip(works(20), works(80), strict=True):
         assert many <= 5 * few + 80
+
+
+def test_a_command_reads_the_table_of_documents_once(texts, options, monkeypatch):
+    memorize("a.txt", options=options)
+    decode, reads = manifest.decode, []
+    monkeypatch.setattr(manifest, "decode", lambda *arguments: reads.append(1) or decode(*arguments))
+    for command in (
+        ("memorize", "a.txt", "-o", "lib.hsa", *options),
+        ("ask", "-m", "lib.hsa", "What is it?", "--max-new-tokens", "1", *options),
+        ("memory", "info", "lib.hsa"),
+    ):
+        reads.clear()
+        assert hsa(*command).exit_code == 0 and len(reads) == 1, command

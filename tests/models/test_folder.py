@@ -332,17 +332,20 @@ def test_the_check_reads_no_weights(folder):
     assert config.vocab_size == load_checkpoint(folder, "auto").config.vocab_size
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, "\x00", '"x"', '{"hidden_size": 1e999}'])
+NESTED = ["[" * 100_000, '{"head_dim": ' + '{"a":' * 500 + "1" + "}" * 501, '{"more": ' + "[" * 500 + "]" * 500 + "}"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "\x00", '"x"', '{"hidden_size": 1e999}', *NESTED])
 def test_a_configuration_alone_is_refused_as_with_its_model(folder, text):
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config.json|configuration: 'hidden_size' is inf") as caught:
+    with pytest.raises(ValueError, match=r"config.json") as caught:
         HSAConfig.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_a_configuration_from_the_auto_class_takes_no_huge_numbers(folder):
     set_config(folder, vocab_size=2**40)
-    with pytest.raises(ValueError, match="configuration: 'vocab_size' is 1099511627776, which is beyond any model"):
+    with pytest.raises(ValueError, match="'vocab_size' is 1099511627776, which is beyond any model"):
         AutoConfig.from_pretrained(folder)
 
 

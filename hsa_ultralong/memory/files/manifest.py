@@ -95,6 +95,21 @@ class Manifest:
         """The one document that may still grow: always the last."""
         return self.documents[-1] if self.documents and self.documents[-1].is_open else None
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(document.num_tokens for document in self.documents)
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(document.num_chunks for document in self.documents)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the shards and the continuation."""
+        return sum(record.num_bytes for record in self.shards) + (
+            self.continuation.num_bytes if self.continuation else 0
+        )
+
     def files(self) -> set[str]:
         """Names of all files that this generation needs beside the manifest."""
         names = {record.file for record in self.shards} | {record.pages_file for record in self.shards}

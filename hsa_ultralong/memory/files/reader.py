@@ -64,9 +64,7 @@ class MemoryFile:
             MemoryFileError: no memory, another model's, another format version, truncated or damaged.
         """
         file = MemoryFile.open_unverified(Path(path), fingerprint)
-        for name, column in file.spec.columns.items():
-            if column.is_resident:
-                file.resident(name)
+        file.read_residents()
         return file
 
     @staticmethod
@@ -112,13 +110,12 @@ class MemoryFile:
 
     @property
     def num_tokens(self) -> int:
-        return sum(document.num_tokens for document in self.documents)
+        return self.manifest.num_tokens
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the shards and the continuation."""
-        state = self.manifest.continuation
-        return sum(record.num_bytes for record in self.manifest.shards) + (state.num_bytes if state else 0)
+        return self.manifest.num_bytes
 
     @property
     def dead_bytes(self) -> int:
@@ -170,6 +167,12 @@ class MemoryFile:
         if column not in self._residents:
             self._residents[column] = self._read(column, 0, self.num_chunks)
         return self._residents[column]
+
+    def read_residents(self) -> None:
+        """Read all resident columns now; errors as in `resident`."""
+        for name, column in self.spec.columns.items():
+            if column.is_resident:
+                self.resident(name)
 
     def read(self, column: str, first: int, stop: int) -> torch.Tensor:
         """Chunks first..stop of a column in document order, (stop - first, *shape).

@@ -33,7 +33,7 @@ def compact(writer: MemoryWriter, progress: FileProgress | None = None) -> int:
     """See MemoryWriter.compact."""
     writer.publish()
     manifest = writer.committed
-    before = _num_bytes(manifest)
+    before = manifest.num_bytes
     chosen = _worth_rewriting(manifest, writer.shard_bytes)
     total = sum(record.num_bytes for record in chosen)
     done = 0
@@ -42,7 +42,7 @@ def compact(writer: MemoryWriter, progress: FileProgress | None = None) -> int:
         done += sum(record.num_bytes for record in group)
         if progress is not None:
             progress(done, total)
-    return before - _num_bytes(writer.committed)
+    return before - writer.committed.num_bytes
 
 
 def fold_small_shards(writer: MemoryWriter) -> None:
@@ -202,7 +202,3 @@ def _groups(records: Sequence[ShardRecord], num_bytes: int) -> Iterator[list[Sha
             group = []
     if group:
         yield group
-
-
-def _num_bytes(manifest: Manifest) -> int:
-    return sum(record.num_bytes for record in manifest.shards)

@@ -107,13 +107,13 @@ class MemoryWriter:
             MemoryFileError: no memory, another model's, damaged or truncated, or another writer has it open.
         """
         folder = Path(path)
-        read_manifest(folder)
+        # before the lock: what is refused is left without one
+        manifest, stamp = _whole_generation(folder, fingerprint)
         with clear_errors(folder, "opening the memory for writing"):
             lock = lock_writer(folder)
             try:
-                # every file of this generation is there, of the right size, with right page tables and headers
-                with MemoryFile.open_unverified(folder, fingerprint) as file:
-                    manifest = file.manifest
+                if generation_on_disk(folder) != stamp:
+                    manifest, _ = _whole_generation(folder, fingerprint)
                 remove_leftovers(folder, manifest)
                 return MemoryWriter(folder, lock, manifest, shard_bytes)
             except BaseException:
@@ -428,3 +428,11 @@ class MemoryWriter:
     def _write_continuation(self) -> ContinuationRecord | None:
         data = self._continuation
         return write_continuation(self.path, self.generation + 1, data) if isinstance(data, bytes) else data
+
+
+def _whole_generation(folder: Path, fingerprint: str | None) -> tuple[Manifest, bytes]:
+    """A manifest whose files are all there, of the right size, with right page tables and headers; and what
+    `generation_on_disk` gave before."""
+    stamp = generation_on_disk(folder)
+    with MemoryFile.open_unverified(folder, fingerprint) as file:
+        return file.manifest, stamp
