@@ -71,7 +71,11 @@ def train(
         Path | None, typer.Option(help="With --init-from: go on from this file of an earlier run.")
     ] = None,
     export_difference: Annotated[
-        Path | None, typer.Option(help="When done, write what the run changed, at most 32 MiB, into this file.")
+        Path | None, typer.Option(help="At the end, also of --max-minutes: write what was learnt, at most 32 MiB.")
+    ] = None,
+    questions: Annotated[
+        list[Path] | None,
+        typer.Option("--questions", help="Questions over passages, for recipes that ask them; SQuAD's form, or NQ's."),
     ] = None,
     freeze_memory: Annotated[
         bool,
@@ -109,6 +113,7 @@ def train(
         _use_conversations(config)
     config = apply_overrides(config, assignments or [])
     config.freeze_memory |= freeze_memory
+    config.questions += [str(path) for path in questions or []]
     run = output or Path("runs") / "-".join(filter(None, (recipe, config.twin)))
     if init_from is not None:
         take_shape(config, init_from, run)
@@ -226,8 +231,7 @@ def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, 
     if export is not None and done:
         _export(trainer, export)
         keep_conversion(request.start, export)
-    if done:
-        write_change(trainer, request.start)
+    write_change(trainer, request.start)
     gpus = dist.get_world_size() if dist.is_initialized() else 1
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -298,6 +302,7 @@ def _probe(shards: Any, tokens: Any, config: TrainConfig, place: Any) -> Any:
             lengths=lengths,
             chunk_size=size,
             kind=config.probe_kind,
+            questions=config.questions,
         )
     except ValueError as error:
         logger.warning("needle accuracy is not measured in training: %s", error)

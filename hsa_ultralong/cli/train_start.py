@@ -69,9 +69,10 @@ def check_start(config: TrainConfig, start: Start) -> None:
         if path is not None and "source_files" not in about:
             raise ValueError(f"{option} needs --init-from with a folder of hsa convert (its {CONVERSION})")
     if start.teacher is not None and not any(stage.needs_teacher for stage in config.stages):
-        raise ValueError("--teacher goes with a recipe that learns from it (convert_align, convert_memory)")
+        raise ValueError("--teacher goes with a recipe that learns from it (convert_align, convert_memory ...)")
     if config.old_rate != 1 and not config.fresh:
         raise ValueError(f"old_rate needs --init-from with a folder of hsa convert (its {CONVERSION}); set old_rate=1")
+    _check_questions(config)
     if start.from_difference is not None:
         _, conversion = read_difference(start.from_difference)
         require_same_source(conversion["source_files"], about["source_files"], str(start.init_from))
@@ -84,6 +85,19 @@ def check_start(config: TrainConfig, start: Start) -> None:
 
         found = {file.name: file_record(file) for file in open_source(start.teacher).files}
         require_same_source(about["source_files"], found, str(start.teacher))
+
+
+def _check_questions(config: TrainConfig) -> None:
+    from hsa_ultralong.data.mixture import WITH_QUESTIONS
+    from hsa_ultralong.data.questions import read_questions
+
+    asking = [stage.name for stage in config.stages if WITH_QUESTIONS & set(stage.mixture)]
+    if asking and not config.questions:
+        raise ValueError(f"stage {asking[0]!r} asks questions over passages: name files of them with --questions FILE")
+    if config.questions and not asking:
+        raise ValueError(f"--questions goes with rows of {' or '.join(sorted(WITH_QUESTIONS))}, which no stage has")
+    for path in config.questions:
+        read_questions(Path(path))
 
 
 def load_teacher(start: Start) -> Any:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
+from hsa_ultralong.data.chat_form import Asker, ChatForm, Turn
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, RowWriter, haystack, hide, round_up
 from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.tokenizer import PieceTokenizer
@@ -23,8 +23,9 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(text.split("|"))
 
 
-_MARK = "QUESTIONMARKER"
 _LONGEST_SPAN, _FIRST = 400, 8
+# share of rows that ask plainly, as evaluation does
+PLAIN_FRACTION = 0.25
 _NUMBERS = _parts(
     "access code|badge number|serial number|price in dollars|weight in grams|height in feet|age in years|"
     "account number|zip code|page number|speed limit|temperature|distance in miles|seat number|ticket number|"
@@ -34,6 +35,17 @@ _WORDS = _parts(
     "colour|mascot|nickname|main ingredient|symbol|code word|favourite animal|label|theme|material|shape|title|password"
 )
 _CITY_ATTRIBUTES = ["home town", "destination", "headquarters", "origin", "next stop", "branch office"]
+_DATES = _parts("birthday|opening day|due date|date of the last repair|founding date|anniversary")
+_TIMES = _parts("closing time|departure time|start of the shift|hour of the alarm|feeding time|arrival time")
+_PRICES = _parts("price|rent|entrance fee|deposit|repair bill|daily rate")
+_CODES = _parts("licence plate|registration|part number|booking code|inventory mark|call sign")
+# attributes of things by the kind of their value: n number, w word, c city, d date, t time, p price, x code, o person
+_ATTRIBUTES: dict[str, Sequence[str]] = {
+    "n": _NUMBERS, "w": _WORDS, "c": _CITY_ATTRIBUTES, "d": _DATES, "t": _TIMES, "p": _PRICES, "x": _CODES,
+    "o": _parts("owner|keeper|inventor|director|architect|last visitor"),
+}  # fmt: skip
+_MONTHS = _parts("January|February|March|April|May|June|July|August|September|October|November|December")
+_SYLLABLES = _parts("ba|bel|cor|dan|del|dra|el|fen|gor|hal|is|jor|kal|len|lo|mar|mir|nor|os|per|quin|ra|sel|tor|ul|ve")
 _FRAMES = (
     "The {a} of the {k} is {v}.", "The {k} has the {a} {v}.", "For the {k}, the {a} is {v}.",
     "{v} is the {a} of the {k}.", "Note: {k}, {a}: {v}.", "As {a}, the {k} was given {v}.",
@@ -45,7 +57,7 @@ _ASKED = (
     "What is the {a} of the {k}?", "Which {a} does the {k} have?", "Tell me the {a} of the {k}.",
     "The {k}: what is its {a}?",
 )  # fmt: skip
-# what somebody does | how it is asked | what is asked for: w a word, n a number, c a city, o another person
+# what somebody does | how it is asked | the kind of what is asked for
 _DEEDS = tuple(
     _parts(line)
     for line in (
@@ -67,6 +79,10 @@ _DEEDS = tuple(
         "called at {v}.|At what number did {p} call?|n",
         "married {v}.|Whom did {p} marry?|o",
         "met {v} at the market.|Whom did {p} meet at the market?|o",
+        "was born on {v}.|When was {p} born?|d",
+        "arrived at {v}.|At what time did {p} arrive?|t",
+        "spent {v} on flowers.|How much did {p} spend on flowers?|p",
+        "has the ticket {v}.|Which ticket does {p} have?|x",
     )
 )
 _OPENINGS = ("", "", "", "Last year ", "They say that ")
@@ -81,35 +97,6 @@ _CITIES = _parts(
 
 
 @dataclass(frozen=True)
-class ChatForm:
-    """Token ids around a question and its answer: what stands before, between and after; the blank before an answer."""
-
-    before: list[int]
-    between: list[int]
-    after: list[int]
-    blank: str
-
-    @staticmethod
-    def of(tokenizer: PreTrainedTokenizerFast) -> ChatForm:
-        """That of a turn in the middle of a conversation, by the tokenizer's chat template if it has one."""
-        before, between, after, blank = "\nUser: ", "\nAssistant:", "\n", " "
-        if tokenizer.chat_template:
-            first = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
-            whole = str(tokenizer.apply_chat_template(first, tokenize=False))
-            after = whole[whole.rindex(_MARK) + len(_MARK) :]
-            turn = str(
-                tokenizer.apply_chat_template(
-                    [*first, {"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-                )
-            )
-            before, _, between = turn[len(whole) :].partition(_MARK)
-            blank = ""
-        # special tokens of the template are special
-        ids = [list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, between, after)]
-        return ChatForm(ids[0], ids[1], ids[2], blank)
-
-
-@dataclass(frozen=True)
 class ChatFact:
     """A sentence, with a blank in front, and a question about it with its answer."""
 
@@ -118,30 +105,72 @@ class ChatFact:
     answer: str
 
 
-def sample_facts(rng: np.random.Generator, count: int, words: Sequence[str]) -> list[ChatFact]:
-    """Facts whose questions are all different."""
+def _value(rng: np.random.Generator, kind: str, words: Sequence[str]) -> str:
+    """A value of a kind of _ATTRIBUTES."""
+    if kind == "w":
+        return _one(rng, words)
+    if kind == "c":
+        return _one(rng, _CITIES) if rng.random() < 0.5 else _made_name(rng)
+    if kind == "o":
+        return _person(rng, words)
+    if kind == "d":
+        return f"{rng.integers(1, 29)} {_one(rng, _MONTHS)} {rng.integers(1700, 2030)}"
+    if kind == "t":
+        return f"{rng.integers(0, 24):02}:{rng.integers(0, 60):02}"
+    if kind == "p":
+        return f"{rng.integers(1, 1000)}.{rng.integers(0, 100):02} euros"
+    if kind == "x":
+        letters = "".join(chr(65 + int(letter)) for letter in rng.integers(0, 26, int(rng.integers(2, 4))))
+        return f"{letters}-{rng.integers(100, 100_000)}"
+    return "".join(str(digit) for digit in rng.integers(0, 10, int(rng.integers(3, 8))))
 
-    def one(options: Sequence[str]) -> str:
-        return str(options[int(rng.integers(len(options)))])
 
-    def number() -> str:
-        return "".join(str(digit) for digit in rng.integers(0, 10, int(rng.integers(3, 8))))
+def _one(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return str(options[int(rng.integers(len(options)))])
 
+
+def _made_name(rng: np.random.Generator) -> str:
+    """A name that no text holds, so that it must be copied."""
+    return "".join(_one(rng, _SYLLABLES) for _ in range(int(rng.integers(2, 4)))).capitalize()
+
+
+def _person(rng: np.random.Generator, words: Sequence[str]) -> str:
+    surname = _made_name(rng) if rng.random() < 0.5 else _one(rng, words).capitalize()
+    return f"{_one(rng, _NAMES)} {surname}"
+
+
+def sample_facts(rng: np.random.Generator, count: int, words: Sequence[str], p_hard: float = 0.25) -> list[ChatFact]:
+    """Facts whose questions are all different.
+
+    p_hard: probability that a fact has the form of an earlier one: the same deed or attribute, of somebody or something
+    whose name shares a word with that one's.
+    """
     found: dict[str, ChatFact] = {}
+    told: list[tuple[str, tuple[str, str, str], str]] = []
     while len(found) < count:
-        person = f"{one(_NAMES)} {one(words).capitalize()}"
-        values = {"n": number(), "w": one(words), "c": one(_CITIES), "o": f"{one(_NAMES)} {one(words).capitalize()}"}
-        if rng.random() < 0.3:
-            deed, question, kind = _DEEDS[int(rng.integers(len(_DEEDS)))]
-            statement = one(_OPENINGS) + f"{person} {deed.format(v=values[kind])}"
-            question = question.format(p=person)
+        like = told[int(rng.integers(len(told)))] if told and rng.random() < p_hard else None
+        if (rng.random() < 0.3) if like is None else (like[0] == "deed"):
+            deed = _DEEDS[int(rng.integers(len(_DEEDS)))] if like is None else like[1]
+            person = _person(rng, words)
+            if like is not None:
+                first, last = like[2].split()
+                person = f"{first} {person.split()[1]}" if rng.random() < 0.5 else f"{person.split()[0]} {last}"
+            value = _value(rng, deed[2], words)
+            statement = _one(rng, _OPENINGS) + f"{person} {deed[0].format(v=value)}"
+            question, form = deed[1].format(p=person), ("deed", (deed[0], deed[1], deed[2]), person)
         else:
-            kind = "nnwc"[int(rng.integers(4))]
-            attribute = one({"n": _NUMBERS, "w": _WORDS, "c": _CITY_ATTRIBUTES}[kind])
-            key = f"{one(words)} {one(words)}"
-            statement = one(_FRAMES).format(a=attribute, k=key, v=values[kind])
-            question = one(_ASKED).format(a=attribute, k=key)
-        found.setdefault(question, ChatFact(f" {statement}", question, values[kind]))
+            kind = _one(rng, "nnnwwccodtpx") if like is None else like[1][2]
+            attribute = _one(rng, _ATTRIBUTES[kind]) if like is None else like[1][0]
+            key = [_one(rng, words), _one(rng, words)]
+            if like is not None:
+                shared = int(rng.integers(2))
+                key[shared] = like[2].split()[shared]
+            name, value = " ".join(key), _value(rng, kind, words)
+            statement = _one(rng, _FRAMES).format(a=attribute, k=name, v=value)
+            question, form = _one(rng, _ASKED).format(a=attribute, k=name), ("thing", (attribute, "", kind), name)
+        if question not in found:
+            found[question] = ChatFact(f" {statement}", question, value)
+            told.append(form)
     return list(found.values())
 
 
@@ -159,15 +188,16 @@ def chat_facts_row(
     Raises:
         ValueError: a row too short for one fact and its question.
     """
-    facts = sample_facts(rng, int(rng.integers(1, options.max_needles + 1)), words)
+    facts = sample_facts(rng, int(rng.integers(1, options.max_needles + 1)), words, options.p_hard)
     is_inline = bool(rng.random() < 0.5)
-    asked: list[tuple[list[int], list[int]]] = []
+    asker = Asker(rng, tokenizer, form, PLAIN_FRACTION)
+    asked: list[Turn] = []
     # a question and its fact together, so that all facts that are asked find room in the text
     room = layout.seq_len // 2
-    for fact in facts[: options.max_questions]:
-        head = [*form.before, *tokenizer.encode(fact.question), *form.between]
-        turn = head, [*tokenizer.encode(form.blank + fact.answer), *form.after[:1]]
-        room -= len(turn[0]) + len(turn[1]) + len(form.after) + len(tokenizer.encode(fact.statement))
+    for number, fact in enumerate(facts[: options.max_questions]):
+        begins = number == 0
+        turn = asker(fact.question, fact.answer, begins=begins and not is_inline, follows_text=begins and is_inline)
+        room -= turn.size + len(tokenizer.encode(fact.statement))
         if room < 0:
             break
         asked.append(turn)
@@ -175,24 +205,25 @@ def chat_facts_row(
         raise ValueError(
             f"a fact and its question do not fit into half of a row: seq_len={layout.seq_len} is too small"
         )
-    tokens: list[int] = []
-    answers: list[tuple[int, int]] = []
-    for head, answer in asked:
-        answers.append((len(tokens) + len(head), len(tokens) + len(head) + len(answer)))
-        tokens += [*head, *answer, *form.after[1:]]
-    cost = len(tokens) if is_inline else round_up(len(tokens) + 2, layout.chunk_size)
+    size = sum(turn.size for turn in asked)
+    cost = size if is_inline else round_up(size + 2, layout.chunk_size)
     (text,) = haystack(rng, layout, sampler, layout.seq_len - cost - is_inline, 1)
-    hidden = [*facts[: len(asked)], *facts[options.max_questions :]]
-    fitted = hide(rng, [text], [tokenizer.encode(fact.statement) for fact in hidden])
-    assert fitted >= len(asked)
+    statements = [tokenizer.encode(fact.statement) for fact in [*facts[: len(asked)], *facts[options.max_questions :]]]
+    hidden = hide(rng, [text], statements)
+    assert len(hidden) >= len(asked)
     writer = RowWriter(layout)
-    if is_inline:
-        shift = len(text)
-        places = [(first + shift, last + shift) for first, last in answers]
-        writer.add([*text.tolist(), *tokens], places, is_whole=True)
-    else:
+    tokens: list[int] = text.tolist() if is_inline else []
+    if not is_inline:
         writer.add(text)
-        writer.add(tokens, answers, is_whole=True)
+    start, answers = writer.end + 1, []
+    for turn, (_, place), statement in zip(asked, hidden, statements, strict=False):
+        first = len(tokens) + len(turn.head)
+        answers.append((first, first + len(turn.answer)))
+        tokens += [*turn.head, *turn.answer, *turn.tail]
+        # the text begins with bos
+        cited = slice(start + first, start + first + len(turn.answer))
+        writer.cite(cited, place + 1, place + 1 + len(statement))
+    writer.add(tokens, answers, is_whole=True)
     return writer.row("chat_facts")
 
 
@@ -206,4 +237,6 @@ def span_copy_row(rng: np.random.Generator, layout: RowLayout, sampler: Document
     first = min(_FIRST, length - 1)
     writer = RowWriter(layout)
     writer.add(tokens, [(len(text) + first, len(tokens))], is_whole=True)
+    told: np.ndarray = 1 + start + np.arange(first, length)
+    writer.cite(slice(1 + len(text) + first, 1 + len(tokens)), told, told + 1)
     return writer.row("span_copy")

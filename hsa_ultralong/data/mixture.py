@@ -17,10 +17,12 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.chat import ConversationSampler, sft_row
+from hsa_ultralong.data.chat_form import ChatForm
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
-from hsa_ultralong.data.facts import ChatForm, chat_facts_row, span_copy_row
+from hsa_ultralong.data.facts import chat_facts_row, span_copy_row
 from hsa_ultralong.data.instructions import instructions_row
 from hsa_ultralong.data.needles import MIN_WORDS
+from hsa_ultralong.data.questions import QuestionBank, open_questions, passage_chat_row, passage_questions_row
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, self_copy_row, text_row
 from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.seeds import namespaced_rng
@@ -32,11 +34,14 @@ from hsa_ultralong.data.tokenizer import PieceTokenizer, special_token_ids, toke
 _MIN_CHUNKS = {
     "text": 1, "self_copy": 2, "needles": 4, "documents": 1, "short_facts": 4, "multi_query": 8, "variable_tracking": 4,
     "instructions": 4, "sft": 1, "chat_facts": 4, "span_copy": 2,
+    "passage_questions": 8, "passage_chat": 4,
 }  # fmt: skip
 # Kinds that need the word bank.
 _WITH_WORDS = {"needles", "short_facts", "multi_query", "variable_tracking", "instructions", "chat_facts"}
 # Kinds of rows as people wrote them; all others are synthetic.
-_NATURAL = {"text", "documents", "sft"}
+_NATURAL = {"text", "documents", "sft", "passage_questions", "passage_chat"}
+# Kinds that need files of questions.
+WITH_QUESTIONS = {"passage_questions", "passage_chat"}
 ROW_KINDS: tuple[str, ...] = tuple(_MIN_CHUNKS)
 DEFAULT_NUM_ROWS = 1 << 40
 
@@ -47,7 +52,8 @@ class MixtureConfig:
 
     Attributes:
         weights: relative share of each kind of row, by number of rows; kinds are text, self_copy, needles, documents,
-            short_facts, multi_query, variable_tracking, instructions, sft, chat_facts and span_copy (docs/data.md).
+            short_facts, multi_query, variable_tracking, instructions, sft, chat_facts, span_copy, passage_questions and
+            passage_chat (docs/data.md).
         seq_len: T, tokens of a row, a multiple of ``chunk_size``.
         chunk_size: S, tokens of a chunk.
         seed: non-negative; another seed gives other rows.
@@ -57,6 +63,7 @@ class MixtureConfig:
         max_questions: most questions of a row; default seq_len / 256, within 4..32.
         p_hard: probability that a needle shares a key word with another one of its row.
         inline_fraction: share of needle rows whose questions continue the haystack's document.
+        questions: files of questions over passages, for the kinds passage_questions and passage_chat.
 
     Raises:
         ValueError: a value is out of range.
@@ -72,6 +79,7 @@ class MixtureConfig:
     max_questions: int | None = None
     p_hard: float = 0.25
     inline_fraction: float = 0.3
+    questions: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check_weights(self.weights)
@@ -154,7 +162,7 @@ class MixtureDataset(Dataset[Row]):
         self._layout = RowLayout(config.seq_len, config.chunk_size, *special_token_ids(tokenizer))
         self._sampler: DocumentSampler | None = None
         self._conversations: ConversationSampler | None = None
-        if set(config.weights) != {"sft"}:
+        if not set(config.weights) <= {"sft", "passage_chat"}:
             self._sampler = DocumentSampler(
                 shards,
                 split,
@@ -165,7 +173,10 @@ class MixtureDataset(Dataset[Row]):
             self._conversations = ConversationSampler(shards, split, config.seq_len)
         self._pieces = PieceTokenizer(tokenizer, shards.words if uses_words else ())
         self._options = config.needle_options()
-        self._form = ChatForm.of(tokenizer) if "chat_facts" in config.weights else None
+        self._form = ChatForm.of(tokenizer) if {"chat_facts", *WITH_QUESTIONS} & set(config.weights) else None
+        self._bank: QuestionBank | None = None
+        if WITH_QUESTIONS & set(config.weights):
+            self._bank = open_questions(tuple(config.questions), tokenizer, split)
         self._kinds = tuple(config.weights)
         self._bounds = np.cumsum([config.weights[kind] for kind in self._kinds])
         # One row of each kind, so that a mixture that cannot work fails here and not in a worker.
@@ -186,6 +197,9 @@ class MixtureDataset(Dataset[Row]):
         if kind == "sft":
             assert self._conversations is not None
             return sft_row(rng, self._layout, self._conversations)
+        if kind == "passage_chat":
+            assert self._bank is not None and self._form is not None
+            return passage_chat_row(rng, self._layout, self._pieces, self._bank, self._form)
         assert self._sampler is not None
         if kind == "text":
             return text_row(rng, self._layout, self._sampler)
@@ -199,6 +213,11 @@ class MixtureDataset(Dataset[Row]):
             assert self._form is not None
             return chat_facts_row(
                 rng, self._layout, self._sampler, self._pieces, self._words, self._options, self._form
+            )
+        if kind == "passage_questions":
+            assert self._bank is not None and self._form is not None
+            return passage_questions_row(
+                rng, self._layout, self._sampler, self._pieces, self._bank, self._options, self._form
             )
         if kind == "instructions":
             return instructions_row(rng, self._layout, self._sampler, self._pieces, self._words)
@@ -255,14 +274,15 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
     """Stack rows into a batch.
 
     Returns:
-        ``input_ids`` and ``labels`` int64, ``segment_ids`` int32, ``answer_mask`` bool, all (B, T); ``isolated`` (B,)
-        bool; and ``kind``, a list of B strings.
+        ``input_ids`` and ``labels`` int64, ``segment_ids`` int32, ``answer_mask`` bool, all (B, T); ``evidence``
+        (B, T, 2) int32; ``isolated`` (B,) bool; and ``kind``, a list of B strings.
     """
     return {
         "input_ids": torch.from_numpy(np.stack([row.input_ids for row in rows]).astype(np.int64)),  # (B, T)
         "labels": torch.from_numpy(np.stack([row.labels for row in rows]).astype(np.int64)),  # (B, T)
         "segment_ids": torch.from_numpy(np.stack([row.segment_ids for row in rows])),  # (B, T)
         "answer_mask": torch.from_numpy(np.stack([row.answer_mask for row in rows])),  # (B, T)
+        "evidence": torch.from_numpy(np.stack([row.evidence for row in rows])),  # (B, T, 2)
         "isolated": torch.tensor([row.isolated for row in rows]),  # (B,)
         "kind": [row.kind for row in rows],
     }

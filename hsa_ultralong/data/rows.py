@@ -32,6 +32,7 @@ class Row:
         kind: one of ``mixture.ROW_KINDS``.
         answer_mask: (T,) bool, true on the tokens of the answers to questions.
         isolated: no document of the row may read another one.
+        evidence: (T, 2) int32, first and last chunk of the row that tell the token, where that is known; else -1.
     """
 
     input_ids: np.ndarray
@@ -39,7 +40,8 @@ class Row:
     segment_ids: np.ndarray
     kind: str
     answer_mask: np.ndarray
-    isolated: bool = False
+    isolated: bool
+    evidence: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class RowWriter:
         self._labels: np.ndarray = np.full(layout.seq_len, IGNORE_INDEX, dtype=np.int32)
         self._segment_ids: np.ndarray = np.full(layout.seq_len, PADDING_SEGMENT, dtype=np.int32)
         self._answer_mask: np.ndarray = np.zeros(layout.seq_len, dtype=np.bool_)
+        self._evidence: np.ndarray = np.full((layout.seq_len, 2), -1, dtype=np.int32)
         self._num_documents = 0
         self.end = 0
 
@@ -102,9 +105,14 @@ class RowWriter:
         self._num_documents += 1
         self.end = round_up(stop, self._layout.chunk_size)
 
+    def cite(self, tokens: slice, starts: int | np.ndarray, stops: int | np.ndarray) -> None:
+        """Tokens of the row are told by what stands in its tokens starts..stops, the same for all or one of each."""
+        self._evidence[tokens, 0] = starts // self._layout.chunk_size
+        self._evidence[tokens, 1] = (stops - 1) // self._layout.chunk_size
+
     def row(self, kind: str, isolated: bool = False) -> Row:
         """Return the finished row."""
-        return Row(self._input_ids, self._labels, self._segment_ids, kind, self._answer_mask, isolated)
+        return Row(self._input_ids, self._labels, self._segment_ids, kind, self._answer_mask, isolated, self._evidence)
 
 
 def text_row(rng: np.random.Generator, layout: RowLayout, sampler: DocumentSampler) -> Row:
@@ -186,7 +194,7 @@ def needles_row(
     texts = haystack(rng, layout, sampler, layout.seq_len - reserved - is_inline, options.max_haystack_documents)
     hidden = [*needles[: len(questions)], *needles[options.max_questions :]]
     statements = [tokenizer.encode(needle.statement) for needle in hidden]
-    num_hidden = hide(rng, texts, statements)
+    num_hidden = len(hide(rng, texts, statements))
     if num_hidden == 0:
         raise ValueError(too_short(layout, "statement does not fit into what its question leaves of a row"))
     kept = questions[:num_hidden]
@@ -256,8 +264,11 @@ def haystack(
     return [sampler.fill(rng, stop - start - 1) for start, stop in zip(starts, stops, strict=True)]
 
 
-def hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Sequence[list[int]]) -> int:
-    """Overwrite tokens of the documents with the statements, in place; returns how many fitted, counted from the first.
+def hide(
+    rng: np.random.Generator, documents: list[np.ndarray], statements: Sequence[list[int]]
+) -> list[tuple[int, int]]:
+    """Overwrite tokens of the documents with the statements, in place; returns document and first token of those that
+    fitted, counted from the first.
 
     A statement goes to a document with probability proportional to its length, then all statements of a document are
     shuffled and the tokens between them are divided at random, which makes their places uniform without overlap.
@@ -267,8 +278,8 @@ def hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Sequ
     places = rng.integers(0, int(bounds[-1]), size=len(statements))
     draws = bounds.searchsorted(places, side="right").tolist()
     free = list(lengths)
-    placed: list[list[list[int]]] = [[] for _ in documents]
-    num_hidden = 0
+    placed: list[list[int]] = [[] for _ in documents]
+    found: dict[int, tuple[int, int]] = {}
     for i, statement in enumerate(statements):
         chosen = int(draws[i])
         if len(statement) > free[chosen]:
@@ -276,16 +287,16 @@ def hide(rng: np.random.Generator, documents: list[np.ndarray], statements: Sequ
         if len(statement) > free[chosen]:
             break
         free[chosen] -= len(statement)
-        placed[chosen].append(statement)
-        num_hidden += 1
-    for tokens, members, gap in zip(documents, placed, free, strict=True):
+        placed[chosen].append(i)
+    for document, (tokens, members, gap) in enumerate(zip(documents, placed, free, strict=True)):
         gaps = np.sort(rng.integers(0, gap + 1, size=len(members))).tolist()
         shift = 0
         for member, before in zip(rng.permutation(len(members)).tolist(), gaps, strict=True):
-            start = before + shift
-            tokens[start : start + len(members[member])] = members[member]
-            shift += len(members[member])
-    return num_hidden
+            start, statement = before + shift, statements[members[member]]
+            tokens[start : start + len(statement)] = statement
+            shift += len(statement)
+            found[members[member]] = document, start
+    return [found[i] for i in sorted(found)]
 
 
 def _add_inline(writer: RowWriter, haystack: np.ndarray, questions: Sequence[RowQuestion]) -> None:

@@ -204,8 +204,8 @@ def _hide_and_ask(
         _hide_in_order(rng, texts, [next(members[i]) for i in owners])
     else:
         needed = [statement for group in groups[:kept] for statement in group]
-        num_hidden = hide(rng, texts, [*needed, *distractors])
-        assert num_hidden >= len(needed), "the statements were counted to fit"
+        hidden = hide(rng, texts, [*needed, *distractors])
+        assert len(hidden) >= len(needed), "the statements were counted to fit"
     writer = RowWriter(layout)
     for tokens in texts:
         writer.add(tokens)

@@ -172,7 +172,7 @@ class PieceTokenizer:
         self._cache: dict[str, list[int]] = {}
         self.is_exact = True
         for probe in self._PROBE:
-            self.is_exact &= self.encode(probe) == self._tokenize(probe)
+            self.is_exact &= self.encode(probe) == self.encode_text(probe)
         if self.is_exact and words:
             pieces = [f" {word}" for word in words[:_MAX_CACHED_PIECES]]
             encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
@@ -181,7 +181,7 @@ class PieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, an ASCII sentence without runs of white space, without special tokens."""
         if not self.is_exact:
-            return self._tokenize(text)
+            return self.encode_text(text)
         cache = self._cache
         ids: list[int] = []
         for piece in _PIECE.findall(text):
@@ -189,10 +189,11 @@ class PieceTokenizer:
             if piece_ids is None:
                 if len(cache) >= _MAX_CACHED_PIECES:
                     cache.clear()
-                piece_ids = cache[piece] = self._tokenize(piece)
+                piece_ids = cache[piece] = self.encode_text(piece)
             ids += piece_ids
         return ids
 
-    def _tokenize(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of any text, without special tokens."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids

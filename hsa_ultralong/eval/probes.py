@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +54,11 @@ def needle_probe(
     lengths: Iterable[int] = (),
     chunk_size: int = 64,
     kind: str = "needles",
+    questions: Sequence[str] = (),
 ) -> Callable[[Any, int], dict[str, Any]]:
     """A probe for train.Trainer: held-out documents, at most `rows` rows of the length asked for and of a kind
-    that asks (`needles`, `chat_facts`); what it returns includes the statistics of their retrieval.
+    that asks (`needles`, `chat_facts`, with files of questions `passage_questions`); what it returns includes the
+    statistics of their retrieval.
 
     Raises:
         ValueError: rows of one of `lengths`, with chunks of `chunk_size`, cannot be made; else the probe raises it.
@@ -64,7 +66,7 @@ def needle_probe(
     cache: dict[int, list[dict[str, Any]]] = {}
 
     def rows_of(length: int, chunk_size: int) -> MixtureDataset:
-        config = MixtureConfig(weights={kind: 1.0}, seq_len=length, chunk_size=chunk_size, seed=1)
+        config = MixtureConfig(weights={kind: 1.0}, seq_len=length, chunk_size=chunk_size, seed=1, questions=questions)
         return MixtureDataset(shards, tokenizer, config, split="validation")
 
     for length in lengths:

@@ -1,6 +1,7 @@
-"""A converted transformer learns to use its memory: alignment with its source, then recall on rows that grow.
+"""A converted transformer learns to use its memory: alignment with its source, recall on rows that grow, many chunks,
+questions.
 
-Both start from a folder of `hsa convert`, take its shape, and learn from the source beside rows (train/teaching.py).
+All start from a folder of `hsa convert`, take its shape, and learn from the source beside rows (train/teaching.py).
 Sizes and rates are those of SmolLM2-135M with 7 layers that read; docs/own-memory.md says what to change for others.
 """
 
@@ -11,6 +12,10 @@ from hsa_ultralong.train import FULL_COVERAGE, StageConfig, TrainConfig
 # what is asked of the memory beside text: an eighth spans to quote, three eighths facts
 _MEMORY = {"text": 0.5, "span_copy": 0.125, "chat_facts": 0.375}
 _MORE_TEXT = {"text": 0.625, "span_copy": 0.125, "chat_facts": 0.25}
+# facts of one form beside each other, so that the form does not tell which one is meant
+_HARD = {"p_hard": 0.5}
+# chunks of 16M tokens: the margin that retrieval needs there is asked for from short rows on
+_CHUNKS = 262_144
 
 
 def convert_align() -> TrainConfig:
@@ -40,6 +45,9 @@ def convert_align() -> TrainConfig:
                 divergence=1.0,
                 align_retrieval=0.3,
                 align_output=1.0,
+                evidence_loss=1.0,
+                evidence_chunks=_CHUNKS,
+                data_options=dict(_HARD),
             ),
         ],
         weight_decay=0.0,
@@ -55,70 +63,99 @@ def convert_memory() -> TrainConfig:
 
     Rows begin with 4 chunks and grow as they are recalled: a stage ends early when its answers have a loss below
     `advance_below`. Windows are short in all layers while rows are short, or the memory is not needed; then they widen
-    to 512, at a lower rate and with more text, which brings the language back. A prototype of these stages recalled .92
-    of facts at 1,024 tokens after 20M tokens, .95 at 2,048 after 40M (docs/log.md); this recipe is not measured.
+    to 512, at a lower rate and with more text, which brings the language back. Retrieval is told which chunks hold an
+    answer, among those of all rows of a step. A prototype of these stages without that recalled .92 of facts at 1,024
+    tokens after 20M tokens, .95 at 2,048 after 40M (docs/log.md); this recipe is not measured.
     """
     return TrainConfig(
         preset="smol_135m",
         stages=[
-            StageConfig(
-                name="short",
-                seq_len=256,
-                tokens=14_000_000,
-                batch_tokens=16_384,
-                learning_rate=2e-3,
-                mixture=dict(_MEMORY),
-                warmup_steps=50,
-                advance_below=0.15,
-                chunk_topk=FULL_COVERAGE,
-                sliding_window=64,
-                hsa_sliding_window=64,
-                divergence=1.0,
-            ),
-            StageConfig(
-                name="choose",
-                seq_len=1024,
-                tokens=6_000_000,
-                batch_tokens=16_384,
-                learning_rate=2e-3,
-                mixture=dict(_MEMORY),
-                warmup_steps=1,
-                chunk_topk=FULL_COVERAGE,
-                sliding_window=128,
-                hsa_sliding_window=128,
-                divergence=1.0,
-            ),
-            StageConfig(
-                name="widen",
-                seq_len=2048,
-                tokens=8_000_000,
-                batch_tokens=16_384,
-                learning_rate=1e-3,
-                mixture=dict(_MORE_TEXT),
-                warmup_steps=20,
-                chunk_topk=FULL_COVERAGE,
-                sliding_window=256,
-                hsa_sliding_window=256,
-                divergence=1.0,
-            ),
-            StageConfig(
-                name="settle",
-                seq_len=4096,
-                tokens=12_000_000,
-                batch_tokens=16_384,
-                learning_rate=1e-3,
-                mixture=dict(_MORE_TEXT),
-                warmup_steps=20,
-                schedule="linear",
-                chunk_topk=FULL_COVERAGE,
-                sliding_window=512,
-                hsa_sliding_window=512,
-                divergence=1.0,
-            ),
+            _stage("short", 256, 14_000_000, 2e-3, _MEMORY, window=64, warmup_steps=50, advance_below=0.15),
+            _stage("choose", 1024, 6_000_000, 2e-3, _MEMORY, window=128, warmup_steps=1),
+            _stage("widen", 2048, 8_000_000, 1e-3, _MORE_TEXT, window=256),
+            _stage("settle", 4096, 12_000_000, 1e-3, _MORE_TEXT, window=512, schedule="linear"),
         ],
         weight_decay=0.0,
         old_rate=0.25,
         probe_kind="chat_facts",
         probe_lengths=(1024, 8192),
         mfu=0.08,
+    )
+
+
+def convert_long() -> TrainConfig:
+    """`hsa train convert_long --data SHARDS --init-from models/smol --from-difference read.safetensors --teacher
+    smol.gguf --device cuda -o runs/long --set lora_rank=16 --export-difference long.safetensors`, after convert_memory.
+
+    Eight rows of 8,192 tokens, as far as SmolLM2 itself reads, are one memory of 1,024 chunks, of which 64 are kept.
+    Not measured.
+    """
+    mixture = {"text": 0.5, "span_copy": 0.125, "chat_facts": 0.375}
+    long = _stage("long", 8192, 20_000_000, 5e-4, mixture, window=512, schedule="linear")
+    long.batch_tokens, long.pool_memory, long.chunk_topk = 65_536, "attended", 64
+    config = TrainConfig(
+        preset="smol_135m",
+        stages=[long],
+        weight_decay=0.0,
+        old_rate=0.25,
+        probe_kind="chat_facts",
+        probe_lengths=(8192, 32_768),
+        mfu=0.08,
+    )
+    config.parallel.activation_checkpointing = "selective"
+    return config
+
+
+def convert_sft() -> TrainConfig:
+    """`hsa train convert_sft --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --init-from models/smol
+    --from-difference long.safetensors --teacher smol.gguf --device cuda -o runs/sft --set lora_rank=16
+    --export-difference smol.safetensors`, after convert_long.
+
+    Questions that people asked about passages, from memory and with the passage in the prompt; the rest keeps recall
+    and language. Not measured.
+    """
+    mixture = {"text": 0.3, "passage_questions": 0.35, "passage_chat": 0.15, "chat_facts": 0.15, "span_copy": 0.05}
+    asked = _stage("questions", 4096, 16_000_000, 5e-4, mixture, window=512, schedule="linear")
+    asked.chunk_topk = 64
+    return TrainConfig(
+        preset="smol_135m",
+        stages=[asked],
+        weight_decay=0.0,
+        old_rate=0.25,
+        probe_kind="passage_questions",
+        probe_lengths=(4096, 16_384),
+        mfu=0.08,
+    )
+
+
+def _stage(
+    name: str,
+    seq_len: int,
+    tokens: int,
+    rate: float,
+    mixture: dict[str, float],
+    *,
+    window: int,
+    warmup_steps: int = 20,
+    schedule: str = "constant",
+    advance_below: float = 0.0,
+) -> StageConfig:
+    """A stage beside the source, with windows alike in all layers and all chunks kept."""
+    return StageConfig(
+        name=name,
+        seq_len=seq_len,
+        tokens=tokens,
+        batch_tokens=16_384,
+        learning_rate=rate,
+        mixture=dict(mixture),
+        warmup_steps=warmup_steps,
+        schedule=schedule,
+        chunk_topk=FULL_COVERAGE,
+        sliding_window=window,
+        hsa_sliding_window=window,
+        divergence=1.0,
+        evidence_loss=1.0,
+        evidence_chunks=_CHUNKS,
+        advance_below=advance_below,
+        data_options=dict(_HARD),
     )

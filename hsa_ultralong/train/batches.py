@@ -35,6 +35,7 @@ def stage_mixture(config: TrainConfig, index: int, chunk_size: int) -> MixtureCo
             chunk_size=chunk_size,
             seed=config.seed + 1000 * index,
             long_documents=stage.long_documents,
+            questions=config.questions,
             **stage.data_options,
         )
     except (TypeError, ValueError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,3 +44,8 @@ def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         for layer in group.layers:
             layer.compile(dynamic=False)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled parts run as they were written meanwhile: lengths that are seen once are not worth compiling for."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

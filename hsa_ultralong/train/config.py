@@ -40,6 +40,8 @@ class StageConfig:
         divergence: weight of the divergence from the source (`hsa train --teacher`) on every token that is no answer;
             above 0, only answers count in the ordinary loss. align_retrieval, align_output: weights of the alignment
             with the source's attention beyond the window (train/teaching.py).
+        evidence_loss: weight of the loss that teaches retrieval which chunks tell an answer, where the row knows it
+            (train/evidence.py). evidence_chunks: wrong chunks count in it as if there were so many; 0 = as they are.
         advance_below: end the stage once the mean loss of answers between two log lines is below; 0 = never.
         gumbel_noise: noise on the selection; None keeps the model's choice.
         mixture: weights of the data components, see data.MixtureConfig.
@@ -70,6 +72,8 @@ class StageConfig:
     divergence: float = 0.0
     align_retrieval: float = 0.0
     align_output: float = 0.0
+    evidence_loss: float = 0.0
+    evidence_chunks: int = 0
     advance_below: float = 0.0
     gumbel_noise: bool | None = None
     long_documents: bool = False
@@ -89,8 +93,8 @@ class StageConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"stage {self.name!r}: {name} must be >= 1, got {getattr(self, name)}")
         positive = ("warmup_steps", "micro_batch_rows", "chunk_topk", "sliding_window", "piece_tokens")
-        weights = ("hsa_sliding_window", "divergence", "align_retrieval", "align_output", "advance_below")
-        for name in (*positive, *weights, "learning_rate"):
+        weights = ("hsa_sliding_window", "divergence", "align_retrieval", "align_output", "evidence_loss")
+        for name in (*positive, *weights, "evidence_chunks", "advance_below", "learning_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stage {self.name!r}: {name} must be >= 0, got {getattr(self, name)}")
         if self.batch_tokens % self.seq_len:
@@ -102,9 +106,11 @@ class StageConfig:
                 f"stage {self.name!r}: {self.rows} rows a step are no multiple of "
                 f"micro_batch_rows={self.micro_batch_rows}"
             )
-        if not self.divergence and (self.align_retrieval or self.align_output or self.advance_below):
+        needing = self.align_retrieval, self.align_output, self.evidence_loss, self.advance_below
+        if not self.divergence and any(needing):
             raise ValueError(
-                f"stage {self.name!r}: align_retrieval, align_output and advance_below go with divergence above 0"
+                f"stage {self.name!r}: align_retrieval, align_output, evidence_loss and advance_below go with "
+                "divergence above 0"
             )
         if self.piece_tokens and self.pool_memory:
             raise ValueError(f"stage {self.name!r}: piece_tokens does not go with pool_memory")
@@ -161,6 +167,7 @@ class TrainConfig:
         checkpoint_minutes: wall-clock minutes between checkpoints. keep_checkpoints: older ones are deleted; 0 writes
             none, for trying things on a large model: such a run cannot be resumed.
         log_every, probe_every: optimiser steps.
+        questions: files of questions over passages, for the rows passage_questions and passage_chat.
         probe_rows: held-out synthetic rows per in-training needle probe.
         probe_kind: kind of these rows. probe_lengths: lengths in tokens that are probed besides the stage's own.
         on_spike: what to do when the loss stays more than spike_threshold (nats) above the median of the last 100
@@ -191,6 +198,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 20
     probe_every: int = 250
+    questions: list[str] = field(default_factory=list)
     probe_rows: int = 32
     probe_kind: str = "needles"
     probe_lengths: tuple[int, ...] = ()

@@ -27,6 +27,7 @@ from hsa_ultralong.train.checkpoint import (
     model_tensors,
     optimizer_tensors,
 )
+from hsa_ultralong.train.compilation import uncompiled
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
 from hsa_ultralong.train.freezing import prepare_parameters
 from hsa_ultralong.train.lora import is_lora
@@ -427,6 +428,7 @@ class Trainer:
                 torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
                 gathered(self.model),
                 alone(self.model),
+                uncompiled(),
             ):
                 measured = {"length": length, **self.probe(self.model, length)}
             retrieval: dict[str, list[float]] = measured.pop("retrieval", {})

@@ -1,10 +1,11 @@
 """The losses of a converted model that learns from its source: divergence on text, recall, alignment layer by layer.
 
 Divergence: KL(source || model) on every token that is no answer, the source reading the whole document. Recall: the
-ordinary loss on answers. Alignment, from the source's own hidden states at every layer that reads the memory: the
-weights of retrieval against the mass of the source's attention on each chunk beyond the window (a divergence), and
-window plus memory against the output of the source's attention (a relative error). Called by loop.py;
-tests/train/test_teaching.py.
+ordinary loss on answers, and that of the chunks that tell them (evidence.py). Alignment, from the source's own hidden
+states at every layer that reads the memory: the weights of retrieval against the mass of the source's attention on each
+chunk beyond the window (a divergence), and window plus memory against the output of the source's attention (a relative
+error). What is counted is decided on the host, from the batch as it was read, so that a device is never waited for.
+Called by loop.py; tests/train/test_teaching.py.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from hsa_ultralong.models.layout import restrict
 from hsa_ultralong.models.views import own_view
 from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.upper_group import UpperGroup
-from hsa_ultralong.nn.views import MemoryView
+from hsa_ultralong.nn.views import GraphView, MemoryView
 from hsa_ultralong.train.config import StageConfig, TrainConfig
+from hsa_ultralong.train.evidence import Told, evidence_loss, told_tokens, visible_chunks
 
 logger = logging.getLogger(__name__)
 # the head of a large vocabulary is run on so many tokens of a forward, drawn at random
@@ -89,11 +91,11 @@ def text_tokens(batch: Inputs) -> torch.Tensor:
     return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0) & ~batch["answer_mask"][:, 1:]
 
 
-def divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """KL(wanted || found) of logits (..., V), mean, in fp32 (fp64 kept)."""
+def token_divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """KL(wanted || found) of logits (..., V), for each token (...), in fp32 (fp64 kept)."""
     wide = torch.float64 if found.dtype == torch.float64 else torch.float32
     ours, theirs = found.to(wide).log_softmax(-1), wanted.to(wide).log_softmax(-1)
-    return (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    return (theirs.exp() * (theirs - ours)).sum(-1)
 
 
 class Teacher:
@@ -124,6 +126,13 @@ class Teacher:
         self.reading = ours.reading_layers
         self._parts: dict[str, torch.Tensor] = {}
         self._caught: dict[tuple[str, int], torch.Tensor] = {}
+        self._asked: list[torch.Tensor] = []
+        self._is_listening = False
+        self._token_divergence = token_divergence
+        if config.compile and device.type == "cuda":
+            self._token_divergence = torch.compile(token_divergence, dynamic=False)
+        for group in model.model.upper_groups():
+            group.retriever.register_forward_pre_hook(self._listen)
         for number in self.reading:
             layer = self.source.model.layers[number]
             layer.register_forward_pre_hook(self._catch("input", number), with_kwargs=True)
@@ -141,39 +150,80 @@ class Teacher:
     def losses(
         self, model: HSAForCausalLM, inputs: Inputs, batch: Inputs, stage: StageConfig, counts: Counts
     ) -> torch.Tensor:
-        """The share of one micro-batch in the loss of a step; what it consists of is kept for `take`."""
+        """The share of one micro-batch in the loss of a step; what it consists of is kept for `take`. `batch` is on the
+        host, `inputs` what the model takes of it."""
         device = inputs["input_ids"].device
-        aligns = bool(stage.align_retrieval or stage.align_output)
-        wanted = self._read(inputs, keep_attention=aligns)
+        aligns, teaches = bool(stage.align_retrieval or stage.align_output), bool(stage.evidence_loss)
+        answers, texts = answer_tokens(batch), text_tokens(batch)
+        told = told_tokens(batch, answers) if teaches else None
+        self._asked.clear()
+        states = self._read(inputs, keep_attention=aligns, is_packed=bool((batch["segment_ids"] != 0).any()))
+        self._is_listening = told is not None
         passed = run_model(model, inputs, stage.pool_memory or False)
-        batch = {name: batch[name].to(device) for name in ("answer_mask", "labels", "segment_ids")}
-        states = passed.hidden[:, :-1]
-        loss = states.new_zeros((), dtype=torch.float32)
+        self._is_listening = False
+        found = passed.hidden[:, :-1].flatten(0, 1)
+        loss = found.new_zeros((), dtype=torch.float32)
         # processes exchange what all of them have; a step without answers says nothing of recall
         for name, count in (("divergence", counts.texts), ("answer_loss", counts.answers)):
             if count:
                 self._note(name, loss)
-        if (texts := text_tokens(batch)).any():
-            places = texts.flatten().nonzero()[:, 0]
-            # drawn on the host, whose random state is that of the step
-            chosen = places[torch.randperm(len(places))[:_MOST_TOKENS].to(device)]
-            found = model.lm_head(states.flatten(0, 1)[chosen])
-            share = len(places) / max(1, counts.texts)
-            loss = loss + self._note("divergence", divergence(found, wanted[:, :-1].flatten(0, 1)[chosen]) * share)
-        answers = answer_tokens(batch)
+        if teaches and counts.answers:
+            self._note("evidence_loss", loss)
+            self._note("evidence_first", loss)
+        if texts.any():
+            wanted = states[:, :-1].flatten(0, 1)
+            loss = loss + stage.divergence * self._note(
+                "divergence", self._diverge(model, found, wanted, texts, counts)
+            )
         if answers.any():
-            logits = model.lm_head(states[answers]).float()
-            summed = F.cross_entropy(logits, batch["labels"][:, 1:][answers], reduction="sum")
-            loss = loss * stage.divergence + self._note("answer_loss", summed / max(1, counts.answers))
-        else:
-            loss = loss * stage.divergence
+            places = answers.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+            labels = batch["labels"][:, 1:][answers].to(device, non_blocking=True)
+            summed = F.cross_entropy(model.lm_head(found[places]).float(), labels, reduction="sum")
+            loss = loss + self._note("answer_loss", summed / max(1, counts.answers))
+        if told is not None:
+            loss = loss + stage.evidence_loss * self._evidence(model, passed, told, stage, counts)
         if aligns:
-            share = len(states) / stage.rows
+            share = len(inputs["input_ids"]) / stage.rows
             retrieval, output = self._alignment(model, inputs, passed)
             loss = loss + stage.align_retrieval * self._note("retrieval_error", retrieval * share)
             loss = loss + stage.align_output * self._note("output_error", output * share)
         self._caught.clear()
         return loss
+
+    def _diverge(
+        self, model: HSAForCausalLM, found: torch.Tensor, wanted: torch.Tensor, texts: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        """The divergence on some of the text's tokens, for all of them; final states (n, M) of model and source."""
+        places = texts.flatten().nonzero()[:, 0]
+        number, size = len(places), min(_MOST_TOKENS, len(found))
+        # drawn on the host, whose random state is that of the step; always as many, so that one kernel serves all steps
+        chosen = places[torch.randperm(number)[:size]]
+        weights = torch.zeros(size)
+        weights[: len(chosen)] = number / max(1, counts.texts) / len(chosen)
+        chosen = F.pad(chosen, (0, size - len(chosen))).to(found.device, non_blocking=True)
+        weights = weights.to(found.device, non_blocking=True)
+        with torch.no_grad(), torch.autocast(found.device.type, enabled=False):
+            theirs = self.source.lm_head(wanted[chosen])
+        return (self._token_divergence(model.lm_head(found[chosen]), theirs) * weights).sum()
+
+    def _evidence(
+        self, model: HSAForCausalLM, passed: Passed, told: Told, stage: StageConfig, counts: Counts
+    ) -> torch.Tensor:
+        """The loss of the chunks that tell the answers, mean over the layers that read."""
+        view = passed.view
+        assert isinstance(view, GraphView)
+        told = told.to(passed.hidden.device)
+        seen, right = visible_chunks(told, view)
+        landmarks, losses, firsts = view.memory.landmarks.flatten(0, 1), [], []
+        for group, x in zip(model.model.upper_groups(), self._asked, strict=True):
+            # of all tokens, as in the forward: compiled for this shape
+            query = group.retriever.queries(x)[told.rows, told.places]
+            one, first = evidence_loss(query, landmarks, group.retriever.factor(), seen, right, stage.evidence_chunks)
+            losses.append(one)
+            firsts.append(first)
+        share = told.scale / max(1, counts.answers)
+        self._note("evidence_first", torch.stack(firsts).mean() * share)
+        return self._note("evidence_loss", torch.stack(losses).mean() * share)
 
     def take(self) -> dict[str, torch.Tensor]:
         """What the losses since the last call consisted of."""
@@ -183,6 +233,11 @@ class Teacher:
     def _note(self, name: str, value: torch.Tensor) -> torch.Tensor:
         self._parts[name] = self._parts.get(name, 0) + value.detach()
         return value
+
+    def _listen(self, module: Any, args: tuple[Any, ...]) -> None:
+        """Keep what a layer retrieves for."""
+        if self._is_listening:
+            self._asked.append(args[0])
 
     def _catch(self, name: str, number: int) -> Callable[..., None]:
         def catch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -205,15 +260,13 @@ class Teacher:
         return catch
 
     @torch.no_grad()
-    def _read(self, inputs: Inputs, keep_attention: bool) -> torch.Tensor:
-        """Logits (B, T, V) of the source, each document by itself."""
+    def _read(self, inputs: Inputs, keep_attention: bool, is_packed: bool) -> torch.Tensor:
+        """Final states (B, T, M) of the source, each document by itself."""
         self.source.set_attn_implementation("eager" if keep_attention else "sdpa")
-        ids, segments = inputs["input_ids"], inputs["segment_ids"]
-        mask = None
-        if bool((segments != 0).any()):
-            mask = _document_mask(segments, self.source.dtype)
+        ids = inputs["input_ids"]
+        mask = _document_mask(inputs["segment_ids"], self.source.dtype) if is_packed else None
         with torch.autocast(ids.device.type, enabled=False):
-            return self.source(ids, attention_mask=mask, use_cache=False).logits
+            return self.source.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def _alignment(self, model: HSAForCausalLM, inputs: Inputs, passed: Passed) -> tuple[torch.Tensor, torch.Tensor]:
         """Errors of retrieval and of outputs, means over the layers that read."""
@@ -235,8 +288,8 @@ class Teacher:
             mine = mine + layer.window_attention(layer.window_norm(hidden), passed.rotary, passed.segments, None)
         counted = inputs["segment_ids"] >= 0  # (B, T)
         counted = counted & (torch.arange(counted.shape[1], device=counted.device) >= model.config.chunk_size)
-        wanted = self._caught["output", number].float()[counted]
-        error = (mine.float()[counted] - wanted).pow(2).sum() / wanted.pow(2).sum().clamp_min(1e-6)
+        wanted = self._caught["output", number].float() * counted[..., None]
+        error = (mine.float() * counted[..., None] - wanted).pow(2).sum() / wanted.pow(2).sum().clamp_min(1e-6)
         return _retrieval_error(target, found), error
 
     @torch.no_grad()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hsa_ultralong.data import MixtureConfig, MixtureDataset
-from hsa_ultralong.data.facts import ChatForm, sample_facts
+from hsa_ultralong.data.chat_form import ChatForm
+from hsa_ultralong.data.facts import sample_facts
 from hsa_ultralong.data.tokenizer import train_tokenizer
 
 TEMPLATE = (

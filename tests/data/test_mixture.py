@@ -17,6 +17,7 @@ from hsa_ultralong.data import (
     collate,
     train_tokenizer,
 )
+from hsa_ultralong.data.mixture import WITH_QUESTIONS
 
 WEIGHTS = {"text": 0.3, "self_copy": 0.3, "needles": 0.4}
 
@@ -80,7 +81,8 @@ def test_the_share_of_synthetic_rows_is_declared():
 
 
 def test_workers_and_ranks_do_not_change_the_data(shards, tokenizer):
-    weights = dict.fromkeys((kind for kind in ROW_KINDS if kind != "sft"), 1.0)
+    given = {"sft", *WITH_QUESTIONS}
+    weights = dict.fromkeys((kind for kind in ROW_KINDS if kind not in given), 1.0)
     dataset = MixtureDataset(shards, tokenizer, config(weights=weights, length_weights={500: 2.0}))
 
     def batches(num_workers, **kwargs):
@@ -106,7 +108,7 @@ def test_dataset_pickles_small_for_spawned_workers(dataset):
 
 def test_collate_gives_the_documented_tensors(dataset):
     batch = collate([dataset[i] for i in range(3)])
-    assert set(batch) == {"input_ids", "labels", "segment_ids", "answer_mask", "isolated", "kind"}
+    assert set(batch) == {"input_ids", "labels", "segment_ids", "answer_mask", "evidence", "isolated", "kind"}
     types = {name: batch[name].dtype for name in batch if name != "kind"}
     assert types == {
         "input_ids": torch.int64,

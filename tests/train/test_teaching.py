@@ -62,10 +62,10 @@ def test_within_the_window_a_fresh_conversion_does_not_diverge():
 def test_the_source_reads_every_document_by_itself():
     source, _, teacher = made()
     batch = packed()
-    logits = teacher._read(batch, keep_attention=False)
+    logits = source.lm_head(teacher._read(batch, keep_attention=False, is_packed=True))
     for kept in (slice(0, 24), slice(24, 56)):
         torch.testing.assert_close(logits[:, kept], source(batch["input_ids"][:, kept]).logits, rtol=1e-4, atol=1e-4)
-    eager = teacher._read(batch, keep_attention=True)
+    eager = source.lm_head(teacher._read(batch, keep_attention=True, is_packed=True))
     torch.testing.assert_close(eager[:, :56], logits[:, :56], rtol=1e-4, atol=1e-4)
 
 
@@ -98,7 +98,7 @@ def test_a_step_without_answers_says_nothing_of_recall():
 def test_the_target_of_retrieval_is_the_sources_attention_on_chunks_beyond_the_window():
     source, student, teacher = made(window=10)
     batch = batch_of()
-    teacher._read(batch, keep_attention=True)
+    teacher._read(batch, keep_attention=True, is_packed=False)
     number = student.config.reading_layers[0]
     found = teacher._chunk_mass(student.model.groups[0], number, batch, student)
     source.set_attn_implementation("eager")

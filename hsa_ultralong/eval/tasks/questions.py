@@ -1,23 +1,30 @@
 """Real questions over passages that are documents of one memory: XQuAD, SQuADShifts, NQ, HotpotQA, 2WikiMultihopQA.
 
 Many questions share a memory: all passages with answers, further passages as distractors, and text of the haystack up
-to the length. Of SQuADShifts and NQ only the passages are asked about that `assets/evaluation_passages.txt` names; the
+to the length. Of SQuADShifts and NQ only passages are asked about that `data/assets/evaluation_passages.txt` names; the
 others may be trained on. The other three are never trained on. README.md of this folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 
+from hsa_ultralong.data.passages import (
+    Passages,
+    Question,
+    evaluation_passages,
+    passage_id,
+    read_multihop,
+    read_nq,
+    read_squad,
+    read_wiki,
+)
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.eval.tasks.assembly import Form, finish, make_form
 from hsa_ultralong.eval.tasks.material import Material
-from hsa_ultralong.eval.tasks.passages import Passages, Question, read_multihop, read_nq, read_squad, read_wiki
 from hsa_ultralong.eval.tasks.sample import Sample, TooShort
 
 _READERS = {
@@ -25,18 +32,6 @@ _READERS = {
 }  # fmt: skip
 # tokens of a context that stay text, whatever stands in documents
 _LEAST_TEXT = 64
-
-
-def passage_id(text: str) -> str:
-    """Twelve hexadecimal digits that name a passage."""
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
-
-
-@lru_cache(maxsize=1)
-def evaluation_passages() -> frozenset[str]:
-    """Names of the passages of SQuADShifts and NQ that must not be trained on: a fifth of each."""
-    text = resources.files("hsa_ultralong.eval").joinpath("assets/evaluation_passages.txt").read_text(encoding="utf-8")
-    return frozenset(line for line in text.split("\n") if line and not line.startswith("#"))
 
 
 @lru_cache(maxsize=8)

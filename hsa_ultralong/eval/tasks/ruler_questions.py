@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hsa_ultralong.data.passages import Passages, Question, read_multihop, read_squad
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.eval.tasks.assembly import filled, finish, make_form
 from hsa_ultralong.eval.tasks.material import Material
-from hsa_ultralong.eval.tasks.passages import Passages, Question, read_multihop, read_squad
 from hsa_ultralong.eval.tasks.sample import Sample, Tokens
 
 _INSTRUCTION = (

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,18 @@ class Passages:
 
     texts: list[str]
     questions: list[Question]
+
+
+def passage_id(text: str) -> str:
+    """Twelve hexadecimal digits that name a passage."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=1)
+def evaluation_passages() -> frozenset[str]:
+    """Names of the passages of SQuADShifts and NQ that must not be trained on: a fifth of each."""
+    text = resources.files("hsa_ultralong.data").joinpath("assets/evaluation_passages.txt").read_text(encoding="utf-8")
+    return frozenset(line for line in text.split("\n") if line and not line.startswith("#"))
 
 
 def read_squad(path: Path) -> Passages:

@@ -1,0 +1,219 @@
+"""Rows of questions that people asked about passages: from memory, or with the passage in the prompt.
+
+Files of SQuAD's form and of NQ with passages (passages.py). Passages of `assets/evaluation_passages.txt` are never
+among them; a seventh of the rest is the validation split. Called by mixture.py; tests/data/test_questions.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from hsa_ultralong.data.chat_form import Asker, ChatForm, Turn, plain_turn
+from hsa_ultralong.data.passages import Passages, evaluation_passages, passage_id, read_nq, read_squad
+from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, RowWriter, round_up
+from hsa_ultralong.data.sampler import DocumentSampler
+from hsa_ultralong.data.tokenizer import PieceTokenizer, plain_backend
+
+logger = logging.getLogger(__name__)
+
+# evaluation asks plainly, people in the form of chat
+PLAIN_FRACTION = 0.5
+# several questions are one conversation in this share of rows, else each is a document
+_CONVERSATION = 0.3
+_MAX_MISSES = 8
+_VALIDATION = 7
+
+
+class Asked(NamedTuple):
+    """A question with its answers, the number of its passage and those of passages of the same article."""
+
+    text: str
+    answers: tuple[str, ...]
+    passage: int
+    near: tuple[int, ...]
+
+
+class QuestionBank:
+    """Questions of one split of some files, and their passages as tokens.
+
+    Attributes:
+        passages: tokens (n,) int32 of each. questions: those of the split. texts: the passages.
+
+    Raises:
+        ValueError: a file of another form, or no question is left.
+    """
+
+    def __init__(self, paths: Sequence[str], tokenizer: PreTrainedTokenizerFast, split: str) -> None:
+        self.texts: list[str] = []
+        self.questions: list[Asked] = []
+        kept, dropped, is_held_out = evaluation_passages(), 0, split == "validation"
+        for path in paths:
+            found = read_questions(Path(path))
+            first = len(self.texts)
+            self.texts += found.texts
+            names = [passage_id(text) for text in found.texts]
+            own = [name not in kept and (int(name, 16) % _VALIDATION == 0) == is_held_out for name in names]
+            for question in found.questions:
+                (gold,) = question.gold
+                dropped += names[gold] in kept
+                if own[gold] and question.answers:
+                    near = tuple(first + other for other in question.near if own[other])
+                    self.questions.append(Asked(question.text, question.answers, first + gold, near))
+        if not self.questions:
+            raise ValueError(
+                f"{', '.join(map(str, paths))}: no question is left for the {split} split, {dropped} are about "
+                "passages that are kept for evaluation"
+            )
+        encodings = plain_backend(tokenizer).encode_batch(self.texts, add_special_tokens=False)
+        self.passages = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        self._offsets = [np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) for encoding in encodings]
+        logger.info("%d questions of the %s split; %d are kept for evaluation", len(self.questions), split, dropped)
+
+    def told(self, question: Asked, answer: str) -> tuple[int, int]:
+        """Tokens of its passage that tell the answer; the whole passage if it stands there twice or not at all."""
+        text, wanted = self.texts[question.passage].lower(), answer.lower()
+        place = text.find(wanted)
+        if place < 0 or text.find(wanted, place + 1) >= 0 or len(text) != len(self.texts[question.passage]):
+            return 0, len(self.passages[question.passage])
+        offsets = self._offsets[question.passage]
+        inside = np.flatnonzero((offsets[:, 1] > place) & (offsets[:, 0] < place + len(wanted)))
+        return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, len(offsets))
+
+
+def read_questions(path: Path) -> Passages:
+    """A file of SQuAD's form (.json), or of NQ with one passage a question (.jsonl, .gz).
+
+    Raises:
+        ValueError: a file of another form.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file of questions")
+    found = read_squad(path) if path.suffix == ".json" else read_nq(path)
+    if any(len(question.gold) != 1 for question in found.questions):
+        raise ValueError(f"{path} has questions with several passages, which are for evaluation only")
+    return found
+
+
+@lru_cache(maxsize=4)
+def open_questions(paths: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, split: str) -> QuestionBank:
+    """The bank of these files, read once in a process."""
+    if not paths:
+        raise ValueError("rows of passage_questions and passage_chat need files of questions: --questions FILE")
+    return QuestionBank(paths, tokenizer, split)
+
+
+def passage_questions_row(
+    rng: np.random.Generator,
+    layout: RowLayout,
+    sampler: DocumentSampler,
+    tokenizer: PieceTokenizer,
+    bank: QuestionBank,
+    options: NeedleOptions,
+    form: ChatForm,
+) -> Row:
+    """Passages as documents, then questions about some of them; passages of the same articles come first among those
+    that are not asked about, the rest of the row is text.
+
+    Raises:
+        ValueError: a row too short for a passage and its question.
+    """
+    size = layout.chunk_size
+
+    def cost(tokens: int) -> int:
+        return round_up(tokens + 2, size)
+
+    asker, is_conversation = Asker(rng, tokenizer, form, PLAIN_FRACTION), bool(rng.random() < _CONVERSATION)
+    asked: list[tuple[Asked, str, Turn]] = []
+    held: dict[int, None] = {}
+    room, misses, wanted = layout.seq_len, 0, int(rng.integers(1, options.max_questions + 1))
+    while len(asked) < wanted and misses < _MAX_MISSES:
+        question = bank.questions[int(rng.integers(len(bank.questions)))]
+        answer = question.answers[int(rng.integers(len(question.answers)))]
+        turn = asker(question.text, answer, begins=not (asked and is_conversation))
+        used = cost(turn.size) + (0 if question.passage in held else cost(len(bank.passages[question.passage])))
+        if used > room:
+            misses += 1
+            continue
+        room -= used
+        held[question.passage] = None
+        asked.append((question, answer, turn))
+    if not asked:
+        raise ValueError(f"a passage and its question do not fit into seq_len={layout.seq_len}; use longer rows")
+    others = [other for question, _, _ in asked for other in question.near]
+    others = [others[i] for i in rng.permutation(len(others)).tolist()]
+    others += [bank.questions[i].passage for i in rng.integers(len(bank.questions), size=layout.seq_len // 256)]
+    for other in others:
+        if other not in held and cost(len(bank.passages[other])) <= room:
+            room -= cost(len(bank.passages[other]))
+            held[other] = None
+    writer = RowWriter(layout)
+    if room > size:
+        writer.add(sampler.slice(rng, room - room % size - 1, min_tokens=size))
+    places: dict[int, int] = {}
+    for passage in rng.permutation(list(held)).tolist():
+        places[passage] = writer.end + 1
+        writer.add(bank.passages[passage], is_whole=True)
+    _ask(writer, asked, places, bank, is_conversation)
+    return writer.row("passage_questions")
+
+
+def _ask(
+    writer: RowWriter,
+    asked: Sequence[tuple[Asked, str, Turn]],
+    places: dict[int, int],
+    bank: QuestionBank,
+    is_conversation: bool,
+) -> None:
+    """Write the questions, as one conversation or each as a document of its own."""
+    tokens: list[int] = []
+    answers: list[tuple[int, int]] = []
+    for number, (question, answer, turn) in enumerate(asked):
+        first = len(tokens) + len(turn.head)
+        last = first + len(turn.answer)
+        start, stop = bank.told(question, answer)
+        place = places[question.passage]
+        writer.cite(slice(writer.end + 1 + first, writer.end + 1 + last), place + start, place + stop)
+        answers.append((first, last))
+        tokens += [*turn.head, *turn.answer, *turn.tail]
+        if not is_conversation or number + 1 == len(asked):
+            writer.add(tokens, answers, is_whole=True)
+            tokens, answers = [], []
+
+
+def passage_chat_row(
+    rng: np.random.Generator, layout: RowLayout, tokenizer: PieceTokenizer, bank: QuestionBank, form: ChatForm
+) -> Row:
+    """Passages each with a question in one document, the loss on the answers only, packed until eight in turn do not
+    fit; none sees another.
+
+    Raises:
+        ValueError: rows too short for any.
+    """
+    writer, misses = RowWriter(layout), 0
+    gap = tokenizer.encode_text("\n\n")
+    while misses < _MAX_MISSES and writer.room > 0:
+        question = bank.questions[int(rng.integers(len(bank.questions)))]
+        answer = question.answers[int(rng.integers(len(question.answers)))]
+        passage = [*bank.passages[question.passage].tolist(), *gap]
+        if rng.random() < PLAIN_FRACTION:
+            turn = plain_turn(tokenizer, question.text, answer)
+            head = [*passage, *turn.head]
+        else:
+            opening = form.opening if rng.random() < 0.5 else form.first
+            turn = form.turn(tokenizer, tokenizer.encode_text(question.text), answer, [])
+            head = [*opening, *passage, *turn.head]
+        if len(head) + len(turn.answer) + 1 > writer.room:
+            misses += 1
+            continue
+        answers = [(len(head), len(head) + len(turn.answer))]
+        writer.add([*head, *turn.answer], answers, is_whole=True, labelled=answers)
+    if writer.end == 0:
+        raise ValueError(f"no passage with its question fits into seq_len={layout.seq_len}; use longer rows")
+    return writer.row("passage_chat", isolated=True)
