@@ -13,12 +13,13 @@ DEV := $(VENV)/.dev-installed
 DOCS := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint report docs clean kernels-aot results/needles-nano
+.PHONY: help quickstart smol test lint report docs clean kernels-aot results/needles-nano
 
 help:  ## show this list
 	@echo "make quickstart   install into .venv and run the guided tour; the report lands in quickstart-report/"
 	@echo "make test         install the development tools too, then ruff, mypy and the tests that need no GPU"
 	@echo "make lint         ruff and mypy only"
+	@echo "make smol         SmolLM2-135M with a memory: fetch it by pip (93 MB), apply our difference, ask a book"
 	@echo "make report       redraw every committed figure from the committed numbers"
 	@echo "make docs         build the documentation as a site into site/, without a warning and without the net"
 	@echo "make results/needles-nano   measure the needle study again (4 minutes)"
@@ -45,6 +46,10 @@ report: $(CORE)
 
 docs: $(DOCS)
 	$(BIN)/python scripts/docs_site.py
+
+smol: $(CORE)
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --editable ".[gguf]"
+	$(BIN)/python scripts/make_smol.py
 
 results/needles-nano: $(CORE)
 	$(BIN)/hsa quickstart -o $@ --needles 100 --controls 40

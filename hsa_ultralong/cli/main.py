@@ -23,6 +23,7 @@ from hsa_ultralong.cli import (
     ask,
     average,
     bench,
+    compact,
     compare,
     convert,
     data,
@@ -35,12 +36,13 @@ from hsa_ultralong.cli import (
     quickstart,
     serve,
     train,
+    tune,
 )
 from hsa_ultralong.cli.terminal import LogFormatter, echo, one_line
 
 COMMANDS = (
-    quickstart, memorize, ask, memory, serve, generate, data, train, average, convert, plot, plan, evaluate, compare,
-    bench,
+    quickstart, memorize, ask, memory, serve, generate, data, train, average, convert, compact, tune, plot, plan,
+    evaluate, compare, bench,
 )  # fmt: skip
 
 EXIT_BUG = 1

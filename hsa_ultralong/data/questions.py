@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.chat_form import Asker, ChatForm, Turn, plain_turn
 from hsa_ultralong.data.passages import Passages, evaluation_passages, passage_id, read_nq, read_squad
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, RowWriter, round_up
 from hsa_ultralong.data.sampler import DocumentSampler
-from hsa_ultralong.data.tokenizer import PieceTokenizer, plain_backend
+from hsa_ultralong.data.seeds import namespaced_rng
+from hsa_ultralong.data.tokenizer import PieceTokenizer, plain_backend, special_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -217,3 +219,23 @@ def passage_chat_row(
     if writer.end == 0:
         raise ValueError(f"no passage with its question fits into seq_len={layout.seq_len}; use longer rows")
     return writer.row("passage_chat", isolated=True)
+
+
+class PassageChats(Dataset[Row]):
+    """Rows of passage_chat alone, which need no shards; row i is a function of the seed and i."""
+
+    def __init__(
+        self, paths: Sequence[str], tokenizer: PreTrainedTokenizerFast, seq_len: int, num_rows: int, seed: int = 0
+    ) -> None:
+        self._bank = open_questions(tuple(paths), tokenizer, "train")
+        # chunks mean nothing to a model without a memory
+        self._layout = RowLayout(seq_len, 1, *special_token_ids(tokenizer))
+        self._tokenizer, self._form = PieceTokenizer(tokenizer), ChatForm.of(tokenizer)
+        self._num_rows, self._seed = num_rows, seed
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> Row:
+        rng = namespaced_rng("passage_chats", self._seed, index)
+        return passage_chat_row(rng, self._layout, self._tokenizer, self._bank, self._form)

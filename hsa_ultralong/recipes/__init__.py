@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from hsa_ultralong.recipes.convert import convert_align, convert_long, convert_memory, convert_sft
+from hsa_ultralong.recipes.convert import convert_align, convert_long, convert_memory, convert_sft, convert_smol
 from hsa_ultralong.recipes.debug import debug, debug_stages
 from hsa_ultralong.recipes.dense_0_5b import dense_0_5b
 from hsa_ultralong.recipes.moe_8b_a1b import moe_8b_a1b
@@ -30,6 +30,7 @@ _ALL: tuple[Callable[[], TrainConfig], ...] = (
     convert_memory,
     convert_long,
     convert_sft,
+    convert_smol,
     debug,
     debug_stages,
 )

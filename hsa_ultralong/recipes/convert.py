@@ -67,20 +67,13 @@ def convert_memory() -> TrainConfig:
     answer, among those of all rows of a step. A prototype of these stages without that recalled .92 of facts at 1,024
     tokens after 20M tokens, .95 at 2,048 after 40M (docs/log.md); this recipe is not measured.
     """
-    return TrainConfig(
-        preset="smol_135m",
-        stages=[
-            _stage("short", 256, 14_000_000, 2e-3, _MEMORY, window=64, warmup_steps=50, advance_below=0.15),
-            _stage("choose", 1024, 6_000_000, 2e-3, _MEMORY, window=128, warmup_steps=1),
-            _stage("widen", 2048, 8_000_000, 1e-3, _MORE_TEXT, window=256),
-            _stage("settle", 4096, 12_000_000, 1e-3, _MORE_TEXT, window=512, schedule="linear"),
-        ],
-        weight_decay=0.0,
-        old_rate=0.25,
-        probe_kind="chat_facts",
-        probe_lengths=(1024, 8192),
-        mfu=0.08,
-    )
+    stages = [
+        _stage("short", 256, 14_000_000, 2e-3, _MEMORY, window=64, warmup_steps=50, advance_below=0.15),
+        _stage("choose", 1024, 6_000_000, 2e-3, _MEMORY, window=128, warmup_steps=1),
+        _stage("widen", 2048, 8_000_000, 1e-3, _MORE_TEXT, window=256),
+        _stage("settle", 4096, 12_000_000, 1e-3, _MORE_TEXT, window=512, schedule="linear"),
+    ]
+    return _run(stages, "chat_facts", (1024, 8192))
 
 
 def convert_long() -> TrainConfig:
@@ -90,20 +83,7 @@ def convert_long() -> TrainConfig:
     Eight rows of 8,192 tokens, as far as SmolLM2 itself reads, are one memory of 1,024 chunks, of which 64 are kept.
     Not measured.
     """
-    mixture = {"text": 0.5, "span_copy": 0.125, "chat_facts": 0.375}
-    long = _stage("long", 8192, 20_000_000, 5e-4, mixture, window=512, schedule="linear")
-    long.batch_tokens, long.pool_memory, long.chunk_topk = 65_536, "attended", 64
-    config = TrainConfig(
-        preset="smol_135m",
-        stages=[long],
-        weight_decay=0.0,
-        old_rate=0.25,
-        probe_kind="chat_facts",
-        probe_lengths=(8192, 32_768),
-        mfu=0.08,
-    )
-    config.parallel.activation_checkpointing = "selective"
-    return config
+    return _run([_long()], "chat_facts", (8192, 32_768))
 
 
 def convert_sft() -> TrainConfig:
@@ -114,18 +94,46 @@ def convert_sft() -> TrainConfig:
     Questions that people asked about passages, from memory and with the passage in the prompt; the rest keeps recall
     and language. Not measured.
     """
+    return _run([_sft("questions")], "passage_questions", (4096, 16_384))
+
+
+def convert_smol() -> TrainConfig:
+    """`hsa train convert_smol --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --init-from
+    models/smol --teacher smol.gguf --device cuda -o runs/smol --set lora_rank=16 --export-difference
+    smol.safetensors`.
+
+    convert_memory, convert_long and convert_sft as one run. Not measured.
+    """
+    return _run([*convert_memory().stages, _long(), _sft("sft")], "passage_questions", (4096, 16_384))
+
+
+def _long() -> StageConfig:
+    mixture = {"text": 0.5, "span_copy": 0.125, "chat_facts": 0.375}
+    stage = _stage("long", 8192, 20_000_000, 5e-4, mixture, window=512, schedule="linear")
+    stage.batch_tokens, stage.pool_memory, stage.chunk_topk = 65_536, "attended", 64
+    return stage
+
+
+def _sft(name: str) -> StageConfig:
     mixture = {"text": 0.3, "passage_questions": 0.35, "passage_chat": 0.15, "chat_facts": 0.15, "span_copy": 0.05}
-    asked = _stage("questions", 4096, 16_000_000, 5e-4, mixture, window=512, schedule="linear")
-    asked.chunk_topk = 64
-    return TrainConfig(
+    stage = _stage(name, 4096, 16_000_000, 5e-4, mixture, window=512, schedule="linear")
+    stage.chunk_topk = 64
+    return stage
+
+
+def _run(stages: list[StageConfig], probe_kind: str, probe_lengths: tuple[int, ...]) -> TrainConfig:
+    config = TrainConfig(
         preset="smol_135m",
-        stages=[asked],
+        stages=stages,
         weight_decay=0.0,
         old_rate=0.25,
-        probe_kind="passage_questions",
-        probe_lengths=(4096, 16_384),
+        probe_kind=probe_kind,
+        probe_lengths=probe_lengths,
         mfu=0.08,
     )
+    # rows of the long stage are a pool of 65,536 tokens
+    config.parallel.activation_checkpointing = "selective" if any(stage.name == "long" for stage in stages) else "none"
+    return config
 
 
 def _stage(

@@ -22,9 +22,11 @@ from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.fields import is_whole
 from hsa_ultralong.files.messages import reason, shown
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
+from hsa_ultralong.train.packing import pack, unpack
 
 MAX_BYTES = 32 * 2**20
-_FORMAT = "hsa-difference-1"
+# with matrices as they are, or packed into few bits
+_FORMAT, _PACKED = "hsa-difference-1", "hsa-difference-2"
 _HEADER_BYTES = 2**20
 
 
@@ -69,6 +71,18 @@ def write_difference(
     write_whole(path, save(dict(tensors), metadata={"format": _FORMAT, "conversion": json.dumps(about)}))
 
 
+def write_packed(path: Path, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any], bits: int) -> float:
+    """Write a difference that was read again, its matrices in `bits` bits; returns by how much of their size (root of
+    the mean square) these changed."""
+    packed, about = pack(tensors, bits)
+    again = unpack(packed, about)
+    matrices = [name for name, part in tensors.items() if part.dim() > 1]
+    change = sum(float((again[name] - tensors[name].float()).pow(2).sum()) for name in matrices)
+    metadata = {"format": _PACKED, "conversion": json.dumps(conversion), "packed": about}
+    write_whole(path, save(packed, metadata=metadata))
+    return (change / max(1e-30, sum(float(tensors[name].float().pow(2).sum()) for name in matrices))) ** 0.5
+
+
 def read_difference(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and the conversion that they belong to.
 
@@ -85,9 +99,11 @@ def read_difference(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {reason(error)}") from error
-    if about.get("format") != _FORMAT:
+    if about.get("format") not in (_FORMAT, _PACKED):
         raise ValueError(f"{path} is no difference: its format is {shown(about.get('format'))}, not {_FORMAT}")
     try:
+        if about["format"] == _PACKED:
+            tensors = unpack(tensors, about["packed"])
         conversion = json.loads(about["conversion"])
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {reason(error)}") from error

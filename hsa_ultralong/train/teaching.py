@@ -98,6 +98,11 @@ def token_divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (theirs.exp() * (theirs - ours)).sum(-1)
 
 
+def divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The mean of token_divergence."""
+    return token_divergence(found, wanted).mean()
+
+
 class Teacher:
     """The source of a converted model, and what a step learns from it.
 
@@ -344,10 +349,15 @@ def run_model(model: HSAForCausalLM, inputs: Inputs, pool: bool | str) -> Passed
     return Passed(inner.norm(x), rotary, own, segments)
 
 
-def _document_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What every token may read, (B, 1, T, T): 0, or the least number; padding reads itself."""
+def readable(segments: torch.Tensor) -> torch.Tensor:
+    """(B, T) -> (B, T, T) bool: which tokens a token of packed rows may read; padding reads itself."""
     places = torch.arange(segments.shape[1], device=segments.device)
-    allowed = (segments[:, :, None] == segments[:, None]) & (places[:, None] >= places)
+    return (segments[:, :, None] == segments[:, None]) & (places[:, None] >= places)
+
+
+def _document_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `readable` says as attention adds it, (B, 1, T, T): 0, or the least number."""
+    allowed = readable(segments)
     return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill_(
         ~allowed, torch.finfo(dtype).min
     )[:, None]

@@ -115,9 +115,11 @@ def test_collate_gives_the_documented_tensors(dataset):
         "labels": torch.int64,
         "segment_ids": torch.int32,
         "answer_mask": torch.bool,
+        "evidence": torch.int32,
         "isolated": torch.bool,
     }
-    assert all(batch[name].shape == ((3,) if name == "isolated" else (3, 1024)) for name in types)
+    shapes = {"isolated": (3,), "evidence": (3, 1024, 2)}
+    assert all(batch[name].shape == shapes.get(name, (3, 1024)) for name in types)
     assert batch["kind"] == [dataset[i].kind for i in range(3)]
 
 

