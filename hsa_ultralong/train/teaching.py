@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
@@ -131,7 +132,7 @@ class Teacher:
         self.reading = ours.reading_layers
         self._parts: dict[str, torch.Tensor] = {}
         self._caught: dict[tuple[str, int], torch.Tensor] = {}
-        self._asked: list[torch.Tensor] = []
+        self._asked: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._is_listening = False
         self._token_divergence = token_divergence
         if config.compile and device.type == "cuda":
@@ -186,7 +187,7 @@ class Teacher:
             summed = F.cross_entropy(model.lm_head(found[places]).float(), labels, reduction="sum")
             loss = loss + self._note("answer_loss", summed / max(1, counts.answers))
         if told is not None:
-            loss = loss + stage.evidence_loss * self._evidence(model, passed, told, stage, counts)
+            loss = loss + stage.evidence_loss * self._evidence(passed, told, stage, counts)
         if aligns:
             share = len(inputs["input_ids"]) / stage.rows
             retrieval, output = self._alignment(model, inputs, passed)
@@ -211,19 +212,16 @@ class Teacher:
             theirs = self.source.lm_head(wanted[chosen])
         return (self._token_divergence(model.lm_head(found[chosen]), theirs) * weights).sum()
 
-    def _evidence(
-        self, model: HSAForCausalLM, passed: Passed, told: Told, stage: StageConfig, counts: Counts
-    ) -> torch.Tensor:
+    def _evidence(self, passed: Passed, told: Told, stage: StageConfig, counts: Counts) -> torch.Tensor:
         """The loss of the chunks that tell the answers, mean over the layers that read."""
         view = passed.view
         assert isinstance(view, GraphView)
         told = told.to(passed.hidden.device)
         seen, right = visible_chunks(told, view)
         landmarks, losses, firsts = view.memory.landmarks.flatten(0, 1), [], []
-        for group, x in zip(model.model.upper_groups(), self._asked, strict=True):
-            # of all tokens, as in the forward: compiled for this shape
-            query = group.retriever.queries(x)[told.rows, told.places]
-            one, first = evidence_loss(query, landmarks, group.retriever.factor(), seen, right, stage.evidence_chunks)
+        for queries, factor in self._asked:
+            query = queries[told.rows, told.places]
+            one, first = evidence_loss(query, landmarks, factor, seen, right, stage.evidence_chunks)
             losses.append(one)
             firsts.append(first)
         share = told.scale / max(1, counts.answers)
@@ -240,9 +238,9 @@ class Teacher:
         return value
 
     def _listen(self, module: Any, args: tuple[Any, ...]) -> None:
-        """Keep what a layer retrieves for."""
+        """Keep what a layer looks for, formed here once more: cut weights are whole inside the group's forward only."""
         if self._is_listening:
-            self._asked.append(args[0])
+            self._asked.append((module.queries(args[0]), module.factor()))
 
     def _catch(self, name: str, number: int) -> Callable[..., None]:
         def catch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -365,6 +363,11 @@ def _document_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _check_stage(stage: StageConfig, config: TrainConfig) -> None:
     aligns = bool(stage.align_retrieval or stage.align_output)
+    if aligns and dist.is_initialized() and config.parallel.reshard_after_forward:
+        raise ValueError(
+            f"stage {stage.name!r}: alignment on several processes runs layers by themselves: set "
+            "parallel.reshard_after_forward=false"
+        )
     for name, is_set in (
         ("piece_tokens", bool(stage.piece_tokens)),
         ("parallel.context above 1", config.parallel.context > 1),
