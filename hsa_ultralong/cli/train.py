@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from hsa_ultralong.train import TrainConfig, Trainer
     from hsa_ultralong.train.run_folder import RunFolder
 
+Questions = Annotated[
+    list[Path] | None,
+    typer.Option("--questions", help="Questions over passages, for recipes that ask them; SQuAD's form, or NQ's."),
+]
+
 
 def register(app: typer.Typer) -> None:
     app.command("train")(train)
@@ -73,10 +78,7 @@ def train(
     export_difference: Annotated[
         Path | None, typer.Option(help="At the end, also of --max-minutes: write what was learnt, at most 32 MiB.")
     ] = None,
-    questions: Annotated[
-        list[Path] | None,
-        typer.Option("--questions", help="Questions over passages, for recipes that ask them; SQuAD's form, or NQ's."),
-    ] = None,
+    questions: Questions = None,
     freeze_memory: Annotated[
         bool,
         typer.Option(
