@@ -40,6 +40,7 @@ def _choice(config: RivalConfig) -> dict[str, Any]:
         "stride": config.compression_stride,
         "num_initial": config.num_initial_chunks,
         "num_local": config.num_local_chunks,
+        "impl": config.sparse_impl,
     }
 
 
@@ -62,7 +63,9 @@ ATTENTIONS: dict[str, Callable[[RivalConfig], nn.Module]] = {
     "window_sinks": lambda config: WindowAndSinks(
         window=config.sliding_window, num_sinks=config.num_sinks, rope=_rope(config), **_heads(config)
     ),
-    "moba": lambda config: MeanTopK(chunk_size=config.chunk_size, topk=config.chunk_topk, **_heads(config)),
+    "moba": lambda config: MeanTopK(
+        chunk_size=config.chunk_size, topk=config.chunk_topk, impl=config.sparse_impl, **_heads(config)
+    ),
     "nsa": lambda config: NativeSparseAttention(
         window=config.sliding_window, rope=_rope(config), **_choice(config), **_heads(config)
     ),

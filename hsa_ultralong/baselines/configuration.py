@@ -20,14 +20,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "full_nope": (),
     "window": ("sliding_window",),
     "window_sinks": ("sliding_window", "num_sinks"),
-    "moba": ("chunk_size", "chunk_topk"),
+    "moba": ("chunk_size", "chunk_topk", "sparse_impl"),
     "nsa": (
         "chunk_size", "chunk_topk", "sliding_window", "compression_size", "compression_stride", "num_initial_chunks",
-        "num_local_chunks",
+        "num_local_chunks", "sparse_impl",
     ),
     "infllm_v2": (
         "chunk_size", "chunk_topk", "compression_size", "compression_stride", "num_initial_chunks", "num_local_chunks",
-        "dense_tokens",
+        "dense_tokens", "sparse_impl",
     ),
     "gated_delta": ("linear_impl",),
     "landmark": ("chunk_size", "chunk_topk"),
@@ -37,7 +37,7 @@ DECODING = ("full", "sinks", "pages", "blocks")
 # options that may be others at evaluation than in training
 AT_TEST_TIME = (
     "rope_scaling", "rope_theta", "sliding_window", "num_sinks", "chunk_topk", "dense_tokens", "linear_impl",
-    "decoding", "decoding_tokens", "decoding_tail",
+    "sparse_impl", "decoding", "decoding_tokens", "decoding_tail",
 )  # fmt: skip
 # keys beside our own that transformers and tools around it write into configurations; they change nothing here
 _NOTED = {
@@ -67,6 +67,8 @@ class RivalConfig(PreTrainedConfig):
             count among the K at once.
         dense_tokens: first tokens of a row that read all before them (infllm_v2).
         calibration_rank: of the map that makes a hils layer's queries for chunks.
+        sparse_impl: what reads the chunks of moba, nsa and infllm_v2 and the blocks of nsa, "torch" (anywhere) or, on a
+            GPU, our kernels: "triton".
         linear_impl: what computes gated_delta, "torch" or, on a GPU with flash-linear-attention, its kernels: "fla".
 
     Evaluation without training (decoding.py)
@@ -103,6 +105,7 @@ class RivalConfig(PreTrainedConfig):
     num_initial_chunks: int = 1
     num_local_chunks: int = 2
     dense_tokens: int = 0
+    sparse_impl: str = "torch"
     linear_impl: str = "torch"
     calibration_rank: int = 64
     decoding: str = "full"
@@ -176,6 +179,8 @@ class RivalConfig(PreTrainedConfig):
             raise ValueError(f"decoding={self.decoding} needs decoding_tokens >= {least}, got {self.decoding_tokens}")
         if self.linear_impl not in ("torch", "fla"):
             raise ValueError(f'linear_impl must be "torch" or "fla", got {self.linear_impl!r}')
+        if self.sparse_impl not in ("torch", "triton"):
+            raise ValueError(f'sparse_impl must be "torch" or "triton", got {self.sparse_impl!r}')
         for name in ("num_initial_chunks", "dense_tokens", "decoding_tail"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")

@@ -29,10 +29,11 @@ class InfLLM(SelfAttention):
         num_initial: int,
         num_local: int,
         dense_tokens: int,
+        impl: str,
         **heads: Any,
     ) -> None:
         super().__init__(**heads)
-        self.size, self.stride, self.dense_tokens = size, stride, dense_tokens
+        self.size, self.stride, self.dense_tokens, self.impl = size, stride, dense_tokens, impl
         self.choice = {
             "size": size, "stride": stride, "chunk_size": chunk_size, "topk": topk, "num_initial": num_initial,
             "num_local": num_local,
@@ -51,7 +52,7 @@ class InfLLM(SelfAttention):
             rest = q[:, dense:]
             means = block_means(k.detach(), self.size, self.stride) if state is None else state.means()
             chosen = choose_by_compressed(rest.detach(), means, start=start + dense, pool="max", **self.choice)  # type: ignore[arg-type]
-            parts.append(selected_attention(rest, k, v, chosen, chunk_size=self.choice["chunk_size"]))
+            parts.append(selected_attention(rest, k, v, chosen, chunk_size=self.choice["chunk_size"], impl=self.impl))
         return torch.cat(parts, 1)
 
     def new_state(self) -> BlockedKeyValues:

@@ -39,6 +39,9 @@ class LandmarkState(AllKeyValues):
         self.count += summary.shape[1]
         return self.summary[:, : self.count], self.bias[:, : self.count]
 
+    def _filled(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return value[:, : self.count] if name in ("summary", "bias") else super()._filled(name, value)
+
     def reset(self) -> None:
         super().reset()
         self.count = 0

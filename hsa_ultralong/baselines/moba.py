@@ -20,9 +20,9 @@ class MeanTopK(SelfAttention):
     values and a mean for every chunk.
     """
 
-    def __init__(self, *, chunk_size: int, topk: int, **heads: Any) -> None:
+    def __init__(self, *, chunk_size: int, topk: int, impl: str, **heads: Any) -> None:
         super().__init__(**heads)
-        self.chunk_size, self.topk = chunk_size, topk
+        self.chunk_size, self.topk, self.impl = chunk_size, topk, impl
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: Any) -> torch.Tensor:
         start = 0 if state is None else state.length
@@ -31,7 +31,8 @@ class MeanTopK(SelfAttention):
         else:
             k, v = state.extend(k, v)
             means = state.means()
-        return selected_attention(q, k, v, self.choose(q.detach(), means, start), chunk_size=self.chunk_size)
+        chosen = self.choose(q.detach(), means, start)
+        return selected_attention(q, k, v, chosen, chunk_size=self.chunk_size, impl=self.impl)
 
     @torch.no_grad()
     def choose(self, q: torch.Tensor, means: torch.Tensor, start: int) -> torch.Tensor:

@@ -72,6 +72,7 @@ class NativeSparseAttention(SelfAttention):
         stride: int,
         num_initial: int,
         num_local: int,
+        impl: str,
         rope: Rope,
         **heads: Any,
     ) -> None:
@@ -82,6 +83,7 @@ class NativeSparseAttention(SelfAttention):
             **heads,
         )
         self.window, self.size, self.stride, self.chunk_size, self.rope = window, size, stride, chunk_size, rope
+        self.impl = impl
         self.choice = {"topk": topk, "num_initial": num_initial, "num_local": num_local}
         self.compress_keys, self.compress_values = Compressor(size, self.head_dim), Compressor(size, self.head_dim)
         self.gate_proj = nn.Linear(hidden_size, 3 * num_attention_heads, bias=False)
@@ -104,7 +106,7 @@ class NativeSparseAttention(SelfAttention):
         branches = torch.stack(
             (
                 self._read_blocks(q, block_k, block_v, start),
-                selected_attention(q, chunk_k, chunk_v, chosen, chunk_size=self.chunk_size),
+                selected_attention(q, chunk_k, chunk_v, chosen, chunk_size=self.chunk_size, impl=self.impl),
                 sliding_window_attention(q, near_k, near_v, window=self.window),
             ),
             2,
@@ -134,6 +136,10 @@ class NativeSparseAttention(SelfAttention):
 
     def _read_blocks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
         """The branch of compressed blocks; 0 for tokens that see none."""
+        if self.impl == "triton":
+            from hsa_ultralong.baselines.triton_selected import block_attention_triton  # imports triton
+
+            return block_attention_triton(q, k, v, size=self.size, stride=self.stride, start=start)
         # tokens before the end of the first block
         blind = min(max(self.size - 1 - start, 0), q.shape[1])
         parts = [torch.zeros_like(q[:, :blind])]

@@ -19,12 +19,14 @@ _DENSE_MIN_TOKENS = 16
 
 
 def selected_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, *, chunk_size: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, *, chunk_size: int, impl: str = "torch"
 ) -> torch.Tensor:
     """One softmax over the keys up to a token's own in the chunks that it has chosen.
 
-    With gradients, or where few chunks are left out: all keys under a mask, O(T N) time, pieces of queries that run
-    again in the backward, so that O(T N) numbers never exist. Otherwise the chosen chunks are gathered, O(T K S).
+    impl="triton": kernels that read the chunks that some token of a tile has chosen (triton_selected.py), but for few
+    tokens. "torch", with gradients or where few chunks are left out: all keys under a mask, O(T N) time, pieces of
+    queries that run again in the backward, so that O(T N) numbers never exist. Otherwise, and for few tokens, the
+    chosen chunks are gathered, O(T K S).
 
     Args:
         q: (B, T, Hq, D), the last T of N tokens. k, v: (B, N, Hkv, D).
@@ -35,6 +37,10 @@ def selected_attention(
     """
     new, total, slots = q.shape[1], k.shape[1], chosen.shape[-1] * chunk_size
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if impl == "triton" and new >= _DENSE_MIN_TOKENS:
+        from hsa_ultralong.baselines.triton_selected import selected_attention_triton  # imports triton
+
+        return selected_attention_triton(q, k, v, chosen, chunk_size=chunk_size)
     ratio = _DENSE_RATIO.get(q.device.type, 4) if new >= _DENSE_MIN_TOKENS else 1
     if not needs_grad and total > ratio * slots:
         size = max(1, _ELEMENTS // (q.shape[0] * max(chosen.shape[2], k.shape[2]) * slots * q.shape[-1]))

@@ -43,11 +43,20 @@ class LayerState(OwnCacheLayer):
             if isinstance(part, LayerState):
                 part.length = 0
 
-    def num_bytes(self) -> int:
-        """Bytes held, room for growth included."""
-        parts = vars(self).values()
-        own = sum(value.nbytes for value in parts if isinstance(value, torch.Tensor))
-        return own + sum(value.num_bytes() for value in parts if isinstance(value, LayerState))
+    def num_bytes(self, *, with_room: bool = True) -> int:
+        """Bytes held, room for growth included or not."""
+        parts = vars(self)
+        own = sum(
+            (value if with_room else self._filled(name, value)).nbytes
+            for name, value in parts.items()
+            if isinstance(value, torch.Tensor)
+        )
+        states = (value for value in parts.values() if isinstance(value, LayerState))
+        return own + sum(state.num_bytes(with_room=with_room) for state in states)
+
+    def _filled(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What of a tensor is in use."""
+        return value
 
 
 def grown(buffer: torch.Tensor | None, used: int, new: torch.Tensor) -> torch.Tensor:
@@ -74,6 +83,9 @@ class AllKeyValues(LayerState):
         self.values = grown(self.values, self.length, values)
         self.length = total
         return self.keys[:, :total], self.values[:, :total]
+
+    def _filled(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return value[:, : self.length]
 
 
 def num_blocks(length: int, size: int, stride: int) -> int:
@@ -111,6 +123,9 @@ class BlockedKeyValues(AllKeyValues):
             self.blocks = grown(self.blocks, self.count, new)
             self.count = count
         return self.blocks[:, :count]
+
+    def _filled(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return value[:, : self.count] if name == "blocks" else super()._filled(name, value)
 
     def reset(self) -> None:
         super().reset()
@@ -173,6 +188,6 @@ class RivalCache(Cache):
         """What transformers takes for the number of tokens that a cache has seen."""
         return self.num_seen
 
-    def num_bytes(self) -> int:
-        """Bytes of all layers, room for growth included."""
-        return sum(state.num_bytes() for state in self.states)
+    def num_bytes(self, *, with_room: bool = True) -> int:
+        """Bytes of all layers, room for growth included or not."""
+        return sum(state.num_bytes(with_room=with_room) for state in self.states)

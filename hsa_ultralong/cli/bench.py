@@ -1,5 +1,6 @@
 """`hsa bench`: measure speed on this machine. `ops` puts every operator beside its baselines, `memory` times reading
-and decoding; `training` is in bench_training.py, `serve` in bench_serve.py."""
+and decoding; `training`, `reading` and `serve` are in
+files of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.bench_reading import reading
 from hsa_ultralong.cli.bench_serve import serve
 from hsa_ultralong.cli.bench_training import training
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_counts, parse_size, parse_sizes
@@ -27,6 +29,7 @@ _ON_CPU = {"lengths": (1024, 4096), "topks": (32,), "decode_chunks": (1024,)}
 
 def register(app: typer.Typer) -> None:
     bench.command("training")(training)
+    bench.command("reading")(reading)
     bench.command("serve")(serve)
     app.add_typer(bench, name="bench")
 

@@ -146,7 +146,7 @@ def suite(
 
     init_distributed(choose_device(device))
     for folder, label in zip(folders, labels, strict=True):
-        model, tokenizer, is_ours = _load(folder, device, dtype, changes or [])
+        model, tokenizer, is_ours = load_any(folder, device, dtype, changes or [])
         if topk is not None:
             if not is_ours:
                 raise ValueError(f"--topk is of models of this library, {label} is none")
@@ -221,7 +221,7 @@ def _files(data: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _load(folder: Path | None, device: str, dtype: str, changes: Sequence[str]) -> tuple[Any, Any, bool]:
+def load_any(folder: Path | None, device: str, dtype: str, changes: Sequence[str]) -> tuple[Any, Any, bool]:
     """Model, tokenizer, and whether the model is one with a memory; changes: of a rival's configuration."""
     from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model
     from hsa_ultralong.files.strict_json import read_json

@@ -36,6 +36,7 @@ def test_a_saved_rival_is_loaded_by_the_auto_classes(tmp_path):
         ({"decoding": "pages", "decoding_tokens": 15}, "needs decoding_tokens >= 16"),
         ({"layers": ["hils"], "chunk_size": 1}, "chunk_size >= 2"),
         ({"linear_impl": "cuda"}, "linear_impl must be"),
+        ({"sparse_impl": "fla"}, 'sparse_impl must be "torch" or "triton"'),
         ({"dense_tokens": -1}, "dense_tokens must be >= 0"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be > 0"),
     ],

@@ -1,0 +1,156 @@
+"""Join what a comparison of twins measured into results/twins: summary.json, summary.md, recall.png and .svg.
+
+    python scripts/twins_report.py FOLDER [-o results/twins]
+
+FOLDER holds, for every twin and seed, run-NAME-SEED (of `hsa train`: summary.json) and folders of `hsa eval` called
+WHAT-NAME-SEED (summary.json); and reading*/reading.json of `hsa bench reading`. Scores of several seeds are pooled: the
+mean with the 95% Wilson interval of all samples, and the value of every seed beside it. Nothing is left out: what was
+not measured has no row. tests/test_twins_report.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from hsa_ultralong.eval.metadata import write_json
+from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.plots import human_tokens, plt, save
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.strict_json import read_json
+
+# WHAT-NAME-SEED; names of twins have no "-"
+_FOLDER = re.compile(r"(?P<what>[a-z0-9_]+)-(?P<twin>[a-z0-9_]+)-(?P<seed>\d+)")
+_TRAINED = ("loss", "tokens_per_s", "needle_accuracy")
+Key = tuple[str, str, str, int]
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """{"meta", "records"} of all that lies in the folder."""
+    values: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    sources, hardware = {}, set()
+    for path in sorted(folder.glob("*/summary.json")):
+        found = _FOLDER.fullmatch(path.parent.name)
+        if found is None:
+            continue
+        what, twin, seed = found["what"], found["twin"], int(found["seed"])
+        content = read_json(path)
+        sources[path.parent.name] = {name: content["meta"].get(name) for name in ("command", "commit", "date")}
+        hardware.add(content["meta"].get("hardware"))
+        for record in content["records"]:
+            if record.get("depth") is not None or (what == "run" and record["metric"] not in _TRAINED):
+                continue
+            length = record.get("length") or record.get("tokens") or record.get("context") or 0
+            task = record.get("task") or record.get("stage") or ""
+            values[f"{what} {task}".strip(), record["metric"], twin, length].append({**record, "seed": seed})
+    records = [_pooled(key, found) for key, found in values.items()]
+    for path in sorted(folder.glob("reading*/reading.json")):
+        content = read_json(path)
+        hardware.add(content["meta"].get("hardware"))
+        sources[path.parent.name] = {name: content["meta"].get(name) for name in ("command", "commit", "date")}
+        for record in content["records"]:
+            twin = record["preset"].rsplit("-", 1)[0]
+            row = {"task": "reading", "metric": record["metric"], "twin": twin, "length": record["tokens"]}
+            records.append({**row, "value": record["value"], "seeds": {}})
+    if not records:
+        raise ValueError(f"{folder} holds no folder of twins such as run-hsa-0/summary.json")
+    return {"meta": {"hardware": sorted(filter(None, hardware)), "sources": sources}, "records": records}
+
+
+def _pooled(key: Key, found: list[dict[str, Any]]) -> dict[str, Any]:
+    task, metric, twin, length = key
+    value = sum(r["value"] for r in found) / len(found)
+    seeds = {str(r["seed"]): r["value"] for r in sorted(found, key=lambda r: r["seed"])}
+    row: dict[str, Any] = {"task": task, "metric": metric, "twin": twin, "length": length, "value": value}
+    if "ci_low" in found[0]:
+        samples = sum(r["samples"] for r in found)
+        if metric.endswith("perplexity"):
+            low, high = min(r["ci_low"] for r in found), max(r["ci_high"] for r in found)
+        else:
+            low, high = wilson_interval(sum(r["value"] * r["samples"] for r in found), samples)
+        row |= {"samples": samples, "ci_low": low, "ci_high": high}
+    return {**row, "seeds": seeds}
+
+
+def tables(records: list[dict[str, Any]]) -> str:
+    """A Markdown table for every task and metric, twins by length."""
+    parts = []
+    for task, metric in dict.fromkeys((r["task"], r["metric"]) for r in records):
+        rows = [r for r in records if (r["task"], r["metric"]) == (task, metric)]
+        lengths = sorted({r["length"] for r in rows})
+        twins = list(dict.fromkeys(r["twin"] for r in rows))
+        known = {(r["twin"], r["length"]): r for r in rows}
+        head = " | ".join(human_tokens(n) if n else "" for n in lengths)
+        lines = [f"## {task}: {metric}", "", f"| twin | {head} |", "|---|" + "---|" * len(lengths)]
+        for twin in twins:
+            lines.append(f"| {twin} | " + " | ".join(_cell(known.get((twin, n))) for n in lengths) + " |")
+        parts.append("\n".join(lines))
+    note = "Shares in percent with 95% intervals; where there are several seeds, the value of each in brackets."
+    return "# Twins\n\n" + note + "\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _cell(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    is_share = "ci_low" in record and not record["metric"].endswith("perplexity")
+    is_share |= record["metric"] == "needle_accuracy"
+
+    def show(value: float) -> str:
+        return f"{100 * value:.0f}" if is_share else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+    text = show(record["value"])
+    if "ci_low" in record:
+        text += f" ({show(record['ci_low'])}-{show(record['ci_high'])})"
+    return text + (f" [{', '.join(map(show, record['seeds'].values()))}]" if len(record["seeds"]) > 1 else "")
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """A panel for every task of recall and RULER, a line a twin with its interval, against the length."""
+    rows = [r for r in records if "ci_low" in r and r["task"] != "ppl" and not r["metric"].endswith("perplexity")]
+    rows = [r for r in rows if not r["metric"].startswith("teacher")]
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    if not tasks:
+        return
+    wide = min(4, len(tasks))
+    high = -(-len(tasks) // wide)
+    figure, panels = plt.subplots(
+        high, wide, figsize=(3.2 * wide, 2.5 * high + 0.4), squeeze=False, sharey=True, layout="constrained"
+    )
+    twins = list(dict.fromkeys(r["twin"] for r in rows))
+    for axes, task in zip(panels.flat, tasks, strict=False):
+        for number, twin in enumerate(twins):
+            own = sorted((r for r in rows if (r["task"], r["twin"]) == (task, twin)), key=lambda r: r["length"])
+            if own:
+                x, y = [r["length"] for r in own], [r["value"] for r in own]
+                gaps = [[r["value"] - r["ci_low"] for r in own], [r["ci_high"] - r["value"] for r in own]]
+                axes.errorbar(x, y, gaps, label=twin, color=f"C{number}", marker=".", capsize=2, linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths := sorted({r["length"] for r in rows if r["task"] == task}))
+        axes.set_xticklabels([human_tokens(n) for n in lengths], fontsize=6, rotation=45)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_title(task, fontsize=8)
+    for axes in panels.flat[len(tasks) :]:
+        axes.axis("off")
+    handles = {label: h for axes in panels.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=7)
+    for kind in (".png", ".svg"):
+        save(figure, path.with_suffix(kind), 130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=Path("results/twins"))
+    arguments = parser.parse_args()
+    found = collect(arguments.folder)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.output / "summary.json", found)
+    write_whole(arguments.output / "summary.md", tables(found["records"]))
+    draw(found["records"], arguments.output / "recall")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""scripts/twins_report.py: seeds are pooled, nothing is invented, a table and a figure follow."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "twins_report.py"
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("twins_report", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def summary(folder, *records):
+    folder.mkdir(parents=True)
+    meta = {"command": "hsa", "commit": "abc", "date": "2026", "hardware": "H100"}
+    (folder / "summary.json").write_text(json.dumps({"meta": meta, "records": list(records)}))
+
+
+def score(value, samples=20, **more):
+    base = {"task": "vt", "metric": "all", "length": 2048, "depth": None, "samples": samples, "value": value}
+    return {**base, "ci_low": 0.0, "ci_high": 1.0, **more}
+
+
+def test_seeds_are_pooled_and_each_is_shown(report, tmp_path):
+    for seed, value in enumerate((0.5, 1.0, 0.75)):
+        summary(tmp_path / f"recall-hsa-{seed}", score(value), score(0.1, depth=0.05))
+    summary(tmp_path / "recall-window-0", score(0.0))
+    trained = {"metric": "tokens_per_s", "stage": "long", "context": 8192, "value": 500_000.0}
+    summary(tmp_path / "run-hsa-0", trained, {**trained, "metric": "mfu"})
+    (tmp_path / "reading-0").mkdir()
+    reading = {"metric": "bytes_per_token", "preset": "hsa-0", "tokens": 65_536, "value": 264.0}
+    (tmp_path / "reading-0" / "reading.json").write_text(json.dumps({"meta": {}, "records": [reading]}))
+    found = report.collect(tmp_path)
+    rows = {(r["task"], r["metric"], r["twin"]): r for r in found["records"]}
+    assert set(rows) == {
+        ("recall vt", "all", "hsa"), ("recall vt", "all", "window"), ("run long", "tokens_per_s", "hsa"),
+        ("reading", "bytes_per_token", "hsa"),
+    }  # fmt: skip
+    pooled = rows["recall vt", "all", "hsa"]
+    assert pooled["value"] == 0.75 and pooled["samples"] == 60 and pooled["seeds"] == {"0": 0.5, "1": 1.0, "2": 0.75}
+    assert 0.6 < pooled["ci_low"] < 0.75 < pooled["ci_high"] < 0.9
+    assert found["meta"]["hardware"] == ["H100"]
+    text = report.tables(found["records"])
+    assert "| hsa | 75 (63-84) [50, 100, 75] |" in text and "| hsa | 500,000 |" in text
+    report.draw(found["records"], tmp_path / "recall")
+    assert (tmp_path / "recall.png").is_file() and (tmp_path / "recall.svg").is_file()
+
+
+def test_a_folder_without_twins_is_refused(report, tmp_path):
+    with pytest.raises(ValueError, match="holds no folder of twins"):
+        report.collect(tmp_path)
