@@ -5,7 +5,7 @@ from hsa_ultralong.data.chat import chat_prompt, conversation_pieces
 from hsa_ultralong.data.evaluation_words import EVALUATION_ADJECTIVES, EVALUATION_NOUNS, EVALUATION_WORDS
 from hsa_ultralong.data.input_file import InputFile
 from hsa_ultralong.data.inputs import Spool, inputs_of, source_files, spool_of
-from hsa_ultralong.data.mixture import ROW_KINDS, MixtureConfig, MixtureDataset, StepSampler, collate
+from hsa_ultralong.data.mixture import ROW_KINDS, LengthsDataset, MixtureConfig, MixtureDataset, StepSampler, collate
 from hsa_ultralong.data.needles import Needle, evaluation_needles, make_needle, sample_needles
 from hsa_ultralong.data.packing import PackingCollator
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, self_copy_row, text_row
@@ -31,6 +31,7 @@ __all__ = [
     "ROW_KINDS",
     "DocumentSampler",
     "InputFile",
+    "LengthsDataset",
     "MixtureConfig",
     "MixtureDataset",
     "Needle",

@@ -232,6 +232,17 @@ _TASKS = {
 }
 
 
+class LengthsDataset(Dataset[Row]):
+    """Rows of several lengths: item (length, i) is row i of the dataset of that length."""
+
+    def __init__(self, datasets: Mapping[int, MixtureDataset]) -> None:
+        self.datasets = dict(datasets)
+
+    def __getitem__(self, key: tuple[int, int]) -> Row:
+        length, index = key
+        return self.datasets[length][index]
+
+
 class StepSampler(Sampler[list[int]]):
     """Batches of row indices by training step, for ``DataLoader(batch_sampler=...)``.
 

@@ -8,12 +8,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from hsa_ultralong.data import MixtureConfig, MixtureDataset, StepSampler, TokenShards, collate
+from hsa_ultralong.data import LengthsDataset, MixtureConfig, MixtureDataset, TokenShards, collate
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.train.config import StageConfig, TrainConfig
 
@@ -59,19 +60,11 @@ def step_batches(
     Raises:
         OSError: naming the shards, if a row cannot be read.
     """
-    rows = stage.forward_rows(world)
-    parts = stage.rows // (rows * world)
-    dataset = MixtureDataset(shards, tokenizer, mixture, split="train", num_rows=stage.num_steps * stage.rows)
-    sampler = StepSampler(
-        rows,
-        start_step=first_step * parts,
-        num_steps=(stage.num_steps - first_step) * parts,
-        rank=rank,
-        world_size=world,
-    )
+    parts = stage.rows // (stage.forward_rows(world) * world)
+    dataset = _dataset(shards, tokenizer, stage, mixture)
     loader = DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=_forwards(stage, first_step, rank, world),
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -90,6 +83,35 @@ def step_batches(
                 f"cannot read the rows of step {step} of stage {stage.name!r} from {shards.path} ({reason}); the last "
                 "checkpoint is intact: repair or rebuild the shards, then run the same command again"
             ) from error
+
+
+def check_rows(shards: TokenShards, tokenizer: Any, stage: StageConfig, mixture: MixtureConfig) -> None:
+    """The shards have what the rows of a stage need, such as documents that are long enough.
+
+    Raises:
+        ValueError: naming the stage, if they have not.
+    """
+    try:
+        _dataset(shards, tokenizer, stage, mixture)
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name!r}: {error}") from error
+
+
+def _dataset(shards: TokenShards, tokenizer: Any, stage: StageConfig, mixture: MixtureConfig) -> LengthsDataset:
+    """The rows of a stage by length and number."""
+    mixtures = {length: replace(mixture, seq_len=length) for length in stage.lengths}
+    return LengthsDataset({n: MixtureDataset(shards, tokenizer, one, split="train") for n, one in mixtures.items()})
+
+
+def _forwards(stage: StageConfig, first_step: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
+    """Length and number of the rows of every forward of one process; no number comes twice, whatever the length."""
+    most, tokens = stage.batch_tokens // min(stage.lengths), stage.forward_rows(world) * stage.seq_len
+    for step in range(first_step, stage.num_steps):
+        length = stage.lengths[step % len(stage.lengths)]
+        rows = tokens // length
+        for part in range(stage.batch_tokens // (tokens * world)):
+            first = step * most + (part * world + rank) * rows
+            yield [(length, number) for number in range(first, first + rows)]
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:

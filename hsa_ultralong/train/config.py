@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ class StageConfig:
     Attributes:
         name: used in logs and checkpoint folders.
         seq_len: tokens per row (T), a multiple of the chunk size.
+        row_lengths: tokens of a row of the steps, in turn, the longest of them seq_len, such as (2048, 8192); () =
+            seq_len in every step. A step has as many tokens whatever its length.
         tokens: training tokens of the whole stage.
         batch_tokens: tokens per optimiser step, over all processes.
         micro_batch_rows: rows per forward of one process; 0 = its whole share of the step at once.
@@ -65,6 +67,7 @@ class StageConfig:
     warmup_steps: int = 100
     schedule: str = "constant"
     final_learning_rate: float = 0.0
+    row_lengths: tuple[int, ...] = ()
     micro_batch_rows: int = 0
     chunk_topk: int = FULL_COVERAGE
     sliding_window: int = 0
@@ -101,6 +104,7 @@ class StageConfig:
             raise ValueError(
                 f"stage {self.name!r}: batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len}"
             )
+        self._check_lengths()
         if self.micro_batch_rows and self.rows % self.micro_batch_rows:
             raise ValueError(
                 f"stage {self.name!r}: {self.rows} rows a step are no multiple of "
@@ -117,9 +121,32 @@ class StageConfig:
         if self.piece_offload and not self.piece_tokens:
             raise ValueError(f"stage {self.name!r}: piece_offload moves what pieces leave behind: set piece_tokens too")
 
+    def _check_lengths(self) -> None:
+        if not self.row_lengths:
+            return
+        if any(type(n) is not int or n < 1 for n in self.row_lengths) or max(self.row_lengths) != self.seq_len:
+            raise ValueError(
+                f"stage {self.name!r}: the longest of row_lengths must be seq_len={self.seq_len}, got "
+                f"{tuple(self.row_lengths)}"
+            )
+        forward = (self.micro_batch_rows or 1) * self.seq_len
+        if wrong := [n for n in self.row_lengths if forward % n]:
+            raise ValueError(
+                f"stage {self.name!r}: row_lengths must divide the {forward:,} tokens of a forward, got {wrong[0]}"
+            )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of a row of the steps, in turn."""
+        return tuple(self.row_lengths) or (self.seq_len,)
+
+    def mean_over_lengths(self, cost: Callable[[int], float]) -> float:
+        """The mean over the stage's tokens of what a token costs in a row of a length."""
+        return sum(cost(length) for length in self.lengths) / len(self.lengths)
+
     @property
     def rows(self) -> int:
-        """Rows per optimiser step, over all processes."""
+        """Rows of seq_len tokens per optimiser step, over all processes."""
         return self.batch_tokens // self.seq_len
 
     @property

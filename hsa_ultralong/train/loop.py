@@ -16,29 +16,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hsa_ultralong.data import MixtureConfig, MixtureDataset, TokenShards
+from hsa_ultralong.data import MixtureConfig, TokenShards
 from hsa_ultralong.distributed.mesh import build_mesh, context_place, data_rank, data_world, everywhere, total
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.train.activations import activation_context
-from hsa_ultralong.train.batches import Batch, count_labels, model_inputs, seed_noise, stage_mixture, step_batches
-from hsa_ultralong.train.checkpoint import (
-    Checkpoints,
-    load_weights,
-    model_tensors,
-    optimizer_tensors,
+from hsa_ultralong.train.batches import (
+    Batch,
+    check_rows,
+    count_labels,
+    model_inputs,
+    seed_noise,
+    stage_mixture,
+    step_batches,
 )
+from hsa_ultralong.train.checkpoint import Checkpoints, load_weights, model_tensors, optimizer_tensors
 from hsa_ultralong.train.compilation import uncompiled
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
 from hsa_ultralong.train.freezing import prepare_parameters
 from hsa_ultralong.train.lora import is_lora
-from hsa_ultralong.train.metrics import (
-    Listener,
-    Meter,
-    SpikeGuard,
-    open_writers,
-    peak_flops,
-    training_flops,
-)
+from hsa_ultralong.train.metrics import Listener, Meter, SpikeGuard, open_writers, peak_flops, training_flops
 from hsa_ultralong.train.optim import build_optimizers
 from hsa_ultralong.train.parallelize import (
     alone,
@@ -144,10 +140,7 @@ class Trainer:
     def _check_data(self, final: int) -> None:
         """The shards have what the stages to come need, such as documents that are long enough."""
         for index in range(self.stage_index, final + 1):
-            try:
-                MixtureDataset(self.shards, self.tokenizer, self.mixtures[index], num_rows=1)
-            except ValueError as error:
-                raise ValueError(f"stage {self.config.stages[index].name!r}: {error}") from error
+            check_rows(self.shards, self.tokenizer, self.config.stages[index], self.mixtures[index])
 
     def _hold(self) -> None:
         """Take the run folder again, after it was given back.
@@ -337,7 +330,7 @@ class Trainer:
         counts = [int(one) // self.config.parallel.context for one in total(torch.tensor(count), self.mesh)]
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
-            self._seed_noise(stage, batch, number)
+            self._seed_noise(stage, number)
             # copies of the weights on other hosts hear of the gradients once a step
             require_all_reduce(self.model, number + 1 == len(batches))
             loss += self._backward(stage, batch, counts)
@@ -355,10 +348,11 @@ class Trainer:
             measured["expert_imbalance"] = torch.stack(balance).max()
         return measured
 
-    def _seed_noise(self, stage: StageConfig, batch: Batch, number: int) -> None:
-        """Noise of a forward by its first row: no two processes draw the same one, however many there are."""
-        place = number * data_world(self.mesh) + data_rank(self.mesh)
-        seed_noise(self.config.seed, self.stage_index, self.step * stage.rows + place * len(batch["input_ids"]))
+    def _seed_noise(self, stage: StageConfig, number: int) -> None:
+        """Noise of a forward by its place in the step: no two processes draw the same one, however many there are."""
+        world = data_world(self.mesh)
+        first = (number * world + data_rank(self.mesh)) * stage.forward_rows(world)
+        seed_noise(self.config.seed, self.stage_index, self.step * stage.rows + first)
 
     def _backward(self, stage: StageConfig, batch: Batch, counts: list[int]) -> torch.Tensor:
         """Add the gradients of one micro-batch; its share of the loss, which all processes' tokens divide."""

@@ -122,8 +122,10 @@ def training_flops(model: Trained, stage: StageConfig) -> float:
     Pooled chunks are left out; rows count as one document.
     """
     if isinstance(model, RivalForCausalLM):
-        return rival_accounting.training_flops(model.config, stage.seq_len)
-    return accounting.flops_per_token(model.config, stage.seq_len, training=True)
+        rival = model.config
+        return stage.mean_over_lengths(lambda length: rival_accounting.training_flops(rival, length))
+    config = model.config
+    return stage.mean_over_lengths(lambda length: accounting.flops_per_token(config, length, training=True))
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -100,7 +100,7 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
         # one momentum instead of two
         state -= 4 * (counted.total - max(frozen, tables)) // cut
     copies = counted.total if gpus == 1 or not parallel.reshard_after_forward else tables + _largest_unit(model) * 2
-    flops = accounting.flops_per_token(model, stage.seq_len, training=True)
+    flops = stage.mean_over_lengths(lambda length: accounting.flops_per_token(model, length, training=True))
     tokens = rows * stage.seq_len // parallel.context
     return StagePlan(
         stage=stage.name,
@@ -124,7 +124,8 @@ def _plan_twin(config: TrainConfig, stage: StageConfig, model: HSAConfig, rival:
     number, kept = rival_parameters(rival), config.parallel.activation_checkpointing
     alike = replace_options(model, {"intermediate_size": rival.intermediate_size})
     layers = rival.num_hidden_layers * layer_bytes(alike, kept) + (0 if kept == "none" else layer_bytes(alike, "none"))
-    flops, trained = training_flops(rival, stage.seq_len), stage.num_steps * stage.batch_tokens
+    flops = stage.mean_over_lengths(lambda length: training_flops(rival, length))
+    trained = stage.num_steps * stage.batch_tokens
     return StagePlan(
         stage=stage.name,
         steps=stage.num_steps,

@@ -19,11 +19,12 @@ def check_stage(config: TrainConfig, index: int, preset: HSAConfig, data_world: 
     """
     stage, parallel, size = config.stages[index], config.parallel, preset.chunk_size
     stage.forward_rows(data_world)
-    if stage.seq_len % (parallel.context * size):
-        raise ValueError(
-            f"stage {stage.name!r}: seq_len={stage.seq_len} must be a multiple of chunk_size={size} times "
-            f"parallel.context={parallel.context}"
-        )
+    for length in stage.lengths:
+        if length % (parallel.context * size):
+            raise ValueError(
+                f"stage {stage.name!r}: seq_len={length} must be a multiple of chunk_size={size} times "
+                f"parallel.context={parallel.context}"
+            )
     if stage.piece_tokens and (parallel.context > 1 or stage.piece_tokens % size):
         raise ValueError(
             f"stage {stage.name!r}: piece_tokens must be a multiple of chunk_size={size}, and needs parallel.context=1"

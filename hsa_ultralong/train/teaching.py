@@ -189,7 +189,7 @@ class Teacher:
         if told is not None:
             loss = loss + stage.evidence_loss * self._evidence(passed, told, stage, counts)
         if aligns:
-            share = len(inputs["input_ids"]) / stage.rows
+            share = batch["input_ids"].numel() / stage.batch_tokens
             retrieval, output = self._alignment(model, inputs, passed)
             loss = loss + stage.align_retrieval * self._note("retrieval_error", retrieval * share)
             loss = loss + stage.align_output * self._note("output_error", output * share)
