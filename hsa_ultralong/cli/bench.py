@@ -1,6 +1,5 @@
 """`hsa bench`: measure speed on this machine. `ops` puts every operator beside its baselines, `memory` times reading
-and decoding; `training`, `reading` and `serve` are in
-files of their own."""
+and decoding; `training`, `reading` and `serve` are in files of their own."""
 
 from __future__ import annotations
 
