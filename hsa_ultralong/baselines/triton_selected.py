@@ -47,7 +47,7 @@ def lay_out(chosen: torch.Tensor, count: int, tile: int) -> Chosen:
     return Chosen(mask, *lists)
 
 
-class Launch(NamedTuple):
+class SelectedLaunch(NamedTuple):
     """Tokens of a tile, warps and software-pipelining stages."""
 
     tile: int
@@ -55,11 +55,11 @@ class Launch(NamedTuple):
     stages: int
 
 
-def launch_options(dim: int, dtype: torch.dtype) -> Launch:
+def launch_options(dim: int, dtype: torch.dtype) -> SelectedLaunch:
     """Of all three kernels."""
     if dtype == torch.float32:
-        return Launch(16, 4, 1)
-    return Launch(64, 4 if dim <= 64 else 8, 2)
+        return SelectedLaunch(16, 4, 1)
+    return SelectedLaunch(64, 4 if dim <= 64 else 8, 2)
 
 
 class _Problem:

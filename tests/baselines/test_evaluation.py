@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hsa_ultralong.baselines import RivalConfig, RivalForCausalLM
+from hsa_ultralong.cli.evaluate_suite import load_any
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.data import load_tokenizer
 
@@ -65,3 +67,22 @@ def test_a_rival_answers_tasks_by_its_cache(folder, tmp_path):
     assert "needs a model with a memory" in refused.output + str(refused.exception)
     ours = hsa(NANO, *common[1:], "--set", "decoding=pages", "-o", tmp_path / "other")
     assert "--set is of rivals" in ours.output + str(ours.exception)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "ntk", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+    ids=["pi", "ntk", "yarn"],
+)
+def test_full_attention_is_extended_at_test_time_by_an_option_of_the_evaluation(folder, scaling):
+    plain, *_ = load_any(folder, "cpu", "fp32", [])
+    model, *_ = load_any(folder, "cpu", "fp32", [f"rope_scaling={scaling}"])
+    trained = RivalForCausalLM(RivalConfig.from_dict({**plain.config.to_dict(), "rope_scaling": scaling})).eval()
+    trained.load_state_dict(plain.state_dict())
+    ids = torch.arange(100)[None]
+    torch.testing.assert_close(model(ids).logits, trained(ids).logits)
+    assert not torch.equal(model(ids).logits, plain(ids).logits)
