@@ -130,15 +130,15 @@ def read_named(paths: list[Path], text_field: str = "text", encoding: str = "aut
         return [(one.name, one.text) for file in files for one in read_sources(file, text_field=text_field)]
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt.
+def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
+    """Token ids of a prompt (a text or messages).
 
     Raises:
         ValueError: if it is empty or longer than MAX_PROMPT_TOKENS.
     """
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    tokens = tokenizer(prompt)["input_ids"]
+    from hsa_ultralong.inference.prompts import prompt_ids
+
+    tokens = prompt_ids(tokenizer, prompt)
     if len(tokens) > MAX_PROMPT_TOKENS:
         raise ValueError(
             f"the prompt has {len(tokens)} tokens, at most {MAX_PROMPT_TOKENS} are allowed; "

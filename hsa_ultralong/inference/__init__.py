@@ -4,6 +4,7 @@ from hsa_ultralong.inference.ask import Answer, ask
 from hsa_ultralong.inference.editor import edit
 from hsa_ultralong.inference.engine import DecodingEngine
 from hsa_ultralong.inference.library import Library
+from hsa_ultralong.inference.prompts import as_question
 from hsa_ultralong.inference.reader import append, close_document, memorize
 from hsa_ultralong.inference.rebuilding import rebuild
 from hsa_ultralong.inference.sharding import open_shared, share_out
@@ -16,6 +17,7 @@ __all__ = [
     "DecodingEngine",
     "Library",
     "append",
+    "as_question",
     "ask",
     "close_document",
     "edit",

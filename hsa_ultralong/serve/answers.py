@@ -9,16 +9,27 @@ import asyncio
 import time
 import uuid
 from bisect import bisect_right
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.inference.ask import as_question, unsure_weight
+from hsa_ultralong.inference.ask import unsure_weight
+from hsa_ultralong.inference.passages import Reread, reread_prompt
+from hsa_ultralong.inference.prompts import Prompt, as_question, has_chat_template, prompt_ids
+from hsa_ultralong.memory import Memory
 from hsa_ultralong.serve.limits import Limits, ServeError
 from hsa_ultralong.serve.memories import Memories, Opened
 from hsa_ultralong.serve.protocol import ChatCompletion, Completion
 from hsa_ultralong.serve.worker import Piece, Request, Sampling, TokenProbability, Worker
+
+
+class Asked(NamedTuple):
+    """A prompt as text or messages, None where token ids were given, and its token ids."""
+
+    form: Prompt | None
+    ids: list[int]
 
 
 class Answers:
@@ -40,46 +51,52 @@ class Answers:
 
     # prompts ----------------------------------------------------------------------------------------------------------
 
-    def prompts(self, wanted: Completion | ChatCompletion) -> list[list[int]]:
-        """Token ids of every prompt of a request.
+    def prompts(self, wanted: Completion | ChatCompletion) -> list[Asked]:
+        """Every prompt of a request.
 
         Raises:
-            ServeError: empty, too long, or tokens that are none.
+            ServeError: empty, too long, tokens that are none, or turns that the model's template refuses.
         """
         if isinstance(wanted, ChatCompletion):
-            found = [self._chat(wanted)]
+            found = [self._asked(self._chat(wanted))]
         elif isinstance(wanted.prompt, str):
-            found = [self._ids(wanted.prompt)]
+            found = [self._asked(wanted.prompt)]
         elif wanted.prompt and isinstance(wanted.prompt[0], str):
-            found = [self._ids(str(text)) for text in wanted.prompt]
+            found = [self._asked(str(text)) for text in wanted.prompt]
         else:
-            found = [[int(token) for token in wanted.prompt]]
-        for ids in found:
-            if not ids:
-                raise ServeError(400, "the prompt is empty", "empty_prompt")
-            if any(not 0 <= token < self.model.config.vocab_size for token in ids):
+            found = [Asked(None, [int(token) for token in wanted.prompt])]
+        for asked in found:
+            if not asked.ids:
+                raise ServeError(400, "the prompt is empty", "invalid_prompt")
+            if wanted.reread and asked.form is None:
+                raise ServeError(400, "reread needs a prompt in text, not token ids", "invalid_request")
+            if any(not 0 <= token < self.model.config.vocab_size for token in asked.ids):
                 raise ServeError(400, f"token ids are 0 to {self.model.config.vocab_size - 1}", "invalid_tokens")
-            if len(ids) + wanted.wanted_tokens() > self.limits.context_tokens:
+            if self._room(wanted, asked) < 0:
                 raise ServeError(
                     400,
-                    f"{len(ids):,} tokens of prompt and {wanted.wanted_tokens():,} of answer pass the "
+                    f"{len(asked.ids):,} tokens of prompt and {wanted.wanted_tokens():,} of answer pass the "
                     f"{self.limits.context_tokens:,} of a row; put long text into a memory",
                     "context_length_exceeded",
                 )
         return found
 
-    def _ids(self, text: str) -> list[int]:
-        """Token ids, none of an empty text: a beginning token alone asks nothing."""
-        return list(self.tokenizer(text)["input_ids"]) if text.strip() else []
+    def _asked(self, form: Prompt) -> Asked:
+        try:
+            return Asked(form, prompt_ids(self.tokenizer, form))
+        except ValueError as error:
+            raise ServeError(400, str(error), "invalid_prompt") from None
 
-    def _chat(self, wanted: ChatCompletion) -> list[int]:
-        if self.tokenizer.chat_template:
-            turns = [
+    def _room(self, wanted: Completion | ChatCompletion, asked: Asked) -> int:
+        """Tokens that a row has left beside the prompt and its answer."""
+        return self.limits.context_tokens - len(asked.ids) - wanted.wanted_tokens()
+
+    def _chat(self, wanted: ChatCompletion) -> Prompt:
+        if has_chat_template(self.tokenizer):
+            return [
                 {"role": "system" if one.role == "developer" else one.role, "content": one.text()}
                 for one in wanted.messages
             ]
-            made = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-            return list(made["input_ids"])
         if len(wanted.messages) > 1 or wanted.messages[0].role != "user":
             raise ServeError(
                 400,
@@ -87,17 +104,17 @@ class Answers:
                 "memory",
                 "no_chat_template",
             )
-        return self._ids(as_question(wanted.messages[0].text()))
+        return as_question(wanted.messages[0].text())
 
     def stops(self, wanted: Completion | ChatCompletion) -> list[str]:
         """Stop strings; a model without a chat template answers in one line."""
-        one_line = isinstance(wanted, ChatCompletion) and not self.tokenizer.chat_template
+        one_line = isinstance(wanted, ChatCompletion) and not has_chat_template(self.tokenizer)
         return [*wanted.stops(), *(["\n"] if one_line else [])]
 
     # rows -------------------------------------------------------------------------------------------------------------
 
     def start(
-        self, wanted: Completion | ChatCompletion, prompts: list[list[int]], opened: Opened | None, owner: str = ""
+        self, wanted: Completion | ChatCompletion, prompts: list[Asked], opened: Opened | None, owner: str = ""
     ) -> tuple[list[Request], AsyncIterator[tuple[int, Piece]]]:
         """Hand all rows of a request over; pieces come as (number of the choice, piece). owner: whose prompts count as
         known.
@@ -118,10 +135,11 @@ class Answers:
             def put(piece: Piece, number: int = number) -> None:
                 loop.call_soon_threadsafe(queue.put_nowait, (number, piece))
 
+            asked = prompts[number // wanted.n]
             requests.append(
                 Request(
-                    torch.tensor(prompts[number // wanted.n]), memory, wanted.wanted_tokens(), put, sampling,
-                    self.stops(wanted), deadline, owner, not wanted.stream,
+                    torch.tensor(asked.ids), memory, wanted.wanted_tokens(), put, sampling, self.stops(wanted),
+                    deadline, owner, not wanted.stream, reread=self._reread(wanted, asked, memory),
                 )
             )  # fmt: skip
         try:
@@ -131,6 +149,16 @@ class Answers:
             cancel(requests)
             raise
         return requests, _pieces(queue, len(requests))
+
+    def _reread(
+        self, wanted: Completion | ChatCompletion, asked: Asked, memory: Memory | None
+    ) -> Callable[[], Reread] | None:
+        """What puts passages into the prompt, where they are wanted, as many as the row has room for."""
+        if not wanted.reread or memory is None or asked.form is None:
+            return None
+        room = self._room(wanted, asked)
+        room = room if wanted.reread_tokens is None else min(room, wanted.reread_tokens)
+        return partial(reread_prompt, self.model, self.tokenizer, memory, asked.form, wanted.reread, most_tokens=room)
 
     # answers ----------------------------------------------------------------------------------------------------------
 
@@ -169,7 +197,8 @@ class Answers:
     def retrieval(
         self, wanted: Completion | ChatCompletion, opened: Opened | None, piece: Piece
     ) -> dict[str, Any] | None:
-        """What an answer was read from: best weight, whether that is little, and passages; None without a memory."""
+        """What an answer was read from: best weight, whether that is little, passages, and those that stood in the
+        prompt; None without a memory."""
         if opened is None:
             return None
         line = unsure_weight(self.model.config, opened.memory.num_chunks_of_all)
@@ -181,6 +210,7 @@ class Answers:
             "is_uncertain": None if line is None else weight < line,
             "chunks": opened.memory.num_chunks_of_all,
             "sources": [self._source(opened, *pair) for pair in piece.chunks[: wanted.sources]],
+            "reread": [self._source(opened, *pair) for pair in piece.reread],
         }
 
     def _source(self, opened: Opened, chunk: int, weight: float) -> dict[str, Any]:

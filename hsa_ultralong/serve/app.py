@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from hsa_ultralong.inference.prompts import has_chat_template
 from hsa_ultralong.serve.answers import Answers, cancel
 from hsa_ultralong.serve.guard import BodyLimit
 from hsa_ultralong.serve.limits import ServeError, require_id
@@ -139,15 +140,16 @@ def _register_answers(app: FastAPI, answers: Answers, metrics: Metrics, space: A
         opened: Opened | None = None
         if wanted.memories():
             opened = await run_in_threadpool(answers.memories.open, place, wanted.memories())
-        elif wanted.sources or wanted.unsure_below is not None:
-            raise ServeError(400, "sources and unsure_below are of a memory; name one: memory: [id]", "no_memory")
+        elif wanted.sources or wanted.reread or wanted.unsure_below is not None:
+            raise ServeError(
+                400, "sources, reread and unsure_below are of a memory; name one: memory: [id]", "no_memory"
+            )
         rows, pieces = answers.start(wanted, prompts, opened, place)
         pieces = metrics.watch(pieces)
-        count = sum(len(prompt) for prompt in prompts)
         if wanted.stream:
-            stream = completion_events(answers, wanted, opened, pieces, count)
+            stream = completion_events(answers, wanted, opened, pieces)
             return StreamingResponse(events(stream, lambda: cancel(rows)), media_type="text/event-stream")
-        return await _unless_gone(request, whole_answer(answers, wanted, opened, pieces, count), lambda: cancel(rows))
+        return await _unless_gone(request, whole_answer(answers, wanted, opened, pieces), lambda: cancel(rows))
 
     @app.post("/v1/completions")
     async def completions(wanted: Completion, request: Request, place: str = space) -> Response:
@@ -180,7 +182,7 @@ async def _unless_gone(request: Request, answer: Awaitable[dict[str, Any]], give
 def _model(answers: Answers) -> dict[str, Any]:
     return {
         "id": answers.name, "object": "model", "created": answers.created, "owned_by": "hsa_ultralong",
-        "context_tokens": answers.limits.context_tokens,
+        "context_tokens": answers.limits.context_tokens, "has_chat_template": has_chat_template(answers.tokenizer),
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@ tests/serve/test_worker.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -20,6 +20,10 @@ class Evidence:
         self.num_chunks = 0 if memory is None else memory.num_chunks_of_all
         self._best: dict[int, float] = {}
         self._lists: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+
+    def begin_with(self, weights: Mapping[int, float]) -> None:
+        """Weights that were found before the answer's own prompt was read."""
+        self._best.update(weights)
 
     def put(self, retrieved: Sequence[tuple[torch.Tensor, torch.Tensor]], offset: int) -> None:
         """Indices and weights (Hr, K) of every group, on the host; offset: number of the memory's first chunk there."""

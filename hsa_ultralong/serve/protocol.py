@@ -1,7 +1,7 @@
 """Requests of the API, as types: what is unknown is refused, what is not supported says what to do instead.
 
-The names are those of OpenAI's API (completions, chat completions); `memory`, `sources`, `top_k` and `unsure_below` are
-ours. Called by app.py; tests/serve/test_hostile.py.
+The names are those of OpenAI's API (completions, chat completions); `memory`, `reread`, `reread_tokens`, `sources`,
+`top_k` and `unsure_below` are ours. Called by app.py; tests/serve/test_hostile.py.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Answering(BaseModel):
     memory: str | list[str] | None = None
     sources: Annotated[int, Field(ge=0, le=64)] = 0
     unsure_below: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    reread: Annotated[int, Field(ge=0, le=64)] = 0
+    reread_tokens: Annotated[int | None, Field(ge=1)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +79,8 @@ class Answering(BaseModel):
             raise ValueError("stream_options needs stream: true")
         if len(self.stops()) > 16 or any(not 1 <= len(one) <= 256 for one in self.stops()):
             raise ValueError("stop takes up to 16 strings of 1 to 256 characters")
+        if self.reread_tokens is not None and not self.reread:
+            raise ValueError("reread_tokens is the room of passages in the prompt: say how many, reread: 4")
         if self.n > 1 and self.temperature == 0:
             raise ValueError("n > 1 needs a temperature above 0: without one all answers are the same")
         return self

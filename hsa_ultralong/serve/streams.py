@@ -30,7 +30,7 @@ async def events(source: AsyncIterator[dict[str, Any]], give_up: Callable[[], No
 
 
 async def whole_answer(
-    answers: Answers, wanted: Completion | ChatCompletion, opened: Opened | None, pieces: Pieces, num_prompt: int
+    answers: Answers, wanted: Completion | ChatCompletion, opened: Opened | None, pieces: Pieces
 ) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
     texts: dict[int, list[str]] = {}
@@ -52,17 +52,17 @@ async def whole_answer(
         choice["logprobs"] = answers.logprobs(wanted, chances[number], 0)
         retrieval = answers.retrieval(wanted, opened, piece)
         choices.append(choice if retrieval is None else {**choice, "retrieval": retrieval})
-    usage = _usage(num_prompt, sum(piece.num_tokens for piece in last.values()), opened)
+    usage = _usage(wanted, last, opened)
     return {**answers.head(wanted, is_chunk=False), "choices": choices, "usage": usage}
 
 
 async def completion_events(
-    answers: Answers, wanted: Completion | ChatCompletion, opened: Opened | None, pieces: Pieces, num_prompt: int
+    answers: Answers, wanted: Completion | ChatCompletion, opened: Opened | None, pieces: Pieces
 ) -> AsyncIterator[dict[str, Any]]:
     """The events of a streamed answer."""
     head, is_chat = answers.head(wanted, is_chunk=True), isinstance(wanted, ChatCompletion)
     begun: set[int] = set()
-    counts: dict[int, int] = {}
+    last: dict[int, Piece] = {}
     offsets: dict[int, int] = {}
     async for number, piece in pieces:
         if is_chat and number not in begun:
@@ -76,19 +76,22 @@ async def completion_events(
         else:
             choice = {"index": number, "text": piece.text, "logprobs": found, "finish_reason": reason}
         if piece.finish is not None:
-            counts[number] = piece.num_tokens
+            last[number] = piece
             retrieval = answers.retrieval(wanted, opened, piece)
             choice = choice if retrieval is None else {**choice, "retrieval": retrieval}
         yield {**head, "choices": [choice]}
     if wanted.stream_options is not None and wanted.stream_options.include_usage:
-        yield {**head, "choices": [], "usage": _usage(num_prompt, sum(counts.values()), opened)}
+        yield {**head, "choices": [], "usage": _usage(wanted, last, opened)}
 
 
 def _delta(number: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
     return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _usage(prompt: int, answer: int, opened: Opened | None) -> dict[str, Any]:
+def _usage(wanted: Completion | ChatCompletion, last: dict[int, Piece], opened: Opened | None) -> dict[str, Any]:
+    """Tokens of all prompts, each once, and of all answers."""
+    prompt = sum(piece.num_prompt for number, piece in last.items() if number % wanted.n == 0)
+    answer = sum(piece.num_tokens for piece in last.values())
     found: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
     if opened is not None:
         found["memory_tokens"] = opened.memory.num_tokens

@@ -18,6 +18,7 @@ import torch
 from hsa_ultralong.inference.answer_text import AnswerText
 from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.inference.batching import BatchEngine, Reading
+from hsa_ultralong.inference.passages import Reread
 from hsa_ultralong.inference.sampling import sample
 from hsa_ultralong.memory import Memory
 from hsa_ultralong.serve.evidence import Evidence
@@ -49,7 +50,8 @@ class TokenProbability:
 
 @dataclass(frozen=True)
 class Piece:
-    """One step of one answer: text to pass on, often empty; at the end the reason: stop, length, cancelled, timeout."""
+    """One step of one answer: text to pass on, often empty; at the end the reason (stop, length, cancelled, timeout),
+    the tokens of the prompt, and chunks with their weights: retrieved ones, and those that stood in the prompt."""
 
     text: str = ""
     probabilities: list[TokenProbability] = field(default_factory=list)
@@ -57,6 +59,8 @@ class Piece:
     num_tokens: int = 0
     weight: float | None = None
     chunks: list[tuple[int, float]] = field(default_factory=list)
+    reread: list[tuple[int, float]] = field(default_factory=list)
+    num_prompt: int = 0
     error: ServeError | None = None
 
 
@@ -68,6 +72,8 @@ class Request:
         prompt: (n,) token ids, a new document. put: takes every Piece, on the worker's thread. owner: whose prompts
             count as known. is_whole: text is wanted at the end only, so there is a first Piece and a last one.
         is_cancelled: set it from anywhere to give the row back.
+        reread: makes the prompt from what the memory holds, on the worker's thread, when its turn comes; `passages` is
+            what it made.
     """
 
     prompt: torch.Tensor
@@ -80,6 +86,14 @@ class Request:
     owner: str = ""
     is_whole: bool = False
     is_cancelled: bool = False
+    reread: Callable[[], Reread] | None = None
+    passages: Reread | None = None
+
+    def prepare(self) -> None:
+        """Put the passages that are to be read again into the prompt, once."""
+        if self.reread is not None and self.passages is None:
+            self.passages = self.reread()
+            self.prompt = torch.tensor(self.passages.ids)
 
 
 class _Row:
@@ -88,6 +102,8 @@ class _Row:
     def __init__(self, request: Request, tokenizer: Any, device: torch.device) -> None:
         self.request, self.text = request, AnswerText(tokenizer, request.stop)
         self.evidence = Evidence(request.memory)
+        if request.passages is not None:
+            self.evidence.begin_with(request.passages.weights)
         self.held = Piece()
         self.has_begun = False
         self.generator: torch.Generator | None = None
@@ -224,11 +240,18 @@ class Worker:
         while self._waiting:
             request = self._waiting[0]
             reason = self._over(request)
+            try:
+                if reason is None:
+                    request.prepare()
+            except ValueError as error:
+                self._waiting.popleft()
+                request.put(Piece(finish="error", error=ServeError(400, str(error), "refused")))
+                continue
             if reason is None and not self.engine.has_room(len(request.prompt) + request.max_new_tokens):
                 return
             self._waiting.popleft()
             if reason is not None:
-                request.put(Piece(finish=reason))
+                request.put(Piece(finish=reason, num_prompt=len(request.prompt)))
                 continue
             try:
                 reading = self.engine.begin(
@@ -249,7 +272,7 @@ class Worker:
             reason = self._over(state.request)
             if reason is not None:
                 self.engine.drop(reading)
-                state.request.put(Piece(finish=reason))
+                state.request.put(Piece(finish=reason, num_prompt=len(state.request.prompt)))
                 continue
             before = reading.num_read
             try:
@@ -335,7 +358,10 @@ class Worker:
         ranked = state.evidence.ranked()
         weight = ranked[0][1] if ranked else None
         count = len(state.text.tokens)
-        state.put(Piece(text, found, reason, count, weight, ranked[:_MOST_CHUNKS]))
+        weights, passages = dict(ranked), state.request.passages
+        again = [] if passages is None else [(chunk, weights[chunk]) for chunk in passages.chunks]
+        number = len(state.request.prompt)
+        state.put(Piece(text, found, reason, count, weight, ranked[:_MOST_CHUNKS], again, number))
 
 
 _MOST_CHUNKS = 64

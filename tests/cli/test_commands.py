@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from hsa_ultralong.cli.ask import _hide
 from hsa_ultralong.cli.common import MAX_PROMPT_TOKENS
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.inference.ask import as_question
+from hsa_ultralong.inference import as_question
 
 
 def hsa(*arguments):
@@ -65,6 +65,41 @@ def test_ask_answers_with_source_and_says_when_it_is_unsure(checkpoint, book):
         assert ("Unsure" in drawn.stdout) == (answer["weight"] < below) and "does not say" not in drawn.stdout
     refused = hsa("ask", "--text", book, "--model", checkpoint, "--unsure-below", 2, "What is it?")
     assert refused.exit_code == 2 and "unsure-below" in refused.output
+
+
+def test_ask_reads_the_best_passages_again_and_says_which(checkpoint, book, tmp_path):
+    options = ("ask", "--text", book, "--model", checkpoint, "--dtype", "fp32", "--reread", 3)
+    found = json.loads(hsa(*options, "--json", "What is it?").stdout)
+    starts = [one["start"] for one in found["reread"]]
+    assert len(starts) == 3 and starts == sorted(starts) and all(one["passage"] for one in found["reread"])
+    shown = hsa(*options, "--reread-tokens", 80, "What is it?").stdout
+    assert "Read again in the prompt, 1 passages (3 were asked for): " in shown
+    for words, message in (
+        (("--reread-tokens", 1), "does not fit"),
+        (("--reread", 0, "--reread-tokens", 9), "--reread-tokens goes with"),
+        (("--system", "You"), "a system message needs a chat template"),
+        (("--system", "You", "--plain"), "--plain leaves out"),
+    ):
+        assert_one_clear_line(hsa(*options, *words, "What is it?"), message)
+
+
+def test_a_model_with_a_chat_template_is_asked_through_it(checkpoint, book, tmp_path, monkeypatch):
+    import hsa_ultralong.inference as inference
+
+    folder = tmp_path / "chat"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    )
+    (folder / "checksums.json").unlink(missing_ok=True)
+    prompts = []
+    real = inference.ask
+    monkeypatch.setattr(inference, "ask", lambda *a, **o: prompts.append((a[3], o["max_new_tokens"])) or real(*a, **o))
+    options = ("ask", "--text", book, "--model", folder, "--max-new-tokens", 2)
+    assert hsa(*options, "--system", "You remember.", "Tell me.").exit_code == 0
+    assert hsa(*options, "--plain", "What is it?").exit_code == 0
+    system, user = {"role": "system", "content": "You remember."}, {"role": "user", "content": "Tell me."}
+    assert prompts == [([system, user], 2), ("What is it?", 2)]
 
 
 def test_ask_and_generate_read_what_people_have(checkpoint, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli import terminal
-from hsa_ultralong.cli.ask import _Writer
+from hsa_ultralong.cli.ask import Writer
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.cli.terminal import LogFormatter, console, echo_json, one_line, progress, shown
 
@@ -76,7 +76,7 @@ def test_json_is_exact_and_harmless(capsys):
 
 
 def test_a_sequence_split_over_pieces_of_an_answer_is_not_run(capsys):
-    writer = _Writer()
+    writer = Writer()
     for piece in HOSTILE:
         writer(piece)
     written = capsys.readouterr().out

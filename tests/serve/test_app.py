@@ -52,6 +52,29 @@ def test_a_completion_with_a_memory_equals_ask(openai_client, server, lib):
     assert found.usage.completion_tokens == len(expected.tokens)
 
 
+def test_passages_in_the_prompt_are_those_of_ask_and_are_named(openai_client, client, server, lib):
+    answers = server[1]
+    memory = answers.memories.open("default", ["lib"]).memory
+    expected = ask(answers.model, answers.tokenizer, memory, PROMPT, reread=2)
+    options = {"model": "nano", "prompt": PROMPT, "max_tokens": 24, "stop": "\n"}
+    found = openai_client.completions.create(**options, extra_body={"memory": "lib", "reread": 2})
+    assert found.choices[0].text == expected.text
+    retrieval = found.choices[0].model_extra["retrieval"]
+    assert [(one["name"], one["start"]) for one in retrieval["reread"]] == [
+        (one.name, one.start) for one in expected.reread
+    ]
+    assert retrieval["weight"] == pytest.approx(expected.weight, abs=1e-5) and retrieval["sources"] == []
+    bare = len(answers.tokenizer(PROMPT)["input_ids"])
+    assert bare + 64 < found.usage.prompt_tokens < bare + 3 * 64
+    # less room, fewer passages; and no room is said
+    body = {**options, "memory": "lib", "reread": 2}
+    fewer = client.post("/v1/completions", json={**body, "reread_tokens": 80}).json()["choices"][0]["retrieval"]
+    assert len(fewer["reread"]) == 1
+    for changes, words in (({"reread_tokens": 5}, "does not fit"), ({"prompt": [5, 6]}, "needs a prompt in text")):
+        refused = client.post("/v1/completions", json={**body, **changes})
+        assert refused.status_code == 400 and words in refused.json()["error"]["message"]
+
+
 def test_a_chat_message_is_asked_as_the_command_asks_it(openai_client, server, lib):
     expected = asked_there(server, "lib", PROMPT)
     found = openai_client.chat.completions.create(

@@ -32,6 +32,8 @@ BAD_COMPLETIONS = [
     {**COMPLETION, "memory": "none-such"}, {**COMPLETION, "memory": "../ok"}, {**COMPLETION, "memory": "/etc/passwd"},
     {**COMPLETION, "memory": "a/b"}, {**COMPLETION, "memory": "\u0000"}, {**COMPLETION, "memory": {"id": "x"}},
     {**COMPLETION, "memory": ["x"] * 50}, {**COMPLETION, "stream_options": {"include_usage": True}},
+    {**COMPLETION, "reread": 2}, {**COMPLETION, "reread": 65}, {**COMPLETION, "reread": -1},
+    {**COMPLETION, "reread_tokens": 9}, {**COMPLETION, "memory": "x", "reread": 2, "reread_tokens": 0},
 ]  # fmt: skip
 BAD_CHATS = [
     {**CHAT, "messages": []}, {**CHAT, "messages": [{"role": "wizard", "content": "x"}]},
