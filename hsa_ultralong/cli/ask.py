@@ -136,7 +136,8 @@ def ask(
     # the answer itself was shown while it came
     echo("" if found["answer"] else "(no answer)")
     show_passages(found["sources"])
-    show_certainty(answer, found, reread)
+    show_reread(found["reread"], reread)
+    show_certainty(found)
 
 
 def _read_texts(
@@ -240,20 +241,25 @@ def show_passages(passages: list[dict[str, Any]]) -> None:
         echo(f"\nfrom {where}:\n  {' '.join(passage['passage'].split())}")
 
 
-def show_certainty(answer: Any, found: dict[str, Any], reread: int) -> None:
-    """Passages that stood in the prompt, and what the weights say."""
-    if reread:
-        places = "; ".join(f"{one['name']}, tokens {one['start']:,}-{one['stop']:,}" for one in found["reread"])
-        fewer = f" ({reread} were asked for)" if len(found["reread"]) < reread else ""
-        echo(f"\nRead again in the prompt, {len(found['reread'])} passages{fewer}: {places}")
-    if answer.is_uncertain:
+def show_reread(passages: list[dict[str, Any]], wanted: int = 0) -> None:
+    """Passages that stood as text in the prompt."""
+    if passages:
+        places = "; ".join(f"{one['name']}, tokens {one['start']:,}-{one['stop']:,}" for one in passages)
+        fewer = f" ({wanted} were asked for)" if len(passages) < wanted else ""
+        echo(f"\nRead again in the prompt, {len(passages)} passages{fewer}: {places}")
+
+
+def show_certainty(found: dict[str, Any]) -> None:
+    """What the weights of an answer say."""
+    weight, line = found["weight"], found["unsure_below"]
+    if found["is_uncertain"]:
         echo(
-            f"\nUnsure: no passage stood out (best retrieval weight {answer.weight:.2f} < {answer.threshold:.2f}), "
+            f"\nUnsure: no passage stood out (best retrieval weight {weight:.2f} < {line:.2f}), "
             "so this may be a guess. "
             "Is it stated in the text, in a form like the question?"
         )
-    elif answer.threshold is None:
+    elif line is None:
         echo(
-            f"\nBest retrieval weight {answer.weight:.2f}; this model does not say below which an answer is unsure "
+            f"\nBest retrieval weight {weight:.2f}; this model does not say below which an answer is unsure "
             "(unsure_below in its config.json); --unsure-below does."
         )

@@ -23,6 +23,7 @@ from hsa_ultralong.cli import (
     ask,
     average,
     bench,
+    chat,
     compact,
     compare,
     convert,
@@ -41,8 +42,8 @@ from hsa_ultralong.cli import (
 from hsa_ultralong.cli.terminal import LogFormatter, echo, one_line
 
 COMMANDS = (
-    quickstart, memorize, ask, memory, serve, generate, data, train, average, convert, compact, tune, plot, plan,
-    evaluate, compare, bench,
+    quickstart, memorize, ask, chat, memory, serve, generate, data, train, average, convert, compact, tune, plot,
+    plan, evaluate, compare, bench,
 )  # fmt: skip
 
 EXIT_BUG = 1
