@@ -1,10 +1,14 @@
 """Every script of examples/ runs, with small settings, and shows what it says."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
+import typer
+
+from hsa_ultralong.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,8 +69,22 @@ def test_the_converted_model_of_the_long_example_learns(tmp_path, monkeypatch):
     assert (tmp_path / "report.json").is_file()
 
 
+def test_the_container_and_the_unit_start_a_server_with_options_that_exist():
+    container, unit = ((ROOT / "examples" / "serving" / name).read_text() for name in ("Dockerfile", "hsa.service"))
+    started = json.loads(re.search(r"^CMD (.*)$", container, re.M)[1])
+    assert "--keys" in started  # it listens on all addresses
+    for words in (started, re.search(r"^ExecStart=\S*/(hsa .*)$", unit, re.M)[1].split()):
+        typer.main.get_command(app).commands[words[1]].make_context("hsa", words[2:])
+    # the same torch as the library, or pip would fetch another, with gigabytes of what a CPU does not need
+    wanted = re.search(r'"(torch>=[^"]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert f"'{wanted}'" in container
+
+
 def test_every_example_is_listed_and_tested():
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     scripts = {path.stem for path in ROOT.glob("examples/*.py")}
     assert scripts == set(re.findall(r"\]\((\w+)\.py\)", page))
-    assert scripts == set(re.findall(r'example\("(\w+)"\)', Path(__file__).read_text(encoding="utf-8")))
+    tests = (Path(__file__), ROOT / "tests" / "serve" / "test_retrievers.py")
+    assert scripts == {
+        name for test in tests for name in re.findall(r'example\("(\w+)"\)', test.read_text(encoding="utf-8"))
+    }

@@ -59,8 +59,12 @@ def test_an_answer_that_is_stopped_gives_its_row_back(address, server):
 
 
 def test_what_the_server_refuses_is_one_line(address, nano, tmp_path):
-    for words, message in ((("-m", "none"), "there is no memory 'none'"), (("--system", "Be."), "needs a chat template"),
-                           (("--remember", "../x"), "the server refused it")):  # fmt: skip
+    wrong = {
+        ("-m", "none"): "no memory 'none'",
+        ("--system", "Be."): "a chat template",
+        ("--remember", "../x"): "refused",
+    }
+    for words, message in wrong.items():
         assert_one_clear_line(hsa("chat", "--server", address, *words, stdin="a\n"), message)
     long = hsa("chat", "--server", address, "--json", stdin="word " * 2000)
     assert long.exit_code == 2 and "put long text into a memory" in json.loads(long.stdout)["error"]
