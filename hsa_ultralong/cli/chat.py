@@ -19,8 +19,8 @@ from hsa_ultralong.cli.ask import (
     System,
     UnsureBelow,
     Writer,
+    filled,
     open_library,
-    require_filled,
     require_reread,
     show_passages,
     show_reread,
@@ -149,8 +149,7 @@ def _here(
     here: dict[str, Any],
 ) -> Iterator[Any]:
     """The model in this process, with its memories."""
-    for path in memories:
-        require_filled(Path(path))
+    files = [filled(Path(path)) for path in memories]
     if remember is not None:
         require_output(Path(remember), may_exist=True)
     network, tokenizer = load_model(here["model"], here["device"] or "auto", here["dtype"] or "auto")
@@ -161,7 +160,7 @@ def _here(
 
     several = len(memories) + (remember is not None) > 1
     store = "device" if several else here["store"] or "file"
-    opened = [open_library(network, tokenizer, Path(path), store, here["lookup"] or "exact") for path in memories]
+    opened = [open_library(network, tokenizer, file, store, here["lookup"] or "exact") for file in files]
     library = nullcontext() if remember is None else _remembering(network, tokenizer, Path(remember))
     with library as talk:
         conversation = Conversation(
