@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.memory_common import Model
 from hsa_ultralong.cli.numbers import MAX_COUNT, finite
 from hsa_ultralong.cli.terminal import echo, echo_json
 
-Reread = Annotated[
+RereadNumber = Annotated[
     int,
     typer.Option(min=0, max=1024, help="Put so many of the best passages as text into the prompt as well; 0: none."),
 ]
@@ -22,12 +23,13 @@ RereadTokens = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="System message before the question (chat templates only).")]
-Text = Annotated[
+TextFiles = Annotated[
     list[Path] | None,
     typer.Option("--text", "-t", help="File, folder or - for stdin to memorise now; repeat for more."),
 ]
-Memory = Annotated[Path | None, typer.Option("--memory", "-m", help="Memory made by hsa memorize, instead of --text.")]
-Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")]
+OneMemory = Annotated[
+    Path | None, typer.Option("--memory", "-m", help="Memory made by hsa memorize, instead of --text.")
+]
 Lookup = Annotated[str, typer.Option(help="exact, or sketch: faster in large memories.")]
 LongestAnswer = Annotated[
     int | None,
@@ -54,8 +56,8 @@ def register(app: typer.Typer) -> None:
 
 def ask(
     prompt: Annotated[str, typer.Argument(help="A question ending in '?', or the beginning of a sentence.")],
-    text: Text = None,
-    memory: Memory = None,
+    text: TextFiles = None,
+    memory: OneMemory = None,
     hide: Annotated[str | None, typer.Option(help="Hide this sentence in the first text before memorising.")] = None,
     depth: Annotated[
         float, typer.Option(min=0.0, max=1.0, callback=finite, help="Where to hide it, 0 = start, 1 = end.")
@@ -65,7 +67,7 @@ def ask(
     model: Model = None,
     lookup: Lookup = "exact",
     max_new_tokens: LongestAnswer = None,
-    reread: Reread = 0,
+    reread: RereadNumber = 0,
     reread_tokens: RereadTokens = None,
     system: System = None,
     plain: Annotated[

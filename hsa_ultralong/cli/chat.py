@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from hsa_ultralong.cli.ask import (
-    Reread,
+    RereadNumber,
     RereadTokens,
     System,
     UnsureBelow,
@@ -57,7 +57,7 @@ def chat(
     server: Annotated[str | None, typer.Option(help="Address of hsa serve, in place of a model folder.")] = None,
     key: Annotated[str | None, typer.Option(help="API key of the server; else HSA_API_KEY.")] = None,
     system: System = None,
-    reread: Reread = 0,
+    reread: RereadNumber = 0,
     reread_tokens: RereadTokens = None,
     max_new_tokens: Annotated[
         int | None,

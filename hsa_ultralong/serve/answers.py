@@ -25,7 +25,7 @@ from hsa_ultralong.serve.protocol import ChatCompletion, Completion
 from hsa_ultralong.serve.worker import Piece, Request, Sampling, TokenProbability, Worker
 
 
-class Asked(NamedTuple):
+class AskedPrompt(NamedTuple):
     """A prompt as text or messages, None where token ids were given, and its token ids."""
 
     form: Prompt | None
@@ -51,7 +51,7 @@ class Answers:
 
     # prompts ----------------------------------------------------------------------------------------------------------
 
-    def prompts(self, wanted: Completion | ChatCompletion) -> list[Asked]:
+    def prompts(self, wanted: Completion | ChatCompletion) -> list[AskedPrompt]:
         """Every prompt of a request.
 
         Raises:
@@ -64,7 +64,7 @@ class Answers:
         elif wanted.prompt and isinstance(wanted.prompt[0], str):
             found = [self._asked(str(text)) for text in wanted.prompt]
         else:
-            found = [Asked(None, [int(token) for token in wanted.prompt])]
+            found = [AskedPrompt(None, [int(token) for token in wanted.prompt])]
         for asked in found:
             if not asked.ids:
                 raise ServeError(400, "the prompt is empty", "invalid_prompt")
@@ -81,13 +81,13 @@ class Answers:
                 )
         return found
 
-    def _asked(self, form: Prompt) -> Asked:
+    def _asked(self, form: Prompt) -> AskedPrompt:
         try:
-            return Asked(form, prompt_ids(self.tokenizer, form))
+            return AskedPrompt(form, prompt_ids(self.tokenizer, form))
         except ValueError as error:
             raise ServeError(400, str(error), "invalid_prompt") from None
 
-    def _room(self, wanted: Completion | ChatCompletion, asked: Asked) -> int:
+    def _room(self, wanted: Completion | ChatCompletion, asked: AskedPrompt) -> int:
         """Tokens that a row has left beside the prompt and its answer."""
         return self.limits.context_tokens - len(asked.ids) - wanted.wanted_tokens()
 
@@ -114,7 +114,7 @@ class Answers:
     # rows -------------------------------------------------------------------------------------------------------------
 
     def start(
-        self, wanted: Completion | ChatCompletion, prompts: list[Asked], opened: Opened | None, owner: str = ""
+        self, wanted: Completion | ChatCompletion, prompts: list[AskedPrompt], opened: Opened | None, owner: str = ""
     ) -> tuple[list[Request], AsyncIterator[tuple[int, Piece]]]:
         """Hand all rows of a request over; pieces come as (number of the choice, piece). owner: whose prompts count as
         known.
@@ -151,7 +151,7 @@ class Answers:
         return requests, _pieces(queue, len(requests))
 
     def _reread(
-        self, wanted: Completion | ChatCompletion, asked: Asked, memory: Memory | None
+        self, wanted: Completion | ChatCompletion, asked: AskedPrompt, memory: Memory | None
     ) -> Callable[[], Reread] | None:
         """What puts passages into the prompt, where they are wanted, as many as the row has room for."""
         if not wanted.reread or memory is None or asked.form is None:
