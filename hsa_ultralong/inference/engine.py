@@ -87,7 +87,7 @@ class DecodingEngine:
         memories = list(memory) if isinstance(memory, Sequence) else [memory] * (batch if rows is None else rows.batch)
         if len(memories) != batch or batch < 1 or max_tokens < 1:
             raise ValueError(f"{len(memories)} memories for batch={batch} sequences of {max_tokens} tokens")
-        for one in memories:
+        for one in {id(one): one for one in memories}.values():  # rows of one memory are checked once
             if one is not None:
                 require_same_model(model, one.base if isinstance(one, RowMemories) else one)
         self._check_parts(model, compile_layers, use_graph)
