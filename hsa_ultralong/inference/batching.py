@@ -392,11 +392,11 @@ class BatchEngine(DecodingEngine):
                         row = self.join(torch.arange(length) % self.config.vocab_size, one, max_new_tokens=size)
                         self.step()
                         self.leave(row)
+            if memory is not None:
+                self.forget(memory)  # a graph that knows it would go with it
             if self.is_captured:
                 for count in self.sizes:
                     self._captured_plan(count, [])
-            if memory is not None:
-                self.forget(memory)
         finally:
             self.prefixes = prefixes
 

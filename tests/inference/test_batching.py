@@ -200,6 +200,7 @@ def test_warming_up_leaves_no_trace(model, requests, expected, eager_graphs):
     engine = BatchEngine(model, batch=3, max_tokens=60, use_graph=True)
     engine.warm(model.memorize(document(9)))
     assert not any(engine.is_taken) and engine.known == [] and len(engine.own.free) == engine.own.num_pages
+    assert sorted(size for size, memories in engine._captured if not memories) == engine.sizes
     assert together(engine, requests) == expected
 
 
