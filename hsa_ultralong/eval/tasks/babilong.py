@@ -117,6 +117,7 @@ class Babilong:
     kind: str
     metric: str = "places"
     max_new_tokens: int = 25
+    is_editable: bool = True
 
     def stories(self, material: Material, number: int) -> list[Story]:
         """All stories of the test file.

@@ -41,6 +41,7 @@ class AuthorsNeedle:
     name: str = "s_niah_authors"
     metric: str = "exact"
     max_new_tokens: int = 16
+    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         asked = " What is the special magic number for long-context mentioned in the provided text? Answer: "
@@ -64,6 +65,7 @@ class AuthorsQueries:
     asked: int = 2
     metric: str = "in_order"
     max_new_tokens: int = 32
+    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         for index in range(number):
@@ -94,6 +96,7 @@ class AuthorsVariables:
     links: int = 3
     metric: str = "in_order"
     max_new_tokens: int = 32
+    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         for index in range(number):
@@ -123,6 +126,7 @@ class Passkey:
     name: str = "passkey"
     metric: str = "exact"
     max_new_tokens: int = 8
+    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         before = (
@@ -148,6 +152,7 @@ class KeyValues:
     name: str = "kv"
     metric: str = "part"
     max_new_tokens: int = 64
+    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         before = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{"

@@ -49,6 +49,7 @@ class PassageQuestions:
     metric: str = "f1"
     also: tuple[str, ...] = ("em", "contains")
     max_new_tokens: int = 24
+    is_editable: bool = True
 
     def questions(self, material: Material, number: int) -> tuple[Passages, list[Question]]:
         """The file, and its questions that may be asked.

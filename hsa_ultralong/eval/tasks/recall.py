@@ -93,6 +93,7 @@ class Recall:
     as_documents: bool = False
     metric: str = "exact"
     max_new_tokens: int = 24
+    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         contexts = -(-number // (1 + self.similar))
@@ -150,6 +151,7 @@ class RecallPrompt:
     name: str = "recall_prompt"
     metric: str = "begins"
     max_new_tokens: int = 10
+    is_editable: bool = False
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         for index in range(number):

@@ -64,6 +64,7 @@ class Needles:
     asked: int = 1
     metric: str = "all"
     max_new_tokens: int = 128
+    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         lines = _NeedleLines(self, material, length, seed) if self.haystack == "needle" else None

@@ -40,6 +40,7 @@ class DocumentQuestions:
     source: str
     metric: str = "part"
     max_new_tokens: int = 32
+    is_editable: bool = False
 
     def passages(self, material: Material, number: int) -> Passages:
         """The file of this task.

@@ -61,6 +61,7 @@ class VariableTracking:
     hops: int = 4
     metric: str = "all"
     max_new_tokens: int = 30
+    is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         example = self._example(namespaced_rng("eval/vt/example", seed, length))
@@ -104,6 +105,7 @@ class CommonWords:
     common: int = 10
     metric: str = "all"
     max_new_tokens: int = 120
+    is_editable: bool = False
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         small = length < 4096
@@ -204,6 +206,7 @@ class FrequentWords:
     alpha: float = 2.0
     metric: str = "all"
     max_new_tokens: int = 50
+    is_editable: bool = False
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         form = make_form(material, self, length, _FWE_BEFORE, _FWE_QUESTION, _FWE_PREFIX)

@@ -64,7 +64,8 @@ class Task(Protocol):
 
     Attributes:
         name: RULER's name where it is a task of RULER. metric: how its answers are scored. max_new_tokens: the most
-            that an answer may have.
+            that an answer may have. is_editable: whether the contexts of one length differ in a few spans only, so that
+            a memory of one becomes that of the next by exact edits.
     """
 
     @property
@@ -73,6 +74,8 @@ class Task(Protocol):
     def metric(self) -> str: ...
     @property
     def max_new_tokens(self) -> int: ...
+    @property
+    def is_editable(self) -> bool: ...
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         """`number` samples of exactly `length` tokens, at uniform depths where the task has one.
