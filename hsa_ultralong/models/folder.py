@@ -40,6 +40,8 @@ _JSON_BYTES = 2**28
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # of a number in the smallest form that weights are kept in, half a bit
 _LEAST_BYTES = 1 / 16
+# what is made up, and reported, where a folder lacks weights and the caller asks for their names
+_MADE_UP_LAYERS, _MADE_UP_WEIGHTS = 1000, 2**28
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERATION_KINDS: Mapping[str, tuple[str, ...]] = {
     "a whole number": (
@@ -77,7 +79,8 @@ class CheckedLoading:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but from safetensors only unless `use_safetensors=False`, and a folder on this machine is
-        checked before memory is taken.
+        checked before memory is taken. With `output_loading_info=True` weights that are missing or unexpected are
+        reported, as in transformers, instead of refused.
 
         Raises:
             ValueError: the folder is damaged, its files do not fit one another, or weights are not finite.
@@ -97,11 +100,12 @@ class CheckedLoading:
                 config=config if isinstance(config, HSAConfig) else None,
                 variant=kwargs.get("variant"),
                 reads_weights=kwargs["use_safetensors"],
+                reports_keys=with_info,
             )
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         # of quantised weights the names are known only now
         missing = sorted(info["missing_keys"]) if getattr(found, "quantization_config", None) else []
-        if missing and not cls.folder_content().may_have_more:
+        if missing and not with_info and not cls.folder_content().may_have_more:
             raise ValueError(f"checkpoint {folder} lacks weights, e.g. {missing[0]}; export the model again")
         require_finite(model, source)
         return (model, info) if with_info else model
@@ -140,13 +144,20 @@ def load_pretrained(folder: Path, **options: Any) -> torch.nn.Module:
 
 
 def check_model_folder(
-    folder: Path, content: FolderContent, *, config: Any = None, variant: str | None = None, reads_weights: bool = True
+    folder: Path,
+    content: FolderContent,
+    *,
+    config: Any = None,
+    variant: str | None = None,
+    reads_weights: bool = True,
+    reports_keys: bool = False,
 ) -> HSAConfig:
     """The configuration of a model folder whose files fit it and one another; the weights are not read yet.
 
     Args:
         config: takes the place of a missing config.json. variant: as in transformers, a part of the names of the
-            weights. reads_weights: whether those of the folder, in safetensors, are what is loaded.
+            weights. reads_weights: whether those of the folder, in safetensors, are what is loaded. reports_keys:
+            the caller is told of weights that are missing or unexpected.
 
     Raises:
         ValueError: they do not; naming the file.
@@ -161,7 +172,7 @@ def check_model_folder(
     found: HSAConfig = _check_config(folder) if os.path.lexists(folder / _CONFIG) else config
     files = weight_files(folder, variant) if reads_weights else []
     if reads_weights:
-        _check_weights(folder, found, files, content)
+        _check_weights(folder, found, files, content, reports_keys)
     _check_generation(folder, found)
     _check_tokenizer(folder, found)
     _verify_checksums(folder, [file.name for file in files])
@@ -240,18 +251,20 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _check_weights(folder: Path, config: HSAConfig, files: list[Path], content: FolderContent) -> None:
+def _check_weights(
+    folder: Path, config: HSAConfig, files: list[Path], content: FolderContent, reports_keys: bool
+) -> None:
     """The tensors in the files are those of a model of this configuration, by name, shape and kind."""
     stored = _stored(files)
     layers = config.num_hidden_layers + config.num_encoder_layers
     # building a model, even without memory, takes time for every layer
-    if layers > len(stored):
+    if layers > max(len(stored), _MADE_UP_LAYERS if reports_keys else 0):
         raise ValueError(
             f"{folder / _CONFIG} asks for {layers:,} layers, but there are {len(stored):,} tensors of weights"
         )
     expected = _expected(folder, config, content)
     size, least = sum(file.stat().st_size for file in files), sum(math.prod(shape) for shape, _ in expected.values())
-    if least * _LEAST_BYTES > size:
+    if least > max(size / _LEAST_BYTES, _MADE_UP_WEIGHTS if reports_keys else 0):
         raise ValueError(f"{folder / _CONFIG} asks for {least:,} weights, more than {size:,} bytes can hold")
     if getattr(config, "quantization_config", None):
         # quantised weights have other names, shapes and kinds
@@ -260,10 +273,11 @@ def _check_weights(folder: Path, config: HSAConfig, files: list[Path], content: 
         # of a model without a head
         stored = {_BASE + name: entry for name, entry in stored.items()}
     optional = set() if content.has_head and not config.tie_word_embeddings else {_HEAD}
-    if missing := sorted(expected.keys() - stored.keys() - optional):
+    missing = sorted(expected.keys() - stored.keys() - optional)
+    if missing and not reports_keys:
         raise ValueError(f"checkpoint {folder} lacks weights, e.g. {missing[0]}; export the model again")
     unexpected = sorted(stored.keys() - expected.keys())
-    if unexpected and not content.may_have_more:
+    if unexpected and not (content.may_have_more or reports_keys):
         raise ValueError(
             f"checkpoint {folder} has weights that its {_CONFIG} has no place for, e.g. {unexpected[0]!a}; export the "
             "model again"

@@ -419,6 +419,16 @@ def test_classes_derived_from_ours_may_have_parts_of_their_own(folder, tmp_path)
         Classifier.from_pretrained(tmp_path / "mine")
 
 
+def test_missing_and_unexpected_weights_are_reported_to_those_who_ask_for_their_names(folder):
+    expected = HSAForCausalLM.from_pretrained(folder)
+    change_weights(folder, lambda tensors: tensors.update(other=tensors.pop("model.norm.weight")))
+    with pytest.raises(ValueError, match="lacks weights"):
+        HSAForCausalLM.from_pretrained(folder)
+    model, info = HSAForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"model.norm.weight"} and set(info["unexpected_keys"]) == {"other"}
+    assert torch.equal(model.model.embed_tokens.weight, expected.model.embed_tokens.weight)
+
+
 def test_a_base_model_and_its_causal_model_load_from_each_other(folder, tmp_path):
     model = library(folder)
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "base")
