@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 from hsa_ultralong.cli.terminal import console, echo_json
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from hsa_ultralong.train import TrainConfig
+
+# more stages side by side are too wide for a narrow terminal
+_STAGES_ABREAST = 5
 
 
 def show_plan(config: TrainConfig, as_json: bool) -> None:
@@ -27,12 +31,15 @@ def show_plan(config: TrainConfig, as_json: bool) -> None:
     console().print(plan_table(config, plan))
 
 
-def plan_table(config: TrainConfig, plan: dict[str, Any]) -> Table:
+def plan_table(config: TrainConfig, plan: dict[str, Any]) -> RenderableType:
+    """Stages side by side, in more than one table if there are many, with their sums after the last."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     from hsa_ultralong.baselines.twins import rival_parameters
-    from hsa_ultralong.cli.plan import format_bytes, format_count
+    from hsa_ultralong.cli.plan import format_count
     from hsa_ultralong.models.accounting import count_parameters
     from hsa_ultralong.train.twins import rival_of
 
@@ -49,23 +56,34 @@ def plan_table(config: TrainConfig, plan: dict[str, Any]) -> Table:
         f"Time: FLOP at {plan['mfu']:.0%} of {plan['peak_flops'] / 1e12:.0f} TFLOP/s a GPU (H100, H200), probes and "
         "checkpoints left out. Activations are an estimate (train/planning.py)."
     )
-    # stages side by side: there are five at most, and terminals are narrow
-    style: dict[str, Any] = {"box": box.SIMPLE, "padding": (0, 1, 0, 0), "title_justify": "left"}
-    table = Table("", title=title, caption=caption, caption_justify="left", **style)
-    stages = plan["stages"]
-    for name in (*(stage["stage"] for stage in stages), "all"):
+    stages, tables = plan["stages"], []
+    width = -(-len(stages) // -(-len(stages) // _STAGES_ABREAST))
+    for start in range(0, len(stages), width):
+        table = Table("", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        _fill(table, stages[start : start + width], plan if start + width >= len(stages) else None)
+        tables.append(table)
+    return Group(Text(title), *tables, Text(caption))
+
+
+def _fill(table: Table, stages: list[dict[str, Any]], plan: dict[str, Any] | None) -> None:
+    """Columns of these stages and, with the plan, of the whole."""
+    from hsa_ultralong.cli.plan import format_bytes, format_count
+
+    for name in (*(stage["stage"] for stage in stages), *(("all",) if plan else ())):
         table.add_column(name, justify="right", no_wrap=True)
-    steps, tokens = (sum(stage[name] for stage in stages) for name in ("steps", "tokens"))
+    whole: dict[str, list[str]] = {"steps": [], "tokens": [], "time": []}
+    if plan:
+        steps, tokens = (sum(stage[name] for stage in plan["stages"]) for name in ("steps", "tokens"))
+        whole = {"steps": [f"{steps:,}"], "tokens": [format_count(tokens)], "time": [_duration(plan["seconds"])]}
     table.add_row("context", *(f"{stage['seq_len']:,}" for stage in stages))
-    table.add_row("steps", *(f"{stage['steps']:,}" for stage in stages), f"{steps:,}")
-    table.add_row("tokens", *(format_count(stage["tokens"]) for stage in stages), format_count(tokens))
+    table.add_row("steps", *(f"{stage['steps']:,}" for stage in stages), *whole["steps"])
+    table.add_row("tokens", *(format_count(stage["tokens"]) for stage in stages), *whole["tokens"])
     kinds = {"optimizer": "optimiser", "total_bytes": "sum"}
     for key in ("weights", "gradients", "optimizer", "activations", "total_bytes"):
         table.add_row(kinds.get(key, key), *(format_bytes(stage[key]) for stage in stages))
     if any(stage["host"] for stage in stages):
         table.add_row("host", *(format_bytes(stage["host"]) if stage["host"] else "" for stage in stages))
-    table.add_row("time", *(_duration(stage["seconds"]) for stage in stages), _duration(plan["seconds"]))
-    return table
+    table.add_row("time", *(_duration(stage["seconds"]) for stage in stages), *whole["time"])
 
 
 def _duration(seconds: float) -> str:

@@ -73,8 +73,8 @@ def test_ask_reads_the_best_passages_again_and_says_which(checkpoint, book, tmp_
     found = json.loads(hsa(*options, "--json", "What is it?").stdout)
     starts = [one["start"] for one in found["reread"]]
     assert len(starts) == 3 and starts == sorted(starts) and all(one["passage"] for one in found["reread"])
-    shown = hsa(*options, "--reread-tokens", 80, "What is it?").stdout
-    assert re.search(r"Read again in the prompt, [12] passages \(3 were asked for\): .*, tokens \d", shown)
+    shown = hsa(*options, "--reread-tokens", 45, "What is it?").stdout
+    assert re.search(r"Read again in the prompt, [12] passages? \(3 were asked for\): .*, tokens \d", shown)
     for words, message in (
         (("--reread-tokens", 1), "does not fit"),
         (("--reread", 0, "--reread-tokens", 9), "--reread-tokens goes with"),
