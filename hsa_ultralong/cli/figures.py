@@ -11,6 +11,8 @@ from hsa_ultralong.bench.ops_report import plot_ops, read_benchmark
 from hsa_ultralong.bench.training_report import plot_training_speed
 from hsa_ultralong.eval.comparisons import compare_needles, compare_training
 from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl, read_log
+from hsa_ultralong.eval.suite_plots import draw_table
+from hsa_ultralong.files.strict_json import read_json
 
 # source, figure, kind, title
 FIGURES = (
@@ -57,8 +59,17 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
     if kind == "training_speed":
         plot_training_speed(read_benchmark(source), figure)
         return
+    if kind == "suite":
+        records = read_json(source)["records"]
+        draw_table(records, figure, f"{records[0]['model']}: score in percent, by task and length")
+        return
     if kind == "needles":
-        plot_needles(_first_form(read_jsonl(source)), figure, title)
+        lines = _first_form(read_jsonl(source))
+        if not all("correct" in line for line in lines):
+            raise ValueError(
+                f"{source} holds no hidden sentences; of a suite draw the folder, once its command wrote summary.json"
+            )
+        plot_needles(lines, figure, title)
         return
     plot_training(read_log(source), figure, title)
 
@@ -115,9 +126,20 @@ def study_figures(root: Path) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def suite_figures(root: Path) -> list[tuple[str, str, str, str]]:
+    """scores.png in every folder of results/ that has one, in the form of FIGURES; titled by its records."""
+    folders = sorted(path.parent.relative_to(root) for path in root.glob("results/*/scores.png"))
+    return [(f"{folder}/summary.json", f"{folder}/scores.png", "suite", "") for folder in folders]
+
+
+def all_figures(root: Path) -> list[tuple[str, str, str, str]]:
+    """Every figure with one source, in the form of FIGURES."""
+    return [*FIGURES, *study_figures(root), *suite_figures(root), *benchmark_figures(root)]
+
+
 def draw_all(root: Path) -> list[Path]:
-    """Redraw every figure of FIGURES and of the benchmarks below `root`; returns the files written."""
-    figures = [*FIGURES, *study_figures(root), *benchmark_figures(root)]
+    """Redraw every figure of FIGURES, of studies, suites and benchmarks below `root`; returns the files written."""
+    figures = all_figures(root)
     for source, figure, kind, title in figures:
         draw(root / source, root / figure, kind, title)
     for folders, figure, title in COMPARISONS:

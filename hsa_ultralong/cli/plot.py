@@ -1,4 +1,4 @@
-"""`hsa plot`: draw training runs, needle records or operator times; `--all` redraws all committed figures."""
+"""`hsa plot`: draw runs, needle records, scores of suites or operator times; `--all` redraws all committed figures."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def plot(
         list[Path] | None,
         typer.Argument(
             metavar="SOURCE...",
-            help="A run or report folder, log.jsonl, records.jsonl, ops-, memory- or training-*.json; several runs, or "
-            "several reports of hidden sentences, make one figure.",
+            help="Folder of a run, of a report or of a suite, log.jsonl, records.jsonl, summary.json, ops-, memory- or "
+            "training-*.json; several runs, or several reports of hidden sentences, make one figure.",
         ),
     ] = None,
     output: Annotated[
@@ -32,14 +32,16 @@ def plot(
     ] = None,
     all_figures: Annotated[bool, typer.Option("--all", help="Redraw every committed figure from its numbers.")] = False,
 ) -> None:
-    """Draw all curves of a run, the needle map of a report, the times of a benchmark, or several runs or reports beside
-    one another.
+    """Draw all curves of a run, the needle map of a report, the scores of a suite, the times of a benchmark, or several
+    runs or reports beside one another.
 
     Examples:
 
       hsa plot runs/nano
 
       hsa plot quickstart-report -o map.png
+
+      hsa plot results/recall-nano -o scores.png
 
       hsa plot benchmarks/results/ops-h200.json
 
@@ -68,17 +70,25 @@ def plot(
         echo(f"written {output}")
         return
     (file, kind), source = found[0], sources[0]
-    name = {"needles": "needles.png", "training": "loss.png"}.get(kind, f"{file.stem}.png")
+    name = {"needles": "needles.png", "training": "loss.png", "suite": "scores.png"}.get(kind, f"{file.stem}.png")
     target = output or file.with_name(name)
     draw(file, target, kind, "" if kind in ("ops", "memory", "training_speed") else f"{source.resolve().name}")
     echo(f"written {target}")
 
 
 def _find(source: Path) -> tuple[Path, str]:
+    """The file to draw, and what kind of figure it makes."""
+    from hsa_ultralong.eval.suite_summary import is_suite
+
     candidates = [source] if source.is_file() else [source / "log.jsonl", source / "records.jsonl"]
+    summary = source if source.name == "summary.json" else source / "summary.json"
+    if summary.is_file() and not (source / "log.jsonl").is_file() and is_suite(summary):
+        return summary, "suite"
     for file in candidates:
         if file.is_file() and file.suffix == ".json":
             return file, {"memory": "memory", "training": "training_speed"}.get(file.name.split("-")[0], "ops")
         if file.is_file():
             return file, "training" if file.name.startswith("log") else "needles"
-    raise ValueError(f"{source} holds neither log.jsonl (a run) nor records.jsonl (a needle report)")
+    raise ValueError(
+        f"{source} holds neither log.jsonl (a run), nor records.jsonl (a needle report), nor summary.json (a suite)"
+    )

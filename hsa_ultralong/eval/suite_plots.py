@@ -31,7 +31,8 @@ def draw_all(records: Records, summary: Records, folder: Path, label: str) -> li
 
 
 def _save(figure: Any, path: Path) -> None:
-    for kind in _KINDS:
+    """In the form that the path names, or in both."""
+    for kind in (path.suffix,) if path.suffix else _KINDS:
         save(figure, path.with_suffix(kind), 130)
 
 
@@ -57,7 +58,7 @@ def draw_table(summary: Records, path: Path, title: str) -> bool:
 
 def _map(axes: Any, values: Any, size: int) -> Any:
     """Values of 0..1 (rows, columns) as colours and percent."""
-    image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(100 * values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         if not np.isnan(value):
             color = "white" if value < 0.2 or value > 0.85 else "black"

@@ -5,6 +5,7 @@ Called by suite.py; tests/eval/test_suite.py."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,8 +13,11 @@ import numpy as np
 
 from hsa_ultralong.eval.needles import wilson_interval
 from hsa_ultralong.eval.plots import human_tokens
+from hsa_ultralong.files.strict_json import read_json
 
 Records = Sequence[Mapping[str, Any]]
+# fields of a record by which a suite's summary is known
+_OF_A_SUITE = {"task", "metric", "setting", "length"}
 
 
 def summary_records(records: Records, shared: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -129,6 +133,17 @@ def auroc_interval(records: Records, repeats: int = 1000) -> tuple[float, float]
         if value is not None:
             values.append(value)
     return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
+
+
+def is_suite(summary: Path) -> bool:
+    """Whether a summary.json is that of a suite.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    records = read_json(summary).get("records")
+    first = records[0] if isinstance(records, list) and records else None
+    return isinstance(first, dict) and first.keys() >= _OF_A_SUITE
 
 
 def wholes(summary: Records) -> dict[tuple[str, str], dict[int, Mapping[str, Any]]]:

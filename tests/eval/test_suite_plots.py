@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli import figures
+from hsa_ultralong.cli.main import app
 from hsa_ultralong.eval.suite_plots import draw_all
 from hsa_ultralong.eval.suite_summary import summary_records
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def drawn(folder, records):
@@ -41,3 +48,19 @@ def test_absent_facts_alone_have_no_diagnosis(tmp_path, runs):
     assert "diagnosis" in drawn(tmp_path, records)
     (tmp_path / "absent").mkdir()
     assert drawn(tmp_path / "absent", only_absent) == []
+
+
+def test_a_suite_is_drawn_again_from_its_summary_and_without_one_it_is_refused(tmp_path):
+    folder = ROOT / "results" / "ruler-nano-16m"
+    drawn = CliRunner().invoke(app, ["plot", str(folder), "-o", str(tmp_path / "scores.png")])
+    assert drawn.exit_code == 0 and (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG"), drawn.output
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.png"]
+    (tmp_path / "records.jsonl").write_text('{"task": "vt", "length": 4096, "depth": 0.5, "score": 1.0}\n')
+    refused = CliRunner().invoke(app, ["plot", str(tmp_path)])
+    assert refused.exit_code == 2 and "summary.json" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_every_committed_figure_of_results_is_drawn_by_the_report():
+    drawn = {figure for _, figure, _, _ in figures.all_figures(ROOT)} | {figure for _, figure, _ in figures.COMPARISONS}
+    found = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("results/*/*.png"), *ROOT.glob("benchmarks/**/*.png")]}
+    assert found <= drawn, f"nothing draws {sorted(found - drawn)}"
