@@ -48,8 +48,7 @@ docs: $(DOCS)
 	$(BIN)/python scripts/docs_site.py
 
 smol: $(CORE)
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --editable ".[gguf]"
-	$(BIN)/python scripts/make_smol.py
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python scripts/make_smol.py
 
 results/needles-nano: $(CORE)
 	$(BIN)/hsa quickstart -o $@ --needles 100 --controls 40

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
+import json
 import subprocess
 import sys
 import zipfile
@@ -34,8 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--question", default=QUESTION)
     options = parser.parse_args(arguments)
     require_difference(options.difference)
-    source = options.source or fetched(options.cache)
-    if not (options.output / "config.json").is_file():
+    if (options.output / "config.json").is_file():
+        require_made_of(options.output, options.difference)
+    else:
+        source = options.source or fetched(options.cache)
+        if importlib.util.find_spec("gguf") is None:
+            run(sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--editable", f"{ROOT}[gguf]")
         hsa("convert", source, "--apply", options.difference, "-o", options.output)
     hsa("ask", options.question, "--text", options.book, "--model", options.output, "--device", "cpu", "--sources", 3)
 
@@ -50,16 +56,28 @@ def require_difference(path: Path) -> None:
     named = path.with_suffix(".sha256")
     if not named.is_file():
         sys.exit(f"error: {named} is missing, which names the SHA-256 of {path.name}")
-    require_digest(path, named.read_text(encoding="utf-8").split()[0])
+    require_digest(path, named.read_text(encoding="utf-8").partition(" ")[0].strip())
+
+
+def require_made_of(folder: Path, difference: Path) -> None:
+    """A model folder that is here already was made of this difference."""
+    report = folder / "conversion.json"
+    made_of = json.loads(report.read_text(encoding="utf-8"))["difference"] if report.is_file() else None
+    if made_of is None or made_of["sha256"] != digest_of(difference):
+        sys.exit(f"error: {folder} is a model that was not made of {difference}: remove it, or name another with -o")
 
 
 def require_digest(path: Path, wanted: str) -> None:
+    if (found := digest_of(path)) != wanted:
+        sys.exit(f"error: {path} is another file: its SHA-256 is {found}, not {wanted}")
+
+
+def digest_of(path: Path) -> str:
     with path.open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != wanted:
-        sys.exit(f"error: {path} is another file: its SHA-256 is {digest.hexdigest()}, not {wanted}")
+    return digest.hexdigest()
 
 
 def fetched(cache: Path) -> Path:

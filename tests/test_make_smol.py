@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ def script(monkeypatch):
     spec.loader.exec_module(module)
     calls = []
     monkeypatch.setattr(module, "hsa", lambda *words: calls.append([str(word) for word in words]))
-    module.calls = calls
+    module.calls, module.runs = calls, []
+    monkeypatch.setattr(module, "run", lambda *words: module.runs.append(words))
     return module
 
 
@@ -34,7 +36,7 @@ def test_a_missing_or_other_difference_stops_before_any_work(script, difference,
     difference.write_bytes(b"other")
     with pytest.raises(SystemExit, match="is another file"):
         script.main(["--difference", str(difference)])
-    assert script.calls == []
+    assert script.calls == script.runs == []
 
 
 def test_source_and_difference_become_a_model_that_is_asked(script, difference, tmp_path, monkeypatch):
@@ -49,6 +51,23 @@ def test_source_and_difference_become_a_model_that_is_asked(script, difference, 
     convert, ask = script.calls
     assert convert == ["convert", str(source), "--apply", str(difference), "-o", str(tmp_path / "smol")]
     assert ask[:2] == ["ask", "Who?"] and ask[ask.index("--model") + 1] == str(tmp_path / "smol")
+
+
+def test_a_model_that_is_there_is_asked_without_its_source_unless_it_is_of_another_difference(
+    script, difference, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(script, "fetched", lambda cache: pytest.fail("fetched again"))
+    words = ["--difference", str(difference), "-o", str(tmp_path)]
+    (tmp_path / "config.json").touch()
+    for made_of in (None, {"sha256": "0"}):
+        (tmp_path / "conversion.json").write_text(json.dumps({"difference": made_of}))
+        with pytest.raises(SystemExit, match="was not made of"):
+            script.main(words)
+    (tmp_path / "conversion.json").write_text(
+        json.dumps({"difference": {"sha256": hashlib.sha256(b"learnt").hexdigest()}})
+    )
+    script.main(words)
+    assert [call[0] for call in script.calls] == ["ask"]
 
 
 def test_a_difference_that_ships_is_small_and_is_the_one_that_is_named(script):

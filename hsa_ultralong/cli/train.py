@@ -119,14 +119,20 @@ def train(
     run = output or Path("runs") / "-".join(filter(None, (recipe, config.twin)))
     if init_from is not None:
         take_shape(config, init_from, run)
-    if until is not None:
-        config.stage(until)
+    _check_words(config, until, as_json and not dry_run)
     if dry_run:
         return show_plan(config, as_json)
     reading = {"text_field": text_field, "encoding": encoding}
     start = Start(init_from, teacher, from_difference, export_difference)
     texts = text or [], chat or []
     _execute(TrainRequest(config, run, data, *texts, reading, tokenizer, until, max_minutes, export, start), device)
+
+
+def _check_words(config: TrainConfig, until: str | None, is_json_of_a_run: bool) -> None:
+    if until is not None:
+        config.stage(until)
+    if is_json_of_a_run:
+        raise ValueError("--json goes with --dry-run; what a run measures is in its log.jsonl and summary.json")
 
 
 class TrainRequest(NamedTuple):

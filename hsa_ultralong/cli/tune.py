@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, finite
-from hsa_ultralong.cli.terminal import echo
+from hsa_ultralong.cli.terminal import echo, progress
 
 
 def register(app: typer.Typer) -> None:
@@ -42,6 +42,7 @@ def tune(
       hsa tune smol.gguf --questions squadshifts.json --questions nq.jsonl.gz -o models/smol-full-tuned --device cuda
     """
     import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
     from torch.utils.data import DataLoader
 
     from hsa_ultralong.cli.common import choose_device
@@ -50,6 +51,7 @@ def tune(
     from hsa_ultralong.data import StepSampler, collate, load_tokenizer
     from hsa_ultralong.data.questions import PassageChats, open_questions
     from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
+    from hsa_ultralong.models.convert import SOURCES
     from hsa_ultralong.train.tuning import TuningConfig
     from hsa_ultralong.train.tuning import tune as train
 
@@ -57,6 +59,12 @@ def tune(
     place = choose_device(device)
     torch.manual_seed(seed)
     found = open_source(source)
+    if found.config.model_type not in SOURCES:
+        raise ValueError(f"{source} is of type {found.config.model_type}; hsa tune takes {', '.join(SOURCES)}")
+    if seq_len > found.config.max_position_embeddings:
+        raise ValueError(
+            f"--seq-len {seq_len}: {source} reads at most {found.config.max_position_embeddings} tokens; use fewer"
+        )
     with removed_on_failure(output):
         output.mkdir(parents=True, exist_ok=True)
         found.save_tokenizer(output)
@@ -65,13 +73,18 @@ def tune(
         paths = tuple(map(str, questions))
         dataset = PassageChats(paths, tokens, seq_len, steps * rows, seed)
         sampler = StepSampler(rows, num_steps=steps)
-        batches = iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate))
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
         bank = open_questions(paths, tokens, "validation")
         model = found.load().float().to(place)
+        held_out = min(held_out, len(bank.questions))
         measure = held_out_f1(model, tokens, bank, held_out)
-        records = train(
-            model, batches, measure, TuningConfig(steps, learning_rate, every, patience), lambda one: echo(_line(one))
-        )
+        config = TuningConfig(steps, learning_rate, every, patience)
+        with progress("tuning", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), err=False) as bar:
+
+            def report(record: dict[str, float]) -> None:
+                bar.console.print(_line(record), highlight=False, soft_wrap=True)
+
+            records = train(model, iter(bar.track(loader, total=steps)), measure, config, report)
         model.to(torch.bfloat16).save_pretrained(output)
         metadata = run_metadata(command_line(), seed)
         write_json(output / "tuning.json", {"source": found.name, "records": records, "metadata": metadata})
@@ -85,7 +98,7 @@ def _line(record: dict[str, float]) -> str:
 
 
 def held_out_f1(model: Any, tokens: Any, bank: Any, count: int) -> Callable[[], dict[str, float]]:
-    """F1 and EM of the first `count` questions of a bank, plainly asked behind their passage, answered greedily."""
+    """F1 and EM of `count` questions spread over a bank, plainly asked behind their passage, answered greedily."""
     import torch
 
     from hsa_ultralong.eval.tasks.scoring import exact_match, f1

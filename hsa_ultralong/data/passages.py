@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -56,15 +57,16 @@ def read_squad(path: Path) -> Passages:
     questions: list[Question] = []
     try:
         for article in whole["data"]:
-            here = [numbers.setdefault(paragraph["context"], len(numbers)) for paragraph in article["paragraphs"]]
+            here = [
+                numbers.setdefault(_text(paragraph["context"]), len(numbers)) for paragraph in article["paragraphs"]
+            ]
             for number, paragraph in zip(here, article["paragraphs"], strict=True):
                 near = tuple(dict.fromkeys(other for other in here if other != number))
                 for asked in paragraph["qas"]:
                     if not asked.get("is_impossible"):
-                        answers = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"]))
-                        questions.append(
-                            Question(str(asked["id"]), asked["question"], answers, (number,), (number,), near)
-                        )
+                        answers = tuple(dict.fromkeys(_text(answer["text"]) for answer in asked["answers"]))
+                        text = _text(asked["question"])
+                        questions.append(Question(str(asked["id"]), text, answers, (number,), (number,), near))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no SQuAD file: data, paragraphs, context and qas are wanted") from None
     return Passages(list(numbers), questions)
@@ -85,7 +87,7 @@ def read_multihop(path: Path) -> Passages:
             gold = tuple(numbers.setdefault(text, len(numbers)) for text in texts)
             told = {title for title, _ in row.get("supporting_facts", [])}
             support = tuple(n for n, (title, _) in zip(gold, row["context"], strict=True) if title in told) or gold
-            questions.append(Question(str(row["_id"]), row["question"], (str(row["answer"]),), gold, support))
+            questions.append(Question(str(row["_id"]), _text(row["question"]), (str(row["answer"]),), gold, support))
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is no HotpotQA file: question, answer and context are wanted") from None
     return Passages(list(numbers), questions)
@@ -103,7 +105,11 @@ def read_nq(path: Path) -> Passages:
         for place, row in enumerate(_lines(path)):
             texts = [f"{passage['title']}\n{passage['text']}" for passage in row["ctxs"]]
             gold = tuple(dict.fromkeys(numbers.setdefault(text, len(numbers)) for text in texts))
-            questions.append(Question(str(place), row["question"], tuple(row["answers"]), gold, gold))
+            # a text is no list of letters
+            if isinstance(row["answers"], str):
+                raise TypeError
+            answers = tuple(map(_text, row["answers"]))
+            questions.append(Question(str(place), _text(row["question"]), answers, gold, gold))
     except (KeyError, TypeError):
         raise ValueError(f"{path} is no file of NQ with passages: question, answers and ctxs are wanted") from None
     return Passages(list(numbers), questions)
@@ -121,6 +127,12 @@ def read_wiki(path: Path) -> list[str]:
         raise ValueError(f"{path} is no list of passages with title and text") from None
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -134,5 +146,7 @@ def _lines(path: Path) -> list[Any]:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile):
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError(f"{path} is no whole .gz file; get it again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is not JSON with one object a line") from None

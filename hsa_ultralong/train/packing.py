@@ -6,6 +6,7 @@ docs/own-memory.md says what it costs. Called by difference.py and cli/compact.p
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -48,6 +49,8 @@ def unpack(packed: Mapping[str, torch.Tensor], about: str) -> dict[str, torch.Te
             {name: [int(size) for size in told["shapes"][name]] for name in told["shapes"]},
         )
         found = {name: part for name, part in packed.items() if not name.endswith((_CODES, _SCALES))}
+        if len(packed) != len(found) + 2 * len(shapes):
+            raise ValueError(f"{len(packed) - len(found)} parts of {len(shapes)} matrices")
         for name, shape in shapes.items():
             found[name] = _unpack(packed[name + _CODES], packed[name + _SCALES], shape, bits)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -66,9 +69,11 @@ def _pack(tensor: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _unpack(codes: torch.Tensor, scales: torch.Tensor, shape: list[int], bits: int) -> torch.Tensor:
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     if bits not in BITS or min(shape) < 1 or len(scales) != -(-count // _BLOCK):
         raise ValueError(f"{len(scales)} scales for {count} numbers")
+    if codes.shape != (len(scales) * _BLOCK * bits // 8,):
+        raise ValueError(f"{codes.numel()} bytes for {count} numbers of {bits} bits")
     digits = np.unpackbits(codes.numpy(), count=len(scales) * _BLOCK * bits).reshape(-1, bits)
     padded = np.pad(digits, ((0, 0), (8 - bits, 0)))
     numbers = torch.from_numpy(np.packbits(padded, axis=1)[:, 0]).float() - ((1 << (bits - 1)) - 1)

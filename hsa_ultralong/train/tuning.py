@@ -55,19 +55,21 @@ def tune(
     )
     records: list[dict[str, float]] = []
     best: dict[str, torch.Tensor] = {}
-    total, stale = torch.zeros((), device=device), 0
+    total, since, stale = torch.zeros((), device=device), 0, 0
     for step in range(config.steps + 1):
         if step % config.every == 0 or step == config.steps:
-            record = {"step": float(step), "loss": total.item() / max(1, min(step, config.every))}
+            record = {"step": float(step), "loss": total.item() / max(1, since)}
             total.zero_()
+            since = 0
             model.eval()
             record |= measure()
-            records.append(record)
             if report is not None:
                 report(record)
             stale += 1
-            if record["f1"] >= max(one["f1"] for one in records):
+            # the same score again is no better one
+            if not records or record["f1"] > max(one["f1"] for one in records):
                 stale, best = 0, {name: part.detach().cpu().clone() for name, part in model.state_dict().items()}
+            records.append(record)
             if stale >= config.patience or step == config.steps:
                 break
             model.train()
@@ -81,6 +83,7 @@ def tune(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         total += loss.detach()
+        since += 1
     model.load_state_dict(best)
     return records
 

@@ -1,5 +1,6 @@
 """Rows of questions over passages: answers stand where the row says; passages of evaluation are never asked about."""
 
+import gzip
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hsa_ultralong.data import MixtureConfig, MixtureDataset
 from hsa_ultralong.data import questions as questions_module
 from hsa_ultralong.data.passages import passage_id
-from hsa_ultralong.data.questions import open_questions
+from hsa_ultralong.data.questions import open_questions, read_questions
 
 SIZE = 16
 
@@ -110,3 +111,29 @@ def test_rows_without_a_file_of_questions_are_refused(shards, tokenizer, file, t
         rows(shards, tokenizer, tmp_path / "none.json", "passage_chat")
     with pytest.raises(ValueError, match="use longer rows"):
         rows(shards, tokenizer, file, "passage_chat", seq_len=64)
+
+
+NQ = {"question": "Who won?", "answers": ["Ann"], "ctxs": [{"title": "Race", "text": "Ann won."}]}
+
+
+@pytest.mark.parametrize("other", [{"answers": "Ann"}, {"answers": [3]}, {"question": None}, {"ctxs": None}])
+def test_a_record_of_another_form_is_refused(tmp_path, other):
+    path = tmp_path / "nq.jsonl"
+    path.write_text(json.dumps(NQ))
+    assert read_questions(path).questions[0].answers == ("Ann",)
+    path.write_text(json.dumps({**NQ, **other}))
+    with pytest.raises(ValueError, match="is no file of NQ"):
+        read_questions(path)
+    asked = {"id": 0, "question": "Who?", "answers": [{"text": "Ann"}]}
+    for part in ({"context": 3, "qas": [asked]}, {"context": "Ann.", "qas": [{**asked, "answers": [{"text": 3}]}]}):
+        path.with_suffix(".json").write_text(json.dumps({"data": [{"paragraphs": [part]}]}))
+        with pytest.raises(ValueError, match="is no SQuAD file"):
+            read_questions(path.with_suffix(".json"))
+
+
+def test_a_packed_file_that_was_cut_off_or_damaged_is_refused(tmp_path):
+    path, packed = tmp_path / "nq.jsonl.gz", gzip.compress(json.dumps(NQ).encode())
+    for data in (packed[:-12], packed[:12] + b"\xff" * 20 + packed[32:], b"plain"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"no whole \.gz file"):
+            read_questions(path)

@@ -45,5 +45,14 @@ def test_packed_tensors_that_do_not_fit_are_refused():
         unpack({**packed, "m#scales": packed["m#scales"][:2]}, about)
     with pytest.raises(ValueError, match="do not fit"):
         unpack(packed, '{"bits": 40, "shapes": {"m": [4, 64]}}')
+    with pytest.raises(ValueError, match="do not fit"):
+        unpack({**packed, "m#codes": packed["m#codes"][:9]}, about)
+    with pytest.raises(ValueError, match="do not fit"):
+        unpack({**packed, "n#codes": packed["m#codes"]}, about)
+    with pytest.raises(ValueError, match="do not fit"):
+        unpack(
+            {"m#codes": packed["m#codes"][:0], "m#scales": packed["m#scales"][:0]},
+            f'{{"bits": 4, "shapes": {{"m": [{2**32}, {2**32}]}}}}',
+        )
     with pytest.raises(ValueError, match="bits must be one of 2 to 8, got 9"):
         pack({}, 9)

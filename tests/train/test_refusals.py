@@ -63,6 +63,7 @@ def place(tmp_path, shards_folder, model):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--json"], "--json goes with --dry-run"),
         (["-o", "file"], "the run folder cannot be"),
         (["-o", "file/run"], "the run folder cannot be"),
         (["-o", "nowhere"], "the run folder cannot be"),
