@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from hsa_ultralong.cli.ask import (
+    LongestAnswer,
     RereadNumber,
     RereadTokens,
     System,
@@ -28,7 +29,7 @@ from hsa_ultralong.cli.ask import (
 from hsa_ultralong.cli.common import load_model
 from hsa_ultralong.cli.memorize import open_or_create
 from hsa_ultralong.cli.memory_common import require_tokenizer
-from hsa_ultralong.cli.numbers import MAX_COUNT, parse_size
+from hsa_ultralong.cli.numbers import parse_size
 from hsa_ultralong.cli.outputs import require_output
 from hsa_ultralong.cli.terminal import echo, echo_json, one_line
 
@@ -59,10 +60,7 @@ def chat(
     system: System = None,
     reread: RereadNumber = 0,
     reread_tokens: RereadTokens = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, max=MAX_COUNT, help="Longest answer in tokens.", show_default="24; of a chat model 256"),
-    ] = None,
+    max_new_tokens: LongestAnswer = None,
     context: Annotated[
         str | None, typer.Option(help="Tokens of what was said, message and answer.", show_default="8K")
     ] = None,

@@ -73,14 +73,19 @@ def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -
 
 def load_checkpoint(folder: Path, dtype: Any) -> Any:
     """Model on the CPU in eval mode, of a folder with or without a tokenizer; errors as in `load_model`."""
-    from transformers.utils import logging
-
     from hsa_ultralong.models import HSAForCausalLM
 
     require_model_folder(folder)
+    quiet_transformers()
+    return HSAForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def quiet_transformers() -> None:
+    """No bars and warnings of transformers: commands have their own, and refuse in one line what it would warn of."""
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return HSAForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
 def load_preset_or_model(

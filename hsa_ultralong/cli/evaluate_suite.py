@@ -223,7 +223,7 @@ def _files(data: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
 
 def load_any(folder: Path | None, device: str, dtype: str, changes: Sequence[str]) -> tuple[Any, Any, bool]:
     """Model, tokenizer, and whether the model is one with a memory; changes: of a rival's configuration."""
-    from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model
+    from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model, quiet_transformers
     from hsa_ultralong.files.strict_json import read_json
 
     is_named = folder is not None and (folder / "config.json").is_file()
@@ -239,6 +239,7 @@ def load_any(folder: Path | None, device: str, dtype: str, changes: Sequence[str
     from hsa_ultralong.models.folder import load_pretrained
 
     place = choose_device(device)
+    quiet_transformers()
     model = load_pretrained(folder, dtype=choose_dtype(dtype, place), **options)
     return model.to(place).eval(), AutoTokenizer.from_pretrained(folder), False
 

@@ -255,11 +255,10 @@ def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, 
 
 
 def _export(trainer: Trainer, folder: Path) -> None:
-    from transformers.utils import logging as transformers_logging
-
+    from hsa_ultralong.cli.common import quiet_transformers
     from hsa_ultralong.train.export import export_model
 
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     export_model(trainer.model, trainer.tokenizer, folder, topk=trainer.topk)
 
 

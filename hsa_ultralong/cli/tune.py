@@ -45,7 +45,7 @@ def tune(
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
     from torch.utils.data import DataLoader
 
-    from hsa_ultralong.cli.common import choose_device
+    from hsa_ultralong.cli.common import choose_device, quiet_transformers
     from hsa_ultralong.cli.convert_source import complete_tokenizer, open_source
     from hsa_ultralong.cli.places import removed_on_failure, require_folder
     from hsa_ultralong.data import StepSampler, collate, load_tokenizer
@@ -57,6 +57,7 @@ def tune(
 
     require_folder(output, is_new=True)
     place = choose_device(device)
+    quiet_transformers()
     torch.manual_seed(seed)
     found = open_source(source)
     if found.config.model_type not in SOURCES:

@@ -104,9 +104,11 @@ class AnswerStream:
             self.tokens.append(step.tokens[0])
             for indices, weights in step.retrieved:
                 note_weights(self._best, indices, weights, num_chunks)
-            if not text.is_stopped and (piece := text.put(step.tokens[0])):
+            if piece := text.put(step.tokens[0]):
                 yield piece
-        if not text.is_stopped and (piece := text.end()):
+            if text.is_stopped:
+                return
+        if piece := text.end():
             yield piece
 
     @property

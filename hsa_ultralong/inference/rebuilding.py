@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,7 @@ def rebuild(
         ValueError: token ids of another tokenizer without `retokenize`, a half-read document with it, ids outside the
             vocabulary, or too little room.
         MemoryFileError: no memory of a model, damage in its token ids, or something that cannot be written.
+            An error names what was read and is kept for the next call.
     """
     model, source_path = unwrapped(model), Path(path)
     target = Path(os.path.realpath(source_path)) if output is None else Path(output).absolute()
@@ -90,15 +91,16 @@ def rebuild(
         if output is None and _is_of(source.spec, model, options):
             remove_unfinished(partial)
             return Rebuilt(source_path, len(source.documents), source.num_tokens, 0)
-        num_read = _Rebuild(model, source, retokenize, piece_tokens).run(partial, options, progress)
-        if output is None:
-            with MemoryFile.open_unverified(partial) as built:
-                take_over(writer, built)
-            remove_unfinished(partial)
-        else:
-            with clear_errors(target, "rebuilding"):
-                os.rename(partial, target)
-                sync_folder(target.parent)
+        with _says_what_is_kept(partial):
+            num_read = _Rebuild(model, source, retokenize, piece_tokens).run(partial, options, progress)
+            if output is None:
+                with MemoryFile.open_unverified(partial) as built:
+                    take_over(writer, built)
+                remove_unfinished(partial)
+            else:
+                with clear_errors(target, "rebuilding"):
+                    os.rename(partial, target)
+                    sync_folder(target.parent)
         return Rebuilt(source_path if output is None else target, len(source.documents), source.num_tokens, num_read)
 
 
@@ -106,6 +108,28 @@ def unfinished(path: Path) -> Path:
     """Where a rebuilt memory grows that is to take this place."""
     place = Path(os.path.realpath(path))
     return place.with_name(f".{place.name}.rebuild")
+
+
+@contextmanager
+def _says_what_is_kept(partial: Path) -> Iterator[None]:
+    """Name the unfinished memory in the error of a rebuild that leaves one."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not _holds_documents(partial):
+            raise
+        kind = ValueError if type(error) is ValueError else MemoryFileError
+        raise kind(
+            f"{error}; what was read is kept in {partial}: the same command goes on there, or remove that folder"
+        ) from error
+
+
+def _holds_documents(partial: Path) -> bool:
+    """Whether there is a memory with at least one document."""
+    try:
+        return os.path.lexists(partial) and bool(read_manifest(partial).documents)
+    except MemoryFileError:
+        return False
 
 
 def _options(

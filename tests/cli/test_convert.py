@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.common import load_model
@@ -33,7 +34,7 @@ def test_a_converted_folder_loads_and_says_where_it_comes_from(tmp_path):
     stated = {"model_max_length": 2048, "eos_token": "é"}
     (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(stated))
     result = run(tmp_path / "llama", "-o", tmp_path / "ours", "--window", 16, "--set", "retrieval_dim=16", "--json")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and result.stderr == "", result.output
     report = json.loads(result.stdout)
     assert report["source"] == "llama" and report["window"] == 16 and 0.5 < report["reused_share"] < 1
     assert json.loads((tmp_path / "ours" / "conversion.json").read_text()) == report
@@ -211,3 +212,21 @@ def test_a_checkpoint_of_the_authors_becomes_a_folder_as_it_is(tmp_path):
     (folder / "config.json").write_text(json.dumps({**keys, "enable_lmk_norm": True}))
     refused = run(folder, "-o", tmp_path / "again")
     assert refused.exit_code == 2 and "enable_lmk_norm=True is not supported" in refused.output
+
+
+def test_a_folder_whose_weights_are_no_source_is_one_line_without_bars(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "llama")
+    weights = load_file(tmp_path / "llama" / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    for tensor, problem in (
+        (None, f"lacks weights, e.g. {name}"),
+        (weights[name][:3].clone(), "weights of other shapes"),
+        (weights[name] * torch.nan, "not finite"),
+    ):
+        other = {key: value for key, value in weights.items() if key != name}
+        other |= {} if tensor is None else {name: tensor}
+        save_file(other, tmp_path / "llama" / "model.safetensors", {"format": "pt"})
+        result = run(tmp_path / "llama", "-o", tmp_path / "x")
+        assert result.exit_code == 2 and len(result.output.strip().splitlines()) == 1, result.output
+        assert problem in result.output and "Loading" not in result.output

@@ -127,12 +127,13 @@ def run(arguments: list[str]) -> tuple[int, str, str]:
     return code, out, error
 
 
-def fault_of(target: Target, arguments: list[str]) -> str:
-    """What is wrong with how a command ended; empty if nothing."""
+def fault_of(target: Target, arguments: list[str], said: list[str]) -> str:
+    """What is wrong with how a command ended; empty if nothing. `said` gets what it wrote on standard error."""
     try:
         code, out, error = run(arguments)
     except (Hang, Exception):
         return "".join(traceback.format_exc().splitlines(keepends=True)[-30:])
+    said.append(error)
     if code not in {0, 2} | {
         code for words, code in target.exit_codes.items() if " ".join(arguments).startswith(words)
     }:
@@ -166,21 +167,29 @@ def faults_of(target: Target, pristine: Path, outside: Path, work: Path, seed: i
     shutil.copytree(pristine, folder, symlinks=True)
     note = rng.choice(target.mutations)(folder, outside, rng)
     before = snapshot(outside)
-    faults = []
+    faults, said = [], list[str]()
     try:
         for name, call in target.calls(folder).items():
             if fault := fault_of_call(call):
                 faults.append(f"{target.name}, seed {seed}, {note}\n>>> {name}\n{fault}")
         for arguments in target.commands(folder, rng):
-            if fault := fault_of(target, arguments):
+            if fault := fault_of(target, arguments, said):
                 faults.append(f"{target.name}, seed {seed}, {note}\n$ hsa {' '.join(arguments)}\n{fault}")
         if snapshot(outside) != before:
             faults.append(f"{target.name}, seed {seed}, {note}: a file outside changed")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    # of a rebuild that failed midway, and said so
+    kept = work / f".{folder.name}.rebuild"
+    if any(error.startswith("error: ") and f" is kept in {kept}: " in error for error in _lines(said)):
+        shutil.rmtree(kept)
     if left := [entry.name for entry in work.iterdir()]:
         faults.append(f"{target.name}, seed {seed}, {note}: left behind {left}")
     return faults
+
+
+def _lines(said: list[str]) -> list[str]:
+    return [line for text in said for line in text.splitlines()]
 
 
 def seeds_of(block: int, blocks: int, count: int) -> list[int]:

@@ -98,6 +98,22 @@ def test_without_a_memory_the_model_answers_alone(asked):
     assert pieces == stream.answer.text and stream.answer.sources == [] and stream.answer.is_uncertain is None
 
 
+def test_no_token_is_decoded_after_the_line_break_that_ends_an_answer(asked):
+    class Lines(Words):
+        def decode(self, tokens, **_):
+            return "".join("\n" if token == ends else f" {token}" for token in tokens)
+
+    model, memory = asked
+    ends = -1
+    whole = ask(model, Lines(), memory, PROMPT, max_new_tokens=9)
+    ends = next(token for number, token in enumerate(whole.tokens) if number > 1 and token not in whole.tokens[:number])
+    at = whole.tokens.index(ends)
+    shown = []
+    found = ask(model, Lines(), memory, PROMPT, max_new_tokens=9, on_text=shown.append)
+    assert at < 8 and found.tokens == whole.tokens[: at + 1]
+    assert found.text == "".join(shown) == "".join(f" {token}" for token in whole.tokens[:at])
+
+
 def test_an_answer_that_is_broken_off_keeps_what_has_come(asked):
     model, memory = asked
     stream = AnswerStream(model, Words(), memory, PROMPT, max_new_tokens=9)

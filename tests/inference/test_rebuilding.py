@@ -191,6 +191,28 @@ def test_a_rebuild_that_fails_goes_on_where_it_was(path, new, tmp_path, monkeypa
     assert rebuild(new, path).num_tokens_read == 0 and not (tmp_path / ".a.hsa.rebuild").exists()
 
 
+@pytest.mark.parametrize("output", [None, "b.hsa"])
+def test_the_error_of_a_rebuild_names_what_it_keeps_and_a_refusal_before_keeps_nothing(
+    path, new, tmp_path, monkeypatch, output
+):
+    monkeypatch.setattr(rebuilding, "_COMMIT_TOKENS", 1)
+    target, kept = output and tmp_path / output, tmp_path / f".{output or 'a.hsa'}.rebuild"
+
+    def refused(at):
+        def retokenize(tokens, label):
+            if at in label:
+                raise ValueError(f"{label} is no text")
+            return tokens
+
+        with pytest.raises(ValueError, match=f"{at}' is no text") as error:
+            rebuild(new, path, target, retokenize=retokenize)
+        return str(error.value)
+
+    assert "is kept" not in refused("d0") and not kept.exists()
+    assert f"what was read is kept in {kept}: the same command goes on" in refused("d2")
+    assert 0 < rebuild(new, path, target).num_tokens_read < 97 and not kept.exists()
+
+
 def test_what_changed_in_the_old_memory_since_a_killed_rebuild_is_read_again(path, old, new, tmp_path, monkeypatch):
     monkeypatch.setattr(rebuilding, "take_over", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
