@@ -38,16 +38,16 @@ def reading(
     """
     from hsa_ultralong.bench.reading import reading_records
     from hsa_ultralong.cli.common import choose_device
-    from hsa_ultralong.cli.evaluate_suite import load_any
+    from hsa_ultralong.cli.evaluate_suite import load_any, own_names
     from hsa_ultralong.eval.metadata import command_line, run_metadata, write_json
 
     sizes = sorted(set(parse_sizes(lengths, "--lengths")))
     if output is not None:
         require_folder(output)
     records = []
-    for folder in models:
+    for name, folder in zip(own_names(models), models, strict=True):
         model, _, is_ours = load_any(folder, device, dtype, changes or [])
-        for record in reading_records(model, folder.resolve().name, sizes, seed=seed):
+        for record in reading_records(model, name, sizes, seed=seed):
             records.append({**record, "dtype": str(model.dtype).removeprefix("torch.")})
             if not as_json:
                 kind = "a memory" if is_ours else "a cache"

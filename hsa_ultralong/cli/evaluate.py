@@ -14,7 +14,7 @@ from hsa_ultralong.cli.common import Encoding, TextField, haystack
 from hsa_ultralong.cli.evaluate_suite import WithDefault
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size, parse_sizes
 from hsa_ultralong.cli.plan import format_bytes
-from hsa_ultralong.cli.terminal import console, echo, progress
+from hsa_ultralong.cli.terminal import console, echo, ends_by_term, progress
 
 evaluate = typer.Typer(cls=WithDefault, help="Measure what a model remembers.", no_args_is_help=True)
 
@@ -100,7 +100,7 @@ def needles(
     name, task = "nano" if model is None else model.name, "notes" if notes else "mk_niah" if together else "s_niah"
     with NeedleRun(
         output, network, name, forms=kinds, store=store, task=task, samples=samples, seed=seed
-    ) as run, _written(run, len(source)) as keep:  # fmt: skip
+    ) as run, ends_by_term(), _written(run, len(source)) as keep:  # fmt: skip
         for length in wanted:
             echo(f"{length:,} tokens from a text of {len(source):,}", err=True)
             passage = recombined(source, length, tokenizer, seed)

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from hsa_ultralong.cli.common import Encoding, TextField, haystack
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size
-from hsa_ultralong.cli.terminal import echo, progress
+from hsa_ultralong.cli.terminal import echo, ends_by_term, progress
 
 _TEXT_TOKENS = 1 << 24
 _QA = ("qa_xquad", "qa_squadshifts", "qa_nq", "qa_hotpot", "qa_2wiki")
@@ -136,9 +136,7 @@ def suite(
     files = _files(data or [], names)
     require_folder(output)
     folders: Sequence[Path | None] = models or [None]
-    labels = ["nano" if folder is None else folder.resolve().name for folder in folders]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"two models are called {_twice(labels)!r}; give them different folder names")
+    labels = own_names(folders)
     import torch.distributed as dist
 
     from hsa_ultralong.cli.common import choose_device
@@ -166,8 +164,13 @@ def suite(
         dist.destroy_process_group()
 
 
-def _twice(labels: Sequence[str]) -> str:
-    return next(label for label in labels if labels.count(label) > 1)
+def own_names(folders: Sequence[Path | None]) -> list[str]:
+    """What records call the models; refused where two have one name."""
+    labels = ["nano" if folder is None else folder.resolve().name for folder in folders]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"two models are called {label!r}; give them different folder names")
+    return labels
 
 
 def _tasks(suites: str, tasks: str) -> list[str]:
@@ -316,7 +319,7 @@ def _measure(
         return own[0].records
 
     records = on_first(known, group)
-    with own[0] if is_first else FollowedRun(records) as run, bar:
+    with own[0] if is_first else FollowedRun(records) as run, ends_by_term(), bar:
         if run.records and is_first:
             echo(f"{place} holds {len(run.records):,} samples; going on", err=True)
         task = bar.add_task(label, total=total)
@@ -337,6 +340,10 @@ def _measure(
                 model, material.tokenizer, material.text, run, tasks=names, lengths=lengths, samples=samples,
                 label=label, folder=material.files.get("short"), progress=show,
             )  # fmt: skip
+        except BaseException:
+            if run.records and is_first:
+                echo(f"cut off; the {len(run.records):,} samples so far are in {place}", err=True)
+            raise
         finally:
             if run.records and is_first:
                 write_summary(run, model, material, seed=seed, label=label)

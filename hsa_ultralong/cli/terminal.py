@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -76,6 +79,16 @@ def progress(*columns: str | ProgressColumn, err: bool = True, **options: Any) -
 
     made = (ShownColumn(column) if isinstance(column, str) else column for column in columns)
     return Progress(*made, console=console(err=err), **options)
+
+
+@contextmanager
+def ends_by_term() -> Iterator[None]:
+    """SIGTERM ends what runs within as Ctrl-C does, so that what is known by then is written."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class LogFormatter(logging.Formatter):

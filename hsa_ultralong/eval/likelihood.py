@@ -78,12 +78,16 @@ def score_continuations(
         for place, i in enumerate(batch):
             ids[place, : len(rows[i]) - 1] = torch.tensor(rows[i][:-1])
             mask[place, : len(rows[i]) - 1] = 1
+        # rows are padded at their end; what comes before the first scored place of any is not asked for
+        before = min(len(rows[i]) - 1 - len(pairs[i].tokens) for i in batch)
         with torch.no_grad():
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+            logits = model(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_to_keep=longest - before
+            ).logits[:, before - longest :]  # of a model that gives all of them too
         for place, i in enumerate(batch):
-            count = len(pairs[i].tokens)
+            stop = len(rows[i]) - 1 - before
             wanted = torch.tensor(pairs[i].tokens, device=logits.device)
-            own = logits[place, len(rows[i]) - 1 - count : len(rows[i]) - 1].float()  # (n, V)
+            own = logits[place, stop - len(wanted) : stop].float()  # (n, V)
             nats = F.cross_entropy(own, wanted, reduction="sum")
             found[i] = Likelihood(-float(nats), bool((own.argmax(-1) == wanted).all()))
     return found

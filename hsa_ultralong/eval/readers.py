@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,18 +93,24 @@ class ContinuingReader:
         return stop.reply(seen)
 
     def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
-        found: list[bool | None] = []
-        for sample in samples:
-            answer = forced_answer(sample, self.material)
-            if answer is None:
-                found.append(None)
-                continue
-            cache, _ = continuation_cache(self.model, self._hold(sample.context))
-            ids = torch.tensor([*sample.question, *answer], device=self.model.device)
-            with torch.no_grad():
-                outputs = self.model(ids[None], past_key_values=cache, logits_to_keep=len(answer) + 1)
-            found.append(is_likeliest(outputs.logits[0], answer))
-        return found
+        return _force_each(samples, self.material, self._logits)
+
+    def _logits(self, sample: Sample, answer: list[int]) -> torch.Tensor:
+        cache, _ = continuation_cache(self.model, self._hold(sample.context))
+        ids = torch.tensor([*sample.question, *answer], device=self.model.device)
+        return self.model(ids[None], past_key_values=cache, logits_to_keep=len(answer) + 1).logits[0]
+
+
+@torch.no_grad()
+def _force_each(
+    samples: Sequence[Sample], material: Material, last_logits: Callable[[Sample, list[int]], torch.Tensor]
+) -> list[bool | None]:
+    """One by one; `last_logits`: those (n + 1, V) of the place before an answer of n tokens and of its own."""
+    answers = [forced_answer(sample, material) for sample in samples]
+    return [
+        None if answer is None else is_likeliest(last_logits(sample, answer), answer)
+        for sample, answer in zip(samples, answers, strict=True)
+    ]
 
 
 def changed_spans(old: Tokens, new: Tokens) -> list[tuple[int, int, int]]:
@@ -164,14 +170,8 @@ class PromptReader:
         return Reply(self.material.tokenizer.decode(tokens, skip_special_tokens=True), tokens)
 
     def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
-        found: list[bool | None] = []
-        for sample in samples:
-            answer = forced_answer(sample, self.material)
-            if answer is None:
-                found.append(None)
-                continue
-            ids = torch.tensor([*sample.prompt().tolist(), *answer], device=self.model.device)
-            with torch.no_grad():
-                outputs = self.model(input_ids=ids[None], logits_to_keep=len(answer) + 1)
-            found.append(is_likeliest(outputs.logits[0], answer))
-        return found
+        return _force_each(samples, self.material, self._logits)
+
+    def _logits(self, sample: Sample, answer: list[int]) -> torch.Tensor:
+        ids = torch.tensor([*sample.prompt().tolist(), *answer], device=self.model.device)
+        return self.model(input_ids=ids[None], logits_to_keep=len(answer) + 1).logits[0]  # type: ignore[no-any-return]

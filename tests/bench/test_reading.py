@@ -38,3 +38,11 @@ def test_what_is_read_and_kept_is_measured_for_ours_and_for_rivals(folders, tmp_
     # keys and values of two heads of 8 in fp32; a window keeps nothing more
     assert kept["full_rope"] == 2 * 2 * 8 * 4 and kept["window"] == 0 and kept["hsa"] > 0
     assert sum(r["metric"] == "read_tokens_per_s" for r in found["records"]) == 6
+
+
+def test_models_of_one_name_are_refused_before_any_is_read(tmp_path):
+    common = ["bench", "reading", "a/same", "b/same", "--device", "cpu", "-o", str(tmp_path / "new")]
+    made = CliRunner().invoke(app, common)
+    assert made.exit_code == 2 or isinstance(made.exception, ValueError)
+    assert "two models are called 'same'" in made.output + str(made.exception)
+    assert not (tmp_path / "new").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 from typer.testing import CliRunner
@@ -94,3 +96,21 @@ def test_answers_are_forced_instead_of_generated_or_beside_it_and_perplexities_a
     forced = [json.loads(line) for line in (other / "records.jsonl").read_text().strip().split("\n")]
     assert [r["score"] for r in forced] == [float(r["teacher"]) for r in records if r["task"] == "recall_form_02"]
     assert all((r["metric"], r["answered"]) == ("teacher", "") for r in forced)
+
+
+def test_a_run_that_is_terminated_writes_the_summary_of_what_it_has(tmp_path, monkeypatch):
+    from hsa_ultralong.eval.suite import SuiteRun
+
+    add, before = SuiteRun.add, signal.getsignal(signal.SIGTERM)
+
+    def stopped(run, records):
+        add(run, records)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SuiteRun, "add", stopped)
+    place = tmp_path / "run"
+    result = run("--tasks", "recall_form_02", "--lengths", "1K", "--samples", 2, "--setting", "prompt", "-o", place)
+    assert result.exit_code == 130
+    assert f"cut off; the 1 samples so far are in {place}" in result.output
+    assert [r["samples"] for r in json.loads((place / "summary.json").read_text())["records"]][:1] == [1]
+    assert signal.getsignal(signal.SIGTERM) == before

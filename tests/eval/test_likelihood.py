@@ -47,6 +47,24 @@ def test_a_batch_of_continuations_scores_each_as_alone(name):
         assert found.is_greedy == bool((logits.argmax(-1) == wanted).all())
 
 
+@pytest.mark.parametrize("gives_all", [False, True])
+def test_logits_are_made_from_the_first_scored_place_of_a_batch_on(gives_all):
+    model, asked = llama(), []
+    pairs = [Scorable(list(range(1, 31)), [3, 4]), Scorable(list(range(1, 21)), [5, 6, 7])]
+    wanted = [score_continuations(model, [pair])[0] for pair in pairs]
+
+    class Watched:
+        device = model.device
+
+        def __call__(self, logits_to_keep, **given):
+            asked.append(logits_to_keep)
+            return model(**given, logits_to_keep=0 if gives_all else logits_to_keep)
+
+    found = score_continuations(Watched(), pairs)
+    assert asked == [31 - 19]
+    assert [one.log for one in found] == pytest.approx([one.log for one in wanted])
+
+
 def test_a_row_beyond_the_limit_loses_its_first_tokens_and_never_a_scored_one():
     model = llama()
     row = random_tokens(1, 60)[0].tolist()

@@ -1,0 +1,108 @@
+"""The tables of docs/evidence-suites.md hold the numbers of the JSON files in results/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTHS = {"4K": 2**12, "16K": 2**14, "64K": 2**16, "256K": 2**18, "1M": 2**20, "16M": 2**24}
+FORMS = [f"recall_form_{number:02}" for number in range(1, 13)]
+VALUES = [f"recall_value_{kind}" for kind in ("names", "cities", "times", "dates", "digits14", "words2")]
+READ = {
+    "forms never trained, mean of 12": FORMS,
+    "the trained form, other values, mean of 6": VALUES,
+    "one of 64 similar facts": ["recall_similar_64"],
+    "one of 256 similar facts": ["recall_similar_256"],
+}
+
+
+def records(name):
+    return json.loads((ROOT / "results" / name / "summary.json").read_text())["records"]
+
+
+def tables(title):
+    """Of a section: the cells of each row by its name and the head of the column."""
+    section = (ROOT / "docs/evidence-suites.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    for part in section.split("\n\n"):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.split("\n") if line[:1] == "|"]
+        if rows:
+            yield {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
+
+
+def shares(suite, tasks, length, metric, field="value"):
+    """In percent, of the tasks at a length, without the parts of a depth; metric: "auroc", or any other one."""
+    found = records(suite if length != "16M" else f"{suite}-16m")
+    return [
+        100 * r[field] for r in found
+        if r["task"] in tasks and r["length"] == LENGTHS[length] and r["depth"] is None
+        and (r["metric"] == "auroc") == (metric == "auroc") and field in r
+    ]  # fmt: skip
+
+
+def mean(values, form):
+    return form.format(sum(values) / len(values)) if values else ""
+
+
+@pytest.mark.parametrize(("title", "suite"), [("Recall", "recall-nano"), ("RULER", "ruler-nano")])
+def test_every_score_of_a_suite_is_in_its_summary(title, suite):
+    (table,) = tables(title)
+    for name, row in table.items():
+        tasks = FORMS if name == "recall_form_01 to 12, mean" else [name.split()[0]]
+        metric = "auroc" if "AUROC" in name else ""
+        for length, cell in row.items():
+            assert cell == mean(shares(suite, tasks, length, metric), "{:.0f}" if tasks != FORMS else "{:.1f}"), name
+
+
+def test_how_often_the_right_chunk_was_read_is_in_the_summary():
+    (table,) = tables("Where misses come from")
+    for name, row in table.items():
+        for length, cell in row.items():
+            assert cell == mean(shares("recall-nano", READ[name], length, "", "evidence_found"), "{:.0f}%"), name
+
+
+def test_scores_of_short_tasks_are_in_their_summaries():
+    (table,) = tables("Short tasks, and a model from elsewhere")
+    names = {
+        "LAMBADA": "lambada_openai", "HellaSwag": "hellaswag", "PIQA": "piqa", "ARC easy": "arc_easy",
+        "ARC challenge": "arc_challenge", "WinoGrande": "winogrande", "OpenBookQA": "openbookqa",
+    }  # fmt: skip
+    for model, row in table.items():
+        found = {
+            r["task"]: f"{100 * r['value']:.0f}" for r in records(f"short-{model.lower()}") if r["metric"] == "acc"
+        }
+        assert row == {head: found.get(task, "") for head, task in names.items()}
+
+
+def test_what_twins_did_is_in_their_summary():
+    def of(twin, stage, metric, tokens, form):
+        found = [
+            r for r in records("twins-first")
+            if (r.get("stage"), r["metric"], r["model"]) == (stage, metric, twin)
+            and tokens in (r.get("tokens"), r.get("context"))
+        ]  # fmt: skip
+        return form.format(found[-1]["value"])
+
+    def speed(twin):
+        return f"{round(float(of(twin, 'long', 'tokens_per_s', 8192, '{}')), -3):,.0f}"
+
+    places = {"2K": 2048, "8K": 8192, "32K": 32768}
+    ended, before = tables("Twins of nano's size, a first run")
+    for twin, row in ended.items():
+        needles = {n: of(twin, "long", "needle_accuracy", places[n], "{:.2f}") for n in places}
+        loss = of(twin, "long", "loss", 8192, "{:.2f}")
+        assert row == {"loss of the last batches": loss, **needles, "tokens/s at 8K": speed(twin)}
+    for twin, row in before.items():
+        needles = {n: of(twin, "warmup", "needle_accuracy", places[n], "{:.2f}") for n in ("2K", "8K")}
+        assert row == {**needles, "tokens/s at 8K": speed(twin)}
+
+
+def test_an_edited_memory_answered_as_a_rebuilt_one():
+    edited, rebuilt = (
+        [json.loads(line) for line in (ROOT / f"results/edit-rebuild-64k/{name}.jsonl").read_text().splitlines()]
+        for name in ("memory", "rebuild")
+    )
+    assert [(r["sample"], r["answered"]) for r in edited] == [(r["sample"], r["answered"]) for r in rebuilt]
+    assert max(abs(a["certainty"] - b["certainty"]) for a, b in zip(edited, rebuilt, strict=True)) <= 3e-7
