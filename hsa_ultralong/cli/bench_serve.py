@@ -82,7 +82,12 @@ def serve(
     )
     with tempfile.TemporaryDirectory(prefix="hsa-bench-serve-") as folder:
         if requests:
-            for metric, value in load_results(model, Path(folder, "load"), settings).items():
+
+            def answered(count: int) -> None:
+                if count % max(1, requests // 10) == 0:
+                    echo(f"answer {count} of {requests}", err=True)
+
+            for metric, value in load_results(model, Path(folder, "load"), settings, answered).items():
                 keep(f"load_{metric}", value, batch=clients, where="host")
         if kills:
             told = lambda count: echo(f"kill {count} of {kills}", err=True)  # noqa: E731

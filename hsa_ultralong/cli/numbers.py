@@ -19,24 +19,24 @@ _MAX_DIGITS = 18
 
 
 def parse_size(text: str, option: str = "", minimum: int = 1) -> int:
-    """Number of tokens: "4096", "32K", "16M", "1B" (or "1G"), in binary multiples: 16M = 16 * 2^20 = 16,777,216.
+    """Number of tokens or bytes: "4096", "32K", "16M", "1B" (or "1G"), in binary multiples: 16M is 16 * 2^20.
 
     Raises:
-        ValueError: for anything else, for fractions of a token, and below `minimum` or above 2^50; names `option`.
+        ValueError: for anything else, for fractions, and below `minimum` or above 2^50; names `option`.
     """
     where = f"{option}: " if option else ""
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\d{1,3}(?:[,_]\d{3})+)([KMBG]?)", text.strip().upper(), re.ASCII)
     if match is None:
-        raise ValueError(f"{where}expected a number of tokens such as 4096, 32K, 16M or 1B, got {_short(text)}")
+        raise ValueError(f"{where}expected a size such as 4096, 32K, 16M or 1B, got {_short(text)}")
     number, unit = match[1].replace(",", "").replace("_", ""), _UNITS[match[2]]
     whole, _, fraction = number.partition(".")
     if len(whole.lstrip("0")) > _MAX_DIGITS or len(fraction) > _MAX_DIGITS:
-        raise ValueError(f"{where}at most {MAX_TOKENS:,} tokens, got {_short(text)}")
+        raise ValueError(f"{where}at most {MAX_TOKENS:,}, got {_short(text)}")
     tokens = float(number) * unit if fraction else int(whole) * unit
     if tokens != int(tokens):
-        raise ValueError(f"{where}{text!r} is not a whole number of tokens")
+        raise ValueError(f"{where}{text!r} is not a whole number")
     if not minimum <= tokens <= MAX_TOKENS:
-        raise ValueError(f"{where}from {minimum:,} to {MAX_TOKENS:,} tokens, got {_short(text)}")
+        raise ValueError(f"{where}from {minimum:,} to {MAX_TOKENS:,}, got {_short(text)}")
     return int(tokens)
 
 

@@ -191,7 +191,7 @@ def read_keys(path: Path) -> dict[str, str]:
     """Namespace of the SHA-256 of every key in a file.
 
     Raises:
-        ValueError: a line that is none, a namespace that is no name, or a key twice.
+        ValueError: a file that is no text, a line that is none, a namespace that is no name, or a key twice.
     """
     import hashlib
 
@@ -199,7 +199,11 @@ def read_keys(path: Path) -> dict[str, str]:
     from hsa_ultralong.serve.limits import ServeError, require_id
 
     found: dict[str, str] = {}
-    for number, line in enumerate(read_regular(path, 2**20).decode("utf-8").splitlines(), 1):
+    try:
+        text = read_regular(path, 2**20).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text, from byte {error.start} on") from None
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         parts = line.split()
@@ -255,5 +259,8 @@ class _Server:
             self.server.run()
         except KeyboardInterrupt:  # passed on after all answers were finished
             echo("Stopped.")
+        except SystemExit:  # after its own line of why; a server that ran ends as it says
+            if self.server.started:
+                raise
         if not self.server.started:
             raise ValueError("the address is taken or cannot be used; give another --port or --host")

@@ -40,8 +40,12 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; the names of special tokens that stand in a message are text.
 
     Raises:
-        ValueError: an empty prompt, messages without a chat template, or ones that the template refuses.
+        ValueError: a prompt that is empty or no Unicode text, messages without a chat template, or ones that the
+            template refuses.
     """
+    for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+        if text.encode(errors="ignore").decode() != text:
+            raise ValueError("the prompt is no text: it holds bytes that are no UTF-8, or half of a surrogate pair")
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError("the prompt is empty; ask something like 'The secret code of the amber falcon is'")

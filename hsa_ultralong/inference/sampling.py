@@ -14,7 +14,9 @@ def sample(
     hold the first `top_p` of the probability; no answer of the device is waited for."""
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, order = (logits.float() / temperature).sort(-1, descending=True)
+    # below the best, so that no temperature, however small, makes all of them infinite
+    below = logits.float() - logits.float().amax(-1, keepdim=True)
+    ordered, order = (below / max(temperature, torch.finfo(torch.float32).tiny)).sort(-1, descending=True)
     probabilities = ordered.softmax(-1)
     # a token stays if those before it hold less than top_p
     dropped = probabilities.cumsum(-1) - probabilities >= top_p

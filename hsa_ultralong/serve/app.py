@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -75,10 +74,8 @@ def build_app(answers: Answers, keys: Mapping[str, str] | None = None) -> FastAP
 
 
 def _error(error: ServeError) -> JSONResponse:
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    body = {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    return JSONResponse(body, error.status, headers)
+    return JSONResponse(error.body(), error.status, headers)
 
 
 def _register_errors(app: FastAPI) -> None:
@@ -91,6 +88,10 @@ def _register_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         message = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "json_invalid":
+            place, message = "", f"the body is no JSON: {first['ctx']['error']} at character {place}"
+        elif not place and first["type"] != "value_error":
+            message = "send a JSON object, with the header Content-Type: application/json"
         return _error(ServeError(400, f"{place}: {message}"[:500] if place else message[:500], "invalid_request"))
 
     @app.exception_handler(HTTPException)
@@ -263,9 +264,9 @@ async def _changed(
         try:
             result: dict[str, Any] = change(report)
         except ServeError as error:
-            result = json.loads(bytes(_error(error).body))
+            result = error.body()
         except Exception as error:  # the stream has begun: what went wrong is its last event
-            result = json.loads(bytes(_error(ServeError(500, f"failed: {type(error).__name__}", "internal")).body))
+            result = ServeError(500, f"failed: {type(error).__name__}", "internal").body()
         loop.call_soon_threadsafe(queue.put_nowait, result)
         loop.call_soon_threadsafe(queue.put_nowait, None)
 

@@ -9,7 +9,7 @@ import asyncio
 import json
 from typing import Any
 
-from hsa_ultralong.serve.limits import Limits
+from hsa_ultralong.serve.limits import Limits, ServeError
 
 
 class _TooLarge(Exception):
@@ -69,8 +69,7 @@ class BodyLimit:
 
     @staticmethod
     async def _refuse(send: Any, status: int, message: str, code: str) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-        body = json.dumps({"error": error}).encode()
+        body = json.dumps(ServeError(status, message, code).body()).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": status, "headers": headers})

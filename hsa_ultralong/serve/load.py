@@ -6,6 +6,7 @@ Called by `hsa bench serve`; tests/serve/test_load.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import math
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,9 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def load_results(model: Path | None, folder: Path, settings: LoadSettings) -> dict[str, float]:
+def load_results(
+    model: Path | None, folder: Path, settings: LoadSettings, progress: Callable[[int], None] = lambda _: None
+) -> dict[str, float]:
     """Numbers of a run of clients: every answer is compared with the one that was given alone."""
     server = ServerProcess(model, folder, settings.server)
     try:
@@ -153,7 +156,10 @@ def load_results(model: Path | None, folder: Path, settings: LoadSettings) -> di
         alone = [asked(request) for request in range(2 * settings.memories)]
         began = time.perf_counter()
         with ThreadPoolExecutor(settings.clients) as pool:
-            found = list(pool.map(asked, range(settings.requests)))
+            found = []
+            for reply in pool.map(asked, range(settings.requests)):
+                found.append(reply)
+                progress(len(found))
         seconds = time.perf_counter() - began
     finally:
         server.kill()
@@ -274,8 +280,9 @@ def _damage(server: ServerProcess, writers: Sequence[_Writer]) -> tuple[int, int
     for namespace in _KEYS:
         listed = {one["id"]: one for one in server.ask(namespace, "GET", "/v1/memories").body["data"]}
         own = [writer for writer in writers if writer.namespace == namespace]
+        get = functools.partial(_get, server, namespace)
         for writer in own:
-            texts = list(_texts(server, namespace, writer.id)) if writer.id in listed else []
+            texts = texts_of(get, writer.id) if writer.id in listed else []
             wanted = writer.acknowledged
             lost += sum(text not in texts for text in wanted)
             # at most the one write more that was under way
@@ -287,10 +294,14 @@ def _damage(server: ServerProcess, writers: Sequence[_Writer]) -> tuple[int, int
     return lost, partial
 
 
-def _texts(server: ServerProcess, namespace: str, id: str) -> Iterator[str]:
-    for one in server.ask(namespace, "GET", f"/v1/memories/{id}/documents").body["data"]:
-        path = f"/v1/memories/{id}/documents/{one['id']}?stop=60000"
-        yield str(server.ask(namespace, "GET", path).body["text"])
+def _get(server: ServerProcess, namespace: str, path: str) -> dict[str, Any]:
+    return server.ask(namespace, "GET", path).body
+
+
+def texts_of(get: Callable[[str], dict[str, Any]], id: str) -> list[str]:
+    """The documents of a memory of a server; `get` gives the body of an answer by its path."""
+    place = f"/v1/memories/{id}/documents"
+    return [get(f"{place}/{one['id']}?stop=60000")["text"] for one in get(place)["data"]]
 
 
 def machine_load() -> dict[str, Any]:

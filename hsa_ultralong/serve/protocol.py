@@ -141,7 +141,9 @@ class ChatCompletion(Answering):
         return 128 if given is None else given
 
     @model_validator(mode="after")
-    def _logprobs_fit(self) -> ChatCompletion:
+    def _chat_fits(self) -> ChatCompletion:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are one limit: give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self

@@ -22,8 +22,7 @@ async def events(source: AsyncIterator[dict[str, Any]], give_up: Callable[[], No
         async for value in source:
             yield f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
     except ServeError as error:
-        value = {"error": {"message": error.message, "type": "server_error", "param": None, "code": error.code}}
-        yield f"data: {json.dumps(value)}\n\n"
+        yield f"data: {json.dumps(error.body())}\n\n"
     finally:
         give_up()
     yield "data: [DONE]\n\n"

@@ -7,6 +7,7 @@ move down. What a row reads never moves. Called by memories.py; tests/serve/test
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,15 +47,21 @@ class OpenMemories:
         self._clock = itertools.count(1)
         # set by who decodes: whether a row reads or will read a memory, and a request to let go of one
         self.is_held: Callable[[Memory], bool] = lambda memory: False
-        self.let_go: Callable[[Memory], None] = lambda memory: None
+        self.let_go: Callable[[Memory], threading.Event | None] = lambda memory: None
+        # costs of what is closed and still read, by the event of its end
+        self._leaving: list[tuple[threading.Event, Mapping[str, int]]] = []
 
     def has(self, memory: Memory) -> bool:
         """Whether a memory is open here."""
         return any(entry.opened is not None and entry.memory is memory for entry in list(self._entries.values()))
 
     def bytes_on(self, place: str) -> int:
-        """Of "device" or "host", taken by all that is open."""
-        return sum(entry.costs[entry.tier][place] for entry in list(self._entries.values()) if entry.tier)
+        """Of "device" or "host", taken by all that is open or still read."""
+        taken = sum(entry.costs[entry.tier][place] for entry in list(self._entries.values()) if entry.tier)
+        return taken + self._bytes_leaving(place)
+
+    def _bytes_leaving(self, place: str) -> int:
+        return sum(costs[place] for gone, costs in list(self._leaving) if not gone.is_set())
 
     def num_on(self, tier: str) -> int:
         """Open memories on a tier."""
@@ -70,6 +77,7 @@ class OpenMemories:
         Raises:
             ServeError: it passes a budget on every tier.
         """
+        self._leaving = [pair for pair in self._leaving if not pair[0].is_set()]
         entry = self._entries.get(key)
         if entry is None or entry.stamps != stamps:
             if entry is not None:
@@ -103,15 +111,21 @@ class OpenMemories:
 
     def _close(self, key: Key) -> None:
         entry = self._entries.pop(key)
-        memory, entry.opened, entry.tier = entry.memory, None, ""
-        self.let_go(memory)
+        memory, costs = entry.memory, entry.costs[entry.tier]
+        entry.opened, entry.tier = None, ""
+        self._leave(memory, costs)
+
+    def _leave(self, memory: Memory, costs: Mapping[str, int]) -> None:
+        gone = self.let_go(memory)
+        if gone is not None and not gone.is_set():
+            self._leaving.append((gone, costs))
 
     def _move(self, key: Key, entry: _Entry, tier: str) -> None:
-        old = entry.opened
+        old, costs = entry.opened, entry.costs.get(entry.tier)
         entry.opened, entry.tier = entry.read(tier), tier
         self._entries[key] = entry
-        if old is not None:
-            self.let_go(old.memory)
+        if old is not None and costs is not None:
+            self._leave(old.memory, costs)
 
     def _close_one_of_many(self) -> None:
         """Close what was asked for longest ago, if as many are open as may be."""
@@ -153,7 +167,7 @@ class OpenMemories:
     def _fits(self, entry: _Entry, tier: str, gone: list[Key]) -> bool:
         kept = [one for key, one in self._entries.items() if one is not entry and key not in gone]
         for place, budget in self.budgets.items():
-            used = sum(one.costs[one.tier][place] for one in kept)
+            used = sum(one.costs[one.tier][place] for one in kept) + self._bytes_leaving(place)
             if budget is not None and used + entry.costs[tier][place] > budget:
                 return False
         return True

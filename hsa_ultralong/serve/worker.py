@@ -182,14 +182,18 @@ class Worker:
         rows = [*list(self._rows.values()), *(row for _, row in list(self._readings))]
         return any(one.memory is memory for one in (*(row.request for row in rows), *list(self._waiting)))
 
-    def retire(self, memory: Memory, seconds: float = 5.0) -> None:
-        """Let go of a memory that will not be asked again, once no row reads it; waits so long for one that is idle."""
+    def retire(self, memory: Memory, seconds: float = 5.0) -> threading.Event:
+        """Let go of a memory that will not be asked again, once no row reads it; waits so long for one that is idle.
+
+        Returns: set once it is let go.
+        """
         gone = threading.Event()
         with self._changed:
             self._retired.append((memory, gone))
             self._changed.notify()
         if self.is_alive and not self.holds(memory):
             gone.wait(seconds)
+        return gone
 
     @property
     def is_alive(self) -> bool:
@@ -208,59 +212,72 @@ class Worker:
     # the thread -------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._is_wanted():
+                try:
+                    self._turn()
+                except Exception as error:  # a fault must not leave clients waiting for ever
+                    self._fail(_fault(error))
+        except Exception:  # not even rows can be given back: the device is gone
+            logger.exception("decoding has ended")
             with self._changed:
-                if not (self._rows or self._waiting or self._readings or self._retired):
-                    if self.is_closing:
-                        return
-                    self._changed.wait(_IDLE_SECONDS)
-            try:
-                if self._waiting or self._retired:
-                    self._let_go()
-                self._admit()
-                self._read()
-                if self._rows:
-                    self._advance()
-            except Exception as error:  # a fault must not leave clients waiting for ever
-                logger.exception("decoding failed")
-                self._fail(ServeError(500, f"decoding failed: {type(error).__name__}", "internal"))
+                self.is_closing = True
+                while self._waiting:
+                    ended = ServeError(503, "the server cannot decode any more", "stopping")
+                    self._waiting.popleft().put(Piece(finish="error", error=ended))
+
+    def _is_wanted(self) -> bool:
+        """Whether there is or will be something to do; waits for it a while."""
+        with self._changed:
+            if not (self._rows or self._waiting or self._readings or self._retired):
+                if self.is_closing:
+                    return False
+                self._changed.wait(_IDLE_SECONDS)
+        return True
+
+    def _turn(self) -> None:
+        if self._waiting or self._retired:
+            self._let_go()
+        self._admit()
+        self._read()
+        if self._rows:
+            self._advance()
 
     def _fail(self, error: ServeError) -> None:
-        for row, state in list(self._rows.items()):
-            self.engine.leave(row)
-            state.request.put(Piece(finish="error", error=error))
+        """End all that is under way: clients are told first, whatever becomes of the rows."""
+        rows, readings = list(self._rows), [reading for reading, _ in self._readings]
+        states = [*self._rows.values(), *(state for _, state in self._readings)]
         self._rows.clear()
-        while self._readings:
-            reading, state = self._readings.popleft()
-            self.engine.drop(reading)
+        self._readings.clear()
+        for state in states:
             state.request.put(Piece(finish="error", error=error))
+        for row in rows:
+            self.engine.leave(row)
+        for reading in readings:
+            self.engine.drop(reading)
 
     def _admit(self) -> None:
         """Begin with those who wait, in their order, as long as there is room."""
         while self._waiting:
             request = self._waiting[0]
-            reason = self._over(request)
-            try:
-                if reason is None:
+            reason, error = self._over(request), None
+            if reason is None:
+                try:
                     request.prepare()
-            except ValueError as error:
-                self._waiting.popleft()
-                request.put(Piece(finish="error", error=ServeError(400, str(error), "refused")))
-                continue
-            if reason is None and not self.engine.has_room(len(request.prompt) + request.max_new_tokens):
-                return
+                    if not self.engine.has_room(len(request.prompt) + request.max_new_tokens):
+                        return
+                    row = _Row(request, self.tokenizer, self.engine.device)
+                    reading = self.engine.begin(
+                        request.prompt, request.memory, max_new_tokens=request.max_new_tokens, owner=request.owner
+                    )
+                    self._readings.append((reading, row))
+                except ValueError as refusal:
+                    reason, error = "error", ServeError(400, str(refusal), "refused")
+                except Exception as failure:  # of this request alone: those under way go on
+                    reason, error = "error", _fault(failure)
             self._waiting.popleft()
             if reason is not None:
-                request.put(Piece(finish=reason, num_prompt=len(request.prompt)))
-                continue
-            try:
-                reading = self.engine.begin(
-                    request.prompt, request.memory, max_new_tokens=request.max_new_tokens, owner=request.owner
-                )
-            except ValueError as error:
-                request.put(Piece(finish="error", error=ServeError(400, str(error), "refused")))
-                continue
-            self._readings.append((reading, _Row(request, self.tokenizer, self.engine.device)))
+                request.put(Piece(finish=reason, num_prompt=len(request.prompt), error=error))
 
     def _read(self) -> None:
         """Read so many tokens of prompts, in turns: rows that run wait for no more than these."""
@@ -365,6 +382,12 @@ class Worker:
 
 
 _MOST_CHUNKS = 64
+
+
+def _fault(error: Exception) -> ServeError:
+    """What a client is told of an error that is logged."""
+    logger.error("decoding failed", exc_info=error)
+    return ServeError(500, f"decoding failed: {type(error).__name__}", "internal")
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:

@@ -176,7 +176,8 @@ def test_sampling_keeps_to_what_it_is_told():
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.03, rtol=0)
     assert set(sample(logits, 1.0, top_k=2, generator=generator).tolist()) == {1, 2}
     assert set(sample(logits, 1.0, top_p=0.5, generator=generator).tolist()) == {1}
-    assert set(sample(logits, 0.01, generator=generator).tolist()) == {1}
+    for temperature in (0.01, 1e-40, 1e-300):
+        assert set(sample(logits, temperature, generator=generator).tolist()) == {1}
 
 
 def test_refusals():

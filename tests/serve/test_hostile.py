@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import socket
 import tarfile
 import time
@@ -33,6 +34,7 @@ BAD_COMPLETIONS = [
     {**COMPLETION, "memory": "a/b"}, {**COMPLETION, "memory": "\u0000"}, {**COMPLETION, "memory": {"id": "x"}},
     {**COMPLETION, "memory": ["x"] * 50}, {**COMPLETION, "stream_options": {"include_usage": True}},
     {**COMPLETION, "reread": 2}, {**COMPLETION, "reread": 65}, {**COMPLETION, "reread": -1},
+    {**COMPLETION, "prompt": "a \ud800 b"}, {**COMPLETION, "prompt": ["a", "\udcff"]},
     {**COMPLETION, "reread_tokens": 9}, {**COMPLETION, "memory": "x", "reread": 2, "reread_tokens": 0},
 ]  # fmt: skip
 BAD_CHATS = [
@@ -40,6 +42,7 @@ BAD_CHATS = [
     {**CHAT, "messages": [{"role": "user"}]}, {**CHAT, "messages": [{"role": "user", "content": ""}]},
     {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     {**CHAT, "tools": [{"type": "function"}]}, {**CHAT, "response_format": {"type": "json_object"}},
+    {**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, {**CHAT, "max_completion_tokens": 3},
     {**CHAT, "top_logprobs": 2}, {**CHAT, "messages": [*CHAT["messages"], *CHAT["messages"]]},
 ]  # fmt: skip
 BAD_MEMORIES = [
@@ -62,7 +65,7 @@ def test_malformed_requests_get_one_line_and_leave_nothing(client, server, path,
     folder = server[1].memories.folder
     before = tree(folder.parent)
     for body in bodies:
-        found = client.post(path, json=body)
+        found = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
         assert 400 <= found.status_code < 500, (body, found.text)
         message = found.json()["error"]["message"]
         assert message and "\n" not in message and "Traceback" not in found.text and str(folder) not in found.text
@@ -89,6 +92,16 @@ def test_a_body_that_is_no_json_is_refused(client):
     for body in (b"{", b"\xff\xfe", b"[" * 100_000, b'{"model": "nano", "prompt": NaN}'):
         found = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
         assert found.status_code == 400, found.text
+
+
+def test_a_body_that_is_no_object_is_told_how_to_be_one(client):
+    for options, said in (
+        ({"content": '{"model": "nano", "prompt": "x"}'}, "Content-Type: application/json"),
+        ({}, "Content-Type: application/json"),
+        ({"content": "{bad", "headers": {"Content-Type": "application/json"}}, "at character 1"),
+    ):
+        found = client.post("/v1/completions", **options)
+        assert found.status_code == 400 and said in found.json()["error"]["message"]
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(client):

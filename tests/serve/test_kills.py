@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+from hsa_ultralong.serve.load import texts_of
 from hsa_ultralong.testing.processes import HANG_SECONDS
 from tests.serve.conftest import FILLER, serving
 
@@ -62,12 +64,6 @@ def write_until_killed(server, round, acknowledged):
         pass
 
 
-def texts_of(client, id):
-    found = client.get(f"/v1/memories/{id}/documents").json()["data"]
-    parts = [client.get(f"/v1/memories/{id}/documents/{one['id']}", params={"stop": 60_000}) for one in found]
-    return [part.json()["text"] for part in parts]
-
-
 def ask_until_killed(server, acknowledged):
     """Questions of memories that were acknowledged, while the writer writes."""
     try:
@@ -101,7 +97,7 @@ def test_what_was_acknowledged_survives_a_kill_and_nothing_half_is_served(nano, 
         assert set(acknowledged) <= set(infos)
         for id, info in infos.items():
             assert info["status"] == "ready"
-            texts = texts_of(server.client, id)
+            texts = texts_of(lambda path: server.client.get(path).json(), id)
             # at most the one write more that was under way
             known = acknowledged.get(id, [])
             assert texts[: len(known)] == known and len(texts) <= len(known) + 1
@@ -146,6 +142,7 @@ def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path):
         (("--store", "moon"), "--store must be one of"),
         (("--evict",), "--evict needs --max-disk"),
         (("--keys", "/dev/null"), "regular file"),
+        (("--max-body", "0"), "--max-body: from 1 to"),
         (("--context", "many"), "--context"),
     ],
 )
@@ -157,3 +154,26 @@ def test_wrong_options_are_refused_before_the_model_is_loaded(tmp_path, options,
     found = CliRunner().invoke(app, ["serve", "--memories", str(tmp_path / "m"), *options])
     assert found.exit_code != 0 and message in str(found.exception) + found.output
     assert not (tmp_path / "m").exists()
+
+
+def test_keys_that_are_no_text_are_refused(tmp_path):
+    from hsa_ultralong.cli.serve import read_keys
+
+    place = tmp_path / "keys"
+    place.write_bytes(b"anna \xff")
+    with pytest.raises(ValueError, match="keys is no UTF-8 text, from byte 5 on"):
+        read_keys(place)
+
+
+def test_a_port_that_is_taken_is_refused_in_one_line():
+    import uvicorn
+
+    from hsa_ultralong.cli.serve import _Server
+
+    async def empty(scope, receive, send):
+        pass
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = uvicorn.Config(empty, port=taken.getsockname()[1], lifespan="off", log_level="critical")
+        with pytest.raises(ValueError, match="the address is taken or cannot be used; give another --port"):
+            _Server(config, None).run()

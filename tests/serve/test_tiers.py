@@ -1,6 +1,7 @@
 """Open memories stay within their budgets, move between tiers as they are asked, and never while they are read."""
 
 import random
+import threading
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -70,6 +71,17 @@ def test_another_state_of_a_memory_is_opened_anew():
     asked = Asked(device=100, host=8)
     asked.ask("a", 1)
     assert asked.ask("a", 2) == "device" and asked.gone == ["a 1 on device"] and asked.used() == (10, 0)
+
+
+def test_an_old_state_that_is_still_read_counts_until_it_is_let_go():
+    asked, gone = Asked(device=15, host=8), threading.Event()
+    asked.ask("a", 1)
+    asked.opened.let_go = lambda memory: gone
+    assert asked.ask("a", 2) == "host" and asked.used() == (11, 8)
+    asked.opened.close(lambda key: True)
+    assert asked.used() == (11, 8)
+    gone.set()
+    assert asked.used() == (0, 0) and asked.ask("a", 3) == "device" and asked.used() == (10, 0)
 
 
 def test_budgets_hold_whatever_is_asked():

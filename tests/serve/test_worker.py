@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hsa_ultralong.serve.evidence import Evidence
-from hsa_ultralong.serve.limits import Limits
+from hsa_ultralong.serve.limits import Limits, ServeError
 from hsa_ultralong.serve.worker import Request, Worker
 from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.testing.processes import HANG_SECONDS
@@ -150,6 +150,36 @@ def test_a_failing_step_ends_the_requests_and_the_worker_goes_on(worker, model, 
     worker.engine.step = step
     again = Asked(worker, document(6, 1), 5)
     assert again.wait() == "length" and again.text == text_of(alone(model, None, document(6, 1), 5))
+
+
+def test_a_request_that_cannot_begin_is_told_so_and_the_others_go_on(worker, model):
+    def broken():
+        raise RuntimeError("nobody sees this")
+
+    running = Asked(worker, document(6, 1), 60)
+    asked = Asked(worker, document(6, 2), 5, reread=broken)
+    assert asked.wait() == "error" and asked.pieces[-1].error.message == "decoding failed: RuntimeError"
+    assert running.wait() == "length" and running.text == text_of(alone(model, None, document(6, 1), 60))
+    begin, worker.engine.begin = worker.engine.begin, lambda *_, **__: broken()
+    again = Asked(worker, document(6, 2), 5)
+    assert again.wait() == "error" and again.pieces[-1].error.status == 500 and worker.num_waiting == 0
+    worker.engine.begin = begin
+
+
+def test_a_worker_that_cannot_go_on_tells_all_who_wait(model):
+    def broken(*_):
+        raise RuntimeError("the device is gone")
+
+    worker = Worker(model, Letters(), Limits(context_tokens=64, rows=1, prefix_bytes=0))
+    reads, worker.engine._read_piece = worker.engine._read_piece, lambda *_: time.sleep(0.001) or 0
+    asked = [Asked(worker, document(6, seed), 5) for seed in range(3)]
+    worker.engine.step = worker.engine.leave = worker.engine.drop = broken
+    worker.engine._read_piece = reads
+    assert [one.wait() for one in asked] == ["error"] * 3
+    worker._thread.join(HANG_SECONDS)
+    with pytest.raises(ServeError) as refused:
+        Asked(worker, document(6, 9), 5)
+    assert refused.value.status == 503 and not worker.is_alive
 
 
 def test_evidence_is_the_largest_weight_of_every_chunk(model):
