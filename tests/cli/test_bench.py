@@ -41,7 +41,7 @@ def test_bench_ops_prints_only_json_on_request(tmp_path):
     ("arguments", "words"),
     [
         (("--ops", "wrong"), "operators to measure are"),
-        (("--lengths", "ten"), "expected a number of tokens"),
+        (("--lengths", "ten"), "expected a size"),
         (("--lengths", "32"), "at least one chunk of 64"),
         (("--topk", "0"), "--topk must be whole numbers from 1"),
         (("--text", "no-such-file"), "is no file"),
