@@ -107,6 +107,10 @@ def ask(
         raise ValueError("give --memory lib.hsa, or --text FILE to memorise now")
     if hide is not None and memory is not None:
         raise ValueError("--hide needs --text: a memory is changed with hsa memory edit")
+    if hide is None and depth != 0.5:
+        raise ValueError("--depth says where --hide SENTENCE goes")
+    if memory is None and (store, lookup) != ("file", "exact"):
+        raise ValueError("--store and --lookup go with --memory lib.hsa: text memorised now lies in the model's memory")
     if plain and system is not None:
         raise ValueError("--system is a message of the chat template, which --plain leaves out")
     require_reread(reread, reread_tokens)
