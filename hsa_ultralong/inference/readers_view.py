@@ -20,6 +20,10 @@ class ReadersView(NamedTuple):
     def num_chunks(self) -> int:
         return self.inner.num_chunks()
 
+    def num_visible(self, query: torch.Tensor) -> torch.Tensor:
+        readers = self.inner.num_visible(query[self.rows])
+        return readers.new_zeros(query.shape[:2]).index_copy_(0, self.rows, readers)
+
     def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
         spread = []
         for found in self.inner.topk(query[self.rows], search):

@@ -28,6 +28,9 @@ class RowsView(NamedTuple):
     def num_chunks(self) -> int:
         return self.base.num_chunks() + self.own.num_chunks()
 
+    def num_visible(self, query: torch.Tensor) -> torch.Tensor:
+        return self.base.num_visible(query) + self.own.num_visible(query)
+
     def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
         after = self.base.num_chunks()
         own = [part._replace(offset=after + part.offset) for part in self.own.topk(query, search)]

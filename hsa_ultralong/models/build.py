@@ -112,6 +112,7 @@ def build_group(config: HSAConfig, index: int) -> UpperGroup:
         learned_temperature=config.learned_temperature,
         position_decay=config.position_decay,
         gumbel_noise=config.gumbel_noise,
+        temperature_chunks=config.temperature_chunks,
         rms_norm_eps=config.rms_norm_eps,
     )
     hsa_layer = RecomputedHSALayer(

@@ -74,6 +74,8 @@ class HSAConfig(PreTrainedConfig):
         normalize_retrieval: RMS-normalise queries and landmarks; learned_temperature: one per retrieval head and group.
         fusion: "softmax" or "stick_breaking"; position_decay: learned slope on the recency rank (breaks fact 4).
         gumbel_noise: noise on the selection in training.
+        temperature_chunks: a token that may read n chunks, more than this number, has its scores multiplied by log(n) /
+            log(temperature_chunks) before fusion, so that weights spread less in large memories; 0 = never.
         hsa_residual: "standard" or "bypass" (HSA output feeds the feed-forward block only).
         unsure_below: what `ask` judges by, measured for these weights: pairs [chunks of the memory, retrieval weight]
             of rising chunks. Between two of them the line is straight in log2(chunks), outside it is flat; an answer
@@ -131,6 +133,7 @@ class HSAConfig(PreTrainedConfig):
     fusion: str = "softmax"
     position_decay: bool = False
     gumbel_noise: bool = False
+    temperature_chunks: int = 0
     hsa_residual: str = "standard"
     unsure_below: list | None = None
     num_experts: int = 0
@@ -282,7 +285,7 @@ class HSAConfig(PreTrainedConfig):
             "moe_intermediate_size": 1, "num_memory_heads": 1, "chunk_topk": 1,
             "retrieval_dim": 1, "num_retrieval_heads": 1, "num_experts": 0,
             "num_experts_per_token": 1, "num_shared_experts": 0, "num_dense_layers": 0,
-            "max_position_embeddings": 1,
+            "max_position_embeddings": 1, "temperature_chunks": 0,
         }  # fmt: skip
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
@@ -319,6 +322,8 @@ class HSAConfig(PreTrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         self._check_unsure()
+        if self.temperature_chunks == 1:
+            raise ValueError("temperature_chunks must be 0 (never) or at least 2, got 1, whose logarithm is 0")
         if self.num_experts and self.num_experts_per_token > self.num_experts:
             raise ValueError(
                 f"num_experts_per_token={self.num_experts_per_token} exceeds num_experts={self.num_experts}"

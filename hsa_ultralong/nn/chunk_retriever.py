@@ -7,6 +7,7 @@ tests/nn/test_chunk_retriever.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,10 +55,12 @@ class ChunkRetriever(nn.Module):
         position_decay: bool,
         gumbel_noise: bool,
         rms_norm_eps: float,
+        temperature_chunks: int = 0,
     ) -> None:
         super().__init__()
         self.num_retrieval_heads, self.fusion = num_retrieval_heads, fusion
         self.normalize_queries, self.gumbel_noise = normalize_queries, gumbel_noise
+        self.temperature_chunks = temperature_chunks
         self.norm = nn.RMSNorm(hidden_size, eps=rms_norm_eps)
         self.query_proj = nn.Linear(hidden_size, retrieval_dim, bias=False)
         self.log_temperature = nn.Parameter(torch.zeros(num_retrieval_heads)) if learned_temperature else None
@@ -75,6 +78,16 @@ class ChunkRetriever(nn.Module):
         dim = self.query_proj.out_features // self.num_retrieval_heads
         # 16 bits would move all scores
         return dim**-0.5 / self.log_temperature.to(accumulation_dtype(self.log_temperature.dtype)).exp()
+
+    def growth(self, query: torch.Tensor, views: Sequence[MemoryView]) -> torch.Tensor | None:
+        """What the scores of queries (B, T, ...) are multiplied by, (B, T) fp32; None without the option.
+
+        It is log(n) / log(temperature_chunks), at least 1, for the n chunks that a token may read.
+        """
+        if not self.temperature_chunks:
+            return None
+        visible = torch.stack([view.num_visible(query) for view in views]).sum(0)
+        return (visible.clamp_min(1).float().log() / math.log(self.temperature_chunks)).clamp_min(1)
 
     def forward(
         self,
@@ -117,7 +130,7 @@ class ChunkRetriever(nn.Module):
             offsets.append(offset)
             offset += view.num_chunks()
         indices, scores, weights = combine_topk(found, topk=topk, rankings=rankings or None)
-        scores, weights = fuse(scores, weights, self.fusion, self.position_decay)
+        scores, weights = fuse(scores, weights, self.fusion, self.position_decay, self.growth(query, views))
         return Retrieval(indices, weights, scores, tuple(offsets))
 
 

@@ -20,12 +20,20 @@ def stick_breaking_fusion(scores: torch.Tensor) -> torch.Tensor:
 
 
 def fuse(
-    scores: torch.Tensor, weights: torch.Tensor, fusion: str, position_decay: torch.Tensor | None
+    scores: torch.Tensor,
+    weights: torch.Tensor,
+    fusion: str,
+    position_decay: torch.Tensor | None,
+    growth: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and weights (B, T, Hr, K) of a fusion, "softmax" or "stick_breaking"; `weights` are the softmax's.
 
-    position_decay: added to the scores once per slot before it.
+    position_decay: added to the scores once per slot before it. growth: (B, T), at least 1, what the scores of a token
+    are multiplied by.
     """
+    if growth is not None:
+        scores = scores * growth.to(scores.dtype)[..., None, None]
+        weights = softmax_fusion(scores)
     if position_decay is not None:
         rank = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
         scores = scores + rank * position_decay

@@ -141,6 +141,10 @@ class MemoryView(Protocol):
         """Chunks of the memory, those of all ranks."""
         ...
 
+    def num_visible(self, query: torch.Tensor) -> torch.Tensor:
+        """Chunks that the tokens of queries (B, T, ...) may read, (B, T) int64, those of all ranks."""
+        ...
+
     def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
         """The best chunks of queries (B, T, Hr, R), in one list or several, in the form of chunk_topk."""
         ...
@@ -170,6 +174,9 @@ class GraphView(NamedTuple):
     def num_chunks(self) -> int:
         return self.memory.landmarks.shape[1]
 
+    def num_visible(self, query: torch.Tensor) -> torch.Tensor:
+        return self.visible.count().expand(query.shape[:2])
+
     def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
         landmarks = self.memory.landmarks.to(query.dtype)
         return [ScoredChunks(*chunk_topk(query, landmarks, self.visible, **search._asdict()))]
@@ -196,6 +203,9 @@ class CompetingView(NamedTuple):
     def num_chunks(self) -> int:
         return self.memory.landmarks.shape[1]
 
+    def num_visible(self, query: torch.Tensor) -> torch.Tensor:
+        return self.visible.count().expand(query.shape[:2])
+
     def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
         return GraphView(self.memory, self.visible).topk(query, search)
 
@@ -218,6 +228,9 @@ class StoredView(NamedTuple):
 
     def num_chunks(self) -> int:
         return self.memory.landmarks.shape[1]
+
+    def num_visible(self, query: torch.Tensor) -> torch.Tensor:
+        return self.visible.count().expand(query.shape[:2])
 
     def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
         if self.lookup is None or search.noise_seed is not None:
@@ -247,6 +260,10 @@ class RanksView(NamedTuple):
 
     def num_chunks(self) -> int:
         return self.ranks.num_chunks
+
+    def num_visible(self, query: torch.Tensor) -> torch.Tensor:
+        # the total may overwrite what it adds up
+        return self.ranks.total(self.own.num_visible(query).clone())
 
     def topk(self, query: torch.Tensor, search: Search) -> list[ScoredChunks]:
         if search.noise_seed is not None:

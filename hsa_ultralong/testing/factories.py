@@ -27,6 +27,7 @@ MODEL_OPTIONS: dict[str, dict[str, Any]] = {
     "two_retrieval_heads": {"num_memory_heads": 2, "num_retrieval_heads": 2},
     "mean_landmark": {"landmark_source": "mean"},
     "position_decay": {"position_decay": True},
+    "temperature_by_chunks": {"temperature_chunks": 2},
     "mixture_of_experts": {"num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 8},
     "no_shared_expert": {"num_experts": 4, "num_experts_per_token": 1, "num_shared_experts": 0, "num_dense_layers": 0},
     "unnormalized": {"normalize_retrieval": False, "use_qk_norm": False, "learned_temperature": False},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -168,3 +170,18 @@ def test_bf16_retrieval_keeps_scores_and_weights_in_fp32():
     chunks = chunks._replace(landmarks=chunks.landmarks.bfloat16())
     found = module(random_tensor(2, 11, 16).bfloat16(), [GraphView(chunks, visible)], topk=3)
     assert found.scores.dtype == found.weights.dtype == torch.float32
+
+
+def test_scores_grow_with_the_logarithm_of_the_chunks_that_a_token_may_read():
+    (view, other), _ = views_of([5, 4])
+    plain, growing = retriever(), retriever(temperature_chunks=2)
+    growing.load_state_dict(plain.state_dict())
+    x = random_tensor(2, 11, 16, seed=9)
+    before, after = (module(x, [view, other], topk=9) for module in (plain, growing))
+    number = view.visible.mask().sum(-1) + other.visible.mask().sum(-1)  # (B, T)
+    factor = (number.clamp_min(1).double().log() / math.log(2)).clamp_min(1)
+    assert torch.equal(before.indices, after.indices) and number.max() > 4
+    empty = before.indices < 0
+    wanted = (before.scores * factor[..., None, None]).masked_fill(empty, 0)
+    assert torch.allclose(after.scores.masked_fill(empty, 0), wanted, rtol=1e-6)
+    assert torch.allclose(after.weights, softmax_fusion(after.scores), **EXACT)

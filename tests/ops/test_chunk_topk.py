@@ -328,3 +328,16 @@ def test_visibility_refuses_shapes_that_do_not_fit():
             ChunkVisibility(*bad)
     with pytest.raises(ValueError, match="foreign must be one of"):
         ChunkVisibility(good, good, good, good, "all")
+
+
+@pytest.mark.parametrize("foreign", ["hidden", "past"])
+def test_the_count_of_visible_chunks_is_that_of_the_mask(foreign):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        segment = torch.randint(-1, 4, (2, 9), generator=generator).int()
+        position = torch.randint(-2, 40, (2, 9), generator=generator).int()
+        chunks = torch.randint(-2, 4, (2, 13), generator=generator).int()
+        ends = torch.randint(1, 40, (2, 13), generator=generator).int()
+        for part in (slice(None), slice(0, 1)):
+            visible = ChunkVisibility(segment, position, chunks[part], ends[part], foreign)
+            assert torch.equal(visible.count(), visible.mask().sum(-1))

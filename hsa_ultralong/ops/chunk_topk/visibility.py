@@ -16,6 +16,8 @@ FOREIGN_RULES = ("hidden", "past")
 READABLE_BY_ALL = -1
 UNUSED = -2
 PADDING = -1
+# positions of one document, and a key behind all
+_SPAN, _LAST = 1 << 31, 1 << 62
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,24 @@ class ChunkVisibility:
             visible = visible | ((chunk_segment != segment) & (chunk_segment >= 0))
         visible = visible | (chunk_segment == READABLE_BY_ALL)
         return visible & (segment != PADDING) & (chunk_segment != UNUSED)
+
+    def count(self) -> torch.Tensor:
+        """Number of chunks that every query may read, (B, T) int64, without the mask of all pairs."""
+        batch = self.query_segment.shape[0]
+        segment, position = self.query_segment.long(), self.query_position.long()
+        chunk_segment = self.chunk_segment.long().expand(batch, -1)
+        is_document = chunk_segment >= 0
+        # documents in order, ends in order within one; what belongs to none comes last
+        keys = torch.where(is_document, chunk_segment * _SPAN + self.chunk_end.long(), _LAST).sort(-1).values
+        first = segment.clamp_min(0) * _SPAN
+        before = torch.searchsorted(keys, first)
+        # tokens before the first one of their document see none of it
+        seen = torch.searchsorted(keys, first + position.clamp_min(-1), right=True) - before
+        if self.foreign == "past":
+            own = torch.searchsorted(keys, first + _SPAN) - before
+            seen = seen + is_document.sum(-1, keepdim=True) - own
+        seen = seen + (chunk_segment == READABLE_BY_ALL).sum(-1, keepdim=True)
+        return seen.masked_fill(segment == PADDING, 0)
 
     @staticmethod
     def causal(
