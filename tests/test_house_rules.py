@@ -336,8 +336,9 @@ def test_the_rule_of_one_loop_sees_every_form_of_it(loop, is_found):
 def test_the_library_hooks_into_no_module():
     """What was retrieved comes by output_retrieval."""
     files = [relative(path) for path in FILES if re.search(r"register_\w*hook\(", path.read_text(encoding="utf-8"))]
-    # of a weight, and of FSDP's root; of the transformer that a converted model learns from
-    assert files == ["train/parallelize.py", "train/teaching.py"]
+    # what is looked for, where cut weights are whole; of a weight, and of FSDP's root; of the transformer that a
+    # converted model learns from
+    assert files == ["train/evidence.py", "train/parallelize.py", "train/teaching.py"]
 
 
 def test_the_library_prints_only_in_the_command_line():

@@ -32,7 +32,8 @@ class Row:
         kind: one of ``mixture.ROW_KINDS``.
         answer_mask: (T,) bool, true on the tokens of the answers to questions.
         isolated: no document of the row may read another one.
-        evidence: (T, 2) int32, first and last chunk of the row that tell the token, where that is known; else -1.
+        evidence: (T, 2) int32, first and last token of the row that tell the token (for a copy the same), where that is
+            known; else -1.
     """
 
     input_ids: np.ndarray
@@ -80,7 +81,7 @@ class RowWriter:
         *,
         is_whole: bool = False,
         labelled: Sequence[tuple[int, int]] | None = None,
-    ) -> None:
+    ) -> int:
         """Write bos and ``tokens`` as the next document, then eos if ``is_whole`` and there is room.
 
         Args:
@@ -88,6 +89,9 @@ class RowWriter:
             answers: spans [start, stop) of ``tokens`` that are answers.
             is_whole: the document ends here, rather than being cut.
             labelled: the only spans, with eos, that the loss counts; None: the whole document.
+
+        Returns:
+            The place of the first of ``tokens`` in the row.
         """
         start, stop = self.end, self.end + 1 + len(tokens)
         assert stop <= self._layout.seq_len, "the document does not fit into the row"
@@ -104,11 +108,16 @@ class RowWriter:
             self._answer_mask[start + 1 + first : start + 1 + last] = True
         self._num_documents += 1
         self.end = round_up(stop, self._layout.chunk_size)
+        return start + 1
 
     def cite(self, tokens: slice, starts: int | np.ndarray, stops: int | np.ndarray) -> None:
         """Tokens of the row are told by what stands in its tokens starts..stops, the same for all or one of each."""
-        self._evidence[tokens, 0] = starts // self._layout.chunk_size
-        self._evidence[tokens, 1] = (stops - 1) // self._layout.chunk_size
+        self._evidence[tokens, 0] = starts
+        self._evidence[tokens, 1] = stops - 1
+
+    def cite_copy(self, first: int, places: np.ndarray) -> None:
+        """The tokens of the row from `first` on repeat those at `places`, (n,)."""
+        self.cite(slice(first, first + len(places)), places, places + 1)
 
     def row(self, kind: str, isolated: bool = False) -> Row:
         """Return the finished row."""
@@ -139,12 +148,14 @@ def self_copy_row(rng: np.random.Generator, layout: RowLayout, sampler: Document
     slack = int(rng.integers(0, layout.chunk_size - 1))
     if rng.random() < 0.5:
         text = sampler.fill(rng, max(1, (layout.seq_len - 1 - slack) // 2))
-        writer.add(np.concatenate([text, text]), is_whole=True)
+        start = writer.add(np.concatenate([text, text]), is_whole=True)
+        writer.cite_copy(start + len(text), start + np.arange(len(text)))
     else:
         # The first document takes whole chunks, half of them rounded up; the second is cut to the room that is left.
         text = sampler.fill(rng, round_up(layout.seq_len // 2, layout.chunk_size) - 1)
-        writer.add(text)
-        writer.add(text[slack:][: writer.room - 1], is_whole=True)
+        first = writer.add(text) + slack
+        copy = text[slack:][: writer.room - 1]
+        writer.cite_copy(writer.add(copy, is_whole=True), first + np.arange(len(copy)))
     return writer.row("self_copy")
 
 

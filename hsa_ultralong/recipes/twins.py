@@ -27,7 +27,7 @@ def twins() -> TrainConfig:
             StageConfig(
                 name="warmup",
                 seq_len=2048,
-                row_lengths=(1024, 2048),
+                shapes=((1024, 0), (2048, 0)),
                 tokens=58_982_400,
                 batch_tokens=65_536,
                 learning_rate=2e-3,
@@ -38,7 +38,7 @@ def twins() -> TrainConfig:
             StageConfig(
                 name="long",
                 seq_len=8192,
-                row_lengths=(8192, 2048, 8192, 4096),
+                shapes=((8192, 0), (2048, 0), (8192, 0), (4096, 0)),
                 tokens=39_321_600,
                 batch_tokens=131_072,
                 micro_batch_rows=8,

@@ -2,16 +2,20 @@
 
 Weights of fine-tuned copies can be averaged where training did not carry them far apart (Wortsman et al., "Robust
 fine-tuning of zero-shot models", 2022, arXiv 2109.01903). Called by `hsa average`; tests/train/test_averaging.py;
-docs/pooled-memory.md has what it brought.
+docs/pooled-memory.md has what it brought. And a mean along a stage, for loop.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.train.checkpoint import model_tensors
+
+_MEAN = "mean/"
 
 
 def average_models(models: Sequence[HSAForCausalLM], weights: Sequence[float]) -> HSAForCausalLM:
@@ -48,3 +52,35 @@ def average_models(models: Sequence[HSAForCausalLM], weights: Sequence[float]) -
     # measured for other weights
     models[0].config.unsure_below = None
     return models[0]
+
+
+class RunningMean:
+    """Exponential mean of a model's weights along a stage, in fp32, from those it begins with.
+
+    After n steps the beginning has the share decay**n, so that what an earlier stage learnt is kept in part.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._means = {
+            name: tensor.detach().float().clone()
+            for name, tensor in model_tensors(model).items()
+            if tensor.is_floating_point()
+        }
+
+    @torch.no_grad()
+    def add(self, model: Any, decay: float) -> None:
+        """mean = decay * mean + (1 - decay) * weights."""
+        own = model_tensors(model)
+        for name, mean in self._means.items():
+            mean.lerp_(own[name].float(), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: Any) -> None:
+        """Give the model the mean in place of its weights."""
+        own = model_tensors(model)
+        for name, mean in self._means.items():
+            own[name].copy_(mean)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The means by names of their own, for a checkpoint."""
+        return {_MEAN + name: mean for name, mean in self._means.items()}

@@ -30,7 +30,7 @@ def stage_mixture(config: TrainConfig, index: int, chunk_size: int) -> MixtureCo
     """
     stage = config.stages[index]
     try:
-        return MixtureConfig(
+        mixture = MixtureConfig(
             weights=stage.mixture,
             seq_len=stage.seq_len,
             chunk_size=chunk_size,
@@ -39,6 +39,9 @@ def stage_mixture(config: TrainConfig, index: int, chunk_size: int) -> MixtureCo
             questions=config.questions,
             **stage.data_options,
         )
+        for length in stage.lengths:
+            replace(mixture, seq_len=length)
+        return mixture
     except (TypeError, ValueError) as error:
         raise ValueError(f"stage {stage.name!r}: {error}") from error
 
@@ -60,7 +63,6 @@ def step_batches(
     Raises:
         OSError: naming the shards, if a row cannot be read.
     """
-    parts = stage.rows // (stage.forward_rows(world) * world)
     dataset = _dataset(shards, tokenizer, stage, mixture)
     loader = DataLoader(
         dataset,
@@ -76,7 +78,7 @@ def step_batches(
     batches = iter(loader)
     for step in range(first_step, stage.num_steps):
         try:
-            yield [next(batches) for _ in range(parts)]
+            yield [next(batches) for _ in range(stage.num_forwards(world, step))]
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise OSError(
@@ -105,13 +107,11 @@ def _dataset(shards: TokenShards, tokenizer: Any, stage: StageConfig, mixture: M
 
 def _forwards(stage: StageConfig, first_step: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
     """Length and number of the rows of every forward of one process; no number comes twice, whatever the length."""
-    most, tokens = stage.batch_tokens // min(stage.lengths), stage.forward_rows(world) * stage.seq_len
     for step in range(first_step, stage.num_steps):
-        length = stage.lengths[step % len(stage.lengths)]
-        rows = tokens // length
-        for part in range(stage.batch_tokens // (tokens * world)):
-            first = step * most + (part * world + rank) * rows
-            yield [(length, number) for number in range(first, first + rows)]
+        length, _ = stage.shape(step)
+        for part in range(stage.num_forwards(world, step)):
+            first = stage.first_row(step, part, rank, world)
+            yield [(length, number) for number in range(first, first + stage.forward_rows(world, step))]
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:

@@ -186,8 +186,16 @@ class Checkpoints:
         """Whether a checkpoint is still being written."""
         return self._pending is not None and not self._pending.done()
 
-    def load(self, path: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    def load(
+        self,
+        path: Path,
+        model: torch.nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        others: Mapping[str, torch.Tensor],
+    ) -> dict[str, Any]:
         """Read weights and optimiser state into `model` and `optimizers`; returns the rest of the state.
+
+        others: further tensors by their names, which the checkpoint must have too.
 
         Raises:
             ValueError: if the checkpoint is damaged, of another format, or of another model.
@@ -200,7 +208,7 @@ class Checkpoints:
         if damaged := [name for part in parts for name in part]:
             raise ValueError(f"checkpoint file {path / damaged[0]} is missing, truncated or corrupt; {advice(path)}")
         shapes = _stored_shapes(path)
-        targets = model_tensors(model)
+        targets = {**model_tensors(model), **others}
         _check_fit({name: size for name, size in shapes.items() if not name.startswith(_OPTIMIZER)}, targets)
         slots = _optimizer_slots(model, optimizers, shapes)
         targets.update({name: tensor for name, (_, _, _, tensor) in slots.items()})

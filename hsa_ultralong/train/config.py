@@ -29,8 +29,9 @@ class StageConfig:
     Attributes:
         name: used in logs and checkpoint folders.
         seq_len: tokens per row (T), a multiple of the chunk size.
-        row_lengths: tokens of a row of the steps, in turn, the longest of them seq_len, such as (2048, 8192); () =
-            seq_len in every step. A step has as many tokens whatever its length.
+        shapes: (tokens of a row, rows per forward) of the steps in turn, the longest rows of seq_len tokens: rows of
+            several lengths, pools of several sizes. 0 rows: as many as have the tokens of a forward of seq_len; () =
+            seq_len in every step. A step has as many tokens whatever its shape.
         tokens: training tokens of the whole stage.
         batch_tokens: tokens per optimiser step, over all processes.
         micro_batch_rows: rows per forward of one process; 0 = its whole share of the step at once.
@@ -42,8 +43,12 @@ class StageConfig:
         divergence: weight of the divergence from the source (`hsa train --teacher`) on every token that is no answer;
             above 0, only answers count in the ordinary loss. align_retrieval, align_output: weights of the alignment
             with the source's attention beyond the window (train/teaching.py).
-        evidence_loss: weight of the loss that teaches retrieval which chunks tell an answer, where the row knows it
-            (train/evidence.py). evidence_chunks: wrong chunks count in it as if there were so many; 0 = as they are.
+        evidence_loss: weight of the auxiliary loss that teaches retrieval which chunks tell a token, where the row
+            knows it (kinds facts, prompts, lists, self_copy, span_copy, chat_facts and those of questions; beside a
+            source answers only; train/evidence.py); 0.1 is small. evidence_chunks: wrong chunks count in it as if there
+            were so many; 0 = as they are.
+        average_decay: at the end of the stage its weights give way to their exponential mean along it, of this decay a
+            step, which begins with the weights before the stage; 0 = none.
         advance_below: end the stage once the mean loss of answers between two log lines is below; 0 = never.
         gumbel_noise: noise on the selection; None keeps the model's choice.
         mixture: weights of the data components, see data.MixtureConfig.
@@ -67,7 +72,6 @@ class StageConfig:
     warmup_steps: int = 100
     schedule: str = "constant"
     final_learning_rate: float = 0.0
-    row_lengths: tuple[int, ...] = ()
     micro_batch_rows: int = 0
     chunk_topk: int = FULL_COVERAGE
     sliding_window: int = 0
@@ -78,6 +82,8 @@ class StageConfig:
     evidence_loss: float = 0.0
     evidence_chunks: int = 0
     advance_below: float = 0.0
+    average_decay: float = 0.0
+    shapes: tuple[tuple[int, int], ...] = ()
     gumbel_noise: bool | None = None
     long_documents: bool = False
     isolate_documents: bool = False
@@ -104,41 +110,62 @@ class StageConfig:
             raise ValueError(
                 f"stage {self.name!r}: batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len}"
             )
-        self._check_lengths()
         if self.micro_batch_rows and self.rows % self.micro_batch_rows:
             raise ValueError(
                 f"stage {self.name!r}: {self.rows} rows a step are no multiple of "
                 f"micro_batch_rows={self.micro_batch_rows}"
             )
-        needing = self.align_retrieval, self.align_output, self.evidence_loss, self.advance_below
+        needing = self.align_retrieval, self.align_output, self.advance_below
         if not self.divergence and any(needing):
             raise ValueError(
-                f"stage {self.name!r}: align_retrieval, align_output, evidence_loss and advance_below go with "
-                "divergence above 0"
+                f"stage {self.name!r}: align_retrieval, align_output and advance_below go with divergence above 0"
             )
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"stage {self.name!r}: average_decay must be in [0, 1), got {self.average_decay}")
+        self._check_shapes()
+        if self.evidence_loss and self.piece_tokens:
+            raise ValueError(f"stage {self.name!r}: evidence_loss does not go with piece_tokens; leave one out")
         if self.piece_tokens and self.pool_memory:
             raise ValueError(f"stage {self.name!r}: piece_tokens does not go with pool_memory")
         if self.piece_offload and not self.piece_tokens:
             raise ValueError(f"stage {self.name!r}: piece_offload moves what pieces leave behind: set piece_tokens too")
 
-    def _check_lengths(self) -> None:
-        if not self.row_lengths:
+    def _check_shapes(self) -> None:
+        """Every shape shares out the tokens of a step; the longest rows have seq_len tokens."""
+        if any(len(shape) != 2 or any(type(n) is not int for n in shape) for shape in self.shapes):
+            raise ValueError(f"stage {self.name!r}: shapes are pairs of whole numbers, got {self.shapes}")
+        self.shapes = tuple((length, rows) for length, rows in self.shapes)
+        if not self.shapes:
             return
-        if any(type(n) is not int or n < 1 for n in self.row_lengths) or max(self.row_lengths) != self.seq_len:
+        if max(self.lengths) != self.seq_len:
             raise ValueError(
-                f"stage {self.name!r}: the longest of row_lengths must be seq_len={self.seq_len}, got "
-                f"{tuple(self.row_lengths)}"
+                f"stage {self.name!r}: the longest rows of shapes must be seq_len={self.seq_len}, got {self.shapes}"
+            )
+        if self.micro_batch_rows and all(rows for _, rows in self.shapes):
+            raise ValueError(
+                f"stage {self.name!r}: micro_batch_rows={self.micro_batch_rows} is for shapes of 0 rows, got "
+                f"{self.shapes}; leave it out"
             )
         forward = (self.micro_batch_rows or 1) * self.seq_len
-        if wrong := [n for n in self.row_lengths if forward % n]:
-            raise ValueError(
-                f"stage {self.name!r}: row_lengths must divide the {forward:,} tokens of a forward, got {wrong[0]}"
-            )
+        for length, rows in self.shapes:
+            if length < 1 or rows < 0 or (rows and self.batch_tokens % (length * rows)):
+                raise ValueError(
+                    f"stage {self.name!r}: a shape is (tokens of a row, rows per forward) whose product divides "
+                    f"batch_tokens={self.batch_tokens}, got {(length, rows)}"
+                )
+            if not rows and forward % length:
+                raise ValueError(
+                    f"stage {self.name!r}: rows of shapes must divide the {forward:,} tokens of a forward, got {length}"
+                )
+
+    def shape(self, step: int) -> tuple[int, int]:
+        """Tokens of a row, and rows per forward (0: those that have the tokens of a forward), of a step."""
+        return self.shapes[step % len(self.shapes)] if self.shapes else (self.seq_len, 0)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of a row of the steps, in turn."""
-        return tuple(self.row_lengths) or (self.seq_len,)
+        return tuple(length for length, _ in self.shapes) or (self.seq_len,)
 
     def mean_over_lengths(self, cost: Callable[[int], float]) -> float:
         """The mean over the stage's tokens of what a token costs in a row of a length."""
@@ -157,19 +184,35 @@ class StageConfig:
     def num_steps(self) -> int:
         return -(-self.tokens // self.batch_tokens)
 
-    def forward_rows(self, data_world: int) -> int:
+    def forward_rows(self, data_world: int, step: int = 0) -> int:
         """Rows per forward of one of `data_world` processes that share out the rows of a step.
 
         Raises:
             ValueError: if the rows cannot be shared out evenly.
         """
-        rows = self.micro_batch_rows or max(1, self.rows // data_world)
-        if self.rows % (rows * data_world):
+        length, rows = self.shape(step)
+        all_rows = self.batch_tokens // length
+        rows = rows or (self.micro_batch_rows or max(1, self.rows // data_world)) * self.seq_len // length
+        if all_rows % (rows * data_world):
             raise ValueError(
-                f"stage {self.name!r}: {self.rows} rows a step cannot be shared out over {data_world} processes in "
-                f"forwards of {rows}; change batch_tokens or micro_batch_rows"
+                f"stage {self.name!r}: {all_rows} rows a step cannot be shared out over {data_world} processes in "
+                f"forwards of {rows}; change batch_tokens or {'shapes' if self.shapes else 'micro_batch_rows'}"
             )
         return rows
+
+    def num_forwards(self, data_world: int, step: int) -> int:
+        """Forwards of one of `data_world` processes in a step."""
+        return self.batch_tokens // (self.shape(step)[0] * self.forward_rows(data_world, step) * data_world)
+
+    def first_row(self, step: int, part: int, rank: int, data_world: int) -> int:
+        """Number of the first row of forward `part` of a process; none comes twice in a stage, whatever the lengths."""
+        before = step * (self.batch_tokens // min(self.lengths))
+        return before + (part * data_world + rank) * self.forward_rows(data_world, step)
+
+    def forward_tokens(self, data_world: int) -> int:
+        """Tokens of the largest forward of one of `data_world` processes."""
+        steps = range(max(1, len(self.shapes)))
+        return max(self.forward_rows(data_world, step) * self.shape(step)[0] for step in steps)
 
 
 @dataclass

@@ -17,14 +17,12 @@ import torch
 from transformers import PreTrainedModel
 
 from hsa_ultralong.data import MixtureConfig, TokenShards
-from hsa_ultralong.distributed.mesh import build_mesh, context_place, data_rank, data_world, everywhere, total
+from hsa_ultralong.distributed.mesh import build_mesh, data_rank, data_world, everywhere, total
 from hsa_ultralong.models import HSAForCausalLM
-from hsa_ultralong.train.activations import activation_context
+from hsa_ultralong.train.averaging import RunningMean
 from hsa_ultralong.train.batches import (
     Batch,
     check_rows,
-    count_labels,
-    model_inputs,
     seed_noise,
     stage_mixture,
     step_batches,
@@ -46,10 +44,10 @@ from hsa_ultralong.train.parallelize import (
 )
 from hsa_ultralong.train.run_folder import RunFolder, RunLog, write_settings
 from hsa_ultralong.train.schedule import learning_rate
-from hsa_ultralong.train.segmented import segmented_loss_backward
 from hsa_ultralong.train.stages import check_stage, enter_stage
 from hsa_ultralong.train.state import read_state
-from hsa_ultralong.train.teaching import Counts, count_tokens, is_learnt, taught_by
+from hsa_ultralong.train.step_loss import StepLoss
+from hsa_ultralong.train.teaching import is_learnt
 from hsa_ultralong.train.twins import build_model, require_same_twin
 
 logger = logging.getLogger(__name__)
@@ -106,11 +104,12 @@ class Trainer:
         # a stage that cannot run must not come to light after hours of the ones before it
         self.mixtures = [self._checked_mixture(index) for index in range(len(config.stages))]
         self.model.to(self.device).train()
-        self.teacher = taught_by(teacher, self.model, config, self.device)
+        self.losses = StepLoss(self.model, config, teacher, self.device, self.mesh)
         prepare_parameters(self.model, config)
         use_compile = config.compile and self.device.type == "cuda"
         parallelize(self.model, self.mesh, config.parallel, use_compile=use_compile)
         self.optimizers = build_optimizers(self.model, config)
+        self.mean: RunningMean | None = None
         self.stage_index, self.step, self.global_step, self.tokens_seen = 0, 0, 0, 0
         self.last: dict[str, torch.Tensor] = {}
         self.meter = Meter()
@@ -190,7 +189,11 @@ class Trainer:
                 f"checkpoint {newest} has the state of {kind}, this run uses {self.config.optimizer}: keep --set "
                 f"optimizer={kind}, or begin a new run from the exported model with --init-from"
             )
-        state = self.checkpoints.load(newest, self.model, self.optimizers)
+        stage = self.config.stages[min(before["stage_index"], len(names) - 1)]
+        if before["step"] and stage.average_decay:
+            self.mean = RunningMean(self.model)
+        others = self.mean.tensors() if self.mean is not None else {}
+        state = self.checkpoints.load(newest, self.model, self.optimizers, others)
         self.stage_index, self.step = state["stage_index"], state["step"]
         self.global_step, self.tokens_seen = state["global_step"], state["tokens_seen"]
         self.meter.restore(state["meter"], self.device)
@@ -229,6 +232,8 @@ class Trainer:
             "guard": self.guard.state(),
         }
         tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizers)}
+        if self.mean is not None:
+            tensors.update(self.mean.tensors())
         try:
             self.checkpoints.save(tensors, state, wait=wait)
         finally:
@@ -258,6 +263,9 @@ class Trainer:
             if not self._train_stage(config.stages[self.stage_index], deadline):
                 self.save()
                 return False
+            if self.mean is not None:
+                self.mean.copy_to(self.model)
+                self.mean = None
             self.stage_index, self.step = self.stage_index + 1, 0
             self.optimizers = build_optimizers(self.model, config)
             self.guard.restart()
@@ -287,6 +295,8 @@ class Trainer:
     def _train_stage(self, stage: StageConfig, deadline: float) -> bool:
         config = self.config
         enter_stage(self.model, config.stages, self.stage_index, self.preset)
+        if stage.average_decay and self.mean is None:
+            self.mean = RunningMean(self.model)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.meter.restart_clock()
@@ -326,14 +336,13 @@ class Trainer:
 
     def _optimizer_step(self, stage: StageConfig, batches: list[Batch], rate: float) -> dict[str, torch.Tensor]:
         """One step on this process's micro-batches; loss and gradient norm of the whole step, on the device."""
-        count = count_tokens(batches) if stage.needs_teacher else [count_labels(batches)]
-        counts = [int(one) // self.config.parallel.context for one in total(torch.tensor(count), self.mesh)]
+        counts = self.losses.count(stage, batches)
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             self._seed_noise(stage, number)
             # copies of the weights on other hosts hear of the gradients once a step
             require_all_reduce(self.model, number + 1 == len(batches))
-            loss += self._backward(stage, batch, counts)
+            loss += self.losses.backward(stage, batch, counts)
         norm = clip_gradients(self.model, self.config.clip_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -341,41 +350,17 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         synchronize_buffers(self.model, self.mesh)
-        measured = {"loss": total(loss, self.mesh), "grad_norm": norm}
-        if self.teacher is not None:
-            measured.update({name: total(part, self.mesh) for name, part in sorted(self.teacher.take().items())})
+        measured = {"loss": total(loss, self.mesh), "grad_norm": norm, **self.losses.take()}
+        if self.mean is not None:
+            self.mean.add(self.model, stage.average_decay)
         if isinstance(self.model, HSAForCausalLM) and (balance := self.model.update_router_bias()):
             measured["expert_imbalance"] = torch.stack(balance).max()
         return measured
 
     def _seed_noise(self, stage: StageConfig, number: int) -> None:
-        """Noise of a forward by its place in the step: no two processes draw the same one, however many there are."""
-        world = data_world(self.mesh)
-        first = (number * world + data_rank(self.mesh)) * stage.forward_rows(world)
-        seed_noise(self.config.seed, self.stage_index, self.step * stage.rows + first)
-
-    def _backward(self, stage: StageConfig, batch: Batch, counts: list[int]) -> torch.Tensor:
-        """Add the gradients of one micro-batch; its share of the loss, which all processes' tokens divide."""
-        inputs = model_inputs(batch, stage, self.device, context_place(self.mesh), self.config.parallel.context)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            if stage.piece_tokens:
-                with gathered(self.model):
-                    return segmented_loss_backward(
-                        self.model,
-                        inputs,
-                        stage.piece_tokens,
-                        num_items=max(1, counts[0]),
-                        offload=stage.piece_offload,
-                    )
-            if self.teacher is not None and stage.needs_teacher:
-                with gathered(self.model), activation_context(self.config.parallel):
-                    return self.teacher.backward(self.model, inputs, batch, stage, Counts(*counts))
-            with activation_context(self.config.parallel):
-                if stage.pool_memory:
-                    inputs["pool_memory"] = stage.pool_memory
-                loss = self.model(**inputs, num_items_in_batch=max(1, counts[0])).loss
-        loss.backward()
-        return loss.detach()
+        """Noise of a forward by its first row: no two processes draw the same one, however many there are."""
+        first = stage.first_row(self.step, number, data_rank(self.mesh), data_world(self.mesh))
+        seed_noise(self.config.seed, self.stage_index, first)
 
     def _log(self, stage: StageConfig, rate: float) -> dict[str, Any]:
         series = self.meter.take()

@@ -88,7 +88,7 @@ def plan_run(config: TrainConfig, vocab_size: int | None = None) -> list[StagePl
 
 def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> StagePlan:
     parallel, gpus = config.parallel, planned_gpus(config)
-    rows = stage.forward_rows(max(1, gpus // parallel.context))
+    tokens = stage.forward_tokens(max(1, gpus // parallel.context)) // parallel.context
     cut = gpus // parallel.replicate
     counted = accounting.count_parameters(model)
     held = counted.total // cut
@@ -101,7 +101,6 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
         state -= 4 * (counted.total - max(frozen, tables)) // cut
     copies = counted.total if gpus == 1 or not parallel.reshard_after_forward else tables + _largest_unit(model) * 2
     flops = stage.mean_over_lengths(lambda length: accounting.flops_per_token(model, length, training=True))
-    tokens = rows * stage.seq_len // parallel.context
     return StagePlan(
         stage=stage.name,
         steps=stage.num_steps,
@@ -120,7 +119,7 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
 
 def _plan_twin(config: TrainConfig, stage: StageConfig, model: HSAConfig, rival: RivalConfig) -> StagePlan:
     """As for a model of its layers alone: what attention keeps beside queries, keys and values is not counted."""
-    tokens = stage.forward_rows(1) * stage.seq_len
+    tokens = stage.forward_tokens(1)
     number, kept = rival_parameters(rival), config.parallel.activation_checkpointing
     alike = replace_options(model, {"intermediate_size": rival.intermediate_size})
     layers = rival.num_hidden_layers * layer_bytes(alike, kept) + (0 if kept == "none" else layer_bytes(alike, "none"))

@@ -18,13 +18,15 @@ def check_stage(config: TrainConfig, index: int, preset: HSAConfig, data_world: 
         ValueError: it cannot; naming the stage.
     """
     stage, parallel, size = config.stages[index], config.parallel, preset.chunk_size
-    stage.forward_rows(data_world)
-    for length in stage.lengths:
+    for step, length in enumerate(stage.lengths):
+        stage.forward_rows(data_world, step)
         if length % (parallel.context * size):
             raise ValueError(
-                f"stage {stage.name!r}: seq_len={length} must be a multiple of chunk_size={size} times "
-                f"parallel.context={parallel.context}"
+                f"stage {stage.name!r}: {'a shape' if stage.shapes else 'seq_len'}={length} must be a multiple of "
+                f"chunk_size={size} times parallel.context={parallel.context}"
             )
+    if stage.evidence_loss and parallel.context > 1:
+        raise ValueError(f"stage {stage.name!r}: evidence_loss needs whole rows: parallel.context=1")
     if stage.piece_tokens and (parallel.context > 1 or stage.piece_tokens % size):
         raise ValueError(
             f"stage {stage.name!r}: piece_tokens must be a multiple of chunk_size={size}, and needs parallel.context=1"

@@ -1,11 +1,11 @@
 """The losses of a converted model that learns from its source: divergence on text, recall, alignment layer by layer.
 
 Divergence: KL(source || model) on every token that is no answer, the source reading the whole document. Recall: the
-ordinary loss on answers, and that of the chunks that tell them (evidence.py). Alignment, from the source's own hidden
-states at every layer that reads the memory: the weights of retrieval against the mass of the source's attention on each
-chunk beyond the window (a divergence), and window plus memory against the output of the source's attention (a relative
-error). What is counted is decided on the host, from the batch as it was read, so that a device is never waited for.
-Called by loop.py; tests/train/test_teaching.py.
+ordinary loss on answers. Alignment, from the source's own hidden states at every layer that reads the memory: the
+weights of retrieval against the mass of the source's attention on each chunk beyond the window (a divergence), and
+window plus memory against the output of the source's attention (a relative error). What is counted is decided on the
+host, from the batch as it was read, so that a device is never waited for. Called by step_loss.py;
+tests/train/test_teaching.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from hsa_ultralong.models.layout import restrict
 from hsa_ultralong.models.views import own_view
 from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.upper_group import UpperGroup
-from hsa_ultralong.nn.views import GraphView, MemoryView
+from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.train.config import StageConfig, TrainConfig
-from hsa_ultralong.train.evidence import Told, evidence_loss, told_tokens, visible_chunks
 
 logger = logging.getLogger(__name__)
 # the head of a large vocabulary is run on so many tokens of a forward, drawn at random
@@ -132,26 +131,14 @@ class Teacher:
         self.reading = ours.reading_layers
         self._parts: dict[str, torch.Tensor] = {}
         self._caught: dict[tuple[str, int], torch.Tensor] = {}
-        self._asked: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        self._is_listening = False
         self._token_divergence = token_divergence
         if config.compile and device.type == "cuda":
             self._token_divergence = torch.compile(token_divergence, dynamic=False)
-        for group in model.model.upper_groups():
-            group.retriever.register_forward_pre_hook(self._listen)
         for number in self.reading:
             layer = self.source.model.layers[number]
             layer.register_forward_pre_hook(self._catch("input", number), with_kwargs=True)
             layer.self_attn.register_forward_hook(self._catch_attention(number))
             layer.self_attn.v_proj.register_forward_hook(self._catch_output("values", number))
-
-    def backward(
-        self, model: HSAForCausalLM, inputs: Inputs, batch: Inputs, stage: StageConfig, counts: Counts
-    ) -> torch.Tensor:
-        """Add the gradients of `losses`; returns its value."""
-        loss = self.losses(model, inputs, batch, stage, counts)
-        loss.backward()
-        return loss.detach()
 
     def losses(
         self, model: HSAForCausalLM, inputs: Inputs, batch: Inputs, stage: StageConfig, counts: Counts
@@ -159,23 +146,16 @@ class Teacher:
         """The share of one micro-batch in the loss of a step; what it consists of is kept for `take`. `batch` is on the
         host, `inputs` what the model takes of it."""
         device = inputs["input_ids"].device
-        aligns, teaches = bool(stage.align_retrieval or stage.align_output), bool(stage.evidence_loss)
+        aligns = bool(stage.align_retrieval or stage.align_output)
         answers, texts = answer_tokens(batch), text_tokens(batch)
-        told = told_tokens(batch, answers) if teaches else None
-        self._asked.clear()
         states = self._read(inputs, keep_attention=aligns, is_packed=bool((batch["segment_ids"] != 0).any()))
-        self._is_listening = told is not None
         passed = run_model(model, inputs, stage.pool_memory or False)
-        self._is_listening = False
         found = passed.hidden[:, :-1].flatten(0, 1)
         loss = found.new_zeros((), dtype=torch.float32)
         # processes exchange what all of them have; a step without answers says nothing of recall
         for name, count in (("divergence", counts.texts), ("answer_loss", counts.answers)):
             if count:
                 self._note(name, loss)
-        if teaches and counts.answers:
-            self._note("evidence_loss", loss)
-            self._note("evidence_first", loss)
         if texts.any():
             wanted = states[:, :-1].flatten(0, 1)
             loss = loss + stage.divergence * self._note(
@@ -186,8 +166,6 @@ class Teacher:
             labels = batch["labels"][:, 1:][answers].to(device, non_blocking=True)
             summed = F.cross_entropy(model.lm_head(found[places]).float(), labels, reduction="sum")
             loss = loss + self._note("answer_loss", summed / max(1, counts.answers))
-        if told is not None:
-            loss = loss + stage.evidence_loss * self._evidence(passed, told, stage, counts)
         if aligns:
             share = batch["input_ids"].numel() / stage.batch_tokens
             retrieval, output = self._alignment(model, inputs, passed)
@@ -212,22 +190,6 @@ class Teacher:
             theirs = self.source.lm_head(wanted[chosen])
         return (self._token_divergence(model.lm_head(found[chosen]), theirs) * weights).sum()
 
-    def _evidence(self, passed: Passed, told: Told, stage: StageConfig, counts: Counts) -> torch.Tensor:
-        """The loss of the chunks that tell the answers, mean over the layers that read."""
-        view = passed.view
-        assert isinstance(view, GraphView)
-        told = told.to(passed.hidden.device)
-        seen, right = visible_chunks(told, view)
-        landmarks, losses, firsts = view.memory.landmarks.flatten(0, 1), [], []
-        for queries, factor in self._asked:
-            query = queries[told.rows, told.places]
-            one, first = evidence_loss(query, landmarks, factor, seen, right, stage.evidence_chunks)
-            losses.append(one)
-            firsts.append(first)
-        share = told.scale / max(1, counts.answers)
-        self._note("evidence_first", torch.stack(firsts).mean() * share)
-        return self._note("evidence_loss", torch.stack(losses).mean() * share)
-
     def take(self) -> dict[str, torch.Tensor]:
         """What the losses since the last call consisted of."""
         parts, self._parts = self._parts, {}
@@ -236,11 +198,6 @@ class Teacher:
     def _note(self, name: str, value: torch.Tensor) -> torch.Tensor:
         self._parts[name] = self._parts.get(name, 0) + value.detach()
         return value
-
-    def _listen(self, module: Any, args: tuple[Any, ...]) -> None:
-        """Keep what a layer looks for, formed here once more: cut weights are whole inside the group's forward only."""
-        if self._is_listening:
-            self._asked.append((module.queries(args[0]), module.factor()))
 
     def _catch(self, name: str, number: int) -> Callable[..., None]:
         def catch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -50,8 +50,9 @@ def test_every_answer_stands_in_the_chunks_that_its_row_names(shards, tokenizer,
         assert "Runner" in text and not row.isolated
         for start, stop in spans(row.answer_mask):
             answer = tokenizer.decode(row.input_ids[start:stop].tolist()).split()[0]
-            first, last = row.evidence[start]
-            assert (row.evidence[start:stop] == (first, last)).all() and 0 <= first <= last < start // SIZE
+            assert (row.evidence[start:stop] == row.evidence[start]).all()
+            first, last = row.evidence[start] // SIZE
+            assert 0 <= first <= last < start // SIZE
             assert answer in tokenizer.decode(row.input_ids[first * SIZE : (last + 1) * SIZE].tolist())
             cited += 1
         assert (row.evidence[~row.answer_mask] == -1).all()
@@ -66,10 +67,10 @@ def test_made_facts_and_spans_name_the_chunks_that_tell_them(shards, tokenizer, 
         for start, stop in spans(row.answer_mask):
             if kind == "span_copy":
                 for t in range(start, stop):
-                    first, last = row.evidence[t]
+                    first, last = row.evidence[t] // SIZE
                     assert first == last and row.input_ids[t] in row.input_ids[first * SIZE : (first + 1) * SIZE]
                 continue
-            first, last = row.evidence[start]
+            first, last = row.evidence[start] // SIZE
             told = tokenizer.decode(row.input_ids[first * SIZE : (last + 1) * SIZE].tolist())
             assert tokenizer.decode(row.input_ids[start:stop].tolist()).split("<")[0].strip() in told
 

@@ -42,28 +42,3 @@ def test_workers_end_when_the_trainer_ends_them(steps):
         assert not worker.is_alive() and worker.exitcode in (0, -signal.SIGTERM)
     with pytest.raises(OSError, match="cannot read the rows of step"):
         list(steps)
-
-
-def test_steps_take_rows_of_several_lengths_in_turn_whatever_the_processes(tiny_runs):
-    stage = tiny_runs.stage(seq_len=128, row_lengths=(32, 128, 64), tokens=256 * 6, micro_batch_rows=1)
-    mixture = MixtureConfig(weights=stage.mixture, seq_len=128, chunk_size=16)
-
-    def steps(first_step=0, rank=0, world=1):
-        places = {"first_step": first_step, "rank": rank, "world": world, "num_workers": 0, "pin_memory": False}
-        made = step_batches(tiny_runs.shards, tiny_runs.tokenizer, stage, mixture, **places)
-        return [[row for batch in step for row in batch["input_ids"].tolist()] for step in made]
-
-    alone = steps()
-    assert [(len(rows), len(rows[0])) for rows in alone] == [(8, 32), (2, 128), (4, 64)] * 2
-    assert len({tuple(row[:30]) for rows in alone for row in rows}) == 28
-    assert steps(first_step=4) == alone[4:]
-    shared = zip(steps(rank=0, world=2), steps(rank=1, world=2), strict=True)
-    assert [one + two for one, two in shared] == alone
-
-
-@pytest.mark.parametrize(
-    ("lengths", "message"), [((32, 64), "must be seq_len=128"), ((48, 128), "must divide the 128 tokens of a forward")]
-)
-def test_lengths_that_do_not_fit_a_step_are_refused(tiny_runs, lengths, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_runs.stage(row_lengths=lengths)

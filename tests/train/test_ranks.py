@@ -32,8 +32,9 @@ def spread(config, **parallel):
 
 
 def noisy(runs):
-    """Four rows a step, each with the noise of its own."""
-    return runs.config(runs.stage(tokens=1024, batch_tokens=512, micro_batch_rows=1, chunk_topk=2, gumbel_noise=True))
+    """Forwards of two rows, then of one, each with the noise of its own and told what it should retrieve."""
+    options = {"chunk_topk": 2, "gumbel_noise": True, "shapes": ((64, 2), (128, 1)), "evidence_loss": 1.0}
+    return runs.config(runs.stage(tokens=1024, batch_tokens=512, **options))
 
 
 def probe(model, length):
@@ -66,6 +67,9 @@ def check_noise(runs, folder):
     assert one.train()
     dist.all_reduce = all_reduce
     assert_same_run(runs, folder / "noisy-two", folder / "noisy")
+    if not dist.get_rank():
+        told = [[line["evidence_loss"] for line in runs.records(folder / name)] for name in ("noisy-two", "noisy")]
+        torch.testing.assert_close(*map(torch.tensor, told), **CLOSE)
     weights = sum(part.numel() for part in one.model.parameters())
     assert weights * 2 <= sum(sizes) < weights * 2.1
 
