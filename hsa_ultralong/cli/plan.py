@@ -41,7 +41,8 @@ def format_count(count: float) -> str:
 
 def plan(
     name: Annotated[
-        str, typer.Argument(metavar="PRESET", help="debug, nano, smol_135m, small_345m, dense_0_5b or moe_8b_a1b.")
+        str,
+        typer.Argument(metavar="PRESET", help="debug, nano, mini, smol_135m, small_345m, dense_0_5b or moe_8b_a1b."),
     ],
     context: Annotated[
         str, typer.Option(help="Tokens: 4096, 32K, 16M, 1B; binary multiples, 16M is 16,777,216.")

@@ -310,6 +310,7 @@ def _probe(shards: Any, tokens: Any, config: TrainConfig, place: Any) -> Any:
             chunk_size=size,
             kind=config.probe_kind,
             questions=config.questions,
+            families=config.probe_families,
         )
     except ValueError as error:
         logger.warning("needle accuracy is not measured in training: %s", error)

@@ -7,7 +7,7 @@ Called by ``train/`` and ``recipes/``; tested in ``tests/data/test_mixture.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from hsa_ultralong.data.chat import ConversationSampler, sft_row
 from hsa_ultralong.data.chat_form import ChatForm
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
+from hsa_ultralong.data.fact_rows import FACT_FAMILIES, facts_row, prompts_row
 from hsa_ultralong.data.facts import chat_facts_row, span_copy_row
 from hsa_ultralong.data.instructions import instructions_row
+from hsa_ultralong.data.list_rows import LIST_FAMILIES, lists_row
 from hsa_ultralong.data.needles import MIN_WORDS
 from hsa_ultralong.data.questions import QuestionBank, open_questions, passage_chat_row, passage_questions_row
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, self_copy_row, text_row
@@ -35,9 +37,19 @@ _MIN_CHUNKS = {
     "text": 1, "self_copy": 2, "needles": 4, "documents": 1, "short_facts": 4, "multi_query": 8, "variable_tracking": 4,
     "instructions": 4, "sft": 1, "chat_facts": 4, "span_copy": 2,
     "passage_questions": 8, "passage_chat": 4,
+    "facts": 6, "prompts": 2, "lists": 6,
 }  # fmt: skip
 # Kinds that need the word bank.
-_WITH_WORDS = {"needles", "short_facts", "multi_query", "variable_tracking", "instructions", "chat_facts"}
+_WITH_WORDS = {
+    "needles",
+    "short_facts",
+    "multi_query",
+    "variable_tracking",
+    "instructions",
+    "chat_facts",
+    "facts",
+    "prompts",
+}
 # Kinds of rows as people wrote them; all others are synthetic.
 _NATURAL = {"text", "documents", "sft", "passage_questions", "passage_chat"}
 # Kinds that need files of questions.
@@ -52,8 +64,8 @@ class MixtureConfig:
 
     Attributes:
         weights: relative share of each kind of row, by number of rows; kinds are text, self_copy, needles, documents,
-            short_facts, multi_query, variable_tracking, instructions, sft, chat_facts, span_copy, passage_questions and
-            passage_chat (docs/data.md).
+            short_facts, multi_query, variable_tracking, instructions, sft, chat_facts, span_copy, passage_questions,
+            passage_chat, facts, prompts and lists (docs/data.md).
         seq_len: T, tokens of a row, a multiple of ``chunk_size``.
         chunk_size: S, tokens of a chunk.
         seed: non-negative; another seed gives other rows.
@@ -62,8 +74,9 @@ class MixtureConfig:
         max_needles: most needles of a row; default seq_len / 170, within 4..64.
         max_questions: most questions of a row; default seq_len / 256, within 4..32.
         p_hard: probability that a needle shares a key word with another one of its row.
-        inline_fraction: share of needle rows whose questions continue the haystack's document.
+        inline_fraction: share of needle and fact rows whose questions continue the haystack's document.
         questions: files of questions over passages, for the kinds passage_questions and passage_chat.
+        family: of facts, prompts and lists: one family alone, for probes ("" = all).
 
     Raises:
         ValueError: a value is out of range.
@@ -80,6 +93,7 @@ class MixtureConfig:
     p_hard: float = 0.25
     inline_fraction: float = 0.3
     questions: Sequence[str] = ()
+    family: str = ""
 
     def __post_init__(self) -> None:
         _check_weights(self.weights)
@@ -102,6 +116,10 @@ class MixtureConfig:
         for tokens, weight in (self.length_weights or {}).items():
             if tokens < 1 or not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"length_weights need tokens >= 1 and weights >= 0, got {tokens}: {weight}")
+        for kind in self.weights if self.family else ():
+            known = FORM_FAMILIES.get(kind, ())
+            if self.family not in known:
+                raise ValueError(f"family of {kind} must be one of {', '.join(known) or 'none'}, got {self.family!r}")
         for name in ("p_hard", "inline_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -221,15 +239,34 @@ class MixtureDataset(Dataset[Row]):
             )
         if kind == "instructions":
             return instructions_row(rng, self._layout, self._sampler, self._pieces, self._words)
-        return _TASKS[kind](rng, self._layout, self._sampler, self._pieces, self._words, self._options)
+        arguments = rng, self._layout, self._sampler, self._pieces, self._words, self._options
+        if kind in _FORMS:
+            return self._form_row(_FORMS[kind], arguments)
+        return _TASKS[kind](*arguments)
+
+    def _form_row(self, make: Callable[..., Row], arguments: tuple[Any, ...]) -> Row:
+        """A row whose draws may fit or not: long values in a short row are drawn again."""
+        for _ in range(_TRIALS - 1):
+            try:
+                return make(*arguments, split=SPLITS.index(self.split), family=self.config.family)
+            except ValueError:
+                continue
+        return make(*arguments, split=SPLITS.index(self.split), family=self.config.family)
 
 
+# draws of a row before it is said that none fits
+_TRIALS = 32
 _TASKS = {
     "needles": needles_row,
     "short_facts": short_facts_row,
     "multi_query": multi_query_row,
     "variable_tracking": variable_tracking_row,
 }
+# their sentences differ between the splits, and go by families
+_FORMS = {"facts": facts_row, "prompts": prompts_row, "lists": lists_row}
+FORM_FAMILIES: dict[str, tuple[str, ...]] = {
+    "facts": FACT_FAMILIES, "prompts": FACT_FAMILIES, "lists": LIST_FAMILIES,
+}  # fmt: skip
 
 
 class LengthsDataset(Dataset[Row]):

@@ -216,14 +216,24 @@ def _hide_and_ask(
 
 def _hide_in_order(rng: np.random.Generator, documents: list[np.ndarray], statements: Sequence[list[int]]) -> None:
     """Overwrite tokens of the documents, in place, with the statements in their order at random distances."""
-    slack = sum(map(len, documents)) - sum(map(len, statements)) - len(documents) * max(map(len, statements))
-    gaps = np.sort(rng.integers(0, slack + 1, size=len(statements)))
-    document = place = 0
-    for statement, gap in zip(statements, np.diff(gaps, prepend=0).tolist(), strict=True):
-        place += gap
-        while place + len(statement) > len(documents[document]):
-            # the rest of the distance counts from the start of the next document
-            place = max(place - len(documents[document]), 0)
-            document += 1
+    places = ordered_places(rng, list(map(len, documents)), list(map(len, statements)))
+    for statement, (document, place) in zip(statements, places, strict=True):
         documents[document][place : place + len(statement)] = statement
-        place += len(statement)
+
+
+def ordered_places(rng: np.random.Generator, lengths: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Document and place in it of pieces of these sizes, in their order, at random distances in documents of these
+    lengths, which must have room for the largest piece each beside all of them."""
+    slack = sum(lengths) - sum(sizes) - len(lengths) * max(sizes)
+    gaps = np.sort(rng.integers(0, slack + 1, size=len(sizes)))
+    found: list[tuple[int, int]] = []
+    document = place = 0
+    for size, gap in zip(sizes, np.diff(gaps, prepend=0).tolist(), strict=True):
+        place += gap
+        while place + size > lengths[document]:
+            # the rest of the distance counts from the start of the next document
+            place = max(place - lengths[document], 0)
+            document += 1
+        found.append((document, place))
+        place += size
+    return found

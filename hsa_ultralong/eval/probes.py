@@ -55,42 +55,56 @@ def needle_probe(
     chunk_size: int = 64,
     kind: str = "needles",
     questions: Sequence[str] = (),
+    families: Sequence[str] = (),
 ) -> Callable[[Any, int], dict[str, Any]]:
     """A probe for train.Trainer: held-out documents, at most `rows` rows of the length asked for and of a kind
-    that asks (`needles`, `chat_facts`, with files of questions `passage_questions`); what it returns includes the
-    statistics of their retrieval.
+    that asks (`needles`, `chat_facts`, `facts`, with files of questions `passage_questions`); what it returns includes
+    the statistics of their retrieval.
+
+    families: "kind" or "kind/family" (data.mixture.FORM_FAMILIES), whose accuracy is measured apart, "family/NAME".
 
     Raises:
         ValueError: rows of one of `lengths`, with chunks of `chunk_size`, cannot be made; else the probe raises it.
     """
-    cache: dict[int, list[dict[str, Any]]] = {}
+    cache: dict[tuple[str, int], list[dict[str, Any]]] = {}
 
-    def rows_of(length: int, chunk_size: int) -> MixtureDataset:
-        config = MixtureConfig(weights={kind: 1.0}, seq_len=length, chunk_size=chunk_size, seed=1, questions=questions)
+    def rows_of(name: str, length: int, chunk_size: int) -> MixtureDataset:
+        base, _, family = name.partition("/")
+        options: dict[str, Any] = {"seed": 1, "family": family, "questions": questions}
+        config = MixtureConfig(weights={base: 1.0}, seq_len=length, chunk_size=chunk_size, **options)
         return MixtureDataset(shards, tokenizer, config, split="validation")
 
     for length in lengths:
-        rows_of(length, chunk_size)
+        for name in (kind, *families):
+            rows_of(name, length, chunk_size)
 
-    def probe(model: Any, length: int) -> dict[str, Any]:
-        if length not in cache:
-            dataset = rows_of(length, model.config.chunk_size)
+    def batches_of(name: str, length: int, chunk_size: int) -> list[dict[str, Any]]:
+        if (name, length) not in cache:
+            dataset = rows_of(name, length, chunk_size)
             count = max(2, min(rows, _PROBE_TOKENS // length))
             group = max(1, min(count, 65_536 // length))
-            cache[length] = [
+            cache[name, length] = [
                 collate([dataset[i] for i in range(start, min(start + group, count))])
                 for start in range(0, count, group)
             ]
+        return cache[name, length]
+
+    def probe(model: Any, length: int) -> dict[str, Any]:
         right = total = tokens = 0
         loss = 0.0
         statistics = None
         if isinstance(model, HSAForCausalLM):
             statistics = RetrievalStatistics(model.config.chunk_size, model.config.sliding_window)
-        for batch in cache[length]:
+        for batch in batches_of(kind, length, model.config.chunk_size):
             part = answer_accuracy(model, batch, device, statistics)
             right, total, loss, tokens = right + part[0], total + part[1], loss + part[2], tokens + part[3]
         accuracy, answer_loss = right / max(1, total), loss / max(1, tokens)
         measured: dict[str, Any] = {"needle_accuracy": accuracy, "answer_loss": answer_loss}
+        for name in families:
+            parts = [
+                answer_accuracy(model, batch, device) for batch in batches_of(name, length, model.config.chunk_size)
+            ]
+            measured[f"family/{name}"] = sum(part[0] for part in parts) / max(1, sum(part[1] for part in parts))
         return measured if statistics is None else {**measured, "retrieval": statistics.record()}
 
     return probe

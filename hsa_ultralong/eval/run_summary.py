@@ -25,7 +25,8 @@ def run_summary(
 
     Returns:
         For every stage with steps: tokens_per_s and mfu (medians over log lines), peak_bytes (largest), loss (mean of
-        the last five lines), expert_imbalance (last), and needle_accuracy of its last probe of every length.
+        the last five lines), expert_imbalance (last), needle_accuracy of its last probe of every length,
+        and family_accuracy of the families that were probed.
     """
     contexts = {stage["name"]: stage["seq_len"] for stage in config["stages"]}
     steps = [line for line in log if "loss" in line]
@@ -55,6 +56,12 @@ def run_summary(
         records += [
             {"metric": "needle_accuracy", **shared, "context": length, "value": probe["needle_accuracy"]}
             for length, probe in sorted(last.items())
+        ]
+        records += [
+            {"metric": "family_accuracy", **shared, "family": key[len("family/") :], "context": length, "value": value}
+            for length, probe in sorted(last.items())
+            for key, value in probe.items()
+            if key.startswith("family/")
         ]
     times = [line["time"] for line in log if "time" in line]
     kept = {key: config[key] for key in ("optimizer", "synthetic_share") if key in config}

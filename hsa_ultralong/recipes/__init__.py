@@ -8,8 +8,10 @@ from difflib import get_close_matches
 from hsa_ultralong.recipes.convert import convert_align, convert_long, convert_memory, convert_sft, convert_smol
 from hsa_ultralong.recipes.debug import debug, debug_stages
 from hsa_ultralong.recipes.dense_0_5b import dense_0_5b
+from hsa_ultralong.recipes.mini import mini
 from hsa_ultralong.recipes.moe_8b_a1b import moe_8b_a1b
 from hsa_ultralong.recipes.nano import nano
+from hsa_ultralong.recipes.nano_facts import nano_facts
 from hsa_ultralong.recipes.nano_notes import nano_notes
 from hsa_ultralong.recipes.nano_pool import nano_pool
 from hsa_ultralong.recipes.nano_stages import nano_stages
@@ -19,9 +21,11 @@ from hsa_ultralong.train import TrainConfig
 
 _ALL: tuple[Callable[[], TrainConfig], ...] = (
     nano,
+    nano_facts,
     nano_notes,
     nano_pool,
     nano_stages,
+    mini,
     twins,
     small_345m,
     dense_0_5b,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hsa_ultralong.data.mixture import ROW_KINDS
+from hsa_ultralong.data.mixture import FORM_FAMILIES, ROW_KINDS
 from hsa_ultralong.distributed.mesh import ParallelConfig
 from hsa_ultralong.models import HSAConfig
 from hsa_ultralong.models.configuration_hsa import config_fields
@@ -240,6 +240,8 @@ class TrainConfig:
         questions: files of questions over passages, for the rows passage_questions and passage_chat.
         probe_rows: held-out synthetic rows per in-training needle probe.
         probe_kind: kind of these rows. probe_lengths: lengths in tokens that are probed besides the stage's own.
+        probe_families: what is probed apart besides, "kind" or "kind/family" such as "facts/similar" or "lists/pairs"
+            (data.mixture.FORM_FAMILIES), in sentence forms of the validation split.
         on_spike: what to do when the loss stays more than spike_threshold (nats) above the median of the last 100
             steps for spike_steps steps: "stop" or "warn". A loss or gradient that is not finite always stops the run.
         tensorboard: write curves for TensorBoard too, if it is installed. wandb: name of a Weights & Biases project.
@@ -272,6 +274,7 @@ class TrainConfig:
     probe_rows: int = 32
     probe_kind: str = "needles"
     probe_lengths: tuple[int, ...] = ()
+    probe_families: tuple[str, ...] = ()
     on_spike: str = "stop"
     spike_threshold: float = 2.0
     spike_steps: int = 20
@@ -302,6 +305,11 @@ class TrainConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.probe_kind not in ROW_KINDS:
             raise ValueError(f"probe_kind must be one of {', '.join(ROW_KINDS)}, got {self.probe_kind!r}")
+        for name in self.probe_families:
+            kind, has_family, family = name.partition("/")
+            if kind not in ROW_KINDS or (has_family and family not in FORM_FAMILIES.get(kind, ())):
+                known = ", ".join(f"{one}/{part}" for one, parts in FORM_FAMILIES.items() for part in parts)
+                raise ValueError(f"probe_families are kinds of rows or {known}; got {name!r}")
         if any(not isinstance(length, int) or length < 1 for length in self.probe_lengths):
             raise ValueError(f"probe_lengths must be numbers of tokens, got {self.probe_lengths}")
 

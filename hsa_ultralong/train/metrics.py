@@ -135,6 +135,9 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
         found = {f"needles/{probe['length']}/accuracy": probe["needle_accuracy"]}
         if "answer_loss" in probe:
             found[f"needles/{probe['length']}/answer_loss"] = probe["answer_loss"]
+        for name, value in probe.items():
+            if name.startswith("family/"):
+                found[f"needles/{probe['length']}/{name}"] = value
         for name, values in record.get("retrieval", {}).items():
             found.update({f"retrieval/{name}/{number}": value for number, value in enumerate(values)})
         return found

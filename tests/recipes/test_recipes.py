@@ -19,7 +19,8 @@ FIVE = ("warmup", "pretrain", "long", "anneal", "sft")
 OF_FIVE_STAGES = [
     name
     for name in RECIPES
-    if not name.startswith("convert_") and name not in ("nano", "nano_notes", "nano_pool", "twins", "debug")
+    if not name.startswith("convert_")
+    and name not in ("nano", "nano_facts", "mini", "nano_notes", "nano_pool", "twins", "debug")
 ]
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)

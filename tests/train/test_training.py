@@ -170,3 +170,17 @@ def test_learning_rates_warm_up_and_fall_as_declared():
     assert learning_rate(linear, 60) == pytest.approx(0.6) and learning_rate(linear, 110) == pytest.approx(0.2)
     cosine = stage(**base, schedule="cosine")
     assert learning_rate(cosine, 60) == pytest.approx(0.5) and learning_rate(cosine, 110) == pytest.approx(0.0)
+
+
+def test_families_are_probed_apart_and_named_in_the_records(tiny_runs, tmp_path):
+    families = ("facts/similar", "lists/pairs", "prompts")
+    config = tiny_runs.config(tiny_runs.stage(seq_len=256, tokens=256), probe_kind="facts", probe_families=families)
+    probe = needle_probe(
+        tiny_runs.shards, tiny_runs.tokenizer, rows=2, device="cpu", lengths=[256], chunk_size=16, kind="facts",
+        families=config.probe_families,
+    )  # fmt: skip
+    tiny_runs.trainer(tmp_path / "run", config, probe=probe).train()
+    (measured,) = [one["probe"] for one in tiny_runs.records(tmp_path / "run") if "probe" in one]
+    assert all(0 <= measured[f"family/{name}"] <= 1 for name in families)
+    with pytest.raises(ValueError, match="probe_families are kinds of rows or"):
+        tiny_runs.config(probe_families=("facts/none",))

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 
-from hsa_ultralong.data import needles
+from hsa_ultralong.data import fact_rows, fact_templates, fact_values, facts, list_rows, needles
+from hsa_ultralong.eval.tasks import paper, ruler_needles, ruler_words
 from hsa_ultralong.eval.tasks.recall_forms import CITIES, FAMILY_NAMES, FIRST_NAMES, RECALL_FORMS
 
-# everything that a needle of training can say, its words aside
-_TRAINING_TEMPLATES = " ".join(
-    (
-        *needles._STATEMENTS,
-        *needles._COMPLETIONS,
-        *needles._QUESTIONS,
-        *needles._NUMBER_ATTRIBUTES,
-        *needles._WORD_ATTRIBUTES,
-        *needles._CODE_ATTRIBUTES,
-    )
-).lower()
+
+def _strings(value):
+    """All texts in nested tuples, lists and dictionaries."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for item in value.items() for text in _strings(item)]
+    return [text for item in value for text in _strings(item)] if isinstance(value, list | tuple) else []
+
+
+_TABLES = {
+    needles: (
+        "_STATEMENTS",
+        "_COMPLETIONS",
+        "_QUESTIONS",
+        "_NUMBER_ATTRIBUTES",
+        "_WORD_ATTRIBUTES",
+        "_CODE_ATTRIBUTES",
+    ),
+    facts: ("_NUMBERS", "_WORDS", "_CITY_ATTRIBUTES", "_FRAMES", "_ASKED", "_DEEDS", "_OPENINGS"),
+    fact_templates: tuple(name for name in vars(fact_templates) if name.isupper()),
+    fact_values: ("_UNITS", "_CURRENCIES", "_TITLES", "_GROUPS", "_UNIT_NOUNS"),
+    fact_rows: ("_PROMPTS",),
+    list_rows: ("_CHAINS", "_PAIRS", "_VALUES", "_ATTRIBUTES", "_FREQUENT"),
+}
+# everything that a fact of training can say, its words aside
+_TEMPLATES = [text for module, names in _TABLES.items() for name in names for text in _strings(getattr(module, name))]
+_TRAINING_TEMPLATES = " ".join(_TEMPLATES).lower()
 _FROZEN = "a6d78b012e0470c6aefb98692742d9b0f432e460ce83887307fd59df45d96930"
 
 
@@ -32,9 +51,28 @@ def test_no_carrier_word_of_a_recall_form_stands_in_a_training_template():
 
 
 def test_no_frame_of_a_recall_form_is_one_of_training():
-    frames = {re.sub(r"\{\w+\}", "_", template).lower() for template in [*needles._STATEMENTS, *needles._QUESTIONS]}
+    frames = {re.sub(r"\{\w+\}", "_", template).lower().rstrip(". ") for template in _TEMPLATES}
     for form in RECALL_FORMS:
         assert re.sub(r"\{\w+\}", "_", form.statement).lower().rstrip(". ") not in frames
+
+
+def test_no_name_or_place_of_the_recall_suite_is_listed_for_training():
+    listed = {*fact_values._FIRST, *fact_values._FAMILY, *fact_values._PLACES, *facts._NAMES, *facts._CITIES}
+    assert not listed & {*FIRST_NAMES, *FAMILY_NAMES, *CITIES}
+
+
+def test_no_phrase_of_ruler_or_of_the_authors_stands_in_a_training_template():
+    """Five words in a row."""
+    texts = [inspect.getsource(module) for module in (paper, ruler_needles, ruler_words)]
+    said = {phrase for text in texts for quoted in re.findall(r'"([^"]{20,})"', text) for phrase in _phrases(quoted)}
+    assert len(said) > 100
+    for template in _TEMPLATES:
+        assert not said & _phrases(template), template
+
+
+def _phrases(text):
+    words = re.findall(r"[a-z]+", text.lower())
+    return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
 
 
 def test_the_recall_forms_are_frozen():
