@@ -14,7 +14,7 @@ from hsa_ultralong.train.config import TrainConfig
 
 Trained = HSAForCausalLM | RivalForCausalLM
 # kinds of rows whose documents must not read one another
-_ISOLATED = ("documents", "instructions", "passage_chat", "sft")
+_ISOLATED = ("documents", "instructions", "passage_chat", "prompts", "sft")
 
 
 def rival_of(config: TrainConfig, preset: HSAConfig) -> RivalConfig | None:

@@ -6,18 +6,18 @@ import pytest
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.train import ParallelConfig, apply_overrides, loop
+from hsa_ultralong.train import ParallelConfig, apply_overrides, step_loss
 
 
 def test_offloading_segments_takes_the_very_same_steps(tiny_runs, tmp_path, monkeypatch):
     asked = []
-    plain = loop.segmented_loss_backward
+    plain = step_loss.segmented_loss_backward
 
     def seen(*arguments, offload, **options):
         asked.append(offload)
         return plain(*arguments, offload=offload, **options)
 
-    monkeypatch.setattr(loop, "segmented_loss_backward", seen)
+    monkeypatch.setattr(step_loss, "segmented_loss_backward", seen)
     curves = []
     for name, offload in (("card", "False"), ("host", "True")):
         stage = tiny_runs.stage(tokens=512, micro_batch_rows=1, piece_tokens=32)

@@ -95,6 +95,7 @@ def test_needles_are_asked_of_a_twin_too(tiny_runs, twin_run):
         ({"twin": "window"}, {"sliding_window": 8}, "keeps one window; set model.sliding_window=8"),
         ({"twin": "window"}, {"mixture": {"documents": 1.0}}, "must not read one another"),
         ({"twin": "window"}, {"mixture": {"passage_chat": 1.0}}, "must not read one another"),
+        ({"twin": "window"}, {"mixture": {"prompts": 1.0}}, "must not read one another"),
         ({"twin": "window", "model": {"num_experts": 4}}, {}, "dense layers"),
     ],
 )
