@@ -33,7 +33,7 @@ FAMILIES = ("attributes", "deeds", "relations", "scenes")
 class FactForm(NamedTuple):
     """A statement with {x} and {v}, questions with {x}, the kinds of both, and the family it is of.
 
-    core: the sentence without its frame.
+    core: the sentence without its frame. restated: another beginning of it that the value ends, "" if none.
     """
 
     family: str
@@ -42,11 +42,13 @@ class FactForm(NamedTuple):
     subject: str
     value: str
     core: str = ""
+    restated: str = ""
 
 
 class StatedFact(NamedTuple):
     """A fact as text: what stands before the value (with a blank in front), the value as it stands there, the rest;
-    how it is asked, and what is answered. stem: the beginning of the sentence that the value continues, "" if none."""
+    how it is asked, and what is answered. stem: the beginning of the sentence that the value continues, "" if none;
+    restated: one in other words."""
 
     left: str
     value: str
@@ -55,6 +57,7 @@ class StatedFact(NamedTuple):
     answer: str
     stem: str
     subject: str
+    restated: str = ""
 
 
 def _capital(text: str) -> str:
@@ -79,7 +82,7 @@ def _attribute_form(draw: Draw, split: int) -> FactForm:
     noun = draw.pick(nouns)
     statement = draw.pick(ATTRIBUTE_FRAMES[split]).replace("{a}", noun)
     questions = tuple(question.replace("{a}", noun) for question in ATTRIBUTE_QUESTIONS[split])
-    return FactForm("attributes", statement, questions, "any", kind)
+    return FactForm("attributes", statement, questions, "any", kind, restated=f"the {noun} of {{x}} is")
 
 
 def _deed_form(draw: Draw, split: int) -> FactForm:
@@ -155,7 +158,8 @@ def state(form: FactForm, subject: str, value: str, question: str) -> StatedFact
     left, right, asked = fill(left), fill(right), _capital(fill(question))
     blank = " " if not left or left.endswith(" ") else ""
     stem = left.rstrip() if left.endswith(" ") and right in (".", "!") else ""
-    return StatedFact(f" {left}".rstrip(" "), blank + value, right, asked, f" {value}", stem, subject)
+    restated = _capital(fill(form.restated))
+    return StatedFact(f" {left}".rstrip(" "), blank + value, right, asked, f" {value}", stem, subject, restated)
 
 
 def change(fact: StatedFact, form: FactForm, draw: Draw, words: Sequence[str]) -> StatedFact:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hsa_ultralong.data.fact_forms import FAMILIES, FactForm, StatedFact, change, sample_fact, sample_form
-from hsa_ultralong.data.fact_values import Draw
+from hsa_ultralong.data.fact_values import Draw, subject_of
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, RowWriter, haystack, round_up, too_short
 from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.tasks import ordered_places
@@ -34,7 +34,9 @@ FACT_FAMILIES = (*FAMILIES, *_SCENES, "absent", *_PLACEMENTS)
 _PROMPTS = (
     (0.4, "Question: {q}\nAnswer:"), (0.07, "Q: {q}\nA:"), (0.08, "{q}"), (0.05, "User: {q}\nAssistant:"),
     (0.04, "Please answer from the text: {q}\nAnswer:"), (0.04, "{q}\nThe answer is"),
-    (0.1, "Question: {q}\nAnswer: {stem}"), (0.22, "{stem}"),
+    (0.1, "Question: {q}\nAnswer: {stem}"), (0.22, "{stem}"), (0.06, "{q} {restated}"), (0.04, "{restated}"),
+    # the blank before the answer is said already
+    (0.06, "{q} Answer: "), (0.05, "Question: {q}\nAnswer: "),
 )  # fmt: skip
 _BOUNDS = np.cumsum([share for share, _ in _PROMPTS]).tolist()
 
@@ -72,14 +74,23 @@ def ask(
     if not prompt:
         place = draw.random() * _BOUNDS[-1]
         prompt = next(text for bound, (_, text) in zip(_BOUNDS, _PROMPTS, strict=True) if place <= bound)
-    if "{stem}" in prompt and (not fact.stem or answer == UNKNOWN):
+    if ("{stem}" in prompt and (not fact.stem or answer == UNKNOWN)) or ("{restated}" in prompt and not fact.restated):
         prompt = _PROMPTS[0][1]
-    start = "\n" if is_inline or draw.chance(0.5) else ""
+    start = (" " if draw.chance(0.3) else "\n") if is_inline else "\n" if draw.chance(0.5) else ""
     # the sentence is begun again, then its own end follows the value
-    end = fact.right if "{stem}" in prompt else ""
-    head = tokenizer.encode(start + prompt.replace("{q}", fact.question).replace("{stem}", fact.stem))
-    told = tokenizer.encode(answer)
+    end = fact.right if "{stem}" in prompt else "." if "{restated}" in prompt else ""
+    slots = (("{q}", fact.question), ("{stem}", fact.stem), ("{restated}", fact.restated))
+    text = prompt
+    for slot, said in slots:
+        text = text.replace(slot, said)
+    head = tokenizer.encode(start + text)
+    told = tokenizer.encode(answer.lstrip() if prompt.endswith(" ") else answer)
     return AskedFact([*head, *told, *tokenizer.encode(end)], (len(head), len(head) + len(told)), statement)
+
+
+def copied(begin: int, end: int, count: int) -> np.ndarray:
+    """Which of the tokens begin..end each of `count` that say the same repeats: cut otherwise at most at the start."""
+    return np.clip(end - count + np.arange(count), begin, end - 1)
 
 
 def pick(draw: Draw, shares: dict[str, float], wanted: str) -> str:
@@ -154,8 +165,8 @@ def facts_row(
     is_inline = placement != "documents" and draw.chance(options.inline_fraction)
     most = max(1, layout.seq_len // (2 * _STATEMENT_TOKENS))
     most = min(most, _MOST_SIMILAR) if scene == "similar" else min(most, options.max_needles)
-    # small numbers as often as large ones
-    count = min(most, int(math.exp(draw.random() * math.log(most + 1))))
+    # of every order of magnitude, larger ones more often: every fact is one more question
+    count = min(most, int(math.exp(draw.random() ** 0.6 * math.log(most + 1))))
     pairs = _facts(draw, scene, count, words, options.p_hard, split, family)
     statements, current = [fact for fact, _ in pairs], list(range(len(pairs)))
     if scene == "changed":
@@ -164,9 +175,18 @@ def facts_row(
                 current[number] = len(statements)
                 statements.append(change(fact, form, draw, words))
     told = [ToldFact.of(fact, tokenizer) for fact in statements]
+    # what is asked of each, or of what was not said
+    unsaid = [
+        _unsaid(draw, number, pairs, words, options.p_hard, split)
+        if family == "absent" or draw.chance(_ABSENT)
+        else None
+        for number in range(min(len(pairs), options.max_questions))
+    ]
     questions = [
-        _question(draw, pairs[number], statements[last], last, tokenizer, words, is_inline, family == "absent")
-        for number, last in enumerate(current[: options.max_questions])
+        ask(draw, other, tokenizer, -1, UNKNOWN, is_inline)
+        if other is not None
+        else ask(draw, statements[last], tokenizer, last, statements[last].answer, is_inline)
+        for other, last in zip(unsaid, current, strict=False)
     ]
     order = [one.statement for one in questions if one.statement >= 0]
     order += [number for number in range(len(told)) if number not in set(order)]
@@ -194,21 +214,25 @@ def facts_row(
     return writer.row("facts")
 
 
-def _question(
+def _unsaid(
     draw: Draw,
-    pair: tuple[StatedFact, FactForm],
-    said: StatedFact,
     number: int,
-    tokenizer: PieceTokenizer,
+    pairs: Sequence[tuple[StatedFact, FactForm]],
     words: Sequence[str],
-    is_inline: bool,
-    is_absent: bool,
-) -> AskedFact:
-    """About a fact as it was said last, or about one like it that was not said."""
-    fact, form = pair
-    if is_absent or draw.chance(_ABSENT):
-        return ask(draw, sample_fact(draw, form, words), tokenizer, -1, UNKNOWN, is_inline)
-    return ask(draw, said._replace(question=fact.question), tokenizer, number, said.answer, is_inline)
+    p_hard: float,
+    split: int,
+) -> StatedFact:
+    """A fact like number `number` that none of `pairs` says: of another subject, which may share a word with the one
+    that was named, or another attribute of that one."""
+    fact, form = pairs[number]
+    said = {(one.subject, form.questions) for one, form in pairs}
+    if draw.chance(p_hard):
+        near = form, _crossed(draw, subject_of(form.subject, draw, words), fact.subject)
+        if "\t" not in fact.subject and draw.chance(0.4):
+            near = sample_form(draw, split, "attributes"), fact.subject
+        if (near[1], near[0].questions) not in said:
+            return sample_fact(draw, near[0], words, near[1])
+    return sample_fact(draw, form, words)
 
 
 def _cost(layout: RowLayout, tokens: Sequence[int], is_inline: bool) -> int:
@@ -328,7 +352,7 @@ def _write_questions(
         if one.statement >= 0:
             begin, end = (starts[one.statement] + place for place in told[one.statement].value)
             # the tokens of the next document begin behind its bos
-            writer.cite_copy(writer.end + 1 + first, np.minimum(begin + np.arange(stop - first), end - 1))
+            writer.cite_copy(writer.end + 1 + first, copied(begin, end, stop - first))
         if not is_inline:
             writer.add(tokens, answers, is_whole=True)
             tokens, answers = [], []
@@ -379,7 +403,6 @@ def prompts_row(
         tokens = [*before, *tokens, *filler[len(before) :]]
         first, stop = len(tokens) + question.answer[0], len(tokens) + question.answer[1]
         begin, end = (1 + writer.end + len(before) + start + place for place in told[chosen].value)
-        places = np.minimum(begin + np.arange(stop - first), end - 1)
-        writer.cite_copy(writer.end + 1 + first, places)
+        writer.cite_copy(writer.end + 1 + first, copied(begin, end, stop - first))
         writer.add([*tokens, *question.tokens], [(first, stop)], is_whole=True)
     return writer.row("prompts", isolated=True)

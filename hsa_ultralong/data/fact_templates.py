@@ -21,7 +21,7 @@ def _lines(text: str) -> _Lists:
 # attributes: kind of the value | nouns
 ATTRIBUTES = _lines("""
     number|serial number|badge number|locker number|account number|order number|flight number|seat number|secret code //
-    number|access number|vault code|combination|zip code|page number|room number|lucky number|security code|score //
+    number|access number|vault code|combination|zip code|page number|room number|raffle number|security code|score //
     long|tracking number|invoice number|passport number|licence number|card number|contract number|master code //
     price|price|rent|fee|fine|budget|salary|deposit|value //
     amount|weight|length|height|capacity|distance|depth|size|duration|width //
@@ -78,7 +78,7 @@ DEEDS = _lines("""
     repair repaired repaired|the||word // borrow borrowed borrowed|a|from a neighbour|word //
     steal stole stolen|the||word // draw drew drawn|a||word // break broke broken|the||word //
     find found found|a|in the cellar|word // lose lost lost|the|on the train|word //
-    hide hid hidden|the|under the stairs|word // collect collected collected|every||word //
+    conceal concealed concealed|the|under the stairs|word // collect collected collected|every||word //
     order ordered ordered|a||word // choose chose chosen|the||word // eat ate eaten|the|at dinner|word //
     keep kept kept|a|in the drawer|word // win won won|a|in the raffle|word // drop dropped dropped|the||word //
     describe described described|the||word // clean cleaned cleaned|the||word // measure measured measured|the||word //

@@ -77,6 +77,11 @@ def digits(draw: Draw, count: int) -> str:
     return str(1 + draw.below(9)) + "".join(str(draw.below(10)) for _ in range(count - 1))
 
 
+def capitals(draw: Draw, count: int) -> str:
+    """So many capital letters, such as QXTVB."""
+    return "".join(draw.pick(_LETTERS) for _ in range(count))
+
+
 def _number(draw: Draw, words: Sequence[str]) -> str:
     shape = draw.random()
     if shape < 0.55:
@@ -215,4 +220,6 @@ def subject_of(kind: str, draw: Draw, words: Sequence[str]) -> str:
         return f"the {family_name(draw, words)} {draw.pick(_GROUPS)}"
     if choice < 0.93:
         return f"{draw.pick(_UNIT_NOUNS)} {digits(draw, 2 + draw.below(3)) if draw.chance(0.5) else _code(draw, words)}"
+    if choice < 0.97:
+        return capitals(draw, 3 + draw.below(4)) if draw.chance(0.7) else f"{draw.pick(words)}-{draw.pick(words)}"
     return f"the {draw.pick(words)}"

@@ -49,6 +49,7 @@ _WITH_WORDS = {
     "chat_facts",
     "facts",
     "prompts",
+    "lists",
 }
 # Kinds of rows as people wrote them; all others are synthetic.
 _NATURAL = {"text", "documents", "sft", "passage_questions", "passage_chat"}
@@ -74,7 +75,7 @@ class MixtureConfig:
         max_needles: most needles of a row; default seq_len / 170, within 4..64.
         max_questions: most questions of a row; default seq_len / 256, within 4..32.
         p_hard: probability that a needle shares a key word with another one of its row.
-        inline_fraction: share of needle and fact rows whose questions continue the haystack's document.
+        inline_fraction: share of needle, fact and list rows whose questions continue the haystack's document.
         questions: files of questions over passages, for the kinds passage_questions and passage_chat.
         family: of facts, prompts and lists: one family alone, for probes ("" = all).
 

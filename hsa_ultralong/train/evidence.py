@@ -121,7 +121,8 @@ class EvidenceLoss:
         own = views[-1]
         assert isinstance(own, GraphView)
         rows, places = told.rows, told.places
-        query = retriever.queries(x[rows, places][None])[0]  # (n, Hr, R)
+        # not the instance's, which may be compiled: another number of tokens a step would compile it again each time
+        query = type(retriever).queries(retriever, x[rows, places][None])[0]  # (n, Hr, R)
         growth = retriever.growth(x, views)
         if growth is not None:
             query = query * growth[rows, places, None, None]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hsa_ultralong.data import MixtureConfig, MixtureDataset, collate
+from hsa_ultralong.data import MixtureConfig, MixtureDataset, collate, fact_rows
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
 from hsa_ultralong.data.fact_forms import FAMILIES, Draw, sample_fact, sample_form
 from hsa_ultralong.data.fact_values import VALUE_KINDS, value_of
@@ -73,8 +73,45 @@ def test_what_was_never_said_is_answered_so(shards, tokenizer):
     for i in range(8):
         row = data[i]
         for start, stop in spans(row.answer_mask):
-            assert tokenizer.decode(row.input_ids[start:stop].tolist()) == " unknown"
+            assert tokenizer.decode(row.input_ids[start:stop].tolist()).strip() == "unknown"
             assert (row.evidence[start:stop, 0] == -1).all()
+
+
+def test_what_was_not_said_may_be_near_what_was():
+    """The same subject and another attribute, or a subject that shares a word; never what is said."""
+    words, draw, near = ["stone", "ladder", "plough", "mill"], Draw(np.random.default_rng(4)), 0
+    for _ in range(60):
+        form = sample_form(draw, 0, "attributes")
+        pairs = [(sample_fact(draw, form, words, f"the stone {word}"), form) for word in ("mill", "ladder")]
+        other = fact_rows._unsaid(draw, 0, pairs, words, 1.0, 0)
+        near += other.subject == "the stone mill" or other.subject.startswith("the stone ")
+        assert other.subject != "the stone mill" or other.question not in {
+            question.replace("{x}", other.subject) for question in form.questions
+        }
+    assert near > 30
+
+
+def test_links_of_a_chain_stand_in_any_order_and_have_names_of_several_shapes(shards, tokenizer):
+    data, ordered, shapes = dataset(shards, tokenizer, "lists", family="chain"), [], set()
+    for i in range(24):
+        row = data[i]
+        for start, stop in spans(row.answer_mask):
+            told = row.evidence[start:stop, 0]
+            ordered.append(bool((np.diff(told[told >= 0]) > 0).all()))
+            text = tokenizer.decode(row.input_ids[start:stop].tolist()).split(",")[0].strip()
+            shapes.add(re.sub("[A-Z]", "A", re.sub("[0-9]+", "9", text)))
+    assert True in ordered and False in ordered and {"AA9", "AAAAA"} <= shapes
+
+
+def test_lists_and_facts_are_asked_behind_a_text_too_and_with_the_blank_said(shards, tokenizer):
+    for kind in ("facts", "lists"):
+        data = dataset(shards, tokenizer, kind, inline_fraction=1.0)
+        rows = [data[i] for i in range(12)]
+        inline = [row for row in rows if row.segment_ids[np.flatnonzero(row.answer_mask)[-1]] == row.segment_ids[0]]
+        assert inline
+        begun = {tokenizer.decode(row.input_ids[start : start + 1].tolist())[0] for row in rows
+                 for start, _ in spans(row.answer_mask)}  # fmt: skip
+        assert " " in begun and begun != {" "}
 
 
 def test_a_changed_fact_is_said_later_and_counts(shards, tokenizer):

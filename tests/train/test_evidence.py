@@ -166,6 +166,21 @@ def test_answers_and_copies_count_half_each_however_many_are_drawn(monkeypatch):
     assert abs(drawn - both) < 0.05 * both
 
 
+def test_compiled_queries_see_whole_rows_only_and_are_never_compiled_for_the_number_of_told_tokens():
+    model = tiny_model(chunk_size=SIZE).train()
+    loss, shapes = EvidenceLoss(model), []
+    for group in model.model.upper_groups():
+        # as compilation does: a function of its own in the instance
+        plain = group.retriever.queries
+        group.retriever.queries = lambda x, plain=plain: (shapes.append(tuple(x.shape)), plain(x))[1]
+    for told in ({22: 1}, {21: 1, 22: 1}):
+        batch = batch_of(told)
+        loss.expect(batch, stage(), count_told([batch], stage(), SIZE), CPU)
+        model(batch["input_ids"], segment_ids=batch["segment_ids"])
+        assert loss.take() is not None
+    assert {shape[1] for shape in shapes} == {24}
+
+
 def test_rows_of_a_pool_are_told_their_own_chunk(tiny_runs):
     """The row's own view comes last, and its chunks are numbered on the row's grid."""
     config = MixtureConfig({"self_copy": 1.0}, seq_len=128, chunk_size=16)

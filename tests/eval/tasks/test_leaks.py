@@ -33,7 +33,7 @@ _TABLES = {
     fact_templates: tuple(name for name in vars(fact_templates) if name.isupper()),
     fact_values: ("_UNITS", "_CURRENCIES", "_TITLES", "_GROUPS", "_UNIT_NOUNS"),
     fact_rows: ("_PROMPTS",),
-    list_rows: ("_CHAINS", "_PAIRS", "_VALUES", "_ATTRIBUTES", "_FREQUENT"),
+    list_rows: ("_CHAINS", "_PAIRS", "_VALUES", "_ATTRIBUTES", "_FREQUENT", "_JOINT", "_STYLES"),
 }
 # everything that a fact of training can say, its words aside
 _TEMPLATES = [text for module, names in _TABLES.items() for name in names for text in _strings(getattr(module, name))]
