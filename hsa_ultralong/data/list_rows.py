@@ -19,7 +19,7 @@ from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.tasks import ordered_places
 from hsa_ultralong.data.tokenizer import PieceTokenizer
 
-_TASKS = {"chain": 0.25, "pairs": 0.3, "frequent": 0.1, "values": 0.15, "several": 0.2}
+_TASKS = {"chain": 0.3, "pairs": 0.2, "frequent": 0.08, "values": 0.15, "several": 0.27}
 LIST_FAMILIES = tuple(_TASKS)
 assert not set(LIST_FAMILIES) & set(FACT_FAMILIES)
 _MOST_LINKS = 5

@@ -19,8 +19,8 @@ def mini() -> TrainConfig:
         "text": 0.3,
         "self_copy": 0.12,
         "span_copy": 0.05,
-        "facts": 0.31,
-        "lists": 0.1,
+        "facts": 0.28,
+        "lists": 0.13,
         "prompts": 0.07,
         "needles": 0.05,
     }
@@ -37,7 +37,7 @@ def mini() -> TrainConfig:
                 warmup_steps=150,
                 chunk_topk=FULL_COVERAGE,
                 evidence_loss=0.1,
-                data_options={"p_hard": 0.4},
+                data_options={"p_hard": 0.4, "max_needles": 128, "max_questions": 64},
             ),
             StageConfig(
                 name="long",
@@ -53,7 +53,7 @@ def mini() -> TrainConfig:
                 long_documents=True,
                 chunk_topk=FULL_COVERAGE,
                 evidence_loss=0.1,
-                data_options={"p_hard": 0.4},
+                data_options={"p_hard": 0.4, "max_needles": 128, "max_questions": 64},
             ),
             StageConfig(
                 name="mixed",
@@ -69,7 +69,7 @@ def mini() -> TrainConfig:
                 shapes=((2048, 128), (8192, 16), (2048, 32), (32_768, 4)),
                 evidence_loss=0.1,
                 average_decay=0.97,
-                data_options={"p_hard": 0.5},
+                data_options={"p_hard": 0.5, "max_needles": 128, "max_questions": 64},
             ),
         ],
         parallel=ParallelConfig(activation_checkpointing="full"),

@@ -21,8 +21,8 @@ def nano_facts() -> TrainConfig:
         "text": 0.25,
         "self_copy": 0.15,
         "span_copy": 0.05,
-        "facts": 0.33,
-        "lists": 0.1,
+        "facts": 0.3,
+        "lists": 0.13,
         "prompts": 0.07,
         "needles": 0.05,
     }
@@ -39,7 +39,7 @@ def nano_facts() -> TrainConfig:
                 warmup_steps=100,
                 chunk_topk=FULL_COVERAGE,
                 evidence_loss=0.1,
-                data_options={"p_hard": 0.4},
+                data_options={"p_hard": 0.4, "max_needles": 128, "max_questions": 64},
             ),
             StageConfig(
                 name="long",
@@ -55,7 +55,7 @@ def nano_facts() -> TrainConfig:
                 long_documents=True,
                 chunk_topk=FULL_COVERAGE,
                 evidence_loss=0.1,
-                data_options={"p_hard": 0.4},
+                data_options={"p_hard": 0.4, "max_needles": 128, "max_questions": 64},
             ),
             StageConfig(
                 name="mixed",
@@ -71,7 +71,7 @@ def nano_facts() -> TrainConfig:
                 shapes=((2048, 512), (8192, 32), (2048, 32), (32_768, 4)),
                 evidence_loss=0.1,
                 average_decay=0.95,
-                data_options={"p_hard": 0.5},
+                data_options={"p_hard": 0.5, "max_needles": 128, "max_questions": 64},
             ),
         ],
         parallel=ParallelConfig(activation_checkpointing="full"),
