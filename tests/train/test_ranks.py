@@ -33,7 +33,13 @@ def spread(config, **parallel):
 
 def noisy(runs):
     """Forwards of two rows, then of one, each with the noise of its own and told what it should retrieve."""
-    options = {"chunk_topk": 2, "gumbel_noise": True, "shapes": ((64, 2), (128, 1)), "evidence_loss": 1.0}
+    options = {
+        "chunk_topk": 2,
+        "gumbel_noise": True,
+        "shapes": ((64, 2), (128, 1)),
+        "evidence_loss": 1.0,
+        "average_decay": 0.5,
+    }
     return runs.config(runs.stage(tokens=1024, batch_tokens=512, **options))
 
 
