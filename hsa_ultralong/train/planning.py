@@ -57,9 +57,21 @@ class StagePlan:
 
 
 def planned_gpus(config: TrainConfig) -> int:
-    """GPUs that the plan is for: those that config.parallel names, else config.gpus."""
+    """GPUs that the plan is for: those that config.parallel names, else config.gpus, but never fewer than it needs.
+
+    Raises:
+        ValueError: if replicate and context do not divide config.gpus.
+    """
     parallel = config.parallel
-    return parallel.replicate * parallel.shard * parallel.context if parallel.shard else config.gpus
+    fixed = parallel.replicate * parallel.context
+    if parallel.shard or config.gpus < fixed:
+        return fixed * max(1, parallel.shard)
+    if config.gpus % fixed:
+        raise ValueError(
+            f"replicate={parallel.replicate} x context={parallel.context} does not fit gpus={config.gpus}: take a "
+            f"multiple of {fixed}, such as --set gpus={config.gpus // fixed * fixed}"
+        )
+    return config.gpus
 
 
 def plan_run(config: TrainConfig, vocab_size: int | None = None) -> list[StagePlan]:

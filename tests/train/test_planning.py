@@ -149,6 +149,18 @@ def test_a_plan_counts_the_gpus_that_the_mesh_needs():
         plan_run(config)
 
 
+def test_a_plan_takes_as_many_gpus_as_the_copies_and_slices_need_or_says_that_they_do_not_fit():
+    config = recipe("debug")
+    config.parallel.replicate = 2
+    assert planned_gpus(config) == 2 and plan_run(config)
+    config.gpus = 6
+    assert planned_gpus(config) == 6
+    config.gpus = 7
+    with pytest.raises(ValueError, match="replicate=2 x context=1 does not fit gpus=7"):
+        plan_run(config)
+
+
+
 def test_a_vocabulary_of_its_own_is_counted():
     config = recipe("nano")
     larger, usual = plan_run(config, vocab_size=16_384)[0], plan_run(config)[0]
