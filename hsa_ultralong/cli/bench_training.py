@@ -82,7 +82,7 @@ def training(
 
       torchrun --standalone --nproc-per-node=2 --no-python hsa bench training --contexts 8K --spread shard
     """
-    from hsa_ultralong.cli.common import choose_device
+    from hsa_ultralong.cli.common import choose_device, collect_as_usual
     from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.models.presets import preset
 
@@ -91,6 +91,7 @@ def training(
     here = init_distributed(place)
     use_compile = place == "cuda" and (not longest if compile_layers is None else compile_layers)
     results = _Results(output, hardware, place, seed)
+    collect_as_usual()
     model, kinds = preset(preset_name), [kind.strip() for kind in attention.split(",")]
     if longest and results.is_shared:
         raise ValueError("--longest searches on one card: start it without torchrun")

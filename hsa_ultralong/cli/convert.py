@@ -87,7 +87,7 @@ def _made(
     """The conversion, written to `output`, and its report."""
     import torch
 
-    from hsa_ultralong.cli.common import quiet_transformers
+    from hsa_ultralong.cli.common import collect_as_usual, quiet_transformers
     from hsa_ultralong.cli.convert_source import open_source
     from hsa_ultralong.cli.places import removed_on_failure, require_folder
     from hsa_ultralong.files.checksum import file_record
@@ -96,6 +96,7 @@ def _made(
 
     require_folder(output, is_new=True)
     quiet_transformers()
+    collect_as_usual()
     torch.manual_seed(seed)
     found_at = open_source(source, tokenizer)
     files = {file.name: file_record(file) for file in found_at.files}

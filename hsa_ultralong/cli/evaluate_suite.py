@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hsa_ultralong.cli.common import Encoding, TextField, haystack
+from hsa_ultralong.cli.common import Encoding, TextField, collect_as_usual, haystack
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size
 from hsa_ultralong.cli.terminal import echo, ends_by_term, progress
 
@@ -244,6 +244,7 @@ def load_any(folder: Path | None, device: str, dtype: str, changes: Sequence[str
     place = choose_device(device)
     quiet_transformers()
     model = load_pretrained(folder, dtype=choose_dtype(dtype, place), **options)
+    collect_as_usual()
     return model.to(place).eval(), AutoTokenizer.from_pretrained(folder), False
 
 

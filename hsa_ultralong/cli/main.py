@@ -39,6 +39,7 @@ from hsa_ultralong.cli import (
     train,
     tune,
 )
+from hsa_ultralong.cli.common import collect_rarely
 from hsa_ultralong.cli.terminal import LogFormatter, echo, one_line
 
 COMMANDS = (
@@ -204,6 +205,7 @@ for _module in COMMANDS:
 
 def main() -> None:
     """Entry point of the `hsa` script."""
+    collect_rarely()
     warnings.showwarning = lambda message, *_, **__: echo(f"warning: {one_line(message)}", err=True)
     try:
         app(prog_name="hsa")

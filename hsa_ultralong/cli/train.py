@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from hsa_ultralong.cli.common import Encoding, TextField
+from hsa_ultralong.cli.common import Encoding, TextField, collect_as_usual
 from hsa_ultralong.cli.numbers import finite
 from hsa_ultralong.cli.terminal import echo
 from hsa_ultralong.cli.train_plan import show_plan
@@ -234,6 +234,7 @@ def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, 
         start_from(trainer, request.start, tokens)
         display.start(trainer)
         _stop_on_signals(trainer)
+        collect_as_usual()
         minutes = math.inf if request.max_minutes is None else request.max_minutes
         done = trainer.train(max_minutes=minutes, last_stage=request.until)
     if export is not None and done:

@@ -45,7 +45,7 @@ def tune(
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
     from torch.utils.data import DataLoader
 
-    from hsa_ultralong.cli.common import choose_device, quiet_transformers
+    from hsa_ultralong.cli.common import choose_device, collect_as_usual, quiet_transformers
     from hsa_ultralong.cli.convert_source import complete_tokenizer, open_source
     from hsa_ultralong.cli.places import removed_on_failure, require_folder
     from hsa_ultralong.data import StepSampler, collate, load_tokenizer
@@ -77,6 +77,7 @@ def tune(
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
         bank = open_questions(paths, tokens, "validation")
         model = found.load().float().to(place)
+        collect_as_usual()
         held_out = min(held_out, len(bank.questions))
         measure = held_out_f1(model, tokens, bank, held_out)
         config = TuningConfig(steps, learning_rate, every, patience)

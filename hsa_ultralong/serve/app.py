@@ -121,7 +121,7 @@ def _register_health(app: FastAPI, answers: Answers, metrics: Metrics) -> None:
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def numbers() -> Response:
+    def numbers() -> Response:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
 
@@ -137,7 +137,8 @@ def _register_answers(app: FastAPI, answers: Answers, metrics: Metrics, space: A
 
     async def answer(wanted: Completion | ChatCompletion, place: str, request: Request) -> Response:
         answers.require_model(wanted.model)
-        prompts = answers.prompts(wanted)
+        # a body of text takes seconds to tokenise
+        prompts = await run_in_threadpool(answers.prompts, wanted)
         opened: Opened | None = None
         if wanted.memories():
             opened = await run_in_threadpool(answers.memories.open, place, wanted.memories())
@@ -190,7 +191,7 @@ def _model(answers: Answers) -> dict[str, Any]:
 def _register_memories(app: FastAPI, memories: Memories, space: Any) -> None:
     @app.get("/v1/memories")
     def listed(place: str = space) -> dict[str, Any]:
-        return {"object": "list", "data": [memories.info(place, id) for id in memories.ids(place)]}
+        return {"object": "list", "data": memories.infos(place)}
 
     @app.post("/v1/memories")
     async def created(wanted: NewMemory, place: str = space) -> Response:

@@ -24,6 +24,7 @@ from hsa_ultralong.memory.files import MemoryFileError
 from hsa_ultralong.memory.half_read import half_read
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.limits import Limits, ServeError, require_id
+from hsa_ultralong.serve.memory_folders import bytes_of, is_beginning, partial_of, refusal
 from hsa_ultralong.serve.tiers import CACHE_BYTES, TIERS, OpenMemories
 
 _SUFFIX = ".hsa"
@@ -102,7 +103,7 @@ class Memories:
             with MemoryFile.open_unverified(place) as file:
                 yield file
         except MemoryFileError as error:
-            raise _refusal(error, self.folder) from error
+            raise refusal(error, self.folder) from error
 
     def info(self, namespace: str, id: str) -> dict[str, Any]:
         """What a memory holds.
@@ -118,6 +119,17 @@ class Memories:
                 "documents": len(file.documents), "bytes": file.num_bytes, "generation": file.generation,
                 "formats": file.spec.metadata.get("formats"),
             }  # fmt: skip
+
+    def infos(self, namespace: str) -> list[dict[str, Any]]:
+        """`info` of all memories: one that goes meanwhile is left out, one that cannot be read says so."""
+        found = []
+        for id in self.ids(namespace):
+            try:
+                found.append(self.info(namespace, id))
+            except ServeError as error:
+                if error.status != 404:
+                    found.append({"id": id, "object": "memory", "status": "damaged", "error": error.message})
+        return found
 
     def _is_ours(self, file: MemoryFile) -> bool:
         return file.spec.fingerprint == self.fingerprint and file.spec.tokenizer in ("", self.tokens)
@@ -213,7 +225,7 @@ class Memories:
                 with MemoryFile.open_unverified(place) as file:
                     documents += [(id, one.id) for one in file.documents]
         except (ValueError, OSError) as error:
-            raise _refusal(error, self.folder) from error
+            raise refusal(error, self.folder) from error
         if len(documents) != len(memory.documents):
             raise ServeError(409, "a memory changed while it was opened; ask again", "memory_busy")
         return Opened(memory, tuple(ids), documents)
@@ -230,7 +242,7 @@ class Memories:
         try:
             yield
         except (ValueError, OSError) as error:
-            raise _refusal(error, self.folder) from error
+            raise refusal(error, self.folder) from error
         finally:
             lock.release()
 
@@ -246,12 +258,12 @@ class Memories:
             ServeError: the memory exists with other documents, or does not fit.
         """
         place, encoded = self._place(namespace, id), self._encoded(documents)
-        if (place / "manifest.json").is_file():
-            if self._holds(place, encoded):
-                return self.info(namespace, id)
-            raise ServeError(409, f"memory {id!r} exists already, with other documents", "memory_exists")
-        begun = place.with_name(f".{place.name}.partial")
+        begun = partial_of(place)
         with self._changing(place):
+            if (place / "manifest.json").is_file():
+                if self._holds(place, encoded):
+                    return self.info(namespace, id)
+                raise ServeError(409, f"memory {id!r} exists already, with other documents", "memory_exists")
             self._make_room(place, _count(encoded))
             begun.parent.mkdir(parents=True, exist_ok=True)
             if begun.exists() and not self._goes_on(begun, encoded):
@@ -289,13 +301,13 @@ class Memories:
 
     def _holds(self, place: Path, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
         with MemoryFile.open_unverified(place) as file:
-            return len(file.documents) == len(encoded) and _is_beginning(file, encoded)
+            return len(file.documents) == len(encoded) and is_beginning(file, encoded)
 
     def _goes_on(self, place: Path, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
         """Whether what a killed call left is the beginning of these documents, by this model."""
         try:
             with MemoryFile.open_unverified(place, self.fingerprint) as file:
-                return _is_beginning(file, encoded)
+                return is_beginning(file, encoded)
         except MemoryFileError:
             return False
 
@@ -345,12 +357,20 @@ class Memories:
             raise ServeError(400, f"memory {id!r} cannot be merged into itself", "invalid_memory")
         for other in others:
             self._stamp(namespace, other)
-        is_new = not (place / "manifest.json").is_file()
         with self._changing(place):
-            self._make_room(place, 0, sum(_bytes_of(source) for source in sources))
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with self._library(place) if is_new else Library.open(self.model, place) as library:
-                library.merge(sources)
+            is_new = not (place / "manifest.json").is_file()
+            self._make_room(place, 0, sum(bytes_of(source) for source in sources), needed=sources)
+            if is_new:
+                begun = partial_of(place)
+                begun.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(begun, ignore_errors=True)
+                with self._library(begun) as library:
+                    library.merge(sources)
+                begun.rename(place)
+                sync_folder(place.parent)
+            else:
+                with Library.open(self.model, place) as library:
+                    library.merge(sources)
         return self.info(namespace, id)
 
     def delete(self, namespace: str, id: str) -> None:
@@ -374,9 +394,10 @@ class Memories:
 
     def bytes_used(self) -> int:
         """Of all memories."""
-        return sum(_bytes_of(place) for place in self.folder.glob(f"*/*{_SUFFIX}") if not place.is_symlink())
+        return sum(bytes_of(place) for place in self.folder.glob(f"*/*{_SUFFIX}") if not place.is_symlink())
 
-    def _make_room(self, place: Path, tokens: int, extra: int = 0) -> None:
+    def _make_room(self, place: Path, tokens: int, extra: int = 0, needed: Sequence[Path] = ()) -> None:
+        """Evict others until so many tokens and bytes fit; `needed` stay."""
         bound = self.limits.disk_bytes
         if bound is None:
             return
@@ -384,13 +405,16 @@ class Memories:
         heads = config.num_memory_heads * config.head_dim * 4 + config.retrieval_dim * 2 // config.chunk_size
         wanted = extra + tokens * (heads + 4)
         while self.bytes_used() + wanted > bound:
-            idle = [one for one in self.folder.glob(f"*/*{_SUFFIX}") if one != place and not self._is_changing(one)]
+            kept = (place, *needed)
+            idle = [one for one in self.folder.glob(f"*/*{_SUFFIX}") if one not in kept and not self._is_changing(one)]
             if not self.limits.evict or not idle:
                 raise ServeError(
                     507, f"about {wanted:,} bytes more would pass the disk budget of {bound:,}; delete memories",
                     "disk_budget",
                 )  # fmt: skip
-            self._drop(min(idle, key=lambda one: (self._asked.get(one, 0), one.stat().st_mtime)))
+            longest = min(idle, key=lambda one: (self._asked.get(one, 0), one.stat().st_mtime))
+            with self._changing(longest):
+                self._drop(longest)
 
     def _is_changing(self, place: Path) -> bool:
         lock = self._writers.get(place)
@@ -404,29 +428,3 @@ def _count(encoded: Sequence[tuple[str, torch.Tensor]]) -> int:
 def _shifted(progress: MemoryProgress | None, done: int, total: int) -> Callable[[int, int | None], None] | bool:
     """Progress of one document as part of all."""
     return False if progress is None else lambda read, _: progress(done + read, total)
-
-
-def _is_beginning(file: MemoryFile, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
-    if len(file.documents) > len(encoded):
-        return False
-    for record, (name, tokens) in zip(file.documents, encoded, strict=False):
-        known = file.document_tokens(record.id)
-        if record.name != name or not torch.equal(known, tokens[: len(known)]):
-            return False
-        if len(known) < len(tokens) and not record.is_open:
-            return False
-    return True
-
-
-def _bytes_of(place: Path) -> int:
-    return sum(one.lstat().st_size for one in place.rglob("*") if one.is_file())
-
-
-def _refusal(error: Exception, folder: Path) -> ServeError:
-    """What a client is told of an error of the library, without the server's paths."""
-    if isinstance(error, ServeError):
-        return error
-    message = str(error).replace(f"{folder}/", "").replace(str(folder), "the memories")
-    if isinstance(error, OSError) and not isinstance(error, MemoryFileError):
-        return ServeError(507 if error.errno == 28 else 500, f"the disk refused it: {error.strerror}", "storage")
-    return ServeError(409 if isinstance(error, MemoryFileError) else 400, message, "refused")

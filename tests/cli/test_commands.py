@@ -1,5 +1,6 @@
 """The commands on a tiny random model: what they write, and that bad input ends in one line and exit code 2."""
 
+import gc
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.ask import _hide
-from hsa_ultralong.cli.common import MAX_PROMPT_TOKENS
+from hsa_ultralong.cli.common import MAX_PROMPT_TOKENS, collect_rarely, load_model
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.inference import as_question
 
@@ -31,6 +32,14 @@ def assert_one_clear_line(result, *words):
     assert lines[0].startswith("error: ") and "Traceback" not in result.output
     for word in words:
         assert word in lines[0]
+
+
+def test_garbage_is_looked_for_rarely_only_until_a_model_is_loaded(checkpoint):
+    usual = gc.get_threshold()
+    collect_rarely()
+    assert gc.get_threshold()[0] > usual[0]
+    load_model(checkpoint, "cpu", "fp32")
+    assert gc.get_threshold() == usual
 
 
 def test_quickstart_writes_report_records_and_map(checkpoint, tmp_path):

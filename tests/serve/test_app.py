@@ -1,15 +1,22 @@
 """The API in the hands of OpenAI's own client and of a plain one: answers, memories, errors, metrics."""
 
+import asyncio
 import hashlib
 import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import replace
 
 import httpx
 import pytest
 import torch
 
-from hsa_ultralong.inference import ask, memorize
+from hsa_ultralong.inference import Library, ask, memorize
+from hsa_ultralong.serve.limits import ServeError
+from hsa_ultralong.serve.memory_folders import bytes_of
 from hsa_ultralong.testing.processes import HANG_SECONDS
-from tests.serve.conftest import FERRY, FILLER, LANTERN, serving
+from tests.serve.conftest import FERRY, FILLER, LANTERN, answering, serving
 
 QUESTION = "What is the secret code of the silver lantern?"
 PROMPT = f"Question: {QUESTION}\nAnswer:"
@@ -182,6 +189,80 @@ def test_making_a_memory_again_changes_nothing_and_another_text_is_refused(clien
     assert (first.status_code, second.status_code) == (201, 201) and first.json() == second.json()
     other = client.post("/v1/memories", json={"id": "twice", "text": FERRY})
     assert other.status_code == 409 and other.json()["error"]["code"] == "memory_exists"
+
+
+def test_a_merge_into_a_new_memory_is_there_whole_or_not_at_all(client, monkeypatch):
+    assert client.post("/v1/memories", json={"id": "source", "text": FERRY}).status_code == 201
+
+    def broken(library, sources):
+        library.add(torch.tensor([5, 6, 7]), name="half")
+        raise ValueError("the merge stopped")
+
+    monkeypatch.setattr(Library, "merge", broken)
+    assert client.post("/v1/memories/merged/merge", json={"memories": ["source"]}).status_code == 400
+    assert client.get("/v1/memories/merged").status_code == 404
+    monkeypatch.undo()
+    merged = client.post("/v1/memories/merged/merge", json={"memories": ["source"]}).json()
+    assert (merged["status"], merged["documents"]) == ("ready", 1)
+
+
+def test_a_memory_that_goes_or_is_damaged_hides_no_other_from_the_list(client, server, monkeypatch):
+    memories = server[1].memories
+    for id in ("hurt", "whole"):
+        assert client.post("/v1/memories", json={"id": id, "text": FERRY}).status_code == 201
+    place = memories.folder / "default" / "hurt.hsa"
+    (place / "manifest.json").write_bytes(b"{")
+    known = memories.ids("default")
+    monkeypatch.setattr(memories, "ids", lambda namespace: [*known, "gone"])
+    states = {one["id"]: one["status"] for one in client.get("/v1/memories").json()["data"]}
+    assert (states["hurt"], states["whole"]) == ("damaged", "ready") and set(states) == set(known)
+    shutil.rmtree(place)
+
+
+def test_files_that_a_writer_takes_away_meanwhile_are_no_error_of_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "kept").write_bytes(b"1234")
+    (tmp_path / "gone").write_bytes(b"12")
+    lstat = os.lstat
+
+    def late(path, **options):
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", late)
+    assert bytes_of(tmp_path) == 4
+
+
+def test_tokenising_and_opening_do_not_hold_the_event_loop(client, server, monkeypatch):
+    """Other requests go on while a long prompt is tokenised or a memory opened."""
+    answers, seen = server[1], []
+    for owner, name in ((answers, "prompts"), (answers.memories, "_stamp")):
+        real = getattr(owner, name)
+
+        def noted(*args, real=real):
+            with suppress(RuntimeError):
+                seen.append(asyncio.get_running_loop())
+            seen.append(None)
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+    body = {"model": "nano", "prompt": PROMPT, "max_tokens": 1, "memory": "loop"}
+    assert client.post("/v1/memories", json={"id": "loop", "text": FERRY}).status_code == 201
+    assert client.post("/v1/completions", json=body).status_code == 200
+    assert len(seen) >= 2 and set(seen) == {None}
+
+
+def test_merging_does_not_evict_what_is_merged(nano, tmp_path):
+    answers = answering(nano, tmp_path, disk_bytes=2**20, evict=True)
+    memories = answers.memories
+    try:
+        size = memories.create("default", "old", [("a", FERRY)])["bytes"]
+        memories.limits = replace(memories.limits, disk_bytes=size + size // 2)
+        with pytest.raises(ServeError, match="disk budget"):
+            memories.merge("default", "new", ["old"])
+        assert memories.ids("default") == ["old"]
+    finally:
+        answers.worker.close()
 
 
 def test_progress_comes_as_events(client):

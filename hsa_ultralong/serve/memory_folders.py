@@ -1,0 +1,55 @@
+"""Folders of memories on a server's disk: where one is made, what it takes, what a client is told of its errors.
+
+Called by memories.py; tests/serve/test_app.py, test_kills.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from hsa_ultralong.memory import MemoryFile
+from hsa_ultralong.memory.files import MemoryFileError
+from hsa_ultralong.serve.limits import ServeError
+
+
+def is_beginning(file: MemoryFile, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
+    """Whether a memory holds the beginning of (name, tokens) documents and nothing else."""
+    if len(file.documents) > len(encoded):
+        return False
+    for record, (name, tokens) in zip(file.documents, encoded, strict=False):
+        known = file.document_tokens(record.id)
+        if record.name != name or not torch.equal(known, tokens[: len(known)]):
+            return False
+        if len(known) < len(tokens) and not record.is_open:
+            return False
+    return True
+
+
+def partial_of(place: Path) -> Path:
+    """Where a memory is made before it is there."""
+    return place.with_name(f".{place.name}.partial")
+
+
+def bytes_of(place: Path) -> int:
+    """Of all files of a memory; those that a writer takes away meanwhile do not count."""
+    size = 0
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.lstat(os.path.join(folder, name)).st_size
+    return size
+
+
+def refusal(error: Exception, folder: Path) -> ServeError:
+    """What a client is told of an error of the library, without the server's paths."""
+    if isinstance(error, ServeError):
+        return error
+    message = str(error).replace(f"{folder}/", "").replace(str(folder), "the memories")
+    if isinstance(error, OSError) and not isinstance(error, MemoryFileError):
+        return ServeError(507 if error.errno == 28 else 500, f"the disk refused it: {error.strerror}", "storage")
+    return ServeError(409 if isinstance(error, MemoryFileError) else 400, message, "refused")
