@@ -24,10 +24,12 @@ from hsa_ultralong.memory.files import MemoryFileError
 from hsa_ultralong.memory.half_read import half_read
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.limits import Limits, ServeError, require_id
-from hsa_ultralong.serve.memory_folders import bytes_of, is_beginning, partial_of, refusal
+from hsa_ultralong.serve.memory_folders import bytes_of, is_beginning, partial_of, refusal, states_of
 from hsa_ultralong.serve.tiers import CACHE_BYTES, TIERS, OpenMemories
 
 _SUFFIX = ".hsa"
+# openings of a memory that is changed meanwhile
+_TRIES = 5
 # (tokens read, tokens of the whole text)
 MemoryProgress = Callable[[int, int], None]
 
@@ -217,18 +219,23 @@ class Memories:
         options: dict[str, Any] = {"store": store, "device": weight.device, "dtype": weight.dtype}
         if store == "file":
             options["cache_bytes"] = CACHE_BYTES
-        try:
-            found = [open_memory(place, **options) for place in places]
-            memory: Memory = found[0] if len(found) == 1 else ChunkMemory.concat(found)
-            documents: list[tuple[str, int]] = []
-            for id, place in zip(ids, places, strict=True):
-                with MemoryFile.open_unverified(place) as file:
-                    documents += [(id, one.id) for one in file.documents]
-        except (ValueError, OSError) as error:
-            raise refusal(error, self.folder) from error
-        if len(documents) != len(memory.documents):
-            raise ServeError(409, "a memory changed while it was opened; ask again", "memory_busy")
-        return Opened(memory, tuple(ids), documents)
+        for _ in range(_TRIES):
+            before = states_of(places)
+            try:
+                found = [open_memory(place, **options) for place in places]
+                memory: Memory = found[0] if len(found) == 1 else ChunkMemory.concat(found)
+                documents: list[tuple[str, int]] = []
+                for id, place in zip(ids, places, strict=True):
+                    with MemoryFile.open_unverified(place) as file:
+                        documents += [(id, one.id) for one in file.documents]
+            except (ValueError, OSError) as error:
+                if states_of(places) == before:
+                    raise refusal(error, self.folder) from error
+                continue
+            # one state of every file: documents are those of the chunks
+            if states_of(places) == before:
+                return Opened(memory, tuple(ids), documents)
+        raise ServeError(409, "a memory changed while it was opened; ask again", "memory_busy")
 
     # changing ---------------------------------------------------------------------------------------------------------
 

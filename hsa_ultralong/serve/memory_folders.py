@@ -45,6 +45,18 @@ def bytes_of(place: Path) -> int:
     return size
 
 
+def states_of(places: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """What tells one committed state of each memory from another; None for one that is gone."""
+    found: list[tuple[int, int] | None] = []
+    for place in places:
+        try:
+            about = (place / "manifest.json").stat()
+            found.append((about.st_ino, about.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
 def refusal(error: Exception, folder: Path) -> ServeError:
     """What a client is told of an error of the library, without the server's paths."""
     if isinstance(error, ServeError):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import Library, ask, memorize
+from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.limits import ServeError
 from hsa_ultralong.serve.memory_folders import bytes_of
 from hsa_ultralong.testing.processes import HANG_SECONDS
@@ -261,6 +262,26 @@ def test_merging_does_not_evict_what_is_merged(nano, tmp_path):
         with pytest.raises(ServeError, match="disk budget"):
             memories.merge("default", "new", ["old"])
         assert memories.ids("default") == ["old"]
+    finally:
+        answers.worker.close()
+
+
+def test_a_memory_that_changes_while_it_is_opened_is_opened_again_in_one_state(nano, tmp_path, monkeypatch):
+    answers = answering(nano, tmp_path)
+    memories, opened = answers.memories, []
+    try:
+        memories.create("default", "one", [("a", FERRY)])
+
+        def late(place, **options):
+            opened.append(open_memory(place, **options))
+            if len(opened) == 1:
+                memories.append("default", "one", [("b", LANTERN)])
+            return opened[-1]
+
+        monkeypatch.setattr("hsa_ultralong.serve.memories.open_memory", late)
+        found = memories.open("default", ["one"])
+        assert len(opened) == 2 and found.memory is opened[1]
+        assert len(found.documents) == len(found.memory.documents) == 2
     finally:
         answers.worker.close()
 

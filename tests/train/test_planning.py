@@ -160,7 +160,6 @@ def test_a_plan_takes_as_many_gpus_as_the_copies_and_slices_need_or_says_that_th
         plan_run(config)
 
 
-
 def test_a_vocabulary_of_its_own_is_counted():
     config = recipe("nano")
     larger, usual = plan_run(config, vocab_size=16_384)[0], plan_run(config)[0]
