@@ -38,6 +38,7 @@ class ParallelConfig:
         reshard_after_forward: free gathered weights after a layer's forward and gather them again in the backward.
         activation_checkpointing: "none"; "selective": recompute feed-forward blocks, norms and rotary positions, keep
             projections, attention and retrieval; "full": keep the inputs of layers and the retrieval only.
+        checkpointing_tokens: forwards of fewer tokens keep everything; 0 = checkpointing acts on all of them.
         offload_activations: keep large activations in host memory between forward and backward (CUDA only).
         mlp_tile_tokens: run feed-forward blocks this many tokens at a time, each recomputed in the backward; 0 = whole.
     """
@@ -50,16 +51,24 @@ class ParallelConfig:
     param_dtype: str = "bfloat16"
     reshard_after_forward: bool = True
     activation_checkpointing: str = "none"
+    checkpointing_tokens: int = 0
     offload_activations: bool = False
     mlp_tile_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("replicate", 1), ("shard", 0), ("context", 1), ("expert", 1), ("mlp_tile_tokens", 0)):
+        least_sizes = {"replicate": 1, "shard": 0, "context": 1, "expert": 1}
+        for name, least in {**least_sizes, "checkpointing_tokens": 0, "mlp_tile_tokens": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
         for name, choices in (("activation_checkpointing", CHECKPOINTING), ("param_dtype", tuple(PARAM_DTYPES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.checkpointing_tokens and self.activation_checkpointing == "none":
+            raise ValueError("checkpointing_tokens goes with activation_checkpointing, which is none: set both")
+
+    def checkpointing(self, tokens: int) -> str:
+        """activation_checkpointing of a forward of so many tokens on one process."""
+        return "none" if tokens < self.checkpointing_tokens else self.activation_checkpointing
 
 
 def init_distributed(device: str | torch.device = "cpu", *, timeout_minutes: float = 30.0) -> torch.device:

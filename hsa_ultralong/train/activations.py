@@ -48,13 +48,13 @@ def _keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -
 _keeping_products = functools.partial(create_selective_checkpoint_contexts, _keep_products)
 
 
-def _recompute(module: Any, method: str = "forward", **options: Any) -> None:
-    """Make a method of a module run again in the backward instead of keeping what it computes."""
+def _recompute(module: Any, method: str = "forward", least_tokens: int = 0, **options: Any) -> None:
+    """Make a method run again in the backward instead of keeping what it computes, from so many tokens on."""
     function: Callable[..., Any] = getattr(module, method)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        if not torch.is_grad_enabled() or extends_a_cache(args):
+        if not torch.is_grad_enabled() or extends_a_cache(args) or args[0].shape[:-1].numel() < least_tokens:
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
@@ -70,8 +70,8 @@ def _layers(model: Trained) -> list[Any]:
     return [*model.model.lower_layers, *model.model.chunk_encoder.layers, *upper]
 
 
-def recompute_activations(model: Trained, mode: str) -> None:
-    """Activation checkpointing, see ParallelConfig.activation_checkpointing.
+def recompute_activations(model: Trained, mode: str, least_tokens: int = 0) -> None:
+    """Activation checkpointing, see ParallelConfig.activation_checkpointing and checkpointing_tokens.
 
     Retrieval is never recomputed: its cost grows with the number of chunks, what it keeps does not.
     """
@@ -79,13 +79,13 @@ def recompute_activations(model: Trained, mode: str) -> None:
         return
     for layer in _layers(model):
         if mode == "full":
-            _recompute(layer)
+            _recompute(layer, least_tokens=least_tokens)
             continue
-        _recompute(layer.mlp)
+        _recompute(layer.mlp, least_tokens=least_tokens)
         if isinstance(layer, DecoderLayer):
-            _recompute(layer.attention, context_fn=_keeping_products)
+            _recompute(layer.attention, least_tokens=least_tokens, context_fn=_keeping_products)
         elif getattr(layer, "window_attention", None) is not None:
-            _recompute(layer.window_attention, context_fn=_keeping_products)
+            _recompute(layer.window_attention, least_tokens=least_tokens, context_fn=_keeping_products)
 
 
 def tile_mlps(model: nn.Module, tile_tokens: int) -> None:

@@ -209,10 +209,10 @@ class StageConfig:
         before = step * (self.batch_tokens // min(self.lengths))
         return before + (part * data_world + rank) * self.forward_rows(data_world, step)
 
-    def forward_tokens(self, data_world: int) -> int:
-        """Tokens of the largest forward of one of `data_world` processes."""
+    def forward_tokens(self, data_world: int) -> list[int]:
+        """Tokens of a forward of one of `data_world` processes, of each shape."""
         steps = range(max(1, len(self.shapes)))
-        return max(self.forward_rows(data_world, step) * self.shape(step)[0] for step in steps)
+        return [self.forward_rows(data_world, step) * self.shape(step)[0] for step in steps]
 
 
 @dataclass

@@ -43,7 +43,7 @@ def parallelize(model: Trained, mesh: DeviceMesh | None, config: ParallelConfig,
     """
     if config.mlp_tile_tokens:
         tile_mlps(model, config.mlp_tile_tokens)
-    recompute_activations(model, config.activation_checkpointing)
+    recompute_activations(model, config.activation_checkpointing, config.checkpointing_tokens)
     if use_compile:
         compile_layers(model)
     if mesh is None:

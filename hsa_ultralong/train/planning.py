@@ -100,7 +100,8 @@ def plan_run(config: TrainConfig, vocab_size: int | None = None) -> list[StagePl
 
 def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> StagePlan:
     parallel, gpus = config.parallel, planned_gpus(config)
-    tokens = stage.forward_tokens(max(1, gpus // parallel.context)) // parallel.context
+    forwards = [tokens // parallel.context for tokens in stage.forward_tokens(max(1, gpus // parallel.context))]
+    tokens = max(forwards)
     cut = gpus // parallel.replicate
     counted = accounting.count_parameters(model)
     held = counted.total // cut
@@ -122,7 +123,7 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
         weights=_FP32 * held + _BF16 * copies,
         gradients=_FP32 * trained,
         optimizer=state,
-        activations=_activations(config, stage, model, tokens),
+        activations=max(_activations(config, stage, model, each) for each in forwards),
         host=_FP32 * model.hidden_size * tokens if stage.piece_offload else 0,
         flops_per_token=flops,
         seconds=stage.num_steps * stage.batch_tokens * flops / (gpus * ASSUMED_PEAK_FLOPS * config.mfu),
@@ -131,10 +132,15 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
 
 def _plan_twin(config: TrainConfig, stage: StageConfig, model: HSAConfig, rival: RivalConfig) -> StagePlan:
     """As for a model of its layers alone: what attention keeps beside queries, keys and values is not counted."""
-    tokens = stage.forward_tokens(1)
-    number, kept = rival_parameters(rival), config.parallel.activation_checkpointing
+    forwards = stage.forward_tokens(1)
+    number = rival_parameters(rival)
     alike = replace_options(model, {"intermediate_size": rival.intermediate_size})
-    layers = rival.num_hidden_layers * layer_bytes(alike, kept) + (0 if kept == "none" else layer_bytes(alike, "none"))
+
+    def activations(tokens: int) -> int:
+        kept = config.parallel.checkpointing(tokens)
+        again = 0 if kept == "none" else layer_bytes(alike, "none")
+        return int(_TEMPORARIES * tokens * (rival.num_hidden_layers * layer_bytes(alike, kept) + again))
+
     flops = stage.mean_over_lengths(lambda length: training_flops(rival, length))
     trained = stage.num_steps * stage.batch_tokens
     return StagePlan(
@@ -142,11 +148,11 @@ def _plan_twin(config: TrainConfig, stage: StageConfig, model: HSAConfig, rival:
         steps=stage.num_steps,
         tokens=trained,
         seq_len=stage.seq_len,
-        forward_tokens=tokens,
+        forward_tokens=max(forwards),
         weights=(_FP32 + _BF16) * number,
         gradients=_FP32 * number,
         optimizer=(4 if config.optimizer == "muon" else 8) * number,
-        activations=int(_TEMPORARIES * tokens * layers),
+        activations=max(map(activations, forwards)),
         host=0,
         flops_per_token=flops,
         seconds=trained * flops / (ASSUMED_PEAK_FLOPS * config.mfu),
@@ -180,7 +186,7 @@ def layer_bytes(model: HSAConfig, kept: str) -> float:
 
 
 def _activations(config: TrainConfig, stage: StageConfig, model: HSAConfig, tokens: int) -> int:
-    kept = config.parallel.activation_checkpointing
+    kept = config.parallel.checkpointing(tokens)
     assert model.head_dim is not None
     chunks = min(model.chunk_topk, stage.seq_len // model.chunk_size)
     # indices, scores and weights of the chunks kept, and the retrieval query

@@ -43,6 +43,7 @@ def test_sizes_must_fit_the_processes(sizes, message):
         {"mlp_tile_tokens": -1},
         {"param_dtype": "float16"},
         {"activation_checkpointing": "some"},
+        {"checkpointing_tokens": 4096},
     ],
 )
 def test_impossible_options_are_refused_by_name(options):

@@ -50,6 +50,17 @@ def test_recomputation_keeps_less_and_changes_no_gradient(options):
         kept = less
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_forwards_of_few_tokens_keep_everything(mode):
+    _, whole = gradients(tiny_model().train())
+    kept = []
+    for least in (0, 2**20):
+        model = tiny_model().train()
+        recompute_activations(model, mode, least)
+        kept.append(gradients(model)[1])
+    assert kept[0] < kept[1] == whole
+
+
 def test_noise_on_the_selection_is_the_same_when_layers_run_again():
     found = []
     for mode in ("none", "full"):

@@ -62,6 +62,8 @@ def test_spreading_and_recomputing_save_memory():
     assert first(replicate=4).gradients == pytest.approx(4 * plain.gradients, rel=1e-6)
     full, selective = first(activation_checkpointing="full"), first(activation_checkpointing="selective")
     assert full.activations < selective.activations < plain.activations
+    assert first(activation_checkpointing="full", checkpointing_tokens=2**30).activations == plain.activations
+    assert first(activation_checkpointing="full", checkpointing_tokens=1024).activations == full.activations
     assert first(context=2).activations * 2 == plain.activations
     config.stages[0].piece_tokens = 2048
     assert first().activations < plain.activations / 2
