@@ -30,7 +30,7 @@ def pip(python: str, *arguments: str) -> None:
     """Run pip in the environment, with progress bars in a terminal only; stop with one line if it fails."""
     flags = [] if sys.stdout.isatty() else ["--quiet"]
     if arguments[0] == "install":
-        # python compiles the part of torch and transformers that is imported, when it is
+        # torch and transformers have thousands of modules of which few are imported: see compile_imports
         flags.append("--no-compile")
     # setuptools warns about every editable install of a package that lies beside its pyproject.toml.
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONWARNINGS": "ignore"}
@@ -84,6 +84,49 @@ def install_torch(python: str, index: str) -> str:
     return version
 
 
+# modules that the library's functions import when they run, beside those at the head of its files
+IMPORTED_LATE = (
+    "torch.distributed.tensor",
+    "torch.utils.data",
+    "transformers.generation",
+    "transformers.trainer",
+    "matplotlib.pyplot",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "triton.language",
+    "uvicorn",
+    "openai",
+    "tensorboard",
+    "pytest",
+    "xdist",
+    "hypothesis",
+)
+IMPORT_ALL = """
+import importlib, pkgutil, sys, hsa_ultralong
+found = [module.name for module in pkgutil.walk_packages(hsa_ultralong.__path__, "hsa_ultralong.")]
+for name in (*found, *sys.argv[1:]):
+    if name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+"""
+
+
+def compile_imports(python: str) -> None:
+    """Import everything once, so that bytecode is there also for processes that may not write it.
+
+    Such a process, as PYTHONDONTWRITEBYTECODE makes it, compiled for 8 s each time that it imported torch.
+    """
+    print("compiling what is imported", flush=True)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([python, "-c", IMPORT_ALL, *IMPORTED_LATE], env=environment, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit("the library was installed and cannot be imported; the lines above say why")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, required=True, help="environment to create or update")
@@ -106,6 +149,7 @@ def main() -> None:
         # `torch==2.13.0` accepts an installed 2.13.0+cpu; a constraint with the suffix would ask the index for it.
         constraint.write_text(f"torch=={version.split('+')[0]}\n", encoding="utf-8")
         pip(python, "install", "--constraint", str(constraint), "--editable", target)
+    compile_imports(python)
 
 
 if __name__ == "__main__":
