@@ -23,6 +23,10 @@ def serve(
     clients: Annotated[int, typer.Option(min=1, max=1024, help="Clients at once.")] = 16,
     memories: Annotated[int, typer.Option(min=1, max=1024, help="Memories, in two namespaces.")] = 8,
     kills: Annotated[int, typer.Option(min=0, max=1000, help="Kills while clients write and ask; 0: leave out.")] = 20,
+    supervise: Annotated[
+        bool,
+        typer.Option("--supervise", help="Kill the server of hsa serve --supervise, which starts again by itself."),
+    ] = False,
     lengths: Annotated[str, typer.Option(help="Memories for batches, such as 8K,1M; none: leave out.")] = "none",
     batches: Annotated[str, typer.Option(help="Requests at once, for --lengths.")] = "1,2,4,8,16,32,64",
     steps: Annotated[int, typer.Option(min=2, max=MAX_COUNT, help="Tokens of an answer, for --lengths.")] = 128,
@@ -46,6 +50,8 @@ def serve(
 
       hsa bench serve --requests 20 --clients 4 --kills 0
 
+      hsa bench serve --requests 0 --kills 20 --supervise
+
       hsa bench serve --preset small_345m --requests 0 --kills 0 --lengths 8K,1M
     """
     from hsa_ultralong.bench.memory import add_record, continued
@@ -58,6 +64,8 @@ def serve(
         raise ValueError(f"--store must be device or host, got {store!r}")
     if preset_name is not None and (requests or kills):
         raise ValueError("a server needs a model folder: with --preset give --requests 0 --kills 0")
+    if supervise and not kills:
+        raise ValueError("--supervise says which server --kills kills, and there are none: give --kills 20")
     if (requests or kills) and lengths != "none":
         raise ValueError("--lengths is measured alone: give --requests 0 --kills 0")
     place = choose_device(device)
@@ -78,8 +86,9 @@ def serve(
         echo(f"{metric} {tokens:,} x{batch}: {value:.4g}", err=True)
 
     settings = LoadSettings(
-        requests, clients, memories, kills=kills, seed=seed, server=("--device", device, "--dtype", dtype)
-    )
+        requests, clients, memories, kills=kills, supervise=supervise, seed=seed,
+        server=("--device", device, "--dtype", dtype),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="hsa-bench-serve-") as folder:
         if requests:
 
@@ -92,7 +101,7 @@ def serve(
         if kills:
             told = lambda count: echo(f"kill {count} of {kills}", err=True)  # noqa: E731
             for metric, value in kill_results(model, Path(folder, "kills"), settings, told).items():
-                keep(f"kill_{metric}", value, where="host")
+                keep(f"{'supervised_' if supervise else ''}kill_{metric}", value, where="host")
     if lengths != "none":
         _measure_batches(
             preset_name, model, place, dtype, seed, lengths, batches, steps, long_prompt, store, key_values, keep

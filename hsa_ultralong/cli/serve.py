@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +65,9 @@ def serve(
     ] = "bf16",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Start the server again at once when it dies (Linux).")
+    ] = False,
 ) -> None:
     """Serve a model and its memories: /v1/completions, /v1/chat/completions and /v1/memories, and a page at /.
 
@@ -83,10 +87,6 @@ def serve(
             f"--host {host} can be reached from other machines: give --keys FILE, or leave it at 127.0.0.1"
         )
     _require_packages()
-    import uvicorn
-
-    from hsa_ultralong.serve.app import build_app
-
     sizes = {
         "body_bytes": ("--max-body", max_body), "context_tokens": ("--context", context),
         "disk_bytes": ("--max-disk", max_disk), "row_tokens": ("--all-tokens", all_tokens),
@@ -95,12 +95,33 @@ def serve(
     }  # fmt: skip
     limits = _limits(sizes, rows=rows, waiting=waiting, request_seconds=max_seconds, evict=evict)
     owners = 1 if namespaces is None else len(set(namespaces.values()))
+    sockets, serves = None, None
+    if supervise:
+        from hsa_ultralong.serve.supervisor import fork_servers, open_port
+
+        sockets = [open_port(host, port)]
+        _import_all()
+        serves = fork_servers(lambda line: echo(f"note: {line}", err=True))  # returns in every server
+    import uvicorn
+
+    from hsa_ultralong.serve.app import build_app
+
     answers = make_answers(model, memories, limits, name, store, key_values, device, dtype, owners)
     config = uvicorn.Config(
         build_app(answers, namespaces), host=host, port=port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=int(max_seconds) + 1, timeout_keep_alive=30,
     )  # fmt: skip
-    _Server(config, answers).run()
+    _Server(config, answers, serves).run(sockets)
+
+
+def _import_all() -> None:
+    """What every server would import; nothing of it touches a GPU or starts threads."""
+    from importlib import import_module
+
+    for name in ("transformers", "uvicorn", "uvicorn.protocols.http.auto", "pydantic.v1"):
+        import_module(name)
+    for name in ("models", "cli.common", "serve.app", "serve.answers", "serve.memories", "serve.worker"):
+        import_module(f"hsa_ultralong.{name}")
 
 
 def _check_choices(store: str, key_values: str, memories: Path, max_disk: str | None, evict: bool) -> None:
@@ -240,7 +261,7 @@ def _require_packages() -> None:
 class _Server:
     """uvicorn, which says where it listens once it does."""
 
-    def __init__(self, config: Any, answers: Any) -> None:
+    def __init__(self, config: Any, answers: Any, serves: Callable[[], object] | None) -> None:
         import uvicorn
 
         class Told(uvicorn.Server):
@@ -251,12 +272,14 @@ class _Server:
                         host, port = socket.getsockname()[:2]
                         place = f"[{host}]" if ":" in host else host
                         echo(f"Serving {answers.name} and {answers.memories.folder} on http://{place}:{port}")
+                if serves is not None:
+                    serves()
 
         self.server = Told(config)
 
-    def run(self) -> None:
+    def run(self, sockets: Any = None) -> None:
         try:
-            self.server.run()
+            self.server.run(sockets)
         except KeyboardInterrupt:  # passed on after all answers were finished
             echo("Stopped.")
         except SystemExit:  # after its own line of why; a server that ran ends as it says

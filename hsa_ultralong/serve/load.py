@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import itertools
 import json
 import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -32,13 +34,14 @@ _START_SECONDS = 600.0
 @dataclass(frozen=True)
 class LoadSettings:
     """requests: of all clients, over `memories` in two namespaces. max_tokens: of an answer. kills: of a server that
-    is written to. server: options of `hsa serve`."""
+    is written to. supervise: which starts again by itself. server: options of `hsa serve`."""
 
     requests: int = 200
     clients: int = 16
     memories: int = 8
     max_tokens: int = 16
     kills: int = 20
+    supervise: bool = False
     seed: int = 0
     server: Sequence[str] = ()
 
@@ -93,6 +96,12 @@ class ServerProcess:
             else:
                 found, first = _streamed(response, began)
         return Served(response.status, found, first, time.perf_counter() - began)
+
+    def kill_served(self) -> None:
+        """Kill what serves below `hsa serve --supervise`."""
+        self.began = time.perf_counter()
+        with open(f"/proc/{self.process.pid}/task/{self.process.pid}/children") as children:
+            os.kill(int(children.read()), signal.SIGKILL)
 
     def kill(self) -> None:
         self.process.kill()
@@ -209,13 +218,14 @@ class _Writer:
     def __init__(self, namespace: str, id: str) -> None:
         self.namespace, self.id = namespace, id
         self.acknowledged: list[str] = []
+        self.is_over = threading.Event()
 
     def run(self, server: ServerProcess) -> None:
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             made = server.ask(self.namespace, "POST", "/v1/memories", {"id": self.id, "text": _fact(0) + _FILLER})
             if made.status == 201:
                 self.acknowledged.append(_fact(0) + _FILLER)
-            for number in range(1, 100_000):
+            for number in itertools.takewhile(lambda _: not self.is_over.is_set(), itertools.count(1)):
                 text = _fact(number) + _FILLER
                 body = {"documents": [{"name": f"d{number}", "text": text}]}
                 if server.ask(self.namespace, "POST", f"/v1/memories/{self.id}/documents", body).status == 200:
@@ -224,7 +234,7 @@ class _Writer:
 
 def _asker(server: ServerProcess, writers: Sequence[_Writer]) -> None:
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        while True:
+        while not writers[-1].is_over.is_set():
             for writer in writers:
                 if writer.acknowledged:
                     _first_answer(server, writer)
@@ -243,25 +253,32 @@ def kill_results(
     chance = random.Random(settings.seed)
     writers: list[_Writer] = []
     restarts: list[float] = []
-    for round in range(settings.kills):
-        server = ServerProcess(model, folder, settings.server)
-        known = [writer for writer in writers if writer.acknowledged]
-        if known:
-            _first_answer(server, known[-1])
-            restarts.append(time.perf_counter() - server.began)
-        new = [_Writer(namespace, f"w{round}") for namespace in _KEYS]
-        writers += new
-        threads = [threading.Thread(target=writer.run, args=(server,)) for writer in new]
-        threads += [threading.Thread(target=_asker, args=(server, writers[-4:])) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        time.sleep(chance.uniform(0.1, 4.0))
-        server.kill()
-        for thread in threads:
-            thread.join()
-        progress(round + 1)
-    server = ServerProcess(model, folder, settings.server)
+    options = [*settings.server, *(["--supervise"] if settings.supervise else [])]
+    start = functools.partial(ServerProcess, model, folder, options)
+    server = start()
     try:
+        for round in range(settings.kills):
+            known = [writer for writer in writers if writer.acknowledged]
+            if known:
+                _first_answer(server, known[-1])
+                restarts.append(time.perf_counter() - server.began)
+            new = [_Writer(namespace, f"w{round}") for namespace in _KEYS]
+            writers += new
+            threads = [threading.Thread(target=writer.run, args=(server,)) for writer in new]
+            threads += [threading.Thread(target=_asker, args=(server, writers[-4:])) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            time.sleep(chance.uniform(0.1, 4.0))
+            if settings.supervise:
+                server.kill_served()
+            else:
+                server.kill()
+                server = start()
+            for writer in new:
+                writer.is_over.set()
+            for thread in threads:
+                thread.join()
+            progress(round + 1)
         lost, partial = _damage(server, writers)
     finally:
         server.kill()
