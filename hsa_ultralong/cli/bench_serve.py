@@ -60,14 +60,7 @@ def serve(
     from hsa_ultralong.serve.load import LoadSettings, kill_results, load_results, machine_load
 
     require_folder(output)
-    if store not in ("device", "host"):
-        raise ValueError(f"--store must be device or host, got {store!r}")
-    if preset_name is not None and (requests or kills):
-        raise ValueError("a server needs a model folder: with --preset give --requests 0 --kills 0")
-    if supervise and not kills:
-        raise ValueError("--supervise says which server --kills kills, and there are none: give --kills 20")
-    if (requests or kills) and lengths != "none":
-        raise ValueError("--lengths is measured alone: give --requests 0 --kills 0")
+    _check_choices(store, preset_name, bool(requests or kills), bool(kills), supervise, lengths)
     place = choose_device(device)
     path, meta = bench_results(output, "serve", hardware, place, seed)
     result = continued(path, meta)
@@ -109,6 +102,19 @@ def serve(
     if as_json:
         echo_json(result)
     echo(f"Written: {path}")
+
+
+def _check_choices(
+    store: str, preset_name: str | None, has_server: bool, has_kills: bool, supervise: bool, lengths: str
+) -> None:
+    if store not in ("device", "host"):
+        raise ValueError(f"--store must be device or host, got {store!r}")
+    if preset_name is not None and has_server:
+        raise ValueError("a server needs a model folder: with --preset give --requests 0 --kills 0")
+    if supervise and not has_kills:
+        raise ValueError("--supervise says which server --kills kills, and there are none: give --kills 20")
+    if has_server and lengths != "none":
+        raise ValueError("--lengths is measured alone: give --requests 0 --kills 0")
 
 
 def _measure_batches(

@@ -95,13 +95,7 @@ def serve(
     }  # fmt: skip
     limits = _limits(sizes, rows=rows, waiting=waiting, request_seconds=max_seconds, evict=evict)
     owners = 1 if namespaces is None else len(set(namespaces.values()))
-    sockets, serves = None, None
-    if supervise:
-        from hsa_ultralong.serve.supervisor import fork_servers, open_port
-
-        sockets = [open_port(host, port)]
-        _import_all()
-        serves = fork_servers(lambda line: echo(f"note: {line}", err=True))  # returns in every server
+    sockets, serves = _forked(host, port) if supervise else (None, None)  # returns in every server
     import uvicorn
 
     from hsa_ultralong.serve.app import build_app
@@ -112,6 +106,15 @@ def serve(
         timeout_graceful_shutdown=int(max_seconds) + 1, timeout_keep_alive=30,
     )  # fmt: skip
     _Server(config, answers, serves).run(sockets)
+
+
+def _forked(host: str, port: int) -> tuple[list[Any], Callable[[], object]]:
+    """The open port, and what to call once it is served; in a fork, and again whenever that dies."""
+    from hsa_ultralong.serve.supervisor import fork_servers, open_port
+
+    sockets = [open_port(host, port)]
+    _import_all()
+    return sockets, fork_servers(lambda line: echo(f"note: {line}", err=True))
 
 
 def _import_all() -> None:
