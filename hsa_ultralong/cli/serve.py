@@ -264,7 +264,7 @@ def _require_packages() -> None:
 class _Server:
     """uvicorn, which says where it listens once it does."""
 
-    def __init__(self, config: Any, answers: Any, serves: Callable[[], object] | None) -> None:
+    def __init__(self, config: Any, answers: Any, serves: Callable[[], object] | None = None) -> None:
         import uvicorn
 
         class Told(uvicorn.Server):
