@@ -108,7 +108,7 @@ def ask(
     if hide is not None and memory is not None:
         raise ValueError("--hide needs --text: a memory is changed with hsa memory edit")
     if hide is None and depth != 0.5:
-        raise ValueError("--depth says where --hide SENTENCE goes")
+        raise ValueError("--depth says where the sentence of --hide goes: give --hide SENTENCE too")
     if memory is None and (store, lookup) != ("file", "exact"):
         raise ValueError("--store and --lookup go with --memory lib.hsa: text memorised now lies in the model's memory")
     if plain and system is not None:

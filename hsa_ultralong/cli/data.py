@@ -114,7 +114,7 @@ def data(
     conversations = f", {shards.num_conversations:,} of them conversations" if shards.num_conversations else ""
     echo(
         f"{shards.num_tokens:,} tokens of {shards.num_documents:,} documents{conversations} in {output}; "
-        f"{held_out:,} of the documents are held out for validation"
+        f"held out of them for validation: {held_out:,}"
     )
 
 

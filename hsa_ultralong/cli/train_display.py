@@ -25,7 +25,7 @@ class Display:
         )
         self.progress = progress(*columns, err=False, disable=not is_shown)
         self.task = self.progress.add_task("training", total=sum(stage.num_steps for stage in config.stages), note="")
-        self.needles = ""
+        self.needles, self.probe_kind = "", config.probe_kind
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -41,7 +41,7 @@ class Display:
 
     def show(self, record: dict[str, Any]) -> None:
         if "probe" in record:
-            self.needles = f"needles@{record['probe']['length']} {record['probe']['needle_accuracy']:.2f}"
+            self.needles = f"{self.probe_kind}@{record['probe']['length']} {record['probe']['needle_accuracy']:.2f}"
             self.progress.console.print(
                 f"step {record['global_step']}: {self.needles}, answer loss {record['probe']['answer_loss']:.3f}"
             )

@@ -34,8 +34,15 @@ _STEP_PANELS = {
     "tokens_per_s": "tokens per second",
     "mfu": "model FLOP utilisation",
     "expert_imbalance": "experts: largest load / mean load",
+    "evidence_loss": "retrieval: loss of the chunks that tell a token (nats)",
+    "evidence_first": "retrieval: share of tokens for which such a chunk ranks first",
+    "divergence": "divergence from the source (nats)",
+    "answer_loss": "loss of the answers (nats)",
+    "retrieval_error": "alignment: error of retrieval (nats)",
+    "output_error": "alignment: relative error of layers' outputs",
 }
-NEEDLES = "held-out needles answered exactly, by length"
+NEEDLES = "held-out questions answered exactly, by length"
+FAMILIES = "held-out questions answered exactly, by family"
 _RETRIEVAL_PANELS = {
     "entropy": "retrieval: entropy of the weights (nats)",
     "distance": "retrieval: distance of what is read (tokens)",
@@ -155,6 +162,11 @@ def training_panels(log: Sequence[Mapping[str, Any]]) -> dict[str, list[Curve]]:
         needles.append(Curve(human_tokens(length) if length else "", points))
     if needles:
         panels[NEEDLES] = needles
+    families = sorted({name for record in probes for name in record["probe"] if name.startswith("family/")})
+    for name in families:
+        # of the lengths measured after one step, the longest
+        points = list({one["tokens"] / 1e6: one["probe"][name] for one in probes if name in one["probe"]}.items())
+        panels.setdefault(FAMILIES, []).append(Curve(name.removeprefix("family/"), points))
     for key, title in _RETRIEVAL_PANELS.items():
         # every length is measured after the same step: the longest says most
         found = [record for record in probes if record.get("retrieval", {}).get(key)]
@@ -184,7 +196,7 @@ def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str) -> None
         for number, curve in enumerate(curves):
             style = "o-" if len(curve.points) < 40 else "-"
             axes.plot(*zip(*curve.points, strict=True), style, ms=2.5, lw=1.1, color=f"C{number}", label=curve.label)
-        if name == NEEDLES:
+        if name in (NEEDLES, FAMILIES):
             axes.set_ylim(-0.03, 1.03)
         if any(curve.label for curve in curves):
             axes.legend(fontsize=7, frameon=False)

@@ -7,6 +7,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from hsa_ultralong.data.mixture import FORM_FAMILIES, ROW_KINDS
@@ -372,7 +373,11 @@ def _assign(target: Any, name: str, path: str, text: str) -> None:
         f.name for f in dataclasses.fields(target) if f.name not in ("stages", "model", "base", "fresh", "parallel")
     ]
     if name not in names:
-        raise ValueError(f"unknown key {path!r}; choose one of {', '.join(names)}")
+        close = get_close_matches(name, names, n=1)
+        raise ValueError(
+            f"unknown key {path!r}; "
+            + (f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(names)}")
+        )
     hint = typing.get_type_hints(type(target))[name]
     types = tuple(typing.get_origin(kind) or kind for kind in typing.get_args(hint)) or (hint,)
     if typing.get_origin(hint) in (tuple, dict):

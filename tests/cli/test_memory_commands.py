@@ -201,7 +201,7 @@ def test_a_damaged_memory_stops_ask_with_one_line_and_verify_names_the_documents
         (("ask", "-m", "LIB", "--hide", "x", "What?"), ("--hide needs --text",)),
         (("ask", "-m", "no.hsa", "What?"), ("no.hsa",)),
         (("ask", "-m", "LIB", "--store", "tape", "What?"), ("store must be one of",)),
-        (("ask", "-m", "LIB", "--depth", "0.3", "What?"), ("--depth says where --hide",)),
+        (("ask", "-m", "LIB", "--depth", "0.3", "What?"), ("give --hide SENTENCE too",)),
         (("ask", "-t", "a.txt", "--lookup", "sketch", "What?"), ("--store and --lookup go with --memory",)),
         (("memory", "info", "no.hsa"), ("no.hsa",)),
         (("memory", "edit", "LIB", "nobody", "--delete"), ("'nobody'", "does not exist")),

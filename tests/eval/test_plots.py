@@ -24,12 +24,17 @@ def test_a_panel_for_each_thing_measured_and_a_curve_for_each_length_and_group()
     ]
     panels = training_panels(log)
     assert panels["model FLOP utilisation"][0].points == [(1.0, 0.3), (2.0, 0.4)]
-    needles = panels["held-out needles answered exactly, by length"]
+    needles = panels["held-out questions answered exactly, by length"]
     assert [(curve.label, curve.points) for curve in needles] == [("512", [(1.0, 0.1)]), ("2K", [(1.0, 0.2)])]
     # of the lengths measured after one step, the longest
     entropy = panels["retrieval: entropy of the weights (nats)"]
     assert [(curve.label, curve.points) for curve in entropy] == [("group 1", [(1.0, 3.0)]), ("group 2", [(1.0, 4.0)])]
     assert len(panels) == 8
+    assert list(training_panels([step(1, evidence_first=0.5)]))[-1].startswith("retrieval: share of tokens")
+    families = probe(1_000_000, 512, 0.1, [1.0])
+    families["probe"]["family/facts/similar"] = 0.25
+    (family,) = training_panels([step(1), families])["held-out questions answered exactly, by family"]
+    assert (family.label, family.points) == ("facts/similar", [(1.0, 0.25)])
     assert list(training_panels([step(1)])) == ["training loss (nats per token)", "gradient norm before clipping"]
 
 

@@ -32,7 +32,8 @@ def test_overrides_reach_the_run_its_model_its_stages_and_its_processes(tiny_run
     ("assignment", "message"),
     [
         ("seed", "key=value"),
-        ("sed=3", "unknown key 'sed'; choose one of preset, seed"),
+        ("sed=3", "unknown key 'sed'; did you mean 'seed'?"),
+        ("colour=3", "unknown key 'colour'; choose one of preset, seed"),
         ("model=debug", "unknown key"),
         ("parallel=3", "unknown key"),
         ("stages=[]", "unknown key"),
