@@ -105,6 +105,8 @@ class BatchEngine(DecodingEngine):
         super().__init__(model, None, batch=batch, max_tokens=max_tokens, use_graph=use_graph)
 
     def _prepare(self, use_graph: bool | None) -> None:
+        if self.config.memory_positions != "none":
+            raise ValueError("memory_positions='rope' is for studies: rows that join and leave read no such memory")
         # memories come later, so there is room for all that a token can retrieve
         self.state = self._empty_state(self.config.chunk_topk)
         self.own: PagedChunks = PagedChunks(  # type: ignore[assignment]

@@ -24,13 +24,12 @@ from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
 from hsa_ultralong.models.pieces import SplitParts, compiled, rotary_of
 from hsa_ultralong.models.remembering import continuation_cache
+from hsa_ultralong.models.views import library_view
 from hsa_ultralong.models.weights import is_plain, refuse_hooks, state_key, weights_of
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.nn.window_attention import WindowState
-from hsa_ultralong.ops import ChunkVisibility
-from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
 
 
 class Step(NamedTuple):
@@ -185,9 +184,7 @@ class DecodingEngine:
             known.append(memory)
             readers = torch.tensor([[0 if other is memory else -1] for other in self.memories], dtype=torch.int32)
             segment = readers.to(self.device)  # (B, 1)
-            everyone = torch.full_like(memory.segments, READABLE_BY_ALL)
-            visible = ChunkVisibility(segment, torch.zeros_like(segment), everyone, torch.zeros_like(everyone))
-            views.append(memory.view(visible, is_for_all=True))
+            views.append(library_view(memory, segment, self.state.positions))
         return views
 
     def _can_capture(self) -> bool:

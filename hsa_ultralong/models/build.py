@@ -14,6 +14,7 @@ from hsa_ultralong.nn.decoder_layer import DecoderLayer
 from hsa_ultralong.nn.hierarchical_sparse_attention import HierarchicalSparseAttention, HSALayer
 from hsa_ultralong.nn.mlp import SwiGLU
 from hsa_ultralong.nn.moe import MixtureOfExperts
+from hsa_ultralong.nn.reading_variants import ReadingVariant
 from hsa_ultralong.nn.upper_group import UpperGroup
 from hsa_ultralong.nn.window_attention import WindowAttention
 
@@ -92,12 +93,19 @@ def build_encoder(config: HSAConfig) -> ChunkEncoder:
         retrieval_dim=config.retrieval_dim,
         landmark_source=config.landmark_source,
         normalize_landmarks=config.normalize_retrieval,
-        center_landmarks=config.fusion == "softmax",
+        center_landmarks=config.fusion != "stick_breaking",
         use_qk_norm=config.use_qk_norm,
         rope_theta=config.rope_theta,
         rope_scaling=config.rope_scaling,
         rms_norm_eps=config.rms_norm_eps,
     )
+
+
+def _variant(config: HSAConfig) -> ReadingVariant | None:
+    """How chunks are read if not as in the paper."""
+    is_joint, is_rotary = config.memory_softmax == "joint", config.memory_positions == "rope"
+    theta = config.rope_theta if is_rotary else None
+    return ReadingVariant(is_joint, theta, config.rope_scaling) if is_joint or is_rotary else None
 
 
 def build_group(config: HSAConfig, index: int) -> UpperGroup:
@@ -118,7 +126,7 @@ def build_group(config: HSAConfig, index: int) -> UpperGroup:
     hsa_layer = RecomputedHSALayer(
         hidden_size=config.hidden_size,
         window_attention=_window(config, config.hsa_sliding_window) if config.hsa_sliding_window else None,
-        hsa=HierarchicalSparseAttention(chunk_size=config.chunk_size, **_heads(config)),
+        hsa=HierarchicalSparseAttention(chunk_size=config.chunk_size, variant=_variant(config), **_heads(config)),
         mlp=_mlp(config, first),
         residual=config.hsa_residual,
         rms_norm_eps=config.rms_norm_eps,

@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 _CHOICES = {
     "landmark_source": ("cls", "mean"),
     "hsa_residual": ("standard", "bypass"),
-    "fusion": ("softmax", "stick_breaking"),
+    "fusion": ("softmax", "stick_breaking", "none"),
+    "memory_softmax": ("chunk", "joint"),
+    "memory_positions": ("none", "rope"),
 }
 # keys beside our own that transformers and tools around it write into configurations; they change nothing here
 _NOTED_KEYS = {
@@ -72,7 +74,12 @@ class HSAConfig(PreTrainedConfig):
     Retrieval
         chunk_topk (K), retrieval_dim (Hr * R), num_retrieval_heads (Hr): 1 or num_memory_heads.
         normalize_retrieval: RMS-normalise queries and landmarks; learned_temperature: one per retrieval head and group.
-        fusion: "softmax" or "stick_breaking"; position_decay: learned slope on the recency rank (breaks fact 4).
+        fusion: "softmax", "stick_breaking", or "none": scores choose chunks and do not weigh them.
+        position_decay: learned slope on the recency rank (breaks fact 4).
+        memory_softmax: "chunk", or "joint": one softmax over the keys of all retrieved chunks, with the logarithms of
+            the fusion weights as bias; memory_positions: "none", or "rope" by the distance from token to key. The other
+            values are for studies (docs/report.md): plain torch for one softmax, memories on the device that are not
+            laid together for both.
         gumbel_noise: noise on the selection in training.
         temperature_chunks: a token that may read n chunks, more than this number, has its scores multiplied by log(n) /
             log(temperature_chunks) before fusion, so that weights spread less in large memories; 0 = never.
@@ -131,6 +138,8 @@ class HSAConfig(PreTrainedConfig):
     normalize_retrieval: bool = True
     learned_temperature: bool = True
     fusion: str = "softmax"
+    memory_softmax: str = "chunk"
+    memory_positions: str = "none"
     position_decay: bool = False
     gumbel_noise: bool = False
     temperature_chunks: int = 0
@@ -274,7 +283,8 @@ class HSAConfig(PreTrainedConfig):
     @property
     def is_composable(self) -> bool:
         """True if chunks may be reordered and merged (fact 4)."""
-        return self.fusion == "softmax" and not self.position_decay
+        is_plain = self.memory_softmax == "chunk" and self.memory_positions == "none"
+        return is_plain and self.fusion != "stick_breaking" and not self.position_decay
 
     def _check(self) -> None:
         at_least = {

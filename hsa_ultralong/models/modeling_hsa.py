@@ -173,7 +173,10 @@ class HSAModel(HSAPreTrainedModel):
         if pool_memory not in POOLS:
             raise ValueError(f"pool_memory must be one of {POOLS}, got {pool_memory!r}")
         if pool_memory and not self.config.is_composable:
-            raise ValueError("pool_memory needs softmax fusion without position decay: a pool has no order (fact 4)")
+            raise ValueError(
+                "pool_memory needs softmax fusion without position decay, and chunks read as in the paper: a pool has "
+                "no order (fact 4)"
+            )
         if retrieval_to_keep is not None and not output_retrieval:
             raise ValueError("retrieval_to_keep goes with output_retrieval=True")
         cache = self._cache(given_cache(past_key_values, cache), use_cache)

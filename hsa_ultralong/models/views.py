@@ -17,9 +17,14 @@ _NEVER = 2**31 - 1
 
 
 def library_view(library: Memory | RowMemories, segments: torch.Tensor, positions: torch.Tensor) -> MemoryView:
-    """A loaded memory that every real token may read; segments and positions (B, T) of the queries."""
+    """A loaded memory that every real token may read; segments and positions (B, T) of the queries.
+
+    Its chunks end at places counted backwards from the start of the row, -S the last but one: as if it stood before.
+    """
     everyone = torch.full_like(library.segments, READABLE_BY_ALL)
-    visible = ChunkVisibility(segments, positions, everyone, torch.zeros_like(everyone))
+    count = everyone.shape[1]
+    ends = torch.arange(1 - count, 1, dtype=torch.int32, device=everyone.device) * library.chunk_size
+    visible = ChunkVisibility(segments, positions, everyone, ends.expand_as(everyone))
     return library.view(visible, is_for_all=True)
 
 

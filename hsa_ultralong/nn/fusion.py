@@ -1,4 +1,4 @@
-"""Both fusions: how much of each retrieved chunk a token reads, from the scores of its slots, most recent first.
+"""The fusions: how much of each retrieved chunk a token reads, from the scores of its slots, most recent first.
 
 combine_topk gives the softmax with its lists, in one kernel on a GPU; what differs from it is made here. Called by
 chunk_retriever.py; tests/nn/test_chunk_retriever.py.
@@ -19,6 +19,13 @@ def stick_breaking_fusion(scores: torch.Tensor) -> torch.Tensor:
     return (scores.masked_fill(empty, 0.0) - softplus.cumsum(-1)).exp().masked_fill(empty, 0.0)
 
 
+def equal_fusion(scores: torch.Tensor) -> torch.Tensor:
+    """The same weight for all slots that are not empty: scores choose chunks and do not weigh them, so that what is
+    read teaches retrieval nothing."""
+    filled = scores > -torch.inf
+    return filled / filled.sum(-1, keepdim=True).clamp_min(1).to(scores.dtype)
+
+
 def fuse(
     scores: torch.Tensor,
     weights: torch.Tensor,
@@ -26,7 +33,8 @@ def fuse(
     position_decay: torch.Tensor | None,
     growth: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and weights (B, T, Hr, K) of a fusion, "softmax" or "stick_breaking"; `weights` are the softmax's.
+    """Scores and weights (B, T, Hr, K) of a fusion, "softmax", "stick_breaking" or "none"; `weights` are the
+    softmax's.
 
     position_decay: added to the scores once per slot before it. growth: (B, T), at least 1, what the scores of a token
     are multiplied by.
@@ -39,5 +47,5 @@ def fuse(
         scores = scores + rank * position_decay
         weights = softmax_fusion(scores)
     if fusion != "softmax":
-        weights = stick_breaking_fusion(scores)
+        weights = equal_fusion(scores) if fusion == "none" else stick_breaking_fusion(scores)
     return scores, weights

@@ -1,7 +1,8 @@
 """The HSA layer: optional short window, attention inside the retrieved chunks, feed-forward (paper sec. 2.2, 3.1).
 
-No positions enter the HSA part. Residual "standard" adds the HSA output to the stream; "bypass" feeds it to the
-feed-forward block only, as in the authors' released code (paper facts A.2). Called by models/modeling_hsa.py.
+No positions enter the HSA part, unless a variant is studied (reading_variants.py). Residual "standard" adds the HSA
+output to the stream; "bypass" feeds it to the feed-forward block only, as in the authors' released code (paper facts
+A.2). Called by models/modeling_hsa.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from hsa_ultralong.nn.chunk_retriever import Retrieval
+from hsa_ultralong.nn.reading_variants import ReadingVariant
 from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.nn.window_attention import WindowAttention, WindowState
@@ -30,9 +32,10 @@ class HierarchicalSparseAttention(nn.Module):
         use_qk_norm: bool,
         rms_norm_eps: float,
         use_qkv_bias: bool = False,
+        variant: ReadingVariant | None = None,
     ) -> None:
         super().__init__()
-        self.head_dim, self.chunk_size = head_dim, chunk_size
+        self.head_dim, self.chunk_size, self.variant = head_dim, chunk_size, variant
         # the keys it reads have none: without positions theirs would move all scores of a chunk alike
         self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=use_qkv_bias)
         self.q_norm = nn.RMSNorm(head_dim, eps=rms_norm_eps) if use_qk_norm else nn.Identity()
@@ -51,6 +54,8 @@ class HierarchicalSparseAttention(nn.Module):
 
     def read(self, q: torch.Tensor, retrieval: Retrieval, views: Sequence[MemoryView]) -> torch.Tensor:
         """Attention of queries (B, T, Hq, D) inside the retrieved chunks of all memories, of the same shape."""
+        if self.variant is not None:
+            return self.variant.read(q, retrieval, views, self.chunk_size)
         out: torch.Tensor | None = None
         for view, offset in zip(views, retrieval.offsets, strict=True):
             first = None if len(views) == 1 else offset

@@ -70,7 +70,7 @@ class EvidenceLoss:
     """
 
     def __init__(self, model: HSAForCausalLM) -> None:
-        if not model.config.is_composable:
+        if model.config.fusion == "stick_breaking" or model.config.position_decay:
             raise ValueError(
                 "evidence_loss needs softmax fusion without position decay, whose scores stand for themselves; got "
                 f"fusion={model.config.fusion!r}, position_decay={model.config.position_decay}"

@@ -9,12 +9,11 @@ from hsa_ultralong.inference import DecodingEngine, edit
 from hsa_ultralong.memory.row_memories import Chunk, RowMemories
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.nn.views import ChunkTensors
-from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_config, tiny_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 COMPOSABLE = sorted(
-    name for name, options in MODEL_OPTIONS.items()
-    if options.get("fusion") != "stick_breaking" and not options.get("position_decay")
+    name for name, options in MODEL_OPTIONS.items() if tiny_config(**options).is_composable
 )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ def ordinary(model, batch, **more):
 
 
 def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
+    # pieces give zeros to what learns nothing (fusion "none"), where whole rows give no gradient
+    assert found.keys() >= expected.keys() and not any(found[name].any() for name in found.keys() - expected.keys())
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=f"{name} differs")
 

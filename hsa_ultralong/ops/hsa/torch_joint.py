@@ -1,0 +1,130 @@
+"""One softmax over the keys of all retrieved chunks, which the paper's design is compared with (docs/report.md).
+
+hsa_attention has a softmax of its own for each chunk. By fact 3 of docs/architecture.md the joint one is hsa_attention
+with the weights w_i exp(lse_i), normalised for every query head. Plain torch, blockwise in T, recomputed in the
+backward. Called by nn/reading_variants.py; tests/ops/test_hsa_joint.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from hsa_ultralong.ops._common import accumulation_dtype, blocks
+from hsa_ultralong.ops.hsa.indices import within
+
+# logits of one block of tokens, in elements
+_BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+# up to so many chunks for each one chosen, all are multiplied; beyond, those chosen are gathered
+_DENSE_RATIO = 8
+# the logarithm of a weight ends here, so that its gradient stays finite
+_LEAST_WEIGHT = 1e-30
+
+
+def joint_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    chunk_size: int,
+    chunk_lengths: torch.Tensor | None = None,
+    first_chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O_t = sum_j a_j v_j over keys j of all chosen chunks, a = softmax of q_t k_j^T / sqrt(D) + log w of the chunk.
+
+    With equal weights this is plain attention over the union of the chunks.
+
+    Args:
+        q, k, v, indices, weights, chunk_size, chunk_lengths, first_chunk: as in hsa_attention.
+
+    Returns:
+        (B, T, Hq, D) in the dtype of q, 0 for a token with no chosen chunk; and (B, T, Hq), fp32 (fp64 kept): the
+        logsumexp of the logits, -inf for such a token, by which outputs of several memories are joined.
+    """
+    num_chunks = k.shape[1] // chunk_size
+    indices = within(indices, first_chunk, num_chunks)
+    if indices.numel() == 0 or num_chunks == 0:
+        return q * 0, q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
+    is_dense = num_chunks <= _DENSE_RATIO * indices.shape[-1]
+    read = (num_chunks if is_dense else indices.shape[-1] * q.shape[-1]) * chunk_size
+    budget = _BLOCK_ELEMENTS.get(q.device.type, 1 << 24)
+    size = max(1, budget // (q.shape[0] * q.shape[2] * read))
+    block = _dense_block if is_dense else _gathered_block
+    parts = []
+    for start, stop in blocks(q.shape[1], size):
+        operands = (q[:, start:stop], k, v, indices[:, start:stop], weights[:, start:stop], chunk_size, chunk_lengths)
+        parts.append(checkpoint(block, *operands, use_reentrant=False) if torch.is_grad_enabled() else block(*operands))
+    out, mass = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return out.to(q.dtype), mass
+
+
+def _bias(indices: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """log w of every slot, (B, t, Hr, K); -inf where it is empty."""
+    return weights.to(dtype).clamp_min(_LEAST_WEIGHT).log().masked_fill(indices < 0, -torch.inf)
+
+
+def _attend(logits: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention and logsumexp of logits (B, t, Hkv, G, N), and which tokens have no chunk, (B, t, Hr, 1)."""
+    is_lone = (indices < 0).all(-1)[..., None]  # (B, t, Hr, 1)
+    logits = logits.masked_fill(is_lone[..., None], 0.0)
+    return logits.softmax(-1), logits.logsumexp(-1).masked_fill(is_lone, -torch.inf), is_lone
+
+
+def _dense_block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    chunk_size: int,
+    chunk_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the product of all queries and keys; what was not chosen has a bias of -inf."""
+    wide, count = accumulation_dtype(q.dtype), k.shape[1] // chunk_size
+    with torch.autocast(q.device.type, enabled=False):
+        queries = q.to(wide).unflatten(2, (k.shape[2], -1))  # (B, t, Hkv, G, D)
+        keys, values = (part.to(wide).expand(q.shape[0], -1, -1, -1) for part in (k, v))
+        bias = _bias(indices, weights, wide)
+        # a column more takes the empty slots
+        spread = bias.new_full((*bias.shape[:-1], count + 1), -torch.inf)
+        spread = spread.scatter(-1, torch.where(indices < 0, count, indices).long(), bias)[..., :count]
+        spread = spread.repeat_interleave(chunk_size, -1)[:, :, :, None]  # (B, t, Hr, 1, N)
+        logits = torch.einsum("bthgd,bnhd->bthgn", queries, keys) * q.shape[-1] ** -0.5 + spread
+        if chunk_lengths is not None:
+            absent = torch.arange(chunk_size, device=q.device) >= chunk_lengths[..., None]  # (1 or B, C, S)
+            logits = logits.masked_fill(absent.flatten(1)[:, None, None, None], -torch.inf)
+        attention, mass, is_lone = _attend(logits, indices)
+        out = torch.einsum("bthgn,bnhd->bthgd", attention, values).masked_fill(is_lone[..., None], 0.0)
+    return out.flatten(2, 3), mass.flatten(2, 3)
+
+
+def _gathered_block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    chunk_size: int,
+    chunk_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By gathering the chosen chunks: for selections that leave most out."""
+    wide, kv_heads = accumulation_dtype(q.dtype), k.shape[2]
+    index = indices.long().clamp_min(0).expand(-1, -1, kv_heads, -1)  # (B, t, Hkv, K)
+    rows = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1) % k.shape[0]
+    heads = torch.arange(kv_heads, device=q.device).view(1, 1, -1, 1)
+    with torch.autocast(q.device.type, enabled=False):
+        queries = q.to(wide).unflatten(2, (kv_heads, -1))  # (B, t, Hkv, G, D)
+        keys, values = (
+            part.unflatten(1, (-1, chunk_size))[rows, index, :, heads].to(wide) for part in (k, v)
+        )  # (B, t, Hkv, K, S, D)
+        logits = torch.einsum("bthgd,bthksd->bthgks", queries, keys) * q.shape[-1] ** -0.5
+        logits = logits + _bias(indices, weights, wide)[:, :, :, None, :, None]
+        if chunk_lengths is not None:
+            lengths = chunk_lengths.expand(q.shape[0], -1)[rows, index]  # (B, t, Hkv, K)
+            absent = torch.arange(chunk_size, device=q.device) >= lengths[..., None]
+            logits = logits.masked_fill(absent[:, :, :, None], -torch.inf)
+        attention, mass, is_lone = _attend(logits.flatten(4), indices)
+        out = torch.einsum("bthgn,bthnd->bthgd", attention, values.flatten(3, 4)).masked_fill(is_lone[..., None], 0.0)
+    return out.flatten(2, 3), mass.flatten(2, 3)
