@@ -20,7 +20,7 @@ help:  ## show this list
 	@echo "make test         install the development tools too, then ruff, mypy and the tests that need no GPU"
 	@echo "make lint         ruff and mypy only"
 	@echo "make smol         SmolLM2-135M with a memory: fetch it by pip (93 MB), apply our difference, ask a book"
-	@echo "make report       redraw every committed figure from the committed numbers"
+	@echo "make report       redraw every committed figure from the committed numbers, and docs/report.md with its PDF"
 	@echo "make docs         build the documentation as a site into site/, without a warning and without the net"
 	@echo "make results/needles-nano   measure the needle study again (4 minutes)"
 	@echo "make kernels-aot  compile every variant of the Triton kernels for sm_90; needs no GPU, but the extra \"kernels\""
@@ -42,6 +42,7 @@ lint: $(DEV)
 
 report: $(CORE)
 	$(BIN)/hsa plot --all
+	$(BIN)/python scripts/report.py
 	$(BIN)/python scripts/draw_architecture.py
 
 docs: $(DOCS)

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from hsa_ultralong.recipes.convert import convert_align, convert_long, convert_memory, convert_sft, convert_smol
 from hsa_ultralong.recipes.debug import debug, debug_stages
 from hsa_ultralong.recipes.dense_0_5b import dense_0_5b
+from hsa_ultralong.recipes.findings import findings
 from hsa_ultralong.recipes.mini import mini
 from hsa_ultralong.recipes.moe_8b_a1b import moe_8b_a1b
 from hsa_ultralong.recipes.nano import nano
@@ -27,6 +28,7 @@ _ALL: tuple[Callable[[], TrainConfig], ...] = (
     nano_stages,
     mini,
     twins,
+    findings,
     small_345m,
     dense_0_5b,
     moe_8b_a1b,

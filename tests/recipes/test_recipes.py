@@ -20,7 +20,7 @@ OF_FIVE_STAGES = [
     name
     for name in RECIPES
     if not name.startswith("convert_")
-    and name not in ("nano", "nano_facts", "mini", "nano_notes", "nano_pool", "twins", "debug")
+    and name not in ("nano", "nano_facts", "mini", "nano_notes", "nano_pool", "twins", "findings", "debug")
 ]
 
 every_recipe = pytest.mark.parametrize("name", RECIPES)

@@ -1,0 +1,191 @@
+"""The paper's findings at nano size: a run of a few minutes, and the settings that tell the runs of a finding apart.
+
+scripts/findings.py trains and measures them, scripts/report.py writes docs/report.md; tests/train/test_findings.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hsa_ultralong.train import FULL_COVERAGE, StageConfig, TrainConfig
+
+
+def findings() -> TrainConfig:
+    """`python scripts/findings.py run NAME --data SHARDS --seed 0`, which is `hsa train findings --set ...` for each
+    variant of a finding, and its measurements.
+
+    One GPU with 80 GiB, 59M tokens, 2 to 3 minutes a run by plan; not measured. SHARDS: `hsa data corpus.txt
+    --tokenizer checkpoints/nano -o SHARDS`. Three stages of the paper (sec. 3.2) in small: dense at 2K, sparse at 4K,
+    dense at 32K on long documents. Muon, because retrieval emerges with fewer tokens (results/training-muon).
+    """
+    mixture = {"text": 0.3, "self_copy": 0.3, "needles": 0.4}
+    return TrainConfig(
+        preset="nano",
+        optimizer="muon",
+        stages=[
+            StageConfig(
+                name="warmup",
+                seq_len=2048,
+                tokens=26_214_400,
+                batch_tokens=65_536,
+                learning_rate=2e-3,
+                mixture=mixture,
+                warmup_steps=100,
+                chunk_topk=FULL_COVERAGE,
+            ),
+            StageConfig(
+                name="pretrain",
+                seq_len=4096,
+                tokens=16_384_000,
+                batch_tokens=65_536,
+                learning_rate=2e-3,
+                mixture=mixture,
+                warmup_steps=10,
+                chunk_topk=32,
+            ),
+            StageConfig(
+                name="long",
+                seq_len=32_768,
+                tokens=16_777_216,
+                batch_tokens=131_072,
+                micro_batch_rows=2,
+                learning_rate=1e-3,
+                mixture={"text": 0.4, "self_copy": 0.2, "needles": 0.4},
+                warmup_steps=10,
+                schedule="linear",
+                long_documents=True,
+                chunk_topk=FULL_COVERAGE,
+            ),
+        ],
+        probe_every=1000,
+        probe_lengths=(2048, 8192, 32_768),
+        mfu=0.08,
+    )
+
+
+class Finding(NamedTuple):
+    """A claim and the runs that test it.
+
+    Attributes:
+        question, claim: what is asked, and what the paper says, with its section.
+        variants: name -> settings of `hsa train findings --set` by which a run differs; none: the recipe as it is,
+            which all findings share.
+        common: settings of all runs.
+        measures: what is measured of each: "needles" (hidden sentences by length), "perplexity", "short" (short tasks,
+            where their files are given).
+        note: what small scale changes.
+    """
+
+    question: str
+    claim: str
+    variants: dict[str, tuple[str, ...]]
+    common: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ("needles", "perplexity")
+    note: str = ""
+
+    def settings(self, variant: str) -> list[str]:
+        """All settings of a variant, in the form of `--set`."""
+        return [*self.common, *self.variants[variant]]
+
+
+_NO_COPY = '{"text": 0.6, "needles": 0.4}'
+_WIDE_WARMUP = ("warmup.sliding_window=512", "warmup.hsa_sliding_window=512", "warmup.chunk_topk=16")
+_TAUGHT = ("warmup.evidence_loss=0.1", "pretrain.evidence_loss=0.1", "long.evidence_loss=0.1")
+
+FINDINGS: dict[str, Finding] = {
+    "effective_length": Finding(
+        question="Does the longest effective context in training decide how far recall reaches?",
+        claim="Yes: mid-training at 32K lifts S-NIAH at 16M from 5% to 97.5% (sec. 4.3, Fig. 4a and b).",
+        variants={
+            "rows_4k": ("long.seq_len=4096", "long.micro_batch_rows=16", "long.long_documents=false"),
+            "rows_8k": ("long.seq_len=8192", "long.micro_batch_rows=8"),
+            "rows_32k": (),
+            "rows_128k": ("long.seq_len=131072", "long.micro_batch_rows=1"),
+        },
+        note="Rows of the last stage differ, their tokens do not. Needle and self-copy rows reach as far as the row.",
+    ),
+    "warmup": Finding(
+        question="Which warm-up makes retrieval emerge?",
+        claim="Self-copy extrapolates best, a short window with full coverage is better at 4K and nearly as good; "
+        "without either a 4K window does not extrapolate (sec. 3.2, Table 2).",
+        variants={
+            "none": (f"warmup.mixture={_NO_COPY}", *_WIDE_WARMUP),
+            "self_copy": ('warmup.mixture={"self_copy": 1.0}', *_WIDE_WARMUP),
+            "short_window": (f"warmup.mixture={_NO_COPY}",),
+            "both": (),
+        },
+        common=(
+            f"pretrain.mixture={_NO_COPY}",
+            "pretrain.sliding_window=512",
+            "pretrain.hsa_sliding_window=512",
+            f"long.mixture={_NO_COPY}",
+        ),
+        note="Windows of 512 stand for the paper's 4K, of 128 for its 512. After the warm-up all runs are alike, "
+        "without self-copy; `both` is this project's own warm-up.",
+    ),
+    "window": Finding(
+        question="Does a longer window in training cost recall at a distance?",
+        claim="Yes, a seesaw: the smaller the window, the further recall reaches (sec. 4.3 and 5, Fig. 4c and d).",
+        variants={
+            "window_128": (),
+            "window_512": ("model.sliding_window=512", "model.hsa_sliding_window=512"),
+            "window_2048": ("model.sliding_window=2048", "model.hsa_sliding_window=2048"),
+        },
+        note="The window of all layers, in all stages. A window of 2,048 sees whole rows of the warm-up.",
+    ),
+    "positions": Finding(
+        question="Must attention inside retrieved chunks be without positions?",
+        claim="Yes, one of three ingredients; RoPE costs NSA 13 points of S-NIAH and 8 of MQ at 64K (sec. 1, Table 1).",
+        variants={"nope": (), "rope": ("model.memory_positions=rope",)},
+        note="RoPE by the distance from token to key. The memory itself is the same; windows have RoPE in both.",
+    ),
+    "fusion": Finding(
+        question="Must every chunk have a softmax of its own, weighed by its retrieval score?",
+        claim="Yes: chunk-wise attention and fusion by retrieval score are two of three ingredients, and NSA's "
+        "selection learns nothing from what is read (sec. 1, 2.1).",
+        variants={
+            "score": (),
+            "score_joint": ("model.memory_softmax=joint",),
+            "chosen": ("model.memory_softmax=joint", "model.fusion=none"),
+            "score_taught": _TAUGHT,
+            "chosen_taught": ("model.memory_softmax=joint", "model.fusion=none", *_TAUGHT),
+        },
+        note="`score` is HSA. `score_joint`: one softmax over all keys, with the scores as bias. `chosen`: one softmax "
+        "without scores, as in the selected branch of NSA. `taught`: the scores also learn from the chunks that tell a "
+        "token (evidence_loss), without which those of `chosen` learn nothing.",
+    ),
+    "parity": Finding(
+        question="Is the model as good as full attention at lengths that both were trained on?",
+        claim="Yes: perplexity at 4K to 16K and short tasks are on a par (sec. 4.1, 4.2, Tables 2 and 3).",
+        variants={"hsa": (), "full_rope": ("twin=full_rope",)},
+        common=("long.shapes=((32768, 0), (2048, 0), (8192, 0))",),
+        measures=("perplexity", "short"),
+        note="The twin has as many parameters, within 2%. Rows of the last stage have three lengths, without which "
+        "full attention loses its recall in short rows (docs/log.md).",
+    ),
+    "heads": Finding(
+        question="What do 16 query heads to one memory head cost, and do several retrieval heads help?",
+        claim="The kernel's 16:1 is an information bottleneck (sec. 5).",
+        variants={
+            "16_to_1": (),
+            "4_to_1": ("model.num_memory_heads=4",),
+            "4_to_1_retrieval_4": ("model.num_memory_heads=4", "model.num_retrieval_heads=4"),
+            "1_to_1": ("model.num_memory_heads=16",),
+        },
+        common=("model.num_attention_heads=16", "model.head_dim=32"),
+        note="16 heads of 32 in all runs. A memory takes 2 * 32 numbers a token for each of its heads, beside "
+        "landmarks of 256 a chunk, whose retrieval heads share them out.",
+    ),
+}
+
+# sizes at which every command can be tried on a CPU in seconds; nothing is learnt
+QUICK: tuple[str, ...] = (
+    "preset=debug", "compile=false", "num_workers=0", "probe_rows=1", "probe_lengths=(512,)", "log_every=1",
+    "tensorboard=false",
+    *(
+        f"{stage}.{setting}"
+        for stage in ("warmup", "pretrain", "long")
+        for setting in ("seq_len=512", "tokens=512", "batch_tokens=512", "micro_batch_rows=0", "warmup_steps=0",
+                        "shapes=()", "long_documents=false")
+    ),
+)  # fmt: skip

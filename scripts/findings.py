@@ -1,0 +1,278 @@
+"""Train and measure a finding of the paper at nano size, for one seed; go on where an earlier call stopped.
+
+    python scripts/findings.py list
+    python scripts/findings.py run NAME --data SHARDS --seed 0 --device cuda --max-minutes 9
+    python scripts/findings.py collect NAME
+
+For every variant of the finding (hsa_ultralong/recipes/findings.py): `hsa train findings --set ...`, then `hsa eval`.
+All goes to runs/findings/VARIANT-SEED; runs without settings of their own are shared by all findings. Then everything
+measured so far, of all seeds, goes to results/findings/NAME: summary.json, in the accuracy form of docs/results.md with
+`variant` and `seed`, and configs/VARIANT.json. Seeds measured elsewhere that stand there already are kept.
+scripts/report.py draws from these files alone. tests/train/test_findings.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hsa_ultralong.eval.metadata import write_json
+from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.plots import read_jsonl
+from hsa_ultralong.files.strict_json import read_json
+from hsa_ultralong.recipes.findings import FINDINGS, QUICK
+
+RUNS, RESULTS = Path("runs/findings"), Path("results/findings")
+# of a run's summary.json
+_TRAINED = ("loss", "needle_accuracy", "tokens_per_s", "peak_bytes")
+_SOURCE = ("command", "commit", "date", "hardware", "versions", "synthetic_share", "logged_seconds")
+_LEAST_MINUTES = 0.2
+
+
+class Options(NamedTuple):
+    """What a call asks for; see `main`."""
+
+    data: Path
+    device: str = "auto"
+    text: tuple[str, ...] = ()
+    lengths: str = "4K,16K,64K,256K,1M"
+    needles: int = 20
+    ppl_lengths: str = "2K,8K,32K"
+    samples: int = 20
+    short: Path | None = None
+    quick: bool = False
+    runs: Path = RUNS
+
+
+class Step(NamedTuple):
+    """One command of `hsa`: the file that says that it is done, and whether it takes --max-minutes."""
+
+    done: Path
+    command: list[str]
+    is_training: bool
+
+
+def execute(command: Sequence[str], seconds: float) -> int:
+    """Run `hsa`; after so many seconds it is asked to end, and keeps what it has. Returns the exit code."""
+    process = subprocess.Popen([sys.executable, "-m", "hsa_ultralong", *command])
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+        return -1
+
+
+def folder_of(runs: Path, name: str, variant: str, seed: int) -> Path:
+    """Where a variant lies; those without settings of their own are one run."""
+    label = f"{name}-{variant}" if FINDINGS[name].settings(variant) else "base"
+    return runs / f"{label}-{seed}"
+
+
+def steps(name: str, variant: str, seed: int, options: Options) -> list[Step]:
+    """The commands of a variant in their order."""
+    finding, folder = FINDINGS[name], folder_of(options.runs, name, variant, seed)
+    settings = [f"seed={seed}", *finding.settings(variant), *(QUICK if options.quick else ())]
+    model = folder / "model"
+    changes = [part for setting in settings for part in ("--set", setting)]
+    train = ["train", "findings", "--data", options.data, "-o", folder / "run", *changes, "--export", model]
+    text = [part for path in options.text for part in ("--text", path)]
+    # models whose chunks cannot be laid together have the settings of others: a question over one memory
+    evals = {
+        "needles": [
+            "eval", "needles", "--model", model, "--lengths", options.lengths, "--needles", options.needles, *text,
+        ],
+        "perplexity": [
+            "eval", model, "--tasks", "ppl_last_512", "--lengths", options.ppl_lengths, "--samples", options.samples,
+            *text,
+        ],
+        "short": ["eval", model, "--suite", "short", "--data", f"short={options.short}", "--samples", 500],
+    }  # fmt: skip
+    found = [Step(model / "config.json", [*map(str, train), "--device", options.device], True)]
+    for measure in finding.measures:
+        if measure != "short" or options.short is not None:
+            place = folder / measure
+            command = [*evals[measure], "--seed", seed, "--device", options.device, "-o", place]
+            found.append(Step(place / "done", list(map(str, command)), False))
+    return found
+
+
+def run(
+    name: str,
+    seed: int,
+    options: Options,
+    *,
+    minutes: float = 1e6,
+    perform: Callable[[Sequence[str], float], int] = execute,
+) -> bool:
+    """Do what is not done yet of a finding for a seed; returns whether all is done.
+
+    Raises:
+        ValueError: a command failed.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    for variant in FINDINGS[name].variants:
+        for step in steps(name, variant, seed, options):
+            if step.done.is_file():
+                continue
+            left = (deadline - time.monotonic()) / 60
+            if left < _LEAST_MINUTES:
+                return False
+            limit = ["--max-minutes", f"{left:.2f}"] if step.is_training else []
+            print(f"{name} {variant} seed {seed}: hsa {shlex.join(step.command)}", file=sys.stderr, flush=True)
+            code = perform([*step.command, *limit], 60 * left + (60 if step.is_training else 0))
+            if code == -1 or (code == 0 and step.is_training and not step.done.is_file()):
+                return False
+            if code != 0:
+                raise ValueError(f"hsa {step.command[0]} ended with exit code {code}; run it again to go on")
+            if not step.is_training:
+                step.done.touch()
+    return True
+
+
+def collect(name: str, runs: Path, results: Path) -> dict[str, Any]:
+    """Everything measured of a finding, joined with what results/findings/NAME holds of other seeds, and written.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    finding, place = FINDINGS[name], results / name
+    records: list[dict[str, Any]] = []
+    sources: dict[str, Any] = {}
+    for variant in finding.variants:
+        prefix = folder_of(runs, name, variant, 0).name.removesuffix("0")
+        for folder in sorted(runs.glob(f"{prefix}*")):
+            seed = folder.name.removeprefix(prefix)
+            if seed.isdecimal() and (folder / "model" / "config.json").is_file():
+                records += [{"variant": variant, "seed": int(seed), **found} for found in _measured(folder)]
+                sources[f"{variant}-{seed}"] = _source(folder)
+                write_json(place / "configs" / f"{variant}.json", read_json(folder / "run" / "config.json"))
+    if (place / "summary.json").is_file():
+        before = read_json(place / "summary.json")
+        new = {(record["variant"], record["seed"]) for record in records}
+        records += [record for record in before["records"] if (record["variant"], record["seed"]) not in new]
+        sources = {**before["meta"]["runs"], **sources}
+    if not records:
+        raise ValueError(f"nothing of {name} was measured in {runs} yet: `python scripts/findings.py run {name} ...`")
+    order = list(finding.variants)
+    records = [record for record in records if record["variant"] in order]
+    records.sort(key=lambda record: (order.index(record["variant"]), record["seed"]))
+    meta = {
+        "question": finding.question,
+        "settings": {variant: finding.settings(variant) for variant in order},
+        "seeds": sorted({record["seed"] for record in records}),
+        "hardware": sorted({source["hardware"] for source in sources.values()}),
+        "commits": sorted({source["commit"] for source in sources.values()}),
+        "runs": sources,
+    }
+    summary = {"meta": meta, "records": records}
+    write_json(place / "summary.json", summary)
+    return summary
+
+
+def _source(folder: Path) -> dict[str, Any]:
+    meta = read_json(folder / "run" / "summary.json")["meta"]
+    return {field: meta[field] for field in _SOURCE if field in meta}
+
+
+def _measured(folder: Path) -> list[dict[str, Any]]:
+    """Records of a variant and seed: the last stage of training, and what was evaluated, with cells by depth."""
+    trained = read_json(folder / "run" / "summary.json")["records"]
+    last = trained[-1]["stage"]
+    found = [
+        {"task": "training", "metric": record["metric"], "length": record["context"], "depth": None,
+         "value": record["value"]}
+        for record in trained if record["stage"] == last and record["metric"] in _TRAINED
+    ]  # fmt: skip
+    fields = ("task", "metric", "length", "depth", "samples", "value", "ci_low", "ci_high", "distinct_chunks")
+    for measure in ("perplexity", "short"):
+        if (folder / measure / "done").is_file():
+            records = read_json(folder / measure / "summary.json")["records"]
+            found += [{field: record.get(field) for field in fields} for record in records]
+    if (folder / "needles" / "done").is_file():
+        records = read_json(folder / "needles" / "summary.json")["records"]
+        found += [
+            {**{field: record.get(field) for field in fields}, "metric": "exact"}
+            for record in records
+            if "task" in record
+        ]
+        found += _by_depth(read_jsonl(folder / "needles" / "records.jsonl"))
+    return found
+
+
+def _by_depth(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Shares of hidden sentences by length and tenth of depths."""
+    cells: dict[tuple[int, int], list[bool]] = {}
+    for line in lines:
+        cells.setdefault((line["length"], min(9, int(10 * line["depth"]))), []).append(line["correct"])
+    records = []
+    for (length, tenth), right in sorted(cells.items()):
+        low, high = wilson_interval(sum(right), len(right))
+        records.append(
+            {"task": "s_niah", "metric": "exact", "length": length, "depth": (tenth + 0.5) / 10, "samples": len(right),
+             "value": sum(right) / len(right), "ci_low": low, "ci_high": high}
+        )  # fmt: skip
+    return records
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="findings, their variants and settings")
+    defaults = Options(Path())
+    for verb, words in (("run", "train and measure one seed"), ("collect", "join what was measured")):
+        sub = verbs.add_parser(verb, help=words)
+        sub.add_argument("name", choices=[*FINDINGS])
+        sub.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs")
+        sub.add_argument("--results", type=Path, help=f"default {RESULTS}, with --quick RUNS/results")
+        if verb == "collect":
+            continue
+        sub.add_argument("--data", type=Path, required=True, help="token shards made by `hsa data`")
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--device", default=defaults.device)
+        sub.add_argument("--max-minutes", type=float, default=1e6, help="stop then; the same command goes on")
+        sub.add_argument("--text", action="append", default=[], help="held-out text to measure on; default Opticks")
+        sub.add_argument("--lengths", default=defaults.lengths, help="of hidden sentences")
+        sub.add_argument("--needles", type=int, default=defaults.needles, help="hidden sentences a length")
+        sub.add_argument("--ppl-lengths", default=defaults.ppl_lengths, help="of perplexity")
+        sub.add_argument("--samples", type=int, default=defaults.samples, help="stretches of text a length")
+        sub.add_argument("--short", type=Path, help="folder of the short tasks (docs/evaluate.md)")
+        sub.add_argument("--quick", action="store_true", help="toy sizes, to try the command on a CPU")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, perform: Callable[[Sequence[str], float], int] = execute) -> int:
+    given = _parser().parse_args(arguments)
+    if given.verb == "list":
+        for name, finding in FINDINGS.items():
+            print(f"{name}: {finding.question}")
+            for variant in finding.variants:
+                print(f"  {variant}: {' '.join(finding.settings(variant)) or 'the recipe as it is'}")
+        return 0
+    is_quick = getattr(given, "quick", False)
+    results = given.results or (given.runs / "results" if is_quick else RESULTS)
+    if given.verb == "run":
+        options = Options(
+            given.data, given.device, tuple(given.text), given.lengths, given.needles, given.ppl_lengths, given.samples,
+            given.short, is_quick, given.runs,
+        )  # fmt: skip
+        if not run(given.name, given.seed, options, minutes=given.max_minutes, perform=perform):
+            print(f"{given.name} seed {given.seed}: stopped; the same command goes on", file=sys.stderr)
+            return 3
+    collect(given.name, given.runs, results)
+    print(f"written {results / given.name / 'summary.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

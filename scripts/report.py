@@ -1,0 +1,267 @@
+"""Write what was measured into docs/report.md, draw the figures of findings, and print the report as docs/report.pdf.
+
+    python scripts/report.py
+
+Between `<!-- begin NAME -->` and `<!-- end NAME -->` of docs/report.md stands what follows from the files of results/
+and benchmarks/results/ alone, so that no number is typed; what has no file says "not run yet". The PDF is made by
+matplotlib (report_pdf.py), which is installed anyway. Part of `make report`; tests/test_report.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, save, token_axis
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.strict_json import read_json
+from hsa_ultralong.recipes.findings import FINDINGS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = Path("docs/report.md")
+_NOT_YET = "*Not run yet.*"
+_BLOCK = re.compile(r"(<!-- begin ([a-z_]+) -->\n).*?(<!-- end \2 -->)", re.S)
+# task -> how a table and a panel call it
+_TITLES = {
+    "s_niah": "hidden sentences answered exactly, %",
+    "ppl_last_512": "perplexity of the last 512 tokens",
+    "training": "held-out questions at the end of training answered exactly, %",
+}
+_LENGTH_TASKS = ("s_niah", "mk_niah", "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt")
+Records = list[dict[str, Any]]
+
+
+def pooled(records: Records) -> Records:
+    """Over seeds: the mean, with Wilson's interval of all samples of a share, the widest of a perplexity; `seeds` holds
+    the value of each."""
+    groups: dict[tuple[Any, ...], Records] = defaultdict(list)
+    for record in records:
+        key = tuple(record.get(field) for field in ("variant", "task", "metric", "length", "depth"))
+        groups[key].append(record)
+    found = []
+    for same in groups.values():
+        row = {**same[0], "value": sum(r["value"] for r in same) / len(same), "seeds": [r["value"] for r in same]}
+        if same[0].get("samples"):
+            if is_share(row):
+                row["samples"] = sum(r["samples"] for r in same)
+                right = sum(r["value"] * r["samples"] for r in same)
+                row["ci_low"], row["ci_high"] = wilson_interval(right, row["samples"])
+            else:
+                row["ci_low"], row["ci_high"] = min(r["ci_low"] for r in same), max(r["ci_high"] for r in same)
+        found.append(row)
+    return found
+
+
+def is_share(record: dict[str, Any]) -> bool:
+    """Whether a value is a share of samples, shown in percent."""
+    return record["metric"] != "loss" and not record["metric"].endswith("perplexity")
+
+
+def cell(record: dict[str, Any] | None) -> str:
+    """A value with its interval, and in brackets that of each seed where there are several."""
+    if record is None:
+        return ""
+
+    def show(value: float) -> str:
+        return f"{100 * value:.0f}" if is_share(record) else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+    text = show(record["value"])
+    if record.get("ci_low") is not None:
+        text += f" ({show(record['ci_low'])}-{show(record['ci_high'])})"
+    seeds = record.get("seeds", [])
+    return text + (f" [{', '.join(map(show, seeds))}]" if len(seeds) > 1 else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def by_length(records: Records, column: str) -> str:
+    """A table of names (their field is `column`) by length; every name has a row."""
+    lengths = sorted({record["length"] or 0 for record in records})
+    known = {(record[column], record["length"] or 0): record for record in records}
+    names = dict.fromkeys(record[column] for record in records)
+    head = [column, *(human_tokens(length) if length else "" for length in lengths)]
+    return table(head, [[name, *(cell(known.get((name, length))) for length in lengths)] for name in names])
+
+
+def shown(records: Records) -> dict[str, Records]:
+    """Records of a finding that are shown, by task, without cells of depth."""
+    tasks: dict[str, Records] = defaultdict(list)
+    for record in pooled(records):
+        if record["depth"] is None and (record["task"] != "training" or record["metric"] == "needle_accuracy"):
+            tasks[record["task"]].append(record)
+    return tasks
+
+
+def codes(settings: Sequence[str]) -> str:
+    return ", ".join(f"`{setting}`" for setting in settings)
+
+
+def finding_block(root: Path, name: str) -> str:
+    """Question, claim, runs, and what was measured of a finding."""
+    finding, folder = FINDINGS[name], Path("results/findings") / name
+    runs = [[f"`{one}`", codes(own) or "nothing"] for one, own in finding.variants.items()]
+    parts = [f"**{finding.question}**", f"The paper: {finding.claim}", f"Here: {finding.note}"]
+    if finding.common:
+        parts.append(f"All runs have {codes(finding.common)}.")
+    parts.append(table(["run", "differs from the recipe by"], runs))
+    if not (root / folder / "summary.json").is_file():
+        return "\n\n".join([*parts, _NOT_YET])
+    summary = read_json(root / folder / "summary.json")
+    meta, tasks = summary["meta"], shown(summary["records"])
+    draw_finding(tasks, list(finding.variants), root / folder / "figure.png")
+    parts.append(f"![{name} by length](../{folder}/figure.png)")
+    for task, records in tasks.items():
+        parts.append(f"{_TITLES.get(task, task).capitalize()}:\n\n{by_length(records, 'variant')}")
+    seeds, commits = ", ".join(map(str, meta["seeds"])), ", ".join(commit[:7] for commit in meta["commits"])
+    missing = [one for one in finding.variants if one not in {record["variant"] for record in summary["records"]}]
+    parts.append(
+        f"Seeds {seeds}; {', '.join(meta['hardware'])}; commit {commits}; [numbers](../{folder}/summary.json) and "
+        f"[configurations](../{folder}/configs)." + (f" Not run yet: {', '.join(missing)}." if missing else "")
+    )
+    cells = [record for record in pooled(summary["records"]) if record["depth"] is not None]
+    if name == "effective_length" and cells:
+        draw_depths(cells, list(finding.variants), root / folder / "depths.png")
+        parts.append(f"![Depth by length](../{folder}/depths.png)")
+    return "\n\n".join(parts)
+
+
+def draw_finding(tasks: dict[str, Records], variants: Sequence[str], path: Path) -> None:
+    """A panel for every task with lengths, a line a variant with its interval."""
+    panels = [task for task in _TITLES if tasks.get(task)]
+    figure, grid = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axes, task in zip(grid.flat, panels, strict=True):
+        for number, variant in enumerate(variants):
+            own = sorted((r for r in tasks[task] if r["variant"] == variant), key=lambda r: r["length"])
+            if own:
+                scale = 100 if is_share(own[0]) else 1
+                x, y = [r["length"] for r in own], [scale * r["value"] for r in own]
+                gaps = None
+                if own[0].get("ci_low") is not None:
+                    gaps = [[scale * abs(r["value"] - r[side]) for r in own] for side in ("ci_low", "ci_high")]
+                mark = MARKS[number % len(MARKS)]
+                axes.errorbar(x, y, gaps, label=variant, color=f"C{number}", marker=mark, ms=3, capsize=2, lw=1)
+        token_axis(axes, sorted({record["length"] for record in tasks[task]}))
+        axes.set_title(_TITLES[task], fontsize=8)
+        if task != "ppl_last_512":
+            axes.set_ylim(-3, 103)
+    grid.flat[0].legend(fontsize=7)
+    save(figure, path, 120)
+
+
+def draw_depths(cells: Records, variants: Sequence[str], path: Path) -> None:
+    """A map of depth by length for every variant, in percent."""
+    known = [variant for variant in variants if any(cell["variant"] == variant for cell in cells)]
+    lengths = sorted({cell["length"] for cell in cells})
+    figure, grid = plt.subplots(1, len(known), figsize=(3 * len(known), 3), squeeze=False, layout="constrained")
+    for axes, variant in zip(grid.flat, known, strict=True):
+        share = [[float("nan")] * len(lengths) for _ in range(10)]
+        for record in cells:
+            if record["variant"] == variant:
+                share[int(10 * record["depth"])][lengths.index(record["length"])] = 100 * record["value"]
+        image = axes.imshow(share, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        axes.set_xticks(range(len(lengths)), [human_tokens(length) for length in lengths], fontsize=7)
+        axes.set_yticks(range(10), [f"{10 * tenth + 5}%" for tenth in range(10)], fontsize=7)
+        axes.set_title(variant, fontsize=8)
+    figure.colorbar(image, ax=grid, label="exact, %", shrink=0.8)
+    save(figure, path, 120)
+
+
+def lengths_block(root: Path) -> str:
+    """Needles and the authors' tests of every study by length: (a), and beyond."""
+    found: dict[str, list[tuple[str, Records]]] = defaultdict(list)
+    for path in sorted((root / "results").glob("*/summary.json")):
+        records = [
+            record for record in read_json(path)["records"]
+            if record.get("task") in _LENGTH_TASKS and record.get("depth") is None and "value" in record
+            and not record.get("metric", "exact").startswith(("auroc", "teacher"))
+        ]  # fmt: skip
+        for task in _LENGTH_TASKS:
+            own = [record for record in records if record["task"] == task]
+            # a study of several forms of a memory has its first here
+            own = list({record["length"]: record for record in reversed(own)}.values())
+            if own:
+                found[task].append((path.parent.name, own))
+    parts = []
+    for task in _LENGTH_TASKS:
+        rows = [
+            {**record, "metric": record.get("metric", "exact"), "study": f"[{name}](../results/{name})"}
+            for name, own in found[task]
+            for record in own
+        ]
+        if rows:
+            parts.append(f"`{task}`, % with 95% intervals:\n\n{by_length(rows, 'study')}")
+    return "\n\n".join(parts) or _NOT_YET
+
+
+def operators_block(root: Path) -> str:
+    """Time of retrieval and HSA beside full attention, by length: (g)."""
+    parts = []
+    for path in sorted((root / "benchmarks" / "results").glob("ops-*.json")):
+        content = read_json(path)
+        times: dict[tuple[str, str, int], float] = {}
+        for record in content["records"]:
+            if record["op"] == "full_attention" or (record["op"], record["impl"]) == ("chunk_topk", "triton"):
+                is_wanted = True
+            else:
+                is_wanted = (record["op"], record["impl"], record["selection"]) == ("hsa", "triton", "recorded")
+            if is_wanted and record["K"] in (None, 32):
+                key = record["op"], record["direction"], record["T"]
+                times[key] = min(record["ms"], times.get(key, float("inf")))
+        rows = []
+        for length in sorted({key[2] for key in times}):
+            row = [human_tokens(length)]
+            for direction in ("fwd", "fwd_bwd"):
+                parted = [times.get((op, direction, length)) for op in ("chunk_topk", "hsa", "full_attention")]
+                row += ["" if ms is None else f"{ms:.2f}" for ms in parted]
+                retrieve, read, full = parted
+                row.append(f"{full / (retrieve + read):.1f}" if retrieve and read and full else "")
+            rows.append(row)
+        head = ["tokens"]
+        for words in ("", ", with backward"):
+            head += [f"retrieval, ms{words}", f"HSA, ms{words}", f"full attention, ms{words}", f"ratio{words}"]
+        meta, name = content["meta"], path.relative_to(root)
+        where = f"{meta['hardware']}, commit {meta['commit'][:7]}, K = 32"
+        parts.append(f"{where} ([numbers](../{name})):\n\n{table(head, rows)}")
+    return "\n\n".join(parts) or _NOT_YET
+
+
+def blocks(root: Path) -> dict[str, Callable[[], str]]:
+    """What makes the content of each block."""
+    own = {name: partial(finding_block, root, name) for name in FINDINGS}
+    return {"lengths": partial(lengths_block, root), "operators": partial(operators_block, root), **own}
+
+
+def render(text: str, root: Path) -> str:
+    """The page with all its blocks made anew; figures are drawn.
+
+    Raises:
+        ValueError: a block is unknown, or a finding has none.
+    """
+    makers = blocks(root)
+    names = [match[2] for match in _BLOCK.finditer(text)]
+    if sorted(names) != sorted(makers):
+        wrong = sorted({*names} ^ {*makers})
+        raise ValueError(f"{PAGE} must have each block once; missing, unknown or twice: {', '.join(wrong) or names}")
+    return _BLOCK.sub(lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> None:
+    from report_pdf import print_pdf
+
+    page = ROOT / PAGE
+    text = render(page.read_text(encoding="utf-8"), ROOT)
+    write_whole(page, text)
+    print_pdf(text, page.parent, page.with_suffix(".pdf"))
+    print(f"written {PAGE} and {PAGE.with_suffix('.pdf')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""scripts/report.py: docs/report.md says what the files say, in numbers, a figure and a PDF; nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hsa_ultralong.recipes.findings import FINDINGS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def report():
+    return script("report")
+
+
+def record(variant, seed, task, value, length=4096, depth=None, metric="exact", samples=20):
+    found = {"variant": variant, "seed": seed, "task": task, "metric": metric, "length": length, "depth": depth,
+             "value": value}  # fmt: skip
+    return {**found, "samples": samples, "ci_low": value * 0.9, "ci_high": value * 1.1} if samples else found
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A project in which effective_length was run with two variants and two seeds."""
+    records = []
+    for variant, values in (("rows_4k", (0.5, 0.7)), ("rows_32k", (1.0, 0.9))):
+        for seed, value in enumerate(values):
+            records += [
+                record(variant, seed, "s_niah", value),
+                record(variant, seed, "s_niah", value, depth=0.05, samples=2),
+                record(variant, seed, "ppl_last_512", 10 + value, metric="perplexity"),
+                record(variant, seed, "training", value, metric="needle_accuracy", samples=0),
+                record(variant, seed, "training", 2e5, metric="tokens_per_s", samples=0),
+            ]
+    folder = tmp_path / "results" / "findings" / "effective_length"
+    folder.mkdir(parents=True)
+    meta = {"seeds": [0, 1], "hardware": ["H100"], "commits": ["abcdefabcdef"]}
+    (folder / "summary.json").write_text(json.dumps({"meta": meta, "records": records}))
+    return tmp_path
+
+
+def page(root):
+    """A page with every block, empty."""
+    names = ["lengths", "operators", *FINDINGS]
+    return "# Title\n\n" + "\n\n".join(f"<!-- begin {name} -->\n<!-- end {name} -->" for name in names) + "\n"
+
+
+def test_seeds_are_pooled_with_intervals_and_each_is_shown(report, measured):
+    text = report.render(page(measured), measured)
+    assert "| rows_4k | 60 (45-74) [50, 70] |" in text and "| rows_32k | 95 (83-99) [100, 90] |" in text
+    assert "| rows_4k | 10.60 (9.45-11.77) [10.50, 10.70] |" in text
+    assert "Seeds 0, 1; H100; commit abcdefa" in text and "Not run yet: rows_8k, rows_128k." in text
+    folder = measured / "results" / "findings" / "effective_length"
+    assert (folder / "figure.png").is_file() and (folder / "depths.png").is_file()
+
+
+def test_what_was_not_run_says_so_and_everything_says_what_would_be(report, measured):
+    text = report.render(page(measured), measured)
+    assert text.count("*Not run yet.*") == len(FINDINGS) - 1 + 2  # lengths and operators have no files either
+    for finding in FINDINGS.values():
+        assert finding.question in text and all(f"| `{variant}` |" in text for variant in finding.variants)
+
+
+def test_writing_again_changes_nothing(report, measured):
+    once = report.render(page(measured), measured)
+    assert report.render(once, measured) == once
+
+
+def test_a_missing_or_unknown_block_is_refused(report, tmp_path):
+    with pytest.raises(ValueError, match="window"):
+        report.render(page(tmp_path).replace("begin window", "begin windows"), tmp_path)
+
+
+def test_the_committed_page_is_what_the_committed_files_say(report):
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    assert report.render(text, ROOT) == text, "run `make report`"
+
+
+def test_the_pdf_has_pages_and_is_the_same_every_time(report, measured, monkeypatch):
+    monkeypatch.setitem(sys.modules, "report", report)
+    printer = script("report_pdf")
+    text = report.render(page(measured), measured).replace("../results", "results")
+    text += "\n- an *item* with `code`\n\n```bash\nhsa plot\n```\n" + "A paragraph of words. " * 250
+    files = [measured / "one.pdf", measured / "two.pdf"]
+    for file in files:
+        printer.print_pdf(text, measured, file)
+    one, two = (file.read_bytes() for file in files)
+    assert one.startswith(b"%PDF") and one == two and one.count(b"/Type /Page ") >= 3
+
+
+def test_marks_of_markdown_are_left_out_of_print(report):
+    printer = script("report_pdf")
+    assert printer.plain("**a** `b*c` [d](e.md) *f* 2 * 3 * 4") == "a b*c d f 2 * 3 * 4"
+    room = printer.width("two words", 9.0)
+    assert printer.wrapped("two words more", 9.0, room) == ["two words", "more"]

@@ -1,0 +1,122 @@
+"""The paper's findings: every variant is a run that can start, and a finding goes from shards to a report in pieces."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli.main import app
+from hsa_ultralong.data import MixtureConfig
+from hsa_ultralong.models.presets import preset
+from hsa_ultralong.recipes import recipe
+from hsa_ultralong.recipes.findings import FINDINGS, QUICK
+from hsa_ultralong.train import apply_overrides
+from hsa_ultralong.train.twins import rival_of
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = [(name, variant) for name, finding in FINDINGS.items() for variant in finding.variants]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return script("findings")
+
+
+@pytest.mark.parametrize("settings", [(), QUICK], ids=["full", "quick"])
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_variant_is_a_run_whose_stages_fit_its_model_and_rows(name, variant, settings):
+    config = apply_overrides(recipe("findings"), [*FINDINGS[name].settings(variant), *settings])
+    model = config.shape()
+    rival_of(config, model)
+    for stage in config.stages:
+        stage.forward_rows(1)
+        MixtureConfig(weights=stage.mixture, seq_len=stage.seq_len, chunk_size=model.chunk_size)
+        assert stage.warmup_steps < stage.num_steps
+
+
+def test_runs_of_a_finding_have_the_same_tokens_and_differ_in_what_is_claimed():
+    for name, finding in FINDINGS.items():
+        assert len(finding.variants) >= 2 and len(set(finding.variants.values())) == len(finding.variants), name
+        runs = [apply_overrides(recipe("findings"), finding.settings(variant)) for variant in finding.variants]
+        assert len({tuple((stage.tokens, stage.batch_tokens) for stage in run.stages) for run in runs}) == 1, name
+        assert sum(stage.tokens for stage in runs[0].stages) <= 60_000_000
+
+
+def test_the_shared_run_is_the_recipe_as_it_is():
+    assert preset("nano") == recipe("findings").shape()
+    assert sum(not FINDINGS[name].settings(variant) for name, variant in VARIANTS) == 4
+
+
+@pytest.fixture(scope="module")
+def quick(findings, shards_folder, tmp_path_factory):
+    """`positions` at toy size, in two calls; the commands that were performed, and the folder."""
+    folder, performed = tmp_path_factory.mktemp("findings"), []
+    text = folder / "held-out.txt"
+    text.write_text((shards_folder[0].parent / "corpus.txt").read_text(encoding="utf-8")[:9000], encoding="utf-8")
+
+    def perform(command, seconds):
+        performed.append(list(command))
+        if len(performed) == 2:  # asked to end within its time
+            return -1
+        return CliRunner().invoke(app, list(command)).exit_code
+
+    arguments = [
+        "run", "positions", "--data", shards_folder[0], "--quick", "--device", "cpu", "--runs", folder / "runs",
+        "--lengths", "512", "--needles", "2", "--ppl-lengths", "1K", "--samples", "1", "--text", text,
+    ]  # fmt: skip
+    codes = [findings.main(list(map(str, arguments)), perform) for _ in range(2)]
+    assert codes == [3, 0]
+    return performed, folder
+
+
+def test_a_finding_goes_on_where_it_stopped_and_does_nothing_twice(quick):
+    performed, _ = quick
+    kinds = [command[1] if command[0] == "train" else command[command.index("-o") + 1].rsplit("/", 1)[1]
+             for command in performed]  # fmt: skip
+    assert kinds == ["findings", "needles", "needles", "perplexity", "findings", "needles", "perplexity"]
+    assert "--max-minutes" in performed[0] and "model.memory_positions=rope" in performed[4]
+
+
+def test_its_summary_has_records_of_every_variant_configurations_and_where_they_came_from(quick):
+    folder = quick[1] / "runs" / "results" / "positions"
+    found = json.loads((folder / "summary.json").read_text())
+    assert {(r["variant"], r["task"]) for r in found["records"]} == {
+        (variant, task) for variant in ("nope", "rope") for task in ("training", "s_niah", "ppl_last_512")
+    }
+    assert {r["depth"] for r in found["records"] if r["task"] == "s_niah"} > {None}
+    assert found["meta"]["seeds"] == [0] and found["meta"]["settings"]["rope"] == ["model.memory_positions=rope"]
+    assert set(found["meta"]["runs"]) == {"nope-0", "rope-0"} and found["meta"]["commits"] and found["meta"]["hardware"]
+    config = json.loads((folder / "configs" / "rope.json").read_text())
+    assert config["model"]["memory_positions"] == "rope"
+
+
+def test_seeds_measured_elsewhere_are_kept(findings, quick, tmp_path):
+    shutil.copytree(quick[1] / "runs" / "results", tmp_path / "results")
+    path = tmp_path / "results" / "positions" / "summary.json"
+    found = json.loads(path.read_text())
+    moved = [{**record, "seed": 7} for record in found["records"]]
+    path.write_text(json.dumps({"meta": {**found["meta"], "runs": {"nope-7": found["meta"]["runs"]["nope-0"]}},
+                                "records": moved}))  # fmt: skip
+    joined = findings.collect("positions", quick[1] / "runs", tmp_path / "results")
+    assert joined["meta"]["seeds"] == [0, 7] and len(joined["records"]) == 2 * len(moved)
+    assert set(joined["meta"]["runs"]) == {"nope-0", "rope-0", "nope-7"}
+
+
+def test_nothing_measured_and_failed_commands_are_one_clear_error(findings, tmp_path):
+    with pytest.raises(ValueError, match="nothing of window was measured"):
+        findings.collect("window", tmp_path, tmp_path)
+    options = findings.Options(tmp_path, runs=tmp_path / "runs")
+    with pytest.raises(ValueError, match="exit code 2; run it again"):
+        findings.run("window", 0, options, perform=lambda *_: 2)
