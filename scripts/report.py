@@ -120,6 +120,7 @@ def finding_block(root: Path, name: str) -> str:
     parts.append(f"![{name} by length](../{folder}/figure.png)")
     for task, records in tasks.items():
         parts.append(f"{_TITLES.get(task, task).capitalize()}:\n\n{by_length(records, 'variant')}")
+    parts.append(differences(tasks, list(finding.variants), len(meta["seeds"])))
     seeds, commits = ", ".join(map(str, meta["seeds"])), ", ".join(commit[:7] for commit in meta["commits"])
     missing = [one for one in finding.variants if one not in {record["variant"] for record in summary["records"]}]
     parts.append(
@@ -131,6 +132,34 @@ def finding_block(root: Path, name: str) -> str:
         draw_depths(cells, list(finding.variants), root / folder / "depths.png")
         parts.append(f"![Depth by length](../{folder}/depths.png)")
     return "\n\n".join(parts)
+
+
+def differences(tasks: dict[str, Records], variants: Sequence[str], seeds: int) -> str:
+    """What may be claimed: where runs differ from the first one with intervals apart and three seeds or more agreeing."""
+    if seeds < 3:
+        return f"No difference is claimed: that takes three seeds, and there {'is one' if seeds == 1 else 'are two'}."
+    found = []
+    for task in ("s_niah", "ppl_last_512"):
+        known = {(record["variant"], record["length"]): record for record in tasks.get(task, ())}
+        for variant in variants[1:]:
+            places: dict[str, list[str]] = {"above": [], "below": []}
+            for length in sorted({record["length"] for record in tasks.get(task, ())}):
+                first, other = known.get((variants[0], length)), known.get((variant, length))
+                if first is None or other is None or len(first["seeds"]) != len(other["seeds"]):
+                    continue
+                pairs = list(zip(first["seeds"], other["seeds"], strict=True))
+                if other["ci_low"] > first["ci_high"] and all(two > one for one, two in pairs):
+                    places["above"].append(human_tokens(length))
+                if other["ci_high"] < first["ci_low"] and all(two < one for one, two in pairs):
+                    places["below"].append(human_tokens(length))
+            found += [
+                f"- {_TITLES[task]}: `{variant}` {side} `{variants[0]}` at {', '.join(at)}"
+                for side, at in places.items()
+                if at
+            ]
+    if not found:
+        return "No run differs from the first one with intervals apart and all seeds agreeing."
+    return "Differences, intervals apart and all seeds agreeing:\n\n" + "\n".join(found)
 
 
 def draw_finding(tasks: dict[str, Records], variants: Sequence[str], path: Path) -> None:

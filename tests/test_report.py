@@ -67,6 +67,20 @@ def test_seeds_are_pooled_with_intervals_and_each_is_shown(report, measured):
     assert (folder / "figure.png").is_file() and (folder / "depths.png").is_file()
 
 
+def test_differences_are_claimed_of_three_seeds_with_intervals_apart_only(report):
+    def tasks(values, others, **more):
+        found = [record("a", seed, "s_niah", value, **more) for seed, value in enumerate(values)]
+        return report.shown(found + [record("b", seed, "s_niah", value, **more) for seed, value in enumerate(others)])
+
+    low, high = (0.1, 0.2, 0.1), (0.9, 0.8, 0.9)
+    text = report.differences(tasks(low, high), ["a", "b"], 3)
+    assert "answered exactly, %: `b` above `a` at 4K" in text
+    assert "`b` below `a` at 4K" in report.differences(tasks(high, low), ["a", "b"], 3)
+    for one, other in ((low, (0.9, 0.05, 0.9)), (low, low)):
+        assert report.differences(tasks(one, other), ["a", "b"], 3).startswith("No run differs")
+    assert "three seeds, and there are two" in report.differences(tasks(low[:2], high[:2]), ["a", "b"], 2)
+
+
 def test_what_was_not_run_says_so_and_everything_says_what_would_be(report, measured):
     text = report.render(page(measured), measured)
     assert text.count("*Not run yet.*") == len(FINDINGS) - 1 + 2  # lengths and operators have no files either

@@ -43,7 +43,7 @@ class ReadingVariant(NamedTuple):
             operands = queries, keys, memory.v, retrieval.indices, retrieval.weights
             if self.is_joint:
                 output, mass = joint_attention(
-                    *operands, chunk_size=chunk_size, chunk_lengths=memory.lengths, first_chunk=offset
+                    *operands, chunk_size=chunk_size, chunk_lengths=memory.lengths, first_chunk=offset, causal=is_causal
                 )
                 masses.append(mass)
             else:

@@ -73,6 +73,17 @@ def test_equal_weights_are_plain_attention_over_the_union(ratio, monkeypatch):
     torch.testing.assert_close(output[b, t], torch.einsum("hn,nhd->hd", attention, values), **EXACT)
 
 
+def test_causal_tokens_skip_chunks_that_they_cannot_have_chosen(monkeypatch):
+    monkeypatch.setitem(torch_joint._BLOCK_ELEMENTS, "cpu", 1)
+    q, k, v, indices, weights, lengths = random_attention(num_tokens=19, num_chunks=4, is_short=True)
+    past = torch.arange(19)[:, None, None] // 4
+    indices = torch.where(indices < past, indices, -1)
+    options = {"chunk_size": 4, "chunk_lengths": lengths}
+    whole, less = (joint_attention(q, k, v, indices, weights, **options, causal=causal) for causal in (False, True))
+    for one, other in zip(whole, less, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
 def test_both_ways_give_the_same_gradients_in_blocks_of_any_size(monkeypatch):
     found = []
     for ratio, elements in ((0, 1), (8, 1), (8, 1 << 22)):

@@ -31,13 +31,14 @@ def joint_attention(
     chunk_size: int,
     chunk_lengths: torch.Tensor | None = None,
     first_chunk: int | None = None,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O_t = sum_j a_j v_j over keys j of all chosen chunks, a = softmax of q_t k_j^T / sqrt(D) + log w of the chunk.
 
     With equal weights this is plain attention over the union of the chunks.
 
     Args:
-        q, k, v, indices, weights, chunk_size, chunk_lengths, first_chunk: as in hsa_attention.
+        q, k, v, indices, weights, chunk_size, chunk_lengths, first_chunk, causal: as in hsa_attention.
 
     Returns:
         (B, T, Hq, D) in the dtype of q, 0 for a token with no chosen chunk; and (B, T, Hq), fp32 (fp64 kept): the
@@ -54,7 +55,11 @@ def joint_attention(
     block = _dense_block if is_dense else _gathered_block
     parts = []
     for start, stop in blocks(q.shape[1], size):
-        operands = (q[:, start:stop], k, v, indices[:, start:stop], weights[:, start:stop], chunk_size, chunk_lengths)
+        # what these tokens may have chosen; no less than a chunk, which nobody has chosen then
+        count = max(1, stop // chunk_size) if causal and is_dense else num_chunks
+        keys, values = (part[:, : count * chunk_size] for part in (k, v))
+        lengths = None if chunk_lengths is None else chunk_lengths[:, :count]
+        operands = q[:, start:stop], keys, values, indices[:, start:stop], weights[:, start:stop], chunk_size, lengths
         parts.append(checkpoint(block, *operands, use_reentrant=False) if torch.is_grad_enabled() else block(*operands))
     out, mass = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return out.to(q.dtype), mass
