@@ -212,7 +212,7 @@ class Recorder:
         return memory, [self.record("open_s", seconds, memory.num_tokens, store=name, format=format)]
 
     @torch.no_grad()
-    def lookup_quality(self, memory: Memory, *, format: str = "") -> list[dict[str, Any]]:
+    def lookup_quality(self, memory: Memory, lookup: str, *, format: str = "") -> list[dict[str, Any]]:
         """Recall of the lookup against the exact scan, for queries of all retrieval layers on text of the memory, and
         the times of one query by both."""
         own = _here(memory)
@@ -237,7 +237,7 @@ class Recorder:
                 exact = index.search(query, topk, num_scored=every, **options)[0]
                 shares.append((fast[..., :, None] == exact[..., None, :]).any(-1).float().mean())
             recall = float(torch.stack(shares).mean())
-            found.append(self.record(f"recall_{topk}", recall, memory.num_tokens, store="sketch", format=format))
+            found.append(self.record(f"recall_{topk}", recall, memory.num_tokens, store=lookup, format=format))
         one, options = queries[0][0][:, :1].contiguous(), queries[0][1]
         for metric, call in (
             ("exact_scan_ms", lambda: index.search(one, 32, num_scored=every, **options)),
@@ -249,7 +249,7 @@ class Recorder:
                 call()
                 _synchronize(self.device)
                 times.append(1e3 * (time.perf_counter() - start))
-            found.append(self.record(metric, sorted(times)[5], memory.num_tokens, store="sketch", format=format))
+            found.append(self.record(metric, sorted(times)[5], memory.num_tokens, store=lookup, format=format))
         return found
 
 
@@ -350,6 +350,6 @@ def file_records(
             found += recorder.decoding(memory, tokens, store=place, format=format, batch=batch)
         found.append(recorder.record("peak_host_bytes", peak_host_bytes(), tokens, store=place, format=format))
         if memory.lookup is not None:
-            found += recorder.lookup_quality(memory, format=format)
+            found += recorder.lookup_quality(memory, lookup, format=format)
         for record in found:
             on_record(record)

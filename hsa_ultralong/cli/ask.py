@@ -30,7 +30,7 @@ TextFiles = Annotated[
 OneMemory = Annotated[
     Path | None, typer.Option("--memory", "-m", help="Memory made by hsa memorize, instead of --text.")
 ]
-Lookup = Annotated[str, typer.Option(help="exact, or sketch: faster in large memories.")]
+Lookup = Annotated[str, typer.Option(help="exact; sketch or lists: faster in large memories.")]
 LongestAnswer = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_COUNT, help="Longest answer in tokens.", show_default="24; of a chat model 256"),

@@ -110,7 +110,7 @@ def memory(
     formats: Annotated[str, typer.Option(help="Forms of keys and values in files.")] = "bf16,int8",
     file_max: Annotated[str, typer.Option(help="Longest memory that is also read into a file and saved.")] = "1M",
     batches: Annotated[str, typer.Option(help="Sequences that share the memory while decoding.")] = "1",
-    lookups: Annotated[str, typer.Option(help="For --file: exact, sketch or both.")] = "exact",
+    lookups: Annotated[str, typer.Option(help="For --file: some of exact, sketch, lists.")] = "exact",
     steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Tokens decoded and timed.")] = 32,
     piece: Annotated[
         str | None, typer.Option("--piece", "--segment", help="Tokens per forward of reading; 128K compiles.")

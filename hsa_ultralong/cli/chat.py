@@ -66,7 +66,7 @@ def chat(
     ] = None,
     unsure_below: UnsureBelow = None,
     lookup: Annotated[
-        str | None, typer.Option(help="exact, or sketch: faster in large memories.", show_default="exact")
+        str | None, typer.Option(help="exact; sketch or lists: faster in large memories.", show_default="exact")
     ] = None,
     store: Annotated[
         str | None,

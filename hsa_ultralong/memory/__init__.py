@@ -14,6 +14,7 @@ from hsa_ultralong.memory.files import (
     verify_memory,
 )
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
+from hsa_ultralong.memory.landmark_lists import LandmarkLists
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.memory.saving import save_memory
 from hsa_ultralong.memory.stored_memory import StoredMemory
@@ -22,6 +23,7 @@ from hsa_ultralong.memory.tiers import TieredStore
 __all__ = [
     "ChunkMemory",
     "LandmarkIndex",
+    "LandmarkLists",
     "Memory",
     "StoredMemory",
     "TieredStore",

@@ -2,10 +2,9 @@
 
 Trained landmarks fill few of their R dimensions (nano: 32 of 256 hold all but 4e-5 of the variance), the same ones for
 any text. The principal directions of the first chunks give a sketch of d numbers a chunk; a query scans the sketches
-and reads the full landmarks of the best `num_scored` only. Linear in C, with R / d times less to read. Lookup in
-clusters or groups of chunks reads less still but was measured to lose the answer: a sentence hidden in a text lies far
-from every centroid. Called by the stores of memory/ for large memories; chunk_topk stays the default and the
-specification. tests/memory/test_landmark_index.py.
+and reads the full landmarks of the best `num_scored` only. Linear in C, with R / d times less to read;
+landmark_lists.py scans a part of the sketches. Called by the stores of memory/ for large memories; chunk_topk stays the
+default and the specification. tests/memory/test_landmark_index.py.
 """
 
 from __future__ import annotations
@@ -169,9 +168,10 @@ class LandmarkIndex:
         rows = query.permute(2, 0, 1, 3).reshape(heads, batch * num_tokens, dim)  # (Hr, B*T, R)
         indices = torch.empty((heads, batch * num_tokens, topk), dtype=torch.int32, device=query.device)
         products = torch.empty(indices.shape, device=query.device)
-        work = heads * max(self.num_chunks, wanted * dim)
+        work = heads * max(self._row_elements(topk, wanted), wanted * dim)
         for start, stop in blocks(batch * num_tokens, max(1, _BLOCK_ELEMENTS // work)):
-            candidates, exact = self._score(rows[:, start:stop], wanted)
+            candidates = self._candidates(rows[:, start:stop], topk, wanted)
+            exact = self._products(rows[:, start:stop], candidates)
             indices[:, start:stop], products[:, start:stop] = _best(candidates, exact, topk)
         shape = (heads, batch, num_tokens, topk)
         factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
@@ -184,20 +184,35 @@ class LandmarkIndex:
             indices, scores = indices.masked_fill(is_padding, -1), scores.masked_fill(is_padding, -torch.inf)
         return indices.contiguous(), scores.contiguous()
 
-    def _score(self, query: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidates (Hr, m, n) int64 of the rows (Hr, m, R), ascending, and their exact products, fp32."""
+    def _row_elements(self, topk: int, wanted: int) -> int:
+        """Numbers that a row of queries needs room for while its candidates are found, per head."""
+        return self.num_chunks
+
+    def _small(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries (Hr, m, R) in the directions of the sketches: (Hr, m, d)."""
         assert self.basis is not None
+        return (query.float() @ self.basis).to(self.sketches.dtype)
+
+    def _candidates(self, query: torch.Tensor, topk: int, wanted: int) -> torch.Tensor:
+        """The `wanted` chunks (Hr, m, n) int64, ascending, whose sketches fit the rows (Hr, m, R) best."""
+        rough = matmul_wide(self._small(query), self.sketches.permute(1, 2, 0))  # (Hr, m, C)
+        return best_of(rough, wanted).sort(dim=-1).values
+
+    def _products(self, query: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """The exact products of rows (Hr, m, R) with the landmarks of candidates (Hr, m, n), fp32."""
         heads, num_rows, dim = query.shape
-        small = (query.float() @ self.basis).to(self.sketches.dtype)  # (Hr, m, d)
-        rough = matmul_wide(small, self.sketches.permute(1, 2, 0))  # (Hr, m, C)
-        # a chunk whose product is not finite comes last, as in chunk_topk
-        rough = rough.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-        candidates = rough.topk(wanted, dim=-1, sorted=False).indices.sort(dim=-1).values  # (Hr, m, n)
         head = torch.arange(heads, device=query.device)[:, None, None]
         place = (candidates * heads + head).flatten()
-        read = self.landmarks.flatten(0, 1).index_select(0, place).to(query.dtype).view(heads * num_rows, wanted, dim)
-        exact = matmul_wide(read, query.reshape(heads * num_rows, dim, 1))  # (Hr*m, n, 1)
-        return candidates, exact.view(candidates.shape).float()
+        read = self.landmarks.flatten(0, 1).index_select(0, place).to(query.dtype)
+        exact = matmul_wide(read.view(heads * num_rows, -1, dim), query.reshape(heads * num_rows, dim, 1))
+        return exact.view(candidates.shape).float()  # (Hr, m, n)
+
+
+def best_of(products: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the `count` best along the last dimension, in any order; what is not finite comes last, as in
+    chunk_topk. Overwrites the products."""
+    products = products.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    return products.topk(count, dim=-1, sorted=False).indices
 
 
 def _see_all(query: torch.Tensor, num_chunks: int) -> ChunkVisibility:

@@ -19,6 +19,7 @@ from hsa_ultralong.memory.files import MemoryFile, MemoryFileError
 from hsa_ultralong.memory.files.reader import require_fingerprint
 from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
+from hsa_ultralong.memory.landmark_lists import LandmarkLists
 from hsa_ultralong.memory.stored_memory import StoredMemory
 from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, QuantizedLandmarks, TieredStore
@@ -26,7 +27,7 @@ from hsa_ultralong.nn.views import ChunkTensors, KeyValueStore
 
 logger = logging.getLogger(__name__)
 STORES = ("device", "host", "tiered", "file")
-LOOKUPS = ("exact", "sketch")
+LOOKUPS = ("exact", "sketch", "lists")
 # chunks converted at a time
 _STEP = 4096
 _CACHE_BYTES = 256 * 2**20
@@ -112,7 +113,7 @@ def open_memory(
             first `device_bytes` of them (default 0) on the device, "file" all on disk. Landmarks are on the device.
         dtype: that the model reads; default the file's, bf16 for 8-bit formats.
         lookup: "exact" scans all landmarks (int8 ones as they are on a GPU), "sketch" a projection of them first
-            (landmark_index.py).
+            (landmark_index.py), "lists" a part of these projections (landmark_lists.py). Made anew at every opening.
         cache_bytes: of hot chunks kept ready on the device ("file" only); default 256 MiB.
         fingerprint: refuse another model's memory.
         part: first and last + 1 of the chunks to open; the documents are those of the whole (inference/sharding.py).
@@ -160,7 +161,8 @@ def open_memory(
     )  # fmt: skip
     if store == "device":
         memory = memory.loaded()
-    memory.lookup = LandmarkIndex.build(memory.landmarks[0]) if lookup == "sketch" else scan
+    builds = {"sketch": LandmarkIndex.build, "lists": LandmarkLists.build}
+    memory.lookup = builds[lookup](memory.landmarks[0]) if lookup in builds else scan
     return memory
 
 

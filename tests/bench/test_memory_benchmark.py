@@ -84,11 +84,12 @@ def test_a_file_is_measured_with_and_without_a_lookup(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, found = HSAForCausalLM(preset("debug")).eval(), []
     model.memorize(torch.randint(3, 500, (3000,))).save(tmp_path / "a.hsa", key_values="int8")
-    settings = MemorySettings(stores=("file",), lookups=("exact", "sketch"), steps=3)
+    settings = MemorySettings(stores=("file",), lookups=("exact", "sketch", "lists"), steps=3)
     file_records(model, "debug", tmp_path / "a.hsa", settings, found.append)
     values = {(record["metric"], record["store"]): record["value"] for record in found}
     assert values["recall_32", "sketch"] > 0.9 and values["lookup_ms", "sketch"] > 0
-    assert values["decode_ms", "file"] > 0 and values["decode_ms", "file, sketch"] > 0
+    assert values["recall_32", "lists"] > 0.9 and values["lookup_ms", "lists"] > 0
+    assert all(values["decode_ms", place] > 0 for place in ("file", "file, sketch", "file, lists"))
     assert {record["dtype"] for record in found} == {"int8"} and {record["tokens"] for record in found} == {3000}
 
 

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_ultralong.inference import Library, append, close_document, edit, last_logits, memory_fingerprint
-from hsa_ultralong.memory import MemoryFile, MemoryFileError, landmark_index, verify_memory
+from hsa_ultralong.memory import (
+    LandmarkLists,
+    MemoryFile,
+    MemoryFileError,
+    landmark_index,
+    landmark_lists,
+    verify_memory,
+)
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.memory.opening import _load_tiers, open_memory
 from hsa_ultralong.memory.quantization import decode, encode, row_bytes
@@ -219,15 +226,23 @@ def test_a_bf16_checkpoint_loaded_wider_has_the_same_fingerprint_and_reads_the_s
         open_memory(tmp_path / "a.hsa", fingerprint="other")
 
 
-def test_a_sketched_lookup_gives_the_same_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(landmark_index, "_FIT_CHUNKS", 64)
+def model_of_few_directions():
+    """A model whose landmarks lie in few directions, as training leaves them."""
     model = tiny_model(retrieval_dim=64)
     with torch.no_grad():
-        # landmarks in few directions, as training leaves them
         weight = model.model.chunk_encoder.landmark_proj.weight
         weight[4:] = torch.randn(60, 4, dtype=weight.dtype) @ weight[:4] * 0.3
+    return model
+
+
+@pytest.mark.parametrize("lookup", ["sketch", "lists"])
+def test_a_faster_lookup_gives_the_same_answers(tmp_path, monkeypatch, lookup):
+    monkeypatch.setattr(landmark_index, "_FIT_CHUNKS", 64)
+    monkeypatch.setattr(landmark_lists, "_LEAST_CHUNKS", 64)
+    monkeypatch.setattr(landmark_lists, "_READ", 100)
+    model = model_of_few_directions()
     model.memorize(document(1200)).save(tmp_path / "a.hsa")
-    memories = [opened(tmp_path / "a.hsa", "file", lookup=lookup) for lookup in ("exact", "sketch")]
+    memories = [opened(tmp_path / "a.hsa", "file", lookup=lookup) for lookup in ("exact", lookup)]
     ids = random_tokens(2, 9, seed=5)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -237,10 +252,25 @@ def test_a_sketched_lookup_gives_the_same_answers(tmp_path, monkeypatch):
         with torch.no_grad():
             found.append(model(ids, attention_mask=mask, past_key_values=cache).logits)
     assert memories[1].lookup.basis is not None and memories[0].lookup is None
+    assert isinstance(memories[1].lookup, LandmarkLists) == (lookup == "lists")
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[1][1, 4:], found[0][1, 4:], rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="lookup must be one of exact, sketch"):
+    with pytest.raises(ValueError, match="lookup must be one of exact, sketch, lists"):
         opened(tmp_path / "a.hsa", "file", lookup="tree")
+
+
+def test_a_change_takes_the_lists_away_and_what_is_appended_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(landmark_index, "_FIT_CHUNKS", 64)
+    monkeypatch.setattr(landmark_lists, "_LEAST_CHUNKS", 64)
+    model = model_of_few_directions()
+    first, second = document(1200), random_tokens(1, 64, seed=9)[0]
+    model.memorize(first).save(tmp_path / "a.hsa")
+    memory = opened(tmp_path / "a.hsa", "device", lookup="lists")
+    assert isinstance(memory.lookup, LandmarkLists)
+    append(model, memory, second)
+    assert memory.lookup is None
+    ids = random_tokens(1, 9, seed=5)
+    assert torch.equal(logits(model, memory, ids), logits(model, model.memorize([first, second]), ids))
 
 
 @pytest.fixture(scope="module", params=["int8", "fp8", "bf16", "fp64"])
