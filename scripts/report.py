@@ -135,7 +135,7 @@ def finding_block(root: Path, name: str) -> str:
 
 
 def differences(tasks: dict[str, Records], variants: Sequence[str], seeds: int) -> str:
-    """What may be claimed: where runs differ from the first one with intervals apart and three seeds or more agreeing."""
+    """What may be claimed: where runs differ from the first with intervals apart and at least three seeds agreeing."""
     if seeds < 3:
         return f"No difference is claimed: that takes three seeds, and there {'is one' if seeds == 1 else 'are two'}."
     found = []
