@@ -1,4 +1,4 @@
-"""A small grammar of facts in plain sentences: relations x word orders x frames, thousands of forms, with questions.
+"""A grammar of facts in plain sentences: relations x word orders x frames, clauses of an open vocabulary, questions.
 
 A form is a statement about a subject {x} that holds a value {v}, the questions that ask for it, and where the sentence
 ends in the value the stem that it continues. Called by ``fact_rows.py``; tested in ``tests/data/test_fact_rows.py``.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hsa_ultralong.data.fact_clauses import sample_clause
 from hsa_ultralong.data.fact_templates import (
     ATTRIBUTE_FRAMES,
     ATTRIBUTE_QUESTIONS,
@@ -27,7 +28,9 @@ from hsa_ultralong.data.fact_templates import (
 )
 from hsa_ultralong.data.fact_values import Draw, subject_of, value_of
 
-FAMILIES = ("attributes", "deeds", "relations", "scenes")
+# and how often each is drawn where none is named
+_SHARES = {"attributes": 0.2, "deeds": 0.1, "relations": 0.13, "scenes": 0.12, "clauses": 0.45}
+FAMILIES = tuple(_SHARES)
 
 
 class FactForm(NamedTuple):
@@ -66,15 +69,33 @@ def _capital(text: str) -> str:
 
 def sample_form(draw: Draw, split: int = 0, family: str = "") -> FactForm:
     """One of the forms of a split (0 training, 1 validation); validation's verbs and frames are never training's."""
-    form = _MAKERS[family or draw.pick(FAMILIES)](draw, split)
+    form = _MAKERS[family or _family(draw)](draw, split)
     frame = draw.pick(FRAMES[split])
-    sentence = form.statement
-    if sentence[0] in "*[<":
+    sentence = form.statement.rstrip("\n")
+    if sentence[0] in "*[<" or sentence != form.statement:
         return form._replace(statement=f"{sentence}\n", core=sentence)
     # {X} is the subject with a capital; a value is stated as it is answered
     start = "{X}" + sentence[3:] if sentence.startswith("{x}") else sentence
     start = start if start.startswith("{") else _capital(start)
     return form._replace(statement=frame.replace("{S}", start).replace("{s}", sentence), core=sentence)
+
+
+def _family(draw: Draw) -> str:
+    place = draw.random()
+    for name, share in _SHARES.items():
+        place -= share
+        if place < 0:
+            return name
+    return name
+
+
+def _clause_form(draw: Draw, split: int) -> FactForm:
+    statement, questions, kind, subject = sample_clause(draw, split)
+    if subject == "person":
+        statement, *questions = (text.replace("{p}", "{x}") for text in (statement, *questions))
+    first = questions[0]
+    restated = f"{first[8:-1]} is" if first.startswith("What is the ") and first.endswith("{x}?") else ""
+    return FactForm("clauses", statement, tuple(questions), subject, kind, restated=restated)
 
 
 def _attribute_form(draw: Draw, split: int) -> FactForm:
@@ -134,7 +155,8 @@ def _scene_form(draw: Draw, split: int) -> FactForm:
     return FactForm("scenes", statement, (question,), "both" if "{p}" in statement else "thing", kind)
 
 
-_MAKERS = {"attributes": _attribute_form, "deeds": _deed_form, "relations": _relation_form, "scenes": _scene_form}
+_MAKERS = {"attributes": _attribute_form, "deeds": _deed_form, "relations": _relation_form}
+_MAKERS |= {"scenes": _scene_form, "clauses": _clause_form}
 
 
 def sample_fact(draw: Draw, form: FactForm, words: Sequence[str], subject: str = "") -> StatedFact:

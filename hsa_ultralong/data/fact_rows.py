@@ -25,7 +25,7 @@ UNKNOWN = " unknown"
 # what the facts of a row have in common, and how often
 _SCENES = {"mixed": 0.4, "similar": 0.35, "one_subject": 0.1, "changed": 0.15}
 _PLACEMENTS = {"single": 0.45, "paragraph": 0.2, "border": 0.15, "documents": 0.2}
-_ABSENT = 0.08
+_ABSENT = 0.06
 _MOST_SIMILAR = 256
 # a statement of a row takes about so many tokens
 _STATEMENT_TOKENS = 28
@@ -125,14 +125,14 @@ def _facts(
         fact = sample_fact(draw, form, words, subject)
         if scene == "similar" and draw.chance(p_hard):
             # a subject that shares a word with an earlier one
-            mixed = _crossed(draw, fact.subject, list(found)[draw.below(len(found))][0])
+            mixed = crossed(draw, fact.subject, list(found)[draw.below(len(found))][0])
             fact = sample_fact(draw, form, words, mixed)
         key = (fact.subject, form.questions[0] if scene == "one_subject" else "")
         found.setdefault(key, (fact, form))
     return list(found.values())
 
 
-def _crossed(draw: Draw, one: str, other: str) -> str:
+def crossed(draw: Draw, one: str, other: str) -> str:
     """A subject with half of its words from either, where both have as many."""
     first, second = one.split(" "), other.split(" ")
     if len(first) != len(second) or len(first) < 2:
@@ -227,7 +227,7 @@ def _unsaid(
     fact, form = pairs[number]
     said = {(one.subject, form.questions) for one, form in pairs}
     if draw.chance(p_hard):
-        near = form, _crossed(draw, subject_of(form.subject, draw, words), fact.subject)
+        near = form, crossed(draw, subject_of(form.subject, draw, words), fact.subject)
         if "\t" not in fact.subject and draw.chance(0.4):
             near = sample_form(draw, split, "attributes"), fact.subject
         if (near[1], near[0].questions) not in said:

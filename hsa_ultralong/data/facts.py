@@ -1,4 +1,6 @@
-"""Rows for a converted model: facts in hundreds of sentence forms asked as chat, and spans of text to be quoted again.
+"""Rows for a converted model: facts in any sentence form asked as chat, and spans of text to be quoted again.
+
+Half of the facts are of the forms below, half of the grammar of fact_forms.py.
 
 Questions have the form of the tokenizer's own chat template, without its system message; a tokenizer without one asks
 by the template of chat.py. Words come from the corpus' word bank, which holds none of evaluation's. The answers alone
@@ -14,6 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsa_ultralong.data.chat_form import Asker, ChatForm, Turn
+from hsa_ultralong.data.fact_forms import FactForm, sample_fact, sample_form
+from hsa_ultralong.data.fact_rows import crossed
+from hsa_ultralong.data.fact_values import Draw
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, RowWriter, haystack, hide, round_up
 from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.tokenizer import PieceTokenizer
@@ -26,6 +31,8 @@ def _parts(text: str) -> tuple[str, ...]:
 _LONGEST_SPAN, _FIRST = 400, 8
 # share of rows that ask plainly, as evaluation does
 PLAIN_FRACTION = 0.25
+# share of facts of the grammar
+_GRAMMAR = 0.5
 _NUMBERS = _parts(
     "access code|badge number|serial number|price in dollars|weight in grams|height in feet|age in years|"
     "account number|zip code|page number|speed limit|temperature|distance in miles|seat number|ticket number|"
@@ -147,7 +154,19 @@ def sample_facts(rng: np.random.Generator, count: int, words: Sequence[str], p_h
     """
     found: dict[str, ChatFact] = {}
     told: list[tuple[str, tuple[str, str, str], str]] = []
+    draw, forms = Draw(rng), list[tuple[FactForm, str]]()
     while len(found) < count:
+        if draw.chance(_GRAMMAR):
+            before = forms[draw.below(len(forms))] if forms and draw.chance(p_hard) else None
+            grammar = sample_form(draw) if before is None else before[0]
+            stated = sample_fact(draw, grammar, words)
+            if before is not None:
+                stated = sample_fact(draw, grammar, words, crossed(draw, stated.subject, before[1]))
+            if stated.question not in found:
+                sentence = f"{stated.left}{stated.value}{stated.right}"
+                found[stated.question] = ChatFact(sentence, stated.question, stated.answer.strip())
+                forms.append((grammar, stated.subject))
+            continue
         like = told[int(rng.integers(len(told)))] if told and rng.random() < p_hard else None
         if (rng.random() < 0.3) if like is None else (like[0] == "deed"):
             deed = _DEEDS[int(rng.integers(len(_DEEDS)))] if like is None else like[1]

@@ -78,6 +78,14 @@ def nano_facts() -> TrainConfig:
         log_every=10,
         probe_every=800,
         probe_kind="facts",
-        probe_families=("facts/scenes", "facts/similar", "facts/absent", "facts/documents", "lists/pairs", "prompts"),
+        probe_families=(
+            "facts/scenes",
+            "facts/clauses",
+            "facts/similar",
+            "facts/absent",
+            "facts/documents",
+            "lists/pairs",
+            "prompts",
+        ),
         mfu=0.08,
     )

@@ -6,7 +6,9 @@ import hashlib
 import inspect
 import re
 
-from hsa_ultralong.data import fact_rows, fact_templates, fact_values, facts, list_rows, needles
+import numpy as np
+
+from hsa_ultralong.data import fact_clauses, fact_rows, fact_templates, fact_values, facts, list_rows, needles
 from hsa_ultralong.eval.tasks import paper, ruler_needles, ruler_words
 from hsa_ultralong.eval.tasks.recall_forms import CITIES, FAMILY_NAMES, FIRST_NAMES, RECALL_FORMS
 
@@ -32,6 +34,7 @@ _TABLES = {
     facts: ("_NUMBERS", "_WORDS", "_CITY_ATTRIBUTES", "_FRAMES", "_ASKED", "_DEEDS", "_OPENINGS"),
     fact_templates: tuple(name for name in vars(fact_templates) if name.isupper()),
     fact_values: ("_UNITS", "_CURRENCIES", "_TITLES", "_GROUPS", "_UNIT_NOUNS"),
+    fact_clauses: ("PATTERNS", "VERBS", "NOUNS", "PREPOSITIONS", "AGENTS", "ADVERBS"),
     fact_rows: ("_PROMPTS",),
     list_rows: ("_CHAINS", "_PAIRS", "_VALUES", "_ATTRIBUTES", "_FREQUENT", "_JOINT", "_STYLES"),
 }
@@ -54,6 +57,37 @@ def test_no_frame_of_a_recall_form_is_one_of_training():
     frames = {re.sub(r"\{\w+\}", "_", template).lower().rstrip(". ") for template in _TEMPLATES}
     for form in RECALL_FORMS:
         assert re.sub(r"\{\w+\}", "_", form.statement).lower().rstrip(". ") not in frames
+
+
+def _skeleton(text):
+    """Function words and marks in their order; whatever else a word says, a value or a subject is, is a blank."""
+    text = re.sub(r"\{value\}|\{v\}", " 1 ", text)
+    text = re.sub(r"(the )?\{\w+\}", " 2 ", text)
+    found = [
+        word if word in _FUNCTION_WORDS or not word.isalpha() else "_"
+        for word in re.findall(r"\w+|[^\w\s.]", text.lower())
+    ]
+    return tuple(found)
+
+
+_FUNCTION_WORDS = set(
+    """
+    the a an of on in at by to for with from off away that but and its it was were is are be been had has have did does
+    do will who whom what which when where how many much before after until since while as if not no only few beside
+    near they he she
+    """.split()  # noqa: SIM905
+)
+
+
+def test_no_clause_of_training_has_the_function_words_of_a_recall_form_in_its_order():
+    """An open vocabulary could say every sentence: the patterns are not those of the evaluation either."""
+    wanted = {_skeleton(form.statement): form.statement for form in RECALL_FORMS}
+    assert len(wanted) == len(RECALL_FORMS)
+    draw = fact_values.Draw(np.random.default_rng(0))
+    for _ in range(20_000):
+        clause = fact_clauses.sample_clause(draw)
+        skeleton = _skeleton(clause.statement)
+        assert skeleton not in wanted, (clause.statement, wanted[skeleton])
 
 
 def test_no_name_or_place_of_the_recall_suite_is_listed_for_training():
