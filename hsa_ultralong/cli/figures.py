@@ -43,6 +43,17 @@ COMPARISONS = (
         "docs/images/optimisers.png",
         "nano from scratch: AdamW and Muon",
     ),
+    (
+        (
+            "results/training-smol-low-rank",
+            "results/training-smol-all-weights",
+            "results/training-smol-aligned",
+            "results/training-smol-no-evidence",
+            "results/training-smol-evidence-1",
+        ),
+        "docs/images/smol-recall.png",
+        "SmolLM2-135M learns to use a memory; aligned: 8.2M tokens of alignment came before",
+    ),
 )
 
 

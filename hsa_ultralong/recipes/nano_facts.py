@@ -8,14 +8,14 @@ from hsa_ultralong.train import FULL_COVERAGE, ParallelConfig, StageConfig, Trai
 def nano_facts() -> TrainConfig:
     """`hsa train nano_facts --data SHARDS -o runs/nano-facts --device cuda --export models/nano-facts`.
 
-    One H100 or H200 with 80 GiB, about 6 minutes by plan and 2 to start, resumable; not measured. 9,231,938 parameters,
-    17.6 MiB. SHARDS: `hsa data corpus.txt --tokenizer checkpoints/nano -o SHARDS`.
+    One H100 with 80 GiB, 9 minutes in all, resumable; measured before facts had clauses (docs/log.md). 9,231,938
+    parameters, 17.6 MiB. SHARDS: `hsa data corpus.txt --tokenizer checkpoints/nano -o SHARDS`.
 
     warmup: 2K and full coverage, as `nano`, but a third of the rows are facts in thousands of forms, and retrieval is
     told the right chunk. long: 32K. mixed: last, as what trains last decides; steps take turns between pools of 16,384,
     4,096 and 2,048 chunks, and rows of 2K, 8K and 32K; at its end the weights are their mean along the stage, with a
     share of 2% from before it (0.95 ** 80). `--set warmup.evidence_loss=0` and so on are the runs to compare with.
-    Expected numbers: none yet. Probes are of forms that training never has.
+    Probes are of forms that training never has.
     """
     mixture = {
         "text": 0.25,
