@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,21 @@ def read_squad(path: Path) -> Passages:
 def read_multihop(path: Path) -> Passages:
     """HotpotQA's form, a JSON list or a line each: question, answer, context of [title, sentences].
 
+    Questions that come without a context are left out, and how many they are is logged.
+
     Raises:
-        ValueError: for a file of another form.
+        ValueError: for a file of another form, or one in which no question has a context.
     """
     rows = _json(path) if path.suffix == ".json" else _lines(path)
     numbers: dict[str, int] = {}
     questions: list[Question] = []
     try:
-        for row in rows:
+        told_of = [row for row in rows if "context" in row]
+        if bare := len(rows) - len(told_of):
+            logger.warning("%s: %d of %d questions come without a context and are left out", path, bare, len(rows))
+        if not told_of:
+            raise KeyError("context")
+        for row in told_of:
             texts = [f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]]
             gold = tuple(numbers.setdefault(text, len(numbers)) for text in texts)
             told = {title for title, _ in row.get("supporting_facts", [])}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import resources
 
 import pytest
 
-from hsa_ultralong.data.passages import passage_id
+from hsa_ultralong.data.passages import passage_id, read_multihop
 from hsa_ultralong.eval.tasks import SUITES, Material, make_samples, questions
 
 LENGTH = 3000
@@ -63,3 +64,15 @@ def test_the_list_of_evaluation_passages_is_whole():
     assert all(re.fullmatch(r"[0-9a-f]{12}", name) for name in names)
     assert sum(int(name, 16) % 5 > 0 for name in names) <= 240
     assert names == sorted(names)
+
+
+def test_questions_of_several_hops_without_a_context_are_left_out_and_counted(tmp_path, caplog):
+    whole = {"_id": "1", "question": "Who?", "answer": "Ann", "context": [["A", ["Ann is here."]]]}
+    bare = {"_id": "2", "question": "What?", "answer": "no", "evidences": []}
+    path = tmp_path / "hops.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (whole, bare)))
+    assert [question.id for question in read_multihop(path).questions] == ["1"]
+    assert "1 of 2 questions come without a context and are left out" in caplog.text
+    path.write_text(json.dumps(bare))
+    with pytest.raises(ValueError, match="no HotpotQA file"):
+        read_multihop(path)
