@@ -34,10 +34,19 @@ FACT_FAMILIES = (*FAMILIES, *_SCENES, "absent", *_PLACEMENTS)
 _PROMPTS = (
     (0.4, "Question: {q}\nAnswer:"), (0.07, "Q: {q}\nA:"), (0.08, "{q}"), (0.05, "User: {q}\nAssistant:"),
     (0.04, "Please answer from the text: {q}\nAnswer:"), (0.04, "{q}\nThe answer is"),
-    (0.1, "Question: {q}\nAnswer: {stem}"), (0.22, "{stem}"), (0.06, "{q} {restated}"), (0.04, "{restated}"),
+    (0.1, "Question: {q}\nAnswer: {stem}"), (0.22, "{stem}"), (0.12, "{q} {restated}"), (0.06, "{restated}"),
     # the blank before the answer is said already
     (0.06, "{q} Answer: "), (0.05, "Question: {q}\nAnswer: "),
 )  # fmt: skip
+# what a question and the beginning of its answer may say of where the fact stands
+_TAILS = (
+    " named above",
+    " in this text",
+    " from the document",
+    " said earlier",
+    " that was given",
+    " of which we read",
+)
 _BOUNDS = np.cumsum([share for share, _ in _PROMPTS]).tolist()
 
 
@@ -79,7 +88,12 @@ def ask(
     start = (" " if draw.chance(0.3) else "\n") if is_inline else "\n" if draw.chance(0.5) else ""
     # the sentence is begun again, then its own end follows the value
     end = fact.right if "{stem}" in prompt else "." if "{restated}" in prompt else ""
-    slots = (("{q}", fact.question), ("{stem}", fact.stem), ("{restated}", fact.restated))
+    question, restated = fact.question, fact.restated
+    if "{restated}" in prompt and restated.endswith(" is") and draw.chance(0.4):
+        tail = draw.pick(_TAILS)
+        restated = f"{restated.removesuffix(' is')}{tail} is"
+        question = f"{question[:-1]}{tail}{question[-1]}"
+    slots = (("{q}", question), ("{stem}", fact.stem), ("{restated}", restated))
     text = prompt
     for slot, said in slots:
         text = text.replace(slot, said)

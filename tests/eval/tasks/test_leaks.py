@@ -35,7 +35,7 @@ _TABLES = {
     fact_templates: tuple(name for name in vars(fact_templates) if name.isupper()),
     fact_values: ("_UNITS", "_CURRENCIES", "_TITLES", "_GROUPS", "_UNIT_NOUNS"),
     fact_clauses: ("PATTERNS", "VERBS", "NOUNS", "PREPOSITIONS", "AGENTS", "ADVERBS"),
-    fact_rows: ("_PROMPTS",),
+    fact_rows: ("_PROMPTS", "_TAILS"),
     list_rows: ("_CHAINS", "_PAIRS", "_VALUES", "_ATTRIBUTES", "_FREQUENT", "_JOINT", "_STYLES"),
 }
 # everything that a fact of training can say, its words aside
