@@ -92,10 +92,11 @@ def _family(draw: Draw) -> str:
 def _clause_form(draw: Draw, split: int) -> FactForm:
     statement, questions, kind, subject = sample_clause(draw, split)
     if subject == "person":
-        statement, *questions = (text.replace("{p}", "{x}") for text in (statement, *questions))
+        statement = statement.replace("{p}", "{x}")
+        questions = tuple(question.replace("{p}", "{x}") for question in questions)
     first = questions[0]
     restated = f"{first[8:-1]} is" if first.startswith("What is the ") and first.endswith("{x}?") else ""
-    return FactForm("clauses", statement, tuple(questions), subject, kind, restated=restated)
+    return FactForm("clauses", statement, questions, subject, kind, restated=restated)
 
 
 def _attribute_form(draw: Draw, split: int) -> FactForm:
