@@ -17,7 +17,7 @@ from hsa_ultralong.ops.chunk_gather.blocks import ChunkBlocks
 _PIECE = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_blocks", "per_block"])
 def gather_kernel(
     addresses, most_blocks, payload, scales, chunks, out, per_block, ROW,
     D: tl.constexpr, PIECE: tl.constexpr, HAS_SCALES: tl.constexpr,

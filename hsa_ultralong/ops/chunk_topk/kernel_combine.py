@@ -15,30 +15,32 @@ from hsa_ultralong.ops.chunk_topk.kernel_select import _newest_first, _pack
 
 
 @triton.jit
-def _entries(indices, scores, offset, row, entry, START: tl.constexpr, K: tl.constexpr):
-    """Candidates of one list of K entries at places START .. of the row, the worst one elsewhere."""
-    slot = entry - START
+def _entries(indices, scores, offset, row, entry, start, K):
+    """Candidates of one list of K entries at places start .. of the row, the worst one elsewhere."""
+    slot = entry - start
     mine = (slot >= 0) & (slot < K)
     chunk = tl.load(indices + row * K + slot, mask=mine, other=-1)
     ranking = tl.load(scores + row * K + slot, mask=mine, other=0.0)
     return _pack(ranking, tl.maximum(chunk, 0) + offset, chunk >= 0)
 
 
-@triton.jit(do_not_specialize=["offset_0", "offset_1", "offset_2", "offset_3"])
+@triton.jit(
+    do_not_specialize=["offset_0", "offset_1", "offset_2", "offset_3", "KEPT", "K0", "K1", "K2", "K3"],
+)
 def combine_kernel(
     indices_0, indices_1, indices_2, indices_3, scores_0, scores_1, scores_2, scores_3,
-    offset_0, offset_1, offset_2, offset_3, indices, scores, weights, KEPT,
-    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr, ENTRIES: tl.constexpr, KP: tl.constexpr,
+    offset_0, offset_1, offset_2, offset_3, indices, scores, weights, KEPT, K0, K1, K2, K3,
+    LISTS: tl.constexpr, ENTRIES: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """The KEPT best of up to four lists in descending order, with their scores and the softmax of these."""
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, ENTRIES)
     keys = _entries(indices_0, scores_0, offset_0, row, entry, 0, K0)
-    if K1 > 0:
+    if LISTS > 1:
         keys = tl.maximum(keys, _entries(indices_1, scores_1, offset_1, row, entry, K0, K1))
-    if K2 > 0:
+    if LISTS > 2:
         keys = tl.maximum(keys, _entries(indices_2, scores_2, offset_2, row, entry, K0 + K1, K2))
-    if K3 > 0:
+    if LISTS > 3:
         keys = tl.maximum(keys, _entries(indices_3, scores_3, offset_3, row, entry, K0 + K1 + K2, K3))
     slot = tl.arange(0, KP)
     chunk, ranking, found = _newest_first(tl.topk(keys, KP), slot, KEPT)

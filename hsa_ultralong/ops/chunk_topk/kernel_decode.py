@@ -42,7 +42,7 @@ def _digits(rows, is_real, is_high, R: tl.constexpr, RP: tl.constexpr):
     return digits, tl.where(is_high, step * 256.0, step)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "queries"])
 def scan_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor,
     row_scales, keys, lane_tops, share_tops, C, HR, queries, padded_chunks,
@@ -103,7 +103,7 @@ def scan_kernel(
     tl.store(share_tops + row * tl.num_programs(0) + split, tl.max(best, 1), mask=is_real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares", "rows_per_part"])
 def finish_kernel(
     keys, lane_tops, share_tops, indices, scores, shares, padded_chunks, K, rows_per_part, HR,
     KP: tl.constexpr, SHARES: tl.constexpr, KS: tl.constexpr, KL: tl.constexpr,

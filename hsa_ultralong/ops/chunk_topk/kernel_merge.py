@@ -52,7 +52,7 @@ def _reach(
     return tl.minimum(tl.min(first, 0), last), last
 
 
-@triton.jit(do_not_specialize=["seed", "first_token"])
+@triton.jit(do_not_specialize=["T", "C", "seed", "first_token"])
 def merge_select_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
     T, C, K, HR, seed, first_token,

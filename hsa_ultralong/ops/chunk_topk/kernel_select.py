@@ -101,7 +101,7 @@ def _products(
     return product
 
 
-@triton.jit(do_not_specialize=["seed", "first_token"])
+@triton.jit(do_not_specialize=["T", "C", "seed", "first_token"])
 def select_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
     T, C, K, HR, seed, first_token,
@@ -175,7 +175,7 @@ def kept_scores_kernel(
         tl.store(scores + row * K + slot, tl.where(found, score, float("-inf")), mask=slot < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "C", "K"])
 def cover_kernel(
     query, landmarks, query_segment, query_position, chunk_segment, chunk_end, factor, indices, scores,
     T, C, K, HR,

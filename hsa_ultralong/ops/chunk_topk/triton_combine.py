@@ -13,6 +13,8 @@ from hsa_ultralong.ops._triton import next_power_of_two, require_triton
 from hsa_ultralong.ops.chunk_topk import kernel_combine
 from hsa_ultralong.ops.chunk_topk.lists import MOST_LISTS, ScoredChunks
 
+_FEWEST_ENTRIES = 32
+
 
 @torch.compiler.disable
 def combine_lists(lists: Sequence[ScoredChunks], topk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,12 +29,12 @@ def combine_lists(lists: Sequence[ScoredChunks], topk: int) -> tuple[torch.Tenso
         return indices, scores, weights
     missing = MOST_LISTS - len(lists)
     padded = [*lists, *[lists[0]] * missing]  # pointers of no use, but of the right kind
-    names = dict(zip(("K0", "K1", "K2", "K3"), [*widths, *[0] * missing], strict=True))
-    entries = max(2, next_power_of_two(sum(widths)))
-    slots, warps = min(entries, max(2, next_power_of_two(kept))), 1 if entries <= 128 else 4
+    # a prompt's own chunks make lists of any length: few forms of the kernel serve them all
+    entries = max(_FEWEST_ENTRIES, next_power_of_two(sum(widths)))
+    slots, warps = min(entries, max(2, next_power_of_two(topk))), 1 if entries <= 128 else 4
     kernel_combine.combine_kernel[(indices.numel() // kept,)](
         *(one.indices.contiguous() for one in padded), *(one.scores.contiguous() for one in padded),
-        *(one.offset for one in padded), indices, scores, weights, kept,
-        ENTRIES=entries, KP=slots, num_warps=warps, **names,
+        *(one.offset for one in padded), indices, scores, weights, kept, *widths, *[0] * missing,
+        LISTS=len(lists), ENTRIES=entries, KP=slots, num_warps=warps,
     )  # fmt: skip
     return indices, scores, weights

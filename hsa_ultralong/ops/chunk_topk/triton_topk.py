@@ -27,6 +27,8 @@ _DECODE_QUERIES = 64
 _MOST_INSERTED, _FEW = 32, 6
 # shares of the landmarks that the last kernel of decoding chooses from
 _MOST_SHARES = 4096
+# the last kernel is compiled for so many, so that memories of any size meet few forms of it
+_FORMS_OF_SHARES = (16, 512, _MOST_SHARES)
 # dimensions that a kernel holds of a landmark at a time, and candidates that a scan may write, 8 bytes each
 _SLAB, _SCAN_CANDIDATES = 256, 1 << 27
 
@@ -67,6 +69,35 @@ def decode_options(kept: int, landmark_bytes: int) -> DecodeOptions:
         # a stage of the pipeline holds whole landmarks
         return DecodeOptions(tile=32, stages=3)
     return DecodeOptions(tile=64 if kept <= 64 else 32)
+
+
+def _share(chunks: int, options: DecodeOptions) -> int:
+    """Chunks that a program of the scan scores: few chunks are spread over the programs that the device runs at once,
+    many are cut as coarsely as they need."""
+    share = min(options.share, max(options.tile, next_power_of_two(-(-chunks // options.programs))))
+    return max(share, next_power_of_two(-(-chunks // _MOST_SHARES)))
+
+
+def _form_of_shares(shares: int) -> int:
+    return next(count for count in _FORMS_OF_SHARES if count >= shares)
+
+
+def chunks_of_all_forms(topk: int, landmark_bytes: int) -> list[int]:
+    """Numbers of chunks that meet every form of the kernels of decoding, ascending; above the last there are no others
+    up to _MOST_SHARES times DecodeOptions.share chunks, which is 134M tokens of chunks of 64.
+
+    Args:
+        landmark_bytes: of one landmark of one head.
+    """
+    options = decode_options(next_power_of_two(topk), landmark_bytes)
+    found: dict[tuple[int, int], int] = {}
+    count = topk + 1
+    while count <= options.share * _MOST_SHARES:
+        share = _share(count, options)
+        found.setdefault((share, _form_of_shares(-(-count // share))), count)
+        # the next size at which anything can change
+        count = share * (-(-count // share)) + 1
+    return sorted(found.values())
 
 
 class _Problem:
@@ -136,9 +167,7 @@ class _Problem:
         # queries that read the same landmarks are scored together
         is_shared = not (self.constants["LANDMARK_ROWS"] or self.constants["CHUNK_ROWS"])
         rows, queries = (1, self.batch * self.tokens) if is_shared else (self.batch, self.tokens)
-        # few chunks are spread over the programs that the device runs at once, many are cut as coarsely as they need
-        share = min(options.share, max(tile, next_power_of_two(-(-self.chunks // options.programs))))
-        share = max(share, next_power_of_two(-(-self.chunks // _MOST_SHARES)))
+        share = _share(self.chunks, options)
         shares = -(-self.chunks // share)
         # a single tile has nothing to load ahead
         stages = 1 if share == tile else options.stages
@@ -157,7 +186,7 @@ class _Problem:
             BQ=at_once, TILE=tile, SHARE=share, STAGES=stages, PRECISION=self.precision,
             HAS_SCALES=row_scales is not None, num_warps=options.scan_warps, **self.constants,
         )  # fmt: skip
-        all_shares = next_power_of_two(shares)
+        all_shares = _form_of_shares(shares)
         kept_shares = min(kept, all_shares)
         kept_lanes = min(kept, kept_shares * tile)
         kernel_decode.finish_kernel[(self.queries,)](

@@ -33,7 +33,7 @@ def _exact_share(
     tl.store(partial + row * D + tl.arange(0, D), acc)
 
 
-@triton.jit(do_not_specialize=["first_chunk"])
+@triton.jit(do_not_specialize=["T", "C", "K", "per_program", "first_chunk"])
 def decode_kernel(
     q, k, v, weights, indices, lengths, partial,
     T, C, K, per_program, first_chunk, scale,

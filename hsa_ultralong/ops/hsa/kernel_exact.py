@@ -81,7 +81,7 @@ def _query_gradient_row(
     tl.store(grad_q + row, (acc * logit_scale).to(grad_q.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "C", "K", "U", "first_tile", "num_tiles"])
 def spoiled_tiles_kernel(
     q, k, v, weights, lengths, chunks, counts, slot_map, spoiled, out, grad_out, grad_weights,
     T, C, K, U, first_tile, num_tiles, scale, logit_scale,

@@ -21,6 +21,8 @@ import triton.language as tl
 # keys larger than any real one: empty slots sort behind everything
 _LAST_32 = tl.constexpr(2**31 - 1)
 _LAST_64 = tl.constexpr(2**62)
+# slots of a token that are sorted at least: fewer, as a short prompt's own chunks make them, need no form of their own
+FEWEST_SLOTS = 16
 # keys that one program of the counting sort takes; counts per pair beyond which a plain sort is used instead
 _COUNTED_KEYS = 2048
 _COUNTED_SHARE = 4
@@ -116,7 +118,7 @@ def _inverse_kernel(
         tl.store(counts + place, rank + 1, mask=found & is_last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "K", "U", "first_tile", "num_tiles"])
 def _tile_lists_kernel(
     indices, chunks, counts, slot_map,
     T, K, HR, U, first_tile, num_tiles,
@@ -143,7 +145,7 @@ def _tile_lists_kernel(
     tl.store(slot_map + rank * BT + position // KP, (position % KP).to(slot_map.dtype.element_ty), mask=found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "K", "C"])
 def _slot_map_kernel(
     indices, slot_map,
     T, K, HR, C,
@@ -169,7 +171,7 @@ def tile_lists(indices: torch.Tensor, tile_tokens: int, num_chunks: int, first_t
     chunks = torch.empty(*shape, max_chunks, dtype=torch.int32, device=indices.device)
     counts = torch.empty(shape, dtype=torch.int32, device=indices.device)
     slot_map = torch.empty(*shape, max_chunks, tile_tokens, dtype=slot_dtype(slots), device=indices.device)
-    padded = triton.next_power_of_2(slots)
+    padded = max(FEWEST_SLOTS, triton.next_power_of_2(slots))
     _tile_lists_kernel[(num_tiles, heads, batch)](
         indices, chunks, counts, slot_map,
         num_tokens, slots, heads, max_chunks, first_tile, num_tiles,

@@ -34,7 +34,7 @@ def chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS: tl.conste
     return p, 1.0 / tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "C", "K", "U", "first_tile", "num_tiles"])
 def forward_kernel(
     q, k, v, weights, lengths, chunks, counts, slot_map, spoiled, out,
     T, C, K, U, first_tile, num_tiles, scale,

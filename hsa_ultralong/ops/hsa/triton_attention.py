@@ -21,7 +21,7 @@ from hsa_ultralong.ops._triton import (
 )
 from hsa_ultralong.ops.hsa import kernel_chunks, kernel_decode, kernel_exact, kernel_tiles
 from hsa_ultralong.ops.hsa.indices import within
-from hsa_ultralong.ops.hsa.kernel_lists import TileLists, coverage_slots, inverse_lists, tile_lists
+from hsa_ultralong.ops.hsa.kernel_lists import FEWEST_SLOTS, TileLists, coverage_slots, inverse_lists, tile_lists
 
 # slot maps of one launch; longer inputs take several
 _LAUNCH_BYTES = 1 << 27
@@ -84,7 +84,7 @@ class _Problem:
         padded = next_power_of_two(self.group)
         tokens = max(1, rows // padded)
         if not self.covers:
-            tokens = min(tokens, max(1, _SORT_LIMIT // next_power_of_two(self.slots)))
+            tokens = min(tokens, max(1, _SORT_LIMIT // max(FEWEST_SLOTS, next_power_of_two(self.slots))))
         # a matrix unit takes at least 16 rows
         return tokens, max(padded, 16 // tokens)
 

@@ -131,7 +131,7 @@ def _exact_row(
     tl.store(lse + row, top + tl.log2(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "window"])
 def forward_kernel(
     q, k, v, query_segments, key_segments, out, lse, num_queries, num_keys, window, scale, HKV,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
