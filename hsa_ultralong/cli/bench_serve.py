@@ -42,7 +42,8 @@ def serve(
     """Put `hsa serve` under load, kill it while it writes, and time its batches.
 
     Writes serve-HARDWARE.json after every part, keeping what earlier runs measured besides. Answers under load are
-    compared with those given alone. --lengths needs no server: it times the thread that decodes.
+    compared with those given alone. --lengths needs no server: it times the thread that decodes; `speedup` is the
+    tokens a second of whole requests over those of one at a time.
 
     Examples:
 
@@ -133,4 +134,4 @@ def _measure_batches(
     def put(metric: str, tokens: int, batch: int, value: float) -> None:
         keep(metric, value, tokens, batch, store)
 
-    throughput_records(network, settings, put)
+    throughput_records(network, settings, put, lambda line: echo(line, err=True))

@@ -186,7 +186,8 @@ def make_answers(
             host_bytes=on_host if limits.host_bytes is None else limits.host_bytes,
         )
     rooms = Memories(memories, network, tokenizer, limits, store=store, key_values=key_values)
-    worker = Worker(network, tokenizer, limits, num_owners, _small_memory(network, store, key_values))
+    small = _small_memories(network, store, key_values)
+    worker = Worker(network, tokenizer, limits, num_owners, small, lambda line: echo(f"note: {line}", err=True))
     label = name or (model or default_checkpoint()).resolve().name
     return Answers(network, tokenizer, label, worker, rooms, limits)
 
@@ -198,17 +199,14 @@ def free_bytes(network: Any) -> tuple[int, int]:
     return max(0, available_device_bytes(network.device)), available_host_bytes()
 
 
-def _small_memory(network: Any, store: str, key_values: str) -> Any:
-    """What a GPU is warmed up with: a memory of the kind that will be asked."""
-    import torch
-
-    from hsa_ultralong.inference import memorize
+def _small_memories(network: Any, store: str, key_values: str) -> list[Any]:
+    """What a GPU is warmed up with: memories of the kind that will be asked."""
+    from hsa_ultralong.inference.warming import small_memories
 
     if network.device.type != "cuda":
-        return None
-    tokens = torch.arange(3 * network.config.chunk_size) % network.config.vocab_size
+        return []
     place: dict[str, Any] = {"store": "host", "key_values": key_values} if store == "host" else {}
-    return memorize(network, tokens, **place)
+    return small_memories(network, **place)
 
 
 def read_keys(path: Path) -> dict[str, str]:

@@ -9,23 +9,31 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from hsa_ultralong.inference.decoding_state import DecodingState, StepGraphs
 from hsa_ultralong.inference.engine import DecodingEngine
 from hsa_ultralong.inference.own_chunks import PagedChunks
 from hsa_ultralong.inference.prefixes import REWIND, Prefixes
-from hsa_ultralong.inference.readers_view import ReadersView
+from hsa_ultralong.inference.prompt_batch import (
+    Read,
+    Reading,
+    cache_of_row,
+    group_pieces,
+    read_pieces,
+    row_of,
+    share_out,
+)
 from hsa_ultralong.inference.sampling import sample
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.memory.row_memories import RowMemories
 from hsa_ultralong.models import HSACache, HSAForCausalLM
-from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
-from hsa_ultralong.nn.chunk_retriever import Retrieval
+from hsa_ultralong.models.pieces import rotary_of
+from hsa_ultralong.nn.readers_view import ReadersView
 from hsa_ultralong.nn.views import MemoryView
 from hsa_ultralong.ops import ChunkVisibility
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
@@ -34,27 +42,6 @@ _NOBODY = -1
 _MOST_GRAPHS = 32
 # chunks of memories that no row reads, which a graph may rank for nothing: dearer than that is a new graph
 _SPARE_CHUNKS = 1 << 14
-
-
-@dataclass
-class Reading:
-    """A prompt on its way to a row.
-
-    Attributes:
-        num_read: tokens read so far, those of a known beginning included. num_known: of a known beginning.
-    """
-
-    prompt: torch.Tensor
-    memory: Memory | None
-    owner: str
-    room: int
-    pages: list[int]
-    cache: HSACache
-    num_read: int = 0
-    num_known: int = 0
-    shared: int = 0
-    logits: torch.Tensor | None = None
-    retrieval: Sequence[Retrieval] = field(default_factory=list)
 
 
 class _Plan(NamedTuple):
@@ -99,6 +86,7 @@ class BatchEngine(DecodingEngine):
         self.room = [0] * batch  # tokens that a row may have
         self.num_reading = 0
         self._readers: list[torch.Tensor] = []  # (B, 1) int32 each: 0 where a row reads the memory
+        self._can_be_captured: list[bool] = []
         self._eager: dict[int, _Plan] = {}
         self._captured: OrderedDict[tuple[int, tuple[int, ...]], _Plan] = OrderedDict()
         self._stepped: list[Memory] = []
@@ -163,32 +151,55 @@ class BatchEngine(DecodingEngine):
                 reading.logits, reading.retrieval = known.logits, known.retrieval or []
         return reading
 
-    def read_on(self, reading: Reading, most: int | None = None) -> int | None:
-        """Read up to `most` tokens more of a prompt; the row that it has then, once it is read.
+    def plan(self, readings: Sequence[Reading], most: int) -> list[list[tuple[Reading, int]]]:
+        """What to read now of prompts, the first of which has its turn: prompts and tokens of each, up to `most` in
+        all, one list for each call of `read_together`."""
+        known = [[(reading, 0)] for reading in readings if reading.logits is not None]
+        left = [reading for reading in readings if reading.logits is None]
+        sizes = share_out([reading.num_left for reading in left], most)
+        sizes = [reading.piece(size) for reading, size in zip(left, sizes, strict=True)]
+        return [*known, *([(left[n], sizes[n]) for n in group] for group in group_pieces(sizes))]
+
+    def read_together(self, pieces: Sequence[tuple[Reading, int]]) -> list[int | None]:
+        """Read so many tokens more of prompts, in one forward; the row that each has then, once it is read.
 
         `tokens[row]` is then the first token of the answer, and `logits[row]` are its logits.
         """
-        left = len(reading.prompt) if most is None else most
-        while reading.logits is None and left > 0:
-            left -= self._read_piece(reading, left)
-        return None if reading.logits is None else self._take_row(reading)
+        readings = [reading for reading, _ in pieces]
+        if len(readings) == 1 and readings[0].logits is not None:
+            only = readings[0]
+            read = Read(only.cache, readings[0].logits, list(only.retrieval))
+        else:
+            read = read_pieces(self.model, readings, [size for _, size in pieces])
+            for number, (reading, size) in enumerate(pieces):
+                self._note_piece(reading, size, read, number, is_alone=len(pieces) == 1)
+        sources = [number for number, reading in enumerate(readings) if reading.logits is not None]
+        rows: list[int | None] = [None] * len(readings)
+        for number, row in zip(sources, self._take_rows([readings[n] for n in sources], read, sources), strict=True):
+            rows[number] = row
+        return rows
 
-    def _read_piece(self, reading: Reading, most: int) -> int:
-        begin, end = reading.num_read, len(reading.prompt)
-        stop = min(end, begin + most)
-        if begin < reading.shared < stop:
-            stop = reading.shared  # another prompt began like this: what both have is worth keeping
-        piece = reading.prompt[begin:stop].to(self.device)
-        with evaluating(self.model):
-            outputs = self.model(piece[None], past_key_values=reading.cache, logits_to_keep=1, output_retrieval=True)
-        reading.num_read = stop
-        kept = (reading.owner, reading.memory, reading.prompt[:stop], reading.cache)
-        if stop == end:
-            reading.logits, reading.retrieval = outputs.logits[:, -1], outputs.retrieval
-            self.prefixes.keep(*kept, reading.logits, reading.retrieval)
-        elif stop == reading.shared:
-            self.prefixes.keep(*kept)
-        return stop - begin
+    def _note_piece(self, reading: Reading, size: int, read: Read, number: int, *, is_alone: bool) -> None:
+        reading.num_read += size
+        is_whole = reading.num_left == 0
+        is_worth_keeping = (is_whole or reading.num_read == reading.shared) and self.prefixes.max_bytes > 0
+        if not is_alone and (is_worth_keeping or not is_whole):
+            reading.cache = cache_of_row(self.model, read.cache, number, reading.num_read, reading.memory)
+        if is_whole:
+            reading.logits = read.logits[number : number + 1]
+        if is_worth_keeping:
+            found = (reading.logits.clone(), row_of(read.retrieval, number)) if reading.logits is not None else ()
+            beginning = reading.prompt[: reading.num_read]
+            self.prefixes.keep(reading.owner, reading.memory, beginning, reading.cache, *found)
+
+    def read_on(self, reading: Reading, most: int | None = None) -> int | None:
+        """Read up to `most` tokens more of one prompt; the row that it has then, once it is read."""
+        left, row = len(reading.prompt) if most is None else most, None
+        while row is None and (left > 0 or reading.logits is not None):
+            size = reading.piece(left)
+            (row,) = self.read_together([(reading, size)])
+            left -= size
+        return row
 
     def drop(self, reading: Reading) -> None:
         """Give back what a prompt has taken that is not read to its end."""
@@ -208,21 +219,27 @@ class BatchEngine(DecodingEngine):
 
     # rows -------------------------------------------------------------------------------------------------------------
 
-    def _take_row(self, reading: Reading) -> int:
-        assert reading.logits is not None
-        row, cache = self.is_taken.index(False), reading.cache
-        self.own.hold(row, reading.pages)
-        # a window may be longer than the prompt
-        seen = max(cache.num_seen, *(layer.state.length for layer in cache.layers))
-        self._load(row, cache, 0, cache.num_seen, seen)
-        # indices count the prompt's own memory alone, which is the first
-        self._note(self.state, row, reading.retrieval)
-        self.state.logits[row] = reading.logits[0]
-        self.state.tokens[row] = sample(reading.logits, *self.sampling)[0]
-        self.is_taken[row], self.room[row] = True, reading.room
-        self._read_by(row, reading.memory)
-        self.num_reading -= 1
-        return row
+    def _take_rows(self, readings: Sequence[Reading], read: Read, sources: Sequence[int]) -> list[int]:
+        """Rows for prompts that are read, whose states are rows `sources` of the cache."""
+        if not readings:
+            return []
+        rows = [row for row, is_taken in enumerate(self.is_taken) if not is_taken][: len(readings)]
+        lengths, cache = [len(reading.prompt) for reading in readings], read.cache
+        place, source = torch.tensor([rows, list(sources)], device=self.device)
+        self.own.hold(rows, [reading.pages for reading in readings])
+        if cache.memory is not None:
+            counts = [length // self.config.chunk_size for length in lengths]
+            self.own.load(rows, cache.memory.tensors, sources, counts)
+        self.state.load(place, source, cache, lengths, lambda places: rotary_of(self.config, places, self.dtype))
+        found = [one._replace(indices=one.indices[source], weights=one.weights[source]) for one in read.retrieval]
+        self._note(self.state, place, found)
+        logits = read.logits[source]
+        self.state.logits[place], self.state.tokens[place] = logits.to(self.dtype), sample(logits, *self.sampling)
+        for row, reading, length in zip(rows, readings, lengths, strict=True):
+            self.is_taken[row], self.room[row], self.lengths[row] = True, reading.room, length
+            self._read_by(row, reading.memory)
+            self.num_reading -= 1
+        return rows
 
     def leave(self, row: int) -> None:
         """Give a row back."""
@@ -279,6 +296,7 @@ class BatchEngine(DecodingEngine):
         kept = [number for number, other in enumerate(self.known) if other is not memory]
         self.known = [self.known[number] for number in kept]
         self._readers = [self._readers[number] for number in kept]
+        self._can_be_captured = [self._can_be_captured[number] for number in kept]
         self._stepped = [other for other in self._stepped if other is not memory]
         self._eager.clear()
         for key in [key for key, plan in self._captured.items() if any(other is memory for other in plan.memories)]:
@@ -290,12 +308,14 @@ class BatchEngine(DecodingEngine):
         require_same_model(self.model, memory)
         self.known.append(memory)
         self._readers.append(torch.full((self.batch, 1), _NOBODY, dtype=torch.int32, device=self.device))
+        self._can_be_captured.append(self._view(memory, 1).is_capturable())
 
     def _read_by(self, row: int, memory: Memory | None) -> None:
-        self.memories[row] = memory
+        before, self.memories[row] = self.memories[row], memory
         self._eager.clear()
         for other, readers in zip(self.known, self._readers, strict=True):
-            readers[row] = 0 if other is memory else _NOBODY
+            if other is before or other is memory:
+                readers[row] = 0 if other is memory else _NOBODY
 
     # steps ------------------------------------------------------------------------------------------------------------
 
@@ -314,22 +334,43 @@ class BatchEngine(DecodingEngine):
         for row in rows:
             self.lengths[row] += 1
         is_due = any(self.lengths[row] % self.config.chunk_size == 0 for row in rows)
-        read = [memory for memory in self.known if any(memory is self.memories[row] for row in rows)]
+        wanted = {id(self.memories[row]) for row in rows}
+        read = [memory for memory in self.known if id(memory) in wanted]
         plan = self._plan(self._size_for(rows[-1] + 1), read)
         self._stepped = plan.memories
         self._run(plan.graphs, plan.state, plan.views, is_due)
         return self.tokens
 
+    def results(self) -> tuple[list[int], list[tuple[np.ndarray, np.ndarray]]]:
+        """Tokens of the rows, and what they retrieved in every group, indices and weights (b, Hr, K), on the host in
+        one copy; b: up to the last row that is taken."""
+        count = 1 + max((row for row, is_taken in enumerate(self.is_taken) if is_taken), default=-1)
+        pairs = [(indices[:count], weights[:count]) for indices, weights in self.retrieved]
+        parts = [self.tokens[:count].to(torch.int32)]
+        for indices, weights in pairs:
+            parts += [indices, weights.view(torch.int32)]
+        on_host = torch.cat([part.flatten() for part in parts]).cpu().numpy()
+        tokens, place, found = on_host[:count].tolist(), count, []
+        for indices, weights in pairs:
+            first, second = place + indices.numel(), place + 2 * indices.numel()
+            shape = tuple(indices.shape)
+            found.append(
+                (on_host[place:first].reshape(shape), on_host[first:second].view(np.float32).reshape(weights.shape))
+            )
+            place = second
+        return tokens, found
+
     def _plan(self, size: int, read: list[Memory]) -> _Plan:
-        if self.is_captured:
-            views = [self._view(memory, size) for memory in read]
-            if all(view.is_capturable() for view in views):
-                return self._captured_plan(size, read)
+        if self.is_captured and all(self._is_capturable(memory) for memory in read):
+            return self._captured_plan(size, read)
         if size not in self._eager:
             state = self.state.first(size)
             views = [self._view_of_readers(memory, size) for memory in read]
             self._eager[size] = _Plan(state, read, [*views, self.own.view(state.positions)])
         return self._eager[size]
+
+    def _is_capturable(self, memory: Memory) -> bool:
+        return next(able for able, other in zip(self._can_be_captured, self.known, strict=True) if other is memory)
 
     def _view(self, memory: Memory, size: int) -> MemoryView:
         """A memory for the first rows, those that do not read it included."""
@@ -357,7 +398,7 @@ class BatchEngine(DecodingEngine):
         ranked = list(read)
         for memory in self.known:  # small ones come along, so that their next reader needs no new graph
             is_new = all(memory is not one for one in ranked)
-            if is_new and memory.num_chunks_of_all <= spare and self._view(memory, size).is_capturable():
+            if is_new and memory.num_chunks_of_all <= spare and self._is_capturable(memory):
                 ranked.append(memory)
                 spare -= memory.num_chunks_of_all
         plan = self._capture_plan(size, ranked)
@@ -378,29 +419,9 @@ class BatchEngine(DecodingEngine):
             part.copy_(old)
         return _Plan(state, memories, views, graphs)
 
-    def warm(self, memory: Memory | None = None) -> None:
-        """Run and capture what answers will need, so that the first one waits for no compiler; all rows are free.
-
-        Args:
-            memory: a small one, of the kind that will be asked; it is forgotten afterwards.
-        """
-        size, prefixes = self.config.chunk_size, self.prefixes
-        kinds = [None] if memory is None else [None, memory]
-        self.prefixes = Prefixes(0)
-        try:
-            for length in (5, 16, size + 5, 2 * size):
-                for one in kinds:
-                    if length + size < self.max_tokens and self.has_room(length + size):
-                        row = self.join(torch.arange(length) % self.config.vocab_size, one, max_new_tokens=size)
-                        self.step()
-                        self.leave(row)
-            if memory is not None:
-                self.forget(memory)  # a graph that knows it would go with it
-            if self.is_captured:
-                for count in self.sizes:
-                    self._captured_plan(count, [])
-        finally:
-            self.prefixes = prefixes
+    def capture(self, size: int) -> None:
+        """Have graphs of a step of so many rows that read no memory, or small ones that are known."""
+        self._captured_plan(size, [])
 
 
 def _visible(memory: Memory, readers: torch.Tensor) -> MemoryView:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.models import HSACache
 from hsa_ultralong.nn.ring_window import RingWindows
+from hsa_ultralong.nn.rotary import RotaryTable
 
 
 @dataclass
@@ -70,6 +72,32 @@ class DecodingState:
         rings = [part for ring in self.windows.rings if ring is not None for part in (ring.keys, ring.values)]
         plain = [self.tokens, self.logits, self.places, self.seen, self.positions, self.pending]
         return [*plain, *rings, *(part for pair in self.retrieved for part in pair)]
+
+    def load(
+        self, rows: torch.Tensor, sources: torch.Tensor, cache: HSACache, lengths: Sequence[int],
+        rotary: Callable[[torch.Tensor], RotaryTable],
+    ) -> None:  # fmt: skip
+        """Rows (n,) int64 take the state of rows `sources` of a cache, documents of `lengths` tokens from their start;
+        rotary: angles of places (m,)."""
+        seen = torch.tensor(lengths, device=rows.device)
+        self.places[rows], self.seen[rows] = seen, seen
+        tables: dict[int, RotaryTable] = {}
+        for number, ring in enumerate(self.windows.rings):
+            keys, values = cache.state(number).keys, cache.state(number).values
+            if ring is None or keys is None or values is None:
+                continue
+            kept = min(keys.shape[1], ring.window)
+            if kept < min(max(lengths), ring.window):
+                raise ValueError(f"a window of {ring.window} needs the keys of {max(lengths)} tokens, got {kept}")
+            places = seen[:, None] - kept + torch.arange(kept, device=rows.device)  # (n, kept)
+            if kept not in tables:
+                tables[kept] = rotary(places.clamp_min(0).flatten())
+            ring.load_rows(rows, keys[sources, -kept:], values[sources, -kept:], tables[kept], places)
+        if cache.pending is not None:
+            size, count = self.pending.shape[1], cache.pending.shape[1]
+            # the open chunk stands at the end
+            index = count - (seen % size)[:, None] + torch.arange(size, device=rows.device)
+            self.pending[rows] = cache.pending[sources[:, None], index.clamp(0, count - 1)].to(self.pending.dtype)
 
     def copy_row(self, source: int, target: int) -> None:
         for tensor in self.tensors():

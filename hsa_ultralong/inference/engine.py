@@ -210,7 +210,7 @@ class DecodingEngine:
         state.seen += 1
 
     @staticmethod
-    def _note(state: DecodingState, rows: int | slice, retrieved: Sequence[Retrieval]) -> None:
+    def _note(state: DecodingState, rows: int | slice | torch.Tensor, retrieved: Sequence[Retrieval]) -> None:
         """Keep what the last token of the sequences retrieved in every group."""
         for (indices, weights), found in zip(state.retrieved, retrieved, strict=True):
             kept = found.indices.shape[-1]

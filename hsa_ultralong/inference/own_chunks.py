@@ -7,6 +7,7 @@ tests/inference/test_own_chunks.py.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,11 +83,14 @@ class PagedChunks:
         for page in pages:
             bisect.insort(self.free, page)
 
-    def hold(self, row: int, pages: list[int]) -> None:
-        """A row has these pages from now on."""
-        self.taken[row] = pages
-        if pages:
-            self.table[row, : len(pages)] = torch.tensor(pages, device=self.table.device)
+    def hold(self, rows: Sequence[int], pages: Sequence[list[int]]) -> None:
+        """Rows have these pages from now on."""
+        entries = []
+        for row, own in zip(rows, pages, strict=True):
+            self.taken[row] = own
+            entries.append(own + [self.num_pages] * (self.table.shape[1] - len(own)))
+        device = self.table.device
+        self.table[torch.tensor(rows, device=device)] = torch.tensor(entries, device=device)
 
     def view(self, positions: torch.Tensor) -> MemoryView:
         """What the first rows read, at positions (b, 1) int32; the tensor is kept."""
@@ -107,15 +111,21 @@ class PagedChunks:
         own.segments[0, pages] = torch.where(pages < self.num_pages, self.numbers[:batch], UNUSED).to(torch.int32)
         own.ends[0, pages] = places.to(torch.int32)
 
-    def load(self, row: int, chunks: ChunkTensors, source: int, count: int) -> None:
-        """Take the first `count` chunks of row `source` of others."""
-        if count == 0:
+    def load(self, rows: Sequence[int], chunks: ChunkTensors, sources: Sequence[int], counts: Sequence[int]) -> None:
+        """Rows take the first `counts` chunks of rows `sources` of others."""
+        places = [
+            (source, slot, self.taken[row][slot], row)
+            for row, source, count in zip(rows, sources, counts, strict=True)
+            for slot in range(count)
+        ]
+        if not places:
             return
-        own, pages = self.storage, self.table[row, :count]
+        own = self.storage
+        source, slot, page, owner = torch.tensor(places, device=self.table.device).unbind(1)
         for target, part in ((own.k, chunks.k), (own.v, chunks.v)):
-            target.unflatten(1, (-1, self.size))[0, pages] = part[source, : count * self.size].unflatten(0, (count, -1))
-        own.landmarks[0, pages], own.segments[0, pages] = chunks.landmarks[source, :count], row
-        own.ends[0, pages] = torch.arange(1, count + 1, dtype=torch.int32, device=pages.device) * self.size
+            target.unflatten(1, (-1, self.size))[0, page] = part.unflatten(1, (-1, self.size))[source, slot]
+        own.landmarks[0, page], own.segments[0, page] = chunks.landmarks[source, slot], owner.to(torch.int32)
+        own.ends[0, page] = ((slot + 1) * self.size).to(torch.int32)
 
     def clear(self, row: int) -> None:
         """Nobody reads the row's chunks any more; it keeps its pages."""

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hsa_ultralong.memory.chunk_memory import ChunkMemory, Memory
+from hsa_ultralong.memory.mixed_rows import MixedRows
 from hsa_ultralong.memory.row_memories import RowMemories
 from hsa_ultralong.models.configuration_hsa import HSAConfig
 from hsa_ultralong.nn.views import ChunkTensors
@@ -116,7 +117,7 @@ class HSACache(Cache):
 
     Attributes:
         memory: chunks of the sequences themselves, or None before the first.
-        library: a memorised Memory (batch 1) that every sequence may read, RowMemories, or None.
+        library: a memorised Memory (batch 1) that every sequence may read, RowMemories or MixedRows, or None.
         rewind: tokens that can be taken back at once.
         pending: (B, n, M) lower outputs of the last tokens: the open chunk and `rewind` more.
         mask: (B, n) bool, False at masked tokens, up to the last call that had some; None without any.
@@ -125,7 +126,9 @@ class HSACache(Cache):
         dead_end: why the cache cannot be continued (packed row), or None.
     """
 
-    def __init__(self, config: HSAConfig, library: Memory | RowMemories | None = None, *, rewind: int = REWIND) -> None:
+    def __init__(
+        self, config: HSAConfig, library: Memory | RowMemories | MixedRows | None = None, *, rewind: int = REWIND
+    ) -> None:
         self.chunk_size, self.rewind = config.chunk_size, rewind
         super().__init__(layers=[WindowCacheLayer(window, rewind) for window in config.layer_windows])
         if library is not None and library.chunk_size != config.chunk_size:

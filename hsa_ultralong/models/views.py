@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.mixed_rows import MixedRows
 from hsa_ultralong.memory.row_memories import RowMemories
 from hsa_ultralong.models.layout import Layout, source_numbers
 from hsa_ultralong.models.ranks import ALONE, ContextExchange, PoolExchange
@@ -16,11 +17,17 @@ POOLS = (False, True, "attended", "compete")
 _NEVER = 2**31 - 1
 
 
-def library_view(library: Memory | RowMemories, segments: torch.Tensor, positions: torch.Tensor) -> MemoryView:
+def library_view(
+    library: Memory | RowMemories | MixedRows, segments: torch.Tensor, positions: torch.Tensor
+) -> MemoryView:
     """A loaded memory that every real token may read; segments and positions (B, T) of the queries.
 
     Its chunks end at places counted backwards from the start of the row, -S the last but one: as if it stood before.
     """
+    if isinstance(library, MixedRows):
+        return library.views(
+            lambda memory, rows: library_view(memory, segments[rows], positions[rows]), segments.device
+        )
     everyone = torch.full_like(library.segments, READABLE_BY_ALL)
     count = everyone.shape[1]
     ends = torch.arange(1 - count, 1, dtype=torch.int32, device=everyone.device) * library.chunk_size

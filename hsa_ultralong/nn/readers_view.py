@@ -1,5 +1,7 @@
-"""A memory that some rows of a batch read: nothing is ranked or read for the others. Called by batching.py;
-tests/inference/test_batching.py."""
+"""A memory that some rows of a batch read: nothing is ranked or read for the others.
+
+Called by inference/batching.py and memory/mixed_rows.py; tests/inference/test_batching.py, test_prompt_batch.py.
+"""
 
 from __future__ import annotations
 

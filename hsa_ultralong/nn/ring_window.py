@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 from hsa_ultralong.nn.rotary import RotaryTable, apply_rotary
-from hsa_ultralong.ops._common import accumulation_dtype
+from hsa_ultralong.ops._common import accumulation_dtype, matmul_wide
+
+# rows from which on a step that is not compiled multiplies matrices
+_MANY_ROWS = 8
 
 
 class RingWindow:
@@ -47,6 +50,16 @@ class RingWindow:
         self.keys[row, :, slots] = turned[len(keys) - count :].transpose(0, 1)
         self.values[row, :, slots] = values[len(keys) - count :].transpose(0, 1).to(self.values.dtype)
 
+    def load_rows(
+        self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotary: RotaryTable, places: torch.Tensor
+    ) -> None:
+        """Rows (n,) take keys (not rotated) and values (n, kept, Hkv, D) of the last tokens at places (n, kept), at
+        most the window's; `rotary` is of all places. A place below 0 stands for no token."""
+        turned = apply_rotary(keys.flatten(0, 1), rotary).view_as(keys)
+        is_real, slots = (places >= 0)[..., None, None], places % self.window
+        for target, part in ((self.keys, turned), (self.values, values)):
+            target[rows[:, None], :, slots] = torch.where(is_real, part, 0.0).to(target.dtype)
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
         """One token of every sequence: q (B, 1, Hq, D), k and v (B, 1, Hkv, D), rotary of the B places; as q."""
         batch, heads, _, dim = self.keys.shape
@@ -56,6 +69,8 @@ class RingWindow:
         self.keys[rows, :, slots] = k[:, 0]
         self.values[rows, :, slots] = v[:, 0]
         is_filled = torch.arange(self.window, device=q.device) <= self.places[:, None]  # (B, W)
+        if batch >= _MANY_ROWS and not torch.compiler.is_compiling():
+            return self._attend_many(q, is_filled).to(v.dtype)
         # one query a sequence: sums over products fuse better than tiny matrix products, and stay in fp32
         wide = accumulation_dtype(v.dtype)
         grouped = q.view(batch, heads, -1, 1, dim).to(wide)  # (B, Hkv, G, 1, D)
@@ -63,6 +78,15 @@ class RingWindow:
         weights = scores.masked_fill(~is_filled[:, None, None], -torch.inf).softmax(-1)
         out = (weights[..., None] * self.values[:, :, None].to(wide)).sum(-2)  # (B, Hkv, G, D)
         return out.to(v.dtype).view(q.shape)
+
+    def _attend_many(self, q: torch.Tensor, is_filled: torch.Tensor) -> torch.Tensor:
+        """The same for many rows, where all products of a step would not fit into the card's caches."""
+        batch, heads, _, dim = self.keys.shape
+        grouped = q.view(batch * heads, -1, dim)  # (B * Hkv, G, D)
+        scores = matmul_wide(grouped, self.keys.flatten(0, 1).transpose(1, 2)) * dim**-0.5  # (B * Hkv, G, W)
+        hidden = ~is_filled.repeat_interleave(heads, 0)[:, None]  # (B * Hkv, 1, W)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return matmul_wide(weights, self.values.flatten(0, 1)).view(q.shape)
 
 
 class RingWindows:

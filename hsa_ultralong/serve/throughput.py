@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.inference import memorize
+from hsa_ultralong.inference.warming import small_memories
 from hsa_ultralong.memory import Memory
 from hsa_ultralong.serve.limits import Limits
 from hsa_ultralong.serve.load import quantile
@@ -60,8 +61,14 @@ class _Answer:
         return self.times[0] - self.began
 
 
-def throughput_records(model: Any, settings: ThroughputSettings, keep: Callable[[str, int, int, float], None]) -> None:
-    """Measure every length and batch; `keep` takes (metric, tokens of the memory, batch, value).
+def throughput_records(
+    model: Any,
+    settings: ThroughputSettings,
+    keep: Callable[[str, int, int, float], None],
+    tell: Callable[[str], object] = lambda _: None,
+) -> None:
+    """Measure every length and batch; `keep` takes (metric, tokens of the memory, batch, value), `tell` lines on the
+    progress of warming up.
 
     Raises:
         RuntimeError: a request failed.
@@ -76,7 +83,8 @@ def throughput_records(model: Any, settings: ThroughputSettings, keep: Callable[
     began = time.perf_counter()
     context = -(-(settings.long_prompt + settings.steps) // size) * size
     limits = Limits(rows=max(settings.batches), context_tokens=context, waiting=4096)
-    worker = Worker(model, _Silent(), limits, warm_with=memorize(model, tokens(3 * size), **place))  # type: ignore[arg-type]
+    small = small_memories(model, **place) if model.device.type == "cuda" else []
+    worker = Worker(model, _Silent(), limits, warm_with=small, tell=tell)
     worker.ends = set()  # answers are as long as they may be
     keep("warmup_s", 0, max(settings.batches), time.perf_counter() - began)
     try:
@@ -118,18 +126,24 @@ def _measure(
     others = ask([tokens(settings.prompt)])
     wait(others)
     keep("other_question_s", length, 1, others[0].first)
+    speeds: dict[int, tuple[float, float]] = {}
     for batch in settings.batches:
         wait(ask([tokens(settings.prompt) for _ in range(batch)], 4))  # graphs of this many rows
         began = time.perf_counter()
         found = ask([tokens(settings.prompt) for _ in range(batch)])
         wait(found)
         seconds = time.perf_counter() - began
-        keep("tokens_per_s", length, batch, batch * settings.steps / seconds)
+        whole = batch * settings.steps / seconds
+        keep("tokens_per_s", length, batch, whole)
         # from the last first token on, all rows run
         last = max(answer.times[0] for answer in found)
         ends = max(answer.times[-1] for answer in found)
         later = sum(sum(at > last for at in answer.times) for answer in found)
-        keep("decode_tokens_per_s", length, batch, later / (ends - last))
+        speeds[batch] = whole, later / (ends - last)
+        keep("decode_tokens_per_s", length, batch, speeds[batch][1])
+        if batch > 1 and 1 in speeds:
+            for metric, value, alone in zip(("speedup", "decode_speedup"), speeds[batch], speeds[1], strict=True):
+                keep(metric, length, batch, value / alone)
         firsts = [answer.first for answer in found]
         keep("first_token_s_p50", length, batch, quantile(firsts, 0.5))
         keep("first_token_s_p99", length, batch, quantile(firsts, 0.99))

@@ -20,6 +20,7 @@ from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.inference.batching import BatchEngine, Reading
 from hsa_ultralong.inference.passages import Reread
 from hsa_ultralong.inference.sampling import sample
+from hsa_ultralong.inference.warming import warm
 from hsa_ultralong.memory import Memory
 from hsa_ultralong.serve.evidence import Evidence
 from hsa_ultralong.serve.limits import Limits, ServeError
@@ -116,8 +117,11 @@ class _Row:
 
     def put(self, piece: Piece) -> None:
         """Pass a piece on, or hold it back where only the whole answer is wanted."""
+        if not self.request.is_whole:
+            self.request.put(piece)
+            return
         text, found = self.held.text + piece.text, [*self.held.probabilities, *piece.probabilities]
-        if self.request.is_whole and self.has_begun and piece.finish is None:
+        if self.has_begun and piece.finish is None:
             self.held = Piece(text, found)
             return
         self.held, self.has_begun = Piece(), True
@@ -128,19 +132,26 @@ class Worker:
     """Answers requests with one model, up to `limits.rows` at once, in the order of their arrival."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, limits: Limits, num_owners: int = 1, warm_with: Memory | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        limits: Limits,
+        num_owners: int = 1,
+        warm_with: Sequence[Memory] = (),
+        tell: Callable[[str], object] = logger.info,
     ) -> None:
         """
         Args:
-            num_owners: those who share the bytes of known beginnings out. warm_with: a small memory to warm up with.
+            num_owners: those who share the bytes of known beginnings out. warm_with: small memories to warm up with,
+                see warming.warm; none: it is left out. tell: takes lines on the progress of that.
         """
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         self.engine = BatchEngine(
             model, batch=limits.rows, max_tokens=limits.context_tokens, num_tokens=limits.row_tokens,
             prefix_bytes=limits.prefix_bytes, num_owners=num_owners,
         )  # fmt: skip
-        if warm_with is not None:
-            self.engine.warm(warm_with)
+        if warm_with:
+            warm(self.engine, warm_with, piece=limits.piece_tokens, tell=tell)
         self.is_open: Callable[[Memory], bool] = lambda memory: True
         self.ends = set(end_tokens(model))
         self._waiting: deque[Request] = deque()
@@ -280,32 +291,28 @@ class Worker:
                 request.put(Piece(finish=reason, num_prompt=len(request.prompt), error=error))
 
     def _read(self) -> None:
-        """Read so many tokens of prompts, in turns: rows that run wait for no more than these."""
-        left = self.limits.piece_tokens
-        for _ in range(len(self._readings)):
-            if left <= 0:
-                return
-            reading, state = self._readings.popleft()
-            reason = self._over(state.request)
+        """Read so many tokens of prompts, several in one forward: rows that run wait for no more than these."""
+        for pair in list(self._readings):
+            reason = self._over(pair[1].request)
             if reason is not None:
-                self.engine.drop(reading)
-                state.request.put(Piece(finish=reason, num_prompt=len(state.request.prompt)))
+                self._readings.remove(pair)
+                self.engine.drop(pair[0])
+                pair[1].request.put(Piece(finish=reason, num_prompt=len(pair[1].request.prompt)))
+        states = {id(reading): state for reading, state in self._readings}
+        for pieces in self.engine.plan([reading for reading, _ in self._readings], self.limits.piece_tokens):
+            rows = self.engine.read_together(pieces)
+            self.num_prompt_tokens += sum(size for _, size in pieces)
+            done = {id(reading): row for (reading, _), row in zip(pieces, rows, strict=True) if row is not None}
+            if not done:
                 continue
-            before = reading.num_read
-            try:
-                row = self.engine.read_on(reading, left)
-            except BaseException:
-                self._readings.appendleft((reading, state))  # given back with the others
-                raise
-            left -= reading.num_read - before
-            self.num_prompt_tokens += reading.num_read - before
-            if row is None:
-                self._readings.append((reading, state))
-                continue
-            self._rows[row] = state
-            # the prompt's own retrieval counts its memory alone
-            state.evidence.put([(_kept(a[row]), _kept(b[row])) for a, b in self.engine.retrieved], 0)
-            self._take(row, state, int(self.engine.tokens[row]))
+            self._readings = deque(pair for pair in self._readings if id(pair[0]) not in done)
+            self._rows |= {row: states[key] for key, row in done.items()}
+            tokens, retrieved = self.engine.results()
+            for key, row in done.items():
+                # the prompt's own retrieval counts its memory alone
+                states[key].evidence.put(retrieved, row, 0)
+                self._take(row, states[key], tokens[row])
+        self._readings.rotate(-1)
 
     def _let_go(self) -> None:
         """Forget memories that nobody reads and that were retired or closed, and others once there are many."""
@@ -332,11 +339,11 @@ class Worker:
             return
         for old, new in self.engine.compact().items():
             self._rows[new] = self._rows.pop(old)
-        tokens = self.engine.step().tolist()
+        self.engine.step()
         self.num_steps += 1
-        retrieved = [(_kept(indices), _kept(weights)) for indices, weights in self.engine.retrieved]
+        tokens, retrieved = self.engine.results()
         for row, state in list(self._rows.items()):
-            state.evidence.put([(a[row], b[row]) for a, b in retrieved], self.engine.chunk_offset(row))
+            state.evidence.put(retrieved, row, self.engine.chunk_offset(row))
             self._take(row, state, tokens[row])
 
     def _over(self, request: Request) -> str | None:
@@ -372,13 +379,14 @@ class Worker:
     def _finish(self, row: int, state: _Row, text: str, found: list[TokenProbability], reason: str) -> None:
         self.engine.leave(row)
         del self._rows[row]
-        ranked = state.evidence.ranked()
+        ranked = state.evidence.ranked(_MOST_CHUNKS)
         weight = ranked[0][1] if ranked else None
-        count = len(state.text.tokens)
-        weights, passages = dict(ranked), state.request.passages
-        again = [] if passages is None else [(chunk, weights[chunk]) for chunk in passages.chunks]
+        count, passages = len(state.text.tokens), state.request.passages
+        again: list[tuple[int, float]] = []
+        if passages is not None:
+            again = list(zip(passages.chunks, state.evidence.weights_of(passages.chunks), strict=True))
         number = len(state.request.prompt)
-        state.put(Piece(text, found, reason, count, weight, ranked[:_MOST_CHUNKS], again, number))
+        state.put(Piece(text, found, reason, count, weight, ranked, again, number))
 
 
 _MOST_CHUNKS = 64
@@ -388,11 +396,6 @@ def _fault(error: Exception) -> ServeError:
     """What a client is told of an error that is logged."""
     logger.error("decoding failed", exc_info=error)
     return ServeError(500, f"decoding failed: {type(error).__name__}", "internal")
-
-
-def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host: the next step overwrites the tensor."""
-    return tensor.to("cpu", copy=True)
 
 
 def _probability(logits: torch.Tensor, token: int, count: int) -> TokenProbability:

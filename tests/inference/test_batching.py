@@ -6,6 +6,7 @@ import torch
 from hsa_ultralong.inference import DecodingEngine
 from hsa_ultralong.inference import engine as engine_module
 from hsa_ultralong.inference.batching import BatchEngine
+from hsa_ultralong.inference.warming import warm
 from hsa_ultralong.memory import open_memory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 
@@ -198,7 +199,7 @@ def test_a_prompt_that_is_refused_leaves_the_row_free(model):
 
 def test_warming_up_leaves_no_trace(model, requests, expected, eager_graphs):
     engine = BatchEngine(model, batch=3, max_tokens=60, use_graph=True)
-    engine.warm(model.memorize(document(9)))
+    warm(engine, [model.memorize(document(9)), model.memorize(document(40))], piece=20)
     assert not any(engine.is_taken) and engine.known == [] and len(engine.own.free) == engine.own.num_pages
     assert sorted(size for size, memories in engine._captured if not memories) == engine.sizes
     assert together(engine, requests) == expected
@@ -216,7 +217,7 @@ def test_on_a_gpu_rows_decode_what_they_decode_alone(tmp_path, form, store):
         places.append(open_memory(tmp_path / f"{number}.hsa", store=store, device="cuda", dtype=torch.float32))
     requests = requests_of([*places, None])
     engine = BatchEngine(model, batch=5, max_tokens=60, prefix_bytes=2**20)
-    engine.warm()
+    warm(engine)
     assert engine.is_captured and engine.sizes == [1, 2, 4, 5]
     expected = [alone(model, *request[1:]) for request in requests]
     assert together(engine, requests, 9) == expected

@@ -7,7 +7,9 @@ from hsa_ultralong.inference import edit
 from hsa_ultralong.inference import engine as engine_module
 from hsa_ultralong.inference.engine import DecodingEngine, sample
 from hsa_ultralong.models import HSACache
-from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+from hsa_ultralong.nn.ring_window import RingWindow
+from hsa_ultralong.nn.rotary import rotary_at
+from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tensor, random_tokens, tiny_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -241,3 +243,17 @@ def test_every_compiled_part_is_one_graph(monkeypatch):
     expected = DecodingEngine(model, memory, max_tokens=40).generate([prompt], 9)
     assert DecodingEngine(model, memory, max_tokens=40, compile_layers=True).generate([prompt], 9) == expected
     assert parts == ["run_start", "run_layer", "run_queries", "run_window", "run_feed_forward", "run_head"]
+
+
+def test_many_rows_read_their_windows_as_few_do():
+    places = torch.arange(9) * 3
+    make = {"window": 7, "heads": 2, "dim": 4, "dtype": torch.float64, "device": torch.device("cpu")}
+    many = RingWindow(places, **make)
+    many.keys.copy_(random_tensor(*many.keys.shape, seed=1))
+    many.values.copy_(random_tensor(*many.values.shape, seed=2))
+    q, k, v = (random_tensor(9, 1, heads, 4, seed=heads) for heads in (6, 2, 2))
+    few = many.first(5, places[:5])
+    few.keys, few.values = few.keys.clone(), few.values.clone()
+    expected = few.attend(q[:5], k[:5], v[:5], rotary_at(places[:5], 4, 100.0, torch.float64))
+    found = many.attend(q, k, v, rotary_at(places, 4, 100.0, torch.float64))
+    torch.testing.assert_close(found[:5], expected, rtol=0, atol=1e-12)

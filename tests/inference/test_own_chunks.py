@@ -14,7 +14,7 @@ def test_pages_show_rows_what_rooms_of_their_own_show_them():
     rooms = RowChunks(model, 3, 4, torch.float64, CPU)
     pages = PagedChunks(model, 3, 4, 9, torch.float64, CPU)
     for row, count in enumerate((3, 2, 4)):
-        pages.hold(row, pages.take(count))
+        pages.hold([row], [pages.take(count)])
     assert pages.free == []
     config = model.config
     for number in range(1, 5):

@@ -69,7 +69,8 @@ def test_batches_are_timed():
         "tokens_per_s", "decode_tokens_per_s", "first_token_s_p50", "first_token_s_p99", "read_s", "first_question_s",
         "second_question_s", "long_prompt_first_token_s",
     }  # fmt: skip
-    assert ("tokens_per_s", 2) in found and all(value >= 0 for value in found.values())
+    assert found["speedup", 2] == pytest.approx(found["tokens_per_s", 2] / found["tokens_per_s", 1])
+    assert ("decode_speedup", 2) in found and all(value >= 0 for value in found.values())
 
 
 @pytest.mark.parametrize(

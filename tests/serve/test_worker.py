@@ -56,18 +56,18 @@ def worker(model):
 def logged(worker):
     """What the engine does from now on: ("read", tokens) and ("step", rows)."""
     log, engine = [], worker.engine
-    step, read = engine.step, engine._read_piece
+    step, read = engine.step, engine.read_together
 
     def noted_step():
         log.append(("step", sum(engine.is_taken)))
         return step()
 
-    def noted_read(reading, most):
-        count = read(reading, most)
-        log.append(("read", count))
-        return count
+    def noted_read(pieces):
+        rows = read(pieces)
+        log.extend(("read", size) for _, size in pieces if size)
+        return rows
 
-    engine.step, engine._read_piece = noted_step, noted_read
+    engine.step, engine.read_together = noted_step, noted_read
     return log
 
 
@@ -171,10 +171,10 @@ def test_a_worker_that_cannot_go_on_tells_all_who_wait(model):
         raise RuntimeError("the device is gone")
 
     worker = Worker(model, Letters(), Limits(context_tokens=64, rows=1, prefix_bytes=0))
-    reads, worker.engine._read_piece = worker.engine._read_piece, lambda *_: time.sleep(0.001) or 0
+    reads, worker.engine.read_together = worker.engine.read_together, lambda pieces: time.sleep(0.001) or [None]
     asked = [Asked(worker, document(6, seed), 5) for seed in range(3)]
     worker.engine.step = worker.engine.leave = worker.engine.drop = broken
-    worker.engine._read_piece = reads
+    worker.engine.read_together = reads
     assert [one.wait() for one in asked] == ["error"] * 3
     worker._thread.join(HANG_SECONDS)
     with pytest.raises(ServeError) as refused:
@@ -188,11 +188,12 @@ def test_evidence_is_the_largest_weight_of_every_chunk(model):
     source = torch.Generator().manual_seed(0)
     for step in range(90):
         offset = 5 * (step % 2)
-        indices = torch.randint(-1, 25, (1, 3), generator=source, dtype=torch.int32)
-        weights = torch.rand((1, 3), generator=source)
-        found.put([(indices, weights)], offset)
-        for index, weight in zip(indices.flatten().tolist(), weights.flatten().tolist(), strict=True):
+        indices = torch.randint(-1, 25, (2, 1, 3), generator=source, dtype=torch.int32).numpy()
+        weights = torch.rand((2, 1, 3), generator=source).numpy()
+        found.put([(indices, weights)], step % 2, offset)
+        for index, weight in zip(indices[step % 2, 0].tolist(), weights[step % 2, 0].tolist(), strict=True):
             if index >= 0 and 0 <= index - offset < 13:
                 expected[index - offset] = max(expected.get(index - offset, 0.0), weight)
     assert dict(found.ranked()) == expected and [w for _, w in found.ranked()] == sorted(expected.values())[::-1]
+    assert found.ranked(2) == found.ranked()[:2] and found.weights_of(list(expected)) == list(expected.values())
     assert Evidence(None).ranked() == []
