@@ -105,10 +105,10 @@ def is_available() -> bool:
         import triton
     except ImportError:
         return False
-    return not _is_interpreting(triton) and _cuobjdump().is_file()
+    return not is_interpreting(triton) and _cuobjdump().is_file()
 
 
-def _is_interpreting(triton: Any) -> bool:
+def is_interpreting(triton: Any) -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -127,7 +127,7 @@ def _target() -> Any:
     return GPUTarget("cuda", CAPABILITY, 32)
 
 
-def _hopper_driver() -> Any:
+def hopper_driver() -> Any:
     """Stands in for the CUDA driver as far as Triton's launcher asks it about the card."""
     properties = {"multiprocessor_count": _NUM_PROCESSORS, "max_shared_mem": SHARED_LIMIT, "warpSize": 32}
     return SimpleNamespace(
@@ -142,7 +142,7 @@ def _hopper_driver() -> Any:
 
 
 @contextmanager
-def _replaced_functions() -> Iterator[None]:
+def replaced_functions() -> Iterator[None]:
     """Let the operators' host code believe in a Hopper card, in every module that holds these functions."""
     from hsa_ultralong.ops import _triton
 
@@ -176,8 +176,8 @@ def _hopper_properties(device: Any = None) -> Any:
     )  # fmt: skip
 
 
-def _patches() -> list[Any]:
-    """torch.cuda's questions about the card, and tensors of zeros where a kernel would have written."""
+def card_patches() -> list[Any]:
+    """torch.cuda's questions about the card."""
     cuda = torch.cuda
     return [
         mock.patch.object(cuda, "device", lambda device=None: contextlib.nullcontext()),
@@ -188,6 +188,12 @@ def _patches() -> list[Any]:
         mock.patch.object(cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.object(cuda, "get_device_capability", lambda device=None: (9, 0)),
         mock.patch.object(cuda, "get_device_properties", _hopper_properties),
+    ]
+
+
+def _zero_patches() -> list[Any]:
+    """Tensors of zeros where a kernel would have written."""
+    return [
         mock.patch.object(torch, "empty", torch.zeros),
         mock.patch.object(torch, "empty_like", torch.zeros_like),
         mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
@@ -208,7 +214,7 @@ def record_launches() -> Iterator[list[Launch]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    if _is_interpreting(triton):
+    if is_interpreting(triton):
         raise RuntimeError("launches can be recorded only with TRITON_INTERPRET=0: interpreted kernels have no code")
     found: dict[str, Launch] = {}
     run = JITFunction.run
@@ -231,14 +237,14 @@ def record_launches() -> Iterator[list[Launch]]:
 
     result: list[Launch] = []
     previous = driver._active
-    driver.set_active(_hopper_driver())
+    driver.set_active(hopper_driver())
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(JITFunction, "run", run_nothing))
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", note))
             stack.enter_context(mock.patch.object(Autotuner, "run", run_every_configuration))
-            stack.enter_context(_replaced_functions())
-            for patch in _patches():
+            stack.enter_context(replaced_functions())
+            for patch in (*card_patches(), *_zero_patches()):
                 stack.enter_context(patch)
             yield result
     finally:

@@ -12,7 +12,7 @@ from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 from hsa_ultralong.testing.factories import generator, random_tensor, random_visibility
 
 pytest.importorskip("triton")
-from hsa_ultralong.ops.chunk_topk import kernel_gradients, triton_topk
+from hsa_ultralong.ops.chunk_topk import kernel_gradients, plan, triton_topk
 from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,8 +21,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles and blocks from few tokens and chunks; no path for few queries unless a test asks for it."""
-    monkeypatch.setattr(triton_topk, "tile_options", lambda *_: triton_topk.TileOptions(16, 16, 4))
+    monkeypatch.setattr(plan, "tile_options", lambda *_: plan.TileOptions(16, 16, 4))
     monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 0)
+    # shapes that were seen with other sizes
+    plan.plan_of.cache_clear()
+    yield
+    plan.plan_of.cache_clear()
 
 
 def integers(*shape, seed=0):
@@ -106,9 +110,9 @@ def test_the_set_is_that_of_topk_over_the_kernels_own_scores():
 )  # fmt: skip
 def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk, chunks, share):
     monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
-    chosen = triton_topk.decode_options
-    monkeypatch.setattr(triton_topk, "decode_options", lambda *case: chosen(*case)._replace(share=share))
-    monkeypatch.setattr(triton_topk._Problem, "stream", None)
+    chosen = plan.decode_options
+    monkeypatch.setattr(plan, "decode_options", lambda *case: chosen(*case)._replace(share=share))
+    monkeypatch.setattr(triton_topk, "_solve", None)
     visible = places(2, 2, chunks, "past")
     query, landmarks = integers(2, 2, heads, 8), integers(rows, chunks, heads, 8, seed=1)
     expected = chunk_topk(query, landmarks, visible, topk=topk, impl="reference")
