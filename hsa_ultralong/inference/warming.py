@@ -111,7 +111,7 @@ def _rank_sizes(engine: Any) -> list[int]:
     from hsa_ultralong.ops.chunk_topk.triton_topk import chunks_of_all_forms
 
     factor = engine.model.model.upper_groups()[0].retriever.factor()
-    sizes = chunks_of_all_forms(kept, query.shape[-1] * query.element_size())
+    sizes = chunks_of_all_forms(kept, max(16, next_power_of_two(query.shape[-1])) * query.element_size())
     reader = torch.zeros((1, 1), dtype=torch.int32, device=device)
     with torch.no_grad():
         for count in sizes:
@@ -120,6 +120,9 @@ def _rank_sizes(engine: Any) -> list[int]:
             visible = ChunkVisibility(reader, reader, everyone, torch.zeros_like(everyone))
             chunks = ChunkTensors(landmarks, landmarks, landmarks, everyone, everyone, everyone)
             GraphView(chunks, visible).topk(query, Search(kept, factor))
+            del landmarks, chunks
+    if query.is_cuda:
+        torch.cuda.empty_cache()  # the largest landmarks take 0.5 GB, which nothing needs again
     return sizes
 
 

@@ -87,7 +87,7 @@ def chunks_of_all_forms(topk: int, landmark_bytes: int) -> list[int]:
     up to _MOST_SHARES times DecodeOptions.share chunks, which is 134M tokens of chunks of 64.
 
     Args:
-        landmark_bytes: of one landmark of one head.
+        landmark_bytes: of one landmark of one head, its dimensions padded to a power of two.
     """
     options = decode_options(next_power_of_two(topk), landmark_bytes)
     found: dict[tuple[int, int], int] = {}
