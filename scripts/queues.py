@@ -128,6 +128,7 @@ def _run_job(output: Path, job: dict[str, Any], card: str) -> None:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_hear,
         )
         _put(output, name, state="running", start=start, process=process.pid)
         why = ""
@@ -177,6 +178,11 @@ def _stop(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.name} is not running: it is {state['state']}")
     _signal(state["process"], signal.SIGINT)
     return 0
+
+
+def _hear() -> None:
+    """A shell's `&` leaves SIGINT ignored, and a job would inherit that: it could not be asked to save itself."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal(process: int, number: int) -> None:

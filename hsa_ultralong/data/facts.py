@@ -28,7 +28,7 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(text.split("|"))
 
 
-_LONGEST_SPAN, _FIRST = 400, 8
+_LONGEST_SPAN, _FIRST, _TRIES = 400, 8, 30
 # share of rows that ask plainly, as evaluation does
 PLAIN_FRACTION = 0.25
 # share of facts of the grammar
@@ -207,20 +207,23 @@ def chat_facts_row(
     Raises:
         ValueError: a row too short for one fact and its question.
     """
-    facts = sample_facts(rng, int(rng.integers(1, options.max_needles + 1)), words, options.p_hard)
     is_inline = bool(rng.random() < 0.5)
     asker = Asker(rng, tokenizer, form, PLAIN_FRACTION)
     asked: list[Turn] = []
-    # a question and its fact together, so that all facts that are asked find room in the text
-    room = layout.seq_len // 2
-    for number, fact in enumerate(facts[: options.max_questions]):
-        begins = number == 0
-        turn = asker(fact.question, fact.answer, begins=begins and not is_inline, follows_text=begins and is_inline)
-        room -= turn.size + len(tokenizer.encode(fact.statement))
-        if room < 0:
+    for _ in range(_TRIES):  # the longest facts do not fit into the shortest rows
+        facts = sample_facts(rng, int(rng.integers(1, options.max_needles + 1)), words, options.p_hard)
+        # a question and its fact together, so that all facts that are asked find room in the text
+        room = layout.seq_len // 2
+        for number, fact in enumerate(facts[: options.max_questions]):
+            begins = number == 0
+            turn = asker(fact.question, fact.answer, begins=begins and not is_inline, follows_text=begins and is_inline)
+            room -= turn.size + len(tokenizer.encode(fact.statement))
+            if room < 0:
+                break
+            asked.append(turn)
+        if asked:
             break
-        asked.append(turn)
-    if not asked:
+    else:
         raise ValueError(
             f"a fact and its question do not fit into half of a row: seq_len={layout.seq_len} is too small"
         )

@@ -63,7 +63,7 @@ class ReadingVariant(NamedTuple):
         """x (B, T, H, D) turned by the angles of places (1 or B, T); pairs as in nn/rotary.py."""
         assert self.rope_theta is not None
         table = rotary_at(places.flatten(), x.shape[-1], self.rope_theta, x.dtype, self.rope_scaling)
-        cos, sin = (part.view(*places.shape, 1, -1) for part in table)  # (1 or B, T, 1, D / 2)
+        cos, sin = (part.view(*places.shape, 1, part.shape[-1]) for part in table)  # (1 or B, T, 1, D / 2)
         left, right = x.to(cos.dtype).chunk(2, dim=-1)
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
