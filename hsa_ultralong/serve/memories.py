@@ -16,18 +16,16 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.data import tokenizer_fingerprint
 from hsa_ultralong.files.durable import sync_folder
-from hsa_ultralong.inference import Library, memory_fingerprint
+from hsa_ultralong.inference import Library
 from hsa_ultralong.memory import ChunkMemory, Memory, MemoryFile
 from hsa_ultralong.memory.files import MemoryFileError
-from hsa_ultralong.memory.half_read import half_read
 from hsa_ultralong.memory.opening import open_memory
-from hsa_ultralong.serve.limits import Limits, ServeError, require_id
-from hsa_ultralong.serve.memory_folders import bytes_of, is_beginning, partial_of, refusal, states_of
+from hsa_ultralong.serve.catalogue import Catalogue
+from hsa_ultralong.serve.limits import Limits, ServeError
+from hsa_ultralong.serve.memory_folders import SUFFIX, bytes_of, is_beginning, partial_of, refusal, states_of
 from hsa_ultralong.serve.tiers import CACHE_BYTES, TIERS, OpenMemories
 
-_SUFFIX = ".hsa"
 # openings of a memory that is changed meanwhile
 _TRIES = 5
 # (tokens read, tokens of the whole text)
@@ -44,8 +42,8 @@ class Opened:
     documents: list[tuple[str, int]]
 
 
-class Memories:
-    """All memories below a folder; thread-safe.
+class Memories(Catalogue):
+    """All memories below a folder, asked and changed; thread-safe.
 
     One writer changes a memory at a time; questions go on with the state that was committed before.
     """
@@ -66,96 +64,14 @@ class Memories:
             store: the best tier for keys and values while they are asked: device, host or file. key_values, landmarks:
                 forms of new files.
         """
-        self.folder, self.model, self.tokenizer, self.limits = folder, model, tokenizer, limits
-        self.store, self.key_values, self.landmarks = store, key_values, landmarks
-        self.fingerprint, self.tokens = memory_fingerprint(model), tokenizer_fingerprint(tokenizer)
+        super().__init__(folder, model, tokenizer, key_values=key_values, landmarks=landmarks)
+        self.limits, self.store, self.key_values, self.landmarks = limits, store, key_values, landmarks
         self._guard = threading.RLock()
         self.opened = OpenMemories({"device": limits.device_bytes, "host": limits.host_bytes}, limits.open_memories)
         self._asked: dict[Path, int] = {}
         self._clock = 0
         self._writers: dict[Path, threading.Lock] = {}
         folder.mkdir(parents=True, exist_ok=True)
-
-    # places -----------------------------------------------------------------------------------------------------------
-
-    def _place(self, namespace: str, id: str) -> Path:
-        require_id(id)
-        return self.folder / namespace / (id + _SUFFIX)
-
-    def _existing(self, namespace: str, id: str) -> Path:
-        place = self._place(namespace, id)
-        if not (place / "manifest.json").is_file() or place.is_symlink() or place.parent.is_symlink():
-            raise ServeError(404, f"there is no memory {id!r}", "memory_not_found")
-        return place
-
-    def ids(self, namespace: str) -> list[str]:
-        """Names of a namespace's memories, sorted."""
-        place = self.folder / namespace
-        if not place.is_dir() or place.is_symlink():
-            return []
-        found = (one.name.removesuffix(_SUFFIX) for one in place.iterdir() if one.name.endswith(_SUFFIX))
-        return sorted(id for id in found if (place / (id + _SUFFIX) / "manifest.json").is_file())
-
-    # looking ----------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _file(self, namespace: str, id: str) -> Iterator[MemoryFile]:
-        place = self._existing(namespace, id)
-        try:
-            with MemoryFile.open_unverified(place) as file:
-                yield file
-        except MemoryFileError as error:
-            raise refusal(error, self.folder) from error
-
-    def info(self, namespace: str, id: str) -> dict[str, Any]:
-        """What a memory holds.
-
-        Raises:
-            ServeError: there is none.
-        """
-        with self._file(namespace, id) as file:
-            half = half_read(file.manifest.open_document, file.build_state)
-            state = "reading" if half is not None else "ready" if self._is_ours(file) else "foreign"
-            return {
-                "id": id, "object": "memory", "status": state, "tokens": file.num_tokens, "chunks": file.num_chunks,
-                "documents": len(file.documents), "bytes": file.num_bytes, "generation": file.generation,
-                "formats": file.spec.metadata.get("formats"),
-            }  # fmt: skip
-
-    def infos(self, namespace: str) -> list[dict[str, Any]]:
-        """`info` of all memories: one that goes meanwhile is left out, one that cannot be read says so."""
-        found = []
-        for id in self.ids(namespace):
-            try:
-                found.append(self.info(namespace, id))
-            except ServeError as error:
-                if error.status != 404:
-                    found.append({"id": id, "object": "memory", "status": "damaged", "error": error.message})
-        return found
-
-    def _is_ours(self, file: MemoryFile) -> bool:
-        return file.spec.fingerprint == self.fingerprint and file.spec.tokenizer in ("", self.tokens)
-
-    def documents(self, namespace: str, id: str) -> list[dict[str, Any]]:
-        """Numbers, names and sizes of a memory's documents."""
-        with self._file(namespace, id) as file:
-            return [
-                {"number": number, "id": one.id, "name": one.name, "tokens": one.num_tokens, "open": one.is_open}
-                for number, one in enumerate(file.documents)
-            ]
-
-    def passage(self, namespace: str, id: str, document: int, start: int, stop: int) -> dict[str, Any]:
-        """Text of tokens start..stop of a document (by id)."""
-        with self._file(namespace, id) as file:
-            try:
-                record = file.document(document)
-            except ValueError as error:
-                raise ServeError(404, f"{id} holds no document {document}", "document_not_found") from error
-            stop = min(stop, record.num_tokens)
-            if not 0 <= start <= stop:
-                raise ServeError(400, f"tokens {start}..{stop} are no range of {record.num_tokens}", "invalid_range")
-            text = self.tokenizer.decode(file.document_tokens(document)[start:stop].tolist(), skip_special_tokens=True)
-            return {"document": document, "name": record.name, "start": start, "stop": stop, "text": text}
 
     # asking -----------------------------------------------------------------------------------------------------------
 
@@ -201,12 +117,9 @@ class Memories:
 
     def _stamp(self, namespace: str, id: str) -> tuple[int, ...]:
         """What tells one state of the file from another, also of another file of this name."""
-        info = self.info(namespace, id)
-        if info["status"] == "foreign":
-            raise ServeError(
-                409, f"memory {id!r} was made by another model or tokenizer; hsa memory rebuild makes it again",
-                "foreign_memory",
-            )  # fmt: skip
+        with self._file(namespace, id) as file:
+            self._require_ours(id, file.spec)
+            info = self._info(id, file)
         if info["status"] == "reading":
             raise ServeError(409, f"memory {id!r} is still being read; ask it when it is ready", "memory_not_ready")
         if info["chunks"] == 0:
@@ -253,6 +166,21 @@ class Memories:
         finally:
             lock.release()
 
+    @contextmanager
+    def _writing(self, place: Path) -> Iterator[Library]:
+        with self._changing(place), self._opened(place) as library:
+            yield library
+
+    @contextmanager
+    def _opened(self, place: Path) -> Iterator[Library]:
+        """A memory of this model and tokenizer for writing; nothing of another's is touched."""
+        with MemoryFile.open_unverified(place) as file:
+            self._require_ours(place.stem, file.spec)
+        with Library.open(self.model, place) as library:
+            # what is written is what was looked at
+            self._require_ours(place.stem, library.writer.spec)
+            yield library
+
     def create(
         self, namespace: str, id: str, documents: Sequence[tuple[str, str]], progress: MemoryProgress | None = None
     ) -> dict[str, Any]:
@@ -268,7 +196,10 @@ class Memories:
         begun = partial_of(place)
         with self._changing(place):
             if (place / "manifest.json").is_file():
-                if self._holds(place, encoded):
+                with self._file(namespace, id) as file:
+                    self._require_ours(id, file.spec)
+                    is_same = len(file.documents) == len(encoded) and is_beginning(file, encoded)
+                if is_same:
                     return self.info(namespace, id)
                 raise ServeError(409, f"memory {id!r} exists already, with other documents", "memory_exists")
             self._make_room(place, _count(encoded))
@@ -290,14 +221,13 @@ class Memories:
     ) -> dict[str, Any]:
         """Memorise (name, text) documents behind those of a memory: all of them, or none."""
         place, encoded = self._existing(namespace, id), self._encoded(documents)
-        with self._changing(place):
+        with self._writing(place) as library:
             self._make_room(place, _count(encoded))
-            with Library.open(self.model, place) as library:
-                done = 0
-                for name, tokens in encoded:
-                    library.add(tokens, name=name, commit=False, progress=_shifted(progress, done, _count(encoded)))
-                    done += len(tokens)
-                library.commit()
+            done = 0
+            for name, tokens in encoded:
+                library.add(tokens, name=name, commit=False, progress=_shifted(progress, done, _count(encoded)))
+                done += len(tokens)
+            library.commit()
         return self.info(namespace, id)
 
     def _encoded(self, documents: Sequence[tuple[str, str]]) -> list[tuple[str, torch.Tensor]]:
@@ -306,15 +236,11 @@ class Memories:
             raise ServeError(400, "a document is empty: nothing to memorise", "empty_document")
         return found
 
-    def _holds(self, place: Path, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
-        with MemoryFile.open_unverified(place) as file:
-            return len(file.documents) == len(encoded) and is_beginning(file, encoded)
-
     def _goes_on(self, place: Path, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
-        """Whether what a killed call left is the beginning of these documents, by this model."""
+        """Whether what a killed call left is the beginning of these documents, in the form of new memories."""
         try:
-            with MemoryFile.open_unverified(place, self.fingerprint) as file:
-                return is_beginning(file, encoded)
+            with MemoryFile.open_unverified(place) as file:
+                return file.spec == self.spec and is_beginning(file, encoded)
         except MemoryFileError:
             return False
 
@@ -324,7 +250,7 @@ class Memories:
             place,
             key_values=self.key_values,
             landmarks=self.landmarks,
-            tokenizer=self.tokens,
+            tokenizer=self.spec.tokenizer,
             exist_ok=True,
         )
 
@@ -334,7 +260,7 @@ class Memories:
         """Give a document (by id) another text, or tokens start..stop of it; only what changed is read again."""
         place = self._existing(namespace, id)
         tokens = self.tokenizer(text)["input_ids"] if text else []
-        with self._changing(place), Library.open(self.model, place) as library:
+        with self._writing(place) as library:
             self._make_room(place, len(tokens))
             self._require_document(library, id, document)
             if span is None:
@@ -351,7 +277,7 @@ class Memories:
     def remove(self, namespace: str, id: str, document: int) -> dict[str, Any]:
         """Delete a document (by id), and its bytes."""
         place = self._existing(namespace, id)
-        with self._changing(place), Library.open(self.model, place) as library:
+        with self._writing(place) as library:
             self._require_document(library, id, document)
             library.delete(document)
             library.compact()
@@ -376,7 +302,7 @@ class Memories:
                 begun.rename(place)
                 sync_folder(place.parent)
             else:
-                with Library.open(self.model, place) as library:
+                with self._opened(place) as library:
                     library.merge(sources)
         return self.info(namespace, id)
 
@@ -401,7 +327,7 @@ class Memories:
 
     def bytes_used(self) -> int:
         """Of all memories."""
-        return sum(bytes_of(place) for place in self.folder.glob(f"*/*{_SUFFIX}") if not place.is_symlink())
+        return sum(bytes_of(place) for place in self.folder.glob(f"*/*{SUFFIX}") if not place.is_symlink())
 
     def _make_room(self, place: Path, tokens: int, extra: int = 0, needed: Sequence[Path] = ()) -> None:
         """Evict others until so many tokens and bytes fit; `needed` stay."""
@@ -413,7 +339,7 @@ class Memories:
         wanted = extra + tokens * (heads + 4)
         while self.bytes_used() + wanted > bound:
             kept = (place, *needed)
-            idle = [one for one in self.folder.glob(f"*/*{_SUFFIX}") if one not in kept and not self._is_changing(one)]
+            idle = [one for one in self.folder.glob(f"*/*{SUFFIX}") if one not in kept and not self._is_changing(one)]
             if not self.limits.evict or not idle:
                 raise ServeError(
                     507, f"about {wanted:,} bytes more would pass the disk budget of {bound:,}; delete memories",

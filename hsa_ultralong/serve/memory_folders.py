@@ -16,6 +16,8 @@ from hsa_ultralong.memory import MemoryFile
 from hsa_ultralong.memory.files import MemoryFileError
 from hsa_ultralong.serve.limits import ServeError
 
+SUFFIX = ".hsa"
+
 
 def is_beginning(file: MemoryFile, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
     """Whether a memory holds the beginning of (name, tokens) documents and nothing else."""
