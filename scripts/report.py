@@ -33,7 +33,10 @@ _TITLES = {
     "training": "held-out questions at the end of training answered exactly, %",
 }
 _LENGTH_TASKS = ("s_niah", "mk_niah", "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt")
+# of operators: chunks a token, and how their lists were chosen (docs/results.md)
+_TOPK, _LISTS = 32, ("shared", "recorded", "random")
 Records = list[dict[str, Any]]
+Times = dict[tuple[str, str, int], float]
 
 
 def pooled(records: Records) -> Records:
@@ -235,31 +238,43 @@ def operators_block(root: Path) -> str:
     parts = []
     for path in sorted((root / "benchmarks" / "results").glob("ops-*.json")):
         content = read_json(path)
-        times: dict[tuple[str, str, int], float] = {}
-        for record in content["records"]:
-            if record["op"] == "full_attention" or (record["op"], record["impl"]) == ("chunk_topk", "triton"):
-                is_wanted = True
-            else:
-                is_wanted = (record["op"], record["impl"], record["selection"]) == ("hsa", "triton", "recorded")
-            if is_wanted and record["K"] in (None, 32):
-                key = record["op"], record["direction"], record["T"]
-                times[key] = min(record["ms"], times.get(key, float("inf")))
-        rows = []
-        for length in sorted({key[2] for key in times}):
-            row = [human_tokens(length)]
-            for direction in ("fwd", "fwd_bwd"):
-                parted = [times.get((op, direction, length)) for op in ("chunk_topk", "hsa", "full_attention")]
-                row += ["" if ms is None else f"{ms:.2f}" for ms in parted]
-                retrieve, read, full = parted
-                row.append(f"{full / (retrieve + read):.1f}" if retrieve and read and full else "")
-            rows.append(row)
-        head = ["tokens"]
-        for words in ("", ", with backward"):
-            head += [f"retrieval, ms{words}", f"HSA, ms{words}", f"full attention, ms{words}", f"ratio{words}"]
-        meta, name = content["meta"], path.relative_to(root)
-        where = f"{meta['hardware']}, commit {meta['commit'][:7]}, K = 32"
-        parts.append(f"{where} ([numbers](../{name})):\n\n{table(head, rows)}")
+        times, meta, name = operator_times(content["records"]), content["meta"], path.relative_to(root)
+        where = f"{meta['hardware']}, commit {meta['commit'][:7]} of {meta['date'][:10]}, K = {_TOPK}"
+        parts.append(f"{where} ([numbers](../{name})).")
+        for direction, words in (("fwd", "Forward"), ("fwd_bwd", "Forward and backward")):
+            columns, rows = ["chunk_topk", *(f"hsa {lists}" for lists in _LISTS), "full_attention"], []
+            for length in sorted({key[2] for key in times if key[1] == direction}):
+                ms = [times.get((op, direction, length)) for op in columns]
+                shares = [share_of_full(times, direction, length, "shared")]
+                shares += [share_of_full(times, direction, length, lists, "chunk_topk") for lists in _LISTS]
+                row = [*("" if value is None else f"{value:.2f}" for value in ms)]
+                rows.append([human_tokens(length), *row, *("" if one is None else f"{one:.2f}" for one in shares)])
+            head = ["tokens", "retrieval", *(f"HSA, {lists}" for lists in _LISTS), "full"]
+            head += ["HSA / full, shared", *(f"both / full, {lists}" for lists in _LISTS)]
+            parts.append(f"{words}, ms, and in the time of full attention:\n\n{table(head, rows)}")
     return "\n\n".join(parts) or _NOT_YET
+
+
+def operator_times(records: Records) -> Times:
+    """(operator, direction, tokens) -> ms of the fastest; HSA is "hsa LISTS", by how its lists were chosen."""
+    times: Times = {}
+    for record in records:
+        op, impl, lists = record["op"], record["impl"], record["selection"]
+        if op == "hsa" and impl == "triton" and lists in _LISTS:
+            op = f"hsa {lists}"
+        elif op != "full_attention" and (op, impl) != ("chunk_topk", "triton"):
+            continue
+        if record["K"] in (None, _TOPK):
+            key = op, record["direction"], record["T"]
+            times[key] = min(record["ms"], times.get(key, float("inf")))
+    return times
+
+
+def share_of_full(times: Times, direction: str, length: int, lists: str, *others: str) -> float | None:
+    """Time of HSA and other operators in that of full attention; None where one was not measured."""
+    parts = [times.get((op, direction, length)) for op in (f"hsa {lists}", *others)]
+    full = times.get(("full_attention", direction, length))
+    return None if full is None or None in parts else sum(part for part in parts if part is not None) / full
 
 
 def blocks(root: Path) -> dict[str, Callable[[], str]]:

@@ -103,6 +103,28 @@ def test_the_committed_page_is_what_the_committed_files_say(report):
     assert report.render(text, ROOT) == text, "run `make report`"
 
 
+def test_the_speed_that_readme_quotes_counts_retrieval_and_is_in_the_file(report):
+    times = report.operator_times(report.read_json(ROOT / "benchmarks" / "results" / "ops-h200.json")["records"])
+
+    def quoted(lists, *others):
+        shares = (report.share_of_full(times, "fwd_bwd", length, lists, *others) for length in (8192, 32_768, 131_072))
+        return ", ".join(f"{share:.2f}" for share in shares)
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for others in (("chunk_topk",), ()):
+        assert f"| {quoted('shared', *others)}; {quoted('random', *others)} |" in readme
+    both = [report.share_of_full(times, "fwd_bwd", length, "shared", "chunk_topk") for length in (32_768, 8192)]
+    assert f"take {both[0]:.2f} of the time of cuDNN full attention at 32K" in readme
+    assert f"At 8K they are slower, {both[1]:.2f}" in readme and both[1] > 1
+    meta = report.read_json(ROOT / "benchmarks" / "results" / "ops-h200.json")["meta"]
+    assert f"({meta['commit'][:7]}, {meta['date'][:10]})" in readme
+
+
+def test_operators_have_their_times_at_every_length_that_was_measured(report):
+    rows = [line.split(" | ") for line in report.operators_block(ROOT).splitlines() if line.startswith("| 1M |")]
+    assert len(rows) == 2 and all(row[1] and row[2] for row in rows)
+
+
 def test_the_pdf_has_pages_and_is_the_same_every_time(report, measured, monkeypatch):
     monkeypatch.setitem(sys.modules, "report", report)
     printer = script("report_pdf")
