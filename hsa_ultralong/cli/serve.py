@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +29,10 @@ def serve(
     keys: Annotated[
         Path | None,
         typer.Option(help="File of API keys, a line each: NAMESPACE KEY. Namespaces see their own memories."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name or address that clients and a proxy may call it by, port or not; repeatable."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, max=1024, help="Answers decoded at once.")] = 8,
     context: Annotated[str, typer.Option(help="Tokens of a prompt and its answer, such as 8K.")] = "8K",
@@ -82,10 +85,7 @@ def serve(
     """
     _check_choices(store, key_values, memories, max_disk, evict)
     namespaces = None if keys is None else read_keys(keys)
-    if namespaces is None and not _is_loopback(host):
-        raise ValueError(
-            f"--host {host} can be reached from other machines: give --keys FILE, or leave it at 127.0.0.1"
-        )
+    hosts = _hosts(host, allow_host or [], namespaces is not None)
     _require_packages()
     sizes = {
         "body_bytes": ("--max-body", max_body), "context_tokens": ("--context", context),
@@ -96,13 +96,12 @@ def serve(
     limits = _limits(sizes, rows=rows, waiting=waiting, request_seconds=max_seconds, evict=evict)
     owners = 1 if namespaces is None else len(set(namespaces.values()))
     sockets, serves = _forked(host, port) if supervise else (None, None)  # returns in every server
-    import uvicorn
-
     from hsa_ultralong.serve.app import build_app
+    from hsa_ultralong.serve.connections import server_config
 
     answers = make_answers(model, memories, limits, name, store, key_values, device, dtype, owners)
-    config = uvicorn.Config(
-        build_app(answers, namespaces), host=host, port=port, log_level="warning", access_log=False,
+    config = server_config(
+        build_app(answers, namespaces, hosts), limits, host=host, port=port, log_level="warning",
         timeout_graceful_shutdown=int(max_seconds) + 1, timeout_keep_alive=30,
     )  # fmt: skip
     _Server(config, answers, serves).run(sockets)
@@ -121,9 +120,10 @@ def _import_all() -> None:
     """What every server would import; nothing of it touches a GPU or starts threads."""
     from importlib import import_module
 
-    for name in ("transformers", "uvicorn", "uvicorn.protocols.http.auto", "pydantic.v1"):
+    for name in ("transformers", "uvicorn", "pydantic.v1"):
         import_module(name)
-    for name in ("models", "cli.common", "serve.app", "serve.answers", "serve.memories", "serve.worker"):
+    served = ("app", "answers", "connections", "memories", "worker")
+    for name in ("models", "cli.common", *(f"serve.{one}" for one in served)):
         import_module(f"hsa_ultralong.{name}")
 
 
@@ -244,11 +244,18 @@ def read_keys(path: Path) -> dict[str, str]:
     return found
 
 
-def _is_loopback(host: str) -> bool:
+def _hosts(host: str, allowed: list[str], has_keys: bool) -> list[str]:
+    """The names that --allow-host gives, beside an address that may be listened on."""
+    from hsa_ultralong.serve.guard import is_loopback, require_host
+
+    if not has_keys and not is_loopback(host):
+        raise ValueError(
+            f"--host {host} can be reached from other machines: give --keys FILE, or leave it at 127.0.0.1"
+        )
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        return [require_host(one) for one in allowed]
+    except ValueError as error:
+        raise ValueError(f"--allow-host: {error}") from None
 
 
 def _require_packages() -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,11 +16,12 @@ from starlette.exceptions import HTTPException
 
 from hsa_ultralong.inference.prompts import has_chat_template
 from hsa_ultralong.serve.answers import Answers, cancel
-from hsa_ultralong.serve.guard import BodyLimit
+from hsa_ultralong.serve.bodies import BodyLimit
+from hsa_ultralong.serve.guard import HeaderCheck, require_host
 from hsa_ultralong.serve.limits import ServeError, require_id
 from hsa_ultralong.serve.memories import Memories, Opened
 from hsa_ultralong.serve.metrics import Metrics
-from hsa_ultralong.serve.page import PAGE
+from hsa_ultralong.serve.page import PAGE, POLICY
 from hsa_ultralong.serve.protocol import (
     Change,
     ChatCompletion,
@@ -34,14 +33,16 @@ from hsa_ultralong.serve.protocol import (
 from hsa_ultralong.serve.streams import completion_events, events, whole_answer
 from hsa_ultralong.serve.uploads import documents_of
 
-DEFAULT_NAMESPACE = "default"
 
-
-def build_app(answers: Answers, keys: Mapping[str, str] | None = None) -> FastAPI:
+def build_app(answers: Answers, keys: Mapping[str, str] | None = None, hosts: Sequence[str] = ()) -> FastAPI:
     """The application.
 
     Args:
         keys: namespace of every API key's SHA-256 in hex; None: no key is needed and all share one namespace.
+        hosts: names or addresses, with or without a port, that the server has beside this machine's own.
+
+    Raises:
+        ValueError: a host that is none.
     """
     memories, worker, limits = answers.memories, answers.worker, answers.limits
     metrics = Metrics(answers)
@@ -53,16 +54,10 @@ def build_app(answers: Answers, keys: Mapping[str, str] | None = None) -> FastAP
 
     app = FastAPI(title="hsa_ultralong", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(HeaderCheck, keys=keys, hosts=tuple(require_host(one) for one in hosts))
 
     def namespace(request: Request) -> str:
-        if keys is None:
-            return DEFAULT_NAMESPACE
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).hexdigest()
-        found = [name for known, name in keys.items() if hmac.compare_digest(known, digest)]
-        if scheme.lower() != "bearer" or not found:
-            raise ServeError(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
-        return found[0]
+        return str(request.state.namespace)
 
     space = Depends(namespace)
     _register_errors(app)
@@ -74,8 +69,7 @@ def build_app(answers: Answers, keys: Mapping[str, str] | None = None) -> FastAP
 
 
 def _error(error: ServeError) -> JSONResponse:
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, error.headers())
 
 
 def _register_errors(app: FastAPI) -> None:
@@ -107,8 +101,8 @@ def _register_errors(app: FastAPI) -> None:
 
 def _register_health(app: FastAPI, answers: Answers, metrics: Metrics) -> None:
     @app.get("/", response_class=HTMLResponse)
-    async def page() -> str:
-        return PAGE
+    async def page() -> Response:
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -21,14 +21,20 @@ class ServeError(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
+    def headers(self) -> dict[str, str]:
+        """Those that tell a client how to go on."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        return {"Retry-After": "2"} if self.status in (429, 503) else {}
+
 
 @dataclass(frozen=True)
 class Limits:
     """Bounds of one server.
 
     body_bytes: of a request. context_tokens: prompt and answer of one row. rows: answered at once. waiting: requests
-    that may wait for a row. request_seconds: from arrival to the last token. body_seconds: for a body to arrive.
-    disk_bytes: of all memories, None: no bound. choices: of `n`. memories_per_request: of one question.
+    that may wait for a row. request_seconds: from arrival to the last token. body_seconds: for a body to arrive, and
+    for headers. disk_bytes: of all memories, None: no bound. choices: of `n`. memories_per_request: of one question.
     open_memories: kept open for the next question. row_tokens: of all rows together, None: room for all at their
     longest. piece_tokens: of prompts, read between two steps. prefix_bytes: for beginnings of prompts that are known.
     device_bytes, host_bytes: of open memories on the device and in host memory, None: no bound.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -40,14 +41,15 @@ def answering(nano, folder, key_values="bf16", **changes):
 
 
 @contextmanager
-def serving(nano, folder, *, keys=None, **changes):
+def serving(nano, folder, *, keys=None, hosts=(), **changes):
     """(base address, Answers) of a running server."""
     import uvicorn
 
     from hsa_ultralong.serve.app import build_app
+    from hsa_ultralong.serve.connections import server_config
 
     answers = answering(nano, folder, **changes)
-    config = uvicorn.Config(build_app(answers, keys), port=0, log_level="error", access_log=False)
+    config = server_config(build_app(answers, keys, hosts), answers.limits, port=0, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -60,6 +62,21 @@ def serving(nano, folder, *, keys=None, **changes):
     finally:
         server.should_exit = True
         thread.join(HANG_SECONDS)
+
+
+def connected(address):
+    """A plain connection to a server."""
+    host, port = str(address).removeprefix("http://").rstrip("/").split(":")
+    return socket.create_connection((host, int(port)), timeout=HANG_SECONDS)
+
+
+def rest_of(connection):
+    """All bytes that still come on a connection, which the server ends."""
+    found = b""
+    with suppress(ConnectionResetError):  # a body that nobody read lay in it
+        while piece := connection.recv(65_536):
+            found += piece
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from hsa_ultralong.testing.processes import HANG_SECONDS
-from tests.serve.conftest import FILLER, serving
+from tests.serve.conftest import FILLER, connected, rest_of, serving
 
 MEMORY = {"id": "ok", "text": "x"}
 COMPLETION = {"model": "nano", "prompt": "hello", "max_tokens": 2}
@@ -116,28 +116,44 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(client):
     assert found.status_code == 413
 
 
-def test_a_body_that_comes_too_slowly_is_refused(server):
-    host, port = server[0].removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=HANG_SECONDS) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        answer = slow.recv(4096)
-    assert b"408" in answer.split(b"\r\n")[0]
+def test_headers_and_bodies_that_come_too_slowly_are_refused(server, client):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    begun = {
+        "body": head + b"Content-Length: 100\r\n\r\n{", "line": b"GE", "headers": head + b"Accept: ", "nothing": b"",
+        "second": b"GET /hea",
+    }  # fmt: skip
+    slow = {name: connected(server[0]) for name in begun}
+    slow["second"].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    first = b""
+    while not first.endswith(b"}"):
+        first += slow["second"].recv(4096)
+    for name, one in slow.items():
+        one.sendall(begun[name])
+    answers = {}
+    for name, one in slow.items():
+        with one:
+            answers[name] = rest_of(one)
+    assert b"body_too_slow" in answers["body"] and answers["body"].startswith(b"HTTP/1.1 408 ")
+    assert b"headers_too_slow" in answers["line"] and answers["line"].startswith(b"HTTP/1.1 408 ")
+    assert answers["line"] == answers["headers"] == answers["second"] and first.startswith(b"HTTP/1.1 200 ")
+    # a connection that asks nothing is closed without a word
+    assert answers["nothing"] == b""
+    assert client.get("/health").status_code == 200
 
 
 RAW = [
     b"", b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n{}",
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
-    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n{}",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
 ]  # fmt: skip
 
 
 def test_lines_that_are_no_requests_are_refused_and_the_server_goes_on(server, client):
-    host, port = server[0].removeprefix("http://").split(":")
     for line in RAW:
-        with socket.create_connection((host, int(port)), timeout=HANG_SECONDS) as one:
+        with connected(server[0]) as one:
             one.sendall(line)
             one.shutdown(socket.SHUT_WR)
             answer = one.recv(65_536)

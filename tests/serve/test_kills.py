@@ -167,6 +167,7 @@ def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path):
         (("--keys", "/dev/null"), "regular file"),
         (("--max-body", "0"), "--max-body: from 1 to"),
         (("--context", "many"), "--context"),
+        (("--allow-host", "https://a.org"), "--allow-host: a host is a name"),
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_loaded(tmp_path, options, message):
