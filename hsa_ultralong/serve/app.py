@@ -242,10 +242,13 @@ def _register_documents(app: FastAPI, memories: Memories, space: Any) -> None:
 async def _changed(
     change: Callable[[Callable[[int, int], None]], dict[str, Any]], stream: bool, status: int = 200
 ) -> Response:
-    """Run a change that reads text on a thread of its own; streamed, its progress comes as events."""
+    """Run a change that reads text on a thread of its own; streamed, its progress comes as events.
+
+    The stream begins with the first progress: what is refused before has its own status.
+    """
     if not stream:
         return JSONResponse(await run_in_threadpool(change, lambda *_: None), status)
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None]()
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | ServeError | None]()
     last = 0.0
 
     def report(done: int, total: int) -> None:
@@ -256,19 +259,28 @@ async def _changed(
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
     def work() -> None:
+        result: dict[str, Any] | ServeError
         try:
-            result: dict[str, Any] = change(report)
+            result = change(report)
         except ServeError as error:
-            result = error.body()
-        except Exception as error:  # the stream has begun: what went wrong is its last event
-            result = ServeError(500, f"failed: {type(error).__name__}", "internal").body()
+            result = error
+        except Exception as error:  # an event of its own, if the stream has begun
+            result = ServeError(500, f"failed: {type(error).__name__}", "internal")
         loop.call_soon_threadsafe(queue.put_nowait, result)
         loop.call_soon_threadsafe(queue.put_nowait, None)
 
+    running = loop.run_in_executor(None, work)
+    first = await queue.get()
+    if isinstance(first, ServeError):
+        raise first
+
     async def told() -> AsyncIterator[dict[str, Any]]:
-        running = loop.run_in_executor(None, work)
-        while (event := await queue.get()) is not None:
+        event: dict[str, Any] | ServeError | None = first
+        while event is not None:
+            if isinstance(event, ServeError):
+                raise event
             yield event
+            event = await queue.get()
         await running
 
-    return StreamingResponse(events(told(), lambda: None), media_type="text/event-stream")
+    return StreamingResponse(events(told(), lambda: None), status, media_type="text/event-stream")

@@ -11,24 +11,24 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 _NOTHING: tuple[Any, ...] = (None, {}, [], False, 0, 0.0)
-# fields of OpenAI's API that change answers and are not supported: value that means "not asked for" besides nothing
-_UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "best_of": (1, "use n"),
-    "echo": (False, "send the prompt back yourself"),
-    "suffix": ("", "write the prompt so that the answer is its end"),
-    "logit_bias": (None, "leave it out"),
-    "presence_penalty": (0, "leave it out"),
-    "frequency_penalty": (0, "leave it out"),
-    "tools": (None, "leave it out"),
-    "tool_choice": ("none", "leave it out"),
-    "functions": (None, "leave it out"),
-    "function_call": ("none", "leave it out"),
-    "response_format": ({"type": "text"}, "ask for text"),
-    "modalities": (["text"], "ask for text"),
-    "audio": (None, "ask for text"),
-    "prediction": (None, "leave it out"),
-    "reasoning_effort": (None, "leave it out"),
-    "web_search_options": (None, "leave it out"),
+# fields of OpenAI's API that change answers and are not supported: values that ask for nothing, besides none at all
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "best_of": ((1,), "use n"),
+    "echo": ((), "send the prompt back yourself"),
+    "suffix": (("",), "write the prompt so that the answer is its end"),
+    "logit_bias": ((), "leave it out"),
+    "presence_penalty": ((), "leave it out"),
+    "frequency_penalty": ((), "leave it out"),
+    "tools": ((), "leave it out"),
+    "tool_choice": (("none", "auto"), "leave it out"),
+    "functions": ((), "leave it out"),
+    "function_call": (("none", "auto"), "leave it out"),
+    "response_format": (({"type": "text"},), "ask for text"),
+    "modalities": ((["text"],), "ask for text"),
+    "audio": ((), "ask for text"),
+    "prediction": ((), "leave it out"),
+    "reasoning_effort": (("none",), "leave it out"),
+    "web_search_options": ((), "leave it out"),
 }
 # fields that are labels for the service's own books and change no answer
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
@@ -67,7 +67,7 @@ class Answering(BaseModel):
         if not isinstance(value, dict):
             return value
         for name, (neutral, advice) in _UNSUPPORTED.items():
-            is_asked = name in value and value[name] not in _NOTHING and value[name] != neutral
+            is_asked = name in value and value[name] not in (*_NOTHING, *neutral)
             if is_asked and name not in cls.model_fields:
                 raise ValueError(f"{name} is not supported; {advice}")
         dropped = {*_UNSUPPORTED, *_LABELS} - set(cls.model_fields)

@@ -91,6 +91,16 @@ def test_a_chat_message_is_asked_as_the_command_asks_it(openai_client, server, l
     assert found.choices[0].message.content == expected.text and found.choices[0].finish_reason == "stop"
 
 
+def test_fields_that_ask_for_nothing_are_accepted(client):
+    body = {"model": "nano", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+    for asked in (
+        {"tools": [], "tool_choice": "auto"}, {"tools": None, "tool_choice": "none"}, {"tool_choice": "auto"},
+        {"functions": [], "function_call": "auto"}, {"reasoning_effort": "none", "parallel_tool_calls": True},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "logit_bias": {}, "presence_penalty": 0},
+    ):  # fmt: skip
+        assert client.post("/v1/chat/completions", json={**body, **asked}).status_code == 200, asked
+
+
 def test_a_stream_is_the_same_answer_in_pieces(openai_client, lib):
     options = {"model": "nano", "prompt": PROMPT, "max_tokens": 24, "extra_body": {"memory": "lib", "sources": 1}}
     whole = openai_client.completions.create(**options)
@@ -291,6 +301,40 @@ def test_progress_comes_as_events(client):
         events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
     assert events[0]["object"] == "memory.progress" and events[-1]["id"] == "slow"
     assert events[-2]["tokens"] == events[-2]["total"] == events[-1]["tokens"]
+
+
+def test_a_streamed_change_that_is_refused_has_its_own_status(client, server):
+    memories, more = server[1].memories, {"documents": [{"text": LANTERN}], "stream": True}
+    assert client.post("/v1/memories", json={"id": "there", "text": FERRY}).status_code == 201
+    for path, body, status, code in (
+        ("/v1/memories", {"id": "there", "text": LANTERN, "stream": True}, 409, "memory_exists"),
+        ("/v1/memories/missing/documents", more, 404, "memory_not_found"),
+    ):
+        found = client.post(path, json=body)
+        assert (found.status_code, found.json()["error"]["code"]) == (status, code)
+    with memories._changing(memories.folder / "default" / "there.hsa"):
+        found = client.post("/v1/memories/there/documents", json=more)
+        assert (found.status_code, found.json()["error"]["code"]) == (409, "memory_busy")
+    before, memories.limits = memories.limits, replace(memories.limits, disk_bytes=1)
+    try:
+        found = client.post("/v1/memories/there/files?stream=true", files=[("files", ("a.txt", LANTERN.encode()))])
+        assert (found.status_code, found.json()["error"]["code"]) == (507, "disk_budget")
+    finally:
+        memories.limits = before
+    made = client.post("/v1/memories/there/documents", json=more)
+    assert made.status_code == 200 and made.text.endswith("data: [DONE]\n\n")
+
+
+def test_what_fails_in_the_middle_of_a_stream_is_its_last_event(client, monkeypatch):
+    def broken(library, tokens, progress, **_):
+        progress(1, len(tokens))
+        raise ValueError("the text ended")
+
+    monkeypatch.setattr(Library, "add", broken)
+    found = client.post("/v1/memories", json={"id": "never", "text": FERRY, "stream": True})
+    events = [json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: {")]
+    assert found.status_code == 201 and events[0]["object"] == "memory.progress"
+    assert events[-1]["error"]["message"] == "the text ended" and client.get("/v1/memories/never").status_code == 404
 
 
 def test_uploaded_files_become_documents_and_their_names_stay_names(client, server):

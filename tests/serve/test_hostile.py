@@ -41,7 +41,9 @@ BAD_CHATS = [
     {**CHAT, "messages": []}, {**CHAT, "messages": [{"role": "wizard", "content": "x"}]},
     {**CHAT, "messages": [{"role": "user"}]}, {**CHAT, "messages": [{"role": "user", "content": ""}]},
     {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-    {**CHAT, "tools": [{"type": "function"}]}, {**CHAT, "response_format": {"type": "json_object"}},
+    {**CHAT, "tools": [{"type": "function"}]}, {**CHAT, "tool_choice": "required"},
+    {**CHAT, "tools": [], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {**CHAT, "response_format": {"type": "json_object"}},
     {**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, {**CHAT, "max_completion_tokens": 3},
     {**CHAT, "top_logprobs": 2}, {**CHAT, "messages": [*CHAT["messages"], *CHAT["messages"]]},
 ]  # fmt: skip
