@@ -27,6 +27,7 @@ _FOLDERS = ("babi", "short")
 _MEMORIES = ("memory", "rebuild")
 _CONTROLS = ("closed", "gold", "bm25", "dense")
 _SETTINGS = ("auto", "memory", "rebuild", "continue", "prompt", *_CONTROLS)
+_SEARCHED = ("bm25", "dense")
 _SCORINGS = ("generate", "teacher", "both")
 
 
@@ -45,6 +46,20 @@ Setting = Annotated[
         "search finds)."
     ),
 ]
+Reread = Annotated[
+    int,
+    typer.Option(
+        min=0, max=MAX_TOPK, help="Of the setting memory: so many passages, found by the model's own retrieval, stand "
+        "in the prompt as text as well."
+    ),
+]  # fmt: skip
+PassageTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MAX_COUNT, help="Of bm25 and dense: the best passages fill a prompt of so many tokens.",
+        show_default="five passages"
+    ),
+]  # fmt: skip
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", help="Of a rival (hsa_ultralong/baselines): decoding=pages, chunk_topk=8, rope_scaling=..."),
@@ -87,6 +102,8 @@ def suite(
     lengths: Annotated[str, typer.Option(help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling).")] = "4K..64K",
     samples: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Samples of a task and length.")] = 100,
     setting: Setting = "auto",
+    reread: Reread = 0,
+    passage_tokens: PassageTokens = None,
     scoring: Scoring = "generate",
     chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the tokenizer's chat template.")] = False,
     data: Data = None,
@@ -133,6 +150,7 @@ def suite(
         raise ValueError(f"--scoring must be one of {', '.join(_SCORINGS)}, got {scoring!r}")
     if setting in _CONTROLS and not {*names} <= {*_QA}:
         raise ValueError(f"--setting {setting} is of the suite qa; leave {next(n for n in names if n not in _QA)} out")
+    _check_passages(setting, reread, passage_tokens, is_asked=not {*names} <= {*LIKELIHOOD_TASKS})
     files = _files(data or [], names)
     require_folder(output)
     folders: Sequence[Path | None] = models or [None]
@@ -157,11 +175,24 @@ def suite(
         asked = [name for name in names if name not in LIKELIHOOD_TASKS]
         check_tasks(asked, material, samples)
         check_likelihood(names, files.get("short"), samples)
-        reader = _reader(model, material, setting, batch, is_ours) if asked else None
+        reader = _reader(model, material, setting, batch, is_ours, reread, passage_tokens) if asked else None
         place = output if len(folders) == 1 else output / label
         _measure(place, label, model, material, reader, names, wanted, samples, seed, scoring, changes or [])
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _check_passages(setting: str, reread: int, passage_tokens: int | None, *, is_asked: bool) -> None:
+    """Refuse options of passages in the prompt where there are none."""
+    if (reread or passage_tokens) and not is_asked:
+        raise ValueError("the suites ppl and short ask nothing; leave --reread and --passage-tokens out")
+    if reread and setting not in ("auto", *_MEMORIES):
+        raise ValueError(f"--reread is of the settings memory and rebuild; leave it out of {setting}")
+    if passage_tokens and setting not in _SEARCHED:
+        raise ValueError(
+            f"--passage-tokens is of the settings bm25 and dense, not of {setting}; --reread N puts passages of a "
+            "memory into the prompt"
+        )
 
 
 def own_names(folders: Sequence[Path | None]) -> list[str]:
@@ -270,24 +301,28 @@ def _changed(folder: Path, changes: Sequence[str]) -> Any:
     return RivalConfig.from_dict({**RivalConfig.from_pretrained(folder).to_diff_dict(), **found})
 
 
-def _reader(model: Any, material: Any, setting: str, batch: int | None, is_ours: bool) -> Any:
+def _reader(
+    model: Any, material: Any, setting: str, batch: int | None, is_ours: bool, reread: int, passage_tokens: int | None
+) -> Any:
     from hsa_ultralong.eval.memory_reader import MemoryReader
     from hsa_ultralong.eval.passage_reader import PassageReader
     from hsa_ultralong.eval.readers import ContinuingReader, PromptReader
 
     if setting == "auto":
         setting = "memory" if is_ours else "prompt"
+    if reread and setting == "prompt":
+        raise ValueError("--reread needs a model with a memory; leave it out, or use --setting bm25 --passage-tokens N")
     if setting not in _MEMORIES and batch is not None and batch > 1:
         raise ValueError(f"--batch is of the setting memory; {setting} answers samples one by one: leave it out")
     if setting == "prompt":
         return PromptReader(model, material)
     if setting in _CONTROLS:
-        return PassageReader(model, material, setting)
+        return PassageReader(model, material, setting, passage_tokens=passage_tokens)
     if not is_ours:
         raise ValueError(f"--setting {setting} needs a model with a memory; leave it out, or say prompt")
     if setting == "continue":
         return ContinuingReader(model, material)
-    return MemoryReader(model, material, batch=batch or 16, edits=setting == "memory")
+    return MemoryReader(model, material, batch=batch or 16, edits=setting == "memory", reread=reread)
 
 
 def _measure(
@@ -303,8 +338,7 @@ def _measure(
     group = patient_group()
     ranks = SampleRanks(group.rank(), group.size(), lambda work: everywhere(work, group)) if group else SampleRanks()
     is_first = ranks.rank == 0
-    setting = "likelihood" if reader is None else reader.setting
-    settings = run_settings(model, material, setting=setting, samples=samples, seed=seed, scoring=scoring)
+    settings = run_settings(model, material, reader, samples=samples, seed=seed, scoring=scoring)
     asked = [name for name in names if name not in LIKELIHOOD_TASKS]
     if ranks.world > 1 and len(asked) < len(names):
         raise ValueError("the suites ppl and short run in one process; ask them without torchrun")

@@ -83,9 +83,10 @@ class Seen:
     def passages(self) -> tuple[Passage, ...]:
         """The MAX_PASSAGES chunks of the greatest weights, the greatest first."""
         best = sorted(self._weights.items(), key=lambda item: (-item[1], item[0]))[:MAX_PASSAGES]
-        return tuple(self._passage(chunk, weight) for chunk, weight in best)
+        return tuple(self.passage(chunk, weight) for chunk, weight in best)
 
-    def _passage(self, chunk: int, weight: float) -> Passage:
+    def passage(self, chunk: int, weight: float) -> Passage:
+        """Where a chunk of the sample's memory stands."""
         inside = chunk
         for document, size in enumerate((len(self.sample.context), *map(len, self.sample.notes))):
             chunks = -(-size // self.chunk_size)

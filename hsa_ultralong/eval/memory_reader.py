@@ -3,7 +3,9 @@
 A context is read once. Of each further one only the chunks that a changed token can reach are read (fact 6 of
 docs/architecture.md) and laid beside it (`RowMemories`), so that a row reads exactly the memory of its own context. A
 chunk read before is not read again: it depends on its own tokens and those within `lower_reach` before it alone.
-tests/eval/test_readers.py.
+
+With `reread` the passages that the model itself retrieves for the bare question stand as text in its prompt as well, as
+in `ask` (inference/passages.py). tests/eval/test_readers.py.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from hsa_ultralong.eval.tasks import Material, Sample
 from hsa_ultralong.eval.tasks.sample import Tokens
 from hsa_ultralong.inference import DecodingEngine, memorize
 from hsa_ultralong.inference.ask import end_tokens
+from hsa_ultralong.inference.passages import best_chunks, note_weights, place_texts
+from hsa_ultralong.inference.prompts import passages_text
 from hsa_ultralong.inference.stretches import Stretch, StretchReader
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.memory.row_memories import Chunk, RowMemories
@@ -69,15 +73,20 @@ class MemoryReader:
 
     limit: int | None = None
 
-    def __init__(self, model: HSAForCausalLM, material: Material, *, batch: int = 16, edits: bool = True) -> None:
-        """edits: False reads every context as a whole, for comparison.
+    def __init__(
+        self, model: HSAForCausalLM, material: Material, *, batch: int = 16, edits: bool = True, reread: int = 0
+    ) -> None:
+        """
+        Args:
+            edits: False reads every context as a whole, for comparison.
+            reread: so many passages, the best by the model's own retrieval for the question, stand before it as text.
 
         Raises:
             ValueError: for a model whose memories cannot be laid together (fact 4).
         """
         if not model.config.is_composable:
             raise ValueError("this model's chunks cannot be laid together (fact 4); use the setting continue")
-        self.model, self.material, self.batch, self.edits = model, material, batch, edits
+        self.model, self.material, self.batch, self.edits, self.reread = model, material, batch, edits, reread
         self.setting = "memory" if edits else "rebuild"
         self.chunk_size, self._reach = model.config.chunk_size, model.config.lower_reach
         self._stretches = StretchReader(model)
@@ -209,40 +218,74 @@ class MemoryReader:
 
     def _generate(self, samples: Sequence[Sample]) -> list[Reply]:
         rows, numbers = self._rows(samples)
-        prompts = [torch.tensor([*self.material.first, *sample.question]) for sample in samples]
+        seen = [Seen(sample, self.chunk_size, own.total) for sample, own in zip(samples, numbers, strict=True)]
+        prompts = [torch.tensor(prompt) for prompt in self._prompts(samples, rows, numbers, seen)]
         most = max(sample.max_new_tokens for sample in samples)
         engine = DecodingEngine(self.model, rows, batch=len(samples), max_tokens=max(map(len, prompts)) + most)
         ends = end_tokens(self.model)
         stops = [StopRule(sample, self.material.tokenizer) for sample in samples]
-        seen = [Seen(sample, self.chunk_size, own.total) for sample, own in zip(samples, numbers, strict=True)]
         for number, step in enumerate(engine.stream(prompts, most, stop_tokens=ends)):
             for row, token in enumerate(step.tokens):
                 if token is not None and not stops[row].is_done:
-                    found = [(numbers[row].of(chunks[row : row + 1]), shares[row : row + 1])
-                             for chunks, shares in step.retrieved]  # fmt: skip
-                    seen[row].note(found, 0, 0, is_first=number == 0)
+                    # with passages in the prompt, what the bare question retrieved is known already
+                    _note(seen[row], step.retrieved, row, numbers[row], is_first=number == 0 and not self.reread)
                     stops[row].put(token, ends)
             if all(stop.is_done for stop in stops):
                 break
         return [stop.reply(one) for stop, one in zip(stops, seen, strict=True)]
+
+    def _prompts(
+        self, samples: Sequence[Sample], rows: RowMemories, numbers: Sequence[_Numbers], seen: Sequence[Seen]
+    ) -> list[list[int]]:
+        """Tokens of each question as a document, behind the passages that it retrieves if they are read again."""
+        first = self.material.first
+        bare = [[*first, *sample.question] for sample in samples]
+        if not self.reread:
+            return bare
+        outputs = self._forward(bare, rows, logits_to_keep=1, output_retrieval=True)
+        found = [(own.indices[:, -1].cpu(), own.weights[:, -1].float().cpu()) for own in outputs.retrieval]
+        prompts: list[list[int]] = []
+        for row, (sample, own, one) in enumerate(zip(samples, numbers, seen, strict=True)):
+            weights = dict[int, float]()
+            for chunks, shares in _note(one, found, row, own, is_first=True):
+                note_weights(weights, chunks, shares, own.total)
+            places = [one.passage(chunk, weights[chunk]) for chunk in sorted(best_chunks(weights, self.reread))]
+            spans, documents = ((place.document, place.start, place.stop) for place in places), _contents(sample)
+            texts = place_texts(self.material.tokenizer, spans, documents.__getitem__)
+            prompts.append([*first, *self.material.encode(passages_text(texts)), *sample.question])
+        return prompts
+
+    def _forward(self, texts: Sequence[Sequence[int]], rows: RowMemories, **options: Any) -> Any:
+        """One pass over texts that end together, each over its own memory."""
+        longest, device = max(map(len, texts)), self.model.device
+        ids = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts], device=device)
+        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=device)
+        cache = HSACache(self.model.config, library=rows)
+        with evaluating(self.model):
+            return self.model(ids, attention_mask=mask, past_key_values=cache, **options)
 
     def _force(self, samples: Sequence[Sample]) -> list[bool | None]:
         """One pass over all questions with their answers."""
         answers = [forced_answer(sample, self.material) for sample in samples]
         if all(answer is None for answer in answers):
             return [None] * len(samples)
-        texts = [[*self.material.first, *one.question, *(a or [])] for one, a in zip(samples, answers, strict=True)]
-        longest = max(map(len, texts))
-        ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
-        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-        rows, _ = self._rows(samples)
-        device, kept = self.model.device, 1 + max(len(answer or []) for answer in answers)
-        with evaluating(self.model):
-            logits = self.model(
-                ids.to(device), attention_mask=mask.to(device), logits_to_keep=kept,
-                past_key_values=HSACache(self.model.config, library=rows),
-            ).logits  # fmt: skip
+        rows, numbers = self._rows(samples)
+        seen = [Seen(sample, self.chunk_size, own.total) for sample, own in zip(samples, numbers, strict=True)]
+        prompts = self._prompts(samples, rows, numbers, seen)
+        texts = [[*prompt, *(answer or [])] for prompt, answer in zip(prompts, answers, strict=True)]
+        kept = 1 + max(len(answer or []) for answer in answers)
+        logits = self._forward(texts, rows, logits_to_keep=kept).logits
         return [None if a is None else is_likeliest(own, a) for own, a in zip(logits, answers, strict=True)]
+
+
+def _note(
+    seen: Seen, retrieved: Sequence[tuple[torch.Tensor, torch.Tensor]], row: int, own: _Numbers, *, is_first: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Show what a row retrieved, per upper group indices and weights (B, Hr, K), to what keeps it; the same for the row
+    alone, in the sample's numbers, (1, Hr, K)."""
+    found = [(own.of(chunks[row : row + 1]), shares[row : row + 1]) for chunks, shares in retrieved]
+    seen.note(found, 0, 0, is_first=is_first)
+    return found
 
 
 def _contents(sample: Sample) -> Contents:

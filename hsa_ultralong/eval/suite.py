@@ -176,13 +176,16 @@ def distinct_chunks(material: Material, length: int, chunk_size: int) -> int:
 
 
 def run_settings(
-    model: Any, material: Material, *, setting: str, samples: int, seed: int, scoring: str = "generate"
+    model: Any, material: Material, reader: Reader | None, *, samples: int, seed: int, scoring: str = "generate"
 ) -> dict[str, Any]:
-    """What all samples of a run share: of the model its weights, of the haystack and the files their contents."""
+    """What all samples of a run share: of the model its weights, of the haystack and the files their contents. Without
+    a reader likelihoods alone are measured."""
+    chosen = {name: value for name in ("reread", "passage_tokens") if (value := getattr(reader, name, None))}
     return {
         **model_settings(model),
-        "setting": setting,
-        # runs of before this choice existed generated
+        "setting": "likelihood" if reader is None else reader.setting,
+        # runs of before these choices existed read nothing again, had five passages and generated
+        **chosen,
         **({} if scoring == "generate" else {"scoring": scoring}),
         "chat": material.chat,
         "samples": samples,

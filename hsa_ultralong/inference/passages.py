@@ -7,7 +7,7 @@ as well. Called by ask.py and serve/answers.py; tests/inference/test_passages.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,11 @@ def retrieved_weights(model: HSAForCausalLM, memory: Memory, ids: torch.Tensor) 
     return best
 
 
+def best_chunks(weights: dict[int, float], count: int) -> list[int]:
+    """The `count` chunks of the greatest weights, the greatest first; of equal ones the later."""
+    return sorted(weights, key=lambda chunk: (-weights[chunk], -chunk))[:count]
+
+
 def reread_prompt(
     model: HSAForCausalLM, tokenizer: Any, memory: Memory, prompt: Prompt, count: int, *, most_tokens: int | None = None
 ) -> Reread:
@@ -86,7 +91,7 @@ def reread_prompt(
         raise ValueError(f"reread is a number of passages from 1 on, got {count}")
     bare = prompt_ids(tokenizer, prompt)
     weights = retrieved_weights(model, memory, torch.tensor(bare))
-    best = sorted(weights, key=lambda chunk: (-weights[chunk], -chunk))[:count]
+    best = best_chunks(weights, count)
     for kept in range(len(best), 0, -1):
         chunks = sorted(best[:kept])
         ids = prompt_ids(tokenizer, with_passages(prompt, passage_texts(tokenizer, memory, chunks)))
@@ -100,12 +105,23 @@ def reread_prompt(
 
 def passage_texts(tokenizer: Any, memory: Memory, chunks: Sequence[int]) -> list[str]:
     """Texts of chunks in ascending order; chunks that follow each other in a document are one text."""
+    found = (locate(memory, chunk, 0.0) for chunk in chunks)
+    places = ((one.document, one.start, one.stop) for one in found)
+    return place_texts(tokenizer, places, lambda number: memory.documents[number].tokens)
+
+
+def place_texts(tokenizer: Any, places: Iterable[tuple[int, int, int]], tokens_of: Callable[[int], Any]) -> list[str]:
+    """Texts of tokens start..stop of documents, in order; places that follow each other in a document are one text.
+
+    Args:
+        places: number of a document, start, stop. tokens_of: the tokens (n,) of a document, a tensor or an array.
+    """
     spans: list[list[int]] = []
-    for found in (locate(memory, chunk, 0.0) for chunk in chunks):
-        if spans and spans[-1][0] == found.document and spans[-1][2] == found.start:
-            spans[-1][2] = found.stop
+    for document, start, stop in places:
+        if spans and spans[-1][0] == document and spans[-1][2] == start:
+            spans[-1][2] = stop
         else:
-            spans.append([found.document, found.start, found.stop])
-    tokens = (memory.documents[number].tokens[start:stop].tolist() for number, start, stop in spans)
+            spans.append([document, start, stop])
+    tokens = (tokens_of(number)[start:stop].tolist() for number, start, stop in spans)
     # halves of characters at the ends are no text
     return [str(tokenizer.decode(part, skip_special_tokens=True)).strip("\ufffd") for part in tokens]

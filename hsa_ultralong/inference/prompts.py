@@ -84,9 +84,14 @@ def _in_pieces(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[in
     return [*ids, *tokenizer(rest, add_special_tokens=False)["input_ids"]]
 
 
+def passages_text(passages: Sequence[str]) -> str:
+    """What stands before a question that is to be answered from these texts: each with a blank line after it."""
+    return "".join(f"{passage.strip()}\n\n" for passage in passages)
+
+
 def with_passages(prompt: Prompt, passages: Sequence[str]) -> Prompt:
     """The prompt with texts in front of it, or of its last message, a blank line after each."""
-    before = "".join(f"{passage.strip()}\n\n" for passage in passages)
+    before = passages_text(passages)
     if isinstance(prompt, str):
         return before + prompt
     return [*prompt[:-1], {**prompt[-1], "content": before + prompt[-1]["content"]}]

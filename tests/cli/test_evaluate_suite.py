@@ -44,6 +44,9 @@ def test_lengths_are_listed_or_doubled():
         (["--suite", "recall", "--data", "squad=nowhere.json"], "is read by qa_1, none of which is to be measured"),
         (["--suite", "prompt", "--setting", "prompt", "--batch", 4], "prompt answers samples one by one: leave it out"),
         (["--suite", "recall", "--lengths", "1K", "--chat"], "no chat template"),
+        (["--suite", "qa", "--setting", "bm25", "--reread", 2], "--reread is of the settings memory and rebuild"),
+        (["--suite", "recall", "--passage-tokens", 512], "--passage-tokens is of the settings bm25 and dense, not of"),
+        (["--suite", "ppl", "--reread", 2], "the suites ppl and short ask nothing"),
         (["a/same", "b/same", "--suite", "recall"], "two models are called 'same'"),
     ],
 )
@@ -69,6 +72,16 @@ def test_the_shipped_model_is_measured_and_a_second_command_goes_on(tmp_path):
     result = run("--tasks", "passkey", "--lengths", "1K", "--samples", 3, "-o", place, "--device", "cpu")
     assert result.exit_code != 0
     assert "samples was 2, now 3" in result.output + str(result.exception)
+
+
+def test_passages_in_the_prompt_are_a_setting_of_the_run(tmp_path):
+    place = tmp_path / "run"
+    arguments = ("--tasks", "recall_form_02", "--lengths", "512", "--samples", 1, "-o", place, "--device", "cpu")
+    result = run(*arguments, "--reread", 2)
+    assert result.exit_code == 0, result.output
+    assert json.loads((place / "run.json").read_text())["settings"]["reread"] == 2
+    result = run(*arguments)
+    assert f"{place} holds another run: reread was 2, now" in result.output + str(result.exception)
 
 
 def test_lengths_of_which_none_can_be_measured_are_refused_and_leave_nothing(tmp_path):

@@ -54,6 +54,26 @@ def test_a_search_by_words_finds_the_passage_of_a_name(material):
         assert sample.answers[0] in text.split("\n\n")[-2]  # the best stands last
 
 
+def test_the_passages_of_a_search_fill_a_prompt_of_so_many_tokens_the_best_last(material):
+    pytest.importorskip("bm25s")
+    model = tiny_model(vocab_size=len(material.tokenizer))
+    (sample,) = make_samples("qa_hotpot", material, 2000, 1)
+    five = prompts(PassageReader(model, material, "bm25"), [sample])[0]
+    for tokens in (60, 90, 200, 10_000):
+        reader = PassageReader(model, material, "bm25", passage_tokens=tokens)
+        size = len(reader._rewritten(sample).prompt())
+        assert size == tokens or (tokens == 10_000 and size < tokens)
+        (text,) = prompts(reader, [sample])
+        kept = text.split("\n\n")
+        assert kept[-2:] == five.split("\n\n")[-2:] or kept[-1] == five.split("\n\n")[-1]
+        assert text.endswith(five[-40:])
+    assert text.count("Boat ") + text.count("Quay ") >= len(sample.notes)
+    with pytest.raises(ValueError, match="must hold the question and more: at least"):
+        PassageReader(model, material, "bm25", passage_tokens=9)._rewritten(sample)
+    with pytest.raises(ValueError, match="passage_tokens is of bm25 and dense, gold has its own passages or none"):
+        PassageReader(model, material, "gold", passage_tokens=512)
+
+
 def test_a_search_by_vectors_ranks_by_their_cosine_whatever_is_read_beside(tmp_path):
     from transformers import BertConfig, BertModel
 

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from hsa_ultralong.eval.answers import forced_answer
+from hsa_ultralong.eval.evidence import Seen
 from hsa_ultralong.eval.memory_reader import MemoryReader, changed_chunks
 from hsa_ultralong.eval.readers import ContinuingReader, PromptReader, changed_spans
 from hsa_ultralong.eval.tasks import Material, Sample, make_samples
+from hsa_ultralong.inference import ask, memorize
+from hsa_ultralong.inference.passages import reread_prompt
 from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.testing.tokenizers import byte_level
 
@@ -75,6 +79,30 @@ def test_an_edited_memory_answers_as_a_built_one_and_a_batch_as_one_at_a_time(mo
         assert one.certainty == pytest.approx(other.certainty) == pytest.approx(third.certainty)
         if name not in SAME_CHUNKS:
             assert (one.found, one.rank) == (other.found, other.rank) == (third.found, third.rank)
+
+
+@pytest.mark.parametrize("name", ["recall_form_03", "recall_documents"])
+def test_passages_are_read_again_as_ask_reads_them_again(model, material, name):
+    samples = short_answers(name, material, 2)
+    reader = MemoryReader(model, material, reread=2)
+    found, forced = reader.answer(samples), reader.forced(samples)
+    plain = MemoryReader(model, material).answer(samples)
+    rows, numbers = reader._rows(samples)
+    seen = [Seen(sample, reader.chunk_size, own.total) for sample, own in zip(samples, numbers, strict=True)]
+    prompts = reader._prompts(samples, rows, numbers, seen)
+    for sample, reply, bare, prompt, verdict in zip(samples, found, plain, prompts, forced, strict=True):
+        documents = [torch.from_numpy(sample.context), *(torch.tensor(note) for note in sample.notes)]
+        memory, question = memorize(model, documents), material.tokenizer.decode(sample.question)
+        again = reread_prompt(model, material.tokenizer, memory, question, 2)
+        assert prompt == again.ids and len(again.chunks) == 2
+        wanted = ask(model, material.tokenizer, memory, question, max_new_tokens=5, reread=2)
+        assert reply.tokens == wanted.tokens[: len(reply.tokens)]
+        # what the bare question retrieved
+        assert (reply.found, reply.rank, reply.margin) == (bare.found, bare.rank, pytest.approx(bare.margin))
+        answer = forced_answer(sample, material)
+        assert answer is not None
+        made = ask(model, material.tokenizer, memory, question, max_new_tokens=len(answer), reread=2)
+        assert verdict == (made.tokens == answer)
 
 
 @pytest.mark.parametrize("name", ["niah_single_2", "passkey", "recall_changed"])

@@ -117,9 +117,9 @@ def test_a_real_model_writes_all_files_of_a_run(tmp_path, material):
 
     model = tiny_model(vocab_size=len(material.tokenizer), chunk_size=8).eval()
     reader = MemoryReader(model, material, batch=2)
-    settings = run_settings(model, material, setting=reader.setting, samples=2, seed=0)
+    settings = run_settings(model, material, reader, samples=2, seed=0)
     assert settings != run_settings(tiny_model(seed=1, vocab_size=len(material.tokenizer), chunk_size=8), material,
-                                    setting=reader.setting, samples=2, seed=0)  # fmt: skip
+                                    reader, samples=2, seed=0)  # fmt: skip
     run = SuiteRun(tmp_path, settings)
     run_suite(reader, material, run, tasks=["passkey", "recall_form_10"], lengths=[LENGTH], samples=2, model="tiny")
     write_summary(run, model, material, seed=0, label="tiny")
