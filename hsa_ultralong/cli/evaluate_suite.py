@@ -46,7 +46,7 @@ Setting = Annotated[
         "search finds)."
     ),
 ]
-Reread = Annotated[
+RereadPassages = Annotated[
     int,
     typer.Option(
         min=0, max=MAX_TOPK, help="Of the setting memory: so many passages, found by the model's own retrieval, stand "
@@ -102,7 +102,7 @@ def suite(
     lengths: Annotated[str, typer.Option(help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling).")] = "4K..64K",
     samples: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Samples of a task and length.")] = 100,
     setting: Setting = "auto",
-    reread: Reread = 0,
+    reread: RereadPassages = 0,
     passage_tokens: PassageTokens = None,
     scoring: Scoring = "generate",
     chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the tokenizer's chat template.")] = False,

@@ -32,6 +32,14 @@ Questions = Annotated[
     typer.Option("--questions", help="Questions over passages, for recipes that ask them; SQuAD's form, or NQ's."),
 ]
 
+Chats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--chat",
+        help="Conversations, for recipes with rows chat; with --text also for others, in place of instructions.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     app.command("train")(train)
@@ -43,10 +51,7 @@ def train(
     text: Annotated[
         list[str] | None, typer.Option("--text", help="Instead: what `hsa data` reads, tokenised into RUN/shards.")
     ] = None,
-    chat: Annotated[
-        list[str] | None,
-        typer.Option("--chat", help="With --text: conversations, which then take the place of made instructions."),
-    ] = None,
+    chat: Chats = None,
     text_field: TextField = "text",
     encoding: Encoding = "auto",
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder.", show_default="that of the shards")] = None,
@@ -116,6 +121,8 @@ def train(
     config = apply_overrides(config, assignments or [])
     config.freeze_memory |= freeze_memory
     config.questions += [str(path) for path in questions or []]
+    if any("chat" in stage.mixture for stage in config.stages):
+        config.chats, chat = [*config.chats, *(chat or [])], None
     run = output or Path("runs") / "-".join(filter(None, (recipe, config.twin)))
     if init_from is not None:
         take_shape(config, init_from, run)
@@ -183,7 +190,10 @@ def _check_options(request: TrainRequest) -> None:
 
     rival_of(request.config, request.config.shape())
     if request.chat and not request.text:
-        raise ValueError("--chat goes with --text; shards get conversations from `hsa data corpus.txt --chat FILE`")
+        raise ValueError(
+            "--chat goes with --text, or with recipes that have rows chat (convert_sft); shards get conversations from "
+            "`hsa data corpus.txt --chat FILE`"
+        )
     if (request.data is None) == (not request.text):
         raise ValueError(
             "training needs --data SHARDS, made with `hsa data corpus.txt -o SHARDS`, or --text corpus.txt"

@@ -73,6 +73,7 @@ def check_start(config: TrainConfig, start: Start) -> None:
     if config.old_rate != 1 and not config.fresh:
         raise ValueError(f"old_rate needs --init-from with a folder of hsa convert (its {CONVERSION}); set old_rate=1")
     _check_questions(config)
+    _check_chats(config)
     if start.from_difference is not None:
         _, conversion = read_difference(start.from_difference)
         require_same_source(conversion["source_files"], about["source_files"], str(start.init_from))
@@ -98,6 +99,19 @@ def _check_questions(config: TrainConfig) -> None:
         raise ValueError(f"--questions goes with rows of {' or '.join(sorted(WITH_QUESTIONS))}, which no stage has")
     for path in config.questions:
         read_questions(Path(path))
+
+
+def _check_chats(config: TrainConfig) -> None:
+    from hsa_ultralong.data.conversations import read_conversations
+
+    speaking = [stage.name for stage in config.stages if "chat" in stage.mixture]
+    if speaking and not config.chats:
+        raise ValueError(
+            f"stage {speaking[0]!r} has rows of conversations: name files of them with --chat FILE, or leave chat out "
+            f"of --set {speaking[0]}.mixture=..."
+        )
+    for path in config.chats:
+        read_conversations(Path(path))
 
 
 def load_teacher(start: Start) -> Any:

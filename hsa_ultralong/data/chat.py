@@ -14,6 +14,7 @@ learns to end where an answer ends. Called by ``build.py``, ``mixture.py`` and `
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,16 +29,25 @@ NAMES = {SYSTEM: "", USER: "User:", ASSISTANT: "Assistant:"}
 # a row is full when so many conversations drawn in turn did not fit
 _MAX_MISSES = 8
 
+# Alpaca's frame of a prompt, and a speaker's line
+_FRAME = re.compile(r"### Instruction:\n(.*?)\n+### Response:\s*\Z", re.DOTALL)
+_SPEAKER = re.compile(r"([^:]{1,40}): *(\S.*)")
+
 ChatMessage = Mapping[str, str]
 
 
 def parse_messages(row: object, field: str, where: str) -> list[dict[str, str]]:
     """The messages of a row ``{field: [{"role": ..., "content": ...}, ...]}`` up to the assistant's last one.
 
+    The field may hold the turns of two speakers as one text, ``NAME: words`` a line, of whom the first is the user.
+    Without the field a row may be a prompt and a response, or an instruction (with an input) and an output.
+
     Raises:
-        ValueError: naming ``where`` and what is wrong, if they are no such list or the assistant says nothing.
+        ValueError: naming ``where`` and what is wrong, if it is none of these or the assistant says nothing.
     """
-    value = row.get(field) if isinstance(row, dict) else None
+    value = row.get(field, _pair(row)) if isinstance(row, dict) else None
+    if isinstance(value, str):
+        value = _turns(value) or value
     if not isinstance(value, list):
         got = f"fields {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"{where}: required an object with a list of messages in {field!r}, got {got}")
@@ -58,6 +68,44 @@ def parse_messages(row: object, field: str, where: str) -> list[dict[str, str]]:
     if not messages:
         raise ValueError(f"{where}: the assistant says nothing, so there is nothing to learn")
     return messages
+
+
+def _pair(row: Mapping[str, object]) -> list[dict[str, object]] | None:
+    """The two messages of a row that is one instruction and its answer; None for any other."""
+    # self-instruct's form holds several inputs and outputs
+    several = row.get("instances")
+    held = several[0] if isinstance(several, list) and several and isinstance(several[0], dict) else row
+    asked, answered = row.get("instruction", row.get("prompt")), held.get("output", row.get("response"))
+    if not isinstance(asked, str) or not isinstance(answered, str):
+        return None
+    # a prompt in Alpaca's frame is the instruction in it
+    if framed := _FRAME.search(asked):
+        asked = framed[1].strip()
+    given = held.get("input")
+    if isinstance(given, str) and given.strip():
+        asked = f"{asked.strip()}\n\n{given.strip()}"
+    return [{"role": USER, "content": asked}, {"role": ASSISTANT, "content": answered}]
+
+
+def _turns(text: str) -> list[dict[str, str]] | None:
+    """The messages of ``NAME: words`` lines of two speakers; None for another text."""
+    names: list[str] = []
+    messages: list[dict[str, str]] = []
+    for line in filter(None, map(str.strip, text.split("\n"))):
+        found = _SPEAKER.fullmatch(line)
+        name, words = (found[1], found[2]) if found else ("", line)
+        if name and name not in names and len(names) < 2:
+            names.append(name)
+        if name not in names:  # a line that goes on
+            name, words = "", line
+        role = USER if names[:1] == [name] else ASSISTANT
+        if name and (not messages or messages[-1]["role"] != role):
+            messages.append({"role": role, "content": words})
+        elif messages:
+            messages[-1]["content"] += f"\n{words}"
+        else:
+            return None
+    return messages if len(names) == 2 else None
 
 
 def conversation_pieces(messages: Sequence[ChatMessage]) -> list[tuple[str, bool]]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.chat import ConversationSampler, sft_row
 from hsa_ultralong.data.chat_form import ChatForm
+from hsa_ultralong.data.conversations import chat_row, open_conversations
 from hsa_ultralong.data.evaluation_words import EVALUATION_WORDS
 from hsa_ultralong.data.fact_rows import FACT_FAMILIES, facts_row, prompts_row
 from hsa_ultralong.data.facts import chat_facts_row, span_copy_row
@@ -36,7 +37,7 @@ from hsa_ultralong.data.tokenizer import PieceTokenizer, special_token_ids, toke
 _MIN_CHUNKS = {
     "text": 1, "self_copy": 2, "needles": 4, "documents": 1, "short_facts": 4, "multi_query": 8, "variable_tracking": 4,
     "instructions": 4, "sft": 1, "chat_facts": 4, "span_copy": 2,
-    "passage_questions": 8, "passage_chat": 4,
+    "passage_questions": 8, "passage_chat": 4, "chat": 4,
     "facts": 6, "prompts": 2, "lists": 6,
 }  # fmt: skip
 # Kinds that need the word bank.
@@ -52,9 +53,11 @@ _WITH_WORDS = {
     "lists",
 }
 # Kinds of rows as people wrote them; all others are synthetic.
-_NATURAL = {"text", "documents", "sft", "passage_questions", "passage_chat"}
+_NATURAL = {"text", "documents", "sft", "chat", "passage_questions", "passage_chat"}
 # Kinds that need files of questions.
 WITH_QUESTIONS = {"passage_questions", "passage_chat"}
+# Kinds that take no text of the shards.
+_WITHOUT_TEXT = {"sft", "passage_chat", "chat"}
 ROW_KINDS: tuple[str, ...] = tuple(_MIN_CHUNKS)
 DEFAULT_NUM_ROWS = 1 << 40
 
@@ -66,7 +69,7 @@ class MixtureConfig:
     Attributes:
         weights: relative share of each kind of row, by number of rows; kinds are text, self_copy, needles, documents,
             short_facts, multi_query, variable_tracking, instructions, sft, chat_facts, span_copy, passage_questions,
-            passage_chat, facts, prompts and lists (docs/data.md).
+            passage_chat, chat, facts, prompts and lists (docs/data.md).
         seq_len: T, tokens of a row, a multiple of ``chunk_size``.
         chunk_size: S, tokens of a chunk.
         seed: non-negative; another seed gives other rows.
@@ -77,6 +80,7 @@ class MixtureConfig:
         p_hard: probability that a needle shares a key word with another one of its row.
         inline_fraction: share of needle, fact and list rows whose questions continue the haystack's document.
         questions: files of questions over passages, for the kinds passage_questions and passage_chat.
+        chats: files of conversations, for the kind chat.
         family: of facts, prompts and lists: one family alone, for probes ("" = all).
 
     Raises:
@@ -94,6 +98,7 @@ class MixtureConfig:
     p_hard: float = 0.25
     inline_fraction: float = 0.3
     questions: Sequence[str] = ()
+    chats: Sequence[str] = ()
     family: str = ""
 
     def __post_init__(self) -> None:
@@ -181,7 +186,7 @@ class MixtureDataset(Dataset[Row]):
         self._layout = RowLayout(config.seq_len, config.chunk_size, *special_token_ids(tokenizer))
         self._sampler: DocumentSampler | None = None
         self._conversations: ConversationSampler | None = None
-        if not set(config.weights) <= {"sft", "passage_chat"}:
+        if not set(config.weights) <= _WITHOUT_TEXT:
             self._sampler = DocumentSampler(
                 shards,
                 split,
@@ -192,7 +197,9 @@ class MixtureDataset(Dataset[Row]):
             self._conversations = ConversationSampler(shards, split, config.seq_len)
         self._pieces = PieceTokenizer(tokenizer, shards.words if uses_words else ())
         self._options = config.needle_options()
-        self._form = ChatForm.of(tokenizer) if {"chat_facts", *WITH_QUESTIONS} & set(config.weights) else None
+        asks = bool({"chat", "chat_facts", *WITH_QUESTIONS} & set(config.weights))
+        self._form = ChatForm.of(tokenizer) if asks else None
+        self._chats = open_conversations(tuple(config.chats), split) if "chat" in config.weights else []
         self._bank: QuestionBank | None = None
         if WITH_QUESTIONS & set(config.weights):
             self._bank = open_questions(tuple(config.questions), tokenizer, split)
@@ -216,6 +223,9 @@ class MixtureDataset(Dataset[Row]):
         if kind == "sft":
             assert self._conversations is not None
             return sft_row(rng, self._layout, self._conversations)
+        if kind == "chat":
+            assert self._form is not None
+            return chat_row(rng, self._layout, self._pieces, self._chats, self._form)
         if kind == "passage_chat":
             assert self._bank is not None and self._form is not None
             return passage_chat_row(rng, self._layout, self._pieces, self._bank, self._form)

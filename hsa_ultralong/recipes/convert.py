@@ -94,19 +94,20 @@ def convert_long() -> TrainConfig:
 
 
 def convert_sft() -> TrainConfig:
-    """`hsa train convert_sft --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --init-from models/smol
-    --from-difference long.safetensors --teacher smol.gguf --device cuda -o runs/sft --set lora_rank=16
-    --export-difference smol.safetensors`, after convert_long.
+    """`hsa train convert_sft --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --chat persona.csv
+    --chat dolly.jsonl --init-from models/smol --from-difference long.safetensors --teacher smol.gguf --device cuda
+    -o runs/sft --set lora_rank=16 --export-difference smol.safetensors`, after convert_long.
 
-    Questions that people asked about passages, from memory and with the passage in the prompt; the rest keeps recall
-    and language. Not measured.
+    Questions that people asked about passages, from memory and with the passage in the prompt; conversations, on which
+    the model follows its source as on text; the rest keeps recall and language. Not measured.
     """
     return _run([_sft("questions")], "passage_questions", (4096, 16_384))
 
 
 def convert_smol() -> TrainConfig:
-    """`hsa train convert_smol --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --init-from
-    models/smol --teacher smol.gguf --device cuda -o runs/smol --export-difference smol.safetensors`.
+    """`hsa train convert_smol --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --chat persona.csv
+    --chat dolly.jsonl --init-from models/smol --teacher smol.gguf --device cuda -o runs/smol --export-difference
+    smol.safetensors`.
 
     convert_memory, convert_long and convert_sft as one run of 90M tokens: low rank, at the full rate for what came from
     the source too. 20 minutes of one H100 by plan; not measured as a whole.
@@ -129,7 +130,9 @@ def _long() -> StageConfig:
 
 
 def _sft(name: str) -> StageConfig:
-    mixture = {"text": 0.3, "passage_questions": 0.35, "passage_chat": 0.15, "chat_facts": 0.15, "span_copy": 0.05}
+    mixture = {
+        "text": 0.2, "chat": 0.1, "passage_questions": 0.35, "passage_chat": 0.15, "chat_facts": 0.15, "span_copy": 0.05
+    }  # fmt: skip
     stage = _stage(name, 4096, 16_000_000, 5e-4, mixture, window=512, schedule="linear")
     stage.chunk_topk = 64
     return stage

@@ -81,7 +81,7 @@ def test_the_share_of_synthetic_rows_is_declared():
 
 
 def test_workers_and_ranks_do_not_change_the_data(shards, tokenizer):
-    given = {"sft", *WITH_QUESTIONS}
+    given = {"sft", "chat", *WITH_QUESTIONS}
     weights = dict.fromkeys((kind for kind in ROW_KINDS if kind not in given), 1.0)
     dataset = MixtureDataset(shards, tokenizer, config(weights=weights, length_weights={500: 2.0}))
 
