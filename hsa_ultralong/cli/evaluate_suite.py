@@ -28,7 +28,7 @@ _MEMORIES = ("memory", "rebuild")
 _CONTROLS = ("closed", "gold", "bm25", "dense")
 _SETTINGS = ("auto", "memory", "rebuild", "continue", "prompt", *_CONTROLS)
 _SEARCHED = ("bm25", "dense")
-_SCORINGS = ("generate", "teacher", "both")
+_SCORINGS = ("auto", "generate", "teacher", "both")
 
 
 Data = Annotated[
@@ -73,7 +73,11 @@ BatchSize = Annotated[
     typer.Option(min=1, max=256, help="Samples at once, over one memory.", show_default="16"),
 ]
 Scoring = Annotated[
-    str, typer.Option(help="generate, teacher (forced answers, faster; tasks with one right answer) or both.")
+    str,
+    typer.Option(
+        help="generate, teacher (forced answers, faster; tasks with one right answer), both, or auto: both for the "
+        "authors' tests, whose score the forced answer is, else generate."
+    ),
 ]
 Suites = Annotated[
     str,
@@ -104,7 +108,7 @@ def suite(
     setting: Setting = "auto",
     reread: RereadPassages = 0,
     passage_tokens: PassageTokens = None,
-    scoring: Scoring = "generate",
+    scoring: Scoring = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the tokenizer's chat template.")] = False,
     data: Data = None,
     text: Annotated[

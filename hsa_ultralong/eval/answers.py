@@ -15,8 +15,8 @@ from hsa_ultralong.eval.tasks import Material, Sample, score
 
 # metrics that no further text can lower, so an answer that has them may stop; the others read the first line only
 _SUBSTRING = ("all", "part")
-# metrics of answers that may be forced: those that one reference satisfies word for word
-FORCED = ("exact", "begins", "all", "part")
+# metrics of answers that may be forced: those that one text satisfies word for word
+FORCED = ("exact", "begins", "all", "part", "in_order")
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ class StopRule:
 
 def forced_answer(sample: Sample, material: Material) -> list[int] | None:
     """Tokens of the one right answer as they follow the question; None where there are none or several."""
-    if sample.metric not in FORCED or len(sample.answers) != 1:
+    answer = sample.forced or (sample.answers[0] if len(sample.answers) == 1 else None)
+    if sample.metric not in FORCED or answer is None:
         return None
     before = str(material.tokenizer.decode(sample.question[-1:]))
-    return material.encode(sample.answers[0] if before[-1:].isspace() else f" {sample.answers[0]}")
+    return material.encode(answer if before[-1:].isspace() else f" {answer}")
 
 
 def is_likeliest(logits: torch.Tensor, answer: Sequence[int]) -> bool:

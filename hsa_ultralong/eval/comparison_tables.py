@@ -109,10 +109,13 @@ def _tex(text: str) -> str:
 
 
 def draw_curves(comparison: Comparison, path: Path) -> None:
-    """A panel for every task: score by length, a curve with its 95% intervals for every run."""
+    """A panel for every task and its own score: by length, a curve with its 95% intervals for every run."""
     cells: dict[tuple[str, str], dict[str, dict[int, Cell]]] = {}
     for (suite, length), table in comparison.tables.items():
+        own = {task: metric for task, metric in reversed(list(table)) if metric != "auroc"}
         for (task, metric), row in table.items():
+            if metric not in (own.get(task), "auroc"):
+                continue
             # of how many tasks it is the mean may differ from length to length
             of_run = cells.setdefault((f"{suite}: {task}", "") if task == MEAN else (task, metric), {})
             for name, cell in row.items():

@@ -23,7 +23,7 @@ from hsa_ultralong.eval.readers import Reader
 from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_digest
 from hsa_ultralong.eval.stored_runs import FIELDS, StoredRun
 from hsa_ultralong.eval.suite_plots import draw_all
-from hsa_ultralong.eval.suite_summary import is_share, latex, markdown, summary_records
+from hsa_ultralong.eval.suite_summary import headlines, is_share, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import TASKS, Material, Sample, check_tasks, make_samples, score
 from hsa_ultralong.eval.tasks.sample import TooShort
 from hsa_ultralong.files.durable import write_whole
@@ -41,9 +41,13 @@ class SuiteRun(RecordedRun):
         super().__init__(folder, settings)
         self.skipped: dict[tuple[str, int], str] = {}
 
+    def of(self, task: str, length: int) -> list[dict[str, Any]]:
+        """The records of a task and length."""
+        return [r for r in self.records if r["task"] == task and r["length"] == length]
+
     def done(self, task: str, length: int) -> set[int]:
         """Indices of the samples that are known."""
-        return {r["index"] for r in self.records if r["task"] == task and r["length"] == length}
+        return {record["index"] for record in self.of(task, length)}
 
 
 class FollowedRun(SuiteRun):
@@ -78,7 +82,7 @@ def run_suite(
     samples: int,
     seed: int = 0,
     model: str = "",
-    scoring: str = "generate",
+    scoring: str = "auto",
     progress: SuiteProgress | None = None,
     ranks: SampleRanks | None = None,
 ) -> None:
@@ -86,8 +90,8 @@ def run_suite(
 
     Args:
         tasks: names. samples: of each task and length, at uniform depths. model: name for the records. scoring:
-            "generate", "teacher" (is every token of the one right answer the likeliest, given those before it?) or
-            "both".
+            "generate", "teacher" (is every token of the one right answer the likeliest, given those before it?),
+            "both", or "auto": both for tasks whose score is the teacher's verdict (the authors'), else generate.
         ranks: processes that call this together. In every round each answers its share, and the first one's run keeps
             all of them in the order that one process would give them; the others have a `FollowedRun`.
 
@@ -115,11 +119,13 @@ def run_suite(
                 run.add(sorted((record for part in parts for record in part), key=lambda record: record["index"]))
                 done |= {sample.index for sample in batch}
                 report(task, length, len(done), samples)
+            if scoring == "teacher" and not any(r["score"] is not None for r in run.of(task, length)):
+                run.skipped.setdefault((task, length), f"no sample of {task} has a single answer to force")
 
 
 def _replies(reader: Reader, samples: Sequence[Sample], scoring: str) -> list[Reply]:
     """Answers, with the teacher's verdict where it is wanted and the sample has one answer."""
-    if scoring == "generate":
+    if scoring == "generate" or (scoring == "auto" and all(sample.forced is None for sample in samples)):
         return reader.answer(samples)
     forced = reader.forced(samples)
     if scoring == "teacher":
@@ -147,13 +153,17 @@ def _answer(
 
 
 def _record(sample: Sample, reply: Reply, model: str, reader: Reader, material: Material) -> dict[str, Any]:
-    """One line of records.jsonl; the passages of what was answered rightly have places only."""
+    """One line of records.jsonl; the passages of what was answered rightly have places only.
+
+    Where the teacher's verdict is the score, the first of `scores` is the task's own metric of what was generated.
+    """
     metric, teacher, scores = sample.metric, reply.teacher, {}
-    if reply.text is None:  # forced alone: the verdict is the score
+    if reply.text is not None and sample.answers:
+        scores = {name: _score(sample, name, reply.text) for name in (metric, *sample.also)}
+    if reply.text is None or (sample.forced is not None and teacher is not None):
         metric, value, teacher = "teacher", None if teacher is None else float(teacher), None
     else:
-        value = _score(sample, sample.metric, reply.text) if sample.answers else None
-        scores = {name: _score(sample, name, reply.text) for name in sample.also if sample.answers}
+        value = scores.pop(metric, None)
     passages = passage_records(
         sample, reply.retrieved, reader.chunk_size, material.tokenizer, with_text=value is None or value < 1
     )
@@ -176,7 +186,7 @@ def distinct_chunks(material: Material, length: int, chunk_size: int) -> int:
 
 
 def run_settings(
-    model: Any, material: Material, reader: Reader | None, *, samples: int, seed: int, scoring: str = "generate"
+    model: Any, material: Material, reader: Reader | None, *, samples: int, seed: int, scoring: str = "auto"
 ) -> dict[str, Any]:
     """What all samples of a run share: of the model its weights, of the haystack and the files their contents. Without
     a reader likelihoods alone are measured."""
@@ -225,5 +235,5 @@ def write_summary(run: SuiteRun, model: Any, material: Material, *, seed: int, l
     write_whole(run.folder / "summary.tex", latex(found))
     scored = [record for record in run.records if "nats" not in record or record["score"] is not None]
     if scored:  # figures and the page show shares, not perplexities
-        draw_all(scored, [record for record in found if is_share(record["metric"])], run.folder, label)
+        draw_all(scored, headlines([record for record in found if is_share(record["metric"])]), run.folder, label)
         write_page([StoredRun(label, run.settings, scored, meta, run.skipped)], run.folder / "report.html")

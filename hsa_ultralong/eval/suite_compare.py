@@ -20,7 +20,7 @@ from hsa_ultralong.eval.intervals import (
 )
 from hsa_ultralong.eval.plots import human_tokens
 from hsa_ultralong.eval.stored_runs import StoredRun
-from hsa_ultralong.eval.suite_summary import Records, auroc
+from hsa_ultralong.eval.suite_summary import Records, auroc, scores_of
 from hsa_ultralong.eval.tasks import SUITES, score
 from hsa_ultralong.eval.tasks.scoring import METRICS
 
@@ -135,10 +135,10 @@ def _pairs(first: Records, second: Records) -> list[tuple[Mapping[str, Any], Map
 def _difference(first: Records, second: Records, metric: str) -> Difference | None:
     if metric == "auroc":
         return _auroc_difference(first, second)
-    one, two = ([r for r in records if r["score"] is not None] for records in (first, second))
+    one, two = ([r for r in records if metric in scores_of(r)] for records in (first, second))
     if pairs := _pairs(one, two):
-        return paired_difference([a["score"] for a, _ in pairs], [b["score"] for _, b in pairs])
-    return independent_difference([r["score"] for r in one], [r["score"] for r in two])
+        return paired_difference([scores_of(a)[metric] for a, _ in pairs], [scores_of(b)[metric] for _, b in pairs])
+    return independent_difference([scores_of(r)[metric] for r in one], [scores_of(r)[metric] for r in two])
 
 
 def _auroc_difference(first: Records, second: Records) -> Difference | None:
@@ -159,13 +159,17 @@ def _auroc_difference(first: Records, second: Records) -> Difference | None:
 
 
 def _mean_row(table: Table, names: Sequence[str]) -> tuple[dict[str, Cell], int] | None:
-    """The mean over the tasks that all runs were asked, each counting the same, and their number.
+    """The mean over the tasks that all runs were asked, each by its own score and counting the same, and their number.
 
     Intervals follow from those of the tasks (the squares of their distances add: Zou and Donner's method of variance
     estimates recovery), since samples of different tasks are independent.
     """
-    rows = [row for (_, metric), row in table.items() if metric != "auroc" and all(name in row for name in names)]
-    rows = [row for row in rows if all(row[name].difference is not None for name in names[1:])]
+    own: dict[str, Mapping[str, Cell]] = {}
+    for (task, metric), row in table.items():
+        has_all = all(name in row and (name == names[0] or row[name].difference is not None) for name in names)
+        if metric != "auroc" and has_all:
+            own.setdefault(task, row)
+    rows = list(own.values())
     if len(rows) < 2:
         return None
     found = {}
@@ -217,9 +221,9 @@ def _sample_notes(first: StoredRun, run: StoredRun) -> list[str]:
         name = f"{task} at {human_tokens(length)}"
         if not one or not two:
             alone.append(f"{name} ({(first if one else run).name})")
-        elif {r["metric"] for r in one} != {r["metric"] for r in two}:
+        elif not (shared := _metrics(one) & _metrics(two)):
             scored.append(f"{name} ({one[0]['metric']} / {two[0]['metric']})")
-        elif metric != "auroc" and (count := len(_pairs(one, two))) < max(len(one), len(two)):
+        elif metric in shared and (count := len(_pairs(one, two))) < max(len(one), len(two)):
             (partly if count else apart).append(f"{name} ({count} of {len(one)} and {len(two)})" if count else name)
     sentences = (
         ("no sample is the same, so they are compared as independent ones", apart),
@@ -229,6 +233,10 @@ def _sample_notes(first: StoredRun, run: StoredRun) -> list[str]:
     )
     who = f"{run.name} beside {first.name}"
     return [f"{who}: {text}: {_listed(dict.fromkeys(found))}." for text, found in sentences if found]
+
+
+def _metrics(records: Records) -> set[str]:
+    return {name for record in records for name in scores_of(record)}
 
 
 def _score_notes(run: StoredRun) -> list[str]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from hsa_ultralong.eval.needles import wilson_interval
 from hsa_ultralong.eval.plots import human_tokens
+from hsa_ultralong.eval.tasks import score
+from hsa_ultralong.eval.tasks.scoring import BESIDE
 from hsa_ultralong.files.strict_json import read_json
 
 Records = Sequence[Mapping[str, Any]]
@@ -44,18 +46,10 @@ def summary_records(records: Records, shared: Mapping[str, Any]) -> list[dict[st
                 found.append({**base, "metric": "auroc", "depth": None, "samples": len(here), "value": value,
                               "ci_low": low, "ci_high": high})  # fmt: skip
         scored = [r for r in here if r["score"] is not None]
-        if scored:
-            found.append({**base, "metric": scored[0]["metric"], "depth": None, **_share(scored), **_diagnosis(scored)})
-            found += [
-                {**base, "metric": name, "depth": None, **_share([{"score": r["scores"][name]} for r in scored])}
-                for name in scored[0].get("scores") or {}
-            ]
-        forced = [r for r in here if r.get("teacher") is not None]
-        if forced:
-            verdicts = [{"score": float(r["teacher"])} for r in forced]
-            same = [{"score": float(bool(r["teacher"]) == (r["score"] == 1))} for r in forced]
-            found.append({**base, "metric": "teacher", "depth": None, **_share(verdicts)})
-            found.append({**base, "metric": "teacher_agrees", "depth": None, **_share(same)})
+        for name in dict.fromkeys(name for r in scored for name in scores_of(r)):
+            values = [{"score": own[name]} for r in scored if name in (own := scores_of(r))]
+            diagnosis = _diagnosis(scored) if name == scored[0]["metric"] else {}
+            found.append({**base, "metric": name, "depth": None, **_share(values), **diagnosis})
         if any("nats" in r for r in here):
             found.append({**base, "metric": perplexity_name(here), "depth": None, **_perplexity(here)})
         for tenth in range(10):
@@ -63,6 +57,35 @@ def summary_records(records: Records, shared: Mapping[str, Any]) -> list[dict[st
             if cell:
                 found.append({**base, "metric": cell[0]["metric"], "depth": (tenth + 0.5) / 10, **_share(cell)})
     return found
+
+
+def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Metric -> score of one sample: first the task's own, then those beside it, then the teacher's verdict and whether
+    what was generated is right exactly where that is.
+
+    Runs from before a score existed beside the task's own have it from the answers that they kept.
+    """
+    if record["score"] is None:
+        return {}
+    metric, beside = record["metric"], dict(record.get("scores") or {})
+    if not beside and record["expected"]:
+        beside = {name: score(name, record["answered"], record["expected"]) for name in BESIDE.get(metric, ())}
+    found = {metric: record["score"], **beside}
+    generated, verdict = record["score"], record.get("teacher")
+    if verdict is not None:
+        found["teacher"] = float(verdict)
+    elif metric == "teacher" and beside:
+        generated, verdict = next(iter(beside.values())), record["score"]
+    return found if verdict is None else {**found, "teacher_agrees": float(bool(verdict) == (generated == 1))}
+
+
+def headlines(summary: Records) -> list[Mapping[str, Any]]:
+    """Without the scores that stand beside a task's own; an AUROC stays."""
+    own: dict[str, str] = {}
+    for record in summary:
+        if record["metric"] != "auroc":
+            own.setdefault(record["task"], record["metric"])
+    return [record for record in summary if record["metric"] in ("auroc", own.get(record["task"]))]
 
 
 def cells(records: Records) -> dict[tuple[str, int], list[Mapping[str, Any]]]:

@@ -168,6 +168,16 @@ def test_a_prompt_beyond_the_positions_of_a_model_is_refused(material):
     assert 1 <= len(reader.answer([short])[0].tokens) <= short.max_new_tokens
 
 
+@pytest.mark.parametrize(
+    ("name", "answer"), [("s_niah_authors", "{}"), ("mq_authors", "{} {}"), ("vt_authors", "{}, {}, {}")]
+)
+def test_the_authors_lists_are_forced_as_one_text_behind_the_blank_of_the_question(material, name, answer):
+    (sample,) = make_samples(name, material, LENGTH, 1)
+    tokens = forced_answer(sample, material)
+    text = material.tokenizer.decode([*sample.question, *tokens])
+    assert text.endswith("Answer: " + answer.format(*sample.answers))
+
+
 @pytest.mark.parametrize("name", ["passkey", "recall_form_01"])
 def test_a_forced_answer_is_right_exactly_where_greedy_decoding_would_give_it(model, material, name):
     """The answer of each sample is made what the model says, or that with another last token."""

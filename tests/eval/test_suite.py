@@ -9,7 +9,7 @@ import torch
 
 from hsa_ultralong.eval.answers import Reply
 from hsa_ultralong.eval.suite import SuiteRun, run_settings, run_suite, write_summary
-from hsa_ultralong.eval.suite_summary import auroc, latex, markdown, summary_records
+from hsa_ultralong.eval.suite_summary import auroc, headlines, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import Material
 from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.testing.tokenizers import byte_level
@@ -94,7 +94,9 @@ def test_the_summary_has_wholes_depths_diagnosis_and_an_auroc(tmp_path, material
     run = SuiteRun(tmp_path, SETTINGS)
     run_suite(Oracle(), material, run, tasks=TASKS, lengths=[LENGTH], samples=4, model="oracle")
     found = summary_records(run.records, {"topk": 3, "seed": 0, "distinct_chunks": {LENGTH: 31}})
-    (whole,) = [r for r in found if r["task"] == "recall_form_01" and r["depth"] is None]
+    wholes = [r for r in found if r["task"] == "recall_form_01" and r["depth"] is None]
+    assert [r["metric"] for r in wholes] == ["exact", "begins", "mentions"]
+    whole = wholes[0]
     assert (whole["value"], whole["samples"], whole["distinct_chunks"]) == (0.5, 4, 31)
     assert whole["ci_low"] < 0.5 < whole["ci_high"]
     assert (whole["evidence_found"], whole["evidence_first"], whole["missed_though_found"]) == (1.0, 1.0, 1.0)
@@ -103,6 +105,48 @@ def test_the_summary_has_wholes_depths_diagnosis_and_an_auroc(tmp_path, material
     (area,) = [r for r in found if r["metric"] == "auroc"]
     assert area["value"] == 1.0
     assert "recall\\_form\\_01 & exact & 50.0" in latex(found)
+
+
+class Forced(Oracle):
+    """Says the answer and goes on; the right answer is the likeliest at every second sample."""
+
+    def answer(self, samples):
+        return [Reply(f"{' '.join(sample.answers)}| One of", [1]) for sample in samples]
+
+    def forced(self, samples):
+        return [None if sample.forced is None else sample.index % 2 == 0 for sample in samples]
+
+
+def test_the_authors_tests_are_headed_by_the_forced_answer_with_what_is_generated_beside_it(tmp_path, material):
+    with SuiteRun(tmp_path, SETTINGS) as run:
+        tasks = ["s_niah_authors", "vt_authors", "passkey"]
+        run_suite(Forced(), material, run, tasks=tasks, lengths=[LENGTH], samples=4)
+        found = {(r["task"], r["metric"]): r["value"] for r in summary_records(run.records, {}) if r["depth"] is None}
+    assert found == {
+        ("s_niah_authors", "teacher"): 0.5, ("s_niah_authors", "exact"): 0.0, ("s_niah_authors", "begins"): 1.0,
+        ("s_niah_authors", "mentions"): 1.0, ("s_niah_authors", "teacher_agrees"): 0.5,
+        ("vt_authors", "teacher"): 0.5, ("vt_authors", "in_order"): 1.0, ("vt_authors", "begins_in_order"): 1.0,
+        ("vt_authors", "mentions_all"): 1.0, ("vt_authors", "teacher_agrees"): 0.5,
+        ("passkey", "exact"): 0.0, ("passkey", "begins"): 1.0, ("passkey", "mentions"): 1.0,
+    }  # fmt: skip
+    assert [(r["task"], r["metric"]) for r in headlines(summary_records(run.records, {})) if r["depth"] is None] == [
+        ("s_niah_authors", "teacher"), ("vt_authors", "teacher"), ("passkey", "exact")]  # fmt: skip
+
+
+def test_scores_that_a_run_was_made_before_come_from_the_answers_that_it_kept(runs):
+    old = [
+        runs.record(index=i, answered=text, score=0.0) for i, text in enumerate(["1234567|", "no", "It is 1234567."])
+    ]
+    found = {r["metric"]: r["value"] for r in summary_records(old, {}) if r["depth"] is None}
+    assert found == {"exact": 0.0, "begins": pytest.approx(1 / 3), "mentions": pytest.approx(2 / 3)}
+
+
+def test_tasks_without_a_single_answer_are_named_where_answers_are_forced(tmp_path, material):
+    run = SuiteRun(tmp_path, SETTINGS)
+    tasks = ["niah_multivalue", "mq_authors"]
+    run_suite(Forced(), material, run, tasks=tasks, lengths=[LENGTH], samples=2, scoring="teacher")
+    assert list(run.skipped) == [("niah_multivalue", LENGTH)]
+    assert [r["score"] for r in run.records if r["task"] == "mq_authors"] == [1.0, 0.0]
 
 
 def test_the_auroc_counts_pairs_and_ties_by_half():

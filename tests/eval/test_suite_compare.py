@@ -57,10 +57,28 @@ def test_of_runs_of_other_sizes_the_shared_samples_are_compared(runs):
 
 
 def test_other_scoring_is_never_compared(runs):
-    found = two(runs, series(runs, "vt", 5), series(runs, "vt", 5, metric="begins"))
-    cell = found.tables["ruler", 4096]["vt", "begins"]["b"]
+    found = two(runs, series(runs, "vt", 5), series(runs, "vt", 5, metric="f1"))
+    cell = found.tables["ruler", 4096]["vt", "f1"]["b"]
     assert cell.difference is None and cell.reason == "a scores it exact"
-    assert "the scoring differs, so they are not compared: vt at 4K (exact / begins)." in found.notes[0]
+    assert "the scoring differs, so they are not compared: vt at 4K (exact / f1)." in found.notes[0]
+
+
+def test_a_score_beside_the_tasks_own_is_compared_by_itself_and_counts_in_no_mean(runs):
+    def run(own, beside):
+        found = [*series(runs, "vt", own), *series(runs, "fwe", own)]
+        return [{**r, "metric": "f1", "scores": {"em": float(r["index"] < beside)}} for r in found]
+
+    table = two(runs, run(5, 20), run(15, 10)).tables["ruler", 4096]
+    assert [table["vt", metric]["b"].difference.value for metric in ("f1", "em")] == [0.5, -0.5]
+    assert table[MEAN, "2 tasks"]["b"].difference.value == 0.5
+
+
+def test_generated_answers_are_compared_also_where_one_run_is_headed_by_forced_ones(runs):
+    forced = [{**r, "metric": "teacher", "scores": {"exact": r["score"]}, "score": 1.0} for r in series(runs, "vt", 15)]
+    found = two(runs, series(runs, "vt", 5), forced)
+    assert found.tables["ruler", 4096]["vt", "exact"]["b"].difference.value == 0.5
+    assert found.tables["ruler", 4096]["vt", "teacher"]["b"].reason == "a scores it exact"
+    assert not found.notes
 
 
 def test_scores_of_another_version_are_named(runs):
@@ -133,7 +151,7 @@ def test_three_runs_stand_beside_the_first(tmp_path, runs):
     found = compare_runs([runs.stored(series(runs, "vt", n), name) for n, name in ((5, "a"), (15, "b"), (1, "c"))])
     row = found.tables["ruler", 4096]["vt", "exact"]
     assert [row[name].difference and row[name].difference.value for name in "abc"] == [None, 0.5, -0.2]
-    records = found.records()
+    records = [record for record in found.records() if record["metric"] == "exact"]
     assert [r["run"] for r in records] == ["a", "b", "c"] and records[1]["difference"]["pairs"] == 20
     write_page(found.runs, tmp_path / "c.html", first=[("comparison", "Comparison", compared(found))])
     text = (tmp_path / "c.html").read_text()

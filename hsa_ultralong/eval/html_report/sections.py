@@ -21,6 +21,7 @@ from hsa_ultralong.eval.html_report.elements import Markup, details, heat_cell, 
 from hsa_ultralong.eval.plots import human_tokens
 from hsa_ultralong.eval.stored_runs import StoredRun
 from hsa_ultralong.eval.suite_diagnosis import CAUSES, Diagnosis, Spread, diagnoses
+from hsa_ultralong.eval.suite_summary import headlines
 
 _TENTHS = [(tenth + 0.5) / 10 for tenth in range(10)]
 # K of the curves of recall, besides the greatest; all are in the table
@@ -80,11 +81,14 @@ def scores(runs: Sequence[StoredRun]) -> Markup:
 
 
 def curves(runs: Sequence[StoredRun]) -> Markup:
-    """A chart for every task, a line for every run."""
+    """A chart for every task and its own score, a line for every run."""
     lengths = all_lengths(runs)
     labels = [human_tokens(length) for length in lengths]
     cards = []
+    own = {(record["task"], record["metric"]) for run in runs for record in headlines(run.summary)}
     for (task, metric), of_run in rows_of(runs).items():
+        if (task, metric) not in own:
+            continue
         lines = [
             Line(
                 run.name if len(runs) > 1 else "",
@@ -111,7 +115,8 @@ def depths(runs: Sequence[StoredRun]) -> Markup:
     """A map of depth by length for every task whose facts have one, beside one another for several runs."""
     lengths = all_lengths(runs)
     cards, without = [], []
-    kinds = dict.fromkeys((r["task"], r["metric"]) for run in runs for r in run.summary if r["metric"] != "auroc")
+    kinds = dict.fromkeys((r["task"], r["metric"]) for run in runs for r in headlines(run.summary)
+                          if r["metric"] != "auroc")  # fmt: skip
     for task, metric in kinds:
         maps = []
         for run in runs:

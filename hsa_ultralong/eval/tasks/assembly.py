@@ -9,6 +9,7 @@ import numpy as np
 
 from hsa_ultralong.eval.tasks.material import Material, nearest_free
 from hsa_ultralong.eval.tasks.sample import Sample, Task, Tokens, TooShort
+from hsa_ultralong.eval.tasks.scoring import BESIDE
 
 # RULER's depths: 40 evenly spaced percentages
 DEPTHS = np.round(np.linspace(0, 100, num=40)).astype(int) / 100
@@ -63,6 +64,7 @@ def finish(
     query: str,
     depth: float | None = None,
     spans: Sequence[tuple[int, int]] = (),
+    forced: str | None = None,
 ) -> Sample:
     """The sample of a context (room,) int32; spans: of the evidence, counted in the context without its head."""
     if len(context) != form.room:
@@ -72,7 +74,7 @@ def finish(
     evidence = tuple(sorted((start + shift, stop + shift) for start, stop in spans))
     return Sample(
         task.name, index, form.size, whole, form.question, tuple(answers), task.max_new_tokens, task.metric, depth,
-        evidence, query, form.notes,
+        evidence, query, form.notes, also=BESIDE.get(task.metric, ()), forced=forced,
     )  # fmt: skip
 
 

@@ -34,8 +34,10 @@ class Sample:
         evidence: token spans [start, stop) of the context that hold what is asked for, in order.
         query: what is asked, as text, for records.
         notes: documents of their own behind the context, token ids each; facts of a library rather than of one text.
-        also: further metrics that the answer gets. gold_notes: numbers of the notes that hold the answer, where the
-            evidence stands in notes.
+        also: further metrics that the answer gets.
+        forced: the whole right answer as text, where the score is whether it is the likeliest token by token, and what
+            is generated is scored beside it (the authors' tests).
+        gold_notes: numbers of the notes that hold the answer, where the evidence stands in notes.
     """
 
     task: str
@@ -51,6 +53,7 @@ class Sample:
     query: str
     notes: tuple[tuple[int, ...], ...] = ()
     also: tuple[str, ...] = ()
+    forced: str | None = None
     gold_notes: tuple[int, ...] = ()
 
     def prompt(self) -> Tokens:

@@ -33,10 +33,28 @@ def exact(answer: str, references: Sequence[str]) -> float:
     return float(any(first == reference.strip().rstrip(".") for reference in references))
 
 
+# what a letter or digit beside a reference makes another word of it, or another number: "12.5" is not 5 and not 12
+_BEFORE, _BEHIND = r"(?<!\w)(?<!\d[.,:])", r"(?!\w|[.,:]\d)"
+
+
 def begins(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer begins with one of the references and goes on with no letter or digit."""
+    """1 if the answer begins with one of the references, whatever stands behind it but a letter or further digits."""
     text = answer.strip()
-    return float(any(re.match(re.escape(reference) + r"(?!\w)", text) for reference in references))
+    return float(any(re.match(re.escape(reference) + _BEHIND, text) for reference in references))
+
+
+def mentions(answer: str, references: Sequence[str]) -> float:
+    """1 if one of the references stands anywhere in the answer as it is, no letter or further digits beside it."""
+    return float(any(_stands(reference, answer) for reference in references))
+
+
+def mentions_all(answer: str, references: Sequence[str]) -> float:
+    """The share of the references that stand in the answer as `mentions` asks, in any order, other ones beside them."""
+    return sum(_stands(reference, answer) for reference in references) / len(references)
+
+
+def _stands(reference: str, answer: str) -> bool:
+    return re.search(_BEFORE + re.escape(reference) + _BEHIND, answer) is not None
 
 
 def normalised(text: str) -> str:
@@ -73,8 +91,17 @@ def contains(answer: str, references: Sequence[str]) -> float:
 
 def in_order(answer: str, references: Sequence[str]) -> float:
     """1 if all references, and no other numbers or names in capitals, stand in the answer in this order."""
-    found = re.findall(r"[A-Z]{5}|\d+", answer)
-    return float(found == list(references))
+    return float(_numbers_and_names(answer) == list(references))
+
+
+def begins_in_order(answer: str, references: Sequence[str]) -> float:
+    """1 if the first numbers or names in capitals of the answer are the references in this order, whatever follows."""
+    return float(_numbers_and_names(answer)[: len(references)] == list(references))
+
+
+def _numbers_and_names(answer: str) -> list[str]:
+    """Words with a digit or five capitals in a row, whole; a number with its decimals."""
+    return [word for word in re.findall(r"\w+(?:\.\d+)*", answer) if re.search(r"\d|[A-Z]{5}", word)]
 
 
 _PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -98,11 +125,16 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "part": match_part,
     "exact": exact,
     "begins": begins,
+    "mentions": mentions,
+    "mentions_all": mentions_all,
     "em": exact_match,
     "f1": f1,
     "contains": contains,
     "in_order": in_order,
+    "begins_in_order": begins_in_order,
 }
+# of answers that are one reference, or a list of them, whose main score asks for nothing else: what they get beside it
+BESIDE = {"exact": ("begins", "mentions"), "begins": ("mentions",), "in_order": ("begins_in_order", "mentions_all")}
 
 
 def score(metric: str, answer: str, references: Sequence[str], query: str = "") -> float:
