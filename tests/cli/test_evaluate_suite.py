@@ -40,7 +40,7 @@ def test_lengths_are_listed_or_doubled():
         (["--suite", "babilong", "--data", "babi=nowhere"], "there is no folder nowhere"),
         (["--suite", "short"], "lambada_openai needs the files of the short tasks: give --data short=FOLDER"),
         (["--suite", "recall", "--setting", "gold"], "--setting gold is of the suite qa; leave recall_form_01 out"),
-        (["--suite", "recall", "--scoring", "beam"], "--scoring must be one of auto, generate, teacher, both, got 'beam'"),
+        (["--suite", "recall", "--scoring", "beam"], "must be one of auto, generate, teacher, both, got 'beam'"),
         (["--suite", "recall", "--data", "squad=nowhere.json"], "is read by qa_1, none of which is to be measured"),
         (["--suite", "prompt", "--setting", "prompt", "--batch", 4], "prompt answers samples one by one: leave it out"),
         (["--suite", "recall", "--lengths", "1K", "--chat"], "no chat template"),
