@@ -27,8 +27,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name in the API.", show_default="its folder's")] = None,
     keys: Annotated[
-        Path | None,
-        typer.Option(help="File of API keys, a line each: NAMESPACE KEY. Namespaces see their own memories."),
+        Path | None, typer.Option(help="File of API keys, a line each: NAMESPACE KEY. Each sees its own memories.")
     ] = None,
     allow_host: Annotated[
         list[str] | None,
@@ -44,9 +43,11 @@ def serve(
     max_disk: Annotated[
         str | None, typer.Option(help="Bytes of all memories, such as 50G.", show_default="no bound")
     ] = None,
+    max_disk_per_namespace: Annotated[
+        str | None, typer.Option(help="Bytes of the memories of one namespace of --keys.", show_default="no bound")
+    ] = None,
     evict: Annotated[
-        bool,
-        typer.Option("--evict", help="Past --max-disk, delete what was not asked for longest instead of refusing."),
+        bool, typer.Option("--evict", help="Past these, delete what was not asked for longest in the same namespace.")
     ] = False,
     store: Annotated[
         str, typer.Option(help="Best place for keys and values while asked: device, host, file.")
@@ -83,13 +84,14 @@ def serve(
 
       hsa serve models/mine --memories library --keys keys.txt --host 0.0.0.0 --rows 32 --max-disk 200G
     """
-    _check_choices(store, key_values, memories, max_disk, evict)
+    _check_choices(store, key_values, memories)
     namespaces = None if keys is None else read_keys(keys)
     hosts = _hosts(host, allow_host or [], namespaces is not None)
     _require_packages()
     sizes = {
         "body_bytes": ("--max-body", max_body), "context_tokens": ("--context", context),
         "disk_bytes": ("--max-disk", max_disk), "row_tokens": ("--all-tokens", all_tokens),
+        "namespace_bytes": ("--max-disk-per-namespace", max_disk_per_namespace),
         "piece_tokens": ("--piece", piece), "prefix_bytes": ("--prefixes", prefixes),
         "device_bytes": ("--device-memory", device_memory), "host_bytes": ("--host-memory", host_memory),
     }  # fmt: skip
@@ -127,15 +129,13 @@ def _import_all() -> None:
         import_module(f"hsa_ultralong.{name}")
 
 
-def _check_choices(store: str, key_values: str, memories: Path, max_disk: str | None, evict: bool) -> None:
+def _check_choices(store: str, key_values: str, memories: Path) -> None:
     from hsa_ultralong.cli.memorize import FORMATS
 
     if store not in _STORES:
         raise ValueError(f"--store must be one of {', '.join(_STORES)}, got {store!r}")
     if key_values not in FORMATS:
         raise ValueError(f"--key-values must be one of {', '.join(FORMATS)}, got {key_values!r}")
-    if evict and max_disk is None:
-        raise ValueError("--evict needs --max-disk")
     if memories.exists() and not memories.is_dir():
         raise ValueError(f"--memories {memories} is no folder")
 
@@ -150,6 +150,8 @@ def _limits(sizes: dict[str, tuple[str, str | None]], **others: Any) -> Any:
         for name, (option, text) in sizes.items()
     }
     limits = Limits(**parsed, **others)  # type: ignore[arg-type]
+    if limits.evict and limits.disk_bytes is None and limits.namespace_bytes is None:
+        raise ValueError("--evict needs --max-disk or --max-disk-per-namespace")
     if limits.row_tokens is not None and limits.row_tokens < limits.context_tokens:
         raise ValueError(
             f"--all-tokens {sizes['row_tokens'][1]} cannot hold one answer of --context {sizes['context_tokens'][1]}"

@@ -34,7 +34,8 @@ class Limits:
 
     body_bytes: of a request. context_tokens: prompt and answer of one row. rows: answered at once. waiting: requests
     that may wait for a row. request_seconds: from arrival to the last token. body_seconds: for a body to arrive, and
-    for headers. disk_bytes: of all memories, None: no bound. choices: of `n`. memories_per_request: of one question.
+    for headers. disk_bytes: of all memories, namespace_bytes: of those of one namespace, None: no bound. evict: past
+    these, memories of the same namespace go. choices: of `n`. memories_per_request: of one question.
     open_memories: kept open for the next question. row_tokens: of all rows together, None: room for all at their
     longest. piece_tokens: of prompts, read between two steps. prefix_bytes: for beginnings of prompts that are known.
     device_bytes, host_bytes: of open memories on the device and in host memory, None: no bound.
@@ -47,6 +48,7 @@ class Limits:
     waiting: int = 256
     request_seconds: float = 300.0
     disk_bytes: int | None = None
+    namespace_bytes: int | None = None
     evict: bool = False
     choices: int = 8
     memories_per_request: int = 16

@@ -22,10 +22,22 @@ from hsa_ultralong.memory import ChunkMemory, Memory, MemoryFile
 from hsa_ultralong.memory.files import MemoryFileError
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.catalogue import Catalogue
+from hsa_ultralong.serve.disk_budget import DiskBudget, file_bytes
+from hsa_ultralong.serve.last_asked import LastAsked
 from hsa_ultralong.serve.limits import Limits, ServeError
-from hsa_ultralong.serve.memory_folders import SUFFIX, bytes_of, is_beginning, partial_of, refusal, states_of
+from hsa_ultralong.serve.memory_folders import (
+    bytes_of,
+    grave_of,
+    is_beginning,
+    partial_of,
+    refusal,
+    remove_graves,
+    states_of,
+)
 from hsa_ultralong.serve.tiers import CACHE_BYTES, TIERS, OpenMemories
 
+# read between two commits of a new memory: what a kill may cost
+COMMIT_TOKENS = 2**18
 # openings of a memory that is changed meanwhile
 _TRIES = 5
 # (tokens read, tokens of the whole text)
@@ -66,12 +78,12 @@ class Memories(Catalogue):
         """
         super().__init__(folder, model, tokenizer, key_values=key_values, landmarks=landmarks)
         self.limits, self.store, self.key_values, self.landmarks = limits, store, key_values, landmarks
-        self._guard = threading.RLock()
+        self._guard = threading.Lock()
         self.opened = OpenMemories({"device": limits.device_bytes, "host": limits.host_bytes}, limits.open_memories)
-        self._asked: dict[Path, int] = {}
-        self._clock = 0
-        self._writers: dict[Path, threading.Lock] = {}
+        self.asked = LastAsked()
+        self.disk = DiskBudget(folder, limits, self.asked, self._close)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_graves(folder)
 
     # asking -----------------------------------------------------------------------------------------------------------
 
@@ -93,8 +105,8 @@ class Memories(Catalogue):
             places = [self._existing(namespace, id) for id in ids]
             stamps = tuple(self._stamp(namespace, id) for id in ids)
             key = (namespace, *ids)
-            self._clock += 1
-            self._asked.update(dict.fromkeys(places, self._clock))
+            for place in places:
+                self.asked.note(place)
             opened: Opened = self.opened.get(
                 key, stamps, self._costs(namespace, ids), lambda store: self._read(places, ids, store)
             )
@@ -154,17 +166,12 @@ class Memories(Catalogue):
 
     @contextmanager
     def _changing(self, place: Path) -> Iterator[None]:
-        """One change of a memory at a time."""
-        with self._guard:
-            lock = self._writers.setdefault(place, threading.Lock())
-        if not lock.acquire(blocking=False):
-            raise ServeError(409, f"memory {place.stem!r} is being changed; try again", "memory_busy")
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            raise refusal(error, self.folder) from error
-        finally:
-            lock.release()
+        """One change of a memory at a time; errors as a client is told them."""
+        with self.disk.changing(place):
+            try:
+                yield
+            except (ValueError, OSError) as error:
+                raise refusal(error, self.folder) from error
 
     @contextmanager
     def _writing(self, place: Path) -> Iterator[Library]:
@@ -202,16 +209,23 @@ class Memories(Catalogue):
                 if is_same:
                     return self.info(namespace, id)
                 raise ServeError(409, f"memory {id!r} exists already, with other documents", "memory_exists")
-            self._make_room(place, _count(encoded))
             begun.parent.mkdir(parents=True, exist_ok=True)
             if begun.exists() and not self._goes_on(begun, encoded):
                 shutil.rmtree(begun)
-            with self._library(begun) as library:
-                done = 0
+            wanted = file_bytes(self.spec, _sizes(encoded))
+            with self.disk.room(place, wanted, is_whole=True), self._library(begun) as library:
+                done = staged = 0
                 for number, (name, tokens) in enumerate(encoded):
                     if number >= len(library.documents) or library.documents[number].is_open:
-                        library.add(tokens, name=name, progress=_shifted(progress, done, _count(encoded)))
+                        staged += len(tokens)
+                        is_full = staged >= COMMIT_TOKENS
+                        library.add(
+                            tokens, name=name, commit=is_full, commit_tokens=COMMIT_TOKENS,
+                            progress=_shifted(progress, done, _count(encoded)),
+                        )  # fmt: skip
+                        staged = 0 if is_full else staged
                     done += len(tokens)
+                library.commit()
             begun.rename(place)
             sync_folder(place.parent)
         return self.info(namespace, id)
@@ -221,8 +235,7 @@ class Memories(Catalogue):
     ) -> dict[str, Any]:
         """Memorise (name, text) documents behind those of a memory: all of them, or none."""
         place, encoded = self._existing(namespace, id), self._encoded(documents)
-        with self._writing(place) as library:
-            self._make_room(place, _count(encoded))
+        with self._writing(place) as library, self.disk.room(place, file_bytes(library.writer.spec, _sizes(encoded))):
             done = 0
             for name, tokens in encoded:
                 library.add(tokens, name=name, commit=False, progress=_shifted(progress, done, _count(encoded)))
@@ -261,12 +274,14 @@ class Memories(Catalogue):
         place = self._existing(namespace, id)
         tokens = self.tokenizer(text)["input_ids"] if text else []
         with self._writing(place) as library:
-            self._make_room(place, len(tokens))
             self._require_document(library, id, document)
-            if span is None:
-                plan = library.replace(document, tokens)
-            else:
-                plan = library.edit(document, *span, tokens)
+            spec, start, stop = library.writer.spec, *(span or (0, library.document(document).num_tokens))
+            most = library.plan(document, start, stop, len(tokens)).num_chunks * spec.chunk_size
+            with self.disk.room(place, file_bytes(spec, [("", most)])):
+                if span is None:
+                    plan = library.replace(document, tokens)
+                else:
+                    plan = library.edit(document, start, stop, tokens)
         return {**self.info(namespace, id), "chunks_read": plan.num_chunks}
 
     @staticmethod
@@ -278,9 +293,13 @@ class Memories(Catalogue):
         """Delete a document (by id), and its bytes."""
         place = self._existing(namespace, id)
         with self._writing(place) as library:
-            self._require_document(library, id, document)
-            library.delete(document)
-            library.compact()
+            if any(one.id == document for one in library.documents):
+                library.delete(document)
+                library.compact()
+            else:
+                # what a removal left that was killed between the two
+                library.compact()
+                self._require_document(library, id, document)
         return self.info(namespace, id)
 
     def merge(self, namespace: str, id: str, others: Sequence[str]) -> dict[str, Any]:
@@ -291,67 +310,40 @@ class Memories(Catalogue):
         for other in others:
             self._stamp(namespace, other)
         with self._changing(place):
-            is_new = not (place / "manifest.json").is_file()
-            self._make_room(place, 0, sum(bytes_of(source) for source in sources), needed=sources)
-            if is_new:
-                begun = partial_of(place)
-                begun.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(begun, ignore_errors=True)
-                with self._library(begun) as library:
-                    library.merge(sources)
-                begun.rename(place)
-                sync_folder(place.parent)
-            else:
-                with self._opened(place) as library:
-                    library.merge(sources)
+            begun = partial_of(place)
+            if begun.exists():
+                shutil.rmtree(begun)
+            with self.disk.room(place, sum(bytes_of(source) for source in sources), needed=sources):
+                if (place / "manifest.json").is_file():
+                    with self._opened(place) as library:
+                        library.merge(sources)
+                else:
+                    with self._library(begun) as library:
+                        library.merge(sources)
+                    begun.rename(place)
+                    sync_folder(place.parent)
         return self.info(namespace, id)
 
     def delete(self, namespace: str, id: str) -> None:
-        """Remove a memory for good; questions under way go on with what they opened."""
-        place = self._existing(namespace, id)
+        """Remove a memory for good, or what a killed request left of one; questions under way go on with what they
+        opened."""
+        place = self._place(namespace, id)
+        if not any(one.is_dir() and not one.is_symlink() for one in (partial_of(place), grave_of(place))):
+            place = self._existing(namespace, id)
         with self._changing(place):
-            self._drop(place)
+            self.disk.remove(place)
 
-    def _drop(self, place: Path) -> None:
-        with self._guard:
-            # out of the way in one step, so that a kill leaves it whole or gone
-            grave = place.with_name(f".{place.name}.deleted")
-            shutil.rmtree(grave, ignore_errors=True)
-            place.rename(grave)
-            shutil.rmtree(grave, ignore_errors=True)
-            namespace, id = place.parent.name, place.stem
-            self.opened.close(lambda key: key[0] == namespace and id in key[1:])
-            self._asked.pop(place, None)
-
-    # room -------------------------------------------------------------------------------------------------------------
+    def _close(self, place: Path) -> None:
+        namespace, id = place.parent.name, place.stem
+        self.opened.close(lambda key: key[0] == namespace and id in key[1:])
 
     def bytes_used(self) -> int:
-        """Of all memories."""
-        return sum(bytes_of(place) for place in self.folder.glob(f"*/*{SUFFIX}") if not place.is_symlink())
+        """Of all memories on disk."""
+        return self.disk.used()
 
-    def _make_room(self, place: Path, tokens: int, extra: int = 0, needed: Sequence[Path] = ()) -> None:
-        """Evict others until so many tokens and bytes fit; `needed` stay."""
-        bound = self.limits.disk_bytes
-        if bound is None:
-            return
-        config = self.model.config
-        heads = config.num_memory_heads * config.head_dim * 4 + config.retrieval_dim * 2 // config.chunk_size
-        wanted = extra + tokens * (heads + 4)
-        while self.bytes_used() + wanted > bound:
-            kept = (place, *needed)
-            idle = [one for one in self.folder.glob(f"*/*{SUFFIX}") if one not in kept and not self._is_changing(one)]
-            if not self.limits.evict or not idle:
-                raise ServeError(
-                    507, f"about {wanted:,} bytes more would pass the disk budget of {bound:,}; delete memories",
-                    "disk_budget",
-                )  # fmt: skip
-            longest = min(idle, key=lambda one: (self._asked.get(one, 0), one.stat().st_mtime))
-            with self._changing(longest):
-                self._drop(longest)
 
-    def _is_changing(self, place: Path) -> bool:
-        lock = self._writers.get(place)
-        return lock is not None and lock.locked()
+def _sizes(encoded: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, int]]:
+    return [(name, len(tokens)) for name, tokens in encoded]
 
 
 def _count(encoded: Sequence[tuple[str, torch.Tensor]]) -> int:

@@ -1,11 +1,13 @@
-"""Folders of memories on a server's disk: where one is made, what it takes, what a client is told of its errors.
+"""Folders of memories on a server's disk: what lies beside each, what it takes, what a client is told of its errors.
 
 Called by memories.py; tests/serve/test_app.py, test_kills.py.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from hsa_ultralong.memory import MemoryFile
 from hsa_ultralong.memory.files import MemoryFileError
 from hsa_ultralong.serve.limits import ServeError
 
+logger = logging.getLogger(__name__)
 SUFFIX = ".hsa"
 
 
@@ -35,6 +38,35 @@ def is_beginning(file: MemoryFile, encoded: Sequence[tuple[str, torch.Tensor]]) 
 def partial_of(place: Path) -> Path:
     """Where a memory is made before it is there."""
     return place.with_name(f".{place.name}.partial")
+
+
+def grave_of(place: Path) -> Path:
+    """Where a memory lies while it is removed."""
+    return place.with_name(f".{place.name}.deleted")
+
+
+def marker_of(place: Path) -> Path:
+    """The empty file whose time is that of the last question."""
+    return place.with_name(f".{place.name}.asked")
+
+
+def memory_of(place: Path) -> Path:
+    """The memory that a folder, or a hidden one beside it, belongs to."""
+    hidden = place.name.startswith(".") and f"{SUFFIX}." in place.name
+    return place.with_name(place.name[1:].rpartition(".")[0]) if hidden else place
+
+
+def remove_graves(folder: Path) -> None:
+    """Finish what a killed server was removing below a folder, and forget markers of memories that are gone."""
+    for grave in folder.glob(f"*/.*{SUFFIX}.deleted"):
+        if not grave.parent.is_symlink():
+            try:
+                shutil.rmtree(grave)
+            except OSError as error:
+                logger.warning("a deleted memory stays on disk: %s", error)
+    for marker in folder.glob(f"*/.*{SUFFIX}.asked"):
+        if not marker.parent.is_symlink() and not memory_of(marker).exists():
+            marker.unlink(missing_ok=True)
 
 
 def bytes_of(place: Path) -> int:

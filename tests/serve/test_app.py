@@ -268,8 +268,8 @@ def test_merging_does_not_evict_what_is_merged(nano, tmp_path):
     memories = answers.memories
     try:
         size = memories.create("default", "old", [("a", FERRY)])["bytes"]
-        memories.limits = replace(memories.limits, disk_bytes=size + size // 2)
-        with pytest.raises(ServeError, match="disk budget"):
+        memories.disk.limits = replace(memories.limits, disk_bytes=size + size // 2)
+        with pytest.raises(ServeError, match="passes the budget"):
             memories.merge("default", "new", ["old"])
         assert memories.ids("default") == ["old"]
     finally:
