@@ -32,8 +32,11 @@ def test_the_actions_matrix_has_every_python_and_the_oldest_transformers_of_pypr
 
 def test_every_make_target_and_program_of_workflows_and_hooks_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    text = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8") + (ROOT / ".ci/run").read_text()
+    files = (".github/workflows/tests.yml", ".github/workflows/nightly.yml", ".ci/run")
+    text = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
     assert set(re.findall(r"\bmake ([a-z]+)\b", text)) <= targets
+    assert all((ROOT / file).is_file() for file in re.findall(r"(?:tests|examples)/[\w/.]*\w", text))
+    assert set(re.findall(r"\.\[(\w+)\]", text)) <= set(PROJECT["optional-dependencies"])
     for hook in loaded(".pre-commit-config.yaml")["repos"][0]["hooks"]:
         assert hook["entry"].startswith(".venv/bin/")
         assert all((ROOT / file).is_file() for file in re.findall(r"tests/\S+\.py", hook["entry"]))
