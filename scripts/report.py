@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import report_figures as shapes
+
 from hsa_ultralong.eval.needles import wilson_interval
 from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, save, token_axis
 from hsa_ultralong.files.durable import write_whole
@@ -32,11 +34,11 @@ _TITLES = {
     "ppl_last_512": "perplexity of the last 512 tokens",
     "training": "held-out questions at the end of training answered exactly, %",
 }
+_DIRECTIONS = {"fwd": "Forward", "fwd_bwd": "Forward and backward"}
 _LENGTH_TASKS = ("s_niah", "mk_niah", "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt")
-# of operators: chunks a token, and how their lists were chosen (docs/results.md)
-_TOPK, _LISTS = 32, ("shared", "recorded", "random")
 Records = list[dict[str, Any]]
-Times = dict[tuple[str, str, int], float]
+# figure -> what draws it there
+Figures = dict[Path, Callable[[Path], None]]
 
 
 def pooled(records: Records) -> Records:
@@ -107,7 +109,7 @@ def codes(settings: Sequence[str]) -> str:
     return ", ".join(f"`{setting}`" for setting in settings)
 
 
-def finding_block(root: Path, name: str) -> str:
+def finding_block(root: Path, figures: Figures, name: str) -> str:
     """Question, claim, runs, and what was measured of a finding."""
     finding, folder = FINDINGS[name], Path("results/findings") / name
     runs = [[f"`{one}`", codes(own) or "nothing"] for one, own in finding.variants.items()]
@@ -119,11 +121,12 @@ def finding_block(root: Path, name: str) -> str:
         return "\n\n".join([*parts, _NOT_YET])
     summary = read_json(root / folder / "summary.json")
     meta, tasks = summary["meta"], shown(summary["records"])
-    draw_finding(tasks, list(finding.variants), root / folder / "figure.png")
+    variants = list(finding.variants)
+    figures[root / folder / "figure.png"] = partial(draw_finding, tasks, variants)
     parts.append(f"![{name} by length](../{folder}/figure.png)")
     for task, records in tasks.items():
         parts.append(f"{_TITLES.get(task, task).capitalize()}:\n\n{by_length(records, 'variant')}")
-    parts.append(differences(tasks, list(finding.variants), len(meta["seeds"])))
+    parts.append(differences(tasks, variants, len(meta["seeds"])))
     seeds, commits = ", ".join(map(str, meta["seeds"])), ", ".join(commit[:7] for commit in meta["commits"])
     missing = [one for one in finding.variants if one not in {record["variant"] for record in summary["records"]}]
     parts.append(
@@ -132,7 +135,7 @@ def finding_block(root: Path, name: str) -> str:
     )
     cells = [record for record in pooled(summary["records"]) if record["depth"] is not None]
     if name == "effective_length" and cells:
-        draw_depths(cells, list(finding.variants), root / folder / "depths.png")
+        figures[root / folder / "depths.png"] = partial(draw_depths, cells, variants)
         parts.append(f"![Depth by length](../{folder}/depths.png)")
     return "\n\n".join(parts)
 
@@ -189,21 +192,12 @@ def draw_finding(tasks: dict[str, Records], variants: Sequence[str], path: Path)
 
 
 def draw_depths(cells: Records, variants: Sequence[str], path: Path) -> None:
-    """A map of depth by length for every variant, in percent."""
-    known = [variant for variant in variants if any(cell["variant"] == variant for cell in cells)]
-    lengths = sorted({cell["length"] for cell in cells})
-    figure, grid = plt.subplots(1, len(known), figsize=(3 * len(known), 3), squeeze=False, layout="constrained")
-    for axes, variant in zip(grid.flat, known, strict=True):
-        share = [[float("nan")] * len(lengths) for _ in range(10)]
-        for record in cells:
-            if record["variant"] == variant:
-                share[int(10 * record["depth"])][lengths.index(record["length"])] = 100 * record["value"]
-        image = axes.imshow(share, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [human_tokens(length) for length in lengths], fontsize=7)
-        axes.set_yticks(range(10), [f"{10 * tenth + 5}%" for tenth in range(10)], fontsize=7)
-        axes.set_title(variant, fontsize=8)
-    figure.colorbar(image, ax=grid, label="exact, %", shrink=0.8)
-    save(figure, path, 120)
+    """A map of depth by length for every variant that was measured."""
+    maps: dict[str, shapes.Map] = {}
+    for record in sorted(cells, key=lambda cell: (variants.index(cell["variant"]), cell["length"])):
+        own = maps.setdefault(record["variant"], {}).setdefault(record["length"], {})
+        own[int(10 * record["depth"])] = record["value"]
+    shapes.draw_maps(maps, path)
 
 
 def lengths_block(root: Path) -> str:
@@ -233,78 +227,77 @@ def lengths_block(root: Path) -> str:
     return "\n\n".join(parts) or _NOT_YET
 
 
-def operators_block(root: Path) -> str:
+def operators_block(root: Path, figures: Figures) -> str:
     """Time of retrieval and HSA beside full attention, by length: (g)."""
     parts = []
     for path in sorted((root / "benchmarks" / "results").glob("ops-*.json")):
         content = read_json(path)
-        times, meta, name = operator_times(content["records"]), content["meta"], path.relative_to(root)
-        where = f"{meta['hardware']}, commit {meta['commit'][:7]} of {meta['date'][:10]}, K = {_TOPK}"
+        times, meta, name = shapes.operator_times(content["records"]), content["meta"], path.relative_to(root)
+        figure = root / "docs" / "images" / f"report-{path.stem}.png"
+        panels = {f"{words}, ms": shapes.operator_curves(times, direction) for direction, words in _DIRECTIONS.items()}
+        figures[figure] = partial(shapes.draw_lines, panels, logarithmic=list(panels))
+        where = f"{meta['hardware']}, commit {meta['commit'][:7]} of {meta['date'][:10]}, K = {shapes.TOPK}"
         parts.append(f"{where} ([numbers](../{name})).")
-        for direction, words in (("fwd", "Forward"), ("fwd_bwd", "Forward and backward")):
-            columns, rows = ["chunk_topk", *(f"hsa {lists}" for lists in _LISTS), "full_attention"], []
+        parts.append(f"![Operators by length, {meta['hardware']}](images/{figure.name})")
+        for direction, words in _DIRECTIONS.items():
+            columns, rows = ["chunk_topk", *(f"hsa {lists}" for lists in shapes.LISTS), "full_attention"], []
             for length in sorted({key[2] for key in times if key[1] == direction}):
                 ms = [times.get((op, direction, length)) for op in columns]
-                shares = [share_of_full(times, direction, length, "shared")]
-                shares += [share_of_full(times, direction, length, lists, "chunk_topk") for lists in _LISTS]
+                shares = [shapes.share_of_full(times, direction, length, "shared")]
+                shares += [
+                    shapes.share_of_full(times, direction, length, lists, "chunk_topk") for lists in shapes.LISTS
+                ]
                 row = [*("" if value is None else f"{value:.2f}" for value in ms)]
                 rows.append([human_tokens(length), *row, *("" if one is None else f"{one:.2f}" for one in shares)])
-            head = ["tokens", "retrieval", *(f"HSA, {lists}" for lists in _LISTS), "full"]
-            head += ["HSA / full, shared", *(f"both / full, {lists}" for lists in _LISTS)]
+            head = ["tokens", "retrieval", *(f"HSA, {lists}" for lists in shapes.LISTS), "full"]
+            head += ["HSA / full, shared", *(f"both / full, {lists}" for lists in shapes.LISTS)]
             parts.append(f"{words}, ms, and in the time of full attention:\n\n{table(head, rows)}")
     return "\n\n".join(parts) or _NOT_YET
 
 
-def operator_times(records: Records) -> Times:
-    """(operator, direction, tokens) -> ms of the fastest; HSA is "hsa LISTS", by how its lists were chosen."""
-    times: Times = {}
-    for record in records:
-        op, impl, lists = record["op"], record["impl"], record["selection"]
-        if op == "hsa" and impl == "triton" and lists in _LISTS:
-            op = f"hsa {lists}"
-        elif op != "full_attention" and (op, impl) != ("chunk_topk", "triton"):
-            continue
-        if record["K"] in (None, _TOPK):
-            key = op, record["direction"], record["T"]
-            times[key] = min(record["ms"], times.get(key, float("inf")))
-    return times
+def figures_block(root: Path, figures: Figures, name: str) -> str:
+    """One of the figures that take several files."""
+    found = shapes.FIGURES[name](root)
+    if found is None:
+        return _NOT_YET
+    words, draw = found
+    path = f"images/report{'' if name == 'summary' else '-' + name}.png"
+    figures[root / "docs" / path] = draw
+    return f"![{words}]({path})"
 
 
-def share_of_full(times: Times, direction: str, length: int, lists: str, *others: str) -> float | None:
-    """Time of HSA and other operators in that of full attention; None where one was not measured."""
-    parts = [times.get((op, direction, length)) for op in (f"hsa {lists}", *others)]
-    full = times.get(("full_attention", direction, length))
-    return None if full is None or None in parts else sum(part for part in parts if part is not None) / full
+def blocks(root: Path, figures: Figures) -> dict[str, Callable[[], str]]:
+    """What makes the content of each block, and puts its figures among `figures`."""
+    own: dict[str, Callable[[], str]] = {name: partial(finding_block, root, figures, name) for name in FINDINGS}
+    own |= {name: partial(figures_block, root, figures, name) for name in shapes.FIGURES}
+    return {**own, "operators": partial(operators_block, root, figures), "lengths": partial(lengths_block, root)}
 
 
-def blocks(root: Path) -> dict[str, Callable[[], str]]:
-    """What makes the content of each block."""
-    own = {name: partial(finding_block, root, name) for name in FINDINGS}
-    return {"lengths": partial(lengths_block, root), "operators": partial(operators_block, root), **own}
-
-
-def render(text: str, root: Path) -> str:
-    """The page with all its blocks made anew; figures are drawn.
+def render(text: str, root: Path) -> tuple[str, Figures]:
+    """The page with all its blocks made anew, and what draws its figures.
 
     Raises:
         ValueError: a block is unknown, or a finding has none.
     """
-    makers = blocks(root)
+    figures: Figures = {}
+    makers = blocks(root, figures)
     names = [match[2] for match in _BLOCK.finditer(text)]
     if sorted(names) != sorted(makers):
         wrong = sorted({*names} ^ {*makers})
         raise ValueError(f"{PAGE} must have each block once; missing, unknown or twice: {', '.join(wrong) or names}")
-    return _BLOCK.sub(lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}", text)
+    return _BLOCK.sub(lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}", text), figures
 
 
 def main() -> None:
     from report_pdf import print_pdf
 
     page = ROOT / PAGE
-    text = render(page.read_text(encoding="utf-8"), ROOT)
+    text, figures = render(page.read_text(encoding="utf-8"), ROOT)
+    for path, draw in figures.items():
+        draw(path)
     write_whole(page, text)
     print_pdf(text, page.parent, page.with_suffix(".pdf"))
-    print(f"written {PAGE} and {PAGE.with_suffix('.pdf')}")
+    print(f"written {PAGE}, {PAGE.with_suffix('.pdf')} and {len(figures)} figures")
 
 
 if __name__ == "__main__":

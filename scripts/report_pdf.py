@@ -115,7 +115,7 @@ class Pages:
         self.left -= wide * ratio
         place = _MARGIN / _PAGE[0], self.left / _PAGE[1], wide / _PAGE[0], wide * ratio / _PAGE[1]
         axes = self.figure.add_axes(place)
-        axes.imshow(pixels, interpolation="antialiased")
+        axes.imshow(pixels, interpolation="none")
         axes.axis("off")
         self.left -= 0.15
 

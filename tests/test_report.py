@@ -14,6 +14,9 @@ from hsa_ultralong.recipes.findings import FINDINGS
 ROOT = Path(__file__).resolve().parents[1]
 
 
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
 def script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -54,16 +57,18 @@ def measured(tmp_path):
 
 def page(root):
     """A page with every block, empty."""
-    names = ["lengths", "operators", *FINDINGS]
+    names = ["lengths", "operators", *script("report_figures").FIGURES, *FINDINGS]
     return "# Title\n\n" + "\n\n".join(f"<!-- begin {name} -->\n<!-- end {name} -->" for name in names) + "\n"
 
 
 def test_seeds_are_pooled_with_intervals_and_each_is_shown(report, measured):
-    text = report.render(page(measured), measured)
+    text, figures = report.render(page(measured), measured)
     assert "| rows_4k | 60 (45-74) [50, 70] |" in text and "| rows_32k | 95 (83-99) [100, 90] |" in text
     assert "| rows_4k | 10.60 (9.45-11.77) [10.50, 10.70] |" in text
     assert "Seeds 0, 1; H100; commit abcdefa" in text and "Not run yet: rows_8k, rows_128k." in text
     folder = measured / "results" / "findings" / "effective_length"
+    for path, draw in figures.items():
+        draw(path)
     assert (folder / "figure.png").is_file() and (folder / "depths.png").is_file()
 
 
@@ -82,15 +87,16 @@ def test_differences_are_claimed_of_three_seeds_with_intervals_apart_only(report
 
 
 def test_what_was_not_run_says_so_and_everything_says_what_would_be(report, measured):
-    text = report.render(page(measured), measured)
-    assert text.count("*Not run yet.*") == len(FINDINGS) - 1 + 2  # lengths and operators have no files either
+    text, _ = report.render(page(measured), measured)
+    others = len(script("report_figures").FIGURES) + 2  # lengths and operators have no files either
+    assert text.count("*Not run yet.*") == len(FINDINGS) - 1 + others
     for finding in FINDINGS.values():
         assert finding.question in text and all(f"| `{variant}` |" in text for variant in finding.variants)
 
 
 def test_writing_again_changes_nothing(report, measured):
-    once = report.render(page(measured), measured)
-    assert report.render(once, measured) == once
+    once, _ = report.render(page(measured), measured)
+    assert report.render(once, measured)[0] == once
 
 
 def test_a_missing_or_unknown_block_is_refused(report, tmp_path):
@@ -100,20 +106,47 @@ def test_a_missing_or_unknown_block_is_refused(report, tmp_path):
 
 def test_the_committed_page_is_what_the_committed_files_say(report):
     text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
-    assert report.render(text, ROOT) == text, "run `make report`"
+    written, figures = report.render(text, ROOT)
+    assert written == text and all(path.is_file() for path in figures), "run `make report`"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = readme[readme.index("\n![") :].partition("](")[2].partition(")")[0]
+    assert ROOT / first in figures and "](docs/report.md)" in readme
+    assert (ROOT / "docs" / "report.pdf").stat().st_size < 2**20
+
+
+def test_figures_show_every_length_that_was_measured(report):
+    maps = report.shapes.hidden_sentences(ROOT)["nano"]
+    assert list(maps) == [4096, 32_768, 262_144, 2**20, 2**24, 2**26, 2**30] and all(
+        len(own) == 10 for own in maps.values()
+    )
+    margins = report.shapes.margins(ROOT)["nano"]
+    assert margins.x == [2**20, 2**24, 2**26, 2**30] and margins.y == sorted(margins.y, reverse=True)
+    speed = report.shapes.memory_speed(ROOT)
+    assert all(one > 0 for lines in speed.values() for line in lines.values() for one in line.y)
+    anew, question = (dict(zip(*speed[name]["nano, h200"][:2], strict=True)) for name in ("anew_s", "question_s"))
+    assert anew[2**24] > 50 * question[2**24]
+
+
+def test_figures_are_drawn_from_what_is_there(report, tmp_path):
+    for own in report.shapes.FIGURES.values():
+        assert own(tmp_path) is None and own(ROOT) is not None
+    report.shapes.FIGURES["summary"](ROOT)[1](tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_speed_that_readme_quotes_counts_retrieval_and_is_in_the_file(report):
-    times = report.operator_times(report.read_json(ROOT / "benchmarks" / "results" / "ops-h200.json")["records"])
+    times = report.shapes.operator_times(report.read_json(ROOT / "benchmarks" / "results" / "ops-h200.json")["records"])
 
     def quoted(lists, *others):
-        shares = (report.share_of_full(times, "fwd_bwd", length, lists, *others) for length in (8192, 32_768, 131_072))
+        shares = (
+            report.shapes.share_of_full(times, "fwd_bwd", length, lists, *others) for length in (8192, 32_768, 131_072)
+        )
         return ", ".join(f"{share:.2f}" for share in shares)
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for others in (("chunk_topk",), ()):
         assert f"| {quoted('shared', *others)}; {quoted('random', *others)} |" in readme
-    both = [report.share_of_full(times, "fwd_bwd", length, "shared", "chunk_topk") for length in (32_768, 8192)]
+    both = [report.shapes.share_of_full(times, "fwd_bwd", length, "shared", "chunk_topk") for length in (32_768, 8192)]
     assert f"take {both[0]:.2f} of the time of cuDNN full attention at 32K" in readme
     assert f"At 8K they are slower, {both[1]:.2f}" in readme and both[1] > 1
     meta = report.read_json(ROOT / "benchmarks" / "results" / "ops-h200.json")["meta"]
@@ -121,14 +154,17 @@ def test_the_speed_that_readme_quotes_counts_retrieval_and_is_in_the_file(report
 
 
 def test_operators_have_their_times_at_every_length_that_was_measured(report):
-    rows = [line.split(" | ") for line in report.operators_block(ROOT).splitlines() if line.startswith("| 1M |")]
+    rows = [line.split(" | ") for line in report.operators_block(ROOT, {}).splitlines() if line.startswith("| 1M |")]
     assert len(rows) == 2 and all(row[1] and row[2] for row in rows)
 
 
 def test_the_pdf_has_pages_and_is_the_same_every_time(report, measured, monkeypatch):
     monkeypatch.setitem(sys.modules, "report", report)
     printer = script("report_pdf")
-    text = report.render(page(measured), measured).replace("../results", "results")
+    text, figures = report.render(page(measured), measured)
+    for path, draw in figures.items():
+        draw(path)
+    text = text.replace("../results", "results")
     text += "\n- an *item* with `code`\n\n```bash\nhsa plot\n```\n" + "A paragraph of words. " * 250
     files = [measured / "one.pdf", measured / "two.pdf"]
     for file in files:

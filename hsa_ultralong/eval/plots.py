@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.fields import TEXT, is_number, require, table, whole
@@ -93,10 +94,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def save(figure: Any, path: Path, dpi: int) -> None:
-    """Write a figure whole or not at all."""
-    data = io.BytesIO()
-    figure.savefig(data, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
+    """Write a figure whole or not at all; a PNG with 128 colours, which makes it a third as large."""
+    data, kind = io.BytesIO(), path.suffix.removeprefix(".") or "png"
+    figure.savefig(data, format=kind, dpi=dpi)
     plt.close(figure)
+    if kind == "png":
+        picture = Image.open(data).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        data = io.BytesIO()
+        picture.save(data, format="png", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, data.getvalue())
 

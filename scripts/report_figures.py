@@ -1,0 +1,324 @@
+"""The figures of docs/report.md, each from the JSON below results/ and benchmarks/results/ alone.
+
+FIGURES names those that take several files. Called by report.py; tests/test_report.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, NamedTuple
+
+from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, read_jsonl, save, token_axis
+from hsa_ultralong.files.strict_json import read_json
+
+Records = list[dict[str, Any]]
+Times = dict[tuple[str, str, int], float]
+# of operators: chunks a token, and how their lists were chosen (docs/results.md)
+TOPK, LISTS = 32, ("shared", "recorded", "random")
+# model -> its studies of hidden sentences; the same length is shown of the first that has it
+NEEDLES = {
+    "nano": ("needles-nano", "needles-forms", "needles-before-pool", "needles-1g"),
+    "nano, pools, averaged": ("needles-averaged", "needles-1g-averaged"),
+}
+_SUITES = ("paper-*", "ruler-*", "recall-*")
+_SUITE_TASKS = (
+    "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt", "recall_form_01", "recall_value_cities",
+    "recall_similar_16",
+)  # fmt: skip
+_SPEEDS = ("read_s", "read_tokens_per_s", "decode_ms")
+_QUESTION_TOKENS, _ANEW = 32, ", read anew"
+_INK = "0.35"
+
+
+class Line(NamedTuple):
+    """Points of a curve by length; `low` and `high` shade what lies around it."""
+
+    x: list[int]
+    y: list[float]
+    low: list[float] = []
+    high: list[float] = []
+
+
+Map = dict[int, dict[int, float]]  # tokens -> tenth of depths -> share
+
+
+def hidden_sentences(root: Path) -> dict[str, Map]:
+    """Model -> share of hidden sentences that were answered, by length and tenth of depths."""
+    found: dict[str, Map] = {}
+    for model, lines in _needles(root).items():
+        cells: dict[int, dict[int, list[bool]]] = {}
+        for line in lines:
+            tenths = cells.setdefault(line["length"], {})
+            tenths.setdefault(min(9, int(10 * line["depth"])), []).append(line["correct"])
+        found[model] = {
+            length: {tenth: sum(right) / len(right) for tenth, right in tenths.items()}
+            for length, tenths in sorted(cells.items())
+        }
+    return found
+
+
+def _needles(root: Path, needed: str = "correct") -> dict[str, Records]:
+    """Model -> lines of its studies with a field; of each length those of one study and one form of the memory."""
+    found: dict[str, Records] = {}
+    for model, studies in NEEDLES.items():
+        kept: dict[int, Records] = {}
+        for study in studies:
+            path = root / "results" / study / "records.jsonl"
+            lines = [line for line in (read_jsonl(path) if path.is_file() else []) if line.get(needed) is not None]
+            for length in dict.fromkeys(line["length"] for line in lines):
+                own = [line for line in lines if line["length"] == length]
+                kept.setdefault(length, [line for line in own if line["form"] == own[0]["form"]])
+        if kept:
+            found[model] = [line for length in sorted(kept) for line in kept[length]]
+    return found
+
+
+def suite_maps(root: Path) -> dict[str, Map]:
+    """Task -> share answered of nano, by length and tenth of depths."""
+    found: dict[str, Map] = {}
+    for record in _suite_records(root):
+        if record["depth"] is not None:
+            own = found.setdefault(record["task"], {}).setdefault(record["length"], {})
+            own.setdefault(int(10 * record["depth"]), record["value"])
+    return {task: dict(sorted(found[task].items())) for task in _SUITE_TASKS if task in found}
+
+
+def _suite_records(root: Path) -> Records:
+    paths = sorted(path for name in _SUITES for path in (root / "results").glob(f"{name}/summary.json"))
+    return [
+        record
+        for path in paths
+        for record in read_json(path)["records"]
+        if record.get("task") in _SUITE_TASKS and record["model"] == "nano" and record["metric"] != "auroc"
+    ]
+
+
+def margins(root: Path) -> dict[str, Line]:
+    """Model -> score of the right chunk over the best other one, by length: median and the middle half."""
+    found = {}
+    for model, lines in _needles(root, "margin").items():
+        cuts = []
+        for length in dict.fromkeys(line["length"] for line in lines):
+            own = [line["margin"] for line in lines if line["length"] == length]
+            if len(own) > 1:
+                cuts.append((length, *quantiles(own, n=4)))
+        if cuts:
+            x, low, middle, high = map(list, zip(*cuts, strict=True))
+            found[model] = Line(x, middle, low, high)
+    return found
+
+
+def evidence_found(root: Path) -> dict[str, Line]:
+    """Task -> share of questions of nano for which a chunk with the fact was retrieved, by length."""
+    found: dict[str, dict[int, float]] = {}
+    for record in _suite_records(root):
+        if record["depth"] is None and record.get("evidence_found") is not None:
+            found.setdefault(record["task"], {}).setdefault(record["length"], record["evidence_found"])
+    return {
+        task: Line(sorted(own), [own[length] for length in sorted(own)]) for task, own in found.items() if len(own) > 1
+    }
+
+
+def memory_speed(root: Path) -> dict[str, dict[str, Line]]:
+    """Metric -> model and hardware -> its values by tokens of the memory, one sequence on the device.
+
+    `read_tokens_per_s`, `decode_ms`, `question_s` (so many steps as _QUESTION_TOKENS) and `anew_s` (reading before it).
+    """
+    found: dict[str, dict[str, Line]] = {}
+    paths = (root / "benchmarks" / "results").glob("memory-*.json")
+    for path in sorted(path for path in paths if not re.search(r"x\d+$", path.stem)):  # several cards
+        values: dict[tuple[str, str], dict[int, float]] = {}
+        for record in read_json(path)["records"]:
+            is_plain = record.get("batch") == 1 and record["dtype"] in ("bf16", "fp32")
+            if is_plain and record["store"].split(",")[0] == "device" and record["metric"] in _SPEEDS:
+                key = record["metric"], f"{record['preset']}, {path.stem.removeprefix('memory-')}"
+                values.setdefault(key, {})[record["tokens"]] = record["value"]
+        for (metric, name), own in values.items():
+            found.setdefault(metric, {})[name] = _line(own)
+            if metric == "decode_ms":
+                question = {length: _QUESTION_TOKENS * ms / 1000 for length, ms in own.items()}
+                found.setdefault("question_s", {})[name] = _line(question)
+                read = values.get(("read_s", name), {})
+                anew = {length: read[length] + seconds for length, seconds in question.items() if length in read}
+                found.setdefault("anew_s", {})[name] = _line(anew)
+    return found
+
+
+def _line(values: dict[int, float]) -> Line:
+    return Line(sorted(values), [values[length] for length in sorted(values)])
+
+
+def operator_times(records: Records) -> Times:
+    """(operator, direction, tokens) -> ms of the fastest; HSA is "hsa LISTS", by how its lists were chosen."""
+    times: Times = {}
+    for record in records:
+        op, impl, lists = record["op"], record["impl"], record["selection"]
+        if op == "hsa" and impl == "triton" and lists in LISTS:
+            op = f"hsa {lists}"
+        elif op != "full_attention" and (op, impl) != ("chunk_topk", "triton"):
+            continue
+        if record["K"] in (None, TOPK):
+            key = op, record["direction"], record["T"]
+            times[key] = min(record["ms"], times.get(key, float("inf")))
+    return times
+
+
+def share_of_full(times: Times, direction: str, length: int, lists: str, *others: str) -> float | None:
+    """Time of HSA and other operators in that of full attention; None where one was not measured."""
+    parts = [times.get((op, direction, length)) for op in (f"hsa {lists}", *others)]
+    full = times.get(("full_attention", direction, length))
+    return None if full is None or None in parts else sum(part for part in parts if part is not None) / full
+
+
+def operator_curves(times: Times, direction: str) -> dict[str, Line]:
+    """Full attention, HSA with retrieval by lists, HSA alone and retrieval alone: ms by length."""
+    lengths = sorted({length for _, one, length in times if one == direction})
+    sums = {"full attention": ("full_attention",), "HSA and retrieval, shared lists": ("hsa shared", "chunk_topk")}
+    sums |= {
+        "HSA and retrieval, random lists": ("hsa random", "chunk_topk"),
+        "HSA alone, shared lists": ("hsa shared",),
+    }
+    sums |= {"retrieval alone": ("chunk_topk",)}
+    found = {}
+    for name, parts in sums.items():
+        own = {
+            length: sum(times[op, direction, length] for op in parts)
+            for length in lengths
+            if all((op, direction, length) in times for op in parts)
+        }
+        if own:
+            found[name] = _line(own)
+    return found
+
+
+def draw_maps(maps: dict[str, Map], path: Path, columns: int = 5) -> None:
+    """A panel a map: depth by length, in percent."""
+    columns = min(columns, len(maps))
+    rows = -(-len(maps) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(2.6 * columns + 0.6, 2.5 * rows), squeeze=False, layout="constrained"
+    )
+    for axes, (name, own) in zip(grid.flat, maps.items(), strict=False):
+        image = _map(axes, own)
+        axes.set_title(name, fontsize=9)
+    for axes in grid.flat[len(maps) :]:
+        axes.axis("off")
+    figure.colorbar(image, ax=grid, label="answered, %", shrink=0.8)
+    save(figure, path, 110)
+
+
+def _map(axes: Any, own: Map) -> Any:
+    lengths = list(own)
+    share = [[100 * own[length].get(tenth, float("nan")) for length in lengths] for tenth in range(10)]
+    image = axes.imshow(share, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [human_tokens(length) for length in lengths], fontsize=7)
+    axes.set_yticks((0, 4.5, 9), ("start", "depth", "end"), fontsize=7, rotation=90, va="center")
+    return image
+
+
+def draw_lines(panels: dict[str, dict[str, Line]], path: Path, logarithmic: Sequence[str] = ()) -> None:
+    """A panel a title, a curve a name, which has one colour; names of the first panel are not named again."""
+    names = list(dict.fromkeys(name for own in panels.values() for name in own))
+    figure, grid = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 3.3), squeeze=False, layout="constrained")
+    for axes, (title, own) in zip(grid.flat, panels.items(), strict=True):
+        _lines(axes, own, names, title in logarithmic)
+        axes.set_title(title, fontsize=9)
+        if axes is grid[0, 0] or next(iter(own)) not in panels[next(iter(panels))]:
+            axes.legend(fontsize=7, frameon=False)
+    save(figure, path, 110)
+
+
+def _lines(axes: Any, own: dict[str, Line], names: Sequence[str], is_logarithmic: bool) -> None:
+    for name, line in own.items():
+        number, is_anew = names.index(name.removesuffix(_ANEW)), name.endswith(_ANEW)
+        style: dict[str, Any] = {"ls": "--" if is_anew else "-", "label": None if is_anew else name}
+        axes.plot(line.x, line.y, color=f"C{number}", marker=MARKS[number % len(MARKS)], ms=3.5, lw=1.2, **style)
+        if line.low:
+            axes.fill_between(line.x, line.low, line.high, color=f"C{number}", alpha=0.12, lw=0)
+    lengths = sorted({length for line in own.values() for length in line.x})
+    token_axis(axes, lengths)
+    # of many lengths every second is named
+    named = lengths[:: -2 if len(lengths) > 7 else -1]
+    axes.set_xticks(named, [human_tokens(length) for length in named])
+    if is_logarithmic:
+        axes.set_yscale("log")
+    axes.tick_params(labelsize=7, colors=_INK)
+    axes.grid(True, alpha=0.2)
+    axes.set_xlabel("tokens", fontsize=8)
+
+
+def draw_summary(maps: dict[str, Map], margin: dict[str, Line], speed: dict[str, Line], path: Path) -> None:
+    """README's picture: what is recalled by depth and length, the margin of retrieval, and speed."""
+    figure, grid = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained", width_ratios=(1.15, 1, 1))
+    image = _map(grid[0], next(iter(maps.values())))
+    grid[0].set_title("nano: hidden sentences answered, %, by length", fontsize=9)
+    figure.colorbar(image, ax=grid[0], shrink=0.9)
+    _lines(grid[1], margin, list(margin), False)
+    grid[1].axhline(0, color=_INK, lw=0.8)
+    grid[1].set_title("score of the right chunk over the best other", fontsize=9)
+    _lines(grid[2], speed, list(speed), True)
+    grid[2].set_title("ms, forward and backward, one layer", fontsize=9)
+    for axes in grid[1:]:
+        axes.legend(fontsize=7, frameon=False)
+    save(figure, path, 110)
+
+
+# what a figure shows, in words, and what draws it to a path; None: nothing was measured
+Figure = tuple[str, Callable[[Path], None]] | None
+
+
+def _depths(root: Path) -> Figure:
+    maps = hidden_sentences(root)
+    return ("Hidden sentences answered, by length and place", partial(draw_maps, maps)) if maps else None
+
+
+def _suites(root: Path) -> Figure:
+    maps = suite_maps(root)
+    return ("Tasks of the suites answered by nano, by length and place", partial(draw_maps, maps)) if maps else None
+
+
+def _margins(root: Path) -> Figure:
+    panels = {
+        "score of the right chunk over the best other (nats)": margins(root),
+        "share of questions for which a right chunk was retrieved": evidence_found(root),
+    }
+    panels = {title: lines for title, lines in panels.items() if lines}
+    return ("Margin of retrieval, and what it finds, by length", partial(draw_lines, panels)) if panels else None
+
+
+def _memories(root: Path) -> Figure:
+    speed = memory_speed(root)
+    if not speed:
+        return None
+    question = speed.get("question_s", {})
+    anew = {name + _ANEW: line for name, line in speed.get("anew_s", {}).items()}
+    panels = {
+        "reading, tokens/s": speed.get("read_tokens_per_s", {}),
+        "one step of decoding, ms": speed.get("decode_ms", {}),
+        f"a question of {_QUESTION_TOKENS} tokens, s; dashed: its text is read first": {**question, **anew},
+    }
+    draw = partial(draw_lines, panels, logarithmic=list(panels))
+    return "Reading, a step of decoding, and a question on a memory or with its text read anew, by length", draw
+
+
+def _summary(root: Path) -> Figure:
+    maps, margin = hidden_sentences(root), margins(root)
+    path = root / "benchmarks" / "results" / "ops-h200.json"
+    if not maps or not margin or not path.is_file():
+        return None
+    curves = operator_curves(operator_times(read_json(path)["records"]), "fwd_bwd")
+    speed = {name: line for name, line in curves.items() if "alone" not in name}
+    return "Recall by depth and length, margin of retrieval, speed", partial(draw_summary, maps, margin, speed)
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {
+    "summary": _summary,
+    "depths": _depths,
+    "suites": _suites,
+    "margins": _margins,
+    "memories": _memories,
+}
