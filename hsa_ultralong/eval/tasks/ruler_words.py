@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -110,36 +111,58 @@ class CommonWords:
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         small = length < 4096
         sizes, often, seldom = ((20, 3, 1), 6, 1) if small else ((40, 10, 3), 30, 3)
-        per_word = 6.0
+        words = 2 * self.common
         for index in range(number):
             rng = namespaced_rng("eval/cwe", seed, length, index)
             fragments, order, common = self._list(material, rng, *sizes)
             example = _CWE_BEFORE + fragments.text(order) + _CWE_QUESTION + _CWE_PREFIX
             example += " " + " ".join(f"{i + 1}. {word}" for i, word in enumerate(common)) + "\n"
             form = make_form(material, self, length, example + _CWE_BEFORE, _CWE_QUESTION, _CWE_PREFIX)
-            form.require(16 * self.common * often, self.name)
-            tokens: Tokens = np.empty(0, dtype=np.int32)
-            for _ in range(8):  # as many words as fit; the list depends on their number
+
+            def listed(words: int, index: int = index) -> tuple[Tokens, list[str]]:
                 rng = namespaced_rng("eval/cwe/list", seed, length, index)
-                words = max(self.common + 1, int(form.room / per_word / seldom) - self.common * (often // seldom - 1))
                 fragments, order, common = self._list(material, rng, words, often, seldom)
-                tokens = fragments.encode(order)
-                items = self.common * often + (words - self.common) * seldom
-                per_word = max(per_word * 1.002 if len(tokens) > form.room else 0.0, len(tokens) / items)
-                if form.room * 0.98 < len(tokens) <= form.room:
-                    break
-            if len(tokens) > form.room:
-                raise TooShort(f"cwe: no list of words fits {length} tokens; use another length")
+                return fragments.encode(order), common
+
+            words, tokens, common = self._longest(listed, form, words, often, seldom)
             context = filled(tokens, form.room, material.encode("\n"))
             yield finish(self, form, context, index, common, "the 10 most common words")
+
+    def _longest(
+        self, listed: Callable[[int], tuple[Tokens, list[str]]], form: Form, words: int, often: int, seldom: int
+    ) -> tuple[int, Tokens, list[str]]:
+        """How many different words fill the room but for two of them at most, the tokens of their list, and the common
+        words; words: where the search begins. Between a number that fits and one that does not it goes on at the
+        number that the tokens of an item so far foretell."""
+        least = self.common + 1
+        low, high = least - 1, form.room
+        found: tuple[int, Tokens, list[str]] | None = None
+        while high - low > 1:
+            words = min(max(words, low + 1), high - 1)
+            tokens, common = listed(words)
+            rest = form.room - len(tokens)
+            per_word = seldom * len(tokens) / (self.common * often + (words - self.common) * seldom)
+            if rest < 0 and words == least:
+                form.require(len(tokens), self.name)
+            if rest < 0:
+                high = words
+            else:
+                low, found = words, (words, tokens, common)
+                if rest <= 2 * per_word:
+                    break
+            words += math.floor(rest / per_word)
+        if found is None:
+            raise TooShort(f"{self.name} needs room for a list of words, got {form.size} tokens; use a greater length")
+        return found
 
     def _list(
         self, material: Material, rng: np.random.Generator, words: int, often: int, seldom: int
     ) -> tuple[Fragments, np.ndarray, list[str]]:
-        """Fragments, which of them a list of `words` different words is made of, and the common words."""
+        """Fragments, which of them a list of `words` different words is made of, and the common words; the words of a
+        shorter list are the first ones of a longer one's."""
         parts: Sequence[Sequence[str]] = (_single_words(),)
         if words <= len(parts[0]):
-            chosen = rng.choice(len(parts[0]), size=words, replace=False)[:, None]  # (words, 1)
+            chosen = rng.permutation(len(parts[0]))[:words, None]  # (words, 1)
         else:  # RULER goes on with another list of English words; here pairs of words
             parts = word_pairs()
             sizes = np.array([len(part) for part in parts])

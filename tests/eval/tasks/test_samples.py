@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from hsa_ultralong.data.tokenizer import load_tokenizer
 from hsa_ultralong.eval.evidence import sample_digest
 from hsa_ultralong.eval.tasks import SUITES, TASKS, Material, Sample, make_samples
+from hsa_ultralong.eval.tasks.sample import TooShort
 
 pytest.importorskip("wonderwords")
 
@@ -168,6 +173,24 @@ def test_common_words_stand_more_often_than_all_others(material):
     top = sorted(counts, key=lambda word: -counts[word])[:10]
     assert set(top) == set(sample.answers)
     assert {counts[word] for word in sample.answers} <= {29, 30}  # the last of the list may be cut
+
+
+@pytest.mark.parametrize("length", [4096, 4500, 5120, 6656, 8192])
+def test_a_list_of_common_words_fills_lengths_from_rulers_first_on(length):
+    tokenizer = load_tokenizer(Path(__file__).parents[3] / "checkpoints/nano")
+    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    for sample in make_samples("cwe", Material(tokenizer, torch.arange(100, 200)), length, 2):
+        listed = tokenizer.decode(sample.context.tolist()).split("often.\n")[-1]
+        counts = Counter(re.findall(r"\d+\. ([^\d]+?)(?= +\d|\s*$)", listed))
+        assert {counts[word] for word in sample.answers} == {30} and {*counts.values()} == {30, 3}
+        assert len(sample.context) - np.flatnonzero(sample.context != line_break)[-1] - 1 < 64
+
+
+def test_common_words_say_how_much_they_need(material):
+    with pytest.raises(TooShort, match=r"cwe needs at least [0-9]+ tokens, got 4100") as refused:
+        list(make_samples("cwe", material, 4100, 1))
+    needed = int(re.search(r"least (\d+)", str(refused.value))[1])
+    assert len(list(make_samples("cwe", material, needed + needed // 10, 1))) == 1
 
 
 def test_frequent_words_are_the_ranks_two_to_four(material):
