@@ -120,11 +120,6 @@ class LandmarkLists(LandmarkIndex):
         spans = [part for span in (self.lists, self.groups) for part in (span.mean, span.variance)]
         return sum(part.nbytes for part in (self.sketches, self.members, *spans))
 
-    def num_scanned(self, topk: int, wanted: int) -> int:
-        """Sketches that a query scans for `topk` chunks; a mean and a variance count as one each."""
-        lists, groups = self._num_spans(topk, wanted)
-        return self.num_odd + lists * self._width + 2 * (self.groups.mean.shape[1] + groups * _GROUP)
-
     @property
     def _width(self) -> int:
         return -(-(self.num_chunks - self.num_odd) // self.lists.mean.shape[1])

@@ -8,6 +8,7 @@ tests/memory/test_stores.py.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 import torch
@@ -62,8 +63,14 @@ class CachedStore:
         self.num_hits = self.num_misses = 0
         self._slots: OrderedDict[int, int] = OrderedDict()
         self._pairs: torch.Tensor | None = None
+        # several threads may ask one memory
+        self._guard = threading.Lock()
 
     def fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._guard:
+            return self._fetch(chunks)
+
+    def _fetch(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         numbers = chunks.tolist()
         missing = [number for number in dict.fromkeys(numbers) if number not in self._slots]
         self.num_hits, self.num_misses = self.num_hits + len(numbers) - len(missing), self.num_misses + len(missing)

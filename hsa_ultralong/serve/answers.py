@@ -22,7 +22,8 @@ from hsa_ultralong.memory import Memory
 from hsa_ultralong.serve.limits import Limits, ServeError
 from hsa_ultralong.serve.memories import Memories, Opened
 from hsa_ultralong.serve.protocol import ChatCompletion, Completion
-from hsa_ultralong.serve.worker import Piece, Request, Sampling, TokenProbability, Worker
+from hsa_ultralong.serve.rows import Piece, Request, Sampling, TokenProbability
+from hsa_ultralong.serve.worker import Worker
 
 
 class AskedPrompt(NamedTuple):

@@ -7,7 +7,6 @@ has its generation. Called by app.py and worker.py; tests/serve/test_app.py, tes
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from hsa_ultralong.serve.memory_folders import (
     remove_graves,
     states_of,
 )
-from hsa_ultralong.serve.tiers import CACHE_BYTES, TIERS, OpenMemories
+from hsa_ultralong.serve.open_memories import CACHE_BYTES, TIERS, OpenMemories
 
 # read between two commits of a new memory: what a kill may cost
 COMMIT_TOKENS = 2**18
@@ -78,7 +77,6 @@ class Memories(Catalogue):
         """
         super().__init__(folder, model, tokenizer, key_values=key_values, landmarks=landmarks)
         self.limits, self.store, self.key_values, self.landmarks = limits, store, key_values, landmarks
-        self._guard = threading.Lock()
         self.opened = OpenMemories({"device": limits.device_bytes, "host": limits.host_bytes}, limits.open_memories)
         self.asked = LastAsked()
         self.disk = DiskBudget(folder, limits, self.asked, self._close)
@@ -101,16 +99,15 @@ class Memories(Catalogue):
             )
         if len(set(ids)) < len(ids):
             raise ServeError(400, "a memory is named twice", "invalid_memory")
-        with self._guard:
-            places = [self._existing(namespace, id) for id in ids]
-            stamps = tuple(self._stamp(namespace, id) for id in ids)
-            key = (namespace, *ids)
-            for place in places:
-                self.asked.note(place)
-            opened: Opened = self.opened.get(
-                key, stamps, self._costs(namespace, ids), lambda store: self._read(places, ids, store)
-            )
-            return opened
+        places = [self._existing(namespace, id) for id in ids]
+        opened: Opened = self.opened.get(
+            (namespace, *ids),
+            lambda: (tuple(self._stamp(namespace, id) for id in ids), self._costs(namespace, ids)),
+            lambda store: self._read(places, ids, store),
+        )
+        for place in places:
+            self.asked.note(place)
+        return opened
 
     def _costs(self, namespace: str, ids: Sequence[str]) -> dict[str, dict[str, int]]:
         """Bytes of device and host memory on every tier that memories may lie on, the best first."""

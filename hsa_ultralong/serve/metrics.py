@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from hsa_ultralong.serve.answers import Answers
-from hsa_ultralong.serve.worker import Piece
+from hsa_ultralong.serve.rows import Piece
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 

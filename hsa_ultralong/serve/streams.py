@@ -10,7 +10,7 @@ from hsa_ultralong.serve.answers import Answers
 from hsa_ultralong.serve.limits import ServeError
 from hsa_ultralong.serve.memories import Opened
 from hsa_ultralong.serve.protocol import ChatCompletion, Completion
-from hsa_ultralong.serve.worker import Piece, TokenProbability
+from hsa_ultralong.serve.rows import Piece, TokenProbability
 
 _REASONS = {"timeout": "length", "cancelled": "stop"}
 Pieces = AsyncIterator[tuple[int, Piece]]

@@ -18,7 +18,8 @@ from hsa_ultralong.inference.warming import small_memories
 from hsa_ultralong.memory import Memory
 from hsa_ultralong.serve.limits import Limits
 from hsa_ultralong.serve.load import quantile
-from hsa_ultralong.serve.worker import Piece, Request, Worker
+from hsa_ultralong.serve.rows import Piece, Request
+from hsa_ultralong.serve.worker import Worker
 
 
 @dataclass(frozen=True)

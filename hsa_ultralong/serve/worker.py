@@ -1,5 +1,7 @@
 """The one thread that decodes: it reads prompts in pieces between steps, steps, and passes tokens on. No HTTP here.
 
+Passages that are to stand in a prompt are searched on a second thread, so that rows go on meanwhile.
+
 tests/serve/test_worker.py, test_app.py.
 """
 
@@ -10,122 +12,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from hsa_ultralong.inference.answer_text import AnswerText
 from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.inference.batching import BatchEngine, Reading
-from hsa_ultralong.inference.passages import Reread
 from hsa_ultralong.inference.sampling import sample
 from hsa_ultralong.inference.warming import warm
 from hsa_ultralong.memory import Memory
-from hsa_ultralong.serve.evidence import Evidence
 from hsa_ultralong.serve.limits import Limits, ServeError
+from hsa_ultralong.serve.rows import Piece, Request, RunningRow, TokenProbability
 
 logger = logging.getLogger(__name__)
 _IDLE_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """temperature 0 takes the best token. seed: of this answer's own draws. top_logprobs: alternatives per token."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    top_logprobs: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenProbability:
-    """A token's text and log probability in nats, with the best tokens of its place."""
-
-    token: int
-    logprob: float
-    best: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One step of one answer: text to pass on, often empty; at the end the reason (stop, length, cancelled, timeout),
-    the tokens of the prompt, and chunks with their weights: retrieved ones, and those that stood in the prompt."""
-
-    text: str = ""
-    probabilities: list[TokenProbability] = field(default_factory=list)
-    finish: str | None = None
-    num_tokens: int = 0
-    weight: float | None = None
-    chunks: list[tuple[int, float]] = field(default_factory=list)
-    reread: list[tuple[int, float]] = field(default_factory=list)
-    num_prompt: int = 0
-    error: ServeError | None = None
-
-
-@dataclass
-class Request:
-    """One answer that is wanted.
-
-    Attributes:
-        prompt: (n,) token ids, a new document. put: takes every Piece, on the worker's thread. owner: whose prompts
-            count as known. is_whole: text is wanted at the end only, so there is a first Piece and a last one.
-        is_cancelled: set it from anywhere to give the row back.
-        reread: makes the prompt from what the memory holds, on the worker's thread, when its turn comes; `passages` is
-            what it made.
-    """
-
-    prompt: torch.Tensor
-    memory: Memory | None
-    max_new_tokens: int
-    put: Callable[[Piece], None]
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: Sequence[str] = ()
-    deadline: float = float("inf")
-    owner: str = ""
-    is_whole: bool = False
-    is_cancelled: bool = False
-    reread: Callable[[], Reread] | None = None
-    passages: Reread | None = None
-
-    def prepare(self) -> None:
-        """Put the passages that are to be read again into the prompt, once."""
-        if self.reread is not None and self.passages is None:
-            self.passages = self.reread()
-            self.prompt = torch.tensor(self.passages.ids)
-
-
-class _Row:
-    """A request under way."""
-
-    def __init__(self, request: Request, tokenizer: Any, device: torch.device) -> None:
-        self.request, self.text = request, AnswerText(tokenizer, request.stop)
-        self.evidence = Evidence(request.memory)
-        if request.passages is not None:
-            self.evidence.begin_with(request.passages.weights)
-        self.held = Piece()
-        self.has_begun = False
-        self.generator: torch.Generator | None = None
-        if request.sampling.temperature:
-            self.generator = torch.Generator(device)
-            if request.sampling.seed is None:
-                self.generator.seed()
-            else:
-                self.generator.manual_seed(request.sampling.seed)
-
-    def put(self, piece: Piece) -> None:
-        """Pass a piece on, or hold it back where only the whole answer is wanted."""
-        if not self.request.is_whole:
-            self.request.put(piece)
-            return
-        text, found = self.held.text + piece.text, [*self.held.probabilities, *piece.probabilities]
-        if self.has_begun and piece.finish is None:
-            self.held = Piece(text, found)
-            return
-        self.held, self.has_begun = Piece(), True
-        self.request.put(replace(piece, text=text, probabilities=found))
 
 
 class Worker:
@@ -154,15 +54,17 @@ class Worker:
             warm(self.engine, warm_with, piece=limits.piece_tokens, tell=tell)
         self.is_open: Callable[[Memory], bool] = lambda memory: True
         self.ends = set(end_tokens(model))
+        self._preparing: deque[Request] = deque()
         self._waiting: deque[Request] = deque()
-        self._rows: dict[int, _Row] = {}
-        self._readings: deque[tuple[Reading, _Row]] = deque()
+        self._rows: dict[int, RunningRow] = {}
+        self._readings: deque[tuple[Reading, RunningRow]] = deque()
         self._retired: list[tuple[Memory, threading.Event]] = []
         self._changed = threading.Condition()
         self.is_closing = False
         self.num_tokens = self.num_steps = self.num_prompt_tokens = 0
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._prepare, name="preparing", daemon=True).start()
 
     # from any thread --------------------------------------------------------------------------------------------------
 
@@ -175,14 +77,14 @@ class Worker:
         with self._changed:
             if self.is_closing:
                 raise ServeError(503, "the server is stopping", "stopping")
-            if len(self._waiting) >= self.limits.waiting:
+            if self.num_waiting >= self.limits.waiting:
                 raise ServeError(429, f"{self.limits.waiting} requests wait already; try again later", "overloaded")
-            self._waiting.append(request)
-            self._changed.notify()
+            (self._waiting if request.reread is None else self._preparing).append(request)
+            self._changed.notify_all()
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._preparing)
 
     @property
     def num_running(self) -> int:
@@ -191,7 +93,8 @@ class Worker:
     def holds(self, memory: Memory) -> bool:
         """Whether a row reads a memory, or a request that waits will."""
         rows = [*list(self._rows.values()), *(row for _, row in list(self._readings))]
-        return any(one.memory is memory for one in (*(row.request for row in rows), *list(self._waiting)))
+        waiting = [*list(self._preparing), *list(self._waiting)]
+        return any(one.memory is memory for one in (*waiting, *(row.request for row in rows)))
 
     def retire(self, memory: Memory, seconds: float = 5.0) -> threading.Event:
         """Let go of a memory that will not be asked again, once no row reads it; waits so long for one that is idle.
@@ -201,7 +104,7 @@ class Worker:
         gone = threading.Event()
         with self._changed:
             self._retired.append((memory, gone))
-            self._changed.notify()
+            self._changed.notify_all()
         if self.is_alive and not self.holds(memory):
             gone.wait(seconds)
         return gone
@@ -214,7 +117,7 @@ class Worker:
         """Take no more requests; those under way go on for so long, the rest is cancelled."""
         with self._changed:
             self.is_closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join(seconds)
         for row in [*self._rows.values(), *(row for _, row in self._readings)]:
             row.request.is_cancelled = True
@@ -233,15 +136,44 @@ class Worker:
             logger.exception("decoding has ended")
             with self._changed:
                 self.is_closing = True
-                while self._waiting:
-                    ended = ServeError(503, "the server cannot decode any more", "stopping")
-                    self._waiting.popleft().put(Piece(finish="error", error=ended))
+                waiting = [*self._preparing, *self._waiting]
+                self._preparing, self._waiting = deque(), deque()
+                self._changed.notify_all()
+            for request in waiting:
+                ended = ServeError(503, "the server cannot decode any more", "stopping")
+                request.put(Piece(finish="error", error=ended))
+
+    def _prepare(self) -> None:
+        """Search the passages of one request after the other."""
+        while True:
+            with self._changed:
+                while not self._preparing and not self.is_closing:
+                    self._changed.wait()
+                if not self._preparing:
+                    return
+                request = self._preparing[0]
+            error = None
+            try:
+                request.prepare()
+            except ValueError as refusal:
+                error = ServeError(400, str(refusal), "refused")
+            except Exception as failure:  # of this request alone
+                error = _fault(failure)
+            with self._changed:
+                # it may have been told meanwhile that its time is over
+                is_wanted = any(one is request for one in self._preparing)
+                self._preparing = deque(one for one in self._preparing if one is not request)
+                if is_wanted and error is None:
+                    self._waiting.append(request)
+                    self._changed.notify_all()
+            if is_wanted and error is not None:
+                request.put(Piece(finish="error", num_prompt=len(request.prompt), error=error))
 
     def _is_wanted(self) -> bool:
         """Whether there is or will be something to do; waits for it a while."""
         with self._changed:
             if not (self._rows or self._waiting or self._readings or self._retired):
-                if self.is_closing:
+                if self.is_closing and not self._preparing:
                     return False
                 self._changed.wait(_IDLE_SECONDS)
         return True
@@ -249,6 +181,7 @@ class Worker:
     def _turn(self) -> None:
         if self._waiting or self._retired:
             self._let_go()
+        self._dismiss()
         self._admit()
         self._read()
         if self._rows:
@@ -267,28 +200,37 @@ class Worker:
         for reading in readings:
             self.engine.drop(reading)
 
+    def _dismiss(self) -> None:
+        """Tell those who wait and are given up, or whose time is over, wherever they stand in the queue."""
+        with self._changed:
+            over = [(one, reason) for one in (*self._preparing, *self._waiting) if (reason := self._over(one))]
+            if not over:
+                return
+            gone = {id(request) for request, _ in over}
+            self._preparing = deque(one for one in self._preparing if id(one) not in gone)
+            self._waiting = deque(one for one in self._waiting if id(one) not in gone)
+        for request, reason in over:
+            request.put(Piece(finish=reason, num_prompt=len(request.prompt)))
+
     def _admit(self) -> None:
         """Begin with those who wait, in their order, as long as there is room."""
         while self._waiting:
-            request = self._waiting[0]
-            reason, error = self._over(request), None
-            if reason is None:
-                try:
-                    request.prepare()
-                    if not self.engine.has_room(len(request.prompt) + request.max_new_tokens):
-                        return
-                    row = _Row(request, self.tokenizer, self.engine.device)
-                    reading = self.engine.begin(
-                        request.prompt, request.memory, max_new_tokens=request.max_new_tokens, owner=request.owner
-                    )
-                    self._readings.append((reading, row))
-                except ValueError as refusal:
-                    reason, error = "error", ServeError(400, str(refusal), "refused")
-                except Exception as failure:  # of this request alone: those under way go on
-                    reason, error = "error", _fault(failure)
+            request, error = self._waiting[0], None
+            try:
+                if not self.engine.has_room(len(request.prompt) + request.max_new_tokens):
+                    return
+                row = RunningRow(request, self.tokenizer, self.engine.device)
+                reading = self.engine.begin(
+                    request.prompt, request.memory, max_new_tokens=request.max_new_tokens, owner=request.owner
+                )
+                self._readings.append((reading, row))
+            except ValueError as refusal:
+                error = ServeError(400, str(refusal), "refused")
+            except Exception as failure:  # of this request alone: those under way go on
+                error = _fault(failure)
             self._waiting.popleft()
-            if reason is not None:
-                request.put(Piece(finish=reason, num_prompt=len(request.prompt), error=error))
+            if error is not None:
+                request.put(Piece(finish="error", num_prompt=len(request.prompt), error=error))
 
     def _read(self) -> None:
         """Read so many tokens of prompts, several in one forward: rows that run wait for no more than these."""
@@ -318,7 +260,7 @@ class Worker:
         """Forget memories that nobody reads and that were retired or closed, and others once there are many."""
         held = {id(memory) for memory in self.engine.memories if memory is not None}
         held |= {id(reading.memory) for reading, _ in self._readings}
-        held |= {id(request.memory) for request in self._waiting}
+        held |= {id(request.memory) for request in (*list(self._preparing), *self._waiting)}
         idle = [memory for memory in self.engine.known if id(memory) not in held]
         many = len(self.engine.known) - self.limits.open_memories
         for number, memory in enumerate(idle):
@@ -351,7 +293,7 @@ class Worker:
             return "cancelled"
         return "timeout" if time.monotonic() > request.deadline else None
 
-    def _take(self, row: int, state: _Row, token: int) -> None:
+    def _take(self, row: int, state: RunningRow, token: int) -> None:
         """The best token that the last step, or the prompt, gave, or one drawn in its place."""
         options = state.request.sampling
         if options.temperature:
@@ -376,7 +318,7 @@ class Worker:
         elif text or found:
             state.put(Piece(text, found, num_tokens=count))
 
-    def _finish(self, row: int, state: _Row, text: str, found: list[TokenProbability], reason: str) -> None:
+    def _finish(self, row: int, state: RunningRow, text: str, found: list[TokenProbability], reason: str) -> None:
         self.engine.leave(row)
         del self._rows[row]
         ranked = state.evidence.ranked(_MOST_CHUNKS)

@@ -105,11 +105,6 @@ def test_reading_more_finds_more():
     assert recall(listed(landmarks).search(query, 16)[0], expected) > 0.98
 
 
-def test_the_part_that_is_scanned_falls_as_a_memory_grows():
-    shares = [listed(topics(n)).num_scanned(8, 32) / n for n in (1000, 4000, 16000)]
-    assert shares == sorted(shares, reverse=True) and shares[2] < 0.25
-
-
 def test_few_chunks_and_landmarks_that_fill_all_dimensions_make_no_lists():
     for landmarks in (topics(511), torch.randn(4500, 1, 32)):
         index = LandmarkLists.build(landmarks)

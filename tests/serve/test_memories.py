@@ -1,5 +1,7 @@
 """Memories on a server's disk: whose they are, what they take, what is left of a killed server."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 
 from hsa_ultralong.inference import Library
 from hsa_ultralong.inference.rebuilding import rebuild
+from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.limits import ServeError
 from hsa_ultralong.serve.memories import Memories
+from hsa_ultralong.testing.processes import HANG_SECONDS
 from tests.serve.conftest import FERRY, LANTERN, LIMITS
 
 DOCUMENTS = [("a", LANTERN), ("b", FERRY)]
@@ -72,3 +76,28 @@ def test_what_a_killed_call_left_in_another_form_is_not_gone_on_with(nano, memor
         library.add(torch.tensor(tokenizer(LANTERN)["input_ids"]), name="a")
     made = memories.create("default", "m", DOCUMENTS)
     assert (made["status"], made["formats"]["key_values"]) == ("ready", "bf16")
+
+
+def test_one_opening_holds_up_neither_others_nor_changes(memories, monkeypatch):
+    is_reading, goes_on = threading.Event(), threading.Event()
+    for id in ("slow", "quick"):
+        memories.create("default", id, DOCUMENTS)
+
+    def late(place, **options):
+        if place.stem == "slow":
+            is_reading.set()
+            assert goes_on.wait(HANG_SECONDS)
+        return open_memory(place, **options)
+
+    monkeypatch.setattr("hsa_ultralong.serve.memories.open_memory", late)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(memories.open, "default", ["slow"])
+        try:
+            assert is_reading.wait(HANG_SECONDS)
+            assert memories.open("default", ["quick"]).ids == ("quick",)
+            assert memories.append("default", "quick", DOCUMENTS)["documents"] == 4
+            assert memories.append("default", "slow", DOCUMENTS)["documents"] == 4
+        finally:
+            goes_on.set()
+        # what changed meanwhile is there
+        assert len(slow.result().documents) == 4

@@ -1,13 +1,17 @@
 """The worker's turns: rows go on while prompts are read, requests wait for what they need, and nothing is kept."""
 
+import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from hsa_ultralong.inference.passages import Reread
 from hsa_ultralong.serve.evidence import Evidence
 from hsa_ultralong.serve.limits import Limits, ServeError
-from hsa_ultralong.serve.worker import Request, Worker
+from hsa_ultralong.serve.rows import Request
+from hsa_ultralong.serve.worker import Worker
 from hsa_ultralong.testing.factories import tiny_model
 from hsa_ultralong.testing.processes import HANG_SECONDS
 from tests.inference.test_batching import alone, document
@@ -180,6 +184,41 @@ def test_a_worker_that_cannot_go_on_tells_all_who_wait(model):
     with pytest.raises(ServeError) as refused:
         Asked(worker, document(6, 9), 5)
     assert refused.value.status == 503 and not worker.is_alive
+
+
+def test_rows_go_on_while_passages_are_searched(worker, model):
+    goes_on, threads, prompt = threading.Event(), [], document(6, 2)
+
+    def searched():
+        threads.append(threading.current_thread())
+        assert goes_on.wait(HANG_SECONDS)
+        return Reread(prompt.tolist(), [], {})
+
+    asked = Asked(worker, document(3, 2), 5, reread=searched)
+    assert worker.num_waiting == 1
+    other = Asked(worker, document(6, 1), 60)
+    assert other.wait() == "length" and not asked.pieces and threads[0] is not worker._thread
+    goes_on.set()
+    assert asked.wait() == "length" and asked.text == text_of(alone(model, None, prompt, 5))
+
+
+def test_who_waits_is_told_when_its_time_is_over_wherever_it_stands(model):
+    worker, goes_on, never = Worker(model, Letters(), replace(LIMITS, rows=1)), threading.Event(), threading.Event()
+    step = worker.engine.step
+
+    def late():
+        assert goes_on.wait(HANG_SECONDS)
+        return step()
+
+    worker.engine.step = late
+    over = {"deadline": time.monotonic() - 1}
+    running, first = Asked(worker, document(5, 1), 100), Asked(worker, document(5, 2), 5)
+    asked = [Asked(worker, document(5, 3), 5, **over), Asked(worker, document(5, 3), 5, reread=never.wait, **over)]
+    goes_on.set()
+    assert [one.wait() for one in asked] == ["timeout", "timeout"] and not first.pieces
+    never.set()
+    assert (running.wait(), first.wait()) == ("length", "length")
+    worker.close()
 
 
 def test_evidence_is_the_largest_weight_of_every_chunk(model):
