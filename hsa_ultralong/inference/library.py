@@ -38,6 +38,8 @@ class Library:
     def __init__(self, model: HSAForCausalLM, writer: MemoryWriter) -> None:
         self.model, self.writer = unwrapped(model), writer
         self._reader = FileReader(self.model, writer)
+        # JSON for the build state, committed together with the next change
+        self.notes: dict[str, Any] = {}
         # a committed state whose token ids can be read, as long as it holds the documents asked for
         self._snapshot: MemoryFile | None = None
 
@@ -273,7 +275,7 @@ class Library:
             ValueError: the model was changed since the file was opened (training, adapters).
         """
         self._check_model()
-        state = self.writer.build_state
+        state = {**self.writer.build_state, **self.notes}
         self.writer.commit(state if self.half_read is not None else without_note(state))
 
     def _check_model(self) -> None:

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request, UploadFile
+from fastapi import Depends, FastAPI, Header, Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -32,6 +32,9 @@ from hsa_ultralong.serve.protocol import (
 )
 from hsa_ultralong.serve.streams import completion_events, events, whole_answer
 from hsa_ultralong.serve.uploads import documents_of
+
+# names a request, so that it is done once however often it is sent
+RequestKeyHeader = Annotated[str | None, Header(alias="Idempotency-Key")]
 
 
 def build_app(answers: Answers, keys: Mapping[str, str] | None = None, hosts: Sequence[str] = ()) -> FastAPI:
@@ -188,20 +191,22 @@ def _register_memories(app: FastAPI, memories: Memories, space: Any) -> None:
         return {"object": "list", "data": memories.infos(place)}
 
     @app.post("/v1/memories")
-    async def created(wanted: NewMemory, place: str = space) -> Response:
+    async def created(wanted: NewMemory, place: str = space, key: RequestKeyHeader = None) -> Response:
         require_id(wanted.id)
         return await _changed(
-            lambda report: memories.create(place, wanted.id, wanted.pairs(), report), wanted.stream, status=201
+            lambda report: memories.create(place, wanted.id, wanted.pairs(), report, key), wanted.stream, status=201
         )
 
     @app.post("/v1/memories/{id}/files")
-    async def uploaded(id: str, files: list[UploadFile], place: str = space, stream: bool = False) -> Response:
+    async def uploaded(
+        id: str, files: list[UploadFile], place: str = space, stream: bool = False, key: RequestKeyHeader = None
+    ) -> Response:
         """Files as documents: a new memory, or more documents of an old one."""
         require_id(id)
         pairs = await documents_of(files)
         known = id in await run_in_threadpool(memories.ids, place)
         change = memories.append if known else memories.create
-        return await _changed(lambda report: change(place, id, pairs, report), stream, status=201)
+        return await _changed(lambda report: change(place, id, pairs, report, key), stream, status=201)
 
     @app.get("/v1/memories/{id}")
     def info(id: str, place: str = space) -> dict[str, Any]:
@@ -213,8 +218,8 @@ def _register_memories(app: FastAPI, memories: Memories, space: Any) -> None:
         return {"id": id, "object": "memory", "deleted": True}
 
     @app.post("/v1/memories/{id}/merge")
-    def merged(id: str, wanted: Merge, place: str = space) -> dict[str, Any]:
-        return memories.merge(place, id, wanted.memories)
+    def merged(id: str, wanted: Merge, place: str = space, key: RequestKeyHeader = None) -> dict[str, Any]:
+        return memories.merge(place, id, wanted.memories, key)
 
 
 def _register_documents(app: FastAPI, memories: Memories, space: Any) -> None:
@@ -223,16 +228,18 @@ def _register_documents(app: FastAPI, memories: Memories, space: Any) -> None:
         return {"object": "list", "data": memories.documents(place, id)}
 
     @app.post("/v1/memories/{id}/documents")
-    async def appended(id: str, wanted: MoreDocuments, place: str = space) -> Response:
-        return await _changed(lambda report: memories.append(place, id, wanted.pairs(), report), wanted.stream)
+    async def appended(id: str, wanted: MoreDocuments, place: str = space, key: RequestKeyHeader = None) -> Response:
+        return await _changed(lambda report: memories.append(place, id, wanted.pairs(), report, key), wanted.stream)
 
     @app.get("/v1/memories/{id}/documents/{document}")
     def passage(id: str, document: int, place: str = space, start: int = 0, stop: int = 1024) -> dict[str, Any]:
         return memories.passage(place, id, document, start, min(stop, start + 65_536))
 
     @app.put("/v1/memories/{id}/documents/{document}")
-    def replaced(id: str, document: int, wanted: Change, place: str = space) -> dict[str, Any]:
-        return memories.replace(place, id, document, wanted.text, wanted.span())
+    def replaced(
+        id: str, document: int, wanted: Change, place: str = space, key: RequestKeyHeader = None
+    ) -> dict[str, Any]:
+        return memories.replace(place, id, document, wanted.text, wanted.span(), key)
 
     @app.delete("/v1/memories/{id}/documents/{document}")
     def removed(id: str, document: int, place: str = space) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from hsa_ultralong.serve.memory_folders import (
     states_of,
 )
 from hsa_ultralong.serve.open_memories import CACHE_BYTES, TIERS, OpenMemories
+from hsa_ultralong.serve.repeated import RequestKey
 
 # read between two commits of a new memory: what a kill may cost
 COMMIT_TOKENS = 2**18
@@ -171,8 +172,14 @@ class Memories(Catalogue):
                 raise refusal(error, self.folder) from error
 
     @contextmanager
-    def _writing(self, place: Path) -> Iterator[Library]:
+    def _writing(self, place: Path, key: RequestKey | None = None) -> Iterator[Library | None]:
+        """A memory under change, None where the change with this key was made before."""
         with self._changing(place), self._opened(place) as library:
+            if key is not None and key.is_done(library.writer.build_state):
+                yield None
+                return
+            if key is not None:
+                library.notes = key.note(library.writer.build_state)
             yield library
 
     @contextmanager
@@ -186,23 +193,29 @@ class Memories(Catalogue):
             yield library
 
     def create(
-        self, namespace: str, id: str, documents: Sequence[tuple[str, str]], progress: MemoryProgress | None = None
+        self,
+        namespace: str,
+        id: str,
+        documents: Sequence[tuple[str, str]],
+        progress: MemoryProgress | None = None,
+        key: str | None = None,
     ) -> dict[str, Any]:
         """Memorise (name, text) documents as a new memory, which is there when all of them are.
 
         The same call after a kill goes on where the last one stood; a call whose memory is there already and holds
-        just these documents changes nothing.
+        just these documents changes nothing, nor does one whose `key` (of the client) made it.
 
         Raises:
             ServeError: the memory exists with other documents, or does not fit.
         """
         place, encoded = self._place(namespace, id), self._encoded(documents)
-        begun = partial_of(place)
+        begun, known = partial_of(place), RequestKey.make(key, "documents", documents)
         with self._changing(place):
             if (place / "manifest.json").is_file():
                 with self._file(namespace, id) as file:
                     self._require_ours(id, file.spec)
-                    is_same = len(file.documents) == len(encoded) and is_beginning(file, encoded)
+                    is_same = known is not None and known.is_done(file.build_state)
+                    is_same = is_same or (len(file.documents) == len(encoded) and is_beginning(file, encoded))
                 if is_same:
                     return self.info(namespace, id)
                 raise ServeError(409, f"memory {id!r} exists already, with other documents", "memory_exists")
@@ -222,22 +235,30 @@ class Memories(Catalogue):
                         )  # fmt: skip
                         staged = 0 if is_full else staged
                     done += len(tokens)
+                library.notes = {} if known is None else known.note({})
                 library.commit()
             begun.rename(place)
             sync_folder(place.parent)
         return self.info(namespace, id)
 
     def append(
-        self, namespace: str, id: str, documents: Sequence[tuple[str, str]], progress: MemoryProgress | None = None
+        self,
+        namespace: str,
+        id: str,
+        documents: Sequence[tuple[str, str]],
+        progress: MemoryProgress | None = None,
+        key: str | None = None,
     ) -> dict[str, Any]:
-        """Memorise (name, text) documents behind those of a memory: all of them, or none."""
+        """Memorise (name, text) documents behind those of a memory: all of them, or none; once for a `key`."""
         place, encoded = self._existing(namespace, id), self._encoded(documents)
-        with self._writing(place) as library, self.disk.room(place, file_bytes(library.writer.spec, _sizes(encoded))):
-            done = 0
-            for name, tokens in encoded:
-                library.add(tokens, name=name, commit=False, progress=_shifted(progress, done, _count(encoded)))
-                done += len(tokens)
-            library.commit()
+        with self._writing(place, RequestKey.make(key, "documents", documents)) as library:
+            if library is not None:
+                with self.disk.room(place, file_bytes(library.writer.spec, _sizes(encoded))):
+                    done = 0
+                    for name, tokens in encoded:
+                        library.add(tokens, name=name, commit=False, progress=_shifted(progress, done, _count(encoded)))
+                        done += len(tokens)
+                    library.commit()
         return self.info(namespace, id)
 
     def _encoded(self, documents: Sequence[tuple[str, str]]) -> list[tuple[str, torch.Tensor]]:
@@ -265,12 +286,21 @@ class Memories(Catalogue):
         )
 
     def replace(
-        self, namespace: str, id: str, document: int, text: str, span: tuple[int, int] | None
+        self,
+        namespace: str,
+        id: str,
+        document: int,
+        text: str,
+        span: tuple[int, int] | None,
+        key: str | None = None,
     ) -> dict[str, Any]:
-        """Give a document (by id) another text, or tokens start..stop of it; only what changed is read again."""
+        """Give a document (by id) another text, or tokens start..stop of it, once for a `key`; only what changed is
+        read again."""
         place = self._existing(namespace, id)
         tokens = self.tokenizer(text)["input_ids"] if text else []
-        with self._writing(place) as library:
+        with self._writing(place, RequestKey.make(key, "replace", document, text, span)) as library:
+            if library is None:
+                return {**self.info(namespace, id), "chunks_read": 0}
             self._require_document(library, id, document)
             spec, start, stop = library.writer.spec, *(span or (0, library.document(document).num_tokens))
             most = library.plan(document, start, stop, len(tokens)).num_chunks * spec.chunk_size
@@ -289,7 +319,7 @@ class Memories(Catalogue):
     def remove(self, namespace: str, id: str, document: int) -> dict[str, Any]:
         """Delete a document (by id), and its bytes."""
         place = self._existing(namespace, id)
-        with self._writing(place) as library:
+        with self._changing(place), self._opened(place) as library:
             if any(one.id == document for one in library.documents):
                 library.delete(document)
                 library.compact()
@@ -299,26 +329,34 @@ class Memories(Catalogue):
                 self._require_document(library, id, document)
         return self.info(namespace, id)
 
-    def merge(self, namespace: str, id: str, others: Sequence[str]) -> dict[str, Any]:
-        """Add the documents of other memories, which stay as they are; a new memory if there is none of this name."""
-        place, sources = self._place(namespace, id), [self._existing(namespace, other) for other in others]
+    def merge(self, namespace: str, id: str, others: Sequence[str], key: str | None = None) -> dict[str, Any]:
+        """Add the documents of other memories, which stay as they are, once for a `key`; a new memory if there is none
+        of this name."""
+        known, place, sources = (
+            RequestKey.make(key, "merge", others),
+            self._place(namespace, id),
+            [self._existing(namespace, other) for other in others],
+        )
         if place in sources:
             raise ServeError(400, f"memory {id!r} cannot be merged into itself", "invalid_memory")
         for other in others:
             self._stamp(namespace, other)
+        if (place / "manifest.json").is_file():
+            with self._writing(place, known) as library:
+                if library is not None:
+                    with self.disk.room(place, sum(map(bytes_of, sources)), needed=sources):
+                        library.merge(sources)
+            return self.info(namespace, id)
         with self._changing(place):
             begun = partial_of(place)
             if begun.exists():
                 shutil.rmtree(begun)
-            with self.disk.room(place, sum(bytes_of(source) for source in sources), needed=sources):
-                if (place / "manifest.json").is_file():
-                    with self._opened(place) as library:
-                        library.merge(sources)
-                else:
-                    with self._library(begun) as library:
-                        library.merge(sources)
-                    begun.rename(place)
-                    sync_folder(place.parent)
+            with self.disk.room(place, sum(map(bytes_of, sources)), needed=sources):
+                with self._library(begun) as library:
+                    library.notes = {} if known is None else known.note({})
+                    library.merge(sources)
+                begun.rename(place)
+                sync_folder(place.parent)
         return self.info(namespace, id)
 
     def delete(self, namespace: str, id: str) -> None:

@@ -40,6 +40,11 @@ def answering(nano, folder, key_values="bf16", **changes):
     return Answers(model, tokenizer, "nano", worker, memories, limits)
 
 
+def memories_of(nano, folder, key_values="bf16", landmarks="bf16", **changes):
+    """Memories in a folder; `changes` are of the limits."""
+    return Memories(folder, *nano, replace(LIMITS, **changes), key_values=key_values, landmarks=landmarks)
+
+
 @contextmanager
 def serving(nano, folder, *, keys=None, hosts=(), **changes):
     """(base address, Answers) of a running server."""

@@ -11,17 +11,11 @@ import pytest
 from hsa_ultralong.serve.disk_budget import file_bytes
 from hsa_ultralong.serve.last_asked import LastAsked
 from hsa_ultralong.serve.limits import ServeError
-from hsa_ultralong.serve.memories import Memories
 from hsa_ultralong.serve.memory_folders import bytes_of, marker_of, partial_of
 from hsa_ultralong.testing.processes import HANG_SECONDS
-from tests.serve.conftest import FERRY, FILLER, LANTERN, LIMITS
+from tests.serve.conftest import FERRY, FILLER, LANTERN, memories_of
 
 SMALL, LARGE = [("a", FERRY)], [(f"d{number}", FILLER) for number in range(5)]
-
-
-def memories_of(nano, folder, key_values="bf16", landmarks="bf16", **changes):
-    """Memories in a folder; `changes` are of the limits."""
-    return Memories(folder, *nano, replace(LIMITS, **changes), key_values=key_values, landmarks=landmarks)
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,20 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
 import torch
 
+from hsa_ultralong.inference import reading_loop
+from hsa_ultralong.inference.file_reader import _FileSink
+from hsa_ultralong.memory.files import MemoryFile, MemoryWriter
+from hsa_ultralong.memory.opening import open_memory
+from hsa_ultralong.serve import memories
 from hsa_ultralong.serve.load import texts_of
 from hsa_ultralong.testing.processes import HANG_SECONDS
-from tests.serve.conftest import FILLER, serving
+from tests.serve.conftest import FILLER, memories_of, serving
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +137,55 @@ def test_what_was_acknowledged_survives_a_kill_and_nothing_half_is_served(nano, 
             assert server.client.post(f"/v1/memories/{id}/documents", json=more).status_code == 200
     finally:
         server.kill()
+
+
+def test_a_long_request_goes_on_after_a_kill_and_makes_what_one_made_at_once_is(nano, tmp_path, monkeypatch):
+    documents = [("a", FILLER * 8), ("b", fact(0)), ("c", fact(1))]
+    monkeypatch.setitem(reading_loop._PIECE_TOKENS, "cpu", 128)
+    monkeypatch.setattr(memories, "COMMIT_TOKENS", 256)
+    place, publish = tmp_path / "killed" / "default" / ".long.hsa.partial", MemoryWriter.publish
+
+    def stop_after_the_second(writer, state=None):
+        generation = publish(writer, state)
+        if generation == 2:
+            time.sleep(HANG_SECONDS)
+        return generation
+
+    monkeypatch.setattr(MemoryWriter, "publish", stop_after_the_second)
+    server = Server(nano, tmp_path / "killed")
+    monkeypatch.setattr(MemoryWriter, "publish", publish)
+    body = {"id": "long", "documents": [{"name": name, "text": text} for name, text in documents]}
+    with ThreadPoolExecutor(1) as pool, suppress(httpx.HTTPError):
+        asked = pool.submit(server.client.post, "/v1/memories", json=body)
+        end = time.monotonic() + HANG_SECONDS
+        while not (place / "manifest.json").exists() or MemoryFile.open_unverified(place).generation < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        server.kill()
+        asked.result()
+    server.client.close()
+    with MemoryFile.open_unverified(place) as file:
+        known = file.num_tokens
+    assert known >= 256 and memories_of(nano, tmp_path / "killed").ids("default") == []
+
+    counts, made, take = [], [], _FileSink.take
+
+    def counted(sink, tokens, *rest, **options):
+        counts[-1] += len(tokens)
+        return take(sink, tokens, *rest, **options)
+
+    monkeypatch.setattr(_FileSink, "take", counted)
+    for folder in ("killed", "whole"):
+        counts.append(0)
+        memories_of(nano, tmp_path / folder).create("default", "long", documents)
+        made.append(open_memory(tmp_path / folder / "default" / "long.hsa").loaded())
+    left, right = made
+    assert counts == [right.num_tokens - known, right.num_tokens]
+    for name in ("k", "v", "landmarks"):
+        assert torch.equal(getattr(left, name), getattr(right, name))
+    assert [(one.name, one.tokens.tolist()) for one in left.documents] == [
+        (one.name, one.tokens.tolist()) for one in right.documents
+    ]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,17 +9,12 @@ import torch
 from hsa_ultralong.inference import Library
 from hsa_ultralong.inference.rebuilding import rebuild
 from hsa_ultralong.memory.opening import open_memory
+from hsa_ultralong.serve import repeated
 from hsa_ultralong.serve.limits import ServeError
-from hsa_ultralong.serve.memories import Memories
 from hsa_ultralong.testing.processes import HANG_SECONDS
-from tests.serve.conftest import FERRY, LANTERN, LIMITS
+from tests.serve.conftest import FERRY, LANTERN, memories_of
 
 DOCUMENTS = [("a", LANTERN), ("b", FERRY)]
-
-
-def memories_of(nano, folder, *, key_values="bf16", **changes):
-    """Memories in a folder; `changes` are of the limits."""
-    return Memories(folder, *nano, replace(LIMITS, **changes), key_values=key_values)
 
 
 @pytest.fixture
@@ -101,3 +95,71 @@ def test_one_opening_holds_up_neither_others_nor_changes(memories, monkeypatch):
             goes_on.set()
         # what changed meanwhile is there
         assert len(slow.result().documents) == 4
+
+
+def test_a_change_with_a_key_is_made_once_also_after_a_restart(nano, memories, tmp_path, monkeypatch):
+    monkeypatch.setattr(repeated, "MOST_KEYS", 4)
+    memories.create("default", "m", DOCUMENTS, key="make")
+    memories.create("default", "other", DOCUMENTS[:1])
+    memories.append("default", "m", DOCUMENTS, key="more")
+    first = memories.documents("default", "m")[0]["id"]
+    memories.replace("default", "m", first, LANTERN, (0, 0), key="change")
+    done = memories.merge("default", "m", ["other"], key="merge")
+    memories.merge("default", "new", ["other"], key="merge")
+    assert done["documents"] == 5
+    memories = memories_of(nano, tmp_path)
+    assert memories.create("default", "m", DOCUMENTS, key="make") == done
+    assert memories.append("default", "m", DOCUMENTS, key="more") == done
+    assert memories.replace("default", "m", first, LANTERN, (0, 0), key="change") == {**done, "chunks_read": 0}
+    assert memories.merge("default", "m", ["other"], key="merge") == done
+    assert memories.merge("default", "new", ["other"], key="merge")["documents"] == 1
+    for again in (
+        lambda: memories.append("default", "m", DOCUMENTS[:1], key="more"),
+        lambda: memories.replace("default", "m", first, LANTERN, None, key="change"),
+    ):
+        with pytest.raises(ServeError, match="was used for another request") as refused:
+            again()
+        assert refused.value.status == 422
+    # the oldest is forgotten, and a key counts for one memory
+    assert memories.append("default", "m", DOCUMENTS[:1], key="fifth")["documents"] == 6
+    assert memories.append("default", "m", DOCUMENTS, key="make")["documents"] == 8
+    assert memories.append("default", "other", DOCUMENTS, key="more")["documents"] == 3
+
+
+def test_a_change_that_failed_is_not_taken_for_made(memories, monkeypatch):
+    memories.create("default", "m", DOCUMENTS)
+    commit = Library.commit
+
+    def broken(library):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Library, "commit", broken)
+    with pytest.raises(ServeError, match="the disk refused it"):
+        memories.append("default", "m", DOCUMENTS, key="more")
+    monkeypatch.setattr(Library, "commit", commit)
+    assert memories.append("default", "m", DOCUMENTS, key="more")["documents"] == 4
+
+
+def test_the_header_of_a_key_is_heard_by_every_change(client):
+    key = {"Idempotency-Key": "one"}
+    for _ in range(2):
+        assert client.post("/v1/memories", json={"id": "m", "text": LANTERN}, headers=key).status_code == 201
+    client.post("/v1/memories", json={"id": "n", "text": LANTERN})
+    changes = {
+        "documents": {"json": {"documents": [{"text": FERRY}]}},
+        "files": {"files": [("files", ("a.txt", b"A line."))]},
+        "merge": {"json": {"memories": ["n"]}},
+    }
+    for number, (place, body) in enumerate(changes.items()):
+        for _ in range(2):
+            made = client.post(f"/v1/memories/m/{place}", **body, headers={"Idempotency-Key": place})
+            assert made.json()["documents"] == 2 + number
+    put = {"text": "Again. ", "start": 0, "stop": 0}
+    sizes = [
+        client.put("/v1/memories/m/documents/0", json=put, headers={"Idempotency-Key": "put"}).json()["tokens"]
+        for _ in range(2)
+    ]
+    assert sizes[0] == sizes[1]
+    for wrong in ("", "x" * 256):
+        refused = client.post("/v1/memories", json={"id": "z", "text": "a"}, headers={"Idempotency-Key": wrong})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_key")
