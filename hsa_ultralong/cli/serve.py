@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +19,7 @@ _STORES = ("host", "device", "file")
 
 
 def register(app: typer.Typer) -> None:
-    app.command("serve")(serve)
+    app.command("serve")(_ends_well_by_term()(serve))
 
 
 def serve(
@@ -107,6 +111,24 @@ def serve(
         timeout_graceful_shutdown=int(max_seconds) + 1, timeout_keep_alive=30,
     )  # fmt: skip
     _Server(config, answers, serves).run(sockets)
+
+
+@contextmanager
+def _ends_well_by_term() -> Iterator[None]:
+    """SIGTERM ends the process with 0 from now on: at once until uvicorn listens to it, then after its answers."""
+
+    def stop(*_: object) -> None:
+        with suppress(RuntimeError):  # in the middle of another line
+            echo("Stopped.")
+            sys.stdout.flush()
+        # nothing to put in order, and an exception could be lost where modules are imported
+        os._exit(0)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _forked(host: str, port: int) -> tuple[list[Any], Callable[[], object]]:

@@ -29,6 +29,7 @@ _KEYS = {"anna": "key-of-anna", "bob": "key-of-bob"}
 _FILLER = "The old road runs along the river and then up to the mill. Nobody knows how long it has been there. " * 8
 _OBJECTS = ("silver lantern", "calm ferry", "amber falcon", "quiet harbor")
 _START_SECONDS = 600.0
+_BOUNDARY = "hsa-load-file"
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,18 @@ class ServerProcess:
             raise ValueError(f"hsa serve did not start: {line}{self.process.stdout.read()}"[:2000])
         self.host, self.port = found[1], int(found[2])
 
-    def ask(self, namespace: str, method: str, path: str, body: dict[str, Any] | None = None) -> Served:
+    def ask(
+        self,
+        namespace: str,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        upload: tuple[str, str] | None = None,
+    ) -> Served:
         """One request; a streamed answer is put together.
+
+        Args:
+            body: JSON. upload: name and text of a file, in its place.
 
         Raises:
             OSError, http.client.HTTPException: the server is gone.
@@ -88,8 +99,11 @@ class ServerProcess:
         began = time.perf_counter()
         connection = http.client.HTTPConnection(self.host, self.port, timeout=_START_SECONDS)
         with contextlib.closing(connection):
-            headers = {"Authorization": f"Bearer {_KEYS[namespace]}", "Content-Type": "application/json"}
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            data, kind = (None if body is None else json.dumps(body)), "application/json"
+            if upload is not None:
+                data, kind = _form(*upload), f"multipart/form-data; boundary={_BOUNDARY}"
+            headers = {"Authorization": f"Bearer {_KEYS[namespace]}", "Content-Type": kind}
+            connection.request(method, path, data, headers)
             response = connection.getresponse()
             if "event-stream" not in response.headers.get("Content-Type", ""):
                 found, first = json.loads(response.read()), time.perf_counter() - began
@@ -108,6 +122,12 @@ class ServerProcess:
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def _form(name: str, text: str) -> str:
+    """A form with one file."""
+    head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    return f"{head}{text}\r\n--{_BOUNDARY}--\r\n"
 
 
 def _streamed(response: http.client.HTTPResponse, began: float) -> tuple[dict[str, Any], float]:
@@ -213,11 +233,12 @@ def _seconds(reply: Served) -> float:
 
 
 class _Writer:
-    """Makes a memory and appends to it until the server is gone, noting what was acknowledged."""
+    """Makes a memory, uploads files to it and appends until the server is gone, noting what was acknowledged."""
 
     def __init__(self, namespace: str, id: str) -> None:
         self.namespace, self.id = namespace, id
         self.acknowledged: list[str] = []
+        self.num_uploads = 0
         self.is_over = threading.Event()
 
     def run(self, server: ServerProcess) -> None:
@@ -226,10 +247,15 @@ class _Writer:
             if made.status == 201:
                 self.acknowledged.append(_fact(0) + _FILLER)
             for number in itertools.takewhile(lambda _: not self.is_over.is_set(), itertools.count(1)):
-                text = _fact(number) + _FILLER
-                body = {"documents": [{"name": f"d{number}", "text": text}]}
-                if server.ask(self.namespace, "POST", f"/v1/memories/{self.id}/documents", body).status == 200:
+                text, place = _fact(number) + _FILLER, f"/v1/memories/{self.id}"
+                if number % 2:
+                    made = server.ask(self.namespace, "POST", f"{place}/files", upload=(f"d{number}.txt", text))
+                else:
+                    body = {"documents": [{"name": f"d{number}", "text": text}]}
+                    made = server.ask(self.namespace, "POST", f"{place}/documents", body)
+                if made.status in (200, 201):
                     self.acknowledged.append(text)
+                    self.num_uploads += number % 2
 
 
 def _asker(server: ServerProcess, writers: Sequence[_Writer]) -> None:
@@ -285,6 +311,7 @@ def kill_results(
     count = sum(len(writer.acknowledged) for writer in writers)
     numbers: dict[str, float] = {
         "kills": settings.kills, "acknowledged_writes": count, "lost_writes": lost, "partial_memories": partial,
+        "acknowledged_uploads": sum(writer.num_uploads for writer in writers),
     }  # fmt: skip
     if restarts:
         numbers |= {f"restart_s_p{share}": quantile(restarts, share / 100) for share in (50, 99)}

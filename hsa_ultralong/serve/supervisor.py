@@ -40,7 +40,7 @@ def open_port(host: str, port: int) -> socket.socket:
 def fork_servers(report: Callable[[str], None]) -> Callable[[], object]:
     """Return in a fork, and in a new one whenever that dies; this process itself stays here until the end.
 
-    SIGTERM and SIGINT are passed on as SIGINT, once each.
+    SIGTERM and SIGINT are passed on.
 
     Args:
         report: takes a line about a death.
@@ -55,13 +55,13 @@ def fork_servers(report: Callable[[str], None]) -> Callable[[], object]:
     """
     if not sys.platform.startswith("linux"):
         raise ValueError("--supervise needs Linux; elsewhere a service manager starts hsa serve again")
-    child, is_stopping, in_a_row = 0, False, 0
+    child, stopped_by, in_a_row = 0, 0, 0
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        nonlocal is_stopping
-        is_stopping = True
+        nonlocal stopped_by
+        stopped_by = number
         if child:
-            os.kill(child, signal.SIGINT)
+            os.kill(child, number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     while True:
@@ -71,14 +71,16 @@ def fork_servers(report: Callable[[str], None]) -> Callable[[], object]:
             os.close(told)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if stopped_by:  # told before the line above
+                os.kill(os.getpid(), stopped_by)
             return functools.partial(os.write, tell, b"1")
         os.close(tell)
-        if is_stopping:  # told between two servers
-            os.kill(child, signal.SIGINT)
+        if stopped_by:  # told between two servers
+            os.kill(child, stopped_by)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         child, has_served = 0, bool(os.read(told, 1))
         os.close(told)
-        if is_stopping or code >= 0:
+        if stopped_by or code >= 0:
             raise SystemExit(max(code, 0))
         in_a_row = 0 if has_served else in_a_row + 1
         name = signal.Signals(-code).name

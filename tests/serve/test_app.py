@@ -315,12 +315,12 @@ def test_a_streamed_change_that_is_refused_has_its_own_status(client, server):
     with memories._changing(memories.folder / "default" / "there.hsa"):
         found = client.post("/v1/memories/there/documents", json=more)
         assert (found.status_code, found.json()["error"]["code"]) == (409, "memory_busy")
-    before, memories.limits = memories.limits, replace(memories.limits, disk_bytes=1)
+    before, memories.disk.limits = memories.disk.limits, replace(memories.limits, disk_bytes=1)
     try:
         found = client.post("/v1/memories/there/files?stream=true", files=[("files", ("a.txt", LANTERN.encode()))])
         assert (found.status_code, found.json()["error"]["code"]) == (507, "disk_budget")
     finally:
-        memories.limits = before
+        memories.disk.limits = before
     made = client.post("/v1/memories/there/documents", json=more)
     assert made.status_code == 200 and made.text.endswith("data: [DONE]\n\n")
 

@@ -188,8 +188,30 @@ def test_a_long_request_goes_on_after_a_kill_and_makes_what_one_made_at_once_is(
     ]
 
 
+def test_a_server_that_is_told_to_stop_while_it_starts_ends_well(tmp_path):
+    code = """
+import sys, time
+from hsa_ultralong.cli import main, serve
+
+def late(*_):
+    print("starting", flush=True)
+    time.sleep(600)
+
+serve._check_choices = late
+sys.argv = ["hsa", "serve"]
+main.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout.readline() == "starting\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(HANG_SECONDS) == 0
+    assert process.stdout.read() == "Stopped.\n"
+    process.stdout.close()
+
+
 @pytest.mark.slow
-def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path, number):
     command = [sys.executable, "-m", "hsa_ultralong", "serve", "--memories", str(tmp_path / "memories"), "--port", "0"]
     options = ["--dtype", "fp32", "--device", "cpu"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -206,7 +228,7 @@ def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path):
         end = time.monotonic() + HANG_SECONDS
         while "hsa_rows_running 1" not in client.get("/metrics").text and time.monotonic() < end:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(HANG_SECONDS) == 0
         asking.join(HANG_SECONDS)
     process.stdout.close()

@@ -42,12 +42,13 @@ class Gone:
     def __init__(self, *_):
         self.began, self.is_gone, self.count = 0.0, threading.Event(), 0
 
-    def ask(self, namespace, method, path, body=None):
+    def ask(self, namespace, method, path, body=None, upload=None):
         if self.is_gone.is_set():
             raise ConnectionError
         self.count += 1
         self.is_gone.wait(0.001)
-        return Served(201 if path == "/v1/memories" else 200, {"data": []}, 0.0, 0.0)
+        is_new = path == "/v1/memories" or upload is not None
+        return Served(201 if is_new else 200, {"data": []}, 0.0, 0.0)
 
     def kill(self):
         self.is_gone.set()
@@ -57,6 +58,7 @@ def test_writes_that_are_gone_are_counted_as_lost(monkeypatch, tmp_path):
     monkeypatch.setattr(load, "ServerProcess", Gone)
     counted = kill_results(None, tmp_path, LoadSettings(kills=1))
     assert counted["lost_writes"] == counted["acknowledged_writes"] > 2
+    assert 0 < counted["acknowledged_uploads"] < counted["acknowledged_writes"]
 
 
 def test_batches_are_timed():
@@ -100,4 +102,5 @@ def test_a_killed_server_keeps_what_it_acknowledged(tmp_path):
     assert made.exit_code == 0, made.output
     (path,) = tmp_path.glob("serve-*.json")
     values = {record["metric"]: record["value"] for record in json.loads(path.read_text())["records"]}
-    assert values["kill_acknowledged_writes"] > 0 and values["kill_lost_writes"] == values["kill_partial_memories"] == 0
+    assert 0 < values["kill_acknowledged_uploads"] < values["kill_acknowledged_writes"]
+    assert values["kill_lost_writes"] == values["kill_partial_memories"] == 0
