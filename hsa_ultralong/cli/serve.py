@@ -218,7 +218,7 @@ def make_answers(
 
 def free_bytes(network: Any) -> tuple[int, int]:
     """Memory that is free on the model's device and on the host."""
-    from hsa_ultralong.inference.tiers import available_device_bytes, available_host_bytes
+    from hsa_ultralong.inference.placement import available_device_bytes, available_host_bytes
 
     return max(0, available_device_bytes(network.device)), available_host_bytes()
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hsa_ultralong.inference.library import Library
+from hsa_ultralong.inference.placement import tiered_memory
 from hsa_ultralong.inference.reading_loop import (
     Progress,
     Text,
@@ -25,7 +26,6 @@ from hsa_ultralong.inference.reading_loop import (
     read_document,
     show_progress,
 )
-from hsa_ultralong.inference.tiers import tiered_memory
 from hsa_ultralong.memory.chunk_memory import Document, Memory
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.memory.quantization import format_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import append, edit, last_logits
-from hsa_ultralong.inference.tiers import tiered_memory
+from hsa_ultralong.inference.placement import tiered_memory
 from hsa_ultralong.memory import ChunkMemory, MemoryFile
 from hsa_ultralong.memory.quantization import decode, encode
 from hsa_ultralong.memory.stored_memory import StoredMemory

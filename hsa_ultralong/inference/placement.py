@@ -1,6 +1,6 @@
 """Where a new memory's keys and values go: how many chunks fit on the device, and a refusal before anything is read.
 
-Called by reader.memorize; tests/inference/test_tiers.py.
+Called by reader.memorize and `hsa serve`; tests/memory/test_tiers.py.
 """
 
 from __future__ import annotations
