@@ -171,7 +171,7 @@ def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
 def haystack(
     tokenizer: Any, text: list[Path] | None, text_field: str, encoding: str, shards: Path | None, longest: int
 ) -> Any:
-    """(n,) int32 token ids, no more than are wanted."""
+    """(n,) int32 token ids, no more than are wanted; of shards the first ones, training documents too."""
     import torch
 
     if text and shards:
@@ -193,3 +193,23 @@ def haystack(
         contents = opticks()
     # no token is shorter than a character
     return torch.tensor(tokenizer(contents[: 16 * longest])["input_ids"][:longest], dtype=torch.int32)
+
+
+def held_out(tokenizer: Any, shards: Path, *, is_needed: bool) -> Any:
+    """(n,) int32 token ids of the validation documents of shards, nothing between them.
+
+    Raises:
+        ValueError: without any, if they are needed.
+    """
+    import torch
+
+    from hsa_ultralong.data import TokenShards
+    from hsa_ultralong.eval.tasks.material import without_special
+
+    opened = TokenShards.open(shards, tokenizer)
+    parts = [torch.from_numpy(opened.tokens(int(i)).astype("int32")) for i in opened.documents("validation")]
+    if is_needed and not parts:
+        raise ValueError(
+            f"{shards} holds no validation document, and ppl of trained text says nothing; give --text FILE"
+        )
+    return without_special(torch.cat(parts), tokenizer) if parts else torch.empty(0, dtype=torch.int32)

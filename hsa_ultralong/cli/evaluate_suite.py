@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hsa_ultralong.cli.common import Encoding, TextField, collect_as_usual, haystack
+from hsa_ultralong.cli.common import Encoding, TextField, collect_as_usual, haystack, held_out
 from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_size
 from hsa_ultralong.cli.terminal import echo, ends_by_term, progress
 
@@ -24,6 +24,8 @@ _READER_OF = {
 }  # fmt: skip
 # data that is a folder
 _FOLDERS = ("babi", "short")
+# scored on the text itself
+_TEXT_TASKS = ("ppl_last_512", "ppl_last_4096", "ppl_position")
 _MEMORIES = ("memory", "rebuild")
 _CONTROLS = ("closed", "gold", "bm25", "dense")
 _SETTINGS = ("auto", "memory", "rebuild", "continue", "prompt", *_CONTROLS)
@@ -116,7 +118,9 @@ def suite(
     ] = None,
     text_field: TextField = "text",
     encoding: Encoding = "auto",
-    shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
+    shards: Annotated[
+        Path | None, typer.Option(help="Haystack: token shards made by `hsa data`; of ppl their validation documents.")
+    ] = None,
     batch: BatchSize = None,
     topk: Annotated[
         int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
@@ -181,7 +185,8 @@ def suite(
         check_likelihood(names, files.get("short"), samples)
         reader = _reader(model, material, setting, batch, is_ours, reread, passage_tokens) if asked else None
         place = output if len(folders) == 1 else output / label
-        _measure(place, label, model, material, reader, names, wanted, samples, seed, scoring, changes or [])
+        kept = None if shards is None else held_out(tokenizer, shards, is_needed=any(n in _TEXT_TASKS for n in names))
+        _measure(place, label, model, material, reader, names, wanted, samples, seed, scoring, changes or [], kept)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -331,8 +336,9 @@ def _reader(
 
 def _measure(
     place: Path, label: str, model: Any, material: Any, reader: Any, names: list[str], lengths: list[int], samples: int,
-    seed: int, scoring: str, changes: Sequence[str],
+    seed: int, scoring: str, changes: Sequence[str], kept: Any,
 ) -> None:  # fmt: skip
+    """kept: held-out text for ppl where that of the haystack may have been trained on."""
     from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
@@ -344,10 +350,10 @@ def _measure(
     is_first = ranks.rank == 0
     settings = run_settings(model, material, reader, samples=samples, seed=seed, scoring=scoring)
     asked = [name for name in names if name not in LIKELIHOOD_TASKS]
-    if ranks.world > 1 and len(asked) < len(names):
-        raise ValueError("the suites ppl and short run in one process; ask them without torchrun")
     if changes:
         settings["set"] = sorted(changes)
+    if kept is not None:
+        settings["haystack_split"] = {"haystack": "train and validation", "ppl": "validation"}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = progress("{task.description}", *columns, disable=not is_first)
     total = len(names) * len(lengths) * samples
@@ -376,8 +382,9 @@ def _measure(
                     scoring=scoring, progress=show, ranks=ranks,
                 )  # fmt: skip
             run_likelihood(
-                model, material.tokenizer, material.text, run, tasks=names, lengths=lengths, samples=samples,
-                label=label, folder=material.files.get("short"), progress=show,
+                model, material.tokenizer, material.text if kept is None else kept, run, tasks=names,
+                lengths=lengths, samples=samples, label=label, folder=material.files.get("short"), progress=show,
+                ranks=ranks,
             )  # fmt: skip
         except BaseException:
             if run.records and is_first:
@@ -385,7 +392,7 @@ def _measure(
             raise
         finally:
             if run.records and is_first:
-                write_summary(run, model, material, seed=seed, label=label)
+                write_summary(run, seed=seed, label=label)
         if not run.records:
             raise ValueError(f"nothing can be measured: {next(iter(run.skipped.values()))}")
     if not is_first:

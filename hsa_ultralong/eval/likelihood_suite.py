@@ -15,7 +15,7 @@ import torch
 from hsa_ultralong.eval.likelihood import row_losses, tail_losses
 from hsa_ultralong.eval.plots import human_tokens
 from hsa_ultralong.eval.short_tasks import SHORT, ShortTask, score_items
-from hsa_ultralong.eval.suite import SuiteProgress, SuiteRun
+from hsa_ultralong.eval.suite import SampleRanks, SuiteProgress, SuiteRun
 from hsa_ultralong.models import HSAForCausalLM
 
 # tokens whose losses count, at the end of a context of each length
@@ -56,10 +56,16 @@ def run_likelihood(
     label: str,
     folder: Path | None = None,
     progress: SuiteProgress | None = None,
+    ranks: SampleRanks | None = None,
 ) -> None:
     """Score what the run does not hold yet: the first items of short tasks (length 0 in records), and stretches of the
-    text (n,) of each length, evenly spaced, none twice; lengths that the text or the model has not are noted in
-    `run.skipped`."""
+    text (n,) of each length, evenly spaced, none of which shares a token with another; what the text or the model has
+    no room for is noted in `run.skipped`. ranks: processes that call this together, as `run_suite` has them.
+
+    Raises:
+        ValueError: where the run holds other stretches.
+    """
+    ranks = ranks or SampleRanks()
     limit = None if isinstance(model, HSAForCausalLM) else getattr(model.config, "max_position_embeddings", None)
     report = progress or (lambda *_: None)
     for task in SHORT:
@@ -67,7 +73,7 @@ def run_likelihood(
             assert folder is not None
             items = task.items(folder, samples)
             score = partial(_score_items, task, items, model, tokenizer, limit)
-            _note(run, label, task.name, 0, task.metric, len(items), report, _ITEMS_AT_ONCE, score)
+            _note(run, label, task.name, 0, task.metric, len(items), report, _ITEMS_AT_ONCE, score, ranks)
     for length in lengths:
         for name in (*TAILS, "ppl_position"):
             if name not in tasks:
@@ -77,11 +83,16 @@ def run_likelihood(
                 run.skipped[name, length] = wrong
                 continue
             starts = _starts(len(text), length, samples)
+            if len(starts) < samples:
+                run.skipped[name, length] = (
+                    f"{name}: the text holds {len(starts)} stretches that share nothing, of {samples} samples"
+                )
+            _check_starts(run, name, length, starts)
             if name in TAILS:
                 tails = partial(_tails, model, text, starts, length, TAILS[name])
-                _note(run, label, name, length, "perplexity", len(starts), report, 1, tails)
+                _note(run, label, name, length, "perplexity", len(starts), report, 1, tails, ranks)
             else:
-                _note_positions(run, label, length, starts, text, model, report)
+                _note_positions(run, label, length, starts, text, model, report, ranks)
 
 
 def _score_items(
@@ -93,7 +104,9 @@ def _score_items(
 def _tails(
     model: Any, text: torch.Tensor, starts: Sequence[int], length: int, count: int, part: Sequence[int]
 ) -> list[dict[str, Any]]:
-    return [_sums(tail_losses(model, text[starts[i] : starts[i] + length], count)) for i in part]
+    return [
+        {"start": starts[i], **_sums(tail_losses(model, text[starts[i] : starts[i] + length], count))} for i in part
+    ]
 
 
 def _misfit(name: str, length: int, tokens: int, limit: int | None) -> str | None:
@@ -108,9 +121,17 @@ def _misfit(name: str, length: int, tokens: int, limit: int | None) -> str | Non
 
 
 def _starts(tokens: int, length: int, samples: int) -> list[int]:
-    """Where stretches of a length begin, evenly spaced over the text; fewer where they would share most of it."""
-    number = max(1, min(samples, 2 * (tokens // length) - 1))
-    return [round(i * (tokens - length) / max(1, number - 1)) for i in range(number)]
+    """Where stretches of a length begin, evenly spaced over the text; no more than lie in it side by side."""
+    number = min(samples, tokens // length)
+    return [i * (tokens - length) // max(1, number - 1) for i in range(number)]
+
+
+def _check_starts(run: SuiteRun, name: str, length: int, starts: Sequence[int]) -> None:
+    """Refuse to go on with stretches that begin elsewhere, as those of versions before did."""
+    for record in run.records:
+        is_own = record["task"].startswith(name) and record["length"] == length
+        if is_own and record.get("start") not in starts[record["index"] : record["index"] + 1]:
+            raise ValueError(f"the run holds other stretches of {name} at {length:,}; give another folder")
 
 
 def _sums(losses: torch.Tensor) -> dict[str, Any]:
@@ -119,16 +140,29 @@ def _sums(losses: torch.Tensor) -> dict[str, Any]:
 
 def _note(
     run: SuiteRun, label: str, task: str, length: int, metric: str, number: int, report: SuiteProgress, step: int,
-    fields: Callable[[list[int]], list[dict[str, Any]]],
+    fields: Callable[[list[int]], list[dict[str, Any]]], ranks: SampleRanks,
 ) -> None:  # fmt: skip
-    """Add the records of a task that are missing, some at once."""
+    """Add the records of a task that are missing, some at once, shared out over the processes."""
     done = run.done(task, length)
     missing = [i for i in range(number) if i not in done]
     report(task, length, len(done), number)
-    for start in range(0, len(missing), step):
-        part = missing[start : start + step]
-        run.add([_record(label, task, length, metric, i, own) for i, own in zip(part, fields(part), strict=True)])
+
+    def work(own: list[int]) -> list[dict[str, Any]]:
+        found = fields(own) if own else []
+        return [_record(label, task, length, metric, i, one) for i, one in zip(own, found, strict=True)]
+
+    for start in range(0, len(missing), step * ranks.world):
+        part = missing[start : start + step * ranks.world]
+        run.add(_gathered(ranks, part, work))
         report(task, length, len(done) + start + len(part), number)
+
+
+def _gathered(
+    ranks: SampleRanks, part: Sequence[int], work: Callable[[list[int]], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The records of some samples, each made by one process, in order at all of them."""
+    parts = ranks.everywhere(lambda: work([*part[ranks.rank :: ranks.world]]))
+    return sorted((record for part in parts for record in part), key=lambda record: record["index"])
 
 
 def _record(label: str, task: str, length: int, metric: str, index: int, fields: dict[str, Any]) -> dict[str, Any]:
@@ -140,22 +174,29 @@ def _record(label: str, task: str, length: int, metric: str, index: int, fields:
 
 def _note_positions(
     run: SuiteRun, label: str, length: int, starts: Sequence[int], text: torch.Tensor, model: Any,
-    report: SuiteProgress,
+    report: SuiteProgress, ranks: SampleRanks,
 ) -> None:  # fmt: skip
     """A task for each part of a row: its first 1,024 tokens, the next 1,024, the next 2,048 and so on."""
     last = _part_name(*list(_parts(length))[-1])
     done = run.done(last, length)
-    for index, start in enumerate(starts):
-        if index in done:
-            continue
-        losses = torch.cat(list(row_losses(model, text[start : start + length])))
-        # losses begin with the second token
-        run.add([
-            _record(label, _part_name(first, stop), length, "perplexity", index,
-                    _sums(losses[max(0, first - 1) : stop - 1]))
-            for first, stop in _parts(length)
-        ])  # fmt: skip
-        report("ppl_position", length, index + 1, len(starts))
+
+    def work(own: list[int]) -> list[dict[str, Any]]:
+        found = []
+        for index in own:
+            losses = torch.cat(list(row_losses(model, text[starts[index] : starts[index] + length])))
+            # losses begin with the second token
+            found += [
+                _record(label, _part_name(first, stop), length, "perplexity", index,
+                        {"start": starts[index], **_sums(losses[max(0, first - 1) : stop - 1])})
+                for first, stop in _parts(length)
+            ]  # fmt: skip
+        return found
+
+    missing = [index for index in range(len(starts)) if index not in done]
+    for first in range(0, len(missing), ranks.world):
+        part = missing[first : first + ranks.world]
+        run.add(_gathered(ranks, part, work))
+        report("ppl_position", length, len(done) + first + len(part), len(starts))
 
 
 def _parts(length: int) -> Iterator[tuple[int, int]]:

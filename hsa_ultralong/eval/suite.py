@@ -173,6 +173,8 @@ def _record(sample: Sample, reply: Reply, model: str, reader: Reader, material: 
         "expected": list(sample.answers), "answered": reply.text or "", "score": value, "scores": scores,
         "teacher": teacher, "certainty": reply.certainty, "found": reply.found, "rank": reply.rank,
         "weight": reply.weight, "margin": reply.margin, **passages,
+        # the contexts of a task are alike, so the first one says how much it repeats
+        **({"distinct_chunks": distinct_chunks(sample, reader.chunk_size)} if sample.index == 0 else {}),
     }  # fmt: skip
 
 
@@ -180,9 +182,12 @@ def _score(sample: Sample, metric: str, text: str) -> float:
     return score(metric, text, sample.answers, sample.query)
 
 
-def distinct_chunks(material: Material, length: int, chunk_size: int) -> int:
-    """Different chunks of the haystack of a length."""
-    return count_distinct(torch.from_numpy(material.haystack(length, length)[0]), chunk_size)
+def distinct_chunks(sample: Sample, chunk_size: int) -> int:
+    """Different chunks among those of the context and of the notes."""
+    texts = [torch.as_tensor(text, dtype=torch.int32) for text in (sample.context, *sample.notes)]
+    # each ends in a chunk of its own
+    whole = [torch.nn.functional.pad(text, (0, -len(text) % chunk_size), value=-1) for text in texts]
+    return count_distinct(torch.cat(whole), chunk_size)
 
 
 def run_settings(
@@ -217,17 +222,9 @@ def _digest(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def write_summary(run: SuiteRun, model: Any, material: Material, *, seed: int, label: str) -> None:
+def write_summary(run: SuiteRun, *, seed: int, label: str) -> None:
     """Write summary.json, summary.md, summary.tex, figures and report.html of all samples so far."""
-    # short tasks have no length, and perplexities no haystack
-    read = [record for record in run.records if "nats" not in record and record["length"]]
-    lengths, size = sorted({record["length"] for record in read}), getattr(model.config, "chunk_size", 64)
-    shared = {
-        "topk": run.settings["topk"],
-        "seed": seed,
-        "distinct_chunks": {length: distinct_chunks(material, length, size) for length in lengths},
-    }
-    found = summary_records(run.records, shared)
+    found = summary_records(run.records, {"topk": run.settings["topk"], "seed": seed})
     meta = run_metadata(command_line(), seed, dtype=run.settings["dtype"], settings=run.settings)
     skipped = [{"task": task, "length": length, "reason": why} for (task, length), why in run.skipped.items()]
     write_json(run.folder / "summary.json", {"meta": meta, "records": found, "skipped": skipped})

@@ -29,15 +29,13 @@ def summary_records(records: Records, shared: Mapping[str, Any]) -> list[dict[st
     an AUROC of the certainty, present facts against absent ones, with a bootstrap interval.
 
     Args:
-        shared: fields that all get: topk, seed, distinct_chunks by length as {"distinct_chunks": {length: number}} ...
+        shared: fields that all get: topk, seed ...
     """
     found: list[dict[str, Any]] = []
-    distinct = shared.get("distinct_chunks", {})
-    common = {name: value for name, value in shared.items() if name != "distinct_chunks"}
     for (task, length), here in cells(records).items():
         base = {
-            "model": here[0]["model"], "task": task, "length": length, "setting": here[0]["setting"], **common,
-            "distinct_chunks": distinct.get(length),
+            "model": here[0]["model"], "task": task, "length": length, "setting": here[0]["setting"], **shared,
+            "distinct_chunks": next((r["distinct_chunks"] for r in here if "distinct_chunks" in r), None),
         }  # fmt: skip
         if task == "recall_absent":
             value = auroc(here)
@@ -108,8 +106,10 @@ def perplexity_name(records: Records) -> str:
 
 
 def _perplexity(records: Records, repeats: int = 1000) -> dict[str, Any]:
-    """exp of nats per count, with the 95% interval of drawing records again, with a fixed seed."""
+    """exp of nats per count, with the 95% interval of drawing records again, with a fixed seed; one has none."""
     nats, count = (np.array([r[name] for r in records], dtype=np.float64) for name in ("nats", "count"))
+    if len(records) == 1:
+        return {"samples": 1, "value": float(np.exp(nats.sum() / count.sum())), "ci_low": None, "ci_high": None}
     drawn = np.random.default_rng(0).integers(len(nats), size=(repeats, len(nats)))
     values = np.exp(nats[drawn].sum(1) / count[drawn].sum(1))
     low, high = np.quantile(values, [0.025, 0.975]).tolist()
@@ -208,6 +208,8 @@ def _cell(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return ""
     value, low, high = (record[name] for name in ("value", "ci_low", "ci_high"))
+    if low is None:
+        return f"{value:.2f}"
     if not is_share(record["metric"]):
         return f"{value:.2f} ({low:.2f}-{high:.2f})"
     return f"{100 * value:.0f} ({100 * low:.0f}-{100 * high:.0f})"

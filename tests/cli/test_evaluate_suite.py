@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from hsa_ultralong.cli.common import held_out
 from hsa_ultralong.cli.evaluate_suite import parse_lengths
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.data import TokenShards, build_shards, load_tokenizer
 
 
 def run(*arguments: object):
@@ -127,3 +131,25 @@ def test_a_run_that_is_terminated_writes_the_summary_of_what_it_has(tmp_path, mo
     assert f"cut off; the 1 samples so far are in {place}" in result.output
     assert [r["samples"] for r in json.loads((place / "summary.json").read_text())["records"]][:1] == [1]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_perplexity_from_shards_is_of_held_out_documents_alone(tmp_path):
+    lines = [f"Document {i} tells of sheep number {i * 7919 % 997} and of nothing else at all." for i in range(80)]
+    tokenizer = load_tokenizer(Path(__file__).parents[2] / "checkpoints/nano")
+    (tmp_path / "corpus").mkdir()
+    for number in range(0, 80, 20):
+        (tmp_path / "corpus" / f"{number}.txt").write_text("\n".join(lines[number : number + 20]))
+    build_shards([tmp_path / "corpus"], tokenizer, tmp_path / "shards", validation_fraction=0.3)
+    shards = TokenShards.open(tmp_path / "shards")
+    kept = held_out(tokenizer, tmp_path / "shards", is_needed=True)
+    own = torch.cat([torch.from_numpy(shards.tokens(i)[1:-1].astype("int32")) for i in shards.documents("validation")])
+    assert torch.equal(kept, own)
+    arguments = ("--tasks", "ppl_position", "--lengths", 64, "--samples", 1, "--device", "cpu")
+    result = run(*arguments, "--shards", tmp_path / "shards", "-o", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    assert settings["haystack_split"] == {"haystack": "train and validation", "ppl": "validation"}
+    build_shards([tmp_path / "corpus"], tokenizer, tmp_path / "all", validation_fraction=0.0)
+    result = run(*arguments, "--shards", tmp_path / "all", "-o", tmp_path / "none")
+    assert "holds no validation document" in result.output + str(result.exception)
+    assert not (tmp_path / "none").exists()

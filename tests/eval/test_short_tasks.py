@@ -5,15 +5,18 @@ from __future__ import annotations
 import bz2
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
+from hsa_ultralong.distributed.mesh import everywhere, patient_group
 from hsa_ultralong.eval.likelihood_suite import check_likelihood, run_likelihood
 from hsa_ultralong.eval.short_tasks import SHORT, plain_page, score_items
-from hsa_ultralong.eval.suite import SuiteRun
+from hsa_ultralong.eval.suite import FollowedRun, SampleRanks, SuiteRun
 from hsa_ultralong.eval.suite_summary import latex, markdown, summary_records
 from hsa_ultralong.testing.factories import tiny_model
+from hsa_ultralong.testing.processes import launch
 from hsa_ultralong.testing.tokenizers import byte_level
 
 TASKS = {task.name: task for task in SHORT}
@@ -105,6 +108,52 @@ def test_a_run_holds_short_tasks_and_perplexities_by_length_and_goes_on(folder, 
     assert "the text has" in skipped["ppl_last_512", 100_000]
     assert "needs more than 4,096 tokens" in skipped["ppl_last_4096", 600]
     assert "word\\_perplexity" in latex(found) and "perplexities as they are" in markdown(found, {})
+
+
+def stretches(run, tmp_path, text, samples, ranks=None):
+    model = tiny_model(vocab_size=len(byte_level())).eval()
+    asked = {"tasks": ("ppl_last_512", "ppl_position"), "lengths": [600], "samples": samples, "label": "tiny"}
+    run_likelihood(model, byte_level(), text, run, **asked, ranks=ranks)
+
+
+def test_stretches_share_no_token_and_what_the_text_lacks_is_said(tmp_path):
+    text = torch.arange(2000, dtype=torch.int32) % 97
+    with SuiteRun(tmp_path / "run", {"samples": 9}) as run:
+        stretches(run, tmp_path, text, 9)
+        found = {r["index"]: r["start"] for r in run.records if r["task"] == "ppl_last_512"}
+        assert [*found] == [0, 1, 2] and min(b - a for a, b in pairwise(found.values())) >= 600
+        assert found[0] == 0 and found[2] == 1400
+        assert run.skipped["ppl_last_512", 600].endswith("holds 3 stretches that share nothing, of 9 samples")
+        run.records[0]["start"] = 300  # where a version before began
+        with pytest.raises(ValueError, match="the run holds other stretches of ppl_last_512 at 600; give another"):
+            stretches(run, tmp_path, text, 9)
+
+
+def test_one_stretch_has_no_interval(tmp_path):
+    with SuiteRun(tmp_path / "run", {"samples": 1}) as run:
+        stretches(run, tmp_path, torch.arange(700, dtype=torch.int32) % 97, 1)
+        (record,) = [r for r in summary_records(run.records, {}) if r["task"] == "ppl_last_512"]
+    assert (record["ci_low"], record["ci_high"], record["samples"]) == (None, None, 1)
+    assert f"| {record['value']:.2f} |" in markdown([record], {}) and "perplexity" in latex([record])
+
+
+def on_rank(rank, world, folder):
+    group, text = patient_group(), torch.arange(3000, dtype=torch.int32) % 97
+    with SuiteRun(folder, {"samples": 5}) if rank == 0 else FollowedRun([]) as run:
+        stretches(run, folder, text, 5, SampleRanks(rank, world, lambda work: everywhere(work, group)))
+        assert len(run.records) == 10
+
+
+def test_two_processes_give_the_perplexities_of_one(tmp_path):
+    with SuiteRun(tmp_path / "one", {"samples": 5}) as run:
+        stretches(run, tmp_path, torch.arange(3000, dtype=torch.int32) % 97, 5)
+    launch(2, str(tmp_path / "meet"), on_rank, tmp_path / "two")
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "records.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [(r["task"], r["index"], r["start"]) for r in one] == [(r["task"], r["index"], r["start"]) for r in two]
+    assert [r["nats"] for r in one] == pytest.approx([r["nats"] for r in two])
 
 
 def test_what_is_missing_is_refused_before_any_work(folder):

@@ -44,8 +44,7 @@ class Material:
     _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        special = torch.tensor(self.tokenizer.all_special_ids, dtype=self.text.dtype)
-        self.text = self.text[~torch.isin(self.text, special)]
+        self.text = without_special(self.text, self.tokenizer)
         if len(self.text) == 0:
             raise ValueError("the haystack has no tokens; give a text")
 
@@ -108,6 +107,11 @@ class Material:
         """Where sentences and lines begin, (sentences,) int64 ascending, 0 left out."""
         ends, begins, breaks = self._edges
         return np.flatnonzero((ends[tokens[:-1]] & begins[tokens[1:]]) | breaks[tokens[:-1]]) + 1
+
+
+def without_special(tokens: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """Those of tokens (n,) that are of the text."""
+    return tokens[~torch.isin(tokens, torch.tensor(tokenizer.all_special_ids, dtype=tokens.dtype))]
 
 
 def word_list(*names: str) -> list[str]:
