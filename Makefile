@@ -5,6 +5,7 @@ PYTHON ?= python3
 # Used for torch only, on Linux without a GPU, when pip offers no CPU build of itself.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TEST_WORKERS ?= 2
+CAPABILITY ?= 90
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,9 +24,9 @@ help:  ## show this list
 	@echo "make report       redraw every committed figure from the committed numbers, and docs/report.md with its PDF"
 	@echo "make docs         build the documentation as a site into site/, without a warning and without the net"
 	@echo "make results/needles-nano   measure the needle study again (4 minutes)"
-	@echo "make kernels-aot  compile every variant of the Triton kernels for sm_90; needs no GPU, but the extra \"kernels\""
+	@echo "make kernels-aot  compile every variant of the Triton kernels (CAPABILITY=90, or 80,89); needs no GPU, but the extra \"kernels\""
 	@echo "make clean        delete .venv, caches, build output and quickstart-report/"
-	@echo "Options: PYTHON=python3.12 (3.10 to 3.13), TORCH_INDEX=URL, TEST_WORKERS=2"
+	@echo "Options: PYTHON=python3.12 (3.10 to 3.13), TORCH_INDEX=URL, TEST_WORKERS=2, CAPABILITY=90"
 
 quickstart: $(CORE)
 	$(BIN)/hsa quickstart -o quickstart-report
@@ -56,7 +57,7 @@ results/needles-nano: $(CORE)
 	mv $@/report.json $@/summary.json && rm $@/needles.png
 
 kernels-aot: $(CORE)
-	TRITON_INTERPRET=0 $(BIN)/python -m hsa_ultralong.testing.aot --all --jobs $(TEST_WORKERS)
+	TRITON_INTERPRET=0 $(BIN)/python -m hsa_ultralong.testing.aot --all --capability $(CAPABILITY) --jobs $(TEST_WORKERS)
 
 clean:
 	rm -rf $(VENV) site build dist *.egg-info quickstart-report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "eval": {"inference", "memory", "models", "data", "files"},
     "bench": {"eval", "inference", "memory", "models", "baselines", "files"},
     "recipes": {"train", "eval", "models", "data"},
-    "testing": {"ops", "nn", "memory", "models"},
+    "testing": {"ops", "nn", "memory", "models", "baselines"},
 }
 ANYTHING_BUT_CLI = set(ALLOWED) | {"serve"}
 ALLOWED["serve"] = ANYTHING_BUT_CLI

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.ops._triton import KERNEL_DTYPES, KERNEL_SIZES, is_interpreted, triton_runs_on
+from hsa_ultralong.ops._triton import KERNEL_DTYPES, KERNEL_SIZES, is_interpreted, shared_memory, triton_runs_on
 
 try:
     from hsa_ultralong.baselines import kernel_selected
@@ -19,6 +19,8 @@ except ImportError as error:
 
 # bytes of a mask that exist at once
 _MASK_BYTES = 1 << 28
+# shared memory of the largest chunks, D = S = 128, with two stages of 16-bit numbers, and of 32-bit ones
+_LARGEST_BYTES, _LARGEST_BYTES_FP32 = 114_688, 163_840
 
 
 class Chosen(NamedTuple):
@@ -55,10 +57,12 @@ class SelectedLaunch(NamedTuple):
     stages: int
 
 
-def launch_options(dim: int, dtype: torch.dtype) -> SelectedLaunch:
-    """Of all three kernels."""
+def launch_options(dim: int, keys: int, dtype: torch.dtype, memory: int) -> SelectedLaunch:
+    """Of all three kernels; keys: of a chunk, memory: bytes of shared memory that a program may use."""
     if dtype == torch.float32:
         return SelectedLaunch(16, 4, 1)
+    if dim + keys == 256 and memory < _LARGEST_BYTES:
+        return SelectedLaunch(32, 8, 1)
     return SelectedLaunch(64, 4 if dim <= 64 else 8, 2)
 
 
@@ -72,7 +76,7 @@ class _Problem:
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
         self.batch, self.new, self.heads, self.dim = q.shape
         self.total, self.kv_heads = k.shape[1:3]
-        self.tile, warps, stages = launch_options(self.dim, q.dtype)
+        self.tile, warps, stages = launch_options(self.dim, keys, q.dtype, shared_memory(q.device.index))
         self.blocks = -(-self.total // keys)
         # without lists some tensor of integers, which is not read
         none = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -143,6 +147,12 @@ def _attend(
         raise ValueError(
             f'sparse_impl="triton" takes head_dim and chunk_size in {KERNEL_SIZES} and one of bf16, fp16, fp32; got '
             f'{q.shape[-1]}, {places[0]}, {q.dtype}, {k.dtype}, {v.dtype}: use sparse_impl="torch"'
+        )
+    memory = shared_memory(q.device.index)
+    if q.dtype == torch.float32 and q.shape[-1] + places[0] == 256 and memory < _LARGEST_BYTES_FP32:
+        raise ValueError(
+            f'sparse_impl="triton" in fp32 with head_dim and chunk_size 128 takes {_LARGEST_BYTES_FP32:,} bytes of '
+            f'shared memory, this card has {memory:,}: use bf16 or sparse_impl="torch"'
         )
     return _Attention.apply(q, k, v, chosen, *places)
 

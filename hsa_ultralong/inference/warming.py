@@ -18,7 +18,7 @@ from hsa_ultralong.inference.reader import memorize
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.nn.views import ChunkTensors, GraphView, Search
 from hsa_ultralong.ops import ChunkVisibility, ScoredChunks, combine_topk
-from hsa_ultralong.ops._triton import next_power_of_two, triton_runs_on
+from hsa_ultralong.ops._triton import next_power_of_two, shared_memory, triton_runs_on
 from hsa_ultralong.ops.chunk_topk.lists import MOST_ENTRIES, MOST_LISTS
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
 
@@ -111,7 +111,8 @@ def _rank_sizes(engine: Any) -> list[int]:
     from hsa_ultralong.ops.chunk_topk.triton_topk import chunks_of_all_forms
 
     factor = engine.model.model.upper_groups()[0].retriever.factor()
-    sizes = chunks_of_all_forms(kept, max(16, next_power_of_two(query.shape[-1])) * query.element_size())
+    landmark_bytes = max(16, next_power_of_two(query.shape[-1])) * query.element_size()
+    sizes = chunks_of_all_forms(kept, landmark_bytes, shared_memory(device.index))
     reader = torch.zeros((1, 1), dtype=torch.int32, device=device)
     with torch.no_grad():
         for count in sizes:

@@ -1,12 +1,14 @@
-"""Compile the Triton kernels for Hopper (sm_90) on a machine without a GPU and show what each costs the card.
+"""Compile the Triton kernels for cards of cards.py on a machine without a GPU and show what each costs the card.
 
-`record_launches()` lets the operators' own host code choose arguments, tiles and warps for CPU tensors and notes every
-launch instead of running it; `compile_for_hopper` compiles one launch and asks cuobjdump for its registers and memory.
+`record_launches(card)` lets the operators' own host code choose arguments, tiles and warps for CPU tensors and notes
+every launch instead of running it; `compile_launch` compiles one and asks cuobjdump for its registers and memory.
 
-    TRITON_INTERPRET=0 python -m hsa_ultralong.testing.aot [--all] [--limit-stack BYTES] [--jobs N] [--only NAME]
+    TRITON_INTERPRET=0 python -m hsa_ultralong.testing.aot [--all] [--capability 80,86,89,90,100,120]
+        [--limit-stack BYTES] [--jobs N] [--only NAME]
 
-exits with code 1 if a kernel fails to compile, does not fit into shared memory, or spills more than the limit on 16-bit
-numbers. The cases are those of aot_cases.py. Triton is imported only when used. tests/testing/test_aot.py.
+exits with code 1 if a kernel fails to compile, does not fit into the card's shared memory, or spills more than the
+limit on 16-bit numbers. The cases are those of aot_cases.py. Triton is imported only when used.
+tests/testing/test_aot.py.
 """
 
 from __future__ import annotations
@@ -29,14 +31,12 @@ from unittest import mock
 
 import torch
 
+from hsa_ultralong.testing.cards import CARDS, Card
 from hsa_ultralong.testing.processes import HANG_SECONDS
 
-CAPABILITY = 90
-SHARED_LIMIT = 232_448  # bytes that one program may use on an H100 or H200
+HOPPER = CARDS[90]
 # what the largest tiles (D = S = 128) may spill; the benchmark shape spills 32 bytes at most
 SPILL_LIMIT = 512
-_NUM_PROCESSORS = 132
-_DEVICE = -1  # a device number that no real launch uses, so Triton's caches stay apart
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Launch:
         """Equal for launches that share one compiled kernel."""
         kernel = f"{getattr(self.function, 'module', '')}.{self.name}"
         return repr((kernel, self.signature, sorted(map(repr, self.constexprs.items())), self.attrs, self.options))
+
+    @property
+    def card(self) -> Card:
+        """The one that it was recorded for; options hold its architecture too, and must not meet another."""
+        return CARDS[int(self.options["arch"].removeprefix("sm"))]
 
     @property
     def num_warps(self) -> int:
@@ -86,13 +91,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes per thread (registers, stack and local bytes) and per program (shared bytes)."""
+    """What a compiled kernel takes per thread (registers, stack and local bytes) and per program (bytes of shared
+    memory, columns of tensor memory)."""
 
     name: str
     registers: int
     stack_bytes: int
     local_bytes: int
     shared_bytes: int
+    tensor_columns: int = 0
 
     @property
     def spilled_bytes(self) -> int:
@@ -121,20 +128,23 @@ def _cuobjdump() -> Path:
     return Path(triton.knobs.nvidia.cuobjdump.path)
 
 
-def _target() -> Any:
+def _target(card: Card) -> Any:
     from triton.backends.compiler import GPUTarget
 
-    return GPUTarget("cuda", CAPABILITY, 32)
+    return GPUTarget("cuda", card.capability, 32)
 
 
-def _hopper_driver() -> Any:
+def _driver(card: Card) -> Any:
     """Stands in for the CUDA driver as far as Triton's launcher asks it about the card."""
-    properties = {"multiprocessor_count": _NUM_PROCESSORS, "max_shared_mem": SHARED_LIMIT, "warpSize": 32}
+    properties = {
+        "multiprocessor_count": card.num_processors, "max_shared_mem": card.shared_bytes, "warpSize": 32,
+    }  # fmt: skip
     return SimpleNamespace(
-        get_current_device=lambda: _DEVICE,
+        # a number that no real launch uses, one for each card: Triton's caches stay apart
+        get_current_device=lambda: -card.capability,
         set_current_device=lambda device: None,
         get_current_stream=lambda device=None: 0,
-        get_current_target=_target,
+        get_current_target=lambda: _target(card),
         get_active_torch_device=lambda: torch.device("cpu"),
         get_device_interface=lambda: torch.cuda,
         utils=SimpleNamespace(get_device_properties=lambda device=None: properties),
@@ -142,21 +152,24 @@ def _hopper_driver() -> Any:
 
 
 @contextmanager
-def _replaced_functions() -> Iterator[None]:
-    """Let the operators' host code believe in a Hopper card, in every module that holds these functions."""
+def _replaced_functions(card: Card) -> Iterator[None]:
+    """Let the host code of operators and baselines believe in the card, in every module that holds these functions."""
     from hsa_ultralong.ops import _triton
 
     replacements: dict[Any, Any] = {}
     for name, new in (
         ("require_triton", lambda op, tensor: None),
         ("is_interpreted", lambda: False),
-        ("num_processors", lambda index=None: _NUM_PROCESSORS),
+        ("triton_runs_on", lambda tensor: True),
+        ("num_processors", lambda index=None: card.num_processors),
+        ("shared_memory", lambda index=None: card.shared_bytes),
     ):
         if hasattr(_triton, name):
             replacements[getattr(_triton, name)] = new
 
     def swap(table: dict[Any, Any]) -> None:
-        for module in [m for key, m in list(sys.modules.items()) if key.startswith("hsa_ultralong.ops")]:
+        ours = ("hsa_ultralong.ops", "hsa_ultralong.baselines")
+        for module in [m for key, m in list(sys.modules.items()) if key.startswith(ours)]:
             for name, value in list(vars(module).items()):
                 if callable(value) and getattr(value, "__hash__", None) and value in table:
                     setattr(module, name, table[value])
@@ -169,16 +182,13 @@ def _replaced_functions() -> Iterator[None]:
         swap({new: old for old, new in replacements.items()})
 
 
-def _hopper_properties(device: Any = None) -> Any:
-    return SimpleNamespace(
-        multi_processor_count=_NUM_PROCESSORS, major=9, minor=0, shared_memory_per_block_optin=SHARED_LIMIT,
-        name="H200", total_memory=141 * 2**30, L2_cache_size=50 * 2**20,
-    )  # fmt: skip
-
-
-def _patches() -> list[Any]:
+def _patches(card: Card) -> list[Any]:
     """torch.cuda's questions about the card, and tensors of zeros where a kernel would have written."""
-    cuda = torch.cuda
+    cuda, (major, minor) = torch.cuda, card.major_minor
+    properties = SimpleNamespace(
+        multi_processor_count=card.num_processors, major=major, minor=minor, name=card.name,
+        shared_memory_per_block_optin=card.shared_bytes, L2_cache_size=card.cache_bytes,
+    )  # fmt: skip
     return [
         mock.patch.object(cuda, "device", lambda device=None: contextlib.nullcontext()),
         mock.patch.object(cuda, "device_of", lambda tensor=None: contextlib.nullcontext()),
@@ -186,8 +196,8 @@ def _patches() -> list[Any]:
         mock.patch.object(cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
         mock.patch.object(cuda, "synchronize", lambda device=None: None),
         mock.patch.object(cuda, "is_current_stream_capturing", lambda: False),
-        mock.patch.object(cuda, "get_device_capability", lambda device=None: (9, 0)),
-        mock.patch.object(cuda, "get_device_properties", _hopper_properties),
+        mock.patch.object(cuda, "get_device_capability", lambda device=None: (major, minor)),
+        mock.patch.object(cuda, "get_device_properties", lambda device=None: properties),
         mock.patch.object(torch, "empty", torch.zeros),
         mock.patch.object(torch, "empty_like", torch.zeros_like),
         mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
@@ -195,8 +205,9 @@ def _patches() -> list[Any]:
 
 
 @contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Note every launch of a Triton kernel on CPU tensors instead of running it; each distinct launch once.
+def record_launches(card: Card = HOPPER) -> Iterator[list[Launch]]:
+    """Note every launch of a Triton kernel on CPU tensors instead of running it, as the host code makes it for the
+    card; each distinct launch once.
 
     Outputs of kernels stay zero, so values computed from them mean nothing.
 
@@ -231,14 +242,14 @@ def record_launches() -> Iterator[list[Launch]]:
 
     result: list[Launch] = []
     previous = driver._active
-    driver.set_active(_hopper_driver())
+    driver.set_active(_driver(card))
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(JITFunction, "run", run_nothing))
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", note))
             stack.enter_context(mock.patch.object(Autotuner, "run", run_every_configuration))
-            stack.enter_context(_replaced_functions())
-            for patch in _patches():
+            stack.enter_context(_replaced_functions(card))
+            for patch in _patches(card):
                 stack.enter_context(patch)
             yield result
     finally:
@@ -246,13 +257,13 @@ def record_launches() -> Iterator[list[Launch]]:
         result.extend(found.values())
 
 
-def compile_for_hopper(launch: Launch) -> Resources:
-    """Compile one recorded launch for sm_90 and read its costs from the machine code."""
+def compile_launch(launch: Launch) -> Resources:
+    """Compile one recorded launch for its card and read its costs from the machine code."""
     import triton
     from triton.compiler import ASTSource
 
     source = ASTSource(launch.function, launch.signature, launch.constexprs, launch.attrs)
-    kernel = triton.compile(source, target=_target(), options=dict(launch.options))
+    kernel = triton.compile(source, target=_target(launch.card), options=dict(launch.options))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])
@@ -260,7 +271,8 @@ def compile_for_hopper(launch: Launch) -> Resources:
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG_SECONDS).stdout
     usage = parse_resource_usage(text)
     shared = max(int(getattr(kernel.metadata, "shared", 0)), usage.get("SHARED", 0))
-    return Resources(launch.name, usage["REG"], usage["STACK"], usage["LOCAL"], shared)
+    columns = int(getattr(kernel.metadata, "tmem_size", 0) or 0)
+    return Resources(launch.name, usage["REG"], usage["STACK"], usage["LOCAL"], shared, columns)
 
 
 def parse_resource_usage(text: str) -> dict[str, int]:
@@ -277,14 +289,16 @@ def parse_resource_usage(text: str) -> dict[str, int]:
     return usage
 
 
-def collect(cases: Sequence[tuple[str, Callable[[], None]]]) -> tuple[list[Launch], list[str], list[str]]:
+def collect(
+    cases: Sequence[tuple[str, Callable[[], None]]], card: Card = HOPPER
+) -> tuple[list[Launch], list[str], list[str]]:
     """Distinct launches of all cases, then failures, then operators that have no Triton backend yet."""
     launches: dict[str, Launch] = {}
     failures: list[str] = []
     absent: dict[str, None] = {}
     for name, case in cases:
         error: Exception | None = None
-        with record_launches() as found:
+        with record_launches(card) as found:
             try:
                 case()
             except Exception as raised:
@@ -303,7 +317,7 @@ _found: list[Launch] = []  # read by the processes that _compile_all forks
 
 def _compile_number(number: int) -> Resources | str:
     try:
-        return compile_for_hopper(_found[number])
+        return compile_launch(_found[number])
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
@@ -315,6 +329,18 @@ def _compile_all(launches: list[Launch], jobs: int) -> Iterator[tuple[Launch, Re
         return
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         yield from zip(launches, pool.imap(_compile_number, range(len(launches))), strict=True)
+
+
+def excesses(launch: Launch, resources: Resources, limit_stack: int) -> str:
+    """What is more than the card has, or more than 16-bit numbers may spill; empty where all fits."""
+    card, found = launch.card, []
+    if resources.spilled_bytes > limit_stack and launch.is_for_speed():
+        found.append(f"SPILLS more than {limit_stack} bytes")
+    if resources.shared_bytes > card.shared_bytes:
+        found.append(f"SHARED memory above {card.shared_bytes} bytes")
+    if resources.tensor_columns > card.tensor_columns:
+        found.append(f"TENSOR memory above {card.tensor_columns} columns")
+    return "".join(f"  {one}" for one in found)
 
 
 def report(launches: list[Launch], limit_stack: int, jobs: int, write: Callable[[str], object]) -> int:
@@ -330,20 +356,27 @@ def report(launches: list[Launch], limit_stack: int, jobs: int, write: Callable[
             continue
         values = (launch.num_warps, launch.num_stages, resources.registers, resources.stack_bytes,
                   resources.local_bytes, resources.shared_bytes)  # fmt: skip
-        verdict = ""
-        if resources.spilled_bytes > limit_stack and launch.is_for_speed():
-            verdict = f"  SPILLS more than {limit_stack} bytes"
-        if resources.shared_bytes > SHARED_LIMIT:
-            verdict += f"  SHARED memory above {SHARED_LIMIT} bytes"
+        verdict = excesses(launch, resources, limit_stack)
         bad += bool(verdict)
         write(f"{launch.name:<32}" + "".join(f"{value:>10,}" for value in values))
         write(f"  {launch.describe()}{verdict}\n")
     return bad
 
 
+def _cards(text: str) -> list[Card]:
+    try:
+        return [CARDS[int(number)] for number in text.split(",")]
+    except (KeyError, ValueError):
+        known = ", ".join(map(str, CARDS))
+        raise argparse.ArgumentTypeError(f"needs numbers of {known}, with commas between; got {text!r}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hsa_ultralong.testing.aot", description="Triton kernels on sm_90")
-    parser.add_argument("--all", action="store_true", help="every supported variant instead of three shapes")
+    parser = argparse.ArgumentParser(prog="python -m hsa_ultralong.testing.aot", description="Triton kernels, no GPU")
+    parser.add_argument("--all", action="store_true", help="every supported variant instead of a few shapes")
+    parser.add_argument(
+        "--capability", type=_cards, default=[HOPPER], help="compute capabilities, 90 or 80,86,89 (default 90)"
+    )
     limit_help = f"bytes a thread may spill (default {SPILL_LIMIT})"
     parser.add_argument("--limit-stack", type=int, default=SPILL_LIMIT, help=limit_help)
     parser.add_argument("--jobs", type=int, default=1, help="compile in this many processes")
@@ -353,16 +386,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     cases = operator_cases(is_complete=options.all)
     chosen = [case for case in cases if options.only in case[0]] or cases
-    launches, failures, absent = collect(chosen)
-    if chosen is cases:
-        launches = [launch for launch in launches if options.only in launch.name]
-    bad = report(launches, options.limit_stack, max(1, options.jobs), sys.stdout.write)
-    for failure in failures:
-        sys.stdout.write(f"FAILED before all launches were made: {failure}\n")
-    for name in absent:
-        sys.stdout.write(f'{name} has no impl="triton" yet\n')
-    sys.stdout.write(f"{len(launches)} kernels compiled for sm_{CAPABILITY}, {bad + len(failures)} failed\n")
-    return 1 if bad or failures else 0
+    failed = 0
+    for card in options.capability:
+        launches, failures, absent = collect(chosen, card)
+        if chosen is cases:
+            launches = [launch for launch in launches if options.only in launch.name]
+        bad = report(launches, options.limit_stack, max(1, options.jobs), sys.stdout.write) + len(failures)
+        for failure in failures:
+            sys.stdout.write(f"FAILED before all launches were made: {failure}\n")
+        for name in absent:
+            sys.stdout.write(f'{name} has no impl="triton" yet\n')
+        sys.stdout.write(f"{len(launches)} kernels compiled for sm_{card.capability} ({card.name}), {bad} failed\n")
+        failed += bad
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from itertools import product
 
 import torch
 
+from hsa_ultralong.baselines.triton_selected import block_attention_triton, selected_attention_triton
 from hsa_ultralong.ops import (
     ChunkVisibility,
     ScoredChunks,
@@ -56,6 +57,9 @@ def all_shapes() -> Iterator[Shape]:
     # retrieval of small_345m and dense_0_5b
     yield Shape(T=8192, R=1024)
     yield Shape(T=8192, R=1024, K=64)
+    # the widest tiles of retrieval
+    for dim, topk, dtype in product((256, 512, 1024), (32, 64, 128, 256), (torch.bfloat16, torch.float32)):
+        yield Shape(T=32_768, K=topk, R=dim, dtype=dtype)
     for group, dim, size, dtype in product((1, 2, 4, 8, 16), (32, 64, 128), (32, 64, 128), _DTYPES):
         yield Shape(Hq=group, D=dim, S=size, dtype=dtype)
 
@@ -112,6 +116,18 @@ def _run_combine(widths: tuple[int, ...], topk: int) -> None:
     combine_topk(lists, topk=topk, impl="triton")
 
 
+def _run_selected(shape: Shape) -> None:
+    """The baselines' attention in chosen chunks and in compressed blocks of 32 tokens, one every 16."""
+    heads = (shape.Hq, shape.Hkv, shape.Hkv)
+    q, k, v = (_noise(1, shape.T, count, shape.D, dtype=shape.dtype) for count in heads)
+    chosen = torch.zeros((1, shape.T, shape.Hkv, shape.K), dtype=torch.int32)
+    out = selected_attention_triton(q, k, v, chosen, chunk_size=shape.S)
+    out.backward(torch.ones_like(out))
+    k, v = (_noise(1, shape.T // 16 - 1, shape.Hkv, shape.D, dtype=shape.dtype) for _ in range(2))
+    out = block_attention_triton(q, k, v, size=32, stride=16, start=0)
+    out.backward(torch.ones_like(out))
+
+
 def _run_gather(shape: Shape, payload: torch.dtype) -> None:
     row = (16, 2, shape.S, shape.Hkv, shape.D)
     blocks = ChunkBlocks(16, torch.device("cpu"), addresses=torch.zeros((2, 64), dtype=torch.int64))
@@ -130,6 +146,8 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
     cases: list[tuple[str, Callable[[], None]]] = []
     seen = set()
     for shape in all_shapes() if is_complete else SHAPES:
+        if is_complete or shape == SHAPES[0]:
+            cases.append((f"selected_attention {shape}", _with_shape(_run_selected, shape)))
         cases += [
             (f"hsa_attention training {shape}", _with_shape(_run_hsa, shape, shape.T, True)),
             (f"hsa_attention forward {shape}", _with_shape(_run_hsa, shape, shape.T, False)),

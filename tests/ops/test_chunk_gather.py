@@ -27,7 +27,7 @@ def build(payload_dtype, per_block=4, count=3):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("payload", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("payload", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
 def test_any_order_any_block_and_nothing(payload, impl):
     blocks, everything = build(payload)
     for chunks in ([11, 0, 5, 5, -1, 4, 3], [-1], []):
@@ -35,6 +35,17 @@ def test_any_order_any_block_and_nothing(payload, impl):
         found = gather_chunks(blocks, chosen, torch.float32, impl=impl)
         expected = everything[chosen.clamp_min(0).long()] * (chosen >= 0).view(-1, 1, 1, 1, 1)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_number_of_eight_bits_is_itself_sign_subnormals_and_nan_included(impl):
+    payload = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 2, 8, 1, 16)
+    blocks = ChunkBlocks(1, torch.device("cpu"))
+    blocks.add(payload, torch.ones(payload.shape[:-1], dtype=torch.bfloat16))
+    found = gather_chunks(blocks, torch.tensor([0], dtype=torch.int32), torch.float32, impl=impl)
+    assert torch.equal(found.isnan(), payload.float().isnan()) and found.isnan().sum() == 2
+    assert torch.equal(found.nan_to_num(), payload.float().nan_to_num())
+    assert torch.equal(found.signbit(), payload.float().signbit())
 
 
 def test_eight_bits_become_sixteen_as_decoding_makes_them():

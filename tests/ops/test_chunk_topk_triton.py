@@ -5,6 +5,8 @@ Inputs are small integers where index sets must be equal: their scores are exact
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -115,6 +117,26 @@ def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk, 
     actual = chunk_topk(query, landmarks, visible, topk=topk, impl="triton")
     assert torch.equal(actual[0], expected[0])
     torch.testing.assert_close(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("memory", [101_376, 166_912, 232_448])
+def test_tiles_are_those_of_a_hopper_card_or_fit_a_smaller_one(memory, monkeypatch):
+    monkeypatch.undo()
+    for width, dim, kept in itertools.product((1, 2, 4), (16, 256, 512, 1024), (32, 64, 256)):
+        scan = triton_topk.decode_options(kept, dim * width, memory)
+        assert scan.tile >= 16 and scan.stages >= 2
+        if dim * width < 4096:
+            assert triton_topk._scan_bytes(scan.tile, scan.stages, dim * width) <= memory
+        for queries in (1000, 20_000):
+            stream = triton_topk.tile_options("stream", kept, queries, dim, width, memory)
+            assert (stream.tokens + stream.chunks) * stream.slab * width <= memory
+    assert triton_topk.decode_options(32, 512, memory)[:1] == (64,)
+    assert triton_topk.decode_options(32, 512, memory).stages == (3 if memory < 112_128 else 4)
+    assert triton_topk.decode_options(32, 2048, memory).stages == (3 if memory > 190_976 else 2)
+    merge = triton_topk.tile_options("merge", 32, 0, 1024, 2, memory)
+    assert merge[:3] == ((64, 32, 4) if memory > 135_168 else (32, 32, 2))
+    sizes = triton_topk.chunks_of_all_forms(32, 512, memory)
+    assert sizes == triton_topk.chunks_of_all_forms(32, 512, 232_448)
 
 
 @pytest.mark.parametrize("topk", [4, 40])

@@ -204,3 +204,11 @@ def test_without_a_gpu_one_error_says_so(monkeypatch):
     x = torch.zeros(1, 16, 1, 16)
     with pytest.raises(RuntimeError, match="needs tensors on an NVIDIA GPU, got device 'cpu'"):
         hsa_attention(x, x, x, torch.zeros(1, 16, 1, 1).int(), torch.ones(1, 16, 1, 1), chunk_size=16, impl="triton")
+
+
+def test_fp32_of_the_largest_tiles_is_refused_where_a_card_has_too_little_shared_memory(monkeypatch):
+    q, k = torch.zeros(1, 2, 1, 128, device=DEVICE), torch.zeros(1, 128, 1, 128, device=DEVICE)
+    indices, weights = torch.zeros(1, 2, 1, 1, dtype=torch.int32, device=DEVICE), torch.ones(1, 2, 1, 1, device=DEVICE)
+    monkeypatch.setattr(triton_attention, "shared_memory", lambda index: 101_376)
+    with pytest.raises(ValueError, match="this card has 101,376; use bf16"):
+        hsa_attention(q, k, k, indices, weights, chunk_size=128, impl="triton")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsa_ultralong.testing.aot import Resources, parse_resource_usage
+from hsa_ultralong.testing import aot
+from hsa_ultralong.testing.aot import Launch, Resources, excesses, parse_resource_usage
 from hsa_ultralong.testing.aot_cases import SHAPES, all_shapes, operator_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,8 +21,9 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the
 PROGRAM = """
 import torch, triton
 import triton.language as tl
-from hsa_ultralong.testing.aot import compile_for_hopper, record_launches
+from hsa_ultralong.testing.aot import compile_launch, record_launches
 from hsa_ultralong.ops import _triton
+from hsa_ultralong.testing.cards import CARDS
 
 @triton.jit
 def _double_kernel(x_ptr, y_ptr, n, factor, BLOCK: tl.constexpr):
@@ -44,7 +46,7 @@ assert len(launches) == 3, launches
 first, second, odd = launches
 assert second.constexprs != first.constexprs and odd.attrs != second.attrs
 assert first.num_warps == 8 and "bf16" in first.describe() and "BLOCK=128" in first.describe()
-resources = compile_for_hopper(second)
+resources = compile_launch(second)
 assert resources.name == "_double_kernel" and 0 < resources.registers <= 255, resources
 assert resources.spilled_bytes == 0 and resources.shared_bytes == 0, resources
 try:
@@ -54,6 +56,9 @@ except RuntimeError as error:
 else:
     raise AssertionError("require_triton was not put back")
 assert torch.empty is not torch.zeros
+with record_launches(CARDS[89]) as launches:
+    double(torch.ones(1024, dtype=torch.bfloat16), 256)
+assert launches[0].card is CARDS[89] and launches[0].key != second.key
 """
 
 
@@ -94,7 +99,27 @@ def test_resource_usage_is_read_from_cuobjdumps_text():
 def test_every_kernel_compiles_for_hopper_without_heavy_spills():
     result = run("-m", "hsa_ultralong.testing.aot", PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) kernels compiled for sm_90, 0 failed", result.stdout)[1]) >= 20
+    assert int(re.search(r"(\d+) kernels compiled for sm_90 .*, 0 failed", result.stdout)[1]) >= 20
+
+
+@needs_triton
+def test_decoding_fits_cards_of_less_shared_memory():
+    result = run("-m", "hsa_ultralong.testing.aot", "--capability", "89", "--only", "decode", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "scan_kernel" in result.stdout and "R=256" in result.stdout
+    assert int(re.search(r"(\d+) kernels compiled for sm_89 .*, 0 failed", result.stdout)[1]) >= 5
+
+
+def test_what_a_card_does_not_have_is_named_and_unknown_cards_are_refused(capsys):
+    kernel = type("Kernel", (), {"__name__": "k"})()
+    small = Launch(kernel, {"x": "*bf16"}, {}, {}, {"arch": "sm89"})
+    assert excesses(small, Resources("k", 255, 0, 0, 101_376), 512) == ""
+    assert "SHARED memory above 101376" in excesses(small, Resources("k", 255, 0, 0, 101_377), 512)
+    assert "SPILLS" in excesses(small, Resources("k", 255, 600, 0, 0), 512)
+    assert "TENSOR memory above 0" in excesses(small, Resources("k", 255, 0, 0, 0, tensor_columns=128), 512)
+    with pytest.raises(SystemExit):
+        aot.main(["--capability", "75"])
+    assert "80, 86, 89, 90, 100, 120" in capsys.readouterr().err
 
 
 def test_cases_cover_the_benchmark_shape_and_on_request_every_variant():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.ops._triton import next_power_of_two, require_kernel_dtype, require_triton
+from hsa_ultralong.ops._triton import next_power_of_two, require_kernel_dtype, require_triton, shared_memory
 from hsa_ultralong.ops.chunk_topk import kernel_decode, kernel_merge, kernel_select
 from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
 from hsa_ultralong.ops.chunk_topk.kernel_gradients import spread_gradients
@@ -31,14 +31,17 @@ _MOST_SHARES = 4096
 _FORMS_OF_SHARES = (16, 512, _MOST_SHARES)
 # dimensions that a kernel holds of a landmark at a time, and candidates that a scan may write, 8 bytes each
 _SLAB, _SCAN_CANDIDATES = 256, 1 << 27
+# dimensions up to which the streaming kernel loads landmarks ahead
+_MOST_AHEAD = 512
 
 
 class TileOptions(NamedTuple):
-    """Tokens and landmarks of a tile, and warps of its program."""
+    """Tokens and landmarks of a tile, warps of its program, dimensions that it holds of both at a time."""
 
     tokens: int
     chunks: int
     warps: int
+    slab: int = _SLAB
 
 
 class DecodeOptions(NamedTuple):
@@ -53,22 +56,52 @@ class DecodeOptions(NamedTuple):
     last_warps: int = 16
 
 
-def tile_options(kind: str, kept: int, queries: int) -> TileOptions:
-    """Measured on an H200 (docs/kernels.md); kind is "cover" or "stream", kept the padded K of the latter."""
+def tile_options(kind: str, kept: int, queries: int, dim: int, width: int, memory: int) -> TileOptions:
+    """Measured on an H200 (docs/kernels.md), smaller where a card has less shared memory.
+
+    Args:
+        kind: "cover", "stream" or "merge"; kept: the padded K of the latter two.
+        dim: of a landmark, padded; width: bytes of a number; memory: bytes of shared memory that a program may use.
+    """
     if kind == "merge":
-        return TileOptions(64, max(32, kept), 4)
+        tokens, chunks = 64, max(32, kept)
+        # all dimensions of the queries stay in shared memory; of the landmarks a slab, or all if they are loaded ahead
+        held = chunks * (dim if dim <= _MOST_AHEAD else _SLAB)
+        while tokens > 16 and (tokens * dim + held) * width + 2560 > memory:
+            tokens //= 2
+        return TileOptions(tokens, chunks, tokens // 16)
     if kind == "stream" and kept > 64:
-        return TileOptions(16, kept, 8)
-    # few queries need small tiles to fill the device, many are faster in tiles that fit the wide matrix units
-    return TileOptions(64, 64, 8) if kind == "stream" and queries > 16_384 else TileOptions(16, 64, 4)
+        options = TileOptions(16, kept, 8)
+    else:
+        # few queries need small tiles to fill the device, many are faster in tiles that fit the wide matrix units
+        options = TileOptions(64, 64, 8) if kind == "stream" and queries > 16_384 else TileOptions(16, 64, 4)
+    slab = min(_SLAB, dim)
+    # the queries' first slab and the one in use
+    while slab > 16 and (options.tokens * (1 + (slab < dim)) + options.chunks) * slab * width > memory:
+        slab //= 2
+    return options._replace(slab=slab)
 
 
-def decode_options(kept: int, landmark_bytes: int) -> DecodeOptions:
-    """Measured on an H200 (docs/kernels.md); kept is the padded K."""
-    if landmark_bytes >= 1024:
-        # a stage of the pipeline holds whole landmarks
-        return DecodeOptions(tile=32, stages=3)
-    return DecodeOptions(tile=64 if kept <= 64 else 32)
+def _scan_bytes(tile: int, stages: int, landmark_bytes: int) -> int:
+    """Shared memory of a program of the scan, at most: stages - 1 tiles of whole landmarks, and queries, ahead."""
+    ahead = tile * (landmark_bytes + 8) + 16 * max(0, landmark_bytes - 512)
+    return (stages - 1) * ahead + 16 * 512 + 64 * tile
+
+
+def decode_options(kept: int, landmark_bytes: int, memory: int) -> DecodeOptions:
+    """Measured on an H200 (docs/kernels.md), fewer stages or smaller tiles where a card has less shared memory.
+
+    Args:
+        kept: the padded K. landmark_bytes: of one landmark of one head, padded.
+        memory: bytes of shared memory that a program may use.
+    """
+    # a stage of the pipeline holds whole landmarks
+    tile, stages = (32, 3) if landmark_bytes >= 1024 else (64 if kept <= 64 else 32, 4)
+    while stages > 2 and _scan_bytes(tile, stages, landmark_bytes) > memory:
+        stages -= 1
+    while tile > 16 and _scan_bytes(tile, stages, landmark_bytes) > memory:
+        tile //= 2
+    return DecodeOptions(tile=tile, stages=stages)
 
 
 def _share(chunks: int, options: DecodeOptions) -> int:
@@ -82,14 +115,15 @@ def _form_of_shares(shares: int) -> int:
     return next(count for count in _FORMS_OF_SHARES if count >= shares)
 
 
-def chunks_of_all_forms(topk: int, landmark_bytes: int) -> list[int]:
+def chunks_of_all_forms(topk: int, landmark_bytes: int, memory: int) -> list[int]:
     """Numbers of chunks that meet every form of the kernels of decoding, ascending; above the last there are no others
     up to _MOST_SHARES times DecodeOptions.share chunks, which is 134M tokens of chunks of 64.
 
     Args:
         landmark_bytes: of one landmark of one head, its dimensions padded to a power of two.
+        memory: bytes of shared memory that a program may use on the card.
     """
-    options = decode_options(next_power_of_two(topk), landmark_bytes)
+    options = decode_options(next_power_of_two(topk), landmark_bytes, memory)
     found: dict[tuple[int, int], int] = {}
     count = topk + 1
     while count <= options.share * _MOST_SHARES:
@@ -131,8 +165,16 @@ class _Problem:
     def grid(self, tile: int) -> tuple[int, int, int]:
         return (-(-self.tokens // tile), self.heads, self.batch)
 
+    def _tile(self, kind: str, kept: int) -> TileOptions:
+        options = tile_options(
+            kind, kept, self.queries, self.constants["RP"], self.landmarks.element_size(),
+            shared_memory(self.query.device.index),
+        )  # fmt: skip
+        self.constants["RS"] = min(options.slab, self.constants["RP"])
+        return options
+
     def cover(self) -> None:
-        options = tile_options("cover", 0, self.queries)
+        options = self._tile("cover", 0)
         kernel_select.cover_kernel[self.grid(options.tokens)](
             *self.operands(), self.indices, self.scores, self.tokens, self.chunks, self.keep, self.heads,
             BT=options.tokens, BC=options.chunks, PRECISION=self.precision, num_warps=options.warps, **self.constants,
@@ -142,11 +184,11 @@ class _Problem:
         kept = next_power_of_two(self.keep)
         seed = (0 if noise_seed is None else noise_seed) & 0xFFFFFFFF
         is_merged = kept <= _MOST_INSERTED
-        options = tile_options("merge" if is_merged else "stream", kept, self.queries)
+        options = self._tile("merge" if is_merged else "stream", kept)
         kernel, more = kernel_select.select_kernel, {}
         if is_merged:
             kept, kernel = max(2, kept), kernel_merge.merge_select_kernel
-            more = {"FEW": _FEW, "STAGES": 2 if self.constants["RP"] <= 512 else 1}
+            more = {"FEW": _FEW, "STAGES": 2 if self.constants["RP"] <= _MOST_AHEAD else 1}
         kernel[self.grid(options.tokens)](
             *self.operands(), self.indices, self.scores, self.tokens, self.chunks, self.keep, self.heads,
             seed - (1 << 32) * (seed >> 31), noise_start, BT=options.tokens, BC=max(options.chunks, kept), KP=kept,
@@ -162,7 +204,8 @@ class _Problem:
     def decode(self, row_scales: torch.Tensor | None = None) -> None:
         """row_scales (1 or B, C, Hr): of 8-bit landmarks."""
         device, kept = self.query.device, next_power_of_two(self.keep)
-        options = decode_options(kept, self.constants["RP"] * self.landmarks.element_size())
+        landmark_bytes = self.constants["RP"] * self.landmarks.element_size()
+        options = decode_options(kept, landmark_bytes, shared_memory(device.index))
         tile = options.tile
         # queries that read the same landmarks are scored together
         is_shared = not (self.constants["LANDMARK_ROWS"] or self.constants["CHUNK_ROWS"])

@@ -18,6 +18,7 @@ from hsa_ultralong.ops._triton import (
     num_processors,
     require_kernel_dtype,
     require_triton,
+    shared_memory,
 )
 from hsa_ultralong.ops.hsa import kernel_chunks, kernel_decode, kernel_exact, kernel_tiles
 from hsa_ultralong.ops.hsa.indices import within
@@ -31,6 +32,8 @@ _SORT_LIMIT = 4096
 _COVERAGE_SHARE = 0.6
 # tokens up to which the slots of one token are shared out over programs
 _DECODE_TOKENS = 64
+# shared memory from which 64 rows of the largest tiles, D = S = 128, fit and do not spill; what they take in fp32
+_HOPPER_BYTES, _LARGEST_BYTES_FP32 = 232_448, 163_840
 
 
 class HSALaunch(NamedTuple):
@@ -41,13 +44,16 @@ class HSALaunch(NamedTuple):
     stages: int
 
 
-def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype) -> HSALaunch:
-    """Measured on an H200 (docs/kernels.md); kind is "forward", "query" or "memory"."""
+def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype, memory: int) -> HSALaunch:
+    """Measured on an H200 (docs/kernels.md), smaller where a card has less shared memory; kind is "forward", "query" or
+    "memory", memory the bytes of shared memory that a program may use."""
     is_large = dim > 64 or size > 64
     if dtype == torch.float32:
         return HSALaunch(16, 8, 1) if is_large else HSALaunch(32, 8, 1)
     if kind == "memory":
-        return HSALaunch(64, 8, 1) if is_large else HSALaunch(128, 4, 2)
+        if is_large:
+            return HSALaunch(64 if dim + size < 256 or memory >= _HOPPER_BYTES else 32, 8, 1)
+        return HSALaunch(128, 4, 2)
     if is_large:
         return HSALaunch(64, 8, 1)
     return HSALaunch(64, 4, 2)
@@ -73,6 +79,7 @@ class _Problem:
         self.lengths = None if lengths is None else lengths.contiguous()
         self.batch, self.tokens, heads, self.dim = q.shape
         self.size, self.scale, self.causal = chunk_size, scale, causal
+        self.memory = shared_memory(q.device.index)
         self.kv_batch, self.chunks, self.kv_heads = k.shape[0], k.shape[1] // chunk_size, k.shape[2]
         self.group = heads // self.kv_heads
         self.list_heads, self.slots = indices.shape[2:]
@@ -114,7 +121,7 @@ class _Problem:
 
     def _tiles(self, kernel: Any, kind: str, out: torch.Tensor, gradients: tuple[torch.Tensor, ...] = ()) -> None:
         """A kernel of kernel_tiles into `out`, which is dq where `gradients` are (dO, dw); then mend spoiled tiles."""
-        options = launch_options(kind, self.dim, self.size, self.q.dtype)
+        options = launch_options(kind, self.dim, self.size, self.q.dtype, self.memory)
         constants = self.constants(options.rows, options.stages)
         flags = {"KV_BATCH": self.kv_batch > 1, "COVERAGE": self.covers, "CAUSAL": self.causal}
         mending = {name: value for name, value in constants.items() if name not in ("GP", "PRECISION", "STAGES")}
@@ -159,7 +166,7 @@ class _Problem:
 
     def memory_gradients(self, grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """dk and dv."""
-        options = launch_options("memory", self.dim, self.size, self.q.dtype)
+        options = launch_options("memory", self.dim, self.size, self.q.dtype, self.memory)
         constants = self.constants(options.rows, options.stages)
         return (self._covered if self.covers else self._listed)(grad_out, constants, options.warps)
 
@@ -292,6 +299,12 @@ def hsa_attention_triton(
             f'hsa_attention: impl="triton" takes head dimension and chunk size in {KERNEL_SIZES}, q, k and v of '
             f"one dtype and a positive scale; got D={q.shape[-1]}, S={chunk_size}, {q.dtype}, {k.dtype}, {v.dtype}, "
             f"scale={scale}"
+        )
+    memory = shared_memory(q.device.index)
+    if q.dtype == torch.float32 and q.shape[-1] + chunk_size == 256 and memory < _LARGEST_BYTES_FP32:
+        raise ValueError(
+            f'hsa_attention: impl="triton" in fp32 with D=128 and S=128 takes {_LARGEST_BYTES_FP32:,} bytes of shared '
+            f'memory, this card has {memory:,}; use bf16, fp16 or impl="auto"'
         )
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, weights))
     if not needs_gradient and q.shape[0] * q.shape[1] <= _DECODE_TOKENS:
