@@ -1,4 +1,5 @@
-"""A speed counts only if the same build is right: each Triton operator against its reference before it is timed.
+"""A speed counts only if the same build is right: each Triton operator, and each rival, against its reference before it
+is timed.
 
 Attention: error against the fp64 reference at most twice that of the reference in the benchmark's dtype, for the
 output and every gradient. Retrieval: equal selection and scores on integer inputs, where sums are exact.
@@ -6,7 +7,8 @@ output and every gradient. Retrieval: equal selection and scores on integer inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +21,24 @@ _TOKENS = 512
 _SLACK = 1e-5  # of the norm, where the reference in low precision happens to be exact
 
 
-def _results(forward: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def results_of(forward: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The output and the gradient of every input."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     out = forward(*leaves)
     upstream = torch.sin(torch.arange(out.numel(), device=out.device).float()).view(out.shape).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def differences(
+    names: Sequence[str], exact: Sequence[torch.Tensor], usual: Sequence[torch.Tensor], ours: Sequence[torch.Tensor]
+) -> str | None:
+    """None if every error is at most twice that of the reference in the benchmark's dtype, else which is not."""
+    for name, want, plain, got in zip(names, exact, usual, ours, strict=True):
+        norm = want.norm()
+        error, allowed = (got.double() - want).norm(), 2 * (plain.double() - want).norm() + _SLACK * norm
+        if not error <= allowed:
+            return f"{name} is off by {error / norm:.2e} of its norm, allowed {allowed / norm:.2e}"
+    return None
 
 
 def check_attention(operators: Any, settings: Settings, impl: str = "triton") -> str | None:
@@ -38,15 +53,9 @@ def check_attention(operators: Any, settings: Settings, impl: str = "triton") ->
 
         return run
 
-    exact = _results(forward("reference"), [tensor.double() for tensor in inputs])
-    usual = _results(forward("reference"), inputs)
-    ours = _results(forward(impl), inputs)
-    for name, want, plain, got in zip(("o", "dq", "dk", "dv", "dweights"), exact, usual, ours, strict=True):
-        norm = want.norm()
-        error, allowed = (got.double() - want).norm(), 2 * (plain.double() - want).norm() + _SLACK * norm
-        if not error <= allowed:
-            return f"{name} is off by {error / norm:.2e} of its norm, allowed {allowed / norm:.2e}"
-    return None
+    exact = results_of(forward("reference"), [tensor.double() for tensor in inputs])
+    usual = results_of(forward("reference"), inputs)
+    return differences(("o", "dq", "dk", "dv", "dweights"), exact, usual, results_of(forward(impl), inputs))
 
 
 def check_retrieval(operators: Any, settings: Settings, impl: str = "triton") -> str | None:
@@ -72,9 +81,9 @@ def check_retrieval(operators: Any, settings: Settings, impl: str = "triton") ->
 
         return run
 
-    exact = _results(forward("reference"), [tensor.double() for tensor in inputs])
+    exact = results_of(forward("reference"), [tensor.double() for tensor in inputs])
     for name, wanted, found, source in zip(
-        ("dquery", "dlandmarks"), exact[1:], _results(forward(impl), inputs)[1:], inputs, strict=True
+        ("dquery", "dlandmarks"), exact[1:], results_of(forward(impl), inputs)[1:], inputs, strict=True
     ):
         # rounding of the upstream gradient and of the result to the inputs' dtype
         allowed = max(4 * torch.finfo(source.dtype).eps, _SLACK) * wanted.norm()
@@ -92,20 +101,24 @@ CHECKS: dict[str, Callable[[Any, Settings], str | None]] = {
 
 
 class Guard:
-    """Runs the check of each Triton operator once, when its first point comes."""
+    """Runs the check of each Triton operator, and of each point that brings one, once, when the first of them comes."""
 
     def __init__(self, operators: Any, settings: Settings) -> None:
         self.operators, self.settings = operators, settings
-        self.verdicts: dict[str, str | None] = {}
+        self.verdicts: dict[tuple[str, str], str | None] = {}
 
     def refusal(self, point: Point) -> str | None:
         """Why this point may not be timed; None if it may."""
-        if point.impl != "triton" or point.op not in CHECKS:
+        check = point.check
+        if check is None and point.impl == "triton" and point.op in CHECKS:
+            check = partial(CHECKS[point.op], self.operators, self.settings)
+        if check is None:
             return None
-        if point.op not in self.verdicts:
+        key = (point.op, point.impl)
+        if key not in self.verdicts:
             try:
-                wrong = CHECKS[point.op](self.operators, self.settings)
-                self.verdicts[point.op] = wrong and f"not timed, its results are wrong: {wrong}"
+                wrong = check()
+                self.verdicts[key] = wrong and f"not timed, its results are wrong: {wrong}"
             except Exception as error:
-                self.verdicts[point.op] = f"not timed, its check failed: {one_line(error)}"
-        return self.verdicts[point.op]
+                self.verdicts[key] = f"not timed, its check failed: {one_line(error)}"
+        return self.verdicts[key]

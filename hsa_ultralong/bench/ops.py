@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from hsa_ultralong.bench.attention import full_points, hsa_points, window_points
 from hsa_ultralong.bench.guard import Guard
 from hsa_ultralong.bench.points import Point, Settings, one_line
 from hsa_ultralong.bench.retrieval import decode_points, topk_points
+from hsa_ultralong.bench.rivals import RIVAL_OPS, rival_points
 from hsa_ultralong.bench.selections import mean_union, random_lists, shared_lists
 from hsa_ultralong.bench.timing import time_call
 from hsa_ultralong.eval.metadata import write_json
 
-OPS = ("hsa", "full_attention", "window", "chunk_topk", "decode")
+OPS = ("hsa", "full_attention", "window", *RIVAL_OPS, "chunk_topk", "decode")
 NEIGHBOURS = (4, 8, 16)
 _UNION_TOKENS = 16_384
 
@@ -77,9 +79,11 @@ def points_of(op: str, operators: Any, settings: Settings, lists: ListStore) -> 
     if op == "hsa":
         return hsa_points(operators, settings, lists)
     if op == "full_attention":
-        return full_points(settings)
+        return chain(full_points(settings), rival_points(op, settings))
     if op == "window":
-        return window_points(operators, settings)
+        return chain(window_points(operators, settings), rival_points(op, settings))
+    if op in RIVAL_OPS:
+        return rival_points(op, settings, lists)
     return (topk_points if op == "chunk_topk" else decode_points)(operators, settings)
 
 

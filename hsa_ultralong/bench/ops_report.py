@@ -27,7 +27,21 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("full, SDPA", "#d1603d", "^-", {"op": "full_attention", "impl": "sdpa"}),
     ("window, SDPA", "#4f7942", "d-", {"op": "window", "impl": "torch"}),
     ("window", "#9ab973", "d:", {"op": "window", "impl": "triton"}),
+    ("window, flex", "#9ab973", "x:", {"op": "window", "impl": "flex"}),
+    ("window, flash-attn", "#9ab973", "*:", {"op": "window", "impl": "flash_attn"}),
+    ("full, flash-attn", "#e0a458", "*-", {"op": "full_attention", "impl": "flash_attn"}),
+    ("one softmax, same lists", "#6b4e9b", "p-", {"op": "selected", "impl": "triton", "selection": "shared"}),
+    ("one softmax, torch", "#6b4e9b", "p:", {"op": "selected", "impl": "torch", "selection": "shared"}),
+    ("same lists, NSA of fla", "#b0508c", "X-", {"op": "selected", "impl": "fla", "selection": "shared"}),
+    ("same lists, flex", "#8c6d5a", "x-", {"op": "selected", "impl": "flex", "selection": "shared"}),
+    ("NSA, ours", "#6b4e9b", "P--", {"op": "nsa", "impl": "triton"}),
+    ("NSA, fla", "#b0508c", "P--", {"op": "nsa", "impl": "fla"}),
+    ("MoBA, ours", "#6b4e9b", "h-.", {"op": "moba", "impl": "triton"}),
+    ("MoBA, fla", "#b0508c", "h-.", {"op": "moba", "impl": "fla"}),
 )
+# rivals' operators, and those that choose their chunks themselves
+_RIVALS, _CHOOSING = ("selected", "nsa", "moba"), ("nsa", "moba")
+_RIVAL_IMPLS = ("flex", "flash_attn")
 _TITLES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 
 
@@ -78,9 +92,10 @@ def _ratio(ours: float | None, theirs: float | None) -> str:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """HSA beside full attention with ratios, a table per direction, then all other operators with their rates."""
+    """HSA beside full attention with ratios, a table per direction, its rivals, then all other operators with rates."""
     records = result["records"]
-    found = [*(_attention_table(records, direction) for direction in _TITLES), _rates_table(records)]
+    attention = [_attention_table(records, direction) for direction in _TITLES]
+    found = [*attention, _rivals_table(records), _rates_table(records)]
     return [table for table in found if table.row_count]
 
 
@@ -115,11 +130,46 @@ def _attention_table(records: list[dict[str, Any]], direction: str) -> Table:
     return table
 
 
+def _is_rival(record: dict[str, Any]) -> bool:
+    return record["op"] in _RIVALS or record["impl"] in _RIVAL_IMPLS
+
+
+def _rivals_table(records: list[dict[str, Any]]) -> Table:
+    """Other sparse attention beside HSA of the same T, K and lists; with chunk_topk where the rival chooses too."""
+    columns = ("rival", "lists", "T", "reads", "fwd", "fwd+bwd", "HSA / it", "MiB", "HSA MiB")
+    table = _table("Rivals, ms; HSA with chunk_topk beside what chooses, reads = chunks or window", columns, 2)
+    fields = ("op", "impl", "selection", "T", "K")
+    keys = dict.fromkeys(tuple(record[name] for name in fields) for record in records if _is_rival(record))
+    for key in sorted(keys, key=lambda key: (key[3], key[:3])):
+        here = select(records, **dict(zip(fields, key, strict=True)))
+        times = {record["direction"]: record["ms"] for record in here}
+        direction = "fwd_bwd" if "fwd_bwd" in times else "fwd"
+        last = select(here, direction=direction)[0]
+        topks = [record["K"] for record in records if record["op"] == "hsa"]
+        topk = key[4] or (32 if 32 in topks else min(topks, default=None))
+        same = {"T": key[3], "K": topk, "direction": direction}
+        impls = {record["impl"] for record in select(records, op="hsa", **same)}
+        impl = "triton" if "triton" in impls else min(impls, default="")
+        wanted = key[2] if key[2] in ("shared", "random") else "shared"
+        hsa = select(records, op="hsa", impl=impl, selection=wanted, **same)
+        ours = hsa[0]["ms"] if hsa else None
+        if ours is not None and key[0] in _CHOOSING:
+            chosen = _ms(records, op="chunk_topk", impl="triton" if impl == "triton" else "torch", **same)
+            ours = None if chosen is None else ours + chosen
+        peaks = [last["peak_bytes"] / 2**20, hsa[0]["peak_bytes"] / 2**20 if hsa else None]
+        table.add_row(
+            f"{key[0]} {key[1]}", key[2].replace("none", ""), human_tokens(key[3]),
+            str(last.get("window") or key[4] or "all"), _cell(times.get("fwd")), _cell(times.get("fwd_bwd")),
+            _ratio(ours, last["ms"]), *(_cell(peak) for peak in peaks),
+        )  # fmt: skip
+    return table
+
+
 def _rates_table(records: list[dict[str, Any]]) -> Table:
     columns = ("operator", "", "T", "C", "K", "ms", "TFLOP/s", "GB/s", "peak GiB")
     table = _table("Other operators", columns, 2)
     for record in records:
-        if record["op"] in ("hsa", "full_attention"):
+        if record["op"] in ("hsa", "full_attention") or _is_rival(record):
             continue
         seconds = max(record["ms"], 1e-9) / 1e3
         table.add_row(
@@ -147,7 +197,8 @@ def plot_ops(result: dict[str, Any], path: Path, title: str = "") -> None:
     topks = sorted({record["K"] for record in hsa})
     topk = 32 if 32 in topks or not topks else topks[0]
     drawn = [record for record in records if record["op"] != "hsa" or record["K"] == topk]
-    lengths = sorted({record["T"] for record in drawn if record["op"] in ("hsa", "full_attention", "window")})
+    attention = ("hsa", "full_attention", "window", *_RIVALS)
+    lengths = sorted({record["T"] for record in drawn if record["op"] in attention})
     if not lengths:
         raise ValueError("the results hold no attention operator: nothing to plot")
     figure, panels = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained", sharey=True)

@@ -66,6 +66,8 @@ class Point:
     bytes: int = 0
     use_graph: bool = False
     more: dict[str, Any] = field(default_factory=dict)
+    # what is wrong with the results of this implementation, None if nothing is
+    check: Callable[[], str | None] | None = None
 
     def record(self, settings: Settings) -> dict[str, Any]:
         """The flat record of docs/results.md without its measured part."""

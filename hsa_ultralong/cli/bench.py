@@ -43,7 +43,11 @@ def bench_ops(
     longest: Annotated[bool, typer.Option("--max", help="Also 1M tokens, where they fit.")] = False,
     topk: Annotated[str | None, typer.Option(help="Chunks kept per token.", show_default="32,16,64")] = None,
     ops: Annotated[
-        str | None, typer.Option(help="Some of hsa, full_attention, window, chunk_topk, decode.", show_default="all")
+        str | None,
+        typer.Option(
+            help="Some of hsa, full_attention, window, selected, nsa, moba, chunk_topk, decode.",
+            show_default="all",
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes, short repeats.")] = False,
     full_max: Annotated[str, typer.Option(help="Full attention up to this length; it is quadratic.")] = "128K",
@@ -53,7 +57,10 @@ def bench_ops(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of inputs and selections.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
 ) -> None:
-    """Time HSA, retrieval, windows and decoding beside full attention, in one run on one card.
+    """Time HSA, retrieval, windows and decoding beside full and other sparse attention, in one run on one card.
+
+    NSA, MoBA and attention in given lists are our own kernels', those of flash-linear-attention and block masks of
+    flex_attention; flash-attn is tried too. What is not installed is named and left out.
 
     Writes ops-HARDWARE.json after every operator and draws ops-HARDWARE.png from it. A Triton operator is checked
     against its reference first and is not timed if it is wrong.
@@ -65,6 +72,8 @@ def bench_ops(
       hsa bench ops --max
 
       hsa bench ops --ops hsa,full_attention --lengths 32K,64K --topk 32 -o /tmp/bench
+
+      hsa bench ops --ops hsa,chunk_topk,selected,nsa,moba,full_attention --lengths 8K,32K --topk 32
 
       hsa bench ops --device cpu --lengths 256,512 --topk 4
     """
@@ -84,7 +93,7 @@ def bench_ops(
         operators, settings, meta, ops=wanted, recorder=_recorder(settings, model, text), path=path,
         progress=_show,
     )  # fmt: skip
-    if any(record["op"] in ("hsa", "full_attention", "window") for record in result["records"]):
+    if any(record["op"] not in ("chunk_topk", "copy", "decode_topk", "decode_hsa") for record in result["records"]):
         plot_ops(result, path.with_suffix(".png"))
     if as_json:
         echo_json(result)
