@@ -105,7 +105,9 @@ def suite(
     models: Models = None,
     suites: Suites = "",
     tasks: Annotated[str, typer.Option(help="Tasks by name instead of, or besides, a suite.")] = "",
-    lengths: Annotated[str, typer.Option(help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling).")] = "4K..64K",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling); 0: facts alone (babilong).")
+    ] = "4K..64K",
     samples: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Samples of a task and length.")] = 100,
     setting: Setting = "auto",
     reread: RereadPassages = 0,
@@ -149,7 +151,7 @@ def suite(
     """
     from hsa_ultralong.cli.places import require_folder
     from hsa_ultralong.eval.likelihood_suite import LIKELIHOOD_TASKS, check_likelihood
-    from hsa_ultralong.eval.tasks import check_tasks
+    from hsa_ultralong.eval.tasks import Material, check_tasks
 
     names, wanted = _tasks(suites, tasks), parse_lengths(lengths)
     if setting not in _SETTINGS:
@@ -159,8 +161,8 @@ def suite(
     if setting in _CONTROLS and not {*names} <= {*_QA}:
         raise ValueError(f"--setting {setting} is of the suite qa; leave {next(n for n in names if n not in _QA)} out")
     _check_passages(setting, reread, passage_tokens, is_asked=not {*names} <= {*LIKELIHOOD_TASKS})
-    files = _files(data or [], names)
     require_folder(output)
+    files = _files(data or [], names)
     folders: Sequence[Path | None] = models or [None]
     labels = own_names(folders)
     import torch.distributed as dist
@@ -175,8 +177,6 @@ def suite(
             if not is_ours:
                 raise ValueError(f"--topk is of models of this library, {label} is none")
             model.config.chunk_topk = topk
-        from hsa_ultralong.eval.tasks import Material
-
         # the same text whatever the lengths, so that lengths can be added to a run
         source = haystack(tokenizer, text, text_field, encoding, shards, max(_TEXT_TOKENS, max(wanted)))
         material = Material(tokenizer, source, chat=chat, files=files)
@@ -234,9 +234,12 @@ def _tasks(suites: str, tasks: str) -> list[str]:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Lengths of "4K,64K" or "4K..1M", which doubles; ascending, each once."""
+    """Lengths of "4K,64K" or "4K..1M", which doubles; ascending, each once. "0": facts alone, of babilong."""
     found: set[int] = set()
     for part in text.split(","):
+        if part.strip().upper() in ("0", "0K"):
+            found.add(0)
+            continue
         first, dots, last = part.partition("..")
         low = parse_size(first, "--lengths")
         high = parse_size(last, "--lengths") if dots else low

@@ -12,7 +12,10 @@ import torch
 
 from hsa_ultralong.eval.evidence import Passage, Seen
 from hsa_ultralong.eval.tasks import Material, Sample, score
+from hsa_ultralong.eval.tasks.scoring import LABELS
 
+# where the first sentence ends, which alone counts where labels are looked for; a line break does not end it
+_SENTENCE_ENDS = (".", "<context>", "<example>")
 # metrics that no further text can lower, so an answer that has them may stop; the others read the first line only
 _SUBSTRING = ("all", "part")
 # metrics of answers that may be forced: those that one text satisfies word for word
@@ -52,12 +55,15 @@ class StopRule:
     def put(self, token: int, ends: Sequence[int]) -> None:
         self.tokens.append(token)
         self.text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        is_enough = (
-            bool(self.sample.answers) and score(self.sample.metric, self.text, self.sample.answers) == 1.0
-            if self.sample.metric in _SUBSTRING
-            else "\n" in self.text.lstrip()
-        )
-        self.is_done = is_enough or token in ends or len(self.tokens) >= self.sample.max_new_tokens
+        self.is_done = self._is_enough() or token in ends or len(self.tokens) >= self.sample.max_new_tokens
+
+    def _is_enough(self) -> bool:
+        metric, answers = self.sample.metric, self.sample.answers
+        if metric in LABELS:
+            return any(end in self.text.lower() for end in _SENTENCE_ENDS)
+        if metric in _SUBSTRING:
+            return bool(answers) and score(metric, self.text, answers) == 1.0
+        return "\n" in self.text.lstrip()
 
     def reply(self, seen: Seen) -> Reply:
         return Reply(

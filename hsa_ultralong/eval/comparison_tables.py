@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa_ultralong.eval.intervals import Difference
-from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, save, token_axis
+from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, save
 from hsa_ultralong.eval.suite_compare import MEAN, Cell, Comparison
 
 LEGEND = (
@@ -133,11 +133,13 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
             spans = [[max(0.0, c.value - c.low) for _, c in found], [max(0.0, c.high - c.value) for _, c in found]]
             style: dict[str, Any] = {"marker": MARKS[number % len(MARKS)], "color": f"C{number}", "label": run.name}
             # runs stand a little beside one another, so that no interval hides another
-            shift = 1.05 ** (number - (len(comparison.runs) - 1) / 2)
-            axes.errorbar([n * shift for n, _ in found], values, spans, ms=4, lw=1.2, elinewidth=0.7, **style)
+            shift = 0.07 * (number - (len(comparison.runs) - 1) / 2)
+            axes.errorbar(
+                [lengths.index(n) + shift for n, _ in found], values, spans, ms=4, lw=1.2, elinewidth=0.7, **style
+            )
         axes.set_title(task if metric != "auroc" else f"{task} (AUROC)", fontsize=8)
-        token_axis(axes, lengths)
-        axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
+        axes.set_xticks(range(len(lengths)), [human_tokens(length) for length in lengths])
+        axes.set_xlim(-0.4, len(lengths) - 0.6)
         axes.set_ylim(-0.05, 1.05)
         axes.tick_params(labelsize=7)
         axes.grid(True, alpha=0.2)

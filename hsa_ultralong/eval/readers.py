@@ -144,8 +144,9 @@ class PromptReader:
 
     def answer(self, samples: Sequence[Sample]) -> list[Reply]:
         for sample in samples:
-            if self.limit is not None and sample.length > self.limit:
-                raise ValueError(f"this model has positions for {self.limit:,} tokens, {sample.length:,} wanted")
+            wanted = len(sample.prompt()) + sample.max_new_tokens
+            if self.limit is not None and wanted > self.limit:
+                raise ValueError(f"this model has positions for {self.limit:,} tokens, {wanted:,} wanted")
         return [self._answer(sample) for sample in samples]
 
     def _answer(self, sample: Sample) -> Reply:

@@ -25,6 +25,9 @@ def test_lengths_are_listed_or_doubled():
     assert parse_lengths("4K,64K") == [4096, 65536]
     assert parse_lengths("4K..64K") == [4096, 8192, 16384, 32768, 65536]
     assert parse_lengths("8K,4K..8K") == [4096, 8192]
+    assert parse_lengths("0,4K") == parse_lengths("4K,0k") == [0, 4096]
+    with pytest.raises(ValueError, match="--lengths: from 1"):
+        parse_lengths("0..4K")
     with pytest.raises(ValueError, match="--lengths must rise"):
         parse_lengths("8K..4K")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hsa_ultralong.eval.answers import forced_answer
+from hsa_ultralong.eval.answers import StopRule, forced_answer
 from hsa_ultralong.eval.evidence import Seen
 from hsa_ultralong.eval.memory_reader import MemoryReader, changed_chunks
 from hsa_ultralong.eval.readers import ContinuingReader, PromptReader, changed_spans
@@ -166,6 +166,26 @@ def test_a_prompt_beyond_the_positions_of_a_model_is_refused(material):
     assert reader.limit == 1024
     (short,) = make_samples("recall_form_02", material, 600, 1)
     assert 1 <= len(reader.answer([short])[0].tokens) <= short.max_new_tokens
+
+
+@pytest.mark.parametrize(
+    ("metric", "answers", "said", "read"),
+    [
+        # the first sentence counts, a line break does not end it
+        ("places", ("office",), "office\nkitchen. Garden", "office\nkitchen."),
+        ("places", ("office",), "Office<CONTEXT> kitchen", "Office<CONTEXT>"),
+        ("givers", ("Mary",), "Mary\n\nFred", "Mary\n\nFred"),
+        ("exact", ("12345",), "\n12345\nmore", "\n12345\n"),
+        ("part", ("blue",), "It is blue. And", "It is blue"),
+    ],
+)
+def test_an_answer_is_read_as_far_as_it_can_change_the_score(material, metric, answers, said, read):
+    (sample,) = make_samples("passkey", material, LENGTH, 1)
+    stop = StopRule(replace(sample, metric=metric, answers=answers, max_new_tokens=99), material.tokenizer)
+    for token in material.encode(said):
+        if not stop.is_done:
+            stop.put(token, ())
+    assert stop.text == read
 
 
 @pytest.mark.parametrize(

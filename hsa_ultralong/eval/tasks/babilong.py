@@ -7,14 +7,14 @@ parts and their order are BABILong's: instruction, solved examples, form of the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from hsa_ultralong.data.seeds import namespaced_rng
-from hsa_ultralong.eval.tasks.assembly import finish, make_form
+from hsa_ultralong.eval.tasks.assembly import Form, finish, make_form
 from hsa_ultralong.eval.tasks.material import Material
 from hsa_ultralong.eval.tasks.sample import Sample, Tokens, TooShort
 
@@ -141,8 +141,8 @@ class Babilong:
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         stories = self.stories(material, number)
-        # as in BABILong, no story with so many facts that little else is left
-        usable = [story for story in stories if len(story.facts) <= length / 8]
+        # as in BABILong, no story with so many facts that little else is left; of facts alone all stories
+        usable = [story for story in stories if length == 0 or len(story.facts) <= length / 8]
         order = namespaced_rng(f"eval/{self.name}", seed).permutation(len(usable))
         if number > len(usable):
             raise TooShort(f"{self.name} needs at least {8 * max(len(s.facts) for s in stories)} tokens, got {length}")
@@ -158,11 +158,22 @@ class Babilong:
         before = f"{instruction}\n{solved}\n{answers}\n<context>\n"
         form = make_form(material, self, length, before, f"\n</context>\nQuestion: {story.question}\n", "Answer:")
         pieces = [material.encode(f" {fact}") for fact in story.facts]
+        if length == 0:
+            return self._alone(form, pieces, story, index)
         form.require(2 * sum(map(len, pieces)), self.name)
         context, starts = material.haystack(length, form.room)
         spans = _in_order(context, starts, pieces, rng)
         evidence = [spans[fact] for fact in story.support]
         return finish(self, form, context, index, [story.answer], story.question, None, evidence)
+
+    def _alone(self, form: Form, pieces: list[list[int]], story: Story, index: int) -> Sample:
+        """BABILong's 0k: the facts and nothing between them."""
+        stops = np.cumsum([len(piece) for piece in pieces]).tolist()
+        context = np.array([token for piece in pieces for token in piece], dtype=np.int32)
+        evidence = [(stops[fact] - len(pieces[fact]), stops[fact]) for fact in story.support]
+        whole = replace(form, size=form.size - form.room + len(context))
+        sample = finish(self, whole, context, index, [story.answer], story.question, None, evidence)
+        return replace(sample, length=0)
 
 
 def _in_order(

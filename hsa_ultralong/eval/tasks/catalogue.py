@@ -12,7 +12,7 @@ from hsa_ultralong.eval.tasks.recall import RECALL, RecallPrompt
 from hsa_ultralong.eval.tasks.ruler_needles import RULER_NEEDLES, Needles
 from hsa_ultralong.eval.tasks.ruler_questions import DocumentQuestions
 from hsa_ultralong.eval.tasks.ruler_words import CommonWords, FrequentWords, VariableTracking
-from hsa_ultralong.eval.tasks.sample import Sample, Task
+from hsa_ultralong.eval.tasks.sample import Sample, Task, TooShort
 
 RULER: tuple[Task, ...] = (
     *RULER_NEEDLES,
@@ -54,7 +54,10 @@ def make_samples(name: str, material: Material, length: int, number: int, seed: 
     """Samples of the task of this name.
 
     Raises:
-        TooShort: for a length too short for the task. ValueError: for a task that is none, or no samples.
+        TooShort: for a length too short for the task; 0 is of babilong alone. ValueError: for a task that is none, or
+            no samples.
     """
     check_tasks([name], material, number)
+    if length == 0 and not isinstance(TASKS[name], Babilong):
+        raise TooShort(f"{name} has no form of facts alone; length 0 is of the suite babilong")
     yield from TASKS[name].samples(material, length, number, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from hsa_ultralong.data.passages import Passages, Question, read_multihop, read_
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.eval.tasks.assembly import filled, finish, make_form
 from hsa_ultralong.eval.tasks.material import Material
-from hsa_ultralong.eval.tasks.sample import Sample, Tokens
+from hsa_ultralong.eval.tasks.sample import Sample, Tokens, TooShort
 
 _INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."
@@ -57,13 +57,24 @@ class DocumentQuestions:
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         passages = self.passages(material, number)
-        for index, question in enumerate(passages.questions[:number]):
-            yield self._sample(material, passages, question, length, index, seed)
+        made, refused = 0, None
+        for place, question in enumerate(passages.questions):
+            try:
+                sample = self._sample(material, passages, question, length, place, seed)
+            except TooShort as error:  # its own documents do not fit: the next question of the file
+                refused = error
+                continue
+            yield replace(sample, index=made)
+            made += 1
+            if made == number:
+                return
+        assert refused is not None
+        raise refused
 
     def _sample(
-        self, material: Material, passages: Passages, question: Question, length: int, index: int, seed: int
+        self, material: Material, passages: Passages, question: Question, length: int, place: int, seed: int
     ) -> Sample:
-        rng = namespaced_rng(f"eval/{self.name}", seed, length, index)
+        rng = namespaced_rng(f"eval/{self.name}", seed, length, place)
         form = make_form(material, self, length, _BEFORE, _QUESTION.format(query=question.text), _PREFIX)
         gold = [passages.texts[i] for i in question.gold]
         least = sum(len(material.encode(f"Document 9999:\n{text}\n\n")) for text in gold)
@@ -90,7 +101,7 @@ class DocumentQuestions:
             parts.append(documents.tokens(len(placed) + 1, last))
         tokens = np.concatenate(parts)
         context = filled(tokens, form.room, material.encode("\n"))
-        return finish(self, form, context, index, question.answers, question.text, None, spans)
+        return finish(self, form, context, place, question.answers, question.text, None, spans)
 
 
 class _Documents:

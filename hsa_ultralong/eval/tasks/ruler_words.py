@@ -31,6 +31,8 @@ _CWE_BEFORE = (
 )
 _CWE_QUESTION = "\nQuestion: What are the 10 most common words in the above list?"
 _CWE_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
+# words of the example and how often the common and the other ones stand in it, then both counts of the list itself
+CWE_SHORT, CWE_LONG, CWE_LONG_FROM = ((20, 3, 1), 6, 1), ((40, 10, 3), 30, 3), 4096
 _FWE_BEFORE = (
     "Read the following coded text and track the frequency of each coded word. "
     "Find the three most frequently appeared coded words. "
@@ -109,8 +111,7 @@ class CommonWords:
     is_editable: bool = False
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
-        small = length < 4096
-        sizes, often, seldom = ((20, 3, 1), 6, 1) if small else ((40, 10, 3), 30, 3)
+        sizes, often, seldom = CWE_SHORT if length < CWE_LONG_FROM else CWE_LONG
         words = 2 * self.common
         for index in range(number):
             rng = namespaced_rng("eval/cwe", seed, length, index)

@@ -27,7 +27,8 @@ class Sample:
         context: (n,) int32, all that stands before the question; what a memory is made of. Its first tokens are those
             that the tokenizer, and the chat template, put before a text.
         question: tokens of the question and of the beginning of the answer that the task gives.
-        length: tokens of context, question and answer (`max_new_tokens`) together.
+        length: tokens of context, question and answer (`max_new_tokens`) together; 0: the facts alone, without a text,
+            however many tokens they have.
         answers: references; none where the context does not hold the answer. metric: how they are compared
             (`scoring.py`).
         depth: 0..1, where the asked fact stands; None for tasks whose facts stand in many places.

@@ -6,6 +6,7 @@ import pytest
 
 from hsa_ultralong.eval.tasks import Material, make_samples
 from hsa_ultralong.eval.tasks.babilong import FILES, read_stories
+from hsa_ultralong.eval.tasks.sample import TooShort
 
 LENGTH = 6000
 
@@ -51,3 +52,17 @@ def test_stories_with_too_many_facts_are_left_out_and_what_is_missing_is_named(m
         list(make_samples("babilong_qa2", material, LENGTH, 1))
     with pytest.raises(ValueError, match="give --data babi=FOLDER"):
         list(make_samples("babilong_qa1", Material(material.tokenizer, material.text), LENGTH, 1))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_of_length_zero_the_context_is_the_facts_alone_of_the_same_stories(material, kind):
+    long = list(make_samples(f"babilong_{kind}", material, LENGTH, 4))
+    for sample, other in zip(make_samples(f"babilong_{kind}", material, 0, 4), long, strict=True):
+        text = material.tokenizer.decode(sample.context.tolist()).split("<context>\n")[1]
+        assert text.count("Bill") == 2 and "snores" not in text
+        assert (sample.query, sample.answers, sample.length) == (other.query, other.answers, 0)
+        start, stop = sample.evidence[0]
+        fact = material.tokenizer.decode(sample.context[start:stop].tolist())
+        assert sample.answers[0] in fact and fact in text
+    with pytest.raises(TooShort, match="vt has no form of facts alone; length 0 is of the suite babilong"):
+        list(make_samples("vt", material, 0, 1))

@@ -118,6 +118,20 @@ def test_unknown_tasks_and_missing_files_are_refused_by_name(material):
         list(make_samples("qa_1", material, LENGTH, 21))
 
 
+def test_a_question_whose_documents_do_not_fit_is_passed_over(material, files):
+    rows = [json.loads(line) for line in files["hotpot"].read_text().splitlines()]
+    before = list(make_samples("qa_2", material, LENGTH, 5))
+    rows[1]["context"][0][1] = [rows[1]["context"][0][1][0] + " It rows." * 3000]
+    files["hotpot"].with_name("long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    long = Material(material.tokenizer, material.text, files={"hotpot": files["hotpot"].with_name("long.jsonl")})
+    found = list(make_samples("qa_2", long, LENGTH, 5))
+    assert [sample.index for sample in found] == [0, 1, 2, 3, 4]
+    assert [sample.query for sample in found] == [f"Who owns boat {i}?" for i in (0, 2, 3, 4, 5)]
+    assert [sample.query for sample in before] == [f"Who owns boat {i}?" for i in range(5)]
+    with pytest.raises(TooShort, match="qa_2 needs at least"):
+        list(make_samples("qa_2", long, LENGTH, 6))
+
+
 def test_the_latest_of_changed_facts_counts_and_half_of_the_absent_ones_are_absent(material):
     for sample in make_samples("recall_changed", material, LENGTH, 6):
         text = material.tokenizer.decode(sample.context.tolist())

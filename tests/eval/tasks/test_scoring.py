@@ -97,6 +97,7 @@ def test_an_answer_gets_the_score_it_deserves(metric, answer, references, wanted
         # all labels named
         ("places", "bathroom bedroom garden hallway kitchen office", "office", "Where is Mary?", 0.0),
         ("places", "office or kitchen", "office", "Where is Mary?", 0.0),
+        ("places", "office\nkitchen", "office", "Where is Mary?", 0.0),  # a line break ends no sentence
         # the first sentence counts, what follows it does not
         ("places", "office. kitchen", "office", "Where is Mary?", 1.0),
         ("places", "I think. office", "office", "Where is Mary?", 0.0),
