@@ -401,4 +401,4 @@ def _measure(
     if not is_first:
         return
     echo((place / "summary.md").read_text(encoding="utf-8"))
-    echo(f"Written: {place}/summary.json, summary.md, summary.tex, report.html, figures (png, svg), records.jsonl")
+    echo(f"Written: {place}/summary.json, summary.md, summary.tex, report.html, figures (png, svg), records.jsonl(.xz)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -23,6 +24,7 @@ from hsa_ultralong.files.regular import append_text, read_regular
 from hsa_ultralong.files.strict_json import parse_lines, read_json
 
 VERSION = 1
+PACKED = "records.jsonl.xz"
 _RECORD_BYTES = 2**32
 _Run = TypeVar("_Run", bound="RecordedRun")
 
@@ -72,7 +74,7 @@ class RecordedRun:
     def _begin(self, place: Path) -> None:
         self._is_new = not place.exists()
         if self._is_new:
-            if (self.folder / "records.jsonl").exists():
+            if any((self.folder / name).exists() for name in ("records.jsonl", PACKED)):
                 raise ValueError(f"{self.folder} holds records of another study; give an empty folder")
             write_whole(place, json.dumps({"version": VERSION, "settings": self.settings}, indent=1) + "\n")
             return
@@ -89,6 +91,8 @@ class RecordedRun:
     def _read(self) -> list[dict[str, Any]]:
         """The samples so far; a last line that a kill cut off is taken away."""
         place = self.folder / "records.jsonl"
+        if not place.exists() and (self.folder / PACKED).exists():
+            write_whole(place, unpacked(self.folder / PACKED))
         if not place.exists():
             return []
         records, whole = read_records(place, table(self.FIELDS, is_open=True))
@@ -102,14 +106,36 @@ class RecordedRun:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         append_text(self.folder / "records.jsonl", lines)
 
+    def pack(self) -> None:
+        """Write the records so far as records.jsonl.xz, which is what is kept beside a summary that is published."""
+        data = read_regular(self.folder / "records.jsonl", _RECORD_BYTES)
+        write_whole(self.folder / PACKED, lzma.compress(data))
 
-def read_records(place: Path, check: Check) -> tuple[list[dict[str, Any]], bytes]:
-    """The records in a file, and the bytes of its whole lines: a last line that a kill cut off is left out.
+
+def unpacked(place: Path) -> bytes:
+    """What was packed into a .xz file.
 
     Raises:
-        ValueError: for a line that does not pass the check, naming file and line.
+        ValueError: a damaged file, or more than 4 GiB.
     """
-    data = read_regular(place, _RECORD_BYTES)
+    reader = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    try:
+        data = reader.decompress(read_regular(place, _RECORD_BYTES), _RECORD_BYTES)
+    except lzma.LZMAError as error:
+        raise ValueError(f"{place} is damaged: {error}") from None
+    if not reader.eof:
+        raise ValueError(f"{place} is cut off, or holds more than {_RECORD_BYTES:,} bytes")
+    return data
+
+
+def read_records(place: Path, check: Check) -> tuple[list[dict[str, Any]], bytes]:
+    """The records in a file, packed or not, and the bytes of its whole lines: a last line that a kill cut off is left
+    out.
+
+    Raises:
+        ValueError: for a line that does not pass the check, naming file and line; for a damaged packed file.
+    """
+    data = unpacked(place) if place.suffix == ".xz" else read_regular(place, _RECORD_BYTES)
     whole = data[: data.rfind(b"\n") + 1]
     records = parse_lines(whole, place)
     for number, record in enumerate(records, 1):

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hsa_ultralong.eval.recorded_run import VERSION, read_records
+from hsa_ultralong.eval.recorded_run import PACKED, VERSION, read_records
 from hsa_ultralong.eval.suite_summary import cells, is_share, summary_records, wholes
 from hsa_ultralong.files.fields import OBJECT, TEXT, is_finite, is_whole, optional, require, rows, table, that, whole
 from hsa_ultralong.files.strict_json import read_json
@@ -72,27 +72,29 @@ class StoredRun:
 
 
 def read_run(folder: Path, name: str) -> StoredRun:
-    """The run in a folder.
+    """The run in a folder: of `hsa eval`, or what is kept of one, summary.json with its settings and records.jsonl.xz.
 
     Raises:
         ValueError: if the folder holds none, an empty one, or one of another version, or a damaged file.
     """
     place = folder / "run.json"
     is_study = (folder / "needles.png").exists()
-    if is_study or not place.is_file():
+    summary, packed = folder / "summary.json", folder / PACKED
+    is_kept = not place.is_file() and summary.is_file() and packed.is_file()
+    if is_study or not (place.is_file() or is_kept):
         what = "a study of hidden sentences, which `hsa plot` draws" if is_study else "none"
         raise ValueError(f"{folder} must hold a run of `hsa eval MODEL --suite` (run.json), got {what}")
-    found = read_json(place)
-    if found.get("version") != VERSION or not isinstance(found.get("settings"), dict):
-        raise ValueError(f"{place} is no run of this version; measure it again")
-    file, summary = folder / "records.jsonl", folder / "summary.json"
-    records = read_records(file, _RECORD)[0] if file.exists() else []
-    if not records:
-        raise ValueError(f"{folder} holds no sample yet; wait for the run, or start it again")
     content: dict[str, Any] = {"meta": {}}
     if summary.is_file():
         content = read_json(summary)
         require(_SUMMARY, content, f"{summary}:")
+    found = {"version": VERSION, "settings": content["meta"].get("settings")} if is_kept else read_json(place)
+    if found.get("version") != VERSION or not isinstance(found.get("settings"), dict):
+        raise ValueError(f"{summary if is_kept else place} is no run of this version; measure it again")
+    file = next((file for file in (folder / "records.jsonl", packed) if file.exists()), None)
+    records = read_records(file, _RECORD)[0] if file else []
+    if not records:
+        raise ValueError(f"{folder} holds no sample yet; wait for the run, or start it again")
     skipped = {(one["task"], one["length"]): one["reason"] for one in content.get("skipped", [])}
     return StoredRun(name, found["settings"], records, content["meta"], skipped)
 

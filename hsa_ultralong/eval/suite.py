@@ -223,13 +223,14 @@ def _digest(path: Path) -> str:
 
 
 def write_summary(run: SuiteRun, *, seed: int, label: str) -> None:
-    """Write summary.json, summary.md, summary.tex, figures and report.html of all samples so far."""
+    """Write summary.json, summary.md, summary.tex, records.jsonl.xz, figures and report.html of all samples so far."""
     found = summary_records(run.records, {"topk": run.settings["topk"], "seed": seed})
     meta = run_metadata(command_line(), seed, dtype=run.settings["dtype"], settings=run.settings)
     skipped = [{"task": task, "length": length, "reason": why} for (task, length), why in run.skipped.items()]
     write_json(run.folder / "summary.json", {"meta": meta, "records": found, "skipped": skipped})
     write_whole(run.folder / "summary.md", markdown(found, run.skipped))
     write_whole(run.folder / "summary.tex", latex(found))
+    run.pack()
     scored = [record for record in run.records if "nats" not in record or record["score"] is not None]
     if scored:  # figures and the page show shares, not perplexities
         draw_all(scored, headlines([record for record in found if is_share(record["metric"])]), run.folder, label)

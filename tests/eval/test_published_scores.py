@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hsa_ultralong.eval.stored_runs import read_run
+from hsa_ultralong.eval.suite_summary import is_share, is_suite
+
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = {"4K": 2**12, "16K": 2**14, "64K": 2**16, "256K": 2**18, "1M": 2**20, "16M": 2**24}
 FORMS = [f"recall_form_{number:02}" for number in range(1, 13)]
@@ -17,6 +20,12 @@ READ = {
     "one of 64 similar facts": ["recall_similar_64"],
     "one of 256 similar facts": ["recall_similar_256"],
 }
+
+# committed before records were kept: nothing can be looked up in them. No further ones
+WITHOUT_RECORDS = {
+    "babilong-nano", "paper-nano", "ppl-nano", "qa-nano-dense", "recall-nano", "recall-nano-16m", "ruler-nano",
+    "ruler-nano-16m", "short-nano", "short-smollm2",
+}  # fmt: skip
 
 
 def records(name):
@@ -106,3 +115,17 @@ def test_an_edited_memory_answered_as_a_rebuilt_one():
     )
     assert [(r["sample"], r["answered"]) for r in edited] == [(r["sample"], r["answered"]) for r in rebuilt]
     assert max(abs(a["certainty"] - b["certainty"]) for a, b in zip(edited, rebuilt, strict=True)) <= 3e-7
+
+
+def test_a_published_suite_keeps_its_records_which_give_its_summary():
+    suites = [path.parent for path in (ROOT / "results").rglob("summary.json") if is_suite(path)]
+    assert {folder.name for folder in suites if not (folder / "records.jsonl.xz").is_file()} == WITHOUT_RECORDS
+    for folder in suites:
+        if folder.name not in WITHOUT_RECORDS:
+            run, kept = read_run(folder, folder.name), json.loads((folder / "summary.json").read_text())["records"]
+            # scores that came later stand in the records only
+            found = {(r["task"], r["metric"], r["length"], r["depth"]): r for r in run.summary}
+            for record in kept:
+                if is_share(record["metric"]):
+                    own = found[tuple(record[name] for name in ("task", "metric", "length", "depth"))]
+                    assert [own[n] for n in ("samples", "value")] == [record["samples"], pytest.approx(record["value"])]

@@ -85,3 +85,18 @@ def test_a_run_that_ends_before_its_first_record_leaves_nothing(tmp_path):
     (tmp_path / "a" / "records.jsonl").unlink()
     Run(tmp_path / "a", SETTINGS).close()
     assert (tmp_path / "a" / "run.json").exists()
+
+
+def test_packed_records_are_gone_on_with_and_never_begun_anew(tmp_path):
+    with Run(tmp_path, SETTINGS) as run:
+        run.add([{"name": "a"}])
+        run.pack()
+    (tmp_path / "records.jsonl").unlink()
+    with Run(tmp_path, SETTINGS) as run:
+        assert run.records == [{"name": "a"}]
+        run.add([{"name": "b"}])
+    assert (tmp_path / "records.jsonl").read_text() == '{"name": "a"}\n{"name": "b"}\n'
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "records.jsonl").unlink()
+    with pytest.raises(ValueError, match="records of another study"):
+        Run(tmp_path, SETTINGS)

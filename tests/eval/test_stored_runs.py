@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import lzma
+
 import pytest
 
 from hsa_ultralong.eval.stored_runs import find_runs, read_run
@@ -44,6 +46,22 @@ def test_a_damaged_record_is_refused_by_its_line(tmp_path, runs, change, message
 def test_records_of_before_passages_were_kept_are_read(tmp_path, runs):
     old = {name: value for name, value in runs.record().items() if name not in ("sample", "retrieved", "evidence")}
     assert len(read_run(runs.write(tmp_path, [old]), "x").records) == 1
+
+
+def test_what_is_kept_of_a_run_is_read_as_the_run(tmp_path, runs):
+    records = [runs.record(index=i) for i in range(3)]
+    folder = runs.write(tmp_path / "run", records, summary={"meta": {"settings": runs.settings}})
+    whole = read_run(folder, "x")
+    (folder / "records.jsonl.xz").write_bytes(lzma.compress((folder / "records.jsonl").read_bytes()))
+    for name in ("run.json", "records.jsonl"):
+        (folder / name).unlink()
+    kept = read_run(folder, "x")
+    assert (kept.records, kept.settings, kept.summary) == (whole.records, whole.settings, whole.summary)
+    packed = (folder / "records.jsonl.xz").read_bytes()
+    for content, message in ((packed[:-20], "is cut off"), (b"this is no archive", "is damaged"), (b"", "is cut off")):
+        (folder / "records.jsonl.xz").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"records.jsonl.xz {message}"):
+            read_run(folder, "x")
 
 
 def test_folders_without_a_run_are_refused_by_what_they_hold(tmp_path, runs):

@@ -192,6 +192,6 @@ def test_a_real_model_writes_all_files_of_a_run(tmp_path, material):
     assert summary["meta"]["settings"]["haystack_tokens"] == len(material.text)
     assert (tmp_path / "scores.png").stat().st_size > 5000
     assert {p.name for p in tmp_path.iterdir()} == {
-        "run.json", "records.jsonl", "summary.json", "summary.md", "summary.tex", "report.html",
+        "run.json", "records.jsonl", "records.jsonl.xz", "summary.json", "summary.md", "summary.tex", "report.html",
         *(f"{name}.{kind}" for name in ("scores", "depths", "diagnosis") for kind in ("png", "svg")),
     }  # fmt: skip
