@@ -57,7 +57,10 @@ def pooled(records: Records) -> Records:
                 right = sum(r["value"] * r["samples"] for r in same)
                 row["ci_low"], row["ci_high"] = wilson_interval(right, row["samples"])
             else:
-                row["ci_low"], row["ci_high"] = min(r["ci_low"] for r in same), max(r["ci_high"] for r in same)
+                # one stretch of text has no interval
+                known = [r for r in same if r["ci_low"] is not None]
+                row["ci_low"] = min((r["ci_low"] for r in known), default=None)
+                row["ci_high"] = max((r["ci_high"] for r in known), default=None)
         found.append(row)
     return found
 
@@ -153,6 +156,8 @@ def differences(tasks: dict[str, Records], variants: Sequence[str], seeds: int) 
                 first, other = known.get((variants[0], length)), known.get((variant, length))
                 if first is None or other is None or len(first["seeds"]) != len(other["seeds"]):
                     continue
+                if first["ci_low"] is None or other["ci_low"] is None:
+                    continue
                 pairs = list(zip(first["seeds"], other["seeds"], strict=True))
                 if other["ci_low"] > first["ci_high"] and all(two > one for one, two in pairs):
                     places["above"].append(human_tokens(length))
@@ -179,8 +184,9 @@ def draw_finding(tasks: dict[str, Records], variants: Sequence[str], path: Path)
                 scale = 100 if is_share(own[0]) else 1
                 x, y = [r["length"] for r in own], [scale * r["value"] for r in own]
                 gaps = None
-                if own[0].get("ci_low") is not None:
-                    gaps = [[scale * abs(r["value"] - r[side]) for r in own] for side in ("ci_low", "ci_high")]
+                if own[0].get("samples"):  # what has no interval has none to draw
+                    ends = [[r["value"] if r[side] is None else r[side] for r in own] for side in ("ci_low", "ci_high")]
+                    gaps = [[scale * abs(r["value"] - end) for r, end in zip(own, one, strict=True)] for one in ends]
                 mark = MARKS[number % len(MARKS)]
                 axes.errorbar(x, y, gaps, label=variant, color=f"C{number}", marker=mark, ms=3, capsize=2, lw=1)
         token_axis(axes, sorted({record["length"] for record in tasks[task]}))
@@ -207,20 +213,21 @@ def lengths_block(root: Path) -> str:
         records = [
             record for record in read_json(path)["records"]
             if record.get("task") in _LENGTH_TASKS and record.get("depth") is None and "value" in record
-            and not record.get("metric", "exact").startswith(("auroc", "teacher"))
+            and record.get("metric") not in ("auroc", "teacher_agrees")
         ]  # fmt: skip
         for task in _LENGTH_TASKS:
             own = [record for record in records if record["task"] == task]
-            # a study of several forms of a memory has its first here
+            # the first score is the task's own; a study of several forms of a memory has its first here
             own = list({record["length"]: record for record in reversed(own)}.values())
             if own:
                 found[task].append((path.parent.name, own))
     parts = []
     for task in _LENGTH_TASKS:
         rows = [
-            {**record, "metric": record.get("metric", "exact"), "study": f"[{name}](../results/{name})"}
+            {**record, "metric": metric, "study": f"[{name}](../results/{name})" + ", forced" * (metric == "teacher")}
             for name, own in found[task]
             for record in own
+            for metric in [record.get("metric", "exact")]
         ]
         if rows:
             parts.append(f"`{task}`, % with 95% intervals:\n\n{by_length(rows, 'study')}")

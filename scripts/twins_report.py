@@ -19,6 +19,7 @@ from typing import Any
 from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.needles import wilson_interval
 from hsa_ultralong.eval.plots import human_tokens, plt, save
+from hsa_ultralong.eval.suite_summary import headlines
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.strict_json import read_json
 
@@ -68,7 +69,12 @@ def _pooled(key: Key, found: list[dict[str, Any]]) -> dict[str, Any]:
     if "ci_low" in found[0]:
         samples = sum(r["samples"] for r in found)
         if metric.endswith("perplexity"):
-            low, high = min(r["ci_low"] for r in found), max(r["ci_high"] for r in found)
+            # one stretch of text has no interval
+            known = [r for r in found if r["ci_low"] is not None]
+            low, high = (
+                min((r["ci_low"] for r in known), default=None),
+                max((r["ci_high"] for r in known), default=None),
+            )
         else:
             low, high = wilson_interval(sum(r["value"] * r["samples"] for r in found), samples)
         row |= {"samples": samples, "ci_low": low, "ci_high": high}
@@ -102,7 +108,7 @@ def _cell(record: dict[str, Any] | None) -> str:
         return f"{100 * value:.0f}" if is_share else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
     text = show(record["value"])
-    if "ci_low" in record:
+    if record.get("ci_low") is not None:
         text += f" ({show(record['ci_low'])}-{show(record['ci_high'])})"
     return text + (f" [{', '.join(map(show, record['seeds'].values()))}]" if len(record["seeds"]) > 1 else "")
 
@@ -110,7 +116,7 @@ def _cell(record: dict[str, Any] | None) -> str:
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """A panel for every task of recall and RULER, a line a twin with its interval, against the length."""
     rows = [r for r in records if "ci_low" in r and r["task"] != "ppl" and not r["metric"].endswith("perplexity")]
-    rows = [r for r in rows if not r["metric"].startswith("teacher")]
+    rows = [r for r in headlines(rows) if r["metric"] != "auroc"]
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     if not tasks:
         return

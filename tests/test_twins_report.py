@@ -53,6 +53,18 @@ def test_seeds_are_pooled_and_each_is_shown(report, tmp_path):
     assert (tmp_path / "recall.png").is_file() and (tmp_path / "recall.svg").is_file()
 
 
+def test_one_stretch_has_no_interval_and_a_figure_shows_each_tasks_own_score(report, tmp_path, monkeypatch):
+    ppl = {"metric": "perplexity", "task": "ppl_last_512", "ci_low": None, "ci_high": None}
+    beside = score(1.0, task="passkey", metric="begins")
+    summary(tmp_path / "recall-hsa-0", score(0.5, task="passkey", metric="exact"), beside, score(9.0, 1, **ppl))
+    found = report.collect(tmp_path)["records"]
+    assert "| hsa | 9.00 |" in report.tables(found)
+    drawn = []
+    monkeypatch.setattr(report.plt.Axes, "errorbar", lambda self, x, y, *_, **__: drawn.append((x, y)))
+    report.draw(found, tmp_path / "recall")
+    assert drawn == [([2048], [0.5])]
+
+
 def test_a_folder_without_twins_is_refused(report, tmp_path):
     with pytest.raises(ValueError, match="holds no folder of twins"):
         report.collect(tmp_path)

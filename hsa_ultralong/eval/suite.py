@@ -23,7 +23,7 @@ from hsa_ultralong.eval.readers import Reader
 from hsa_ultralong.eval.recorded_run import RecordedRun, model_settings, tokens_digest
 from hsa_ultralong.eval.stored_runs import FIELDS, StoredRun
 from hsa_ultralong.eval.suite_plots import draw_all
-from hsa_ultralong.eval.suite_summary import headlines, is_share, latex, markdown, summary_records
+from hsa_ultralong.eval.suite_summary import is_share, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import TASKS, Material, Sample, check_tasks, make_samples, score
 from hsa_ultralong.eval.tasks.sample import TooShort
 from hsa_ultralong.files.durable import write_whole
@@ -233,5 +233,5 @@ def write_summary(run: SuiteRun, *, seed: int, label: str) -> None:
     run.pack()
     scored = [record for record in run.records if "nats" not in record or record["score"] is not None]
     if scored:  # figures and the page show shares, not perplexities
-        draw_all(scored, headlines([record for record in found if is_share(record["metric"])]), run.folder, label)
+        draw_all(scored, [record for record in found if is_share(record["metric"])], run.folder, label)
         write_page([StoredRun(label, run.settings, scored, meta, run.skipped)], run.folder / "report.html")

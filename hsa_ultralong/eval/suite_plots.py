@@ -13,7 +13,7 @@ import numpy as np
 
 from hsa_ultralong.eval.plots import human_tokens, plt, save
 from hsa_ultralong.eval.suite_diagnosis import CAUSES, Diagnosis, diagnoses
-from hsa_ultralong.eval.suite_summary import Records, wholes
+from hsa_ultralong.eval.suite_summary import Records, headlines, wholes
 
 # of right, reading, fusion, retrieval, not known
 _COLOURS = dict(zip(CAUSES, ("#1f7a6e", "#e3b505", "#e07b39", "#9c3d6e", "#a3aeb8"), strict=True))
@@ -37,8 +37,8 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def draw_table(summary: Records, path: Path, title: str) -> bool:
-    """A map of scores, tasks by length, each cell with its percent; False without any."""
-    rows = wholes(summary)
+    """A map of the tasks' own scores, tasks by length, each cell with its percent; False without any."""
+    rows = wholes(headlines(summary))
     if not rows:
         return False
     lengths = sorted({r["length"] for r in summary})

@@ -48,7 +48,7 @@ def test_a_numbered_list_of_words_or_pairs_is_that_text(material, monkeypatch, w
 def listed(rng, words, single, pairs):
     """Words one by one, as the list is defined."""
     if words <= len(single):
-        chosen = [single[i] for i in rng.choice(len(single), size=words, replace=False)]
+        chosen = [single[i] for i in rng.permutation(len(single))[:words]]
     else:
         found: dict[str, None] = {}
         while len(found) < words:
