@@ -1,5 +1,5 @@
 """`hsa bench`: measure speed on this machine. `ops` puts every operator beside its baselines, `memory` times reading
-and decoding; `training`, `reading` and `serve` are in files of their own."""
+and decoding; `training`, `reading`, `first` and `serve` are in files of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.bench_first import first
 from hsa_ultralong.cli.bench_reading import reading
 from hsa_ultralong.cli.bench_serve import serve
 from hsa_ultralong.cli.bench_training import training
@@ -29,6 +30,7 @@ _ON_CPU = {"lengths": (1024, 4096), "topks": (32,), "decode_chunks": (1024,)}
 def register(app: typer.Typer) -> None:
     bench.command("training")(training)
     bench.command("reading")(reading)
+    bench.command("first")(first)
     bench.command("serve")(serve)
     app.add_typer(bench, name="bench")
 

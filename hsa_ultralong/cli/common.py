@@ -80,6 +80,10 @@ def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -
     from hsa_ultralong.data import load_tokenizer
 
     place, folder = choose_device(device), folder or default_checkpoint()
+    if place == "cuda":
+        from hsa_ultralong.inference.warming import prepare_kernels
+
+        prepare_kernels(place)
     model = load_checkpoint(folder, choose_dtype(dtype, place))
     return model.to(place), load_tokenizer(folder)
 

@@ -48,7 +48,8 @@ class DecodingEngine:
     now. Sequences under way must not live through any change.
 
     Attributes:
-        is_captured: a step is one launch of a CUDA graph; otherwise the same code runs as it is.
+        is_captured: a step is one launch of a CUDA graph, captured by the first step; otherwise the same code runs as
+            it is.
         logits: (B, V) of the last step.
     """
 
@@ -101,15 +102,12 @@ class DecodingEngine:
         self._weights = self._weights_now()
 
     def _prepare(self, use_graph: bool | None) -> None:
-        """State, views and graphs."""
+        """State and views."""
         self._make_state()
         if use_graph is None:
             self.is_captured = self.is_captured and all(view.is_capturable() for view in self.views)
+        # captured by the first step: the first token of an answer does not wait for it
         self._graphs: StepGraphs | None = None
-        if self.is_captured:
-            self._graphs = self._capture(self.state, self.views)
-            for row in range(self.batch):
-                self._clear(row)
 
     @staticmethod
     def _check_parts(model: HSAForCausalLM, compile_layers: bool, use_graph: bool | None) -> None:
@@ -226,6 +224,15 @@ class DecodingEngine:
         with evaluating(self.model):
             return StepGraphs([lambda: self._step(state, views), lambda: self._complete(state)])
 
+    def _capture_once(self) -> None:
+        """Graphs for the rows under way, which keep their state."""
+        # what is completed meanwhile is written again before it can be read; only that it exists must not stay
+        kept = [*self.state.tensors(), self.own.storage.segments]
+        saved = [part.clone() for part in kept]
+        self._graphs = self._capture(self.state, self.views)
+        for part, old in zip(kept, saved, strict=True):
+            part.copy_(old)
+
     def step(self) -> torch.Tensor:
         """Read the tokens at hand; returns the next ones (B,), on the device, overwritten by the next step.
 
@@ -236,6 +243,8 @@ class DecodingEngine:
             raise ValueError(f"a sequence has reached max_tokens={self.max_tokens}; make a larger engine")
         self.lengths = [length + 1 for length in self.lengths]
         is_due = any(length % self.config.chunk_size == 0 for length in self.lengths)
+        if self.is_captured and self._graphs is None:
+            self._capture_once()
         self._run(self._graphs, self.state, self.views, is_due)
         return self.tokens
 
@@ -368,13 +377,19 @@ class DecodingEngine:
         reader = LateReader(self.device)
         reader.put(self.tokens, self.retrieved)
         for number in range(1, max_new_tokens + 1):
-            if number < max_new_tokens and max(self.lengths) < self.max_tokens:
+            goes_on = number < max_new_tokens and max(self.lengths) < self.max_tokens
+            is_late = goes_on and self.is_captured and self._graphs is None
+            if goes_on and not is_late:
                 reader.put(self.step(), self.retrieved)
             found, retrieved = reader.get()
             tokens = [None if done else token for token, done in zip(found.tolist(), is_done, strict=True)]
             is_done = [done or token in stop_tokens for token, done in zip(tokens, is_done, strict=True)]
             yield Step(tokens, retrieved)
-            if all(is_done) or reader.is_empty:
+            if all(is_done):
+                return
+            if is_late:
+                reader.put(self.step(), self.retrieved)
+            if reader.is_empty:
                 return
 
     def generate(self, prompts: Sequence[torch.Tensor], max_new_tokens: int, **options: Any) -> list[list[int]]:

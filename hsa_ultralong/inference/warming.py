@@ -18,7 +18,7 @@ from hsa_ultralong.inference.reader import memorize
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.nn.views import ChunkTensors, GraphView, Search
 from hsa_ultralong.ops import ChunkVisibility, ScoredChunks, combine_topk
-from hsa_ultralong.ops._triton import next_power_of_two, shared_memory, triton_runs_on
+from hsa_ultralong.ops._triton import hash_triton_early, next_power_of_two, shared_memory, triton_runs_on
 from hsa_ultralong.ops.chunk_topk.lists import MOST_ENTRIES, MOST_LISTS
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
 
@@ -57,6 +57,13 @@ def warm(
                 engine.capture(count)
     finally:
         engine.prefixes = prefixes
+
+
+def prepare_kernels(device: str | torch.device) -> None:
+    """To be called before weights are loaded: what the first kernel of a process needs of the processor alone is done
+    beside it, on a GPU. Returns at once."""
+    if torch.device(device).type == "cuda":
+        hash_triton_early()
 
 
 def _pieces(engine: Any, piece: int) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -45,6 +46,24 @@ def shared_memory(index: int | None) -> int:
         return 232_448
     properties: Any = torch.cuda.get_device_properties(index)
     return int(properties.shared_memory_per_block_optin)
+
+
+def hash_triton_early() -> threading.Thread | None:
+    """Let a thread do what the first kernel of a process waits for: Triton hashes all its files (500 MB, 0.6 s) before
+    it looks for compiled kernels on disk, and remembers the result. None where Triton is not installed."""
+
+    def work() -> None:
+        try:
+            from triton.runtime.cache import triton_key
+        except ImportError:  # another version, which does it when it wants
+            return
+        triton_key()
+
+    if not _is_installed():
+        return None
+    thread = threading.Thread(target=work, name="hash-triton", daemon=True)
+    thread.start()
+    return thread
 
 
 def triton_runs_on(tensor: torch.Tensor) -> bool:

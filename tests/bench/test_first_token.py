@@ -1,0 +1,150 @@
+"""`hsa bench first` and what it rests on: processes in turn, kernels counted, a first token that waits for no graph."""
+
+import json
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsa_ultralong.bench import first_token
+from hsa_ultralong.bench.first_token import METRICS, FirstTokenSettings, answer_once, main, measure_first_tokens
+from hsa_ultralong.cli.main import app
+from hsa_ultralong.inference import DecodingEngine, memorize
+from hsa_ultralong.inference import engine as engine_module
+from hsa_ultralong.ops._triton import hash_triton_early
+from hsa_ultralong.testing.factories import random_tokens, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(path)
+    return path
+
+
+def small(folder, **changes):
+    return FirstTokenSettings(str(folder), "cpu", "float32", tokens=60, prompt_tokens=5, new_tokens=3, **changes)
+
+
+@pytest.mark.slow
+def test_two_processes_answer_from_a_memory_that_another_wrote(folder, tmp_path):
+    first, second = measure_first_tokens(small(folder), tmp_path, ways=(False,))
+    assert (first["process"], second["process"]) == ("first", "second")
+    for found in (first, second):
+        assert found["warm"] is False and set(METRICS) < set(found)
+        assert 0 < found["open_s"] < found["first_token_s"] <= found["second_token_s"] <= found["answer_s"]
+
+
+def test_processes_come_in_turn_and_share_the_caches_of_their_way_alone(tmp_path, monkeypatch):
+    seen = []
+
+    def run(command, env, **options):
+        work = json.loads(command[-1])
+        seen.append((work["task"], work["is_warm"], env["TRITON_CACHE_DIR"], env["TORCHINDUCTOR_CACHE_DIR"]))
+        return SimpleNamespace(returncode=0, stdout='noise\n{"first_token_s": 1}\n', stderr="")
+
+    monkeypatch.setattr(first_token.subprocess, "run", run)
+    found = list(measure_first_tokens(small("m"), tmp_path))
+    assert [(one["process"], one["warm"]) for one in found] == [
+        ("first", False), ("second", False), ("first", True), ("second", True)
+    ]  # fmt: skip
+    assert [one[:2] for one in seen] == [("write", False), *[("ask", False)] * 2, *[("ask", True)] * 2]
+    assert seen[1] == seen[2] and seen[3] == seen[4] and len({one[2] for one in seen}) == 3
+
+    fail = lambda *args, **options: SimpleNamespace(returncode=1, stdout="", stderr="trace\nValueError: no")  # noqa: E731
+    monkeypatch.setattr(first_token.subprocess, "run", fail)
+    with pytest.raises(RuntimeError, match="a process that should write failed: ValueError: no"):
+        list(measure_first_tokens(small("m"), tmp_path))
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_a_process_writes_and_asks(folder, tmp_path, capsys, is_warm):
+    path = tmp_path / "m.hsa"
+    for task in ("write", "ask"):
+        work = {**vars(small(folder, is_warm=is_warm)), "task": task, "memory": str(path), "began": 0.0}
+        assert main(json.dumps(work)) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found) == set(METRICS) and 0 < found["first_token_s"] <= found["second_token_s"] <= found["answer_s"]
+    assert (found["warmup_s"] > 1e-3) == is_warm
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
+def test_kernels_are_counted_as_triton_tells_them(folder, tmp_path, monkeypatch):
+    from triton import knobs
+
+    model, path = tiny_model(), tmp_path / "m.hsa"
+    first_token.write_memory(model, path, small(folder))
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+
+    def now():
+        if not told:
+            for is_hit in (True, False, False):
+                knobs.compilation.listener(
+                    src=None, metadata={}, metadata_group={}, times=SimpleNamespace(total=500_000), cache_hit=is_hit
+                )
+        told.append(1)
+        return float(len(told))
+
+    told = []
+    found = answer_once(model, path, small(folder), now)
+    assert (found["kernels_compiled"], found["kernels_from_cache"], found["compile_s"]) == (2, 1, 1.5)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
+def test_what_triton_hashes_is_hashed_beside_and_once():
+    from triton.runtime.cache import triton_key
+
+    thread = hash_triton_early()
+    thread.join()
+    assert triton_key.cache_info().currsize == 1
+
+
+class Graphs:
+    """Stands for CUDA graphs: runs where they capture, as they do, and where they replay."""
+
+    made = 0
+
+    def __init__(self, parts):
+        Graphs.made += 1
+        self.parts = parts
+        for _ in range(4):
+            for part in parts:
+                part()
+
+    def replay(self, number):
+        self.parts[number]()
+
+
+def test_the_first_token_does_not_wait_for_a_graph_and_the_others_are_the_same(monkeypatch):
+    model = tiny_model()
+    memory, prompts = memorize(model, random_tokens(1, 60)[0]), random_tokens(2, 7, seed=1)
+    expected = DecodingEngine(model, memory, batch=2, max_tokens=40).generate(prompts, 20)
+    monkeypatch.setattr(engine_module, "StepGraphs", Graphs)
+    monkeypatch.setattr(Graphs, "made", 0)
+    engine = DecodingEngine(model, memory, batch=2, max_tokens=40, use_graph=True)
+    assert engine.generate(prompts, 1) == [answer[:1] for answer in expected] and Graphs.made == 0
+    steps = engine.stream(prompts, 20)
+    found = [next(steps).tokens]
+    assert Graphs.made == 0
+    found += [step.tokens for step in steps]
+    assert Graphs.made == 1 and [list(answer) for answer in zip(*found, strict=True)] == expected
+    assert engine.generate(prompts, 20) == expected and Graphs.made == 1
+
+
+def test_the_command_writes_the_records_and_refuses_in_one_line(folder, tmp_path, monkeypatch):
+    told = {name: 0.5 for name in METRICS}
+    monkeypatch.setattr(
+        first_token, "measure_first_tokens",
+        lambda settings, work, ways: iter([{"process": "first", "warm": way, **told} for way in ways]),
+    )  # fmt: skip
+    call = ["bench", "first", "--device", "cpu", "-o", str(tmp_path), "--hardware", "test", "--model", str(folder)]
+    result = CliRunner().invoke(app, [*call, "--warm", "no", "--tokens", "1K", "--dtype", "fp32"])
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads((tmp_path / "first-test.json").read_text())["records"]
+    assert (record["tokens"], record["dtype"], record["warm"], record["first_token_s"]) == (1024, "float32", False, 0.5)
+    for wrong, words in ((("--warm", "maybe"), "--warm must be"), (("--store", "cloud"), "--store must be")):
+        result = CliRunner().invoke(app, [*call, *wrong])
+        assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
+    assert torch.get_default_dtype() == torch.float32
