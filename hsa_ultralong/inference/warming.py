@@ -118,8 +118,8 @@ def _rank_sizes(engine: Any) -> list[int]:
     from hsa_ultralong.ops.chunk_topk.triton_topk import chunks_of_all_forms
 
     factor = engine.model.model.upper_groups()[0].retriever.factor()
-    landmark_bytes = max(16, next_power_of_two(query.shape[-1])) * query.element_size()
-    sizes = chunks_of_all_forms(kept, landmark_bytes, shared_memory(device.index))
+    dim = max(16, next_power_of_two(query.shape[-1]))
+    sizes = chunks_of_all_forms(kept, dim, query.element_size(), shared_memory(device.index))
     reader = torch.zeros((1, 1), dtype=torch.int32, device=device)
     with torch.no_grad():
         for count in sizes:

@@ -292,7 +292,7 @@ def parse_resource_usage(text: str) -> dict[str, int]:
 def collect(
     cases: Sequence[tuple[str, Callable[[], None]]], card: Card = HOPPER
 ) -> tuple[list[Launch], list[str], list[str]]:
-    """Distinct launches of all cases, then failures, then operators that have no Triton backend yet."""
+    """Distinct launches of all cases, then failures, then what has no Triton backend yet or is refused on the card."""
     launches: dict[str, Launch] = {}
     failures: list[str] = []
     absent: dict[str, None] = {}
@@ -306,7 +306,9 @@ def collect(
         for launch in found:
             launches.setdefault(launch.key, launch)
         if error is not None and "impl='triton' is not available" in str(error):
-            absent[name.split(" ")[0]] = None
+            absent[f'{name.split(" ")[0]} has no impl="triton" yet'] = None
+        elif isinstance(error, ValueError) and "of shared memory, this card has" in str(error):
+            absent[f"{name}: refused, {error}"] = None
         elif error is not None:
             failures.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return list(launches.values()), failures, list(absent)
@@ -394,8 +396,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bad = report(launches, options.limit_stack, max(1, options.jobs), sys.stdout.write) + len(failures)
         for failure in failures:
             sys.stdout.write(f"FAILED before all launches were made: {failure}\n")
-        for name in absent:
-            sys.stdout.write(f'{name} has no impl="triton" yet\n')
+        for line in absent:
+            sys.stdout.write(f"{line}\n")
         sys.stdout.write(f"{len(launches)} kernels compiled for sm_{card.capability} ({card.name}), {bad} failed\n")
         failed += bad
     return 1 if failed else 0

@@ -82,24 +82,26 @@ def tile_options(kind: str, kept: int, queries: int, dim: int, width: int, memor
     return options._replace(slab=slab)
 
 
-def _scan_bytes(tile: int, stages: int, landmark_bytes: int) -> int:
+def _scan_bytes(tile: int, stages: int, dim: int, width: int) -> int:
     """Shared memory of a program of the scan, at most: stages - 1 tiles of whole landmarks, and queries, ahead."""
-    ahead = tile * (landmark_bytes + 8) + 16 * max(0, landmark_bytes - 512)
-    return (stages - 1) * ahead + 16 * 512 + 64 * tile
+    row = dim * width
+    slab = row if width == 1 else min(dim, _SLAB) * width
+    ahead = tile * (row + 8) + 16 * (row - slab)
+    return (stages - 1) * ahead + 16 * slab + 64 * tile + (2048 if width == 4 and dim > _SLAB else 0)
 
 
-def decode_options(kept: int, landmark_bytes: int, memory: int) -> DecodeOptions:
+def decode_options(kept: int, dim: int, width: int, memory: int) -> DecodeOptions:
     """Measured on an H200 (docs/kernels.md), fewer stages or smaller tiles where a card has less shared memory.
 
     Args:
-        kept: the padded K. landmark_bytes: of one landmark of one head, padded.
+        kept: the padded K. dim: of a landmark, padded; width: bytes of a number.
         memory: bytes of shared memory that a program may use.
     """
     # a stage of the pipeline holds whole landmarks
-    tile, stages = (32, 3) if landmark_bytes >= 1024 else (64 if kept <= 64 else 32, 4)
-    while stages > 2 and _scan_bytes(tile, stages, landmark_bytes) > memory:
+    tile, stages = (32, 3) if dim * width >= 1024 else (64 if kept <= 64 else 32, 4)
+    while stages > 2 and _scan_bytes(tile, stages, dim, width) > memory:
         stages -= 1
-    while tile > 16 and _scan_bytes(tile, stages, landmark_bytes) > memory:
+    while tile > 16 and _scan_bytes(tile, stages, dim, width) > memory:
         tile //= 2
     return DecodeOptions(tile=tile, stages=stages)
 
@@ -115,15 +117,15 @@ def _form_of_shares(shares: int) -> int:
     return next(count for count in _FORMS_OF_SHARES if count >= shares)
 
 
-def chunks_of_all_forms(topk: int, landmark_bytes: int, memory: int) -> list[int]:
+def chunks_of_all_forms(topk: int, dim: int, width: int, memory: int) -> list[int]:
     """Numbers of chunks that meet every form of the kernels of decoding, ascending; above the last there are no others
     up to _MOST_SHARES times DecodeOptions.share chunks, which is 134M tokens of chunks of 64.
 
     Args:
-        landmark_bytes: of one landmark of one head, its dimensions padded to a power of two.
+        dim: of a landmark, padded to a power of two; width: bytes of a number.
         memory: bytes of shared memory that a program may use on the card.
     """
-    options = decode_options(next_power_of_two(topk), landmark_bytes, memory)
+    options = decode_options(next_power_of_two(topk), dim, width, memory)
     found: dict[tuple[int, int], int] = {}
     count = topk + 1
     while count <= options.share * _MOST_SHARES:
@@ -204,9 +206,16 @@ class _Problem:
     def decode(self, row_scales: torch.Tensor | None = None) -> None:
         """row_scales (1 or B, C, Hr): of 8-bit landmarks."""
         device, kept = self.query.device, next_power_of_two(self.keep)
-        landmark_bytes = self.constants["RP"] * self.landmarks.element_size()
-        options = decode_options(kept, landmark_bytes, shared_memory(device.index))
+        width = self.landmarks.element_size()
+        memory = shared_memory(device.index)
+        options = decode_options(kept, self.constants["RP"], width, memory)
         tile = options.tile
+        needed = _scan_bytes(tile, options.stages, self.constants["RP"], width)
+        if needed > memory:
+            raise ValueError(
+                f'chunk_topk: impl="triton" for few queries of R={self.dim} in {self.landmarks.dtype} takes {needed:,} '
+                f'bytes of shared memory, this card has {memory:,}; use bf16, fp16 or impl="auto"'
+            )
         # queries that read the same landmarks are scored together
         is_shared = not (self.constants["LANDMARK_ROWS"] or self.constants["CHUNK_ROWS"])
         rows, queries = (1, self.batch * self.tokens) if is_shared else (self.batch, self.tokens)
