@@ -33,6 +33,8 @@ _FORMS_OF_SHARES = (16, 512, _MOST_SHARES)
 _SLAB, _SCAN_CANDIDATES = 256, 1 << 27
 # dimensions up to which the streaming kernel loads landmarks ahead
 _MOST_AHEAD = 512
+# bytes of shared memory that a program may use on Hopper
+_HOPPER_BYTES = 232_448
 
 
 class TileOptions(NamedTuple):
@@ -73,8 +75,10 @@ def tile_options(kind: str, kept: int, queries: int, dim: int, width: int, memor
     if kind == "stream" and kept > 64:
         options = TileOptions(16, kept, 8)
     else:
-        # few queries need small tiles to fill the device, many are faster in tiles that fit the wide matrix units
-        options = TileOptions(64, 64, 8) if kind == "stream" and queries > 16_384 else TileOptions(16, 64, 4)
+        # few queries need small tiles to fill the device, many are faster in tiles that fit the wide matrix units;
+        # those of a card before Hopper spill over wide landmarks
+        is_large = kind == "stream" and queries > 16_384 and (dim <= _SLAB or memory >= _HOPPER_BYTES)
+        options = TileOptions(64, 64, 8) if is_large else TileOptions(16, 64, 4)
     slab = min(_SLAB, dim)
     # the queries' first slab and the one in use
     while slab > 16 and (options.tokens * (1 + (slab < dim)) + options.chunks) * slab * width > memory:
