@@ -109,7 +109,9 @@ def memory(
     preset_name: Annotated[
         str | None, typer.Option("--preset", help="Preset with random weights instead of a trained model.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder, or its name in models/.", show_default="checkpoints/nano")
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens to memorise: 8K,1M,16M; none: leave out.")] = "8K,64K,256K",
     store: Annotated[str, typer.Option(help="Where the memory that is read lies: device, host or tiered.")] = "device",
     key_values: Annotated[

@@ -54,7 +54,9 @@ def chat(
         str | None,
         typer.Option(help="Memory of what is said, made if it does not exist; the next conversation knows it."),
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder, or its name in models/.", show_default="checkpoints/nano")
+    ] = None,
     server: Annotated[str | None, typer.Option(help="Address of hsa serve, in place of a model folder.")] = None,
     key: Annotated[str | None, typer.Option(help="API key of the server; else HSA_API_KEY.")] = None,
     system: System = None,

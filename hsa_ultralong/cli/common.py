@@ -73,19 +73,41 @@ def bench_results(
 def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
     """Model in eval mode and tokenizer of a checkpoint folder, all of whose files are checked first.
 
+    Args:
+        folder: or the name of one, see `model_folder`; None: the shipped model.
+
     Raises:
         ValueError: if the folder is no checkpoint, is damaged, or its files do not fit one another.
     """
     from hsa_ultralong import default_checkpoint
     from hsa_ultralong.data import load_tokenizer
 
-    place, folder = choose_device(device), folder or default_checkpoint()
+    place, folder = choose_device(device), default_checkpoint() if folder is None else model_folder(folder)
     if place == "cuda":
         from hsa_ultralong.inference.warming import prepare_kernels
 
         prepare_kernels(place)
     model = load_checkpoint(folder, choose_dtype(dtype, place))
     return model.to(place), load_tokenizer(folder)
+
+
+def model_folder(named: Path) -> Path:
+    """The folder itself; for a bare name that is none, models/NAME, or checkpoints/NAME, of the current folder.
+
+    Raises:
+        ValueError: a bare name, and there is no such folder.
+    """
+    import os
+
+    if len(named.parts) != 1 or named.name in (".", "..") or os.path.lexists(named):
+        return named
+    for place in (Path("models") / named, Path("checkpoints") / named):
+        if (place / "config.json").is_file():
+            return place
+    raise ValueError(
+        f"{named} is no model folder: there is neither {named}, nor models/{named}, nor checkpoints/{named} with a "
+        "config.json"
+    )
 
 
 def load_checkpoint(folder: Path, dtype: Any) -> Any:

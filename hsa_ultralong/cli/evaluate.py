@@ -57,7 +57,9 @@ def needles(
     piece: Annotated[
         str | None, typer.Option("--piece", "--segment", help="Tokens per forward of reading; 128K compiles.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder, or its name in models/.", show_default="checkpoints/nano")
+    ] = None,
     topk: Annotated[
         int | None, typer.Option(min=1, max=MAX_TOPK, help="Chunks read per token.", show_default="the model's")
     ] = None,

@@ -33,7 +33,9 @@ def generate(
     text_field: TextField = "text",
     encoding: Encoding = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Exactly what was generated, as JSON.")] = False,
-    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder, or its name in models/.", show_default="checkpoints/nano")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bf16, fp32 or auto.")] = "auto",
 ) -> None:

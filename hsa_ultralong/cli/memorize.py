@@ -29,7 +29,9 @@ def register(app: typer.Typer) -> None:
 def memorize(
     paths: Annotated[list[str], typer.Argument(help="Text, tables, documents (.pdf ...), folders, - for stdin.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the memory, such as lib.hsa.")],
-    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder, or its name in models/.", show_default="checkpoints/nano")
+    ] = None,
     key_values: Annotated[str, typer.Option(help=f"Form of keys and values: {', '.join(FORMATS)}.")] = "bf16",
     landmarks: Annotated[str, typer.Option(help="Form of landmarks: bf16, int8, fp16, fp32.")] = "bf16",
     text_field: TextField = "text",

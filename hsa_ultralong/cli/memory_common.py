@@ -10,7 +10,9 @@ import typer
 from hsa_ultralong.cli.terminal import progress
 
 MemoryPath = Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of the memory, such as lib.hsa.")]
-Model = Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")]
+Model = Annotated[
+    Path | None, typer.Option(help="Model folder, or its name in models/.", show_default="checkpoints/nano")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Dtype = Annotated[str, typer.Option(help="bf16, fp32 or auto; best that of `hsa memorize`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]

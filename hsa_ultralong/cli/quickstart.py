@@ -19,7 +19,9 @@ def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.json and needles.png.")] = Path(
         "quickstart-report"
     ),
-    model: Annotated[Path | None, typer.Option(help="Model folder.", show_default="checkpoints/nano")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder, or its name in models/.", show_default="checkpoints/nano")
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, e.g. 4K,32K,256K (K = 1,024).")] = "4K,32K,256K",
     needles: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Hidden sentences per length.")] = 30,
     controls: Annotated[

@@ -2,10 +2,10 @@
 
 Half of the facts are of the forms below, half of the grammar of fact_forms.py.
 
-Questions have the form of the tokenizer's own chat template, without its system message; a tokenizer without one asks
-by the template of chat.py. Words come from the corpus' word bank, which holds none of evaluation's. The answers alone
-have `answer_mask`, which a run with a teacher counts as the loss of the memory. Called by mixture.py;
-tests/data/test_facts.py.
+A quarter of the rows asks plainly, the others by the tokenizer's own chat template, half of these begun with its system
+message; a tokenizer without a template asks by that of chat.py. Words come from the corpus' word bank, which holds none
+of evaluation's. The answers alone have `answer_mask`, which a run with a teacher counts as the loss of the memory.
+Called by mixture.py; tests/data/test_facts.py.
 """
 
 from __future__ import annotations

@@ -26,11 +26,13 @@ def write_gguf(
     tokenizer: Mapping[str, Any] | None = None,
     fields: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    packed: Mapping[str, tuple[str, Any]] | None = None,
 ) -> Path:
     """The file of a Llama, Mistral, Qwen2 or Qwen3 model; matrices are of the kind `kind`.
 
     Args:
         tokenizer: fields below `tokenizer.`. fields, tensors: added, or in place of those that follow from the model.
+        packed: name -> kind and bytes (rows, n) uint8 of matrices that are packed already.
     """
     import gguf
 
@@ -46,6 +48,9 @@ def write_gguf(
             kinds: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
             kinds.get(type(value), writer.add_string)(key, value)
     written = {**_tensors(model, arch), **(tensors or {})}
+    for name, (own, data) in (packed or {}).items():
+        rows = data.reshape(len(written.pop(name)), -1)
+        writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[own])
     for name, tensor in written.items():
         numbers = tensor.detach().float().numpy()
         chosen = gguf.GGMLQuantizationType["F32" if tensor.ndim == 1 else kind]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -168,3 +169,18 @@ def test_an_interrupted_study_keeps_what_it_has(checkpoint, tmp_path, monkeypatc
     summary = json.loads((tmp_path / "study" / name).read_text())["records"]
     assert [one["samples"] for one in summary if "samples" in one] == [4, 1]
     assert (tmp_path / "study" / "needles.png").is_file()
+
+
+def test_a_bare_name_is_a_folder_of_models_or_checkpoints_unless_it_is_one_itself(tmp_path, monkeypatch):
+    from hsa_ultralong.cli.common import model_folder
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"neither smol, nor models/smol, nor checkpoints/smol"):
+        model_folder(Path("smol"))
+    for place in ("checkpoints", "models"):
+        (tmp_path / place / "smol").mkdir(parents=True)
+        (tmp_path / place / "smol" / "config.json").write_text("{}")
+        assert model_folder(Path("smol")) == Path(place) / "smol"
+    (tmp_path / "smol").mkdir()
+    for named in ("smol", ".", "other/smol"):
+        assert model_folder(Path(named)) == Path(named)

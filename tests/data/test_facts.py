@@ -1,13 +1,17 @@
 """Rows for converted models: facts that are asked stand in the row, spans are quoted, answers alone are answers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from hsa_ultralong.data import MixtureConfig, MixtureDataset
+from hsa_ultralong.data import facts as facts_module
 from hsa_ultralong.data.chat_form import ChatForm
 from hsa_ultralong.data.facts import sample_facts
 from hsa_ultralong.data.tokenizer import train_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|bos|>system\nBe brief.<|eos|>\n"
     "{% endif %}<|bos|>{{ message['role'] }}\n{{ message['content'] }}<|eos|>\n{% endfor %}"
@@ -49,7 +53,7 @@ def test_a_span_stands_twice_and_the_second_time_is_the_answer(shards, tokenizer
         assert 1024 // 8 <= len(span) <= 1024 // 3
 
 
-def test_questions_have_the_form_of_the_chat_template_without_its_system_message():
+def test_questions_have_the_form_of_the_chat_template_and_begin_with_its_system_message_or_without():
     tokenizer = train_tokenizer(["system user assistant Hello Be brief a b c"], 300)
     plain = ChatForm.of(tokenizer)
     assert tokenizer.decode(plain.before) == "\nUser: " and plain.blank == " "
@@ -61,6 +65,16 @@ def test_questions_have_the_form_of_the_chat_template_without_its_system_message
         "<|bos|>user\n", "<|eos|>\n<|bos|>assistant\n", "<|eos|>\n",
     ]  # fmt: skip
     assert form.before[0] == tokenizer.bos_token_id and form.after[0] == tokenizer.eos_token_id and form.blank == ""
+    assert "system" in tokenizer.decode(form.opening) and "system" not in tokenizer.decode(form.first)
+
+
+def test_documents_count_the_sentence_forms_beside_the_grammar():
+    attributes = sum(map(len, facts_module._ATTRIBUTES.values()))
+    things, deeds = attributes * len(facts_module._FRAMES), len(facts_module._DEEDS)
+    for name in ("data", "own-memory"):
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert f"{things + deeds} others" in page
+        assert f"{len(facts_module._FRAMES)} frames over {attributes} attributes of things, {deeds} deeds" in page
 
 
 def test_there_are_hundreds_of_sentence_forms_and_no_question_twice():

@@ -93,6 +93,43 @@ def test_any_quantisation_that_the_package_decodes_is_read(tmp_path, kind):
     assert np.array_equal(stored.numbers(), gguf.dequantize(theirs.data, theirs.tensor_type).reshape(stored.shape))
 
 
+def packed_q4_k(rng, blocks):
+    """Blocks of Q4_K, 144 bytes, and their 256 numbers: d * scale * q - dmin * least, in eights of 32."""
+    d, dmin = (rng.uniform(0.001, 0.01, blocks).astype(np.float16) for _ in range(2))
+    scales, least = (rng.integers(0, 64, (blocks, 8)) for _ in range(2))
+    q = rng.integers(0, 16, (blocks, 8, 32))
+    numbers = (
+        d[:, None, None].astype("f4") * scales[..., None] * q - dmin[:, None, None].astype("f4") * least[..., None]
+    )
+    low, high = slice(0, 4), slice(4, 8)
+    six = np.concatenate(
+        (scales[:, low] | (scales[:, high] >> 4) << 6, least[:, low] | (least[:, high] >> 4) << 6,
+         (scales[:, high] & 15) | (least[:, high] & 15) << 4), 1)  # fmt: skip
+    nibbles = (q[:, 0::2] | q[:, 1::2] << 4).reshape(blocks, 128)
+    parts = d.view("u1").reshape(blocks, 2), dmin.view("u1").reshape(blocks, 2), six.astype("u1"), nibbles.astype("u1")
+    return np.concatenate(parts, 1), numbers.reshape(blocks, 256)
+
+
+def packed_q6_k(rng, blocks):
+    """Blocks of Q6_K, 210 bytes, and their 256 numbers: d * scale * (q - 32), in sixteens of 16."""
+    d, scales = rng.uniform(0.001, 0.01, blocks).astype(np.float16), rng.integers(-128, 128, (blocks, 16))
+    q = rng.integers(0, 64, (blocks, 2, 4, 32))  # half, quarter of it, place
+    numbers = d[:, None, None].astype("f4") * scales[..., None] * (q.reshape(blocks, 16, 16) - 32)
+    low = np.stack((q[:, :, 0] & 15 | (q[:, :, 2] & 15) << 4, q[:, :, 1] & 15 | (q[:, :, 3] & 15) << 4), 2)
+    high = sum((q[:, :, part] >> 4) << 2 * part for part in range(4))
+    parts = low.reshape(blocks, 128), high.reshape(blocks, 64), scales & 255, d.view("u1").reshape(blocks, 2)
+    return np.concatenate([part.astype("u1") for part in parts], 1), numbers.reshape(blocks, 256)
+
+
+@pytest.mark.parametrize(("kind", "packed"), [("Q4_K", packed_q4_k), ("Q6_K", packed_q6_k)])
+def test_blocks_of_256_numbers_are_decoded_by_their_layout(tmp_path, kind, packed):
+    config = LlamaConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 256})
+    raw, numbers = packed(np.random.default_rng(0), 256)
+    path = write_gguf(LlamaForCausalLM(config), tmp_path / "k.gguf", packed={"blk.1.ffn_down.weight": (kind, raw)})
+    found = load_gguf(path).state_dict()["model.layers.1.mlp.down_proj.weight"]
+    np.testing.assert_allclose(found.numpy(), numbers.reshape(256, 256), rtol=1e-5, atol=1e-6)
+
+
 def test_every_token_that_ends_an_answer_is_kept(tmp_path):
     path = write_gguf(source("llama"), tmp_path / "model.gguf", fields={"tokenizer.ggml.eot_token_id": 7})
     assert load_gguf(path).generation_config.eos_token_id == [2, 7]
