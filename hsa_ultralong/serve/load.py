@@ -29,6 +29,14 @@ _KEYS = {"anna": "key-of-anna", "bob": "key-of-bob"}
 _FILLER = "The old road runs along the river and then up to the mill. Nobody knows how long it has been there. " * 8
 _OBJECTS = ("silver lantern", "calm ferry", "amber falcon", "quiet harbor")
 _START_SECONDS = 600.0
+_ASKED: dict[str, Any] = {"model": "m", "prompt": "The secret code"}
+# requests that are none: each is refused with 4xx
+_MALFORMED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/v1/completions", {}), ("/v1/completions", {**_ASKED, "max_tokens": "7"}),
+    ("/v1/completions", {**_ASKED, "memory": "../x"}), ("/v1/completions", {**_ASKED, "memory": "none"}),
+    ("/v1/completions", {**_ASKED, "prompt": _FILLER * 100}), ("/v1/chat/completions", {"model": "m", "messages": []}),
+    ("/v1/memories", {"id": "/etc", "text": "x"}), ("/v1/memories/none/documents", {"documents": [{"text": "x"}]}),
+)  # fmt: skip
 _BOUNDARY = "hsa-load-file"
 
 
@@ -184,15 +192,29 @@ def load_results(
 
         alone = [asked(request) for request in range(2 * settings.memories)]
         began = time.perf_counter()
-        with ThreadPoolExecutor(settings.clients) as pool:
+        with ThreadPoolExecutor(settings.clients) as pool, ThreadPoolExecutor(1) as other:
+            refusals = other.submit(refusal_seconds, server)
             found = []
             for reply in pool.map(asked, range(settings.requests)):
                 found.append(reply)
                 progress(len(found))
-        seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began
     finally:
         server.kill()
-    return _summary(alone, found, seconds, settings)
+    refused = {f"refused_s_p{share}": quantile(refusals.result(), share / 100) for share in (50, 99)}
+    return {**_summary(alone, found, seconds, settings), **refused}
+
+
+def refusal_seconds(server: ServerProcess, rounds: int = 8) -> list[float]:
+    """Times of requests that are none, one after the other, beside the load.
+
+    Raises:
+        ValueError: one was not refused with 4xx.
+    """
+    found = [server.ask("anna", "POST", path, body) for path, body in _MALFORMED * rounds]
+    if wrong := [reply.body for reply in found if not 400 <= reply.status < 500]:
+        raise ValueError(f"a malformed request was not refused: {wrong[0]}")
+    return [reply.seconds for reply in found]
 
 
 def _summary(

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import Library, ask, memorize
+from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.limits import ServeError
 from hsa_ultralong.serve.memory_folders import bytes_of
@@ -117,8 +120,6 @@ def test_a_stream_is_the_same_answer_in_pieces(openai_client, lib):
 
 
 def test_rows_that_run_together_answer_what_they_answer_alone(server, lib, nano):
-    from concurrent.futures import ThreadPoolExecutor
-
     address, _ = server
     other = httpx.post(address + "/v1/memories", json={"id": "other", "text": FILLER + FERRY}, timeout=HANG_SECONDS)
     assert other.status_code == 201
@@ -135,14 +136,56 @@ def test_rows_that_run_together_answer_what_they_answer_alone(server, lib, nano)
         assert list(pool.map(one, wanted)) == alone
 
 
-def test_memories_in_8_bits_answer_as_ask_does(nano, tmp_path):
-    with serving(nano, tmp_path, key_values="int8") as server:
-        made = httpx.post(server[0] + "/v1/memories", json={"id": "m", "text": LANTERN + FILLER}, timeout=HANG_SECONDS)
-        assert made.json()["formats"]["key_values"] == "int8"
-        body = {"model": "nano", "prompt": PROMPT, "memory": "m", "stop": "\n", "max_tokens": 24}
-        found = httpx.post(server[0] + "/v1/completions", json=body, timeout=HANG_SECONDS).json()
-        expected = asked_there(server, "m", PROMPT)
-    assert found["choices"][0]["text"] == expected.text and "4821937" in expected.text
+def expected_tokens(server, prompt, id, count):
+    """By the library alone, from the memory as the server opens it."""
+    answers = server[1]
+    model, tokenizer = answers.model, answers.tokenizer
+    if id is not None:
+        memory = answers.memories.open("default", [id]).memory
+        return ask(model, tokenizer, memory, prompt, max_new_tokens=count).tokens
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    return model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_twelve_answers_in_three_rows_are_those_of_ask_token_by_token(nano, tmp_path, monkeypatch, form):
+    prompts = [PROMPT, "The secret code of the calm ferry is", f"{FILLER[:200]}\nQuestion: {QUESTION}\nAnswer:", "The"]
+    # rows leave after different numbers of tokens, and others join in their places
+    wanted = [
+        (prompts[number % 4], ("a", "b", None)[number % 3], (9, 3, 14, 6, 11)[number % 5]) for number in range(12)
+    ]
+    with serving(nano, tmp_path, key_values=form) as server:
+        for id, text in (("a", LANTERN + FILLER), ("b", FILLER + FERRY)):
+            made = httpx.post(server[0] + "/v1/memories", json={"id": id, "text": text}, timeout=HANG_SECONDS)
+            assert made.json()["formats"]["key_values"] == form
+        expected = [expected_tokens(server, *one) for one in wanted]
+        worker = server[1].worker
+        turn, sizes, late = worker._turn, [], time.monotonic() + HANG_SECONDS
+
+        def counted():
+            """No row begins before all requests are there."""
+            if not sizes and worker.num_waiting < len(wanted) and time.monotonic() < late:
+                time.sleep(0.005)
+                return
+            turn()
+            sizes.append(worker.num_running)
+
+        def tokens_of(one):
+            prompt, id, count = one
+            body = {"model": "nano", "prompt": prompt, "max_tokens": count, "logprobs": 0}
+            more = {} if id is None else {"memory": id, "stop": "\n"}
+            found = httpx.post(server[0] + "/v1/completions", json={**body, **more}, timeout=HANG_SECONDS).json()
+            return found["choices"][0]["logprobs"]["tokens"], found["usage"]["completion_tokens"]
+
+        alone = [tokens_of(one) for one in wanted]
+        monkeypatch.setattr(worker, "_turn", counted)
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            together = list(pool.map(tokens_of, wanted))
+    # the token that ends an answer counts and has no text
+    ends = end_tokens(nano[0])
+    texts = [[nano[1].decode([token]) for token in tokens if token not in ends] for tokens in expected]
+    assert together == alone == list(zip(texts, map(len, expected), strict=True))
+    assert max(sizes) == 3 and len(sizes) < sum(map(len, expected))
 
 
 def test_logprobs_are_those_of_the_model(openai_client, lib, nano):

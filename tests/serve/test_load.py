@@ -36,6 +36,19 @@ def test_quantiles_are_values_that_were_seen():
     assert (quantile(values, 0.5), quantile(values, 0.99), quantile([7], 0.99)) == (50, 99, 7)
 
 
+def test_a_malformed_request_that_is_answered_ends_the_run():
+    class Server:
+        status = 400
+
+        def ask(self, namespace, method, path, body):
+            return reply("", status=self.status)
+
+    assert load.refusal_seconds(Server(), rounds=2) == [0.2] * 2 * len(load._MALFORMED)
+    Server.status = 200
+    with pytest.raises(ValueError, match="was not refused"):
+        load.refusal_seconds(Server())
+
+
 class Gone:
     """Stands for a server that answers writes until it is told to stop."""
 
@@ -93,6 +106,7 @@ def test_two_hundred_requests_of_sixteen_clients_are_answered_as_alone(tmp_path)
     found = load_results(None, tmp_path, LoadSettings(server=("--device", "cpu", "--dtype", "fp32")))
     assert found["requests"] == 200 and found["answers_with_the_code"] == found["code_questions"]
     assert found["errors"] == found["mixed_answers"] == found["other_than_alone"] == 0
+    assert 0 < found["refused_s_p50"] <= found["refused_s_p99"]
 
 
 @pytest.mark.slow
