@@ -42,6 +42,23 @@ _MIDDLES = _words("ba bi da di do ga ka li lo ma mi mo na ni no ra ri ro sa si t
 _NAME_ENDS = _words("n ra la s nd k no lia mir rik tta vin zo")
 _FAMILY_ENDS = _words("son berg ov ini escu sen mann dal ric ley well stein ado ini ak")
 _PLACE_ENDS = _words("ville ton burg field ford stad haven mouth by grad minster wick dorf port bridge")
+# a syllable of a coined name, so that its pieces are any of a tokenizer's; "" is none
+_ONSETS = (
+    "",
+    *_words("""
+    b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kn l m n p ph pl pr qu r s sch sh sk sl sm sn sp st str t th tr v w
+    wh y z
+"""),
+)
+_VOWELS = _words("a a a e e e i i i o o o u u ae ai au ea ee ei eu ia ie io oa oe oo ou ue y")
+_CODAS = (
+    "",
+    "",
+    "",
+    *_words("""
+    b ck d f g k l ld ll lm ln lt m mp n n n nd ng nk nt p r r rd rg rk rl rm rn rt s s sk ss st t th tt x z
+"""),
+)
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 _HEX = "0123456789abcdef"
 _PATTERNS = ("LLDDDD", "LDLDLD", "LLLDDD", "DLLDDL", "LL-DDD", "L-DDDD-L", "DDDD-LL", "LLDD-DDLL", "DDLLLDD")
@@ -143,6 +160,17 @@ def _year(draw: Draw, words: Sequence[str]) -> str:
 def _made(draw: Draw, ends: Sequence[str]) -> str:
     middle = draw.pick(_MIDDLES) if draw.chance(0.6) else ""
     return (draw.pick(_STARTS) + middle + draw.pick(ends)).capitalize()
+
+
+def coined_name(draw: Draw, words: Sequence[str]) -> str:
+    """A name of an open vocabulary: two or three syllables, or two of the words as one, or apart."""
+    kind = draw.random()
+    if kind < 0.6:
+        count = 2 + draw.below(2)
+        made = (draw.pick(_ONSETS) + draw.pick(_VOWELS) + draw.pick(_CODAS) for _ in range(count))
+        return "".join(made).capitalize()
+    first, second = draw.pick(words), draw.pick(words)
+    return f"{first}{second}".capitalize() if kind < 0.8 else f"{first.capitalize()} {second.capitalize()}"
 
 
 def first_name(draw: Draw) -> str:

@@ -91,3 +91,20 @@ def test_there_are_hundreds_of_sentence_forms_and_no_question_twice():
 def test_a_row_is_a_function_of_its_number(shards, tokenizer, kind):
     once, again = rows(shards, tokenizer, kind, 3), rows(shards, tokenizer, kind, 3)
     assert all((a.input_ids == b.input_ids).all() for a, b in zip(once, again, strict=True))
+
+
+def test_names_are_of_an_open_vocabulary_and_a_third_of_the_spans_are_shuffled(shards, tokenizer):
+    facts = sample_facts(np.random.default_rng(1), 2000, WORDS)
+    names = [fact.answer for fact in facts if fact.answer[:1].isupper() and fact.answer.replace(" ", "").isalpha()]
+    assert len(set(names)) > 0.9 * len(names) > 300
+    assert len({name[:4] for name in names}) > 200
+    assert any(fact.answer.isdigit() and len(fact.answer) > 14 for fact in facts)
+    text = np.concatenate([shards.tokens(number) for number in range(len(shards.offsets) - 1)]).tolist()
+    known = set(zip(text, text[1:], text[2:], strict=False))
+    shuffled = 0
+    for row in rows(shards, tokenizer, "span_copy", 60):
+        ((start, stop),) = spans(row.answer_mask)
+        ids = row.input_ids[start:stop].tolist()
+        told = np.mean([part in known for part in zip(ids, ids[1:], ids[2:], strict=False)])
+        shuffled += told < 0.5
+    assert 8 <= shuffled <= 34
