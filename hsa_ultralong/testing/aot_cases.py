@@ -57,11 +57,14 @@ def all_shapes() -> Iterator[Shape]:
     # retrieval of small_345m and dense_0_5b
     yield Shape(T=8192, R=1024)
     yield Shape(T=8192, R=1024, K=64)
-    # the widest tiles of retrieval
-    for dim, topk, dtype in product((256, 512, 1024), (32, 64, 128, 256), (torch.bfloat16, torch.float32)):
-        yield Shape(T=32_768, K=topk, R=dim, dtype=dtype)
     for group, dim, size, dtype in product((1, 2, 4, 8, 16), (32, 64, 128), (32, 64, 128), _DTYPES):
         yield Shape(Hq=group, D=dim, S=size, dtype=dtype)
+
+
+def _widest_retrieval() -> Iterator[Shape]:
+    """Every number of chunks kept and dimension that meets tiles of its own in retrieval."""
+    for dim, topk, dtype in product((256, 512, 1024), (32, 64, 128, 256), (torch.bfloat16, torch.float32)):
+        yield Shape(T=32_768, K=topk, R=dim, dtype=dtype)
 
 
 def _noise(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
@@ -144,8 +147,8 @@ def _with_shape(call: Callable[..., None], *arguments: object) -> Callable[[], N
 def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], None]]]:
     """Named calls of the public operators with impl="triton"; the name begins with the operator's."""
     cases: list[tuple[str, Callable[[], None]]] = []
-    seen = set()
-    for shape in all_shapes() if is_complete else SHAPES:
+    shapes = list(all_shapes() if is_complete else SHAPES)
+    for shape in shapes:
         if is_complete or shape == SHAPES[0]:
             cases.append((f"selected_attention {shape}", _with_shape(_run_selected, shape)))
         cases += [
@@ -155,7 +158,9 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
             (f"sliding_window_attention {shape}", _with_shape(_run_window, shape, False)),
             (f"sliding_window_attention documents {shape}", _with_shape(_run_window, shape, True)),
         ]
-        retrieval = (shape.K, shape.R, shape.dtype)
+    seen = set()
+    for shape in [*shapes, *(_widest_retrieval() if is_complete else ())]:
+        retrieval = (shape.K, shape.R, shape.dtype, shape.T > 16_384)
         if retrieval in seen:
             continue
         seen.add(retrieval)
@@ -167,7 +172,8 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
         for scanned in (128, 16_384, 262_144) if is_complete else (65_536,):
             name = f"C={scanned} {shape}"
             cases.append((f"chunk_topk decode {name}", _with_shape(_run_topk, shape, 1, False, scanned)))
-            if shape.dtype != torch.float32 and (is_complete or shape == SHAPES[0]):
+            is_scanned = shape.dtype != torch.float32 and scanned > shape.K
+            if is_scanned and (is_complete or shape == SHAPES[0]):
                 cases.append((f"chunk_topk quantized {name}", _with_shape(_run_quantized, shape, scanned)))
     # a library, and own chunks; two processes; three, and full coverage of a few
     for widths, topk in (((64, 64), 64), ((32, 32, 32), 32), ((32, 32, 32, 7), 32), ((256, 256), 256)):
