@@ -2,6 +2,7 @@
 
     python scripts/findings.py list
     python scripts/findings.py run NAME --data SHARDS --seed 0 --device cuda --max-minutes 9
+    python scripts/findings.py run NAME --data SHARDS --dry-run
     python scripts/findings.py collect NAME
 
 For every variant of the finding (hsa_ultralong/recipes/findings.py): `hsa train findings --set ...`, then `hsa eval`.
@@ -25,8 +26,9 @@ from typing import Any, NamedTuple
 from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.needles import wilson_interval
 from hsa_ultralong.eval.plots import read_jsonl
+from hsa_ultralong.eval.suite_summary import headlines
 from hsa_ultralong.files.strict_json import read_json
-from hsa_ultralong.recipes.findings import FINDINGS, QUICK
+from hsa_ultralong.recipes.findings import FINDINGS, QUICK, Finding
 
 RUNS, RESULTS = Path("runs/findings"), Path("results/findings")
 # of a run's summary.json
@@ -41,7 +43,7 @@ class Options(NamedTuple):
     data: Path
     device: str = "auto"
     text: tuple[str, ...] = ()
-    lengths: str = "4K,16K,64K,256K,1M"
+    lengths: str = ""
     needles: int = 20
     ppl_lengths: str = "2K,8K,32K"
     samples: int = 20
@@ -83,10 +85,17 @@ def steps(name: str, variant: str, seed: int, options: Options) -> list[Step]:
     changes = [part for setting in settings for part in ("--set", setting)]
     train = ["train", "findings", "--data", options.data, "-o", folder / "run", *changes, "--export", model]
     text = [part for path in options.text for part in ("--text", path)]
-    # models whose chunks cannot be laid together have the settings of others: a question over one memory
+    haystack = text or ["--shards", options.data]
+    lengths = options.lengths or finding.lengths
     evals = {
-        "needles": [
-            "eval", "needles", "--model", model, "--lengths", options.lengths, "--needles", options.needles, *text,
+        "needles": ["eval", "needles", "--model", model, "--lengths", lengths, "--needles", options.needles, *haystack],
+        "paper": [
+            "eval", model, "--tasks", "s_niah_authors,mq_authors,vt_authors", "--scoring", "teacher", "--setting",
+            finding.setting, "--lengths", lengths, "--samples", options.needles, *haystack,
+        ],
+        "ruler": [
+            "eval", model, "--tasks", "niah_single_2,niah_multiquery,vt", "--setting", finding.setting,
+            "--lengths", lengths, "--samples", options.needles, *haystack,
         ],
         "perplexity": [
             "eval", model, "--tasks", "ppl_last_512", "--lengths", options.ppl_lengths, "--samples", options.samples,
@@ -97,7 +106,7 @@ def steps(name: str, variant: str, seed: int, options: Options) -> list[Step]:
     found = [Step(model / "config.json", [*map(str, train), "--device", options.device], True)]
     for measure in finding.measures:
         if measure != "short" or options.short is not None:
-            place = folder / measure
+            place = folder / finding.folder(measure)
             command = [*evals[measure], "--seed", seed, "--device", options.device, "-o", place]
             found.append(Step(place / "done", list(map(str, command)), False))
     return found
@@ -108,16 +117,17 @@ def run(
     seed: int,
     options: Options,
     *,
+    only: str = "",
     minutes: float = 1e6,
     perform: Callable[[Sequence[str], float], int] = execute,
 ) -> bool:
-    """Do what is not done yet of a finding for a seed; returns whether all is done.
+    """Do what is not done yet of a finding for a seed, or of one variant; returns whether all is done.
 
     Raises:
         ValueError: a command failed.
     """
     deadline = time.monotonic() + 60 * minutes
-    for variant in FINDINGS[name].variants:
+    for variant in [only] if only else FINDINGS[name].variants:
         for step in steps(name, variant, seed, options):
             if step.done.is_file():
                 continue
@@ -150,7 +160,7 @@ def collect(name: str, runs: Path, results: Path) -> dict[str, Any]:
         for folder in sorted(runs.glob(f"{prefix}*")):
             seed = folder.name.removeprefix(prefix)
             if seed.isdecimal() and (folder / "model" / "config.json").is_file():
-                records += [{"variant": variant, "seed": int(seed), **found} for found in _measured(folder)]
+                records += [{"variant": variant, "seed": int(seed), **found} for found in _measured(finding, folder)]
                 sources[f"{variant}-{seed}"] = _source(folder)
                 write_json(place / "configs" / f"{variant}.json", read_json(folder / "run" / "config.json"))
     if (place / "summary.json").is_file():
@@ -181,7 +191,7 @@ def _source(folder: Path) -> dict[str, Any]:
     return {field: meta[field] for field in _SOURCE if field in meta}
 
 
-def _measured(folder: Path) -> list[dict[str, Any]]:
+def _measured(finding: Finding, folder: Path) -> list[dict[str, Any]]:
     """Records of a variant and seed: the last stage of training, and what was evaluated, with cells by depth."""
     trained = read_json(folder / "run" / "summary.json")["records"]
     last = trained[-1]["stage"]
@@ -191,18 +201,20 @@ def _measured(folder: Path) -> list[dict[str, Any]]:
         for record in trained if record["stage"] == last and record["metric"] in _TRAINED
     ]  # fmt: skip
     fields = ("task", "metric", "length", "depth", "samples", "value", "ci_low", "ci_high", "distinct_chunks")
-    for measure in ("perplexity", "short"):
-        if (folder / measure / "done").is_file():
-            records = read_json(folder / measure / "summary.json")["records"]
+    for measure in ("paper", "ruler", "perplexity", "short"):
+        place = folder / finding.folder(measure)
+        if (place / "done").is_file():
+            records = headlines(read_json(place / "summary.json")["records"])
             found += [{field: record.get(field) for field in fields} for record in records]
-    if (folder / "needles" / "done").is_file():
-        records = read_json(folder / "needles" / "summary.json")["records"]
+    place = folder / finding.folder("needles")
+    if (place / "done").is_file():
+        records = read_json(place / "summary.json")["records"]
         found += [
             {**{field: record.get(field) for field in fields}, "metric": "exact"}
             for record in records
             if "task" in record
         ]
-        found += _by_depth(read_jsonl(folder / "needles" / "records.jsonl"))
+        found += _by_depth(read_jsonl(place / "records.jsonl"))
     return found
 
 
@@ -237,13 +249,18 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--device", default=defaults.device)
         sub.add_argument("--max-minutes", type=float, default=1e6, help="stop then; the same command goes on")
-        sub.add_argument("--text", action="append", default=[], help="held-out text to measure on; default Opticks")
-        sub.add_argument("--lengths", default=defaults.lengths, help="of hidden sentences")
-        sub.add_argument("--needles", type=int, default=defaults.needles, help="hidden sentences a length")
+        sub.add_argument("--text", action="append", default=[],
+                         help="text to measure on; default: the shards, and Opticks for perplexity")  # fmt: skip
+        sub.add_argument(
+            "--lengths", default=defaults.lengths, help="of hidden sentences and tests; default: the finding's"
+        )
+        sub.add_argument("--needles", type=int, default=defaults.needles, help="hidden sentences and samples a length")
         sub.add_argument("--ppl-lengths", default=defaults.ppl_lengths, help="of perplexity")
         sub.add_argument("--samples", type=int, default=defaults.samples, help="stretches of text a length")
         sub.add_argument("--short", type=Path, help="folder of the short tasks (docs/evaluate.md)")
         sub.add_argument("--quick", action="store_true", help="toy sizes, to try the command on a CPU")
+        sub.add_argument("--only", default="", help="this variant alone")
+        sub.add_argument("--dry-run", action="store_true", help="only print the commands that are left")
     return parser
 
 
@@ -256,13 +273,21 @@ def main(arguments: Sequence[str] | None = None, perform: Callable[[Sequence[str
                 print(f"  {variant}: {' '.join(finding.settings(variant)) or 'the recipe as it is'}")
         return 0
     is_quick = getattr(given, "quick", False)
+    only = getattr(given, "only", "")
+    if only and only not in FINDINGS[given.name].variants:
+        raise ValueError(f"{given.name} has no variant {only}: {', '.join(FINDINGS[given.name].variants)}")
     results = given.results or (given.runs / "results" if is_quick else RESULTS)
     if given.verb == "run":
         options = Options(
             given.data, given.device, tuple(given.text), given.lengths, given.needles, given.ppl_lengths, given.samples,
             given.short, is_quick, given.runs,
         )  # fmt: skip
-        if not run(given.name, given.seed, options, minutes=given.max_minutes, perform=perform):
+        if given.dry_run:
+            for variant in [only] if only else FINDINGS[given.name].variants:
+                for step in steps(given.name, variant, given.seed, options):
+                    print(f"{variant}: {'done: ' if step.done.is_file() else ''}hsa {shlex.join(step.command)}")
+            return 0
+        if not run(given.name, given.seed, options, only=only, minutes=given.max_minutes, perform=perform):
             print(f"{given.name} seed {given.seed}: stopped; the same command goes on", file=sys.stderr)
             return 3
     collect(given.name, given.runs, results)

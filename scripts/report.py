@@ -18,11 +18,16 @@ from typing import Any
 
 import report_figures as shapes
 
+from hsa_ultralong.baselines.twins import rival_parameters
 from hsa_ultralong.eval.needles import wilson_interval
 from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, save, token_axis
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.strict_json import read_json
-from hsa_ultralong.recipes.findings import FINDINGS
+from hsa_ultralong.models.accounting import count_parameters
+from hsa_ultralong.recipes import recipe
+from hsa_ultralong.recipes.findings import FINDINGS, Finding
+from hsa_ultralong.train import apply_overrides
+from hsa_ultralong.train.twins import rival_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path("docs/report.md")
@@ -31,10 +36,17 @@ _BLOCK = re.compile(r"(<!-- begin ([a-z_]+) -->\n).*?(<!-- end \2 -->)", re.S)
 # task -> how a table and a panel call it
 _TITLES = {
     "s_niah": "hidden sentences answered exactly, %",
+    "s_niah_authors": "S-NIAH in the authors' protocol, %",
+    "mq_authors": "MQ-NIAH in the authors' protocol, %",
+    "vt_authors": "variable tracking in the authors' protocol, %",
+    "niah_single_2": "RULER's one fact, %",
+    "niah_multiquery": "RULER's several facts, %",
+    "vt": "RULER's variable tracking, %",
     "ppl_last_512": "perplexity of the last 512 tokens",
     "training": "held-out questions at the end of training answered exactly, %",
 }
 _DIRECTIONS = {"fwd": "Forward", "fwd_bwd": "Forward and backward"}
+_CLAIMED = ("s_niah", "s_niah_authors", "mq_authors", "vt_authors", "ppl_last_512")
 _LENGTH_TASKS = ("s_niah", "mk_niah", "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt")
 Records = list[dict[str, Any]]
 # figure -> what draws it there
@@ -112,14 +124,22 @@ def codes(settings: Sequence[str]) -> str:
     return ", ".join(f"`{setting}`" for setting in settings)
 
 
+def parameters(finding: Finding, variant: str) -> str:
+    """Of the model of a run, in millions."""
+    config = apply_overrides(recipe("findings"), finding.settings(variant))
+    rival = rival_of(config, config.shape())
+    number = count_parameters(config.shape()).total if rival is None else rival_parameters(rival)
+    return f"{number / 1e6:.2f}M"
+
+
 def finding_block(root: Path, figures: Figures, name: str) -> str:
     """Question, claim, runs, and what was measured of a finding."""
     finding, folder = FINDINGS[name], Path("results/findings") / name
-    runs = [[f"`{one}`", codes(own) or "nothing"] for one, own in finding.variants.items()]
+    runs = [[f"`{one}`", codes(own) or "nothing", parameters(finding, one)] for one, own in finding.variants.items()]
     parts = [f"**{finding.question}**", f"The paper: {finding.claim}", f"Here: {finding.note}"]
     if finding.common:
         parts.append(f"All runs have {codes(finding.common)}.")
-    parts.append(table(["run", "differs from the recipe by"], runs))
+    parts.append(table(["run", "differs from the recipe by", "parameters"], runs))
     if not (root / folder / "summary.json").is_file():
         return "\n\n".join([*parts, _NOT_YET])
     summary = read_json(root / folder / "summary.json")
@@ -148,7 +168,7 @@ def differences(tasks: dict[str, Records], variants: Sequence[str], seeds: int) 
     if seeds < 3:
         return f"No difference is claimed: that takes three seeds, and there {'is one' if seeds == 1 else 'are two'}."
     found = []
-    for task in ("s_niah", "ppl_last_512"):
+    for task in _CLAIMED:
         known = {(record["variant"], record["length"]): record for record in tasks.get(task, ())}
         for variant in variants[1:]:
             places: dict[str, list[str]] = {"above": [], "below": []}
@@ -198,12 +218,15 @@ def draw_finding(tasks: dict[str, Records], variants: Sequence[str], path: Path)
 
 
 def draw_depths(cells: Records, variants: Sequence[str], path: Path) -> None:
-    """A map of depth by length for every variant that was measured."""
+    """A map of depth by length for every variant and task that was measured."""
     maps: dict[str, shapes.Map] = {}
-    for record in sorted(cells, key=lambda cell: (variants.index(cell["variant"]), cell["length"])):
-        own = maps.setdefault(record["variant"], {}).setdefault(record["length"], {})
-        own[int(10 * record["depth"])] = record["value"]
-    shapes.draw_maps(maps, path)
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    for record in sorted(
+        cells, key=lambda cell: (tasks.index(cell["task"]), variants.index(cell["variant"]), cell["length"])
+    ):
+        name = f"{record['variant']}, {record['task']}"
+        maps.setdefault(name, {}).setdefault(record["length"], {})[int(10 * record["depth"])] = record["value"]
+    shapes.draw_maps(maps, path, max(1, len({cell["variant"] for cell in cells})))
 
 
 def lengths_block(root: Path) -> str:

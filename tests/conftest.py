@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 # before transformers is imported anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,3 +27,25 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def parse_command():
+    """A function that refuses a line `hsa ...` whose command, options or values do not exist."""
+    import typer
+
+    from hsa_ultralong.cli.main import app
+
+    root = typer.main.get_command(app)
+
+    def parse(line):
+        words, command = shlex.split(line), root
+        assert words.pop(0) == "hsa", line
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]
+        # `hsa eval` without a command is `hsa eval suite`
+        command = getattr(command, "commands", {}).get("suite", command)
+        assert not getattr(command, "commands", {}), f"no such command: {line}"
+        command.make_context("hsa", words)
+
+    return parse

@@ -5,9 +5,15 @@ scripts/findings.py trains and measures them, scripts/report.py writes docs/repo
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 from hsa_ultralong.train import FULL_COVERAGE, StageConfig, TrainConfig
+
+# rows that ask, and their share
+_ASKED = {"needles": 0.2, "facts": 0.1, "multi_query": 0.1, "variable_tracking": 0.1}
+# where the curve by length is the claim
+_FAR = "4K,16K,64K,256K,1M,4M,16M"
 
 
 def findings() -> TrainConfig:
@@ -17,8 +23,11 @@ def findings() -> TrainConfig:
     One GPU with 80 GiB, 59M tokens, 2 to 3 minutes a run by plan; not measured. SHARDS: `hsa data corpus.txt
     --tokenizer checkpoints/nano -o SHARDS`. Three stages of the paper (sec. 3.2) in small: dense at 2K, sparse at 4K,
     dense at 32K on long documents. Muon, because retrieval emerges with fewer tokens (results/training-muon).
+
+    Rows teach what is measured in sentences of their own: one fact (needles), facts of any form, several at once and
+    chains of variables, as the authors train on the tasks that they test.
     """
-    mixture = {"text": 0.3, "self_copy": 0.3, "needles": 0.4}
+    mixture = {"text": 0.3, "self_copy": 0.2, **_ASKED}
     return TrainConfig(
         preset="nano",
         optimizer="muon",
@@ -50,7 +59,7 @@ def findings() -> TrainConfig:
                 batch_tokens=131_072,
                 micro_batch_rows=2,
                 learning_rate=1e-3,
-                mixture={"text": 0.4, "self_copy": 0.2, "needles": 0.4},
+                mixture={"text": 0.35, "self_copy": 0.15, **_ASKED},
                 warmup_steps=10,
                 schedule="linear",
                 long_documents=True,
@@ -71,8 +80,11 @@ class Finding(NamedTuple):
         variants: name -> settings of `hsa train findings --set` by which a run differs; none: the recipe as it is,
             which all findings share.
         common: settings of all runs.
-        measures: what is measured of each: "needles" (hidden sentences by length), "perplexity", "short" (short tasks,
-            where their files are given).
+        measures: what is measured of each: "needles" (hidden sentences by length), "paper" (S-NIAH, MQ and VT in the
+            authors' protocol, answers forced), "ruler" (its one, several and chained facts, answers written),
+            "perplexity", "short" (short tasks, where their files are given).
+        lengths: of hidden sentences and tests.
+        setting: of tests, that of `hsa eval`: "continue" where chunks of a variant cannot be laid together.
         note: what small scale changes.
     """
 
@@ -80,16 +92,29 @@ class Finding(NamedTuple):
     claim: str
     variants: dict[str, tuple[str, ...]]
     common: tuple[str, ...] = ()
-    measures: tuple[str, ...] = ("needles", "perplexity")
+    measures: tuple[str, ...] = ("needles", "paper", "perplexity")
+    lengths: str = "4K,16K,64K,256K,1M"
+    setting: str = "memory"
     note: str = ""
+
+    def folder(self, measure: str) -> str:
+        """Where a measure lies beside a run, which another finding may measure elsewise."""
+        is_far = self.lengths == _FAR and measure in ("needles", "paper", "ruler")
+        is_continued = self.setting == "continue" and measure in ("paper", "ruler")
+        return measure + "-far" * is_far + "-continue" * is_continued
 
     def settings(self, variant: str) -> list[str]:
         """All settings of a variant, in the form of `--set`."""
         return [*self.common, *self.variants[variant]]
 
 
-_NO_COPY = '{"text": 0.6, "needles": 0.4}'
+_NO_COPY = json.dumps({"text": 0.5, **_ASKED})
 _WIDE_WARMUP = ("warmup.sliding_window=512", "warmup.hsa_sliding_window=512", "warmup.chunk_topk=16")
+_FUSION_CLAIM = (
+    "Yes: chunk-wise attention and fusion by retrieval score are two of three ingredients, and NSA's selection learns "
+    "nothing from what is read (sec. 1, 2.1)."
+)
+_FUSION_ROWS = ("long.seq_len=8192", "long.micro_batch_rows=8")
 _TAUGHT = ("warmup.evidence_loss=0.1", "pretrain.evidence_loss=0.1", "long.evidence_loss=0.1")
 
 FINDINGS: dict[str, Finding] = {
@@ -102,6 +127,8 @@ FINDINGS: dict[str, Finding] = {
             "rows_32k": (),
             "rows_128k": ("long.seq_len=131072", "long.micro_batch_rows=1"),
         },
+        measures=("needles", "paper", "ruler", "perplexity"),
+        lengths=_FAR,
         note="Rows of the last stage differ, their tokens do not. Needle and self-copy rows reach as far as the row.",
     ),
     "warmup": Finding(
@@ -137,22 +164,33 @@ FINDINGS: dict[str, Finding] = {
         question="Must attention inside retrieved chunks be without positions?",
         claim="Yes, one of three ingredients; RoPE costs NSA 13 points of S-NIAH and 8 of MQ at 64K (sec. 1, Table 1).",
         variants={"nope": (), "rope": ("model.memory_positions=rope",)},
+        setting="continue",
         note="RoPE by the distance from token to key. The memory itself is the same; windows have RoPE in both.",
     ),
     "fusion": Finding(
         question="Must every chunk have a softmax of its own, weighed by its retrieval score?",
-        claim="Yes: chunk-wise attention and fusion by retrieval score are two of three ingredients, and NSA's "
-        "selection learns nothing from what is read (sec. 1, 2.1).",
+        claim=_FUSION_CLAIM,
         variants={
             "score": (),
             "score_joint": ("model.memory_softmax=joint",),
             "chosen": ("model.memory_softmax=joint", "model.fusion=none"),
-            "score_taught": _TAUGHT,
-            "chosen_taught": ("model.memory_softmax=joint", "model.fusion=none", *_TAUGHT),
         },
+        common=_FUSION_ROWS,
+        setting="continue",
         note="`score` is HSA. `score_joint`: one softmax over all keys, with the scores as bias. `chosen`: one softmax "
-        "without scores, as in the selected branch of NSA. `taught`: the scores also learn from the chunks that tell a "
-        "token (evidence_loss), without which those of `chosen` learn nothing.",
+        "without scores, as in the selected branch of NSA; its scores learn nothing. One softmax is plain torch, so "
+        "rows of the last stage have 8K.",
+    ),
+    "fusion_taught": Finding(
+        question="Does fusion by score still matter where an auxiliary loss teaches retrieval?",
+        claim=_FUSION_CLAIM,
+        variants={
+            "score_taught": (),
+            "chosen_taught": ("model.memory_softmax=joint", "model.fusion=none"),
+        },
+        common=(*_FUSION_ROWS, *_TAUGHT),
+        setting="continue",
+        note="As `fusion`; the scores also learn from the chunks that tell a token (evidence_loss).",
     ),
     "parity": Finding(
         question="Is the model as good as full attention at lengths that both were trained on?",
@@ -173,8 +211,9 @@ FINDINGS: dict[str, Finding] = {
             "1_to_1": ("model.num_memory_heads=16",),
         },
         common=("model.num_attention_heads=16", "model.head_dim=32"),
-        note="16 heads of 32 in all runs. A memory takes 2 * 32 numbers a token for each of its heads, beside "
-        "landmarks of 256 a chunk, whose retrieval heads share them out.",
+        note="16 heads of 32 in all runs. The runs differ in parameters too, by 2%: more memory heads have wider "
+        "projections of keys and values. A memory takes 2 * 32 numbers a token for each of its heads, beside landmarks "
+        "of 256 a chunk, whose retrieval heads share them out.",
     ),
 }
 

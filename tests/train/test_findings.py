@@ -19,6 +19,7 @@ from hsa_ultralong.train import apply_overrides
 from hsa_ultralong.train.twins import rival_of
 
 ROOT = Path(__file__).resolve().parents[2]
+AUTHORS = ("s_niah_authors", "mq_authors", "vt_authors")
 VARIANTS = [(name, variant) for name, finding in FINDINGS.items() for variant in finding.variants]
 
 
@@ -54,9 +55,33 @@ def test_runs_of_a_finding_have_the_same_tokens_and_differ_in_what_is_claimed():
         assert sum(stage.tokens for stage in runs[0].stages) <= 60_000_000
 
 
+def test_the_authors_protocol_is_measured_and_its_kinds_are_taught_wherever_it_is():
+    kinds = {"needles", "facts", "multi_query", "variable_tracking"}
+    for name, finding in FINDINGS.items():
+        assert "paper" in finding.measures or name == "parity"
+        for variant in finding.variants if "paper" in finding.measures else ():
+            stages = apply_overrides(recipe("findings"), finding.settings(variant)).stages
+            assert all(kinds <= set(stage.mixture) for stage in stages[1:]), (name, variant)
+            # what cannot be laid together is asked otherwise, and so is what it is compared with
+            model = apply_overrides(recipe("findings"), finding.settings(variant)).shape()
+            assert model.is_composable or finding.setting == "continue", (name, variant)
+    assert FINDINGS["effective_length"].lengths.endswith("16M") and "ruler" in FINDINGS["effective_length"].measures
+
+
+def test_a_dry_run_prints_commands_that_parse_and_does_nothing(findings, tmp_path, capsys, parse_command):
+    for name, finding in FINDINGS.items():
+        arguments = ["run", name, "--data", "shards", "--dry-run", "--runs", str(tmp_path), "--short", "short"]
+        assert findings.main(arguments, lambda *_: pytest.fail("performed")) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(finding.variants) * (1 + len(finding.measures))
+        for line in lines:
+            parse_command(line.partition(": ")[2])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_shared_run_is_the_recipe_as_it_is():
     assert preset("nano") == recipe("findings").shape()
-    assert sum(not FINDINGS[name].settings(variant) for name, variant in VARIANTS) == 4
+    assert sum(not FINDINGS[name].settings(variant) for name, variant in VARIANTS) == 3
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +95,9 @@ def quick(findings, shards_folder, tmp_path_factory):
         performed.append(list(command))
         if len(performed) == 2:  # asked to end within its time
             return -1
-        return CliRunner().invoke(app, list(command)).exit_code
+        result = CliRunner().invoke(app, list(command))
+        assert result.exit_code == 0, result.output
+        return 0
 
     arguments = [
         "run", "positions", "--data", shards_folder[0], "--quick", "--device", "cpu", "--runs", folder / "runs",
@@ -85,15 +112,16 @@ def test_a_finding_goes_on_where_it_stopped_and_does_nothing_twice(quick):
     performed, _ = quick
     kinds = [command[1] if command[0] == "train" else command[command.index("-o") + 1].rsplit("/", 1)[1]
              for command in performed]  # fmt: skip
-    assert kinds == ["findings", "needles", "needles", "perplexity", "findings", "needles", "perplexity"]
-    assert "--max-minutes" in performed[0] and "model.memory_positions=rope" in performed[4]
+    measured = ["needles", "paper-continue", "perplexity"]
+    assert kinds == ["findings", "needles", *measured, "findings", *measured]
+    assert "--max-minutes" in performed[0] and "model.memory_positions=rope" in performed[5]
 
 
 def test_its_summary_has_records_of_every_variant_configurations_and_where_they_came_from(quick):
     folder = quick[1] / "runs" / "results" / "positions"
     found = json.loads((folder / "summary.json").read_text())
     assert {(r["variant"], r["task"]) for r in found["records"]} == {
-        (variant, task) for variant in ("nope", "rope") for task in ("training", "s_niah", "ppl_last_512")
+        (variant, task) for variant in ("nope", "rope") for task in ("training", "s_niah", "ppl_last_512", *AUTHORS)
     }
     assert {r["depth"] for r in found["records"] if r["task"] == "s_niah"} > {None}
     assert found["meta"]["seeds"] == [0] and found["meta"]["settings"]["rope"] == ["model.memory_positions=rope"]
