@@ -39,7 +39,31 @@ API = {
                 *("inference.memorize", "inference.append", "inference.close_document", "inference.edit"),
                 *("inference.last_logits", "inference.ask", "inference.Answer", "inference.DecodingEngine"),
                 *("inference.Library", "inference.rebuild", "inference.share_out", "inference.open_shared"),
-                *("memory.ChunkMemory", "memory.open_memory"),
+                *("inference.as_question", "inference.conversation.Conversation", "memory.ChunkMemory"),
+            )
+        ],
+    ),
+    "api/memory.md": (
+        "API: memories",
+        [
+            f"hsa_ultralong.memory.{name}"
+            for name in ("open_memory", "Memory", "StoredMemory", "TieredStore", "save_memory", "verify_memory")
+        ],
+    ),
+    "api/serve.md": (
+        "API: serving",
+        [
+            f"hsa_ultralong.serve.{name}"
+            for name in ("app.build_app", "answers.Answers", "memories.Memories", "worker.Worker")
+        ],
+    ),
+    "api/eval.md": (
+        "API: evaluation",
+        [
+            f"hsa_ultralong.eval.{name}"
+            for name in (
+                *("needles.run_needles", "suite.run_suite", "suite.SuiteRun", "suite_summary.summary_records"),
+                *("readers.Reader", "tasks.sample.Task", "tasks.sample.Sample", "tasks.material.Material"),
             )
         ],
     ),

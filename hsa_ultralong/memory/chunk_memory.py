@@ -223,7 +223,7 @@ class ChunkMemory(Memory):
 
     # opening makes memories of every kind, so opening.py puts it here
     load: ClassVar[Callable[..., Memory]]
-    """Open a saved memory, on a device, in host memory or left on disk: memory.open_memory."""
+    """memory.open_memory: a ChunkMemory with `store="device"`, else a StoredMemory, in host memory or left on disk."""
 
     @staticmethod
     def empty(

@@ -118,6 +118,9 @@ def open_memory(
         fingerprint: refuse another model's memory.
         part: first and last + 1 of the chunks to open; the documents are those of the whole (inference/sharding.py).
 
+    Returns:
+        A ChunkMemory for "device", else a StoredMemory: read and copied as any other, changed by `Library` alone.
+
     Raises:
         MemoryFileError: no memory, another model's, truncated or damaged.
         ValueError: an unknown store or lookup, or bytes that the store does not take.
