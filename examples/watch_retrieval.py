@@ -32,7 +32,7 @@ def main(tokens: int = 16_384) -> tuple[int, int]:
 
     ids = torch.tensor(tokenizer(QUESTION)["input_ids"])[None]  # (1, T)
     # what `generate(memory=...)` makes for a prompt: empty windows beside a memory that all rows read
-    cache = HSACache(model.config, library=memory)
+    cache = HSACache(model.config, memory=memory)
     with torch.no_grad():
         outputs = model(ids, past_key_values=cache, output_retrieval=True)
 

@@ -227,7 +227,7 @@ class Recorder:
             return index.search(query, topk, visible=visible, **options)
 
         own.lookup = _Observed(keep)
-        self.model(text, past_key_values=HSACache(self.model.config, library=memory), logits_to_keep=1)
+        self.model(text, past_key_values=HSACache(self.model.config, memory=memory), logits_to_keep=1)
         own.lookup = index
         found = []
         for topk in (32, 64):

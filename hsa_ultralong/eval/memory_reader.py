@@ -260,7 +260,7 @@ class MemoryReader:
         longest, device = max(map(len, texts)), self.model.device
         ids = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts], device=device)
         mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=device)
-        cache = HSACache(self.model.config, library=rows)
+        cache = HSACache(self.model.config, memory=rows)
         with evaluating(self.model):
             return self.model(ids, attention_mask=mask, past_key_values=cache, **options)
 

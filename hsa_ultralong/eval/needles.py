@@ -345,7 +345,7 @@ def _question_logits(
 ) -> tuple[torch.Tensor, float]:
     """Logits (V,) after the question, in fp32 on the host, and the margin of these chunks."""
     ids = torch.tensor([tokenizer(question)["input_ids"]], device=model.model.embed_tokens.weight.device)
-    cache = HSACache(model.config, library=memory)
+    cache = HSACache(model.config, memory=memory)
     outputs = model(ids, past_key_values=cache, logits_to_keep=1, output_retrieval=True)
     margins = [score_margin(found.indices[0, -1], found.scores[0, -1], chunks) for found in outputs.retrieval]
     return outputs.logits[0, -1].float().cpu(), max(margins)

@@ -142,7 +142,7 @@ class BatchEngine(DecodingEngine):
             self._learn(memory)
         prompt = prompt.cpu()
         known, shared = self.prefixes.find(owner, memory, prompt)
-        cache = HSACache(self.config, library=memory, rewind=REWIND) if known is None else known.cache(self.model)
+        cache = HSACache(self.config, memory=memory, rewind=REWIND) if known is None else known.cache(self.model)
         self.num_reading += 1
         reading = Reading(prompt, memory, owner, room, self.own.take(self._pages_for(room)), cache, shared=shared)
         if known is not None:
@@ -227,9 +227,9 @@ class BatchEngine(DecodingEngine):
         lengths, cache = [len(reading.prompt) for reading in readings], read.cache
         place, source = torch.tensor([rows, list(sources)], device=self.device)
         self.own.hold(rows, [reading.pages for reading in readings])
-        if cache.memory is not None:
+        if cache.own_memory is not None:
             counts = [length // self.config.chunk_size for length in lengths]
-            self.own.load(rows, cache.memory.tensors, sources, counts)
+            self.own.load(rows, cache.own_memory.tensors, sources, counts)
         self.state.load(place, source, cache, lengths, lambda places: rotary_of(self.config, places, self.dtype))
         found = [one._replace(indices=one.indices[source], weights=one.weights[source]) for one in read.retrieval]
         self._note(self.state, place, found)

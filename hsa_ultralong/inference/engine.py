@@ -24,7 +24,7 @@ from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
 from hsa_ultralong.models.pieces import SplitParts, compiled, rotary_of
 from hsa_ultralong.models.remembering import continuation_cache
-from hsa_ultralong.models.views import library_view
+from hsa_ultralong.models.views import memory_view
 from hsa_ultralong.models.weights import is_plain, refuse_hooks, state_key, weights_of
 from hsa_ultralong.models.wrapped import computing_dtype, device_of, unwrapped
 from hsa_ultralong.nn.chunk_retriever import Retrieval
@@ -157,7 +157,7 @@ class DecodingEngine:
         chunks += sum(memory.num_chunks_of_all for memory in self.memories if memory is not None)
         self.state = self._empty_state(min(config.chunk_topk, chunks))
         self.own = RowChunks(self.model, self.batch, self._own_capacity, self.dtype, self.device)
-        self.views = [*self._library_views(), self.own.view(self.state.positions)]
+        self.views = [*self._memory_views(), self.own.view(self.state.positions)]
 
     def _empty_state(self, slots: int) -> DecodingState:
         self.lengths = [0] * self.batch  # places, on the host
@@ -172,7 +172,7 @@ class DecodingEngine:
     logits = property(lambda self: self.state.logits)
     retrieved = property(lambda self: self.state.retrieved)
 
-    def _library_views(self) -> list[MemoryView]:
+    def _memory_views(self) -> list[MemoryView]:
         """One view per memory, readable by the sequences that have it."""
         views: list[MemoryView] = []
         known: list[Memory | RowMemories] = []
@@ -182,7 +182,7 @@ class DecodingEngine:
             known.append(memory)
             readers = torch.tensor([[0 if other is memory else -1] for other in self.memories], dtype=torch.int32)
             segment = readers.to(self.device)  # (B, 1)
-            views.append(library_view(memory, segment, self.state.positions))
+            views.append(memory_view(memory, segment, self.state.positions))
         return views
 
     def _can_capture(self) -> bool:
@@ -292,7 +292,7 @@ class DecodingEngine:
                 raise ValueError(f"sequence {row} has no memory, so no document to continue")
             cache, _ = continuation_cache(self.model, memory)
         else:
-            cache = HSACache(self.config, library=memory)
+            cache = HSACache(self.config, memory=memory)
         if len(prompt) == 0 or cache.num_seen + len(prompt) > self.max_tokens:
             raise ValueError(f"a prompt needs 1 to {self.max_tokens - cache.num_seen} tokens here, got {len(prompt)}")
         with evaluating(self.model):
@@ -317,7 +317,7 @@ class DecodingEngine:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[len(row) - len(prompt) :] = prompt
         is_real = torch.arange(max(sizes)) >= max(sizes) - torch.tensor(sizes)[:, None]
-        cache = HSACache(self.config, library=self.rows)
+        cache = HSACache(self.config, memory=self.rows)
         with evaluating(self.model):
             outputs = self.model(
                 tokens.to(self.device), attention_mask=is_real.long().to(self.device), past_key_values=cache,
@@ -347,8 +347,8 @@ class DecodingEngine:
         if rest:
             assert cache.pending is not None
             self.state.pending[row, :rest] = cache.pending[source, cache.pending.shape[1] - rest :]
-        if cache.memory is not None:
-            self.own.load(row, cache.memory.tensors, source, length // size)
+        if cache.own_memory is not None:
+            self.own.load(row, cache.own_memory.tensors, source, length // size)
         self.state.places[row], self.state.seen[row], self.lengths[row] = length, seen, length
 
     def stream(

@@ -63,7 +63,7 @@ def note_weights(best: dict[int, float], indices: torch.Tensor, weights: torch.T
 def retrieved_weights(model: HSAForCausalLM, memory: Memory, ids: torch.Tensor) -> dict[int, float]:
     """Largest fusion weight of every chunk that the last of the tokens ids (n,) retrieves, a new document."""
     require_same_model(model, memory)
-    cache, best = HSACache(model.config, library=memory), dict[int, float]()
+    cache, best = HSACache(model.config, memory=memory), dict[int, float]()
     with evaluating(model):
         outputs = model(ids[None].to(device_of(model)), past_key_values=cache, logits_to_keep=1, output_retrieval=True)
     for found in outputs.retrieval:

@@ -44,15 +44,15 @@ class Prefix:
 
     def cache(self, model: HSAForCausalLM) -> HSACache:
         """A cache that goes on from here, with chunks of its own."""
-        cache = HSACache(model.config, library=self.memory, rewind=REWIND)
+        cache = HSACache(model.config, memory=self.memory, rewind=REWIND)
         for layer, pair in zip(cache.layers, self.windows, strict=True):
             # never written in place: new keys make new tensors
             layer.state.keys, layer.state.values = pair or (None, None)
         cache.pending = self.pending
         if self.chunks is not None:
             k = self.chunks.k
-            cache.memory = model.model.empty_memory(1, k.dtype, k.device)
-            cache.memory.write(0, self.chunks)
+            cache.own_memory = model.model.empty_memory(1, k.dtype, k.device)
+            cache.own_memory.write(0, self.chunks)
         cache.advance(len(self.tokens))
         return cache
 

@@ -124,18 +124,18 @@ def read_pieces(model: HSAForCausalLM, readings: Sequence[Reading], sizes: Seque
             tokens.to(device), past_key_values=cache, logits_to_keep=1, output_retrieval=True, **options
         )  # fmt: skip
     found = list(outputs.retrieval)
-    if isinstance(cache.library, MixedRows):
-        found = [one._replace(indices=cache.library.own_numbers(one.indices)) for one in found]
+    if isinstance(cache.memory, MixedRows):
+        found = [one._replace(indices=cache.memory.own_numbers(one.indices)) for one in found]
     return Read(cache, outputs.logits[:, -1], found)
 
 
 def _side_by_side(model: HSAForCausalLM, readings: Sequence[Reading]) -> HSACache:
     """One cache of the rows of several, every row moved to the right."""
     caches, memories = [reading.cache for reading in readings], [reading.memory for reading in readings]
-    library: Memory | MixedRows | None = memories[0]
-    if any(memory is not library for memory in memories):
-        library = MixedRows(memories)
-    cache = HSACache(model.config, library=library, rewind=REWIND)
+    read: Memory | MixedRows | None = memories[0]
+    if any(memory is not read for memory in memories):
+        read = MixedRows(memories)
+    cache = HSACache(model.config, memory=read, rewind=REWIND)
     seen = [one.num_seen for one in caches]
     for layer, *parts in zip(cache.layers, *(one.layers for one in caches), strict=True):
         layer.state.keys = _to_the_right([part.state.keys for part in parts])
@@ -145,12 +145,12 @@ def _side_by_side(model: HSAForCausalLM, readings: Sequence[Reading]) -> HSACach
     some = next((chunks for chunks in own if chunks is not None), None)
     if some is not None:
         count = max(0 if chunks is None else chunks.landmarks.shape[1] for chunks in own)
-        cache.memory = model.model.empty_memory(len(caches), some.k.dtype, some.k.device, count)
-        cache.memory.storage.lengths.fill_(model.config.chunk_size)
-        cache.memory.num_chunks = count
+        cache.own_memory = model.model.empty_memory(len(caches), some.k.dtype, some.k.device, count)
+        cache.own_memory.storage.lengths.fill_(model.config.chunk_size)
+        cache.own_memory.num_chunks = count
         for row, chunks in enumerate(own):
             if chunks is not None:
-                for target, part in zip(cache.memory.storage, chunks, strict=True):
+                for target, part in zip(cache.own_memory.storage, chunks, strict=True):
                     target[row, : part.shape[1]] = part[0]
     cache.advance(max(seen))
     if min(seen) < max(seen):
@@ -177,7 +177,7 @@ def _to_the_right(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 def cache_of_row(model: HSAForCausalLM, cache: HSACache, row: int, num_seen: int, memory: Memory | None) -> HSACache:
     """The cache that one row would have alone after `num_seen` tokens, in tensors of its own."""
-    own = HSACache(model.config, library=memory, rewind=REWIND)
+    own = HSACache(model.config, memory=memory, rewind=REWIND)
 
     def last(part: torch.Tensor) -> torch.Tensor:
         return part[row : row + 1, max(0, part.shape[1] - num_seen) :].clone()
@@ -188,13 +188,13 @@ def cache_of_row(model: HSAForCausalLM, cache: HSACache, row: int, num_seen: int
     if cache.pending is not None:
         own.pending = last(cache.pending)
     count = num_seen // model.config.chunk_size
-    if count and cache.memory is not None:
+    if count and cache.own_memory is not None:
         size = model.config.chunk_size
         units = (size, size, 1, 1, 1, 1)
-        parts = zip(cache.memory.tensors, units, strict=True)
+        parts = zip(cache.own_memory.tensors, units, strict=True)
         k, v, *rest = (part[row : row + 1, : count * unit] for part, unit in parts)
-        own.memory = model.model.empty_memory(1, k.dtype, k.device)
-        own.memory.write(0, ChunkTensors(k, v, *rest))
+        own.own_memory = model.model.empty_memory(1, k.dtype, k.device)
+        own.own_memory.write(0, ChunkTensors(k, v, *rest))
     own.advance(num_seen)
     return own
 

@@ -1,7 +1,7 @@
 """Memories: what models and engines read (Memory), and the kind that grows, in device memory (ChunkMemory). No model.
 
 A ChunkMemory grows by doubling, so appending never copies what is there more than O(1) times a chunk. One class serves
-a training row (batch B), a generation cache and a memorised library (batch 1, with document records); what lies on
+a training row (batch B), a generation cache and a memorised text (batch 1, with document records); what lies on
 tiers or in a file is a StoredMemory. Facts 4, 6 and 7 of docs/architecture.md; tests/memory/test_chunk_memory.py.
 """
 
@@ -60,11 +60,11 @@ class Document:
 class Memory(ABC):
     """Chunks that a model can retrieve, wherever their keys and values lie.
 
-    Attributes (B is 1 for a memorised library):
+    Attributes (B is 1 for memorised texts):
         storage: k, v (B, C*S, Hkv, D), without slots where they lie elsewhere; landmarks (B, C, Hr, R); lengths (B, C)
             int32, tokens in each chunk, 1..S; segments (B, C) int32 document number; ends (B, C) int32, position in the
             document after the last slot. There may be room for more than `num_chunks`.
-        documents: records of a memorised library, empty inside a forward.
+        documents: records of memorised texts, empty inside a forward.
         fingerprint: of the parameters that the memory depends on; a reader with another one refuses it.
         is_composable: False if the model's fusion depends on the order of chunks (fact 4): merging is refused then.
         lookup: finds chunks for questions without scanning all landmarks; None scans them (exact).

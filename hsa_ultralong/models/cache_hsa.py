@@ -1,4 +1,4 @@
-"""HSACache: all that a sequence needs to go on. Windows of every layer, the open chunk, its own chunks, a library.
+"""HSACache: all that a sequence needs to go on. Windows of every layer, the open chunk, its own chunks, a memory.
 
 A transformers Cache, so generate() can reorder, repeat, select, crop and reset it. What differs between training,
 reading and decoding lives here; the model code is the same. tests/models/test_cache.py.
@@ -6,6 +6,7 @@ reading and decoding lives here; the model code is the same. tests/models/test_c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -116,8 +117,8 @@ class HSACache(Cache):
     """State of a batch of sequences.
 
     Attributes:
-        memory: chunks of the sequences themselves, or None before the first.
-        library: a memorised Memory (batch 1) that every sequence may read, RowMemories or MixedRows, or None.
+        memory: a memorised Memory (batch 1) that every sequence may read, RowMemories or MixedRows, or None.
+        own_memory: chunks of the sequences themselves, or None before the first.
         rewind: tokens that can be taken back at once.
         pending: (B, n, M) lower outputs of the last tokens: the open chunk and `rewind` more.
         mask: (B, n) bool, False at masked tokens, up to the last call that had some; None without any.
@@ -127,19 +128,36 @@ class HSACache(Cache):
     """
 
     def __init__(
-        self, config: HSAConfig, library: Memory | RowMemories | MixedRows | None = None, *, rewind: int = REWIND
+        self,
+        config: HSAConfig,
+        memory: Memory | RowMemories | MixedRows | None = None,
+        *,
+        rewind: int = REWIND,
+        library: Memory | RowMemories | MixedRows | None = None,
     ) -> None:
+        """
+        Args:
+            library: the former name of `memory`, deprecated.
+
+        Raises:
+            ValueError: the memory is another model's, or was given twice.
+        """
+        if library is not None:
+            if memory is not None:
+                raise ValueError("library is the former name of memory: give memory alone")
+            warnings.warn("HSACache(library=...) is called memory now", FutureWarning, stacklevel=2)
+            memory = library
         self.chunk_size, self.rewind = config.chunk_size, rewind
         super().__init__(layers=[WindowCacheLayer(window, rewind) for window in config.layer_windows])
-        if library is not None and library.chunk_size != config.chunk_size:
-            raise ValueError(f"the library has chunks of {library.chunk_size} tokens, the model of {config.chunk_size}")
-        if library is not None and library.is_composable != config.is_composable:
-            raise ValueError("the library was built by a model with another kind of fusion; memorise the text again")
-        self.library = library
+        if memory is not None and memory.chunk_size != config.chunk_size:
+            raise ValueError(f"the memory has chunks of {memory.chunk_size} tokens, the model of {config.chunk_size}")
+        if memory is not None and memory.is_composable != config.is_composable:
+            raise ValueError("the memory was built by a model with another kind of fusion; memorise the text again")
+        self.memory = memory
         self._clear()
 
     def _clear(self) -> None:
-        self.memory: ChunkMemory | None = None
+        self.own_memory: ChunkMemory | None = None
         self.pending: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
         self.padding: list[int] | None = None
@@ -199,7 +217,7 @@ class HSACache(Cache):
     @property
     def chunks(self) -> ChunkTensors | None:
         """The rows' own chunks, None before the first."""
-        return None if self.memory is None or self.memory.num_chunks == 0 else self.memory.tensors
+        return None if self.own_memory is None or self.own_memory.num_chunks == 0 else self.own_memory.tensors
 
     def complete_chunks(self, x: torch.Tensor, counts: list[int] | None = None) -> NewChunks | None:
         """Take in the lower outputs x (B, T, M) of a call; the chunks that are full now, None if none is.
@@ -232,11 +250,11 @@ class HSACache(Cache):
     def append_chunks(self, new: NewChunks, encoded: ChunkTensors, empty: Callable[[], ChunkMemory]) -> None:
         """Put new chunks, encoded, into the rows' own memory."""
         assert new.slots is not None
-        if self.memory is None:
-            self.memory = empty()
-        self.memory.reserve(new.room)
-        self.memory.write_rows(new.slots, encoded)
-        self.memory.num_chunks = new.total
+        if self.own_memory is None:
+            self.own_memory = empty()
+        self.own_memory.reserve(new.room)
+        self.own_memory.write_rows(new.slots, encoded)
+        self.own_memory.num_chunks = new.total
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_seen
@@ -247,8 +265,8 @@ class HSACache(Cache):
                 layer.state.keys, layer.state.values = function(layer.state.keys), function(layer.state.values)
         if self.pending is not None:
             self.pending = function(self.pending)
-        if self.memory is not None:
-            self.memory.map_batch(function)
+        if self.own_memory is not None:
+            self.own_memory.map_batch(function)
         if self.mask is not None:
             self.mask = function(self.mask)
         if self.padding is not None and rows is not None:
@@ -294,8 +312,8 @@ class HSACache(Cache):
             self.padding = (~self.mask).sum(1).tolist()
         self.num_seen = left
         self.advance(0)
-        if self.memory is not None:
-            self.memory.num_chunks = min(self.memory.num_chunks, self.num_seen // self.chunk_size)
+        if self.own_memory is not None:
+            self.own_memory.num_chunks = min(self.own_memory.num_chunks, self.num_seen // self.chunk_size)
 
     def reset(self) -> None:
         for layer in self.layers:

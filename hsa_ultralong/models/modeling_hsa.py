@@ -35,7 +35,7 @@ from hsa_ultralong.models.outputs import HSAModelOutput
 from hsa_ultralong.models.padding import Padding, check_positions, real_tokens
 from hsa_ultralong.models.ranks import ALONE, ContextExchange, PoolExchange
 from hsa_ultralong.models.stack import Windows, run_lower, run_upper
-from hsa_ultralong.models.views import POOLS, library_view, own_view, pooled_view
+from hsa_ultralong.models.views import POOLS, memory_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
 from hsa_ultralong.nn.moe import MixtureOfExperts
@@ -341,10 +341,10 @@ class HSAModel(HSAPreTrainedModel):
         cache: HSACache | None = None,
         pool_memory: bool | str = False,
     ) -> list[MemoryView]:
-        """Step 4: who may see what of a library, the pool of the batch, and the rows' own chunks, in this order."""
+        """Step 4: who may see what of a memory, the pool of the batch, and the rows' own chunks, in this order."""
         views, context = [], self.context_ranks
-        if cache is not None and cache.library is not None:
-            views.append(library_view(cache.library, layout.segments, layout.positions))
+        if cache is not None and cache.memory is not None:
+            views.append(memory_view(cache.memory, layout.segments, layout.positions))
         if chunks is None:
             return views
         if pool_memory:

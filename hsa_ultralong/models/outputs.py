@@ -15,7 +15,7 @@ class HSAModelOutput(BaseModelOutputWithPast):
 
     retrieval: a Retrieval per upper group, from the memory up: indices int32 (-1 = empty slot), fusion weights and
         scores fp32 (-inf), each (B, n, Hr, K) for the n tokens asked for, K as far as there are chunks. Indices count
-        through the memories in order: the cache's library, the pool, the rows' own chunks; `offsets` says where each
+        through the memories in order: the cache's memory, the pool, the rows' own chunks; `offsets` says where each
         begins. A masked token repeats the last real one's, and is empty before the first.
     """
 

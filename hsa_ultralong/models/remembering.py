@@ -1,4 +1,4 @@
-"""Generation on top of a memorised library: the prompt as a new document, or as the continuation of the open one."""
+"""Generation on top of a memory: the prompt as a new document, or as the continuation of the open one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hsa_ultralong.models.reading import replay_upper
 def question_cache(model: HSAForCausalLM, memory: Memory, rewind: int = REWIND) -> HSACache:
     """Cache of new documents (any batch) that may read the whole memory, windows empty."""
     require_same_model(model, memory)
-    return HSACache(model.config, library=memory, rewind=rewind)
+    return HSACache(model.config, memory=memory, rewind=rewind)
 
 
 def continuation_cache(model: HSAForCausalLM, memory: Memory, rewind: int = REWIND) -> tuple[HSACache, torch.Tensor]:
@@ -34,7 +34,7 @@ def continuation_cache(model: HSAForCausalLM, memory: Memory, rewind: int = REWI
     if document is None:
         raise ValueError("the memory has no open document to continue; memorise with close=False")
     assert document.continuation is not None
-    cache = HSACache(model.config, library=memory, rewind=rewind)
+    cache = HSACache(model.config, memory=memory, rewind=rewind)
     for number, (keys, values) in enumerate(document.continuation.windows):
         state = cache.state(number)
         state.keys, state.values = keys.clone(), values.clone()

@@ -1,4 +1,4 @@
-"""What each token may retrieve: a loaded library, the pool of a batch (docs/pooled-memory.md), the row's own chunks."""
+"""What each token may retrieve: a memory, the pool of a batch (docs/pooled-memory.md), the row's own chunks."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ POOLS = (False, True, "attended", "compete")
 _NEVER = 2**31 - 1
 
 
-def library_view(
-    library: Memory | RowMemories | MixedRows, segments: torch.Tensor, positions: torch.Tensor
+def memory_view(
+    memory: Memory | RowMemories | MixedRows, segments: torch.Tensor, positions: torch.Tensor
 ) -> MemoryView:
     """A loaded memory that every real token may read; segments and positions (B, T) of the queries.
 
     Its chunks end at places counted backwards from the start of the row, -S the last but one: as if it stood before.
     """
-    if isinstance(library, MixedRows):
-        return library.views(
-            lambda memory, rows: library_view(memory, segments[rows], positions[rows]), segments.device
-        )
-    everyone = torch.full_like(library.segments, READABLE_BY_ALL)
+    if isinstance(memory, MixedRows):
+        return memory.views(lambda one, rows: memory_view(one, segments[rows], positions[rows]), segments.device)
+    everyone = torch.full_like(memory.segments, READABLE_BY_ALL)
     count = everyone.shape[1]
-    ends = torch.arange(1 - count, 1, dtype=torch.int32, device=everyone.device) * library.chunk_size
+    ends = torch.arange(1 - count, 1, dtype=torch.int32, device=everyone.device) * memory.chunk_size
     visible = ChunkVisibility(segments, positions, everyone, ends.expand_as(everyone))
-    return library.view(visible, is_for_all=True)
+    return memory.view(visible, is_for_all=True)
 
 
 def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: ContextExchange = ALONE) -> MemoryView:

@@ -1,6 +1,6 @@
 """Retrieval: each token scores all visible landmarks, keeps the top K and turns the scores into fusion weights.
 
-Paper sec. 2.2 (equations 1, 2, 4) and paper facts A.2. Several memories (a loaded library, then the row's own chunks)
+Paper sec. 2.2 (equations 1, 2, 4) and paper facts A.2. Several memories (a memorised one, then the row's own chunks)
 are ranked together. Scores are fp32 from the accumulator on (fact 10). Called by models/modeling_hsa.py;
 tests/nn/test_chunk_retriever.py.
 """

@@ -35,7 +35,7 @@ def work(rank, world, address, options, lengths):
         ids = random_tokens(batch, tokens, seed=tokens)
         logits = []
         for memory in (whole, part):
-            cache = HSACache(model.config, library=memory)
+            cache = HSACache(model.config, memory=memory)
             with torch.no_grad():
                 first = model(ids, past_key_values=cache).logits
                 logits.append((first, model(ids[:, :1], past_key_values=cache).logits))
@@ -77,7 +77,7 @@ def ask_in_another_dtype(rank, world, address):
     part = share_out(ChunkMemory.load(f"{address}.hsa", store="device", dtype=torch.bfloat16))
     for memory in (whole, open_shared(f"{address}.hsa", store="file"), part):
         with torch.no_grad():
-            logits.append(model(ids, past_key_values=HSACache(model.config, library=memory)).logits)
+            logits.append(model(ids, past_key_values=HSACache(model.config, memory=memory)).logits)
     for found in logits[1:]:
         torch.testing.assert_close(found, logits[0], rtol=3e-2, atol=3e-2)
 

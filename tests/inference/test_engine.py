@@ -21,7 +21,7 @@ def document(length, seed=0):
 def parallel(model, memory, tokens):
     """Logits of all tokens at once, as one new document."""
     with torch.no_grad():
-        return model(tokens[None], past_key_values=HSACache(model.config, library=memory)).logits[0]
+        return model(tokens[None], past_key_values=HSACache(model.config, memory=memory)).logits[0]
 
 
 def forced(engine, rows):
@@ -158,7 +158,7 @@ def test_what_was_retrieved_is_reported():
     engine = DecodingEngine(model, memory, max_tokens=64)
     steps = list(engine.stream([prompt], 10))
     text = torch.cat((prompt, torch.tensor([step.tokens[0] for step in steps])))
-    cache = HSACache(model.config, library=memory)
+    cache = HSACache(model.config, memory=memory)
     with torch.no_grad():
         seen = model(text[None], past_key_values=cache, output_retrieval=True).retrieval
     for number, step in enumerate(steps):

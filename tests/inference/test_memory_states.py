@@ -44,7 +44,7 @@ def assert_unchanged(memory, before):
 @torch.no_grad()
 def test_chunks_read_in_segments_equal_those_of_one_forward(options):
     model, tokens = tiny_model(**MODEL_OPTIONS[options]), document(47)
-    whole, full = model.memorize(tokens, close=False), model(tokens[None]).past_key_values.memory
+    whole, full = model.memorize(tokens, close=False), model(tokens[None]).past_key_values.own_memory
     assert_same_chunks(whole, full)
     for segment in (1, 3, 11, 46):
         assert_same_chunks(model.memorize(tokens, close=False, piece_tokens=segment), whole)
@@ -74,7 +74,7 @@ def test_every_number_of_last_logits_equals_the_full_forward(options, length):
 def test_last_logits_of_a_later_document_read_the_earlier_ones():
     model, first, second = tiny_model(), document(22), document(13, seed=1)
     memory = model.memorize([first, second], close=False)
-    cache = HSACache(model.config, library=model.memorize(first))
+    cache = HSACache(model.config, memory=model.memorize(first))
     full = model(second[None], past_key_values=cache).logits[0]
     torch.testing.assert_close(last_logits(model, memory, SIZE), full[-SIZE:], **EXACT)
 
@@ -227,7 +227,7 @@ def test_only_order_free_models_merge_and_select(options):
         with pytest.raises(ValueError, match=r"order of chunks .* softmax-fusion model"):
             merge()
     with pytest.raises(ValueError, match="another kind of fusion"):
-        HSACache(tiny_model().config, library=memory)
+        HSACache(tiny_model().config, memory=memory)
 
 
 def test_a_model_cut_over_processes_is_refused_before_it_is_read(monkeypatch):

@@ -17,7 +17,7 @@ def prompts_of(memories):
 
 
 def read_alone(model, prompt, memory):
-    cache = HSACache(model.config, library=memory)
+    cache = HSACache(model.config, memory=memory)
     with torch.no_grad():
         return model(prompt[None], past_key_values=cache, logits_to_keep=1, output_retrieval=True)
 

@@ -43,7 +43,7 @@ def packed(parts):
 @torch.no_grad()
 def test_a_question_to_a_memory_equals_the_packed_row(options):
     model, parts, question = tiny_model(**MODEL_OPTIONS[options]), [document(22), document(7, seed=1)], document(11, 2)
-    cache = HSACache(model.config, library=model.memorize(parts))
+    cache = HSACache(model.config, memory=model.memorize(parts))
     asked = model(question[None], past_key_values=cache).logits[0]
     row, segments = packed([*parts, question])
     whole = model(row, segment_ids=segments, use_cache=False).logits[0]
@@ -58,7 +58,7 @@ def test_question_logits_do_not_depend_on_the_order_of_documents(options):
 
     def logits(order):
         library = ChunkMemory.concat([parts[i] for i in order])
-        return model(question, past_key_values=HSACache(model.config, library=library)).logits
+        return model(question, past_key_values=HSACache(model.config, memory=library)).logits
 
     first = logits((0, 1, 2))
     for order in ((2, 1, 0), (1, 2, 0)):
@@ -70,8 +70,8 @@ def test_question_logits_do_not_depend_on_the_order_of_documents(options):
 def test_a_question_in_steps_equals_the_question_at_once(options):
     model, question = tiny_model(**MODEL_OPTIONS[options]), document(13, 2)[None]
     memory = model.memorize([document(22), document(7, seed=1)])
-    once = model(question, past_key_values=HSACache(model.config, library=memory)).logits
-    cache = HSACache(model.config, library=memory)
+    once = model(question, past_key_values=HSACache(model.config, memory=memory)).logits
+    cache = HSACache(model.config, memory=memory)
     steps = [model(part, past_key_values=cache).logits for part in question.split((5, 1, 1, 6), dim=1)]
     torch.testing.assert_close(torch.cat(steps, 1), once, **EXACT)
 
@@ -88,7 +88,7 @@ def test_short_open_documents_are_continued_exactly(length):
 @pytest.mark.parametrize("length", [12, 14])
 def test_continuing_the_last_document_also_reads_the_others(length):
     model, first, tokens = tiny_model(), document(22), random_tokens(1, length + 3, seed=1)
-    cache = HSACache(model.config, library=model.memorize(first))
+    cache = HSACache(model.config, memory=model.memorize(first))
     whole = model.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, **GREEDY)
     memory = model.memorize([first, tokens[0, :length]], close=False)
     continued = model.generate(tokens[:, length:], memory=memory, continue_document=True, **GREEDY)
@@ -165,7 +165,7 @@ def test_the_weight_of_an_answer_is_the_largest_fusion_weight_on_the_memory():
     handles = [part.register_forward_hook(record) for part in model.modules() if isinstance(part, ChunkRetriever)]
     tokens = torch.tensor([Words()(prompt)["input_ids"]])
     with torch.no_grad():
-        model(tokens, past_key_values=HSACache(model.config, library=memory))
+        model(tokens, past_key_values=HSACache(model.config, memory=memory))
     for handle in handles:
         handle.remove()
     answer = ask(model, Words(), memory, prompt, max_new_tokens=1, num_sources=99)

@@ -101,7 +101,7 @@ def test_order_of_documents_does_not_change_answers():
     from hsa_ultralong.models import HSACache
 
     logits = [
-        model(prompt, past_key_values=HSACache(model.config, library=ChunkMemory.concat(order))).logits
+        model(prompt, past_key_values=HSACache(model.config, memory=ChunkMemory.concat(order))).logits
         for order in (parts, parts[::-1], [parts[1], parts[2], parts[0]])
     ]
     for other in logits[1:]:

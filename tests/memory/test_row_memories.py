@@ -53,9 +53,9 @@ def test_each_row_reads_the_memory_that_it_would_have_alone(changed, name):
     assert rows.num_chunks_of_all == base.num_chunks + max(map(len, ranges))
     question = random_tokens(3, 11, seed=5)
     with torch.no_grad():
-        found = model(question, past_key_values=HSACache(model.config, library=rows)).logits
+        found = model(question, past_key_values=HSACache(model.config, memory=rows)).logits
         for row, memory in enumerate(memories):
-            alone = model(question[row : row + 1], past_key_values=HSACache(model.config, library=memory)).logits
+            alone = model(question[row : row + 1], past_key_values=HSACache(model.config, memory=memory)).logits
             torch.testing.assert_close(found[row], alone[0], **EXACT)
 
 

@@ -36,7 +36,7 @@ def document(length, seed=0):
 
 def logits(model, memory, ids):
     with torch.no_grad():
-        return model(ids, past_key_values=HSACache(model.config, library=memory)).logits
+        return model(ids, past_key_values=HSACache(model.config, memory=memory)).logits
 
 
 def distance(one, other):
@@ -248,7 +248,7 @@ def test_a_faster_lookup_gives_the_same_answers(tmp_path, monkeypatch, lookup):
     mask[1, :4] = 0
     found = []
     for memory in memories:
-        cache = HSACache(model.config, library=memory)
+        cache = HSACache(model.config, memory=memory)
         with torch.no_grad():
             found.append(model(ids, attention_mask=mask, past_key_values=cache).logits)
     assert memories[1].lookup.basis is not None and memories[0].lookup is None

@@ -60,7 +60,7 @@ def test_quantised_landmarks_are_searched_as_they_decode():
 
 
 def logits_of(model, memory, ids):
-    cache = HSACache(model.config, library=memory)
+    cache = HSACache(model.config, memory=memory)
     with torch.no_grad():
         first = model(ids, past_key_values=cache).logits
         return torch.cat((first, model(ids[:, :1], past_key_values=cache).logits), 1)

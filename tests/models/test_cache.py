@@ -109,9 +109,9 @@ def test_reordering_moves_rows_and_leaves_the_original_batch_size():
     model, tokens = tiny_model(), random_tokens(2, 9)
     cache = HSACache(model.config)
     read(model, tokens, cache)
-    before = cache.memory.k.clone()
+    before = cache.own_memory.k.clone()
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(cache.memory.k, before[[1, 0]])
+    assert torch.equal(cache.own_memory.k, before[[1, 0]])
     assert cache.get_seq_length() == 9 and cache.pending.shape[0] == 2
 
 
@@ -120,7 +120,7 @@ def test_a_reset_cache_starts_again():
     cache = HSACache(model.config)
     read(model, tokens, cache)
     cache.reset()
-    assert cache.get_seq_length() == 0 and cache.memory is None and cache.pending is None
+    assert cache.get_seq_length() == 0 and cache.own_memory is None and cache.pending is None
     torch.testing.assert_close(read(model, tokens, cache), parallel(model, tokens), **EXACT)
 
 
@@ -129,7 +129,7 @@ def test_windows_and_open_chunk_stay_bounded_while_memory_grows():
     cache = HSACache(model.config)
     for start in range(0, 400, 50):
         read(model, tokens[:, start : start + 50], cache)
-    assert cache.memory.num_chunks == 100
+    assert cache.own_memory.num_chunks == 100
     assert cache.pending.shape[1] == 4 - 1 + REWIND
     assert [cache.state(i).length for i in range(6)] == [
         4 + REWIND,
@@ -147,9 +147,9 @@ def test_bytes_per_token_do_not_depend_on_the_number_of_hsa_layers(groups, layer
     model = tiny_model(num_upper_groups=groups, num_layers_per_group=layers, dtype=torch.bfloat16)
     cache = HSACache(model.config)
     read(model, random_tokens(1, 40), cache)
-    bookkeeping = 3 * 4 * cache.memory.num_chunks
+    bookkeeping = 3 * 4 * cache.own_memory.num_chunks
     # 2 * Hkv * D + Hr * R / S numbers of 2 bytes
-    assert cache.memory.num_bytes - bookkeeping == 40 * 2 * (2 * 1 * 4 + 8 / 4)
+    assert cache.own_memory.num_bytes - bookkeeping == 40 * 2 * (2 * 1 * 4 + 8 / 4)
 
 
 def test_fp32_decoding_is_as_exact_at_the_end_as_at_the_start():
@@ -189,3 +189,12 @@ def test_a_packed_row_leaves_no_cache_that_would_continue_wrongly():
         read(model, tokens, cache)
     cache.reset()
     torch.testing.assert_close(read(model, tokens, cache), parallel(model, tokens), **EXACT)
+
+
+def test_the_former_name_of_the_memory_is_taken_with_a_warning():
+    model = tiny_model()
+    memory = model.memorize(torch.arange(8))
+    with pytest.warns(FutureWarning, match="called memory now"):
+        assert HSACache(model.config, library=memory).memory is memory
+    with pytest.raises(ValueError, match="give memory alone"):
+        HSACache(model.config, memory, library=memory)

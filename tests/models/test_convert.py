@@ -145,8 +145,8 @@ def test_a_converted_model_decodes_what_it_computes_in_parallel(source):
     for group in student.model.upper_groups():
         group.hsa_layer.hsa.o_proj.weight.normal_(std=0.2)
     memory, ids = student.memorize(ids_of(1, 50, seed=2)[0]), ids_of(1, 70)
-    expected = student(ids, past_key_values=HSACache(student.config, library=memory)).logits[0]
-    cache = HSACache(student.config, library=memory)
+    expected = student(ids, past_key_values=HSACache(student.config, memory=memory)).logits[0]
+    cache = HSACache(student.config, memory=memory)
     parts = [student(part, past_key_values=cache).logits[0] for part in ids.split([30, 1, 1, 38], dim=1)]
     torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-9, atol=1e-9)
     engine = DecodingEngine(student, memory, max_tokens=80)

@@ -61,7 +61,7 @@ def test_with_a_cache_pieces_retrieve_what_the_whole_does(options):
 def test_indices_count_through_the_library_and_then_the_rows_own_chunks():
     model, tokens = tiny_model(chunk_topk=20), random_tokens(1, 22)
     memory = model.memorize(random_tokens(1, 24, seed=1)[0])
-    found = retrieved(model, tokens, past_key_values=HSACache(model.config, library=memory)).retrieval
+    found = retrieved(model, tokens, past_key_values=HSACache(model.config, memory=memory)).retrieval
     own = 22 // model.config.chunk_size
     for part in found:
         assert part.offsets == (0, memory.num_chunks)

@@ -7,7 +7,7 @@ import torch
 
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.models.pieces import SplitParts
-from hsa_ultralong.models.views import library_view
+from hsa_ultralong.models.views import memory_view
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.train.segmented import BorderWindows
 
@@ -36,7 +36,7 @@ def test_lower_outputs_in_pieces_equal_the_whole_whatever_carries_the_windows(op
 def test_run_in_pieces_equals_run_as_modules():
     model, tokens = tiny_model(), random_tokens(1, 22)
     inner, places = model.model, torch.arange(22, dtype=torch.int32)[None]
-    views = [library_view(model.memorize(random_tokens(1, 40, seed=1)[0]), torch.zeros_like(places), places)]
+    views = [memory_view(model.memorize(random_tokens(1, 40, seed=1)[0]), torch.zeros_like(places), places)]
     with torch.no_grad():
         lower = lower_outputs(model, tokens)
         assert torch.equal(lower_outputs(model, tokens, parts=SplitParts()), lower)

@@ -55,7 +55,7 @@ def test_a_question_over_a_memory_reads_it_as_if_it_stood_before_the_question(op
     model = tiny_model(**VARIANTS[options])
     texts = [random_tokens(1, n, seed=n)[0] for n in (12, 8, 10)]
     memory = memorize(model, texts[:2])
-    asked = model(texts[2][None], past_key_values=HSACache(model.config, library=memory)).logits[0]
+    asked = model(texts[2][None], past_key_values=HSACache(model.config, memory=memory)).logits[0]
     row = torch.cat((*texts, texts[0][:2]))[None]
     segments = torch.tensor([0] * 12 + [1] * 8 + [2] * 10 + [-1] * 2)[None]
     packed = model(row, segment_ids=segments, use_cache=False).logits[0, 20:30]
@@ -86,4 +86,4 @@ def test_memories_that_are_laid_together_pooled_or_stored_elsewhere_are_refused(
         RowMemories.laid(memory, torch.zeros((1, memory.num_chunks), dtype=torch.bool), [[]])
     stored = memorize(model, tokens[0], store="host")
     with pytest.raises(ValueError, match="read one memory on the device"):
-        model(tokens[:1], past_key_values=HSACache(model.config, library=stored))
+        model(tokens[:1], past_key_values=HSACache(model.config, memory=stored))

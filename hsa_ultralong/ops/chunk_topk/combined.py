@@ -1,8 +1,8 @@
 """The best of several lists of scored chunks, as chunk_topk returns them, and the fusion weights of what is kept.
 
-A token reads several memories (a library, perhaps in parts over processes, and its own chunks): each is ranked alone,
-then their lists are ranked together. While nothing is trained a GPU does it in one launch (triton_combine.py). Called
-by nn/chunk_retriever.py; tests/ops/test_combined.py.
+A token reads several memories (a memorised one, perhaps in parts over processes, and its own chunks): each is ranked
+alone, then their lists are ranked together. While nothing is trained a GPU does it in one launch (triton_combine.py).
+Called by nn/chunk_retriever.py; tests/ops/test_combined.py.
 """
 
 from __future__ import annotations
