@@ -120,6 +120,10 @@ def shown(records: Records) -> dict[str, Records]:
     return tasks
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def codes(settings: Sequence[str]) -> str:
     return ", ".join(f"`{setting}`" for setting in settings)
 
@@ -148,7 +152,7 @@ def finding_block(root: Path, figures: Figures, name: str) -> str:
     figures[root / folder / "figure.png"] = partial(draw_finding, tasks, variants)
     parts.append(f"![{name} by length](../{folder}/figure.png)")
     for task, records in tasks.items():
-        parts.append(f"{_TITLES.get(task, task).capitalize()}:\n\n{by_length(records, 'variant')}")
+        parts.append(f"{_capital(_TITLES.get(task, task))}:\n\n{by_length(records, 'variant')}")
     parts.append(differences(tasks, variants, len(meta["seeds"])))
     seeds, commits = ", ".join(map(str, meta["seeds"])), ", ".join(commit[:7] for commit in meta["commits"])
     missing = [one for one in finding.variants if one not in {record["variant"] for record in summary["records"]}]
@@ -196,8 +200,13 @@ def differences(tasks: dict[str, Records], variants: Sequence[str], seeds: int) 
 def draw_finding(tasks: dict[str, Records], variants: Sequence[str], path: Path) -> None:
     """A panel for every task with lengths, a line a variant with its interval."""
     panels = [task for task in _TITLES if tasks.get(task)]
-    figure, grid = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, layout="constrained")
-    for axes, task in zip(grid.flat, panels, strict=True):
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    size = 4.2 * columns, 3.4 * rows
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes, task in zip(grid.flat, panels, strict=False):
         for number, variant in enumerate(variants):
             own = sorted((r for r in tasks[task] if r["variant"] == variant), key=lambda r: r["length"])
             if own:

@@ -115,7 +115,7 @@ def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
         return 1.0 if scaling["factor"] <= 1 else 0.1 * weight * math.log(scaling["factor"]) + 1.0
 
     if "attention_factor" in scaling:
-        return scaling["attention_factor"]
+        return float(scaling["attention_factor"])
     if "mscale" in scaling and "mscale_all_dim" in scaling:
         return stretch(scaling["mscale"]) / stretch(scaling["mscale_all_dim"])
     return stretch(1.0)

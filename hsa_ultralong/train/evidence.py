@@ -65,6 +65,9 @@ def count_told(batches: Sequence[Batch], stage: StageConfig, chunk_size: int) ->
 class EvidenceLoss:
     """Watches what the groups of a model look for.
 
+    By a hook, which `output_retrieval=True` cannot replace: that gives the K chunks which were chosen, after the group;
+    the loss scores all chunks that a token sees, and needs the weights of retrieval while they are whole (FSDP2).
+
     Raises:
         ValueError: the model's fusion is no softmax of plain scores.
     """

@@ -3,6 +3,14 @@
 Row r of a tile is token r // GP and head r % GP, GP = G padded to a power of two, so that a tile spans few tokens and
 its keys are little more than the window. A program whose sums are not all finite forms them again, row by row, and
 reads the keys of the row's own window alone. Derivation: README.md. Tests: tests/ops/test_sliding_window_triton.py.
+
+forward_kernel and query_gradient_kernel: grid (tiles of BT tokens, Hkv, B); a program owns the BT * G rows of out and
+lse, or of dq and delta (B, Tq, Hq), the sum over D of grad_out * out, which key_gradient_kernel reads after it.
+key_gradient_kernel: grid (blocks of BN keys, Hkv * SPLITS, B); a program owns dk and dv of its BN keys in its split's
+own slice (SPLITS, B, Tk, Hkv, D), added up by the caller. No two programs write one place: no atomics, and results
+repeat bit for bit. Needed: contiguous operands; Tq <= Tk, the queries at the last of the keys' places; D of
+KERNEL_SIZES; BT * GP of at least 16 rows; SPLITS a divisor of the group. scale holds log2(e), as lse is to base 2;
+logit_scale does not.
 """
 
 from __future__ import annotations
