@@ -73,7 +73,7 @@ def test_how_often_the_right_chunk_was_read_is_in_the_summary():
 
 
 def test_scores_of_short_tasks_are_in_their_summaries():
-    (table,) = tables("Short tasks, and a model from elsewhere")
+    table, beside = tables("Short tasks, and a model from elsewhere")
     names = {
         "LAMBADA": "lambada_openai", "HellaSwag": "hellaswag", "PIQA": "piqa", "ARC easy": "arc_easy",
         "ARC challenge": "arc_challenge", "WinoGrande": "winogrande", "OpenBookQA": "openbookqa",
@@ -83,6 +83,13 @@ def test_scores_of_short_tasks_are_in_their_summaries():
             r["task"]: f"{100 * r['value']:.0f}" for r in records(f"short-{model.lower()}") if r["metric"] == "acc"
         }
         assert row == {head: found.get(task, "") for head, task in names.items()}
+    tasks = {
+        task["task"]: task for task in json.loads((ROOT / "results/short-smollm2/lm_eval.json").read_text())["tasks"]
+    }
+    for metric in ("acc", "acc_norm"):
+        found = {head: tasks[task].get(metric) for head, task in names.items()}
+        assert beside[f"`{metric}`"] == {head: "" if x is None else f"{100 * x:g}" for head, x in found.items()}
+        assert all(task.get(metric) == task.get(f"{metric}_lm_eval") for task in tasks.values())
 
 
 def test_what_twins_did_is_in_their_summary():
