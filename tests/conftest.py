@@ -17,7 +17,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import functools
+
+import typer.testing
 from hypothesis import settings
+
+# Every call of CliRunner makes all commands anew, which takes longer than most commands that are refused.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=15)
 settings.load_profile("tests")

@@ -107,8 +107,8 @@ def _failure(point: Point, error: str) -> dict[str, Any]:
 
 
 def _clean_up(device: str) -> None:
-    gc.collect()
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -95,10 +95,14 @@ def test_few_queries_never_retrieve_a_landmark_that_is_not_finite(impl, topk, mo
         from hsa_ultralong.ops.chunk_topk import triton_topk
 
         monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
-    query, landmarks = poisoned(*inputs())
+    # one row and head, as the interpreter takes seconds for each
+    query, landmarks = (part[:1, :, :1].contiguous() for part in poisoned(*inputs()))
+    every = places()
+    parts = (every.query_segment, every.query_position, every.chunk_segment, every.chunk_end)
+    visible = ChunkVisibility(*(part[:1] for part in parts), "past")
     with torch.no_grad():
-        indices, scores = chunk_topk(query, landmarks, places(), topk=topk, impl=impl)
-        expected = chunk_topk(query, landmarks, places(), topk=topk, impl="reference")
+        indices, scores = chunk_topk(query, landmarks, visible, topk=topk, impl=impl)
+        expected = chunk_topk(query, landmarks, visible, topk=topk, impl="reference")
     assert torch.equal(indices, expected[0])
     torch.testing.assert_close(scores, expected[1], rtol=1e-5, atol=1e-5)
 
@@ -134,7 +138,7 @@ def test_landmarks_in_8_bits_with_scales_that_are_not_finite_are_never_retrieved
     for chunk, number in BAD_CHUNKS.items():
         scales[:, chunk] = number
     query = poisoned(query, landmarks)[0]
-    indices, scores = chunk_topk_quantized(query, payload, scales, visible, topk=6, impl=impl)
+    indices, scores = chunk_topk_quantized(query, payload, scales, visible, topk=4, impl=impl)
     assert not torch.isin(indices, torch.tensor(list(BAD_CHUNKS), device=DEVICE, dtype=torch.int32)).any()
     assert (indices[:, BAD_TOKEN] == -1).all() and (indices >= 0).any()
     assert not scores.isnan().any() and (scores < torch.inf).all()
