@@ -225,11 +225,13 @@ class DecodingEngine:
             return StepGraphs([lambda: self._step(state, views), lambda: self._complete(state)])
 
     def _capture_once(self) -> None:
-        """Graphs for the rows under way, which keep their state."""
+        """Graphs for the rows under way, which keep their state, as do the random numbers that are to come."""
         # what is completed meanwhile is written again before it can be read; only that it exists must not stay
         kept = [*self.state.tensors(), self.own.storage.segments]
         saved = [part.clone() for part in kept]
-        self._graphs = self._capture(self.state, self.views)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self._graphs = self._capture(self.state, self.views)
         for part, old in zip(kept, saved, strict=True):
             part.copy_(old)
 

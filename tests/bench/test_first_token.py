@@ -15,6 +15,7 @@ from hsa_ultralong.inference import DecodingEngine, memorize
 from hsa_ultralong.inference import engine as engine_module
 from hsa_ultralong.ops._triton import hash_triton_early
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
+from hsa_ultralong.testing.graphs import EagerGraphs
 
 
 @pytest.fixture(scope="module")
@@ -101,36 +102,31 @@ def test_what_triton_hashes_is_hashed_beside_and_once():
     assert triton_key.cache_info().currsize == 1
 
 
-class Graphs:
-    """Stands for CUDA graphs: runs where they capture, as they do, and where they replay."""
-
-    made = 0
-
-    def __init__(self, parts):
-        Graphs.made += 1
-        self.parts = parts
-        for _ in range(4):
-            for part in parts:
-                part()
-
-    def replay(self, number):
-        self.parts[number]()
-
-
 def test_the_first_token_does_not_wait_for_a_graph_and_the_others_are_the_same(monkeypatch):
     model = tiny_model()
     memory, prompts = memorize(model, random_tokens(1, 60)[0]), random_tokens(2, 7, seed=1)
     expected = DecodingEngine(model, memory, batch=2, max_tokens=40).generate(prompts, 20)
-    monkeypatch.setattr(engine_module, "StepGraphs", Graphs)
-    monkeypatch.setattr(Graphs, "made", 0)
+    monkeypatch.setattr(engine_module, "StepGraphs", EagerGraphs)
+    monkeypatch.setattr(EagerGraphs, "made", 0)
     engine = DecodingEngine(model, memory, batch=2, max_tokens=40, use_graph=True)
-    assert engine.generate(prompts, 1) == [answer[:1] for answer in expected] and Graphs.made == 0
+    assert engine.generate(prompts, 1) == [answer[:1] for answer in expected] and EagerGraphs.made == 0
     steps = engine.stream(prompts, 20)
     found = [next(steps).tokens]
-    assert Graphs.made == 0
+    assert EagerGraphs.made == 0
     found += [step.tokens for step in steps]
-    assert Graphs.made == 1 and [list(answer) for answer in zip(*found, strict=True)] == expected
-    assert engine.generate(prompts, 20) == expected and Graphs.made == 1
+    assert EagerGraphs.made == 1 and [list(answer) for answer in zip(*found, strict=True)] == expected
+    assert engine.generate(prompts, 20) == expected and EagerGraphs.made == 1
+
+
+def test_a_seed_gives_the_same_words_whether_or_not_a_graph_is_made_meanwhile(monkeypatch):
+    model, prompts = tiny_model(), random_tokens(2, 7, seed=1)
+    monkeypatch.setattr(engine_module, "StepGraphs", EagerGraphs)
+    answers = []
+    engine = DecodingEngine(model, None, batch=2, max_tokens=40, use_graph=True, temperature=1.0)
+    for _ in range(2):
+        torch.manual_seed(5)
+        answers.append(engine.generate(prompts, 20))
+    assert answers[0] == answers[1]
 
 
 def test_the_command_writes_the_records_and_refuses_in_one_line(folder, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from hsa_ultralong.inference.batching import BatchEngine
 from hsa_ultralong.inference.warming import warm
 from hsa_ultralong.memory import open_memory
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+from hsa_ultralong.testing.graphs import EagerGraphs
 
 # (step at which it joins, number of its memory, tokens of the prompt, tokens wanted)
 PLAN = [(0, 0, 9, 12), (0, 1, 30, 3), (1, 2, 1, 9), (4, 0, 13, 6), (5, 1, 24, 14), (8, 0, 5, 5)]
@@ -77,22 +78,6 @@ def requests(model):
 @pytest.fixture(scope="module")
 def expected(model, requests):
     return [alone(model, *request[1:]) for request in requests]
-
-
-class EagerGraphs:
-    """Stands for CUDA graphs: runs where they capture, as they do, and where they replay."""
-
-    made = 0
-
-    def __init__(self, parts):
-        EagerGraphs.made += 1
-        self.parts = parts
-        for _ in range(4):
-            for part in parts:
-                part()
-
-    def replay(self, number):
-        self.parts[number]()
 
 
 @pytest.fixture
