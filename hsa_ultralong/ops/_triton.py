@@ -38,12 +38,16 @@ def num_processors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+# bytes of shared memory that a program may use on an H100
+HOPPER_MEMORY = 232_448
+
+
 @lru_cache(maxsize=8)
 def shared_memory(index: int | None) -> int:
-    """Bytes of shared memory that a program may ask for on a CUDA device: 232,448 on an H100, which is also the answer
-    where kernels are interpreted, 166,912 on an A100, 101,376 on RTX 30 to 50, A10, L4 and L40S."""
+    """Bytes of shared memory that a program may ask for on a CUDA device: HOPPER_MEMORY, also where kernels are
+    interpreted, 166,912 on an A100, 101,376 on RTX 30 to 50, A10, L4 and L40S."""
     if index is None or not torch.cuda.is_available():
-        return 232_448
+        return HOPPER_MEMORY
     properties: Any = torch.cuda.get_device_properties(index)
     return int(properties.shared_memory_per_block_optin)
 

@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.ops._triton import next_power_of_two, require_kernel_dtype, require_triton, shared_memory
+from hsa_ultralong.ops._triton import (
+    HOPPER_MEMORY,
+    next_power_of_two,
+    require_kernel_dtype,
+    require_triton,
+    shared_memory,
+)
 from hsa_ultralong.ops.chunk_topk import kernel_decode, kernel_merge, kernel_select
 from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
 from hsa_ultralong.ops.chunk_topk.kernel_gradients import spread_gradients
@@ -33,8 +39,6 @@ _FORMS_OF_SHARES = (16, 512, _MOST_SHARES)
 _SLAB, _SCAN_CANDIDATES = 256, 1 << 27
 # dimensions up to which the streaming kernel loads landmarks ahead
 _MOST_AHEAD = 512
-# bytes of shared memory that a program may use on Hopper
-_HOPPER_BYTES = 232_448
 
 
 class TileOptions(NamedTuple):
@@ -77,7 +81,7 @@ def tile_options(kind: str, kept: int, queries: int, dim: int, width: int, memor
     else:
         # few queries need small tiles to fill the device, many are faster in tiles that fit the wide matrix units;
         # those of a card before Hopper spill over wide landmarks
-        is_large = kind == "stream" and queries > 16_384 and (dim <= _SLAB or memory >= _HOPPER_BYTES)
+        is_large = kind == "stream" and queries > 16_384 and (dim <= _SLAB or memory >= HOPPER_MEMORY)
         options = TileOptions(64, 64, 8) if is_large else TileOptions(16, 64, 4)
     slab = min(_SLAB, dim)
     # the queries' first slab and the one in use

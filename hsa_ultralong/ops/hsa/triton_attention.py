@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.ops._triton import (
+    HOPPER_MEMORY,
     KERNEL_SIZES,
     next_power_of_two,
     num_processors,
@@ -32,8 +33,8 @@ _SORT_LIMIT = 4096
 _COVERAGE_SHARE = 0.6
 # tokens up to which the slots of one token are shared out over programs
 _DECODE_TOKENS = 64
-# shared memory from which 64 rows of the largest tiles, D = S = 128, fit and do not spill; what they take in fp32
-_HOPPER_BYTES, _LARGEST_BYTES_FP32 = 232_448, 163_840
+# shared memory of the largest tiles, D = S = 128, in fp32
+_LARGEST_BYTES_FP32 = 163_840
 
 
 class HSALaunch(NamedTuple):
@@ -52,7 +53,7 @@ def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype, memory: i
         return HSALaunch(16, 8, 1) if is_large else HSALaunch(32, 8, 1)
     if kind == "memory":
         if is_large:
-            return HSALaunch(64 if dim + size < 256 or memory >= _HOPPER_BYTES else 32, 8, 1)
+            return HSALaunch(64 if dim + size < 256 or memory >= HOPPER_MEMORY else 32, 8, 1)
         return HSALaunch(128, 4, 2)
     if is_large:
         return HSALaunch(64, 8, 1)
