@@ -35,8 +35,10 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("same lists, NSA of fla", "#b0508c", "X-", {"op": "selected", "impl": "fla", "selection": "shared"}),
     ("same lists, flex", "#8c6d5a", "x-", {"op": "selected", "impl": "flex", "selection": "shared"}),
     ("NSA, ours", "#6b4e9b", "P--", {"op": "nsa", "impl": "triton"}),
+    ("NSA, torch", "#6b4e9b", "P:", {"op": "nsa", "impl": "torch"}),
     ("NSA, fla", "#b0508c", "P--", {"op": "nsa", "impl": "fla"}),
     ("MoBA, ours", "#6b4e9b", "h-.", {"op": "moba", "impl": "triton"}),
+    ("MoBA, torch", "#6b4e9b", "h:", {"op": "moba", "impl": "torch"}),
     ("MoBA, fla", "#b0508c", "h-.", {"op": "moba", "impl": "fla"}),
 )
 # rivals' operators, and those that choose their chunks themselves

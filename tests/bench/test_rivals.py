@@ -13,7 +13,7 @@ from hsa_ultralong import ops as operators
 from hsa_ultralong.bench import rival_calls
 from hsa_ultralong.bench.guard import Guard
 from hsa_ultralong.bench.ops import measure, run_ops
-from hsa_ultralong.bench.ops_report import plot_ops, tables
+from hsa_ultralong.bench.ops_report import _CURVES, plot_ops, tables
 from hsa_ultralong.bench.points import Settings
 from hsa_ultralong.bench.rival_calls import implementations, missing, reading_lists
 from hsa_ultralong.bench.rival_checks import check_rival, reference_of
@@ -113,6 +113,13 @@ def test_a_missing_package_is_one_failure_with_the_line_that_installs_it(monkeyp
     assert missing("nsa", "fla", settings) is None and missing("moba", "fla", settings) is None
     assert "groups of 16, 32, ... heads, got 4" in missing("nsa", "fla", Settings(Hq=4))
     assert "GPU only" in missing("full_attention", "flash_attn", tiny())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("op", [*RIVAL_OPS, "window", "full_attention"])
+def test_every_implementation_has_a_curve(op, device):
+    drawn = {(fields["op"], fields["impl"]) for *_, fields in _CURVES}
+    assert {(op, impl) for impl in implementations(op, tiny(device=device))} <= drawn
 
 
 def test_a_rival_that_reads_other_chunks_is_not_timed(monkeypatch):
