@@ -143,6 +143,8 @@ def count_parameters(config: HSAConfig) -> ParameterCount:
         else:
             upper, active_upper = upper + rest + total, active_upper + rest + active
     encoder, embedding = _encoder(config), config.vocab_size * width
+    if config.embedding_skip:
+        lower, active_lower = lower + width * width, active_lower + width * width
     head = 0 if config.tie_word_embeddings else embedding
     per_token = active_lower + encoder + active_upper + width + embedding
     return ParameterCount(

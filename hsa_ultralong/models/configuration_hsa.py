@@ -69,6 +69,8 @@ class HSAConfig(PreTrainedConfig):
         encoder_qk_norm, encoder_qkv_bias: of the encoder's layers alone, and final_norm_eps: of the last norm; None is
             what all others have (the authors' checkpoints differ there).
     Memory
+        embedding_skip: scale of a linear map, zero at first, that adds every token's embedding to the output of the
+            lower decoder, so that the memory holds which token stood there; 0: none (the paper). For converted models.
         chunk_size (S), num_encoder_layers, encoder_intermediate_size (default intermediate_size),
         num_memory_heads (Hkv of the memory), landmark_source: "cls" or "mean".
     Retrieval
@@ -127,6 +129,7 @@ class HSAConfig(PreTrainedConfig):
     final_norm_eps: float | int | None = None
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
+    embedding_skip: float | int = 0
     chunk_size: int = 64
     num_encoder_layers: int = 1
     encoder_intermediate_size: int | None = None
@@ -306,7 +309,7 @@ class HSAConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if self.final_norm_eps is not None and self.final_norm_eps <= 0:
             raise ValueError(f"final_norm_eps must be > 0, got {self.final_norm_eps}")
-        for name in ("initializer_range", "router_bias_update_rate"):
+        for name in ("initializer_range", "router_bias_update_rate", "embedding_skip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         for name, choices in _CHOICES.items():

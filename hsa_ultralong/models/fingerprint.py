@@ -46,7 +46,7 @@ def memory_fingerprint(model: HSAForCausalLM) -> str:
     """
     model = unwrapped(model)
     inner = model.model
-    parts = (("embed_tokens", inner.embed_tokens), ("lower", inner.lower_layers), ("encoder", inner.chunk_encoder))
+    parts = inner.memory_parts().items()
     for name, module in parts:
         refuse_hooks(name, module.modules(), "what it does to a memory cannot be checked; remove it first")
     # plain models keep the fingerprint that their memories on disk have
@@ -62,6 +62,8 @@ def memory_fingerprint(model: HSAForCausalLM) -> str:
     own = [model.config.encoder_qk_norm, model.config.encoder_qkv_bias]
     if own != [None, None]:
         options += repr(own)
+    if model.config.embedding_skip:
+        options += repr(float(model.config.embedding_skip))
     # versions and addresses of tensors tell nothing: `.data` and kernels write past them
     key = (options, *state_key(entries))
     known = getattr(model, "_known_fingerprint", None)

@@ -38,6 +38,7 @@ from hsa_ultralong.models.stack import Windows, run_lower, run_upper
 from hsa_ultralong.models.views import POOLS, memory_view, own_view, pooled_view
 from hsa_ultralong.nn.chunk_encoder import ChunkEncoder, EncoderLayer
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
+from hsa_ultralong.nn.embedding_skip import EmbeddingSkip
 from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.nn.rotary import RotaryTable, rotary_table
 from hsa_ultralong.nn.upper_group import UpperGroup
@@ -62,6 +63,8 @@ class HSAPreTrainedModel(CheckedLoading, PreTrainedModel):
         elif isinstance(module, ChunkEncoder):
             init.normal_(module.cls, mean=0.0, std=std)
             init.zeros_(module.landmark_center)
+        elif isinstance(module, EmbeddingSkip):
+            init.zeros_(module.weight)
         elif isinstance(module, ChunkRetriever):
             for parameter in (module.log_temperature, module.position_decay):
                 if parameter is not None:
@@ -104,6 +107,8 @@ class HSAModel(HSAPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.lower_layers = nn.ModuleList(build_lower_layer(config, i) for i in range(config.num_lower_layers))
+        skip = EmbeddingSkip(config.hidden_size, config.embedding_skip) if config.embedding_skip else None
+        self.embedding_skip = skip
         self.chunk_encoder = build_encoder(config)
         self.groups = nn.ModuleList(build_group(config, i) for i in range(config.num_upper_groups))
         eps = config.rms_norm_eps if config.final_norm_eps is None else config.final_norm_eps
@@ -115,6 +120,11 @@ class HSAModel(HSAPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
+
+    def memory_parts(self) -> dict[str, nn.Module]:
+        """What a memory depends on (fact 5), by name."""
+        parts = {"embed_tokens": self.embed_tokens, "lower": self.lower_layers, "encoder": self.chunk_encoder}
+        return parts if self.embedding_skip is None else {**parts, "skip": self.embedding_skip}
 
     def upper_groups(self) -> list[UpperGroup]:
         """The groups, from the memory up."""
@@ -241,8 +251,9 @@ class HSAModel(HSAPreTrainedModel):
         windows: Windows | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Step 2, the lower decoder: (B, T, M) -> (B, T, M); options are those of stack.run_lower."""
-        return run_lower(self.lower_layers, x, rotary, segments=segments, windows=windows, **options)
+        """Step 2, the lower decoder: embeddings (B, T, M) -> (B, T, M); options are those of stack.run_lower."""
+        lower = run_lower(self.lower_layers, x, rotary, segments=segments, windows=windows, **options)
+        return lower if self.embedding_skip is None else lower + self.embedding_skip(x)
 
     def decode_upper(
         self,

@@ -45,6 +45,7 @@ MODEL_OPTIONS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000},
     },
     "two_encoder_layers": {"num_encoder_layers": 2},
+    "embedding_skip": {"embedding_skip": 2},
     "one_group_of_one": {"num_upper_groups": 1, "num_layers_per_group": 1, "num_lower_layers": 1},
     "full_coverage": {"chunk_topk": 100},
     "one_chunk": {"chunk_topk": 1},

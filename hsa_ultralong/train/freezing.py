@@ -27,9 +27,7 @@ def freeze_memory(model: HSAForCausalLM) -> None:
     They stay in evaluation mode, also after `model.train()`, so that the landmark centre and router biases keep still.
     A head that is tied to the embedding is frozen with it.
     """
-    inner = model.model
-    parts: tuple[nn.Module, ...] = (inner.embed_tokens, inner.lower_layers, inner.chunk_encoder)
-    for part in parts:
+    for part in model.model.memory_parts().values():
         part.eval().requires_grad_(False)
         part.train = _stay(part)  # type: ignore[method-assign, assignment]
 

@@ -16,7 +16,7 @@ from torch import nn
 from hsa_ultralong.models import HSAForCausalLM
 
 SCALE = 2.0
-_MEMORY = (".chunk_encoder.", ".retriever.", ".hsa_layer.hsa.", ".hsa_layer.hsa_norm.")
+_MEMORY = (".embedding_skip.", ".chunk_encoder.", ".retriever.", ".hsa_layer.hsa.", ".hsa_layer.hsa_norm.")
 _DOWN, _UP = "lora_a", "lora_b"
 
 
