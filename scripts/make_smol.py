@@ -50,7 +50,7 @@ def require_difference(path: Path) -> None:
     """The difference is here, and it is the one that its .sha256 names."""
     if not path.is_file():
         sys.exit(
-            f"error: {path} is missing: the difference of SmolLM2-135M-Instruct is not in this repository yet; "
+            f"error: {path} is missing: the difference of SmolLM2-135M-Instruct belongs to this repository; "
             "docs/own-memory.md says how to train one, then name it with --difference FILE"
         )
     named = path.with_suffix(".sha256")

@@ -1,9 +1,9 @@
-"""The model card of the model that `make smol` makes: shares of rows and licences out of what trained it.
+"""The card of the model that `make smol` makes: its scores, what trained it, and the licences of its data.
 
-    python scripts/smol_card.py [--run runs/smol] [-o checkpoints/smol/README.md]
+    python scripts/smol_card.py [--run results/training-smol] [--results results] [-o checkpoints/smol/README.md]
 
-With --run the settings are those of the run's config.json; without it the recipe's, and the card says that nothing is
-trained. tests/test_smol_card.py compares the committed draft with what this writes.
+Settings are those of the run's config.json, tokens those of its summary.json; scores those of results/smol-*.
+tests/test_smol_card.py compares the committed card with what this writes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "checkpoints" / "smol" / "README.md"
-RECIPE = "convert_smol"
 # of files of questions and conversations, by name: what they are, and their licence
 SOURCES = {
     "new_wiki_v1.0.json": ("SQuADShifts, new Wikipedia", "CC BY 4.0, text of Wikipedia CC BY-SA"),
@@ -36,49 +35,90 @@ ROWS = {
     "passage_chat": "the same with the passage in the prompt",
     "chat": "conversations, on which the source's words are followed",
 }
-DRAFT = (
-    "**A draft: nothing is trained yet, and `difference.safetensors` is not here.** Settings are those of the recipe."
+FORMS = tuple(f"recall_form_{number:02}" for number in range(1, 13))
+SHORT = {"lambada_openai": "LAMBADA", "hellaswag": "HellaSwag", "piqa": "PIQA", "arc_easy": "ARC-easy"}
+VALUES = {"names": "a name", "cities": "a city", "digits14": "14 digits", "words2": "two words"}
+
+
+class Score(NamedTuple):
+    """A row of the table: what, the mean of which tasks, by which metric, in which folders of results by length."""
+
+    what: str
+    tasks: tuple[str, ...]
+    metric: str
+    folders: dict[str, str]
+
+
+_RECALL, _QA = (
+    {"64K": "smol-recall-64k", "1M": "smol-recall-1m"},
+    {"64K": "smol-qa-64k", "1M": "smol-qa-1m", "16M": "smol-qa-16m"},
 )
+SCORES = (
+    Score("facts in forms never trained, mean of 12", FORMS, "exact", _RECALL),
+    *(
+        Score(f"the trained form, {what}", (f"recall_value_{kind}",), "exact", _RECALL)
+        for kind, what in VALUES.items()
+    ),
+    Score("one of 64 facts that look alike", ("recall_similar_64",), "exact", _RECALL),
+    *(
+        Score(f"RULER {task}", (task,), "all", dict.fromkeys(("64K", "1M", "16M"), "smol-niah"))
+        for task in ("niah_single_1", "niah_single_2")
+    ),
+    Score("XQuAD, F1, passages among the text that was read", ("qa_xquad",), "f1", _QA),
+    Score("the same, the 3 best places read again", ("qa_xquad",), "f1", {"64K": "smol-qa-reread"}),
+    Score("the same without passages", ("qa_xquad",), "f1", {"64K": "smol-qa-closed"}),
+    Score("the source, tuned on such questions, given the passage", ("qa_xquad",), "f1", {"64K": "smol-tuned-gold"}),
+    Score("the same with passages found by BM25", ("qa_xquad",), "f1", {"64K": "smol-tuned-bm25"}),
+)  # fmt: skip
+LENGTHS = {"2K": 2**11, "8K": 2**13, "64K": 2**16, "512K": 2**19, "1M": 2**20, "16M": 2**24}
+USE = """**Good for** finding what a text said once, far back: numbers, times, dates and needles, up to 16M tokens, and
+the place that it was read from. **Not good for** questions about what a passage means (few are answered from memory,
+though a part of the right passage is found for half), for telling many similar facts apart, or as a language model: it
+is worse than its source but on ARC-easy. Check answers against the sources that `hsa ask` prints."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="folder of the run that trained it")
+    parser.add_argument(
+        "--run", type=Path, default=ROOT / "results" / "training-smol", help="folder of what trained it"
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the studies smol-*")
     parser.add_argument("-o", "--output", type=Path, default=CARD)
     options = parser.parse_args(arguments)
+    settings, tokens = settings_of(options.run)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(card(*settings_of(options.run)), encoding="utf-8")
+    options.output.write_text(card(settings, tokens, options.results), encoding="utf-8")
     print(f"Written: {options.output}")
 
 
-def settings_of(run: Path | None) -> tuple[dict[str, Any], bool]:
-    """Settings of a run, or of the recipe, and whether they are a run's."""
-    if run is not None:
-        file = run / "config.json"
+def settings_of(run: Path) -> tuple[dict[str, Any], int]:
+    """Settings of a run, and the tokens that it was trained on: fewer than planned where a clock stopped it."""
+    for file in (run / "config.json", run / "summary.json"):
         if not file.is_file():
-            sys.exit(f"error: {run} is no folder of a run: it has no config.json")
-        return json.loads(file.read_text(encoding="utf-8")), True
-    from hsa_ultralong.recipes import recipe
-    from hsa_ultralong.train import as_dict
+            sys.exit(f"error: {run} is no folder of a run: it has no {file.name}")
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    steps = {record["stage"]: record["step"] for record in summary["records"] if record["metric"] == "loss"}
+    return settings, sum(steps.get(stage["name"], 0) * stage["batch_tokens"] for stage in settings["stages"])
 
-    return json.loads(json.dumps(as_dict(recipe(RECIPE)))), False
 
-
-def card(settings: dict[str, Any], is_trained: bool) -> str:
+def card(settings: dict[str, Any], trained: int, results: Path) -> str:
     """The page as Markdown."""
     stages = settings["stages"]
-    tokens = sum(stage["tokens"] for stage in stages)
+    planned = sum(stage["tokens"] for stage in stages)
     kinds = [kind for kind in ROWS if any(kind in stage["mixture"] for stage in stages)]
     kinds += sorted({kind for stage in stages for kind in stage["mixture"]} - {*ROWS})
     lines = [
         "---", "license: apache-2.0", "base_model: HuggingFaceTB/SmolLM2-135M-Instruct", "library_name: transformers",
         "tags: [hsa, long-context, memory]", "---",
         "# smol: SmolLM2-135M-Instruct with a memory", "",
-        *([] if is_trained else [DRAFT, ""]),
         "The source (Apache-2.0) is fetched by pip; this folder holds what training changed of it. `make smol` puts "
         "both together ([guide](../../docs/own-memory.md)). Written by `python scripts/smol_card.py`.", "",
-        f"**Training.** {tokens / 1e6:.0f}M tokens, low rank {settings['lora_rank']} for the source's layers, "
-        f"everything of the memory; seed {settings['seed']}. By stage:", "",
+        " ".join(USE.split()), "",
+        "**Scores** in percent, 95% intervals where one task is one row; recall and RULER in the form of chat.", "",
+        *_scores(results), "", *_language(results), "",
+        f"**Training.** {trained / 1e6:.1f}M tokens of {planned / 1e6:.0f}M planned; low rank {settings['lora_rank']} "
+        f"for the source's layers, everything of the memory; seed {settings['seed']}. By plan:", "",
         "| stage | tokens | row | " + " | ".join(f"`{kind}`" for kind in kinds) + " |",
         "|---|---|---|" + "---|" * len(kinds),
         *(_stage(stage, kinds) for stage in stages), "",
@@ -91,6 +131,56 @@ def card(settings: dict[str, Any], is_trained: bool) -> str:
     return "\n".join(lines)
 
 
+def _scores(results: Path) -> list[str]:
+    heads = ("64K", "1M", "16M")
+    rows = ["| what | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for score in SCORES:
+        cells = (
+            _cell(_found(results / score.folders[head], score.tasks, score.metric, head))
+            if head in score.folders
+            else ""
+            for head in heads
+        )
+        rows.append(f"| {score.what} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _language(results: Path) -> list[str]:
+    """What the memory cost of the source's language."""
+    rows = ["| language | smol | source |", "|---|---|---|"]
+    for task, name in SHORT.items():
+        metric = "acc" if task == "lambada_openai" else "acc_norm"
+        both = (_cell(_found(results / folder, (task,), metric, "")) for folder in ("smol-short", "smol-source-short"))
+        rows.append(f"| {name}, `{metric}` | " + " | ".join(both) + " |")
+    for length, folders in (("8K", ("smol-ppl", "smol-source-ppl")), ("512K", ("smol-ppl", ""))):
+        both = (
+            _cell(_found(results / folder, ("ppl_last_4096",), "perplexity", length), 1) if folder else ""
+            for folder in folders
+        )
+        rows.append(f"| perplexity of books, last 4,096 of {length} | " + " | ".join(both) + " |")
+    return rows
+
+
+def _found(folder: Path, tasks: tuple[str, ...], metric: str, length: str) -> list[dict[str, Any]]:
+    records = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["records"]
+    found = [
+        record
+        for record in records
+        if record["task"] in tasks and record["metric"] == metric and record["depth"] is None
+        and record["length"] == LENGTHS.get(length, record["length"])
+    ]  # fmt: skip
+    if len(found) != len(tasks):
+        sys.exit(f"error: {folder} has {len(found)} of {len(tasks)} scores ({metric}, {length})")
+    return found
+
+
+def _cell(records: list[dict[str, Any]], scale: int = 100) -> str:
+    mean = scale * sum(record["value"] for record in records) / len(records)
+    if len(records) > 1:
+        return f"{mean:.0f}"
+    return f"{mean:.0f} ({scale * records[0]['ci_low']:.0f}-{scale * records[0]['ci_high']:.0f})"
+
+
 def _stage(stage: dict[str, Any], kinds: list[str]) -> str:
     total = sum(stage["mixture"].values())
     shares = (stage["mixture"].get(kind, 0) / total for kind in kinds)
@@ -99,8 +189,8 @@ def _stage(stage: dict[str, Any], kinds: list[str]) -> str:
 
 
 def _sources(settings: dict[str, Any]) -> list[str]:
-    """The files that the run read; of the recipe those that its card plans with."""
-    files = [*settings["questions"], *settings["chats"]] or list(SOURCES)[:4]
+    """The files that the run read."""
+    files = [*settings["questions"], *settings["chats"]]
     unknown = ("not described here", "state it before this is shared")
     return [f"| {name} | {' | '.join(SOURCES.get(name, unknown))} |" for name in (Path(file).name for file in files)]
 

@@ -377,7 +377,8 @@ def test_tracked_files_stay_small():
     large = {name: size for name, size in sizes.items() if size > 20 * MIB}
     assert not large, f"above 20 MiB: {large}"
     top = sorted(sizes, key=lambda name: -sizes[name])[:5]
-    assert sum(sizes.values()) < 28 * MIB, f"{sum(sizes.values()) / MIB:.1f} MiB tracked; the largest: {top}"
+    # weights that the first minutes need stand here: nano's 18 MiB, and 12 of what makes smol of its source
+    assert sum(sizes.values()) < 44 * MIB, f"{sum(sizes.values()) / MIB:.1f} MiB tracked; the largest: {top}"
 
 
 def readme_code() -> list[str]:

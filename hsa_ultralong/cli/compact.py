@@ -17,9 +17,9 @@ def register(app: typer.Typer) -> None:
 def compact(
     source: Annotated[Path, typer.Argument(help="Difference that hsa train --export-difference wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New file, .safetensors.")],
-    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of a number; 64 of them share a scale.")] = 7,
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of a number at most; 64 of them share a scale.")] = 7,
 ) -> None:
-    """Pack a difference for shipping: SmolLM2-135M at rank 16 takes 12.8 MiB at 7 bits, 28 before.
+    """Pack a difference for shipping: SmolLM2-135M at rank 16 takes 12.3 MiB at 7 bits, 28.5 before.
 
     `hsa convert SOURCE --apply` and `hsa train --from-difference` read it as any other.
 

@@ -26,7 +26,7 @@ from hsa_ultralong.train.packing import pack, unpack
 
 MAX_BYTES = 32 * 2**20
 # with matrices as they are, or packed into few bits
-_FORMAT, _PACKED = "hsa-difference-1", "hsa-difference-2"
+_FORMAT, _PACKED = "hsa-difference-1", "hsa-difference-3"
 _HEADER_BYTES = 2**20
 
 
