@@ -4,8 +4,9 @@
 
 FOLDER holds, for every twin and seed, run-NAME-SEED (of `hsa train`: summary.json) and folders of `hsa eval` called
 WHAT-NAME-SEED (summary.json); and reading*/reading.json of `hsa bench reading`. Scores of several seeds are pooled: the
-mean with the 95% Wilson interval of all samples, and the value of every seed beside it. Nothing is left out: what was
-not measured has no row. tests/test_twins_report.py.
+mean with the 95% Wilson interval of all samples, and the value of every seed beside it. What was not measured has no
+row. A stage that was cut off, so ended before that of other runs, is named in "cut_off" and is not pooled.
+tests/test_twins_report.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hsa_ultralong.files.strict_json import read_json
 
 # WHAT-NAME-SEED; names of twins have no "-"
 _FOLDER = re.compile(r"(?P<what>[a-z0-9_]+)-(?P<twin>[a-z0-9_]+)-(?P<seed>\d+)")
-_TRAINED = ("loss", "tokens_per_s", "needle_accuracy")
+_TRAINED = ("loss", "tokens_per_s", "peak_bytes", "needle_accuracy")
 Key = tuple[str, str, str, int]
 
 
@@ -33,16 +34,19 @@ def collect(folder: Path) -> dict[str, Any]:
     """{"meta", "records"} of all that lies in the folder."""
     values: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     sources, hardware = {}, set()
-    for path in sorted(folder.glob("*/summary.json")):
-        found = _FOLDER.fullmatch(path.parent.name)
-        if found is None:
-            continue
+    contents = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/summary.json"))}
+    contents = {name: content for name, content in contents.items() if _FOLDER.fullmatch(name)}
+    cut_off = _cut_off({name: content["records"] for name, content in contents.items() if name.startswith("run-")})
+    for name, content in contents.items():
+        found = _FOLDER.fullmatch(name)
+        assert found is not None
         what, twin, seed = found["what"], found["twin"], int(found["seed"])
-        content = read_json(path)
-        sources[path.parent.name] = {name: content["meta"].get(name) for name in ("command", "commit", "date")}
+        sources[name] = {key: content["meta"].get(key) for key in ("command", "commit", "date")}
         hardware.add(content["meta"].get("hardware"))
         for record in content["records"]:
             if record.get("depth") is not None or (what == "run" and record["metric"] not in _TRAINED):
+                continue
+            if record.get("stage") in cut_off.get(name, {}):
                 continue
             length = record.get("length") or record.get("tokens") or record.get("context") or 0
             task = record.get("task") or record.get("stage") or ""
@@ -51,14 +55,29 @@ def collect(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("reading*/reading.json")):
         content = read_json(path)
         hardware.add(content["meta"].get("hardware"))
-        sources[path.parent.name] = {name: content["meta"].get(name) for name in ("command", "commit", "date")}
+        sources[path.parent.name] = {key: content["meta"].get(key) for key in ("command", "commit", "date")}
         for record in content["records"]:
             twin = record["preset"].rsplit("-", 1)[0]
             row = {"task": "reading", "metric": record["metric"], "twin": twin, "length": record["tokens"]}
             records.append({**row, "value": record["value"], "seeds": {}})
     if not records:
         raise ValueError(f"{folder} holds no folder of twins such as run-hsa-0/summary.json")
-    return {"meta": {"hardware": sorted(filter(None, hardware)), "sources": sources}, "records": records}
+    meta = {"hardware": sorted(filter(None, hardware)), "cut_off": cut_off, "sources": sources}
+    return {"meta": meta, "records": records}
+
+
+def _cut_off(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[int]]]:
+    """Run -> stage -> [last step, last step of the longest run]: stages that ended early."""
+    steps = {
+        name: {r["stage"]: max(s["step"] for s in found if s.get("stage") == r["stage"]) for r in found if "step" in r}
+        for name, found in runs.items()
+    }
+    longest = {stage: max(own.get(stage, 0) for own in steps.values()) for own in steps.values() for stage in own}
+    return {
+        name: early
+        for name, own in steps.items()
+        if (early := {stage: [own.get(stage, 0), most] for stage, most in longest.items() if own.get(stage, 0) < most})
+    }
 
 
 def _pooled(key: Key, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -81,7 +100,7 @@ def _pooled(key: Key, found: list[dict[str, Any]]) -> dict[str, Any]:
     return {**row, "seeds": seeds}
 
 
-def tables(records: list[dict[str, Any]]) -> str:
+def tables(records: list[dict[str, Any]], cut_off: dict[str, dict[str, list[int]]]) -> str:
     """A Markdown table for every task and metric, twins by length."""
     parts = []
     for task, metric in dict.fromkeys((r["task"], r["metric"]) for r in records):
@@ -95,7 +114,13 @@ def tables(records: list[dict[str, Any]]) -> str:
             lines.append(f"| {twin} | " + " | ".join(_cell(known.get((twin, n))) for n in lengths) + " |")
         parts.append("\n".join(lines))
     note = "Shares in percent with 95% intervals; where there are several seeds, the value of each in brackets."
-    return "# Twins\n\n" + note + "\n\n" + "\n\n".join(parts) + "\n"
+    lines = [
+        f"- {name}: {step} of {steps} steps of `{stage}`"
+        for name, stages in cut_off.items()
+        for stage, (step, steps) in stages.items()
+    ]
+    early = ["Cut off, and so not in the tables of that stage:\n\n" + "\n".join(lines)] if lines else []
+    return "\n\n".join(["# Twins", note, *early, *parts]) + "\n"
 
 
 def _cell(record: dict[str, Any] | None) -> str:
@@ -114,9 +139,14 @@ def _cell(record: dict[str, Any] | None) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """A panel for every task of recall and RULER, a line a twin with its interval, against the length."""
+    """A panel for training's own needles after its last stage and every task of recall and RULER.
+
+    A line a twin, with its interval where there is one, against the length."""
     rows = [r for r in records if "ci_low" in r and r["task"] != "ppl" and not r["metric"].endswith("perplexity")]
     rows = [r for r in headlines(rows) if r["metric"] != "auroc"]
+    probes = [r for r in records if r["metric"] == "needle_accuracy"]
+    stages = list(dict.fromkeys(r["task"] for r in probes))
+    rows = [r for r in probes if r["task"] == stages[-1]] + rows
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     if not tasks:
         return
@@ -131,7 +161,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
             own = sorted((r for r in rows if (r["task"], r["twin"]) == (task, twin)), key=lambda r: r["length"])
             if own:
                 x, y = [r["length"] for r in own], [r["value"] for r in own]
-                gaps = [[r["value"] - r["ci_low"] for r in own], [r["ci_high"] - r["value"] for r in own]]
+                # rounding may put an end of the interval on the wrong side by 1e-17
+                gaps = [[max(0.0, r["value"] - r.get("ci_low", r["value"])) for r in own],
+                        [max(0.0, r.get("ci_high", r["value"]) - r["value"]) for r in own]]  # fmt: skip
                 axes.errorbar(x, y, gaps, label=twin, color=f"C{number}", marker=".", capsize=2, linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths := sorted({r["length"] for r in rows if r["task"] == task}))
@@ -154,7 +186,7 @@ def main() -> None:
     found = collect(arguments.folder)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output / "summary.json", found)
-    write_whole(arguments.output / "summary.md", tables(found["records"]))
+    write_whole(arguments.output / "summary.md", tables(found["records"], found["meta"]["cut_off"]))
     draw(found["records"], arguments.output / "recall")
 
 

@@ -47,7 +47,7 @@ def test_seeds_are_pooled_and_each_is_shown(report, tmp_path):
     assert pooled["value"] == 0.75 and pooled["samples"] == 60 and pooled["seeds"] == {"0": 0.5, "1": 1.0, "2": 0.75}
     assert 0.6 < pooled["ci_low"] < 0.75 < pooled["ci_high"] < 0.9
     assert found["meta"]["hardware"] == ["H100"]
-    text = report.tables(found["records"])
+    text = report.tables(found["records"], {})
     assert "| hsa | 75 (63-84) [50, 100, 75] |" in text and "| hsa | 500,000 |" in text
     report.draw(found["records"], tmp_path / "recall")
     assert (tmp_path / "recall.png").is_file() and (tmp_path / "recall.svg").is_file()
@@ -58,11 +58,41 @@ def test_one_stretch_has_no_interval_and_a_figure_shows_each_tasks_own_score(rep
     beside = score(1.0, task="passkey", metric="begins")
     summary(tmp_path / "recall-hsa-0", score(0.5, task="passkey", metric="exact"), beside, score(9.0, 1, **ppl))
     found = report.collect(tmp_path)["records"]
-    assert "| hsa | 9.00 |" in report.tables(found)
+    assert "| hsa | 9.00 |" in report.tables(found, {})
     drawn = []
     monkeypatch.setattr(report.plt.Axes, "errorbar", lambda self, x, y, *_, **__: drawn.append((x, y)))
     report.draw(found, tmp_path / "recall")
     assert drawn == [([2048], [0.5])]
+
+
+def test_a_stage_that_was_cut_off_is_named_and_not_pooled(report, tmp_path):
+    def trained(stage, step, loss):
+        return {"metric": "loss", "stage": stage, "step": step, "context": 2048, "value": loss}
+
+    summary(tmp_path / "run-nsa-0", trained("warmup", 900, 2.0), trained("long", 300, 1.5))
+    summary(tmp_path / "run-nsa-1", trained("warmup", 120, 6.0))
+    summary(tmp_path / "run-window-0", trained("warmup", 900, 3.0), trained("long", 100, 2.5))
+    found = report.collect(tmp_path)
+    assert found["meta"]["cut_off"] == {
+        "run-nsa-1": {"warmup": [120, 900], "long": [0, 300]}, "run-window-0": {"long": [100, 300]},
+    }  # fmt: skip
+    values = {(r["task"], r["twin"]): (r["value"], r["seeds"]) for r in found["records"]}
+    assert values == {
+        ("run warmup", "nsa"): (2.0, {"0": 2.0}), ("run long", "nsa"): (1.5, {"0": 1.5}),
+        ("run warmup", "window"): (3.0, {"0": 3.0}),
+    }  # fmt: skip
+    assert "- run-window-0: 100 of 300 steps of `long`" in report.tables(found["records"], found["meta"]["cut_off"])
+
+
+def test_training_s_own_needles_are_drawn_after_the_last_stage_without_an_interval(report, tmp_path, monkeypatch):
+    def probe(stage, value):
+        return {"metric": "needle_accuracy", "stage": stage, "step": 9, "context": 2048, "value": value}
+
+    summary(tmp_path / "run-hsa-0", probe("warmup", 0.25), probe("long", 0.75))
+    drawn = []
+    monkeypatch.setattr(report.plt.Axes, "errorbar", lambda self, x, y, gaps, **_: drawn.append((x, y, gaps)))
+    report.draw(report.collect(tmp_path)["records"], tmp_path / "recall")
+    assert drawn == [([2048], [0.75], [[0.0], [0.0]])]
 
 
 def test_a_folder_without_twins_is_refused(report, tmp_path):

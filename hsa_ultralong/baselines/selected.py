@@ -13,8 +13,9 @@ from hsa_ultralong.ops._common import accumulation_dtype
 
 # numbers of a mask, of scores or of gathered keys that exist at once
 _ELEMENTS = 1 << 26
-# reading all keys under a mask is as fast as gathering the chosen ones up to this many times as many
-_DENSE_RATIO = {"cpu": 2, "cuda": 8}
+# reading all keys under a mask is as fast as gathering the chosen ones up to this many times as many; of a CPU
+# docs/log.md, 2026-11-28
+_DENSE_RATIO = {"cpu": 32, "cuda": 8}
 _DENSE_MIN_TOKENS = 16
 
 

@@ -137,7 +137,10 @@ def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor | None, *places: int
 ) -> torch.Tensor:
     if not (triton_runs_on(q) or is_interpreted()):
-        raise RuntimeError(f'sparse_impl="triton" needs an NVIDIA GPU, got {q.device}: use sparse_impl="torch"')
+        raise ValueError(
+            f'sparse_impl="triton" needs an NVIDIA GPU, got {q.device}: use sparse_impl="torch", of a model folder '
+            "`hsa eval FOLDER --set sparse_impl=torch`"
+        )
     if (
         not q.dtype == k.dtype == v.dtype
         or q.dtype not in KERNEL_DTYPES

@@ -69,3 +69,11 @@ def test_sizes_that_no_kernel_takes_are_refused():
     q, k, v = (x[..., :4] for x in operands(20, 20, 2, 1))
     with pytest.raises(ValueError, match='use sparse_impl="torch"'):
         selected_attention(q, k, v, torch.zeros(1, 20, 1, 1), chunk_size=16, impl="triton")
+
+
+def test_a_device_without_kernels_is_told_how_to_read_the_model(monkeypatch):
+    monkeypatch.setattr(triton_selected, "is_interpreted", lambda: False)
+    q, k, v = (x.cpu() for x in operands(20, 20, 2, 1))
+    chosen = torch.zeros(1, 20, 1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="hsa eval FOLDER --set sparse_impl=torch"):
+        selected_attention(q, k, v, chosen, chunk_size=16, impl="triton")
