@@ -115,7 +115,7 @@ def _rank_sizes(engine: Any) -> list[int]:
     query = torch.zeros((1, 1, heads, config.retrieval_dim // heads), dtype=engine.dtype, device=device)
     if not triton_runs_on(query):
         return []
-    from hsa_ultralong.ops.chunk_topk.triton_topk import chunks_of_all_forms
+    from hsa_ultralong.ops.chunk_topk.plan import chunks_of_all_forms
 
     factor = engine.model.model.upper_groups()[0].retriever.factor()
     dim = max(16, next_power_of_two(query.shape[-1]))

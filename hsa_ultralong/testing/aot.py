@@ -112,10 +112,10 @@ def is_available() -> bool:
         import triton
     except ImportError:
         return False
-    return not _is_interpreting(triton) and _cuobjdump().is_file()
+    return not is_interpreting(triton) and _cuobjdump().is_file()
 
 
-def _is_interpreting(triton: Any) -> bool:
+def is_interpreting(triton: Any) -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -134,7 +134,7 @@ def _target(card: Card) -> Any:
     return GPUTarget("cuda", card.capability, 32)
 
 
-def _driver(card: Card) -> Any:
+def driver_of(card: Card) -> Any:
     """Stands in for the CUDA driver as far as Triton's launcher asks it about the card."""
     properties = {
         "multiprocessor_count": card.num_processors, "max_shared_mem": card.shared_bytes, "warpSize": 32,
@@ -152,7 +152,7 @@ def _driver(card: Card) -> Any:
 
 
 @contextmanager
-def _replaced_functions(card: Card) -> Iterator[None]:
+def replaced_functions(card: Card) -> Iterator[None]:
     """Let the host code of operators and baselines believe in the card, in every module that holds these functions."""
     from hsa_ultralong.ops import _triton
 
@@ -167,6 +167,12 @@ def _replaced_functions(card: Card) -> Iterator[None]:
         if hasattr(_triton, name):
             replacements[getattr(_triton, name)] = new
 
+    def forget_plans() -> None:
+        # they follow from the card too
+        for module in [m for key, m in list(sys.modules.items()) if key.startswith("hsa_ultralong.ops.")]:
+            if hasattr(module, "plan_of"):
+                module.plan_of.cache_clear()
+
     def swap(table: dict[Any, Any]) -> None:
         ours = ("hsa_ultralong.ops", "hsa_ultralong.baselines")
         for module in [m for key, m in list(sys.modules.items()) if key.startswith(ours)]:
@@ -175,15 +181,17 @@ def _replaced_functions(card: Card) -> Iterator[None]:
                     setattr(module, name, table[value])
 
     swap(replacements)
+    forget_plans()
     try:
         yield
     finally:
         # also modules that were first imported meanwhile
         swap({new: old for old, new in replacements.items()})
+        forget_plans()
 
 
-def _patches(card: Card) -> list[Any]:
-    """torch.cuda's questions about the card, and tensors of zeros where a kernel would have written."""
+def card_patches(card: Card) -> list[Any]:
+    """torch.cuda's questions about the card."""
     cuda, (major, minor) = torch.cuda, card.major_minor
     properties = SimpleNamespace(
         multi_processor_count=card.num_processors, major=major, minor=minor, name=card.name,
@@ -198,6 +206,12 @@ def _patches(card: Card) -> list[Any]:
         mock.patch.object(cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.object(cuda, "get_device_capability", lambda device=None: (major, minor)),
         mock.patch.object(cuda, "get_device_properties", lambda device=None: properties),
+    ]
+
+
+def _zero_patches() -> list[Any]:
+    """Tensors of zeros where a kernel would have written."""
+    return [
         mock.patch.object(torch, "empty", torch.zeros),
         mock.patch.object(torch, "empty_like", torch.zeros_like),
         mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
@@ -219,7 +233,7 @@ def record_launches(card: Card = HOPPER) -> Iterator[list[Launch]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    if _is_interpreting(triton):
+    if is_interpreting(triton):
         raise RuntimeError("launches can be recorded only with TRITON_INTERPRET=0: interpreted kernels have no code")
     found: dict[str, Launch] = {}
     run = JITFunction.run
@@ -242,14 +256,14 @@ def record_launches(card: Card = HOPPER) -> Iterator[list[Launch]]:
 
     result: list[Launch] = []
     previous = driver._active
-    driver.set_active(_driver(card))
+    driver.set_active(driver_of(card))
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(JITFunction, "run", run_nothing))
             stack.enter_context(mock.patch.object(JITFunction, "_do_compile", note))
             stack.enter_context(mock.patch.object(Autotuner, "run", run_every_configuration))
-            stack.enter_context(_replaced_functions(card))
-            for patch in _patches(card):
+            stack.enter_context(replaced_functions(card))
+            for patch in (*card_patches(card), *_zero_patches()):
                 stack.enter_context(patch)
             yield result
     finally:

@@ -14,7 +14,7 @@ from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 from hsa_ultralong.testing.factories import generator, random_tensor, random_visibility
 
 pytest.importorskip("triton")
-from hsa_ultralong.ops.chunk_topk import kernel_gradients, triton_topk
+from hsa_ultralong.ops.chunk_topk import kernel_gradients, plan, triton_topk
 from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,8 +23,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles and blocks from few tokens and chunks; no path for few queries unless a test asks for it."""
-    monkeypatch.setattr(triton_topk, "tile_options", lambda *_: triton_topk.TileOptions(16, 16, 4))
+    monkeypatch.setattr(plan, "tile_options", lambda *_: plan.TileOptions(16, 16, 4))
     monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 0)
+    # shapes that were seen with other sizes
+    plan.plan_of.cache_clear()
+    yield
+    plan.plan_of.cache_clear()
 
 
 def integers(*shape, seed=0):
@@ -108,9 +112,9 @@ def test_the_set_is_that_of_topk_over_the_kernels_own_scores():
 )  # fmt: skip
 def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk, chunks, share):
     monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
-    chosen = triton_topk.decode_options
-    monkeypatch.setattr(triton_topk, "decode_options", lambda *case: chosen(*case)._replace(share=share))
-    monkeypatch.setattr(triton_topk._Problem, "stream", None)
+    chosen = plan.decode_options
+    monkeypatch.setattr(plan, "decode_options", lambda *case: chosen(*case)._replace(share=share))
+    monkeypatch.setattr(triton_topk, "_solve", None)
     visible = places(2, 2, chunks, "past")
     query, landmarks = integers(2, 2, heads, 8), integers(rows, chunks, heads, 8, seed=1)
     expected = chunk_topk(query, landmarks, visible, topk=topk, impl="reference")
@@ -123,27 +127,28 @@ def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk, 
 def test_tiles_are_those_of_a_hopper_card_or_fit_a_smaller_one(memory, monkeypatch):
     monkeypatch.undo()
     for width, dim, kept in itertools.product((1, 2, 4), (16, 256, 512, 1024), (32, 64, 256)):
-        scan = triton_topk.decode_options(kept, dim, width, memory)
+        scan = plan.decode_options(kept, dim, width, memory)
         assert scan.tile >= 16 and scan.stages >= 2
         # landmarks of 4 KiB fit a card of 99 KiB in no tile: fp32 with R = 1,024, which "auto" does not choose
         if dim * width < 4096 or memory > 101_376:
-            assert triton_topk._scan_bytes(scan.tile, scan.stages, dim, width) <= memory
+            assert plan._scan_bytes(scan.tile, scan.stages, dim, width) <= memory
         for queries in (1000, 20_000):
-            stream = triton_topk.tile_options("stream", kept, queries, dim, width, memory)
+            stream = plan.tile_options("stream", kept, queries, dim, width, memory)
             assert (stream.tokens + stream.chunks) * stream.slab * width <= memory
-    assert triton_topk.decode_options(32, 256, 2, memory).tile == 64
-    assert triton_topk.decode_options(32, 256, 2, memory).stages == (3 if memory < 112_128 else 4)
-    assert triton_topk.decode_options(32, 1024, 2, memory).stages == (3 if memory > 190_976 else 2)
-    assert triton_topk.decode_options(32, 1024, 2, memory).tile == 32
-    merge = triton_topk.tile_options("merge", 32, 0, 1024, 2, memory)
+    assert plan.decode_options(32, 256, 2, memory).tile == 64
+    assert plan.decode_options(32, 256, 2, memory).stages == (3 if memory < 112_128 else 4)
+    assert plan.decode_options(32, 1024, 2, memory).stages == (3 if memory > 190_976 else 2)
+    assert plan.decode_options(32, 1024, 2, memory).tile == 32
+    merge = plan.tile_options("merge", 32, 0, 1024, 2, memory)
     assert merge[:3] == ((64, 32, 4) if memory > 135_168 else (32, 32, 2))
-    sizes = triton_topk.chunks_of_all_forms(32, 256, 2, memory)
-    assert sizes == triton_topk.chunks_of_all_forms(32, 256, 2, 232_448)
+    sizes = plan.chunks_of_all_forms(32, 256, 2, memory)
+    assert sizes == plan.chunks_of_all_forms(32, 256, 2, 232_448)
 
 
 def test_wide_fp32_landmarks_are_refused_where_no_tile_fits(monkeypatch):
     monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
-    monkeypatch.setattr(triton_topk, "shared_memory", lambda index: 101_376)
+    plan.plan_of.cache_clear()
+    monkeypatch.setattr(plan, "shared_memory", lambda index: 101_376)
     query, landmarks = (torch.zeros(1, count, 1, 1024, device=DEVICE) for count in (1, 40))
     with pytest.raises(ValueError, match="bytes of shared memory, this card has 101,376; use bf16"):
         chunk_topk(query, landmarks, places(1, 1, 40), topk=4, impl="triton")

@@ -32,16 +32,22 @@ BAD_CHUNK, LONE, STEEP = 1, 3, 6
 
 @pytest.fixture(autouse=True)
 def small_launches(monkeypatch):
+    has_triton = find_spec("triton") is not None
     monkeypatch.setattr(torch_gather, "_BLOCK_ELEMENTS", {"cpu": 30_000})
     monkeypatch.setattr(torch_dense, "_TILE_ELEMENTS", {"cpu": 3000})
-    if find_spec("triton") is not None:
-        from hsa_ultralong.ops.hsa import kernel_lists, triton_attention
+    if has_triton:
+        from hsa_ultralong.ops.hsa import kernel_lists, plan, triton_attention
 
         # the interpreter walks over keys one by one
         monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 32)
         # tiles of two parts, as the second pass sees them
-        monkeypatch.setattr(triton_attention, "launch_options", lambda *_: triton_attention.HSALaunch(32, 4, 1))
+        monkeypatch.setattr(plan, "launch_options", lambda *_: plan.HSALaunch(32, 4, 1))
         monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 0)
+        # shapes that were seen with other sizes
+        plan.plan_of.cache_clear()
+    yield
+    if has_triton:
+        plan.plan_of.cache_clear()
 
 
 def problem(shape):
@@ -148,7 +154,7 @@ def test_few_tokens_without_gradients_keep_it_too(impl, monkeypatch):
         from hsa_ultralong.ops.hsa import triton_attention
 
         monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 64)
-        monkeypatch.setattr(triton_attention._Problem, "forward", None)
+        monkeypatch.setattr(triton_attention, "_forward", None)
     inputs = problem("short_chunks")
     bad, _, _ = poisoned(inputs, float("nan"))
     rows, _ = reached(bad, is_backward=False)

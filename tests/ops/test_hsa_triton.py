@@ -9,8 +9,8 @@ from hsa_ultralong.ops import ChunkVisibility, hsa_attention
 from hsa_ultralong.testing.factories import AttentionInputs, random_attention, random_tensor
 
 triton = pytest.importorskip("triton")
-from hsa_ultralong.ops.hsa import kernel_lists, triton_attention  # noqa: E402
-from hsa_ultralong.ops.hsa.kernel_lists import inverse_lists, tile_lists  # noqa: E402
+from hsa_ultralong.ops.hsa import kernel_lists, plan, triton_attention  # noqa: E402
+from hsa_ultralong.ops.hsa.kernel_lists import InverseListPlan, TileListPlan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 16
@@ -35,10 +35,14 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def small_launches(monkeypatch):
     """Tiles of 16 rows, so that a few tokens make several tiles; no path for few tokens unless a test asks for it."""
-    monkeypatch.setattr(triton_attention, "launch_options", lambda *_: triton_attention.HSALaunch(16, 4, 1))
+    monkeypatch.setattr(plan, "launch_options", lambda *_: plan.HSALaunch(16, 4, 1))
     monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 0)
     monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 32)
     monkeypatch.setattr(kernel_lists, "_COUNTED_SHARE", 1000)
+    # shapes that were seen with other sizes
+    plan.plan_of.cache_clear()
+    yield
+    plan.plan_of.cache_clear()
 
 
 def problem(**options) -> AttentionInputs:
@@ -83,7 +87,7 @@ def test_the_causal_promise_changes_nothing_for_a_causal_selection(slots, num_to
 @pytest.mark.parametrize("shape", ["short_chunks", "retrieval_per_head", "shared_memory", "all_empty", "coverage"])
 def test_few_tokens_without_gradient_take_the_decoding_kernel(monkeypatch, shape):
     monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 64)
-    monkeypatch.setattr(triton_attention._Problem, "forward", None)
+    monkeypatch.setattr(triton_attention, "_forward", None)
     inputs = problem(**{**SHAPES[shape], "num_tokens": 3})
     operands = [x.float() for x in (inputs.q, inputs.k, inputs.v)]
     arguments = {"chunk_size": SIZE, "chunk_lengths": inputs.chunk_lengths}
@@ -113,15 +117,26 @@ def test_parts_of_a_memory_read_by_the_same_indices_add_up_to_the_whole(monkeypa
 def test_segments_of_tokens_change_nothing(monkeypatch):
     inputs = problem(kv_heads=1, group=4)
     whole = run(inputs, "triton", torch.float32)
-    monkeypatch.setattr(triton_attention, "_LAUNCH_BYTES", 1)
+    monkeypatch.setattr(plan, "_LAUNCH_BYTES", 1)
+    plan.plan_of.cache_clear()
     for left, right in zip(whole, run(inputs, "triton", torch.float32), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("shape", ["group_3", "coverage_per_head", "two_memory_heads"])
+def test_a_backward_that_finds_no_lists_makes_the_same(monkeypatch, shape):
+    inputs = problem(**SHAPES[shape])
+    kept = run(inputs, "triton", torch.float32)
+    monkeypatch.setattr(plan, "_KEPT_BYTES", 0)
+    plan.plan_of.cache_clear()
+    for left, right in zip(kept, run(inputs, "triton", torch.float32), strict=True):
         assert torch.equal(left, right)
 
 
 def test_long_slot_lists_shrink_the_tile_to_what_one_program_can_sort(monkeypatch):
     inputs = problem(kv_heads=1, group=2, slots=3, batch=1)
     expected = run(inputs, "reference", torch.float64)
-    monkeypatch.setattr(triton_attention, "_SORT_LIMIT", 8)
+    monkeypatch.setattr(plan, "_SORT_LIMIT", 8)
     assert_close(run(inputs, "triton", torch.float32), expected)
 
 
@@ -153,7 +168,7 @@ def test_chunks_that_nobody_selected_are_never_read():
 
 def test_tile_lists_hold_the_union_of_their_tokens_and_every_slot():
     indices = problem(num_tokens=11, num_chunks=6, kv_heads=1, batch=2).indices
-    lists = tile_lists(indices, 4, 6, 1, 2)
+    lists = TileListPlan(indices.shape, 4, 6, 1, 2)(indices)
     for b in range(2):
         for tile in range(2):
             tokens = indices[b, 4 * (tile + 1) : 4 * (tile + 2), 0].tolist()
@@ -169,12 +184,16 @@ def test_tile_lists_hold_the_union_of_their_tokens_and_every_slot():
 @pytest.mark.parametrize("by_counting", [True, False])
 @pytest.mark.parametrize(("memory_batch", "heads"), [(1, 1), (2, 1), (2, 2)])
 def test_inverse_lists_hold_every_pair_once_in_order(monkeypatch, memory_batch, heads, by_counting):
+    # several steps of every loop over lists and blocks
+    monkeypatch.setattr(kernel_lists, "_OFFSET_LISTS", 2)
+    monkeypatch.setattr(kernel_lists, "_OFFSET_BLOCKS", 2)
+    monkeypatch.setattr(kernel_lists, "_UNIT_LISTS", 4)
     monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 16)
     monkeypatch.setattr(kernel_lists, "_COUNTED_SHARE", 1000 if by_counting else 0)
     indices = problem(kv_heads=heads, heads=heads, num_chunks=5, num_tokens=13).indices
-    lists = inverse_lists(indices, memory_batch, 5, 4)
+    lists = InverseListPlan(indices.shape, memory_batch, 5, 4)(indices)
     flat = indices.flatten().tolist()
-    number = 0
+    number = ended = 0
     for row in range(memory_batch):
         for head in range(heads):
             for chunk in range(5):
@@ -187,8 +206,11 @@ def test_inverse_lists_hold_every_pair_once_in_order(monkeypatch, memory_batch, 
                 start, stop = lists.pair_starts[number : number + 2].tolist()
                 assert lists.pairs[start:stop].tolist() == mine
                 units = (lists.unit_lists == number).nonzero().flatten().tolist()
-                assert len(units) == -(-len(mine) // 4)
+                assert units == list(range(ended, ended + -(-len(mine) // 4)))
+                ended = int(lists.unit_ends[number])
+                assert ended == (units[-1] + 1 if units else ended)
                 number += 1
+    assert (lists.unit_lists[ended:] == number).all()
 
 
 def test_unsupported_operands_are_named():

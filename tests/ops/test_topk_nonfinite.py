@@ -28,12 +28,18 @@ IMPLS = [
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
+    has_triton = find_spec("triton") is not None
     monkeypatch.setattr(torch_blocked, "_BLOCK_ELEMENTS", 200)
-    if find_spec("triton") is not None:
-        from hsa_ultralong.ops.chunk_topk import triton_topk
+    if has_triton:
+        from hsa_ultralong.ops.chunk_topk import plan, triton_topk
 
-        monkeypatch.setattr(triton_topk, "tile_options", lambda *_: triton_topk.TileOptions(16, 16, 4))
+        monkeypatch.setattr(plan, "tile_options", lambda *_: plan.TileOptions(16, 16, 4))
         monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 0)
+        # shapes that were seen with other sizes
+        plan.plan_of.cache_clear()
+    yield
+    if has_triton:
+        plan.plan_of.cache_clear()
 
 
 def places(*, bad_chunks=()):

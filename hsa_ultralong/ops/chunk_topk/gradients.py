@@ -23,7 +23,7 @@ def _parts(pairs: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def as_one_row(landmarks: torch.Tensor, *by_token: torch.Tensor) -> list[torch.Tensor]:
     """Tensors (B, T, ...) as (1, B * T, ...) where all rows share the landmarks, so that nothing is repeated by row."""
-    return [part.flatten(0, 1)[None] if landmarks.shape[0] == 1 else part for part in by_token]
+    return [part.flatten(0, 1)[None] if landmarks.shape[0] == 1 and part.shape[0] > 1 else part for part in by_token]
 
 
 def product_gradients(

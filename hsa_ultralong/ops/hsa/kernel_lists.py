@@ -7,16 +7,21 @@ shapes alone, so nothing synchronises with the host. Letters: docs/architecture.
 
 Grids: _tile_lists_kernel (tiles of a launch, Hr, B), a program owns the list and the slot map of its tile;
 _slot_map_kernel (tokens / BT, K / BK, B * Hr), entries that no other program writes, as a token selects a chunk once;
-_inverse_kernel (blocks of BT tokens, Hr, B), launched twice: counts, then pairs at the places that a running sum gave.
+_inverse_kernel (blocks of BT tokens, Hr, B), launched twice: counts, a row of C for every program, then pairs at the
+places that _offsets_kernel (C / BL, memory rows * Hr) and _units_kernel (one program) made of them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from hsa_ultralong.ops._launch import PreparedLaunch
 
 # keys larger than any real one: empty slots sort behind everything
 _LAST_32 = tl.constexpr(2**31 - 1)
@@ -26,6 +31,8 @@ FEWEST_SLOTS = 16
 # keys that one program of the counting sort takes; counts per pair beyond which a plain sort is used instead
 _COUNTED_KEYS = 2048
 _COUNTED_SHARE = 4
+# lists, and blocks of tokens, that a program adds counts of at a time; lists that the last one takes at a time
+_OFFSET_LISTS, _OFFSET_BLOCKS, _UNIT_LISTS = 32, 64, 1024
 
 
 class TileLists(NamedTuple):
@@ -90,12 +97,12 @@ def _larger(a, b):
 
 @triton.jit
 def _inverse_kernel(
-    indices, counts, ends, pairs,
+    indices, counts, starts, pairs,
     T, K, HR, C, blocks, row_blocks,
     MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """Counting sort of the pairs by list, in blocks of BT tokens: first how many pairs of a block each list gets, into
-    counts (lists, blocks); then, with their running sum `ends`, the pairs to their places."""
+    counts (memory rows * HR, blocks, C); then, with what _offsets_kernel made of them, the pairs to their places."""
     block = tl.program_id(0)
     hr = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -103,19 +110,65 @@ def _inverse_kernel(
     chunk, position, found = _sorted_chunks(indices, block * BT, b, hr, T, K, HR, BT, KP, WIDE)
     order = tl.arange(0, N)
     before = tl.gather(chunk, tl.maximum(order - 1, 0), 0)
-    after = tl.gather(chunk, tl.minimum(order + 1, N - 1), 0)
     is_first = (order == 0) | (before != chunk)
-    is_last = (order == N - 1) | (after != chunk)
     rank = order - tl.associative_scan(tl.where(is_first, order, 0), 0, _larger)
-    row = b if MEMORY_ROWS else b * 0
-    column = block if MEMORY_ROWS else b * row_blocks + block
-    place = ((row * HR + hr) * C + chunk) * blocks + column
+    group = (b if MEMORY_ROWS else b * 0) * HR + hr
+    counts += (group * blocks + (block if MEMORY_ROWS else b * row_blocks + block)) * C
     if FILL:
-        start = tl.load(ends + place - 1, mask=found & (place > 0), other=0)
+        start = tl.load(starts + group * C + chunk, mask=found, other=0)
+        start += tl.load(counts + chunk, mask=found, other=0)
         pair = ((b * T + block * BT + position // KP) * HR + hr) * K + position % KP
         tl.store(pairs + start + rank, pair.to(pairs.dtype.element_ty), mask=found)
     else:
-        tl.store(counts + place, rank + 1, mask=found & is_last)
+        after = tl.gather(chunk, tl.minimum(order + 1, N - 1), 0)
+        is_last = (order == N - 1) | (after != chunk)
+        for first in range(0, C, N):
+            tl.store(counts + first + order, tl.zeros((N,), tl.int32), mask=first + order < C)
+        # other threads of this program wrote the zeros
+        tl.debug_barrier()
+        tl.store(counts + chunk, rank + 1, mask=found & is_last)
+
+
+@triton.jit
+def _offsets_kernel(counts, totals, C, blocks, BB: tl.constexpr, BL: tl.constexpr):
+    """Counts of BL lists become, in place, the number of their pairs in earlier blocks; totals (lists,) that in all."""
+    group = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0) * BL + tl.arange(0, BL)
+    counts += group * blocks * C
+    before = tl.zeros((BL,), tl.int32)
+    for start in range(0, blocks, BB):
+        block = start + tl.arange(0, BB)
+        exists = (block < blocks)[:, None] & (chunk < C)[None, :]
+        place = counts + block.to(tl.int64)[:, None] * C + chunk[None, :]
+        found = tl.load(place, mask=exists, other=0)
+        # other threads of this program may read what this one writes
+        tl.debug_barrier()
+        tl.store(place, before[None, :] + tl.cumsum(found, 0) - found, mask=exists)
+        before += tl.sum(found, 0)
+    tl.store(totals + group * C + chunk, before, mask=chunk < C)
+
+
+@triton.jit
+def _units_kernel(totals, starts, unit_ends, unit_lists, lists, most, unit_pairs, BL: tl.constexpr):
+    """One program goes through the lists' totals: where their pairs begin, how many units they make, whose each is."""
+    pairs = tl.zeros((), starts.dtype.element_ty)
+    units = tl.zeros((), tl.int32)
+    for first in range(0, lists, BL):
+        number = first + tl.arange(0, BL)
+        total = tl.load(totals + number, mask=number < lists, other=0)
+        wide = total.to(starts.dtype.element_ty)
+        tl.store(starts + number, pairs + tl.cumsum(wide, 0) - wide, mask=number < lists)
+        count = (total + unit_pairs - 1) // unit_pairs
+        end = units + tl.cumsum(count, 0)
+        tl.store(unit_ends + number, end, mask=number < lists)
+        for turn in range(0, tl.max(count, 0)):
+            tl.store(unit_lists + end - count + turn, number, mask=turn < count)
+        pairs += tl.sum(wide, 0)
+        units += tl.sum(count, 0)
+    tl.store(starts + lists, pairs)
+    for first in range(units, most, BL):
+        unit = first + tl.arange(0, BL)
+        tl.store(unit_lists + unit, tl.zeros((BL,), tl.int32) + lists, mask=unit < most)
 
 
 @triton.jit(do_not_specialize=["T", "K", "U", "first_tile", "num_tiles"])
@@ -163,86 +216,131 @@ def _slot_map_kernel(
     tl.store(target, value, mask=chunk >= 0)
 
 
-def tile_lists(indices: torch.Tensor, tile_tokens: int, num_chunks: int, first_tile: int, num_tiles: int) -> TileLists:
-    """Lists of `num_tiles` tiles from `first_tile` on; indices (B, T, Hr, K) int32 below num_chunks = C."""
-    batch, num_tokens, heads, slots = indices.shape
-    shape = (batch, heads, num_tiles)
-    max_chunks = min(tile_tokens * slots, num_chunks)
-    chunks = torch.empty(*shape, max_chunks, dtype=torch.int32, device=indices.device)
-    counts = torch.empty(shape, dtype=torch.int32, device=indices.device)
-    slot_map = torch.empty(*shape, max_chunks, tile_tokens, dtype=slot_dtype(slots), device=indices.device)
-    padded = max(FEWEST_SLOTS, triton.next_power_of_2(slots))
-    _tile_lists_kernel[(num_tiles, heads, batch)](
-        indices, chunks, counts, slot_map,
-        num_tokens, slots, heads, max_chunks, first_tile, num_tiles,
-        BT=tile_tokens, KP=padded, WIDE=num_chunks * tile_tokens * padded >= 2**31,
-        num_warps=max(1, min(8, tile_tokens * padded // 256)),
-    )  # fmt: skip
-    return TileLists(chunks, counts, slot_map)
+class TileListPlan:
+    """Makes the lists of `num_tiles` tiles from `first_tile` on from indices of `shape` (B, T, Hr, K), below
+    num_chunks = C; is_kept as in ops/_launch.py."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        tile_tokens: int,
+        num_chunks: int,
+        first_tile: int,
+        num_tiles: int,
+        *,
+        is_kept: bool = False,
+    ) -> None:
+        batch, num_tokens, heads, slots = shape
+        self.most = min(tile_tokens * slots, num_chunks)
+        self.counts = (batch, heads, num_tiles)
+        self.chunks, self.slots = (*self.counts, self.most), (*self.counts, self.most, tile_tokens)
+        self.dtype = slot_dtype(slots)
+        self.sizes = (num_tokens, slots, heads, self.most, first_tile, num_tiles)
+        padded = max(FEWEST_SLOTS, triton.next_power_of_2(slots))
+        self.launch = PreparedLaunch(
+            _tile_lists_kernel, (num_tiles, heads, batch), is_kept=is_kept, BT=tile_tokens, KP=padded,
+            WIDE=num_chunks * tile_tokens * padded >= 2**31, num_warps=max(1, min(8, tile_tokens * padded // 256)),
+        )  # fmt: skip
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.slots) * self.dtype.itemsize + 4 * (math.prod(self.chunks) + math.prod(self.counts))
+
+    def __call__(self, indices: torch.Tensor) -> TileLists:
+        device = indices.device
+        chunks = torch.empty(self.chunks, dtype=torch.int32, device=device)
+        counts = torch.empty(self.counts, dtype=torch.int32, device=device)
+        slots = torch.empty(self.slots, dtype=self.dtype, device=device)
+        self.launch(indices, chunks, counts, slots, *self.sizes)
+        return TileLists(chunks, counts, slots)
 
 
-def coverage_slots(indices: torch.Tensor, num_chunks: int) -> TileLists:
-    """The slot map of full coverage, (B, Hr, C, T)."""
-    batch, num_tokens, heads, slots = indices.shape
-    shape = (batch, heads, num_chunks, num_tokens)
-    slot_map = torch.full(shape, -1, dtype=slot_dtype(slots), device=indices.device)
-    block_tokens, block_slots = 64, 16
-    grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(slots, block_slots), batch * heads)
-    _slot_map_kernel[grid](
-        indices, slot_map, num_tokens, slots, heads, num_chunks, BT=block_tokens, BK=block_slots, num_warps=4
-    )
-    return TileLists(None, None, slot_map)
+class CoverageMapPlan:
+    """Makes the slot map of full coverage, (B, Hr, C, T), from indices of `shape` (B, T, Hr, K); is_kept as in
+    ops/_launch.py."""
+
+    def __init__(self, shape: Sequence[int], num_chunks: int, *, is_kept: bool = False) -> None:
+        batch, num_tokens, heads, slots = shape
+        self.shape, self.dtype = (batch, heads, num_chunks, num_tokens), slot_dtype(slots)
+        self.sizes = (num_tokens, slots, heads, num_chunks)
+        block_tokens, block_slots = 64, 16
+        grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(slots, block_slots), batch * heads)
+        self.launch = PreparedLaunch(
+            _slot_map_kernel, grid, is_kept=is_kept, BT=block_tokens, BK=block_slots, num_warps=4
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __call__(self, indices: torch.Tensor) -> TileLists:
+        slot_map = torch.full(self.shape, -1, dtype=self.dtype, device=indices.device)
+        self.launch(indices, slot_map, *self.sizes)
+        return TileLists(None, None, slot_map)
 
 
-def _pairs_by_counting(indices: torch.Tensor, memory_batch: int, num_chunks: int, tile: int):
-    """Pairs grouped by list, and the first pair of every list, by a counting sort over blocks of `tile` tokens."""
-    batch, num_tokens, heads, slots = indices.shape
-    row_blocks = triton.cdiv(num_tokens, tile)
-    is_shared = memory_batch < batch
-    lists, blocks = memory_batch * heads * num_chunks, row_blocks * (batch if is_shared else 1)
-    counts = torch.zeros(lists * blocks, dtype=torch.int32, device=indices.device)
-    pairs = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
-    padded = triton.next_power_of_2(slots)
-    sizes = (num_tokens, slots, heads, num_chunks, blocks, row_blocks)
-    constants = {
-        "MEMORY_ROWS": not is_shared, "BT": tile, "KP": padded, "WIDE": num_chunks * tile * padded >= 2**31,
-        "num_warps": 4,
-    }  # fmt: skip
-    grid = (row_blocks, heads, batch)
-    _inverse_kernel[grid](indices, counts, counts, pairs, *sizes, FILL=False, **constants)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    _inverse_kernel[grid](indices, counts, ends, pairs, *sizes, FILL=True, **constants)
-    return pairs, torch.nn.functional.pad(ends.view(lists, blocks)[:, -1], (1, 0))
+class InverseListPlan:
+    """Makes the inverse lists of indices of `shape` (B, T, Hr, K) in a memory of `memory_batch` rows (1 or B) and
+    num_chunks = C, cut into units of `unit_pairs`; is_kept as in ops/_launch.py."""
 
+    def __init__(
+        self, shape: Sequence[int], memory_batch: int, num_chunks: int, unit_pairs: int, *, is_kept: bool = False
+    ) -> None:
+        self.batch, num_tokens, self.heads, slots = shape
+        self.memory_batch, self.num_chunks, self.unit_pairs = memory_batch, num_chunks, unit_pairs
+        self.num_pairs = math.prod(shape)
+        self.lists = memory_batch * self.heads * num_chunks
+        self.units = self.lists + -(-self.num_pairs // unit_pairs)
+        padded = triton.next_power_of_2(slots)
+        tile = _COUNTED_KEYS // padded
+        row_blocks = -(-num_tokens // max(1, tile))
+        is_shared = memory_batch < self.batch
+        self.blocks = row_blocks * (self.batch if is_shared else 1)
+        is_short = self.num_pairs < 2**31
+        self.by_counting = tile >= 1 and is_short and self.lists * self.blocks <= _COUNTED_SHARE * self.num_pairs
+        self.dtype = torch.int32 if is_short else torch.int64
+        self.cut = PreparedLaunch(_units_kernel, (1,), is_kept=is_kept, BL=_UNIT_LISTS, num_warps=8)
+        if self.by_counting:
+            self.sizes = (num_tokens, slots, self.heads, num_chunks, self.blocks, row_blocks)
+            constants = {
+                "MEMORY_ROWS": not is_shared, "BT": tile, "KP": padded, "WIDE": num_chunks * tile * padded >= 2**31,
+                "num_warps": 4, "is_kept": is_kept,
+            }  # fmt: skip
+            grid = (row_blocks, self.heads, self.batch)
+            self.count = PreparedLaunch(_inverse_kernel, grid, FILL=False, **constants)
+            self.fill = PreparedLaunch(_inverse_kernel, grid, FILL=True, **constants)
+            programs = (triton.cdiv(num_chunks, _OFFSET_LISTS), memory_batch * self.heads)
+            self.offset = PreparedLaunch(
+                _offsets_kernel, programs, BB=_OFFSET_BLOCKS, BL=_OFFSET_LISTS, num_warps=4, is_kept=is_kept
+            )
 
-def _pairs_by_sorting(indices: torch.Tensor, memory_batch: int, num_chunks: int):
-    """The same by a stable sort: pairs of a list stay in the order of their tokens, so sums repeat bit for bit."""
-    batch, _, heads, _ = indices.shape
-    lists, device = memory_batch * heads * num_chunks, indices.device
-    head = torch.arange(heads, device=device, dtype=torch.int32).view(1, 1, -1, 1)
-    row = torch.arange(batch, device=device, dtype=torch.int32).view(-1, 1, 1, 1) * (memory_batch > 1)
-    key = torch.where(indices >= 0, indices + (row * heads + head) * num_chunks, -1).flatten()
-    ordered, pairs = torch.sort(key.to(torch.int16) if lists < 2**15 else key, stable=True)
-    if pairs.numel() < 2**31:
-        pairs = pairs.to(torch.int32)
-    boundaries = torch.arange(lists + 1, device=device, dtype=ordered.dtype)
-    starts = torch.searchsorted(ordered, boundaries, out_int32=pairs.dtype == torch.int32)
-    return pairs, starts
+    def __call__(self, indices: torch.Tensor) -> InverseLists:
+        def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=indices.device)
 
+        starts = empty(self.lists + 1, self.dtype)
+        unit_ends, unit_lists = empty(self.lists), empty(self.units)
+        cut = (starts, unit_ends, unit_lists, self.lists, self.units, self.unit_pairs)
+        if not self.by_counting:
+            pairs, totals = self._sorted(indices)
+            self.cut(totals, *cut)
+        else:
+            pairs, totals, counts = empty(self.num_pairs), empty(self.lists), empty(self.lists * self.blocks)
+            self.count(indices, counts, starts, pairs, *self.sizes)
+            self.offset(counts, totals, self.num_chunks, self.blocks)
+            self.cut(totals, *cut)
+            self.fill(indices, counts, starts, pairs, *self.sizes)
+        return InverseLists(pairs, unit_ends, starts, unit_lists, self.unit_pairs)
 
-def inverse_lists(indices: torch.Tensor, memory_batch: int, num_chunks: int, unit_pairs: int) -> InverseLists:
-    """Pairs by (memory row, retrieval head, chunk); indices (B, T, Hr, K) int32."""
-    batch, num_tokens, heads, slots = indices.shape
-    lists, device = memory_batch * heads * num_chunks, indices.device
-    tile = _COUNTED_KEYS // triton.next_power_of_2(slots)
-    matrix = lists * (-(-num_tokens // max(1, tile))) * (batch if memory_batch < batch else 1)
-    if tile >= 1 and indices.numel() < 2**31 and matrix <= _COUNTED_SHARE * indices.numel():
-        pairs, starts = _pairs_by_counting(indices, memory_batch, num_chunks, tile)
-    else:
-        pairs, starts = _pairs_by_sorting(indices, memory_batch, num_chunks)
-    units = (starts.diff() + (unit_pairs - 1)) // unit_pairs
-    ends = units.cumsum(0, dtype=torch.int32)
-    most = lists + -(-pairs.numel() // unit_pairs)
-    numbers = torch.arange(most, device=device, dtype=torch.int32)
-    unit_lists = torch.searchsorted(ends, numbers, right=True, out_int32=True)
-    return InverseLists(pairs, ends, starts, unit_lists, unit_pairs)
+    def _sorted(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pairs by list from a stable sort, which keeps those of a list in the order of their tokens, so that sums
+        repeat bit for bit; and the pairs of every list."""
+        device, dtype = indices.device, torch.int32
+        head = torch.arange(self.heads, device=device, dtype=dtype).view(1, 1, -1, 1)
+        row = torch.arange(self.batch, device=device, dtype=dtype).view(-1, 1, 1, 1) * (self.memory_batch > 1)
+        # empty slots behind all lists
+        key = torch.where(indices >= 0, indices + (row * self.heads + head) * self.num_chunks, self.lists).flatten()
+        ordered, pairs = torch.sort(key.to(torch.int16) if self.lists < 2**15 else key, stable=True)
+        boundaries = torch.arange(self.lists + 1, device=device, dtype=ordered.dtype)
+        totals = torch.searchsorted(ordered, boundaries).diff()
+        return pairs.to(self.dtype), totals.to(dtype)

@@ -145,6 +145,13 @@ def query_gradient_kernel(
         slot_step = BT
         own = rows % GP < G
         own_token = tokens < BT
+    for first in range(0, K, 16):
+        # empty slots have no gradient
+        place = first + tl.arange(0, 16)
+        exists = (tile * BT + tokens < T)[:, None] & (place < K)[None, :]
+        tl.store(dw_row[:, None] + place[None, :], tl.zeros((BT, 16), tl.float32), mask=exists)
+    # other threads of this program wrote the zeros
+    tl.debug_barrier()
     acc = tl.zeros((M, D), tl.float32)
     slot = tl.load(slot_row, mask=own, other=-1)
     for u in tl.range(0, count, num_stages=STAGES):

@@ -1,0 +1,245 @@
+"""What hsa_attention's host code decides from shapes alone, once: tiles, grids, constants, launches of the kernels.
+
+A plan holds no tensors. Equal shapes, dtypes and devices share one (`plan_of`), so a call of a shape that was seen
+before does no arithmetic of its own and binds no arguments (ops/_launch.py): rows of 4K to 16K tokens wait for the host
+otherwise. Called by triton_attention.py; how each choice was measured: docs/kernels.md. tests/ops/test_launches.py.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from hsa_ultralong.ops._launch import PreparedLaunch
+from hsa_ultralong.ops._triton import HOPPER_MEMORY, next_power_of_two, num_processors, shared_memory
+from hsa_ultralong.ops.hsa import kernel_chunks, kernel_exact, kernel_tiles
+from hsa_ultralong.ops.hsa.kernel_lists import FEWEST_SLOTS, CoverageMapPlan, InverseListPlan, TileListPlan
+
+# slot maps of one launch; longer inputs take several
+_LAUNCH_BYTES = 1 << 27
+# lists that a forward leaves to its backward: those of short rows, which wait for launches
+_KEPT_BYTES = 1 << 24
+# longest list that one program sorts: tokens of a tile * slots
+_SORT_LIMIT = 4096
+# a tile walks every chunk, without lists, when a token reads at least this share of them
+_COVERAGE_SHARE = 0.6
+
+
+class HSALaunch(NamedTuple):
+    """Rows of a tile (tokens * heads), warps and software-pipelining stages of one kernel."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype, memory: int) -> HSALaunch:
+    """Measured on an H200 (docs/kernels.md), smaller where a card has less shared memory; kind is "forward", "query" or
+    "memory", memory the bytes of shared memory that a program may use."""
+    is_large = dim > 64 or size > 64
+    if dtype == torch.float32:
+        return HSALaunch(16, 8, 1) if is_large else HSALaunch(32, 8, 1)
+    if kind == "memory":
+        if is_large:
+            return HSALaunch(64 if dim + size < 256 or memory >= HOPPER_MEMORY else 32, 8, 1)
+        return HSALaunch(128, 4, 2)
+    if is_large:
+        return HSALaunch(64, 8, 1)
+    return HSALaunch(64, 4, 2)
+
+
+def pairs_of_unit(num_pairs: int, tile_tokens: int, processors: int) -> int:
+    """Pairs of a full unit of dk and dv: many units for every processor, but each of many tiles."""
+    return max(32 * tile_tokens, next_power_of_two(num_pairs // (8 * processors)))
+
+
+class HSAShapes(NamedTuple):
+    """All that a plan follows from; `dtypes` are those of q, indices, weights and lengths, is_aligned that of
+    ops/_launch.py for all operands."""
+
+    q: torch.Size
+    k: torch.Size
+    indices: torch.Size
+    lengths: torch.Size | None
+    dtypes: tuple[torch.dtype | None, ...]
+    device: torch.device
+    chunk_size: int
+    scale: float
+    causal: bool
+    is_aligned: bool
+
+
+class TilePass(NamedTuple):
+    """One launch of a kernel of kernel_tiles.py over some of the tiles, with what makes their lists and what mends
+    spoiled tiles; `sizes` are the numbers that both take, num_spoiled the tiles."""
+
+    lists: TileListPlan | CoverageMapPlan
+    kernel: PreparedLaunch
+    mend: PreparedLaunch
+    sizes: tuple[int, ...]
+    num_spoiled: int
+
+
+class ListedPass(NamedTuple):
+    """dk and dv by inverse lists: `shape` of the workspace, `sizes` of the first kernel."""
+
+    lists: InverseListPlan
+    kernel: PreparedLaunch
+    total: PreparedLaunch
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class CoveredPass(NamedTuple):
+    """dk and dv of full coverage: `shape` of the workspace, splits of a chunk's tokens and tokens of each."""
+
+    lists: CoverageMapPlan
+    kernel: PreparedLaunch
+    total: PreparedLaunch
+    shape: tuple[int, ...]
+    splits: int
+    unit_tokens: int
+
+
+class HSAPlan:
+    """Sizes and launches for operands of some shapes; letters as in docs/architecture.md."""
+
+    def __init__(self, shapes: HSAShapes) -> None:
+        self.shapes, self.scale, self.causal = shapes, shapes.scale, shapes.causal
+        self.batch, self.tokens, heads, self.dim = shapes.q
+        self.dtype, self.size = shapes.dtypes[0], shapes.chunk_size
+        self.kv_batch, self.chunks, self.kv_heads = shapes.k[0], shapes.k[1] // self.size, shapes.k[2]
+        self.group = heads // self.kv_heads
+        self.list_heads, self.slots = shapes.indices[2:]
+        self.heads = (self.kv_heads, self.list_heads)
+        self.covers = self.slots >= _COVERAGE_SHARE * self.chunks
+        self.scale_log2 = self.scale * math.log2(math.e)
+        self.processors = num_processors(shapes.device.index)
+        self.shared_bytes = shared_memory(shapes.device.index)
+
+    def tile(self, rows: int) -> tuple[int, int]:
+        """(tokens of a tile, padded heads); few enough tokens that one program can sort their chunks."""
+        padded = next_power_of_two(self.group)
+        tokens = max(1, rows // padded)
+        if not self.covers:
+            tokens = min(tokens, max(1, _SORT_LIMIT // max(FEWEST_SLOTS, next_power_of_two(self.slots))))
+        # a matrix unit takes at least 16 rows
+        return tokens, max(padded, 16 // tokens)
+
+    def constants(self, rows: int, stages: int) -> dict[str, Any]:
+        tokens, padded = self.tile(rows)
+        lengths = self.shapes.lengths
+        return {
+            "G": self.group, "GP": padded, "D": self.dim, "S": self.size, "BT": tokens,
+            "LENGTH_BATCH": lengths is not None and lengths[0] > 1, "HAS_LENGTHS": lengths is not None,
+            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32", "STAGES": stages,
+            "is_kept": self.shapes.is_aligned,
+        }  # fmt: skip
+
+    def _options(self, kind: str) -> HSALaunch:
+        assert self.dtype is not None
+        return launch_options(kind, self.dim, self.size, self.dtype, self.shared_bytes)
+
+    def _launches(self, tile_tokens: int) -> list[tuple[int, int]]:
+        """(first tile, number of tiles) of launches whose slot maps fit the workspace."""
+        tiles = -(-self.tokens // tile_tokens)
+        if self.covers:
+            return [(0, tiles)]
+        widest = min(tile_tokens * self.slots, self.chunks)
+        per_tile = self.batch * self.list_heads * widest * (2 * tile_tokens + 4)
+        step = max(1, _LAUNCH_BYTES // per_tile)
+        return [(first, min(step, tiles - first)) for first in range(0, tiles, step)]
+
+    def _passes(self, kind: str, kernel: Any) -> list[TilePass]:
+        options = self._options(kind)
+        constants = self.constants(options.rows, options.stages)
+        flags = {"KV_BATCH": self.kv_batch > 1, "COVERAGE": self.covers, "CAUSAL": self.causal}
+        mending = {name: value for name, value in constants.items() if name not in ("GP", "PRECISION", "STAGES")}
+        passes = []
+        for first, count in self._launches(constants["BT"]):
+            lists = self._coverage if self.covers else self._tile_lists(constants["BT"], first, count)
+            widest = lists.most if isinstance(lists, TileListPlan) else 0
+            grid = (count, self.kv_heads, self.batch)
+            sizes = (self.tokens, self.chunks, self.slots, widest, first, count)
+            launch = PreparedLaunch(kernel, grid, num_warps=options.warps, **flags, **constants)
+            mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, grid, **flags, **mending)
+            passes.append(TilePass(lists, launch, mend, sizes, self.batch * self.kv_heads * count))
+        return passes
+
+    def _tile_lists(self, tile_tokens: int, first: int, count: int) -> TileListPlan:
+        shape, is_kept = self.shapes.indices, self.shapes.is_aligned
+        return TileListPlan(shape, tile_tokens, self.chunks, first, count, is_kept=is_kept)
+
+    @cached_property
+    def _coverage(self) -> CoverageMapPlan:
+        return CoverageMapPlan(self.shapes.indices, self.chunks, is_kept=self.shapes.is_aligned)
+
+    @cached_property
+    def forward(self) -> list[TilePass]:
+        return self._passes("forward", kernel_tiles.forward_kernel)
+
+    @cached_property
+    def query(self) -> list[TilePass]:
+        return self._passes("query", kernel_tiles.query_gradient_kernel)
+
+    @cached_property
+    def keeps_lists(self) -> bool:
+        """Whether the backward finds the lists of the forward: they are small and its tiles are the same."""
+        if len(self.forward) > 1 or self.forward[0].lists.num_bytes > _KEPT_BYTES:
+            return False
+        return self.covers or self.tile(self._options("forward").rows) == self.tile(self._options("query").rows)
+
+    @cached_property
+    def memory(self) -> ListedPass | CoveredPass:
+        options = self._options("memory")
+        constants = {**self.constants(options.rows, options.stages), "num_warps": options.warps}
+        return self._covered(constants) if self.covers else self._listed(constants)
+
+    def _listed(self, constants: dict[str, Any]) -> ListedPass:
+        is_kept = self.shapes.is_aligned
+        unit_pairs = pairs_of_unit(math.prod(self.shapes.indices), constants["BT"], self.processors)
+        lists = InverseListPlan(self.shapes.indices, self.kv_batch, self.chunks, unit_pairs, is_kept=is_kept)
+        shares = self.kv_heads // self.list_heads
+        grid = (lists.units, shares)
+        return ListedPass(
+            lists,
+            PreparedLaunch(kernel_chunks.listed_memory_gradient_kernel, grid, **constants),
+            PreparedLaunch(
+                kernel_chunks.listed_sum_kernel, (lists.lists, shares), is_kept=is_kept, D=self.dim, S=self.size,
+                num_warps=8,
+            ),
+            (*grid, 2, self.size, self.dim),
+            (self.chunks, self.slots, lists.lists, unit_pairs),
+        )  # fmt: skip
+
+    def _covered(self, constants: dict[str, Any]) -> CoveredPass:
+        tile_tokens = constants["BT"]
+        programs = self.batch * self.kv_heads * self.chunks
+        wanted = -(-8 * self.processors // programs)
+        splits = max(1, min(wanted, self.tokens // (32 * tile_tokens)))
+        unit_tokens = -(-self.tokens // (splits * tile_tokens)) * tile_tokens
+        splits = -(-self.tokens // unit_tokens)
+        flags = {"KV_BATCH": self.kv_batch > 1, "CAUSAL": self.causal}
+        return CoveredPass(
+            self._coverage,
+            PreparedLaunch(
+                kernel_chunks.covered_memory_gradient_kernel, (self.chunks * splits, self.kv_heads, self.batch),
+                **flags, **constants,
+            ),
+            PreparedLaunch(
+                kernel_chunks.covered_sum_kernel, (self.chunks, self.kv_heads, self.kv_batch),
+                is_kept=self.shapes.is_aligned, D=self.dim, S=self.size, BT=tile_tokens, num_warps=8, **flags,
+            ),
+            (self.batch, self.kv_heads, self.chunks, splits, 2, self.size, self.dim),
+            splits,
+            unit_tokens,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def plan_of(shapes: HSAShapes) -> HSAPlan:
+    """The one plan of these shapes."""
+    return HSAPlan(shapes)
