@@ -121,7 +121,8 @@ def _cell(first: StoredRun, run: StoredRun, task: str, metric: str, length: int)
         if (task, metric) in theirs and length in theirs[task, metric]:
             difference = _difference(_records(first, task, length), _records(run, task, length), metric)
         else:
-            other = next((m for t, m in theirs if t == task and m != metric and "auroc" not in (m, metric)), None)
+            own = (m for (t, m), row in theirs.items() if t == task and length in row)
+            other = next((m for m in own if m != metric and "auroc" not in (m, metric)), None)
             reason = f"{first.name} scores it {other}" if other else f"{first.name} was not asked"
     return Cell(whole["value"], whole["ci_low"], whole["ci_high"], whole["samples"], difference, reason)
 

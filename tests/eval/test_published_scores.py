@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -92,27 +93,43 @@ def test_scores_of_short_tasks_are_in_their_summaries():
         assert all(task.get(metric) == task.get(f"{metric}_lm_eval") for task in tasks.values())
 
 
-def test_what_twins_did_is_in_their_summary():
-    def of(twin, stage, metric, tokens, form):
-        found = [
-            r for r in records("twins-first")
-            if (r.get("stage"), r["metric"], r["model"]) == (stage, metric, twin)
-            and tokens in (r.get("tokens"), r.get("context"))
-        ]  # fmt: skip
-        return form.format(found[-1]["value"])
+def test_what_twins_did_is_in_their_summaries():
+    parts = dict(zip(("long", "warmup"), tables("Twins of nano's size"), strict=False))
+    places = {"1K": 2**10, "2K": 2**11, "4K": 2**12, "8K": 2**13, "32K": 2**15}
+    for stage, table in parts.items():
+        for name, row in table.items():
+            twin, _, seed = name.partition(", seed ")
+            found = [r for r in records(f"twins/run-{twin}-{seed or 0}") if r["stage"] == stage]
+            of = {(r["metric"], r["context"]): r["value"] for r in found}
+            last = {"long": 2**13, "warmup": 2**11}[stage]
+            assert row == {
+                **{head: f"{100 * of['needle_accuracy', place]:.0f}" for head, place in places.items()},
+                "loss": f"{of['loss', last]:.2f}", "GiB": f"{of['peak_bytes', last] / 2**30:.1f}",
+            }, name  # fmt: skip
 
-    def speed(twin):
-        return f"{round(float(of(twin, 'long', 'tokens_per_s', 8192, '{}')), -3):,.0f}"
 
-    places = {"2K": 2048, "8K": 8192, "32K": 32768}
-    ended, before = tables("Twins of nano's size, a first run")
-    for twin, row in ended.items():
-        needles = {n: of(twin, "long", "needle_accuracy", places[n], "{:.2f}") for n in places}
-        loss = of(twin, "long", "loss", 8192, "{:.2f}")
-        assert row == {"loss of the last batches": loss, **needles, "tokens/s at 8K": speed(twin)}
-    for twin, row in before.items():
-        needles = {n: of(twin, "warmup", "needle_accuracy", places[n], "{:.2f}") for n in ("2K", "8K")}
-        assert row == {**needles, "tokens/s at 8K": speed(twin)}
+def test_what_twins_answered_is_in_their_records():
+    *_, table = tables("Twins of nano's size")
+    for name, row in table.items():
+        twin, _, seed = name.partition(", seed ")
+        for length, cell in row.items():
+            what = "eval_8k" if (twin, length) == ("full_rope", "8K") else "eval"
+            run = read_run(ROOT / f"results/twins/{what}-{twin}-{seed or 0}", name)
+            size = {"2K": 2**11, "4K": 2**12, "8K": 2**13, "32K": 2**15}[length]
+            own = [r for r in run.records if (r["task"], r["length"]) == ("recall_value_cities", size)]
+            right = sum(r["score"] for r in own)
+            begun = sum(r["answered"].strip().startswith(r["expected"][0]) for r in own)
+            assert cell == (f"{right:.0f}, {begun} of {len(own)}" if own else ""), (name, length)
+
+
+def test_the_report_of_twins_is_made_of_their_runs():
+    spec = importlib.util.spec_from_file_location("twins_report", ROOT / "scripts/twins_report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.collect(ROOT / "results/twins")
+    assert json.loads((ROOT / "results/twins/summary.json").read_text()) == json.loads(json.dumps(found))
+    text = module.tables(found["records"], found["meta"]["cut_off"])
+    assert (ROOT / "results/twins/summary.md").read_text() == text
 
 
 def test_an_edited_memory_answered_as_a_rebuilt_one():

@@ -100,6 +100,14 @@ def test_what_only_one_was_asked_is_named_and_shown(runs):
     assert found.notes == ["b beside a: measured by one of the two only: cwe at 4K (b)."]
 
 
+def test_a_length_that_the_first_run_lacks_is_no_other_scoring(runs):
+    def scored(length):
+        return [{**r, "scores": {"begins": r["score"]}} for r in series(runs, "vt", 5, length=length)]
+
+    table = two(runs, scored(4096), [*scored(4096), *scored(8192)]).tables["ruler", 8192]
+    assert {table["vt", metric]["b"].reason for metric in ("exact", "begins")} == {"a was not asked"}
+
+
 def test_the_mean_of_the_tasks_takes_those_that_all_were_asked(runs):
     first = [*series(runs, "vt", 0), *series(runs, "fwe", 10), *series(runs, "cwe", 20)]
     second = [*series(runs, "vt", 10), *series(runs, "fwe", 10)]
