@@ -159,6 +159,8 @@ def smol(options: Options) -> Iterator[Job]:
     after = ("apply-smol",)
     asked = f"{suite} --tasks qa_xquad --samples 1190 {xquad} {on} --lengths 64K,1M,16M"
     yield Job("qa-smol", 15, f"{asked} -o {out}/qa-smol", after, ("xquad",))
+    again = f"{suite} --tasks qa_xquad --samples 1190 {xquad} {on} --lengths 64K --reread 3"
+    yield Job("qa-reread-smol", 4, f"{again} -o {out}/qa-reread-smol", after, ("xquad",))
     for setting in ("gold", "closed", "bm25"):
         asked = f"{{hsa}} eval {tuned} --device cuda --tasks qa_xquad --samples 1190 {xquad} {on} --lengths 64K"
         yield Job(f"qa-{setting}-tuned", 4, f"{asked} --setting {setting} -o {out}/qa-{setting}-tuned", ("tune-smol",),

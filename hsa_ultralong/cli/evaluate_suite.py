@@ -68,7 +68,9 @@ Changes = Annotated[
 ]
 Models = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="MODEL...", help="Model folders: of this library, or of transformers.", show_default="nano"),
+    typer.Argument(
+        metavar="MODEL...", help="Model folders, of this library or of transformers; GGUF files.", show_default="nano"
+    ),
 ]
 BatchSize = Annotated[
     int | None,
@@ -268,10 +270,20 @@ def _files(data: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
 
 
 def load_any(folder: Path | None, device: str, dtype: str, changes: Sequence[str]) -> tuple[Any, Any, bool]:
-    """Model, tokenizer, and whether the model is one with a memory; changes: of a rival's configuration."""
+    """Model, tokenizer, and whether the model is one with a memory; changes: of a rival's configuration.
+
+    folder: or a GGUF file of a pretrained transformer, which is decoded.
+    """
     from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model, quiet_transformers
     from hsa_ultralong.files.strict_json import read_json
 
+    if folder is not None and folder.is_file() and not changes:
+        from hsa_ultralong.data.gguf_tokenizer import gguf_tokenizer
+        from hsa_ultralong.files.gguf import read_gguf
+        from hsa_ultralong.models.gguf import load_gguf
+
+        place, own = choose_device(device), gguf_tokenizer(read_gguf(folder).fields)
+        return load_gguf(folder).to(place, choose_dtype(dtype, place)).eval(), own, False
     is_named = folder is not None and (folder / "config.json").is_file()
     kind = read_json(folder / "config.json").get("model_type") if folder and is_named else "hsa_ultralong"
     if changes and kind != "hsa_rival":

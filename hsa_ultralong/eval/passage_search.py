@@ -5,6 +5,7 @@ Called by passage_reader.py; tests/eval/test_passage_reader.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -40,7 +41,7 @@ class WordSearch:
             ValueError: without the package.
         """
         try:
-            self._package = import_module("bm25s")
+            self._package = _import_without_jax("bm25s")
         except ImportError:
             raise ValueError("--setting bm25 needs the package bm25s: pip install 'hsa-ultralong[eval]'") from None
         self._index: Any = None
@@ -53,7 +54,8 @@ class WordSearch:
         self._index.index(self._words(texts), show_progress=False)
 
     def best(self, question: str, count: int) -> list[int]:
-        found, _ = self._index.retrieve(self._words([question]), k=count, show_progress=False)
+        words = self._words([question])
+        found, _ = self._index.retrieve(words, k=count, show_progress=False, backend_selection="numpy")
         return [int(number) for number in found[0]]
 
 
@@ -94,6 +96,20 @@ class MeaningSearch:
             kept = given["attention_mask"][..., None].to(hidden.dtype)
             parts.append(F.normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1).cpu())
         return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def _import_without_jax(name: str) -> Any:
+    """bm25s calls jax while it is imported, if that is installed: it takes three quarters of a GPU's memory, which the
+    model that is measured needs, and is slower than numpy for a list of scores."""
+    is_hidden = "jax" not in sys.modules
+    if is_hidden:
+        # what the import statement takes for "not installed"
+        sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        return import_module(name)
+    finally:
+        if is_hidden:
+            del sys.modules["jax"]
 
 
 def _packaged() -> Path:

@@ -1,7 +1,8 @@
 """A difference in few bits: every 64 numbers share a scale, each is a whole number of 2 to 8 bits.
 
 These numbers crowd around zero, so frequent ones are written in fewer bits than rare ones (Huffman's code, by zlib):
-that loses nothing and takes a twentieth off. docs/own-memory.md says what it costs. Called by difference.py and cli/compact.py; tests/train/test_packing.py.
+that loses nothing and takes a twentieth off. docs/own-memory.md says what it costs.
+Called by difference.py and cli/compact.py; tests/train/test_packing.py.
 """
 
 from __future__ import annotations

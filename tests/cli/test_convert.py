@@ -159,6 +159,15 @@ def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(tmp_path):
     assert report["source_files"] == {"source.gguf": file_record(path)}
 
 
+def test_a_gguf_file_is_measured_as_the_model_that_it_holds(tmp_path):
+    _, _, path = gguf_source(tmp_path)
+    words = ["--tasks", "recall_form_02", "--lengths", "512", "--samples", "1", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["eval", str(path), *words, "-o", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    (record,) = map(json.loads, (tmp_path / "run" / "records.jsonl").read_text().splitlines())
+    assert (record["model"], record["setting"]) == ("source.gguf", "prompt")
+
+
 def test_a_damaged_gguf_file_is_one_line(tmp_path):
     _, _, path = gguf_source(tmp_path)
     content = path.read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -52,6 +53,35 @@ def test_a_search_by_words_finds_the_passage_of_a_name(material):
     samples = list(make_samples("qa_hotpot", material, 2000, 4))
     for sample, text in zip(samples, prompts(reader, samples), strict=True):
         assert sample.answers[0] in text.split("\n\n")[-2]  # the best stands last
+
+
+def test_a_search_by_words_leaves_jax_and_with_it_the_gpu_alone(tmp_path, monkeypatch):
+    (tmp_path / "jax.py").write_text("raise AssertionError('jax was imported')")
+    (tmp_path / "bm25s.py").write_text("""
+try:
+    import jax
+except ImportError:
+    pass
+
+def tokenize(texts, **options):
+    return texts
+
+class BM25:
+    def index(self, words, **options):
+        pass
+
+    def retrieve(self, words, k, show_progress, backend_selection):
+        assert backend_selection == "numpy"
+        return [list(range(k))], None
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("bm25s", "jax"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    search = passage_search.WordSearch()
+    search.index(["a", "b", "c"])
+    assert search.best("b", 2) == [0, 1]
+    assert "jax" not in sys.modules
+    monkeypatch.delitem(sys.modules, "bm25s")
 
 
 def test_the_passages_of_a_search_fill_a_prompt_of_so_many_tokens_the_best_last(material):

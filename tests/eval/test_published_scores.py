@@ -93,6 +93,33 @@ def test_scores_of_short_tasks_are_in_their_summaries():
         assert all(task.get(metric) == task.get(f"{metric}_lm_eval") for task in tasks.values())
 
 
+def test_scores_of_smol_are_in_their_summaries():
+    (table,) = tables("SmolLM2 with a memory")
+    qa = {
+        "from memory": "smol-qa", "`--reread 3`": "smol-qa-reread", "no passages": "smol-qa-closed",
+        "the tuned source, the passage in its prompt": "smol-tuned-gold",
+        "the tuned source, `bm25` in 512 tokens": "smol-tuned-bm25",
+        "the tuned source, no passages": "smol-tuned-closed",
+    }  # fmt: skip
+    for name, row in table.items():
+        for length, cell in row.items():
+            task, _, setting = name.partition(", ")
+            if task == "qa_xquad":
+                folder, tasks, metric = qa[setting], [task], "f1"
+            elif task.startswith("niah"):
+                folder, tasks, metric = "smol-niah", [task], "all"
+            else:
+                folder, tasks, metric = "smol-recall", READ[name], "exact"
+            if not (ROOT / "results" / folder).is_dir():
+                folder = f"{folder}-{length.lower()}"
+            found = records(folder) if (ROOT / "results" / folder).is_dir() else []
+            values = [
+                100 * r["value"] for r in found
+                if (r["metric"], r["length"], r["depth"]) == (metric, LENGTHS[length], None) and r["task"] in tasks
+            ]  # fmt: skip
+            assert cell == mean(values, "{:.0f}"), (name, length)
+
+
 def test_what_twins_did_is_in_their_summaries():
     parts = dict(zip(("long", "warmup"), tables("Twins of nano's size"), strict=False))
     places = {"1K": 2**10, "2K": 2**11, "4K": 2**12, "8K": 2**13, "32K": 2**15}
