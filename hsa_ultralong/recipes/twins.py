@@ -11,7 +11,8 @@ def twins() -> TrainConfig:
     `--set seed=1` for another seed, with `-o runs/twins-NAME-1` and a model folder of its own. On a GPU nsa and moba
     take `--set 'twin_options={"sparse_impl":"triton"}'`.
 
-    One GPU with 80 GiB, 98M tokens; minutes a run, not measured. Then `hsa eval models/hsa models/full_rope ... --suite
+    One GPU with 80 GiB, 98M tokens; 2 to 11 minutes on an H200 with other work beside; what came out:
+    docs/evidence-suites.md. Then `hsa eval models/hsa models/full_rope ... --suite
     recall --lengths 2K..64K --setting prompt -o runs/twins-recall` reads all of them alike, and without `--setting`
     the model through its memory. SHARDS: `hsa data corpus.txt --tokenizer checkpoints/nano -o SHARDS`.
 
