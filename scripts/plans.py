@@ -103,10 +103,10 @@ def _recall(options: Options, name: str, model: str, after: str) -> Iterator[Job
 
 def nano(options: Options) -> Iterator[Job]:
     """Train nano_facts and measure it: recall, the authors' tests, RULER, needles to 256M, perplexity, questions."""
-    model, out = f"{options.out}/nano-facts/model", options.out
+    model, out = f"{options.out}/models/nano", options.out
     on = f"--shards {shlex.quote(options.data)} --device cuda"
-    train = f"{{hsa}} train nano_facts --data {shlex.quote(options.data)} -o {out}/nano-facts/run --device cuda"
-    yield Job("train-nano", 11, f"{train} --export {model}")
+    train = f"{{hsa}} train nano_facts --data {shlex.quote(options.data)} -o {out}/run-nano --device cuda"
+    yield Job("train-nano", 15, f"{train} --export {model}")
     yield from _recall(options, "nano", model, "train-nano")
     text = _words(options, "--text", "text")
     read = f"{{hsa}} eval {model} --device cuda"
@@ -132,8 +132,8 @@ _QUESTIONS = ("xquad", "nq", "squadshifts", "hotpot", "2wiki", "wiki")
 
 def mini(options: Options) -> Iterator[Job]:
     """Train mini, 30M parameters and more, on --more-data, and measure it as nano."""
-    model, out = f"{options.out}/mini/model", options.out
-    train = f"{{hsa}} train mini --data {shlex.quote(options.more_data)} -o {out}/mini/run --device cuda"
+    model, out = f"{options.out}/models/mini", options.out
+    train = f"{{hsa}} train mini --data {shlex.quote(options.more_data)} -o {out}/run-mini --device cuda"
     yield Job("train-mini", 16, f"{train} --export {model}")
     yield from _recall(options, "mini", model, "train-mini")
 

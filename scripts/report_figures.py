@@ -21,8 +21,9 @@ Times = dict[tuple[str, str, int], float]
 TOPK, LISTS = 32, ("shared", "recorded", "random")
 # model -> its studies of hidden sentences; the same length is shown of the first that has it
 NEEDLES = {
-    "nano": ("needles-nano", "needles-forms", "needles-before-pool", "needles-1g"),
-    "nano, pools, averaged": ("needles-averaged", "needles-1g-averaged"),
+    "nano": ("needles-nano",),
+    "nano before 2026-11-28": ("needles-forms", "needles-before-pool", "needles-1g"),
+    "the same, pools, averaged": ("needles-averaged", "needles-1g-averaged"),
 }
 _SUITES = ("paper-*", "ruler-*", "recall-*")
 _SUITE_TASKS = (

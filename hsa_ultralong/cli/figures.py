@@ -22,7 +22,7 @@ FIGURES = (
         "needles",
         "nano: sentences hidden in Opticks",
     ),
-    ("results/training-nano/log.jsonl", "docs/images/training-nano.png", "training", "nano: training"),
+    ("results/training-nano-facts/log.jsonl", "docs/images/training-nano.png", "training", "nano: training"),
 )
 
 # sources, figure, title: drawn beside one another

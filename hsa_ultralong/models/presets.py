@@ -40,7 +40,8 @@ def debug() -> HSAConfig:
 
 
 def nano() -> HSAConfig:
-    """The shipped model and the one to train first: 9,231,938 parameters, 17.6 MiB in bf16.
+    """The model to train first: 9,231,938 parameters, 17.6 MiB in bf16. The shipped one has R = 512 in its place, and
+    feed-forward blocks of 672 (recipe nano_facts).
 
     The defaults of HSAConfig are this model. Layout, window 128, R = 256, chunks of 64, SwiGLU of 2.75 widths, tied
     8,192-word vocabulary and normed heads of 64 are those of a 31M prototype at half its

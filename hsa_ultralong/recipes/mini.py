@@ -11,7 +11,7 @@ from hsa_ultralong.train import TrainConfig
 def mini() -> TrainConfig:
     """`hsa train mini --data SHARDS -o runs/mini --device cuda --export models/mini`.
 
-    One H100 or H200 with 80 GiB, about 10 minutes by plan and 2 to start; not measured. It goes on in pieces with
+    One H200, 12 minutes beside other runs on its card, in two pieces (docs/log.md); it goes on in pieces with
     `--max-minutes 8`. 31,471,426 parameters, 60 MiB; the weights do not ship. SHARDS: text under permissive licences
     and passages of Wikipedia, `hsa data corpus.txt passages.jsonl --tokenizer checkpoints/nano -o SHARDS`.
 
@@ -23,6 +23,7 @@ def mini() -> TrainConfig:
     return replace(
         config,
         preset="mini",
+        model={},
         stages=[
             replace(warmup, tokens=190_000_000, learning_rate=1.5e-3, warmup_steps=150),
             replace(long, tokens=40_000_000, learning_rate=8e-4),
