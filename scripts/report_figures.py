@@ -21,7 +21,7 @@ Times = dict[tuple[str, str, int], float]
 TOPK, LISTS = 32, ("shared", "recorded", "random")
 # model -> its studies of hidden sentences; the same length is shown of the first that has it
 NEEDLES = {
-    "nano": ("needles-nano",),
+    "nano": ("needles-nano", "needles-nano-card", "needles-nano-16m", "needles-nano-128m"),
     "nano before 2026-11-28": ("needles-forms", "needles-before-pool", "needles-1g"),
     "the same, pools, averaged": ("needles-averaged", "needles-1g-averaged"),
 }
@@ -30,6 +30,15 @@ _SUITE_TASKS = (
     "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt", "recall_form_01", "recall_value_cities",
     "recall_similar_16",
 )  # fmt: skip
+# how a curve of what is recalled is called -> its tasks, of which it is the mean, and their score
+_RECALLED = {
+    "twelve forms never trained": ([f"recall_form_{number:02}" for number in range(1, 13)], "exact"),
+    "values of other kinds": (
+        [f"recall_value_{kind}" for kind in ("names", "cities", "times", "dates", "digits14", "words2")], "exact"
+    ),
+    "one of 64 alike": (["recall_similar_64"], "exact"),
+    "the authors' needle": (["s_niah_authors"], "teacher"),
+}  # fmt: skip
 _SPEEDS = ("read_s", "read_tokens_per_s", "decode_ms")
 _QUESTION_TOKENS, _ANEW = 32, ", read anew"
 _INK = "0.35"
@@ -88,19 +97,48 @@ def suite_maps(root: Path) -> dict[str, Map]:
     return {task: dict(sorted(found[task].items())) for task in _SUITE_TASKS if task in found}
 
 
-def _suite_records(root: Path) -> Records:
+def _all_suites(root: Path) -> Records:
     paths = sorted(path for name in _SUITES for path in (root / "results").glob(f"{name}/summary.json"))
+    return [record for path in paths for record in read_json(path)["records"]]
+
+
+def _suite_records(root: Path) -> Records:
     return [
         record
-        for path in paths
-        for record in read_json(path)["records"]
+        for record in _all_suites(root)
         if record.get("task") in _SUITE_TASKS and record["model"] == "nano" and record["metric"] != "auroc"
     ]
 
 
-def margins(root: Path) -> dict[str, Line]:
-    """Model -> score of the right chunk over the best other one, by length: median and the middle half."""
+def recalled(root: Path) -> dict[str, Line]:
+    """What is asked -> percent that nano answers, by length."""
+    records = [record for record in _all_suites(root) if record["model"] == "nano" and record["depth"] is None]
     found = {}
+    for name, (tasks, metric) in _RECALLED.items():
+        values: dict[int, list[float]] = {}
+        for record in records:
+            if record["task"] in tasks and record["metric"] == metric:
+                values.setdefault(record["length"], []).append(100 * record["value"])
+        whole = sorted(length for length, own in values.items() if len(own) == len(tasks))
+        if whole:
+            found[name] = Line(whole, [sum(values[length]) / len(tasks) for length in whole])
+    return found
+
+
+def _median_margins(root: Path, studies: Sequence[str]) -> dict[int, float]:
+    """Of studies that keep no lines: the median by length."""
+    paths = [root / "results" / study / "summary.json" for study in studies]
+    records = [record for path in paths if path.is_file() for record in read_json(path)["records"]]
+    return {record["tokens"]: record["value"] for record in records if record.get("metric") == "score_margin"}
+
+
+def margins(root: Path) -> dict[str, Line]:
+    """Model -> score of the right chunk over the best other one, by length: median and, where lines are kept, the
+    middle half."""
+    found = {}
+    for model, studies in NEEDLES.items():
+        if medians := _median_margins(root, studies):
+            found[model] = Line(sorted(medians), [medians[length] for length in sorted(medians)])
     for model, lines in _needles(root, "margin").items():
         cuts = []
         for length in dict.fromkeys(line["length"] for line in lines):
@@ -252,18 +290,18 @@ def _lines(axes: Any, own: dict[str, Line], names: Sequence[str], is_logarithmic
     axes.set_xlabel("tokens", fontsize=8)
 
 
-def draw_summary(maps: dict[str, Map], margin: dict[str, Line], speed: dict[str, Line], path: Path) -> None:
-    """README's picture: what is recalled by depth and length, the margin of retrieval, and speed."""
-    figure, grid = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained", width_ratios=(1.15, 1, 1))
-    image = _map(grid[0], next(iter(maps.values())))
-    grid[0].set_title("nano: hidden sentences answered, %, by length", fontsize=9)
-    figure.colorbar(image, ax=grid[0], shrink=0.9)
+def draw_summary(shares: dict[str, Line], margin: dict[str, Line], speed: dict[str, Line], path: Path) -> None:
+    """README's picture: what is recalled by length, the margin of retrieval, and speed."""
+    figure, grid = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained")
+    _lines(grid[0], shares, list(shares), False)
+    grid[0].set_ylim(0, 103)
+    grid[0].set_title("nano: facts recalled, %", fontsize=9)
     _lines(grid[1], margin, list(margin), False)
     grid[1].axhline(0, color=_INK, lw=0.8)
     grid[1].set_title("score of the right chunk over the best other", fontsize=9)
     _lines(grid[2], speed, list(speed), True)
     grid[2].set_title("ms, forward and backward, one layer", fontsize=9)
-    for axes in grid[1:]:
+    for axes in grid:
         axes.legend(fontsize=7, frameon=False)
     save(figure, path, 110)
 
@@ -307,13 +345,13 @@ def _memories(root: Path) -> Figure:
 
 
 def _summary(root: Path) -> Figure:
-    maps, margin = hidden_sentences(root), margins(root)
+    shares, margin = recalled(root), margins(root)
     path = root / "benchmarks" / "results" / "ops-h200.json"
-    if not maps or not margin or not path.is_file():
+    if not shares or not margin or not path.is_file():
         return None
     curves = operator_curves(operator_times(read_json(path)["records"]), "fwd_bwd")
     speed = {name: line for name, line in curves.items() if "alone" not in name}
-    return "Recall by depth and length, margin of retrieval, speed", partial(draw_summary, maps, margin, speed)
+    return "Recall by length, margin of retrieval, speed", partial(draw_summary, shares, margin, speed)
 
 
 FIGURES: dict[str, Callable[[Path], Figure]] = {

@@ -115,11 +115,16 @@ def test_the_committed_page_is_what_the_committed_files_say(report):
 
 
 def test_figures_show_every_length_that_was_measured(report):
-    maps = report.shapes.hidden_sentences(ROOT)["nano"]
-    assert list(maps) == [4096, 32_768, 262_144, 2**20, 2**24, 2**26, 2**30] and all(
-        len(own) == 10 for own in maps.values()
-    )
-    margins = report.shapes.margins(ROOT)["nano"]
+    maps = report.shapes.hidden_sentences(ROOT)
+    assert list(maps["nano"]) == [4096, 32_768, 262_144]
+    before = maps["nano before 2026-11-28"]
+    assert list(before) == [2**20, 2**24, 2**26, 2**30]
+    assert all(len(own) == 10 for model in (maps["nano"], before) for own in model.values())
+    shares = report.shapes.recalled(ROOT)
+    assert len(shares) == 4 and all(line.x[-1] == 2**24 and max(line.y) <= 100 for line in shares.values())
+    now = report.shapes.margins(ROOT)["nano"]
+    assert now.x[-1] == 2**27 and now.y[-1] > 0 and not now.low
+    margins = report.shapes.margins(ROOT)["nano before 2026-11-28"]
     assert margins.x == [2**20, 2**24, 2**26, 2**30] and margins.y == sorted(margins.y, reverse=True)
     speed = report.shapes.memory_speed(ROOT)
     assert all(one > 0 for lines in speed.values() for line in lines.values() for one in line.y)
