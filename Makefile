@@ -43,6 +43,7 @@ lint: $(DEV)
 
 report: $(CORE)
 	$(BIN)/hsa plot --all
+	$(BIN)/python scripts/twins_report.py results/twins -o results/twins
 	$(BIN)/python scripts/report.py
 	$(BIN)/python scripts/draw_architecture.py
 

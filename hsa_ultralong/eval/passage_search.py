@@ -41,7 +41,7 @@ class WordSearch:
             ValueError: without the package.
         """
         try:
-            self._package = _import_without_jax("bm25s")
+            self._package = _import_bm25s()
         except ImportError:
             raise ValueError("--setting bm25 needs the package bm25s: pip install 'hsa-ultralong[eval]'") from None
         self._index: Any = None
@@ -98,15 +98,15 @@ class MeaningSearch:
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
-def _import_without_jax(name: str) -> Any:
-    """bm25s calls jax while it is imported, if that is installed: it takes three quarters of a GPU's memory, which the
+def _import_bm25s() -> Any:
+    """It calls jax while it is imported, if that is installed: jax takes three quarters of a GPU's memory, which the
     model that is measured needs, and is slower than numpy for a list of scores."""
     is_hidden = "jax" not in sys.modules
     if is_hidden:
         # what the import statement takes for "not installed"
         sys.modules["jax"] = None  # type: ignore[assignment]
     try:
-        return import_module(name)
+        return import_module("bm25s")
     finally:
         if is_hidden:
             del sys.modules["jax"]

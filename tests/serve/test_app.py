@@ -428,6 +428,7 @@ def test_a_disk_budget_refuses_or_evicts_what_was_asked_for_longest_ago(nano, tm
 def test_models_health_metrics_and_the_page(client, openai_client):
     assert [one.id for one in openai_client.models.list()] == ["nano"]
     assert client.get("/ready").json() == {"status": "ready"}
+    openai_client.completions.create(model="nano", prompt="The old road", max_tokens=2)
     numbers = client.get("/metrics").text
     assert "hsa_tokens_decoded" in numbers and 'hsa_answers_total{finish="' in numbers
     page = client.get("/")
