@@ -15,7 +15,7 @@ from hsa_ultralong.models.weights import checksum, is_plain, state_key, weights_
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 
 # of checkpoints/nano: memories on disk carry it
-NANO = "9c6b1c26689cad55dcf34b868803e929ac30bed6354d30f9520cb281a4b1966b"
+NANO = "fc2cf7080f285c97eb80a3d800b776150d43aad5148ce66bbbc292df7922cd2b"
 QUANTISABLE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "retrieval_dim": 32, "num_memory_heads": 2}
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
