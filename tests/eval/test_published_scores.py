@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,14 @@ def test_an_edited_memory_answered_as_a_rebuilt_one():
     )
     assert [(r["sample"], r["answered"]) for r in edited] == [(r["sample"], r["answered"]) for r in rebuilt]
     assert max(abs(a["certainty"] - b["certainty"]) for a, b in zip(edited, rebuilt, strict=True)) <= 3e-7
+
+
+def test_published_records_hold_no_text_of_share_alike_questions():
+    for path in (ROOT / "results").rglob("records.jsonl.xz"):
+        for line in lzma.decompress(path.read_bytes()).decode().rstrip("\n").split("\n"):
+            record = json.loads(line)
+            if record["task"].startswith("qa_"):
+                assert (record["query"], record["expected"], record["answered"]) == ("", [], ""), path
 
 
 def test_a_published_suite_keeps_its_records_which_give_its_summary():
