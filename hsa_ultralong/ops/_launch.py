@@ -3,7 +3,7 @@
 `kernel[grid](...)` types and specialises every argument in Python at each call, 10 to 20 microseconds; short rows wait
 for it. What it finds depends on the dtypes, on which numbers are 1 or multiples of 16, and on which addresses are
 multiples of 16 bytes. A PreparedLaunch keeps what the first call compiled, so its owner promises that these stay: the
-plans (ops/hsa/plan.py, ops/chunk_topk/triton_topk.py) make one per set of shapes and dtypes. Imports triton: for
+plans (ops/hsa/plan.py, ops/chunk_topk/plan.py) make one per set of shapes and dtypes. Imports triton: for
 backends only. Tests: tests/ops/test_launches.py.
 """
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hsa_ultralong import HSAConfig
 from hsa_ultralong.eval.stored_runs import read_run
 from hsa_ultralong.eval.suite_summary import is_share, is_suite
+from hsa_ultralong.inference.ask import unsure_weight
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = {"4K": 2**12, "16K": 2**14, "64K": 2**16, "256K": 2**18, "1M": 2**20, "16M": 2**24}
@@ -34,6 +36,11 @@ WITHOUT_RECORDS = {
 
 def records(name):
     return json.loads((ROOT / "results" / name / "summary.json").read_text())["records"]
+
+
+def samples(path):
+    # not splitlines(): strings may hold other line separators
+    return map(json.loads, lzma.decompress(path.read_bytes()).decode().rstrip("\n").split("\n"))
 
 
 def tables(title):
@@ -181,10 +188,31 @@ def test_an_edited_memory_answered_as_a_rebuilt_one():
     assert max(abs(a["certainty"] - b["certainty"]) for a, b in zip(edited, rebuilt, strict=True)) <= 3e-7
 
 
+def test_the_card_says_what_the_line_of_unsure_answers_marks():
+    nano, found = HSAConfig.from_pretrained(ROOT / "checkpoints" / "nano"), {}
+    for length, name in (("4K", "recall-nano-short"), ("64K", "recall-nano"), ("1M", "recall-nano-1m"),
+                         ("16M", "recall-nano-16m")):  # fmt: skip
+        line = unsure_weight(nano, LENGTHS[length] // 64)
+        marked = {"what was never hidden, 50 questions": [], "wrong answers": [], "right answers": []}
+        for record in samples(ROOT / "results" / name / "records.jsonl.xz"):
+            if record["length"] == LENGTHS[length] and record["certainty"] is not None:
+                is_absent = record["task"] == "recall_absent"
+                kind = "right answers" if record["score"] == 1 else "wrong answers"
+                if not record["expected"]:
+                    kind = "what was never hidden, 50 questions"
+                elif is_absent and kind == "right answers":
+                    continue
+                marked[kind].append(record["certainty"] < line)
+        for kind, one in marked.items():
+            found.setdefault(kind, []).append(f"{100 * sum(one) / len(one):.0f}")
+    card = (ROOT / "checkpoints" / "nano" / "README.md").read_text(encoding="utf-8")
+    for kind, cells in found.items():
+        assert f"  | {kind} | {' | '.join(cells)} |" in card
+
+
 def test_published_records_hold_no_text_of_share_alike_questions():
     for path in (ROOT / "results").rglob("records.jsonl.xz"):
-        for line in lzma.decompress(path.read_bytes()).decode().rstrip("\n").split("\n"):
-            record = json.loads(line)
+        for record in samples(path):
             if record["task"].startswith("qa_"):
                 assert (record["query"], record["expected"], record["answered"]) == ("", [], ""), path
 
