@@ -2,7 +2,7 @@
 
 A tile multiplies rows by chunks that they did not choose, with weight 0, and 0 * NaN is NaN. So kernel_tiles looks at
 its sums, which costs a few instructions, and marks the tiles where it finds something; spoiled_tiles_kernel, on the
-same stream, leaves at once from all others. In one kernel the slow pass would take registers from the usual one.
+same stream, leaves all others as they are. In one kernel the slow pass would take registers from the usual one.
 `exact_memory_gradient` is a function of one program, for kernel_chunks.py. Tests: tests/ops/test_hsa_nonfinite.py.
 """
 
@@ -81,21 +81,15 @@ def _query_gradient_row(
     tl.store(grad_q + row, (acc * logit_scale).to(grad_q.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["T", "C", "K", "U", "first_tile", "num_tiles"])
-def spoiled_tiles_kernel(
-    q, k, v, weights, lengths, chunks, counts, slot_map, spoiled, out, grad_out, grad_weights,
-    T, C, K, U, first_tile, num_tiles, scale, logit_scale,
+@triton.jit
+def _exact_tile(
+    q, k, v, weights, lengths, chunks, counts, slot_map, out, grad_out, grad_weights,
+    T, C, K, U, tile, local, num_tiles, kv_head, b, scale, logit_scale,
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
     COVERAGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """On kernel_tiles' grid, write again what it wrote of spoiled tiles: out, or with grad_out dq (as `out`) and dw."""
-    local = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    if tl.load(spoiled + (b * HKV + kv_head) * num_tiles + local) == 0:
-        return
-    tile = first_tile + local
+    """The rows of one tile, number `local` of its launch."""
     hr = kv_head % HR
     kv_row = b if KV_BATCH else b * 0
     chunk_step = b * 0 + S * HKV * D  # int64
@@ -128,6 +122,32 @@ def spoiled_tiles_kernel(
                     out, grad_weights + (token * HKV + kv_head) * K, row, head, count, chunk_step, HKV * D, scale,
                     logit_scale, D, S, COVERAGE, HAS_LENGTHS,
                 )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "C", "K", "U", "first_tile", "num_tiles"])
+def spoiled_tiles_kernel(
+    q, k, v, weights, lengths, chunks, counts, slot_map, spoiled, out, grad_out, grad_weights,
+    T, C, K, U, first_tile, num_tiles, scale, logit_scale,
+    HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
+    COVERAGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """Write again what kernel_tiles wrote of spoiled tiles: out, or with grad_out dq (as `out`) and dw. A program looks
+    at SHARE of them, as one for every tile takes longer to start than to look."""
+    first = tl.program_id(0) * SHARE
+    kv_head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    spoiled += (b * HKV + kv_head) * num_tiles
+    share = first + tl.arange(0, SHARE)
+    if tl.max(tl.load(spoiled + share, mask=share < num_tiles, other=0), 0) == 0:
+        return
+    for local in range(first, tl.minimum(first + SHARE, num_tiles)):
+        if tl.load(spoiled + local) != 0:
+            _exact_tile(
+                q, k, v, weights, lengths, chunks, counts, slot_map, out, grad_out, grad_weights,
+                T, C, K, U, first_tile + local, local, num_tiles, kv_head, b, scale, logit_scale,
+                HKV, HR, KV_BATCH, LENGTH_BATCH, G, D, S, BT, COVERAGE, CAUSAL, HAS_LENGTHS,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -24,6 +24,8 @@ _LAUNCH_BYTES = 1 << 27
 _KEPT_BYTES = 1 << 24
 # longest list that one program sorts: tokens of a tile * slots
 _SORT_LIMIT = 4096
+# tiles that one program looks at for what is not finite: few programs where there is none, enough where all are spoiled
+_SPOILED_SHARE = 32
 # a tile walks every chunk, without lists, when a token reads at least this share of them
 _COVERAGE_SHARE = 0.6
 
@@ -165,7 +167,8 @@ class HSAPlan:
             grid = (count, self.kv_heads, self.batch)
             sizes = (self.tokens, self.chunks, self.slots, widest, first, count)
             launch = PreparedLaunch(kernel, grid, num_warps=options.warps, **flags, **constants)
-            mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, grid, **flags, **mending)
+            shares = (-(-count // _SPOILED_SHARE), self.kv_heads, self.batch)
+            mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, shares, **flags, **mending, SHARE=_SPOILED_SHARE)
             passes.append(TilePass(lists, launch, mend, sizes, self.batch * self.kv_heads * count))
         return passes
 
