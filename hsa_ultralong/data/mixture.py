@@ -24,6 +24,7 @@ from hsa_ultralong.data.fact_rows import FACT_FAMILIES, facts_row, prompts_row
 from hsa_ultralong.data.facts import chat_facts_row, span_copy_row
 from hsa_ultralong.data.instructions import instructions_row
 from hsa_ultralong.data.list_rows import LIST_FAMILIES, lists_row
+from hsa_ultralong.data.many_questions import many_questions_row
 from hsa_ultralong.data.needles import MIN_WORDS
 from hsa_ultralong.data.questions import QuestionBank, open_questions, passage_chat_row, passage_questions_row
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, needles_row, self_copy_row, text_row
@@ -79,6 +80,11 @@ class MixtureConfig:
         max_questions: most questions of a row; default seq_len / 256, within 4..32.
         p_hard: probability that a needle shares a key word with another one of its row.
         inline_fraction: share of needle, fact and list rows whose questions continue the haystack's document.
+        questions_per_passage: above 0, rows of passage_questions ask so many different ones at most about each of their
+            passages, in place of max_questions in all; question_share: questions are at most this share of such a row.
+        p_changed: probability that an answer of such a row, if it is a name or holds a number, is another one there.
+        p_cloze: probability that a question of such a row is a sentence of its passage with a gap.
+        p_text: probability that a passage of such a row is text of the shards, asked about by such sentences only.
         questions: files of questions over passages, for the kinds passage_questions and passage_chat.
         chats: files of conversations, for the kind chat.
         family: of facts, prompts and lists: one family alone, for probes ("" = all).
@@ -97,6 +103,11 @@ class MixtureConfig:
     max_questions: int | None = None
     p_hard: float = 0.25
     inline_fraction: float = 0.3
+    questions_per_passage: int = 0
+    question_share: float = 0.4
+    p_changed: float = 0.0
+    p_cloze: float = 0.0
+    p_text: float = 0.0
     questions: Sequence[str] = ()
     chats: Sequence[str] = ()
     family: str = ""
@@ -126,7 +137,12 @@ class MixtureConfig:
             known = FORM_FAMILIES.get(kind, ())
             if self.family not in known:
                 raise ValueError(f"family of {kind} must be one of {', '.join(known) or 'none'}, got {self.family!r}")
-        for name in ("p_hard", "inline_fraction"):
+        if self.questions_per_passage < 0:
+            raise ValueError(f"questions_per_passage must be at least 0, got {self.questions_per_passage}")
+        of_passages = ("p_changed", "p_cloze", "p_text")
+        if not self.questions_per_passage and any(getattr(self, name) for name in of_passages):
+            raise ValueError(f"{', '.join(of_passages)} go with questions_per_passage above 0")
+        for name in ("p_hard", "inline_fraction", "question_share", *of_passages):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
@@ -143,6 +159,11 @@ class MixtureConfig:
             max_questions=self.max_questions or min(max(self.seq_len // 256, 4), 32),
             p_hard=self.p_hard,
             inline_fraction=self.inline_fraction,
+            questions_per_passage=self.questions_per_passage,
+            question_share=self.question_share,
+            p_changed=self.p_changed,
+            p_cloze=self.p_cloze,
+            p_text=self.p_text,
         )
 
 
@@ -245,9 +266,8 @@ class MixtureDataset(Dataset[Row]):
             )
         if kind == "passage_questions":
             assert self._bank is not None and self._form is not None
-            return passage_questions_row(
-                rng, self._layout, self._sampler, self._pieces, self._bank, self._options, self._form
-            )
+            make = many_questions_row if self._options.questions_per_passage else passage_questions_row
+            return make(rng, self._layout, self._sampler, self._pieces, self._bank, self._options, self._form)
         if kind == "instructions":
             return instructions_row(rng, self._layout, self._sampler, self._pieces, self._words)
         arguments = rng, self._layout, self._sampler, self._pieces, self._words, self._options

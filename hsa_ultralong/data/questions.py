@@ -1,7 +1,8 @@
 """Rows of questions that people asked about passages: from memory, or with the passage in the prompt.
 
 Files of SQuAD's form and of NQ with passages (passages.py). Passages of `assets/evaluation_passages.txt` are never
-among them; a seventh of the rest is the validation split. Called by mixture.py; tests/data/test_questions.py.
+among them; a seventh of the rest is the validation split. Called by mixture.py and
+many_questions.py; tests/data/test_questions.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from hsa_ultralong.data.changed_answers import is_name
 from hsa_ultralong.data.chat_form import Asker, ChatForm, Turn, plain_turn
 from hsa_ultralong.data.passages import Passages, evaluation_passages, passage_id, read_nq, read_squad
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, RowWriter, round_up
@@ -46,7 +48,8 @@ class QuestionBank:
     """Questions of one split of some files, and their passages as tokens.
 
     Attributes:
-        passages: tokens (n,) int32 of each. questions: those of the split. texts: the passages.
+        passages: tokens (n,) int32 of each. questions: those of the split. texts: the passages. about: the questions of
+            each passage that has any. names: answers that are names.
 
     Raises:
         ValueError: a file of another form, or no question is left.
@@ -73,20 +76,41 @@ class QuestionBank:
                 f"{', '.join(map(str, paths))}: no question is left for the {split} split, {dropped} are about "
                 "passages that are kept for evaluation"
             )
-        encodings = plain_backend(tokenizer).encode_batch(self.texts, add_special_tokens=False)
+        self._backend = plain_backend(tokenizer)
+        encodings = self._backend.encode_batch(self.texts, add_special_tokens=False)
         self.passages = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         self._offsets = [np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) for encoding in encodings]
+        self.about: dict[int, list[Asked]] = {}
+        for asked in self.questions:
+            self.about.setdefault(asked.passage, []).append(asked)
+        self.names = sorted({answer for asked in self.questions for answer in asked.answers if is_name(answer)})
         logger.info("%d questions of the %s split; %d are kept for evaluation", len(self.questions), split, dropped)
 
     def told(self, question: Asked, answer: str) -> tuple[int, int]:
         """Tokens of its passage that tell the answer; the whole passage if it stands there twice or not at all."""
-        text, wanted = self.texts[question.passage].lower(), answer.lower()
-        place = text.find(wanted)
-        if place < 0 or text.find(wanted, place + 1) >= 0 or len(text) != len(self.texts[question.passage]):
-            return 0, len(self.passages[question.passage])
-        offsets = self._offsets[question.passage]
-        inside = np.flatnonzero((offsets[:, 1] > place) & (offsets[:, 0] < place + len(wanted)))
-        return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, len(offsets))
+        return told(self.texts[question.passage], self._offsets[question.passage], answer)
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (n,) int32 of a passage, and where in it each stands, (n, 2)."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of tokens (n,), without special ones."""
+        return str(self._backend.decode(tokens.tolist()))
+
+
+def told(text: str, offsets: np.ndarray, answer: str) -> tuple[int, int]:
+    """Tokens [start, stop) of a text that tell the answer; all if it stands there twice or not at all.
+
+    offsets: (n, 2), where in the text each token stands.
+    """
+    lower, wanted = text.lower(), answer.lower()
+    place = lower.find(wanted)
+    if place < 0 or lower.find(wanted, place + 1) >= 0 or len(lower) != len(text):
+        return 0, len(offsets)
+    inside = np.flatnonzero((offsets[:, 1] > place) & (offsets[:, 0] < place + len(wanted)))
+    return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, len(offsets))
 
 
 def read_questions(path: Path) -> Passages:

@@ -169,6 +169,8 @@ class NeedleOptions:
         p_hard: see ``sample_needles``.
         inline_fraction: share of rows whose questions end the haystack's last document instead of being documents.
         max_haystack_documents: half of the haystacks are one document, the others 2..max_haystack_documents.
+        questions_per_passage: above 0, rows of passage_questions ask so many at most about each passage, and at most
+            question_share of the row are questions (many_questions.py). p_changed, p_cloze, p_text: see MixtureConfig.
     """
 
     max_needles: int
@@ -176,6 +178,11 @@ class NeedleOptions:
     p_hard: float = 0.25
     inline_fraction: float = 0.3
     max_haystack_documents: int = 4
+    questions_per_passage: int = 0
+    question_share: float = 0.4
+    p_changed: float = 0.0
+    p_cloze: float = 0.0
+    p_text: float = 0.0
 
 
 def needles_row(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from hsa_ultralong.recipes.convert import convert_align, convert_long, convert_memory, convert_sft, convert_smol
+from hsa_ultralong.recipes.convert import (
+    convert_align,
+    convert_long,
+    convert_memory,
+    convert_questions,
+    convert_sft,
+    convert_smol,
+)
 from hsa_ultralong.recipes.debug import debug, debug_stages
 from hsa_ultralong.recipes.dense_0_5b import dense_0_5b
 from hsa_ultralong.recipes.findings import findings
@@ -37,6 +44,7 @@ _ALL: tuple[Callable[[], TrainConfig], ...] = (
     convert_long,
     convert_sft,
     convert_smol,
+    convert_questions,
     debug,
     debug_stages,
 )

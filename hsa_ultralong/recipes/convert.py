@@ -124,6 +124,40 @@ def convert_smol() -> TrainConfig:
     return replace(_run(stages, "chat_facts", (4096, 16_384)), lora_rank=16, old_rate=1.0)
 
 
+def convert_questions() -> TrainConfig:
+    """`hsa train convert_questions --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --chat
+    persona.csv --chat dolly.jsonl --init-from models/smol --from-difference checkpoints/smol/difference.safetensors
+    --teacher smol.gguf --device cuda -o runs/questions --export-difference questions.safetensors`, after convert_smol,
+    from a folder that was converted with its shape (the shipped difference: `--set embedding_skip=4` as well).
+
+    Rows of passages that ask four times as many questions as those of convert_sft: of people, some with changed answers
+    in the passage, and sentences with a gap. 100M tokens, 22 minutes of one H200 by plan. Not measured.
+    """
+    stages = [
+        _asking("read", 1024, 30_000_000, 1e-3, window=128, evidence=0.1, p_cloze=0.8, p_text=0.5),
+        _asking("choose", 4096, 35_000_000, 5e-4, window=512, evidence=0.2, p_cloze=0.7, p_text=0.4),
+        _asking("pool", 8192, 35_000_000, 5e-4, window=512, evidence=0.3, p_cloze=0.6, p_text=0.3),
+    ]
+    _, choose, pool = stages
+    choose.chunk_topk = pool.chunk_topk = 64
+    pool.schedule, pool.batch_tokens, pool.pool_memory = "linear", 65_536, "attended"
+    config = _run(stages, "passage_questions", (4096, 16_384))
+    return replace(config, lora_rank=16, old_rate=1.0, probe_families=("chat_facts",))
+
+
+def _asking(
+    name: str, seq_len: int, tokens: int, rate: float, *, window: int, evidence: float, p_cloze: float, p_text: float
+) -> StageConfig:
+    mixture = {
+        "text": 0.25, "passage_questions": 0.5, "chat_facts": 0.1, "passage_chat": 0.05, "chat": 0.05, "span_copy": 0.05
+    }  # fmt: skip
+    stage = _stage(name, seq_len, tokens, rate, mixture, window=window)
+    stage.batch_tokens, stage.evidence_loss = 32_768, evidence
+    # few questions are there, so that they come often: with other answers, and among others made of text
+    stage.data_options |= {"questions_per_passage": 6, "p_changed": 0.75, "p_cloze": p_cloze, "p_text": p_text}
+    return stage
+
+
 def _long() -> StageConfig:
     mixture = {"text": 0.5, "span_copy": 0.125, "chat_facts": 0.375}
     stage = _stage("long", 8192, 20_000_000, 5e-4, mixture, window=512, schedule="linear")
@@ -150,8 +184,8 @@ def _run(stages: list[StageConfig], probe_kind: str, probe_lengths: tuple[int, .
         probe_lengths=probe_lengths,
         mfu=0.08,
     )
-    # rows of the long stage are a pool of 65,536 tokens
-    if any(stage.name == "long" for stage in stages):
+    # rows of such a stage are a pool of 65,536 tokens
+    if any(stage.pool_memory for stage in stages):
         config.parallel = ParallelConfig(
             activation_checkpointing="selective", checkpointing_tokens=_CHECKPOINTING_TOKENS
         )
