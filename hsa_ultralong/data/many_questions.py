@@ -114,7 +114,7 @@ def _passages(
     # several passages are asked about, however short the row
     most = max(asking // 3, _LEAST_ASKING)
     while misses < _MAX_MISSES and min(room, asking) >= size // 2:
-        passage, pairs = -1 - len(held), list[tuple[str, str]]()
+        passage, pairs, p_cloze = -1 - len(held), list[tuple[str, str]](), 1.0
         if rng.random() < options.p_text:
             text = bank.decode(sampler.slice(rng, int(rng.integers(*_TEXT_TOKENS))))
         else:
@@ -122,8 +122,8 @@ def _passages(
             if passage in held:
                 misses += 1
                 continue
-            text, pairs = _asked(rng, bank, passage, options)
-        pairs = _with_clozes(rng, text, pairs, options)
+            (text, pairs), p_cloze = _asked(rng, bank, passage, options), options.p_cloze
+        pairs = _with_clozes(rng, text, pairs, options.questions_per_passage, p_cloze)
         tokens, offsets = bank.encode(text)
         left = min(asking, room - _cost(len(tokens), size), most)
         fitting, used = list[tuple[str, str]](), 0
@@ -146,25 +146,27 @@ def _passages(
 def _asked(
     rng: np.random.Generator, bank: QuestionBank, passage: int, options: NeedleOptions
 ) -> tuple[str, list[tuple[str, str]]]:
-    """A passage, as it is or with changed answers, and different questions of people about it."""
-    about = bank.about[passage]
-    drawn = [about[i] for i in rng.permutation(len(about)).tolist()]
-    different = list({one.text: one for one in drawn}.values())[: options.questions_per_passage]
-    pairs = [(one.text, one.answers[int(rng.integers(len(one.answers)))]) for one in different]
-    if not options.p_changed:
-        return bank.texts[passage], pairs
-    return change_answers(rng, bank.texts[passage], pairs, bank.names, options.p_changed)
+    """A passage, as it is or with changed answers, and different questions of people about it that it answers."""
+    about, text = bank.about[passage], bank.texts[passage]
+    lower = text.lower()
+    told_here: dict[str, list[str]] = {}
+    for one in (about[i] for i in rng.permutation(len(about)).tolist()):
+        if answers := [answer for answer in one.answers if answer.lower() in lower]:
+            told_here.setdefault(one.text, answers)
+    different = list(told_here.items())[: options.questions_per_passage]
+    pairs = [(question, answers[int(rng.integers(len(answers)))]) for question, answers in different]
+    return change_answers(rng, text, pairs, bank.names, options.p_changed) if options.p_changed else (text, pairs)
 
 
 def _with_clozes(
-    rng: np.random.Generator, text: str, pairs: list[tuple[str, str]], options: NeedleOptions
+    rng: np.random.Generator, text: str, pairs: list[tuple[str, str]], count: int, p_cloze: float
 ) -> list[tuple[str, str]]:
-    """Questions about a passage: each is a cloze with probability p_cloze, or if it has no others, while there are any;
-    all different."""
+    """At most `count` different questions about a passage: each a cloze with this probability, else one of `pairs`,
+    while there are any."""
     found: dict[str, str] = {}
     people = list(pairs)
-    for _ in range(options.questions_per_passage):
-        if not pairs or rng.random() < options.p_cloze:
+    for _ in range(count):
+        if rng.random() < p_cloze:
             pair = cloze(rng, text)
         else:
             pair = people.pop(0) if people else None

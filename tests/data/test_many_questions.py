@@ -117,6 +117,20 @@ def test_a_split_asks_about_its_own_passages_only(shards, tokenizer, file):
                 assert {word for word in question.replace("?", " ").split() if word.isdigit()} <= own
 
 
+def test_only_answers_that_stand_in_the_passage_are_asked_for(shards, tokenizer, file, tmp_path):
+    whole = json.loads(file.read_text())
+    for article in whole["data"]:
+        for paragraph in article["paragraphs"]:
+            first, second, *_ = paragraph["qas"]
+            first["answers"] = [{"text": "nowhere"}, {"text": first["answers"][0]["text"].lower()}]
+            second["answers"] = [{"text": "nowhere"}]
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    found = [one for row in rows(shards, tokenizer, path, 4, **MANY) for one in asked(row, tokenizer)]
+    assert any(answer.startswith("runner") for _, answer, *_ in found)
+    assert not any(answer == "nowhere" or "Where" in question for question, answer, *_ in found)
+
+
 def test_changed_answers_stand_in_the_passage_and_the_old_ones_do_not():
     rng = np.random.default_rng(0)
     text = "Ann Lee met Bob in 1912 near the old mill. Ann Lee left 3,000 pounds, the old mill fell."
