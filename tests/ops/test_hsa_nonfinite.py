@@ -39,7 +39,7 @@ def small_launches(monkeypatch):
         from hsa_ultralong.ops.hsa import kernel_lists, plan, triton_attention
 
         # the interpreter walks over keys one by one
-        monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 32)
+        monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", (32, 32))
         # tiles of two parts, as the second pass sees them
         monkeypatch.setattr(plan, "launch_options", lambda *_: plan.HSALaunch(32, 4, 1))
         monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 0)

@@ -37,7 +37,7 @@ def small_launches(monkeypatch):
     """Tiles of 16 rows, so that a few tokens make several tiles; no path for few tokens unless a test asks for it."""
     monkeypatch.setattr(plan, "launch_options", lambda *_: plan.HSALaunch(16, 4, 1))
     monkeypatch.setattr(triton_attention, "_DECODE_TOKENS", 0)
-    monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 32)
+    monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", (32, 32))
     monkeypatch.setattr(kernel_lists, "_COUNTED_SHARE", 1000)
     # shapes that were seen with other sizes
     plan.plan_of.cache_clear()
@@ -188,7 +188,7 @@ def test_inverse_lists_hold_every_pair_once_in_order(monkeypatch, memory_batch, 
     monkeypatch.setattr(kernel_lists, "_OFFSET_LISTS", 2)
     monkeypatch.setattr(kernel_lists, "_OFFSET_BLOCKS", 2)
     monkeypatch.setattr(kernel_lists, "_UNIT_LISTS", 4)
-    monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", 16)
+    monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", (16, 16))
     monkeypatch.setattr(kernel_lists, "_COUNTED_SHARE", 1000 if by_counting else 0)
     indices = problem(kv_heads=heads, heads=heads, num_chunks=5, num_tokens=13).indices
     lists = InverseListPlan(indices.shape, memory_batch, 5, 4)(indices)

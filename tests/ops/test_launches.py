@@ -88,7 +88,7 @@ def counted():
 
 def test_attention_takes_eleven_kernels_and_no_other_work_of_the_card(counted):
     tiles = ["_tile_lists_kernel", "forward_kernel", "spoiled_tiles_kernel"]
-    inverse = ["_inverse_kernel", "_offsets_kernel", "_units_kernel", "_inverse_kernel"]
+    inverse = ["_count_kernel", "_offsets_kernel", "_units_kernel", "_fill_kernel"]
     memory = ["listed_memory_gradient_kernel", "listed_sum_kernel"]
     expected = [*tiles, "query_gradient_kernel", "spoiled_tiles_kernel", *inverse, *memory]
     assert counted["attention"]["kernels"] == expected

@@ -41,7 +41,7 @@ def _accumulate(
     upward = tl.load(grad_out + operand, mask=is_real[:, None], other=0.0)
     logits = _dot(queries, tl.trans(keys), None, PRECISION)
     slope = _dot(upward, tl.trans(values), None, PRECISION)
-    p, inverse = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
+    p, inverse, _ = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
     delta = tl.sum(p * slope, 1) * inverse
     p = p * (w * inverse)[:, None]
     dz = p * (slope - delta[:, None])
@@ -51,14 +51,36 @@ def _accumulate(
 
 
 @triton.jit
+def _accumulate_transposed(
+    grad_k, grad_v, keys, values, row_offset, is_real, w, norm, delta,
+    q, grad_out, lengths, chunk, columns, dims, scale,
+    D: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same as _accumulate where the rows' logsumexp and delta are known: tiles lie as (S, rows), so probabilities
+    go from one product to the next in registers and nothing is summed over rows."""
+    operand = row_offset[:, None] * D + dims[None, :]
+    queries = tl.load(q + operand, mask=is_real[:, None], other=0.0)
+    upward = tl.load(grad_out + operand, mask=is_real[:, None], other=0.0)
+    p = tl.exp2(_dot(keys, tl.trans(queries), None, PRECISION) * scale - norm[None, :])
+    if HAS_LENGTHS:
+        p = tl.where((columns < tl.load(lengths + chunk))[:, None], p, 0.0)
+    p = p * w[None, :]
+    grad_v = _dot(p.to(values.dtype), upward, grad_v, PRECISION)
+    dz = p * (_dot(values, tl.trans(upward), None, PRECISION) - delta[None, :])
+    grad_k = _dot(dz.to(keys.dtype), queries, grad_k, PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit
 def listed_memory_gradient_kernel(
-    q, k, v, weights, lengths, grad_out, pairs, pair_starts, unit_ends, unit_lists, partial,
+    q, k, v, weights, lengths, grad_out, norms, deltas, pairs, pair_starts, unit_ends, unit_lists, partial,
     C, K, lists, unit_pairs, scale,
     HKV, HR, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one chunk over the pairs of one unit, into partial (units, Hkv / Hr, 2, S, D) fp32."""
+    """dK and dV of one chunk over the pairs of one unit, into partial (units, Hkv / Hr, 2, S, D) fp32. norms, deltas:
+    of query_gradient_kernel, or None."""
     unit = tl.program_id(0).to(tl.int64)
     number = tl.load(unit_lists + unit)  # (memory row, retrieval head, chunk)
     if number >= lists:
@@ -87,10 +109,18 @@ def listed_memory_gradient_kernel(
         w = tl.load(weights + pair, mask=is_real, other=0.0).to(tl.float32)
         row_offset = (pair // (K * HR)).to(tl.int64) * (HKV * G) + head
         # all of these rows chose the chunk: what is not finite reaches nothing that it should not
-        grad_k, grad_v = _accumulate(
-            grad_k, grad_v, keys, values, row_offset, is_real, w,
-            q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
-        )  # fmt: skip
+        if norms is None:
+            grad_k, grad_v = _accumulate(
+                grad_k, grad_v, keys, values, row_offset, is_real, w,
+                q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
+            )  # fmt: skip
+        else:
+            own = ((pair // (K * HR)).to(tl.int64) * HKV + kv_head) * (K * G) + (pair % K) * G + rows % GP
+            grad_k, grad_v = _accumulate_transposed(
+                grad_k, grad_v, keys, values, row_offset, is_real, w,
+                tl.load(norms + own, mask=is_real, other=0.0), tl.load(deltas + own, mask=is_real, other=0.0),
+                q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
+            )  # fmt: skip
     place = (unit * tl.num_programs(1) + tl.program_id(1)) * (2 * S * D)
     target = partial + place + columns[:, None] * D + dims[None, :]
     tl.store(target, grad_k)

@@ -70,7 +70,7 @@ def decode_kernel(
         keys = tl.load(k + start, mask=is_kept, other=0.0)
         values = tl.load(v + start, mask=is_kept, other=0.0)
         logits = _dot(queries, tl.trans(keys), None, PRECISION)
-        p, inverse = chunk_softmax(logits, columns, lengths, tl.maximum(chunk, 0), scale, HAS_LENGTHS)
+        p, inverse, _ = chunk_softmax(logits, columns, lengths, tl.maximum(chunk, 0), scale, HAS_LENGTHS)
         p = p * (w * inverse)[:, None]
         acc = _dot(p.to(values.dtype), values, acc, PRECISION)
     partial += split.to(tl.int64) * tl.num_programs(0) * (HKV * G * D)

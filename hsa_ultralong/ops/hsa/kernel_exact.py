@@ -130,19 +130,19 @@ def spoiled_tiles_kernel(
     T, C, K, U, first_tile, num_tiles, scale, logit_scale,
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
-    COVERAGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, SHARE: tl.constexpr,
+    COVERAGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, M: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Write again what kernel_tiles wrote of spoiled tiles: out, or with grad_out dq (as `out`) and dw. A program looks
-    at SHARE of them, as one for every tile takes longer to start than to look."""
+    at the M rows of SHARE of them, as one for every tile takes longer to start than to look."""
     first = tl.program_id(0) * SHARE
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    spoiled += (b * HKV + kv_head) * num_tiles
-    share = first + tl.arange(0, SHARE)
-    if tl.max(tl.load(spoiled + share, mask=share < num_tiles, other=0), 0) == 0:
+    spoiled += (b * HKV + kv_head) * num_tiles * M
+    row = first * M + tl.arange(0, SHARE * M)
+    if tl.max(tl.load(spoiled + row, mask=row < num_tiles * M, other=0).to(tl.int32), 0) == 0:
         return
     for local in range(first, tl.minimum(first + SHARE, num_tiles)):
-        if tl.load(spoiled + local) != 0:
+        if tl.max(tl.load(spoiled + local * M + tl.arange(0, M)).to(tl.int32), 0) != 0:
             _exact_tile(
                 q, k, v, weights, lengths, chunks, counts, slot_map, out, grad_out, grad_weights,
                 T, C, K, U, first_tile + local, local, num_tiles, kv_head, b, scale, logit_scale,

@@ -7,8 +7,8 @@ shapes alone, so nothing synchronises with the host. Letters: docs/architecture.
 
 Grids: _tile_lists_kernel (tiles of a launch, Hr, B), a program owns the list and the slot map of its tile;
 _slot_map_kernel (tokens / BT, K / BK, B * Hr), entries that no other program writes, as a token selects a chunk once;
-_inverse_kernel (blocks of BT tokens, Hr, B), launched twice: counts, a row of C for every program, then pairs at the
-places that _offsets_kernel (C / BL, memory rows * Hr) and _units_kernel (one program) made of them.
+_count_kernel and _fill_kernel (blocks of BT tokens, Hr, B): sorted keys and counts, a row of C for every program, then
+pairs at the places that _offsets_kernel (C / BL, memory rows * Hr) and _units_kernel (one program) made of them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ _LAST_32 = tl.constexpr(2**31 - 1)
 _LAST_64 = tl.constexpr(2**62)
 # slots of a token that are sorted at least: fewer, as a short prompt's own chunks make them, need no form of their own
 FEWEST_SLOTS = 16
-# keys that one program of the counting sort takes; counts per pair beyond which a plain sort is used instead
-_COUNTED_KEYS = 2048
+# keys that one program of the counting sort takes, as few as there are chunks: fewer are sorted faster, but every
+# program writes a count for every chunk; counts per pair beyond which a plain sort is used instead
+_COUNTED_KEYS = (512, 2048)
 _COUNTED_SHARE = 4
 # lists, and blocks of tokens, that a program adds counts of at a time; lists that the last one takes at a time
 _OFFSET_LISTS, _OFFSET_BLOCKS, _UNIT_LISTS = 32, 64, 1024
@@ -71,9 +72,9 @@ def slot_dtype(slots: int) -> torch.dtype:
 
 
 @triton.jit
-def _sorted_chunks(indices, first_token, b, hr, T, K, HR, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr):
-    """Chunks of BT tokens in ascending order, each with its position (token * KP + slot), tokens in order within a
-    chunk; and whether an entry is real, for empty slots come last."""
+def _sorted_keys(indices, first_token, b, hr, T, K, HR, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr):
+    """Chunks of BT tokens in ascending order, each as chunk * N + its position (token * KP + slot), N = BT * KP, so
+    tokens are in order within a chunk; empty slots come last, as the key that no chunk has."""
     N: tl.constexpr = BT * KP
     position = tl.arange(0, N)
     token = first_token + position // KP
@@ -82,12 +83,8 @@ def _sorted_chunks(indices, first_token, b, hr, T, K, HR, BT: tl.constexpr, KP: 
     chunk = tl.load(indices + ((b * T + token) * HR + hr) * K + slot, mask=is_real, other=-1)
     if WIDE:
         chunk = chunk.to(tl.int64)
-        key = tl.sort(tl.where(chunk >= 0, chunk * N + position, _LAST_64))
-        found = key < _LAST_64
-    else:
-        key = tl.sort(tl.where(chunk >= 0, chunk * N + position, _LAST_32))
-        found = key < _LAST_32
-    return key // N, (key % N).to(tl.int32), found
+        return tl.sort(tl.where(chunk >= 0, chunk * N + position, _LAST_64))
+    return tl.sort(tl.where(chunk >= 0, chunk * N + position, _LAST_32))
 
 
 @triton.jit
@@ -96,37 +93,63 @@ def _larger(a, b):
 
 
 @triton.jit
-def _inverse_kernel(
-    indices, counts, starts, pairs,
+def _ranks(key, N: tl.constexpr, LAST: tl.constexpr):
+    """Of sorted keys, chunk * N + position: place of each within its chunk, and whether it is the last of it."""
+    order = tl.arange(0, N)
+    chunk = key // N
+    is_first = (order == 0) | (tl.gather(chunk, tl.maximum(order - 1, 0), 0) != chunk)
+    is_last = (order == N - 1) | (tl.gather(chunk, tl.minimum(order + 1, N - 1), 0) != chunk)
+    rank = order - tl.associative_scan(tl.where(is_first, order, 0), 0, _larger)
+    return rank, is_last, key < LAST
+
+
+@triton.jit
+def _count_kernel(
+    indices, keys, counts,
     T, K, HR, C, blocks, row_blocks,
-    MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, FILL: tl.constexpr,
+    MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Counting sort of the pairs by list, in blocks of BT tokens: first how many pairs of a block each list gets, into
-    counts (memory rows * HR, blocks, C); then, with what _offsets_kernel made of them, the pairs to their places."""
+    """Counting sort of the pairs by list, in blocks of BT tokens. First how many pairs of a block each list gets, into
+    counts (memory rows * HR, blocks, C), and the block's sorted pairs, into keys (B, HR, row blocks, BT * KP)."""
     block = tl.program_id(0)
     hr = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     N: tl.constexpr = BT * KP
-    chunk, position, found = _sorted_chunks(indices, block * BT, b, hr, T, K, HR, BT, KP, WIDE)
+    LAST: tl.constexpr = _LAST_64 if WIDE else _LAST_32
+    key = _sorted_keys(indices, block * BT, b, hr, T, K, HR, BT, KP, WIDE)
+    rank, is_last, found = _ranks(key, N, LAST)
     order = tl.arange(0, N)
-    before = tl.gather(chunk, tl.maximum(order - 1, 0), 0)
-    is_first = (order == 0) | (before != chunk)
-    rank = order - tl.associative_scan(tl.where(is_first, order, 0), 0, _larger)
+    tl.store(keys + ((b * HR + hr) * row_blocks + block) * N + order, key)
     group = (b if MEMORY_ROWS else b * 0) * HR + hr
     counts += (group * blocks + (block if MEMORY_ROWS else b * row_blocks + block)) * C
-    if FILL:
-        start = tl.load(starts + group * C + chunk, mask=found, other=0)
-        start += tl.load(counts + chunk, mask=found, other=0)
-        pair = ((b * T + block * BT + position // KP) * HR + hr) * K + position % KP
-        tl.store(pairs + start + rank, pair.to(pairs.dtype.element_ty), mask=found)
-    else:
-        after = tl.gather(chunk, tl.minimum(order + 1, N - 1), 0)
-        is_last = (order == N - 1) | (after != chunk)
-        for first in range(0, C, N):
-            tl.store(counts + first + order, tl.zeros((N,), tl.int32), mask=first + order < C)
-        # other threads of this program wrote the zeros
-        tl.debug_barrier()
-        tl.store(counts + chunk, rank + 1, mask=found & is_last)
+    for first in range(0, C, N):
+        tl.store(counts + first + order, tl.zeros((N,), tl.int32), mask=first + order < C)
+    # other threads of this program wrote the zeros
+    tl.debug_barrier()
+    tl.store(counts + key // N, rank + 1, mask=found & is_last)
+
+
+@triton.jit
+def _fill_kernel(
+    keys, counts, starts, pairs,
+    T, K, HR, C, blocks, row_blocks,
+    MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Then, with what _offsets_kernel made of the counts, the pairs to their places."""
+    block = tl.program_id(0)
+    hr = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    N: tl.constexpr = BT * KP
+    LAST: tl.constexpr = _LAST_64 if WIDE else _LAST_32
+    key = tl.load(keys + ((b * HR + hr) * row_blocks + block) * N + tl.arange(0, N))
+    rank, _, found = _ranks(key, N, LAST)
+    chunk, position = key // N, (key % N).to(tl.int32)
+    group = (b if MEMORY_ROWS else b * 0) * HR + hr
+    counts += (group * blocks + (block if MEMORY_ROWS else b * row_blocks + block)) * C
+    start = tl.load(starts + group * C + chunk, mask=found, other=0)
+    start += tl.load(counts + chunk, mask=found, other=0)
+    pair = ((b * T + block * BT + position // KP) * HR + hr) * K + position % KP
+    tl.store(pairs + start + rank, pair.to(pairs.dtype.element_ty), mask=found)
 
 
 @triton.jit
@@ -182,7 +205,9 @@ def _tile_lists_kernel(
     hr = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     N: tl.constexpr = BT * KP
-    chunk, position, found = _sorted_chunks(indices, (first_tile + tile) * BT, b, hr, T, K, HR, BT, KP, WIDE)
+    key = _sorted_keys(indices, (first_tile + tile) * BT, b, hr, T, K, HR, BT, KP, WIDE)
+    found = key < (_LAST_64 if WIDE else _LAST_32)
+    chunk, position = key // N, (key % N).to(tl.int32)
     order = tl.arange(0, N)
     before = tl.gather(chunk, tl.maximum(order - 1, 0), 0)
     is_first = (found & ((order == 0) | (before != chunk))).to(tl.int32)
@@ -292,7 +317,8 @@ class InverseListPlan:
         self.lists = memory_batch * self.heads * num_chunks
         self.units = self.lists + -(-self.num_pairs // unit_pairs)
         padded = triton.next_power_of_2(slots)
-        tile = _COUNTED_KEYS // padded
+        least, most = _COUNTED_KEYS
+        tile = min(most, max(least, triton.next_power_of_2(num_chunks))) // padded
         row_blocks = -(-num_tokens // max(1, tile))
         is_shared = memory_batch < self.batch
         self.blocks = row_blocks * (self.batch if is_shared else 1)
@@ -302,13 +328,15 @@ class InverseListPlan:
         self.cut = PreparedLaunch(_units_kernel, (1,), is_kept=is_kept, BL=_UNIT_LISTS, num_warps=8)
         if self.by_counting:
             self.sizes = (num_tokens, slots, self.heads, num_chunks, self.blocks, row_blocks)
+            is_wide = num_chunks * tile * padded >= 2**31
             constants = {
-                "MEMORY_ROWS": not is_shared, "BT": tile, "KP": padded, "WIDE": num_chunks * tile * padded >= 2**31,
-                "num_warps": 4, "is_kept": is_kept,
+                "MEMORY_ROWS": not is_shared, "BT": tile, "KP": padded, "WIDE": is_wide,
+                "num_warps": max(1, min(4, tile * padded // 256)), "is_kept": is_kept,
             }  # fmt: skip
             grid = (row_blocks, self.heads, self.batch)
-            self.count = PreparedLaunch(_inverse_kernel, grid, FILL=False, **constants)
-            self.fill = PreparedLaunch(_inverse_kernel, grid, FILL=True, **constants)
+            self.num_keys, self.key_dtype = math.prod(grid) * tile * padded, torch.int64 if is_wide else torch.int32
+            self.count = PreparedLaunch(_count_kernel, grid, **constants)
+            self.fill = PreparedLaunch(_fill_kernel, grid, **constants)
             programs = (triton.cdiv(num_chunks, _OFFSET_LISTS), memory_batch * self.heads)
             self.offset = PreparedLaunch(
                 _offsets_kernel, programs, BB=_OFFSET_BLOCKS, BL=_OFFSET_LISTS, num_warps=4, is_kept=is_kept
@@ -326,10 +354,11 @@ class InverseListPlan:
             self.cut(totals, *cut)
         else:
             pairs, totals, counts = empty(self.num_pairs), empty(self.lists), empty(self.lists * self.blocks)
-            self.count(indices, counts, starts, pairs, *self.sizes)
+            keys = empty(self.num_keys, self.key_dtype)
+            self.count(indices, keys, counts, *self.sizes)
             self.offset(counts, totals, self.num_chunks, self.blocks)
             self.cut(totals, *cut)
-            self.fill(indices, counts, starts, pairs, *self.sizes)
+            self.fill(keys, counts, starts, pairs, *self.sizes)
         return InverseLists(pairs, unit_ends, starts, unit_lists, self.unit_pairs)
 
     def _sorted(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,8 +2,8 @@
 of the chunks that these tokens selected (kernel_lists.py).
 
 Row r of a tile is token r // GP and head r % GP, GP = G padded to a power of two. A chunk's softmax is complete in its
-tile, so there is no running maximum and tiles add up. A program says in `spoiled` (B, Hkv, tiles) whether a sum of its
-is not finite; kernel_exact.py then forms these again. Derivation: README.md of this folder.
+tile, so there is no running maximum and tiles add up. A program says in `spoiled` (B, Hkv, tiles, rows) which sums of
+its rows are not finite; kernel_exact.py then forms these tiles again. Derivation: README.md of this folder.
 
 Grid of both: (tiles of a launch, Hkv, B); a program owns the BT * G rows of out, or of dq and of its own share of dw
 (B, T, Hkv, K), so nothing is added up across programs. Needed: contiguous operands, D and S powers of two from 16 to
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hsa_ultralong.ops._finite import spoil_of
+from hsa_ultralong.ops._finite import is_spoiled
 
 
 @triton.jit
@@ -26,12 +26,12 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS: tl.constexpr):
-    """exp(z - max z) of every row and 1 / its sum; `scale` holds log2(e)."""
+    """exp(z - max z) of every row, 1 / its sum and max z, the last in units of log 2; `scale` holds log2(e)."""
     if HAS_LENGTHS:
         logits = tl.where((columns < tl.load(lengths + chunk))[None, :], logits, float("-inf"))
     top = tl.max(logits, 1) * scale
     p = tl.exp2(logits * scale - top[:, None])
-    return p, 1.0 / tl.sum(p, 1)
+    return p, 1.0 / tl.sum(p, 1), top
 
 
 @triton.jit(do_not_specialize=["T", "C", "K", "U", "first_tile", "num_tiles"])
@@ -86,24 +86,25 @@ def forward_kernel(
         start = chunk * chunk_step
         keys = tl.load(k_tile + start)
         logits = _dot(queries, tl.trans(keys), None, PRECISION)
-        p, inverse = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
+        p, inverse, _ = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
         p = p * (w * inverse)[:, None]
         values = tl.load(v_tile + start)
         acc = _dot(p.to(values.dtype), values, acc, PRECISION)
     tl.store(out + row_offset[:, None] * D + dims[None, :], acc.to(out.dtype.element_ty), mask=is_real[:, None])
-    tl.store(spoiled + (b * HKV + kv_head) * num_tiles + local, (spoil_of(acc) != 0.0).to(tl.int32))
+    tl.store(spoiled + ((b * HKV + kv_head) * num_tiles + local) * M + rows, is_spoiled(acc))
 
 
 @triton.jit
 def query_gradient_kernel(
-    q, k, v, weights, lengths, chunks, counts, slot_map, spoiled, grad_out, grad_q, grad_weights,
+    q, k, v, weights, lengths, chunks, counts, slot_map, spoiled, grad_out, grad_q, grad_weights, norms, deltas,
     T, C, K, U, first_tile, num_tiles, scale, logit_scale,
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
     COVERAGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq = sum over chunks of dz k, and dw = sum over the G heads of delta into (B, T, Hkv, K)."""
+    """dq = sum over chunks of dz k, and dw = sum over the G heads of delta into (B, T, Hkv, K); with `norms` also the
+    logsumexp (base 2) and delta of every row and slot, for the memory's gradients."""
     M: tl.constexpr = BT * GP
     local = num_tiles - 1 - tl.program_id(0)
     tile = first_tile + local
@@ -122,6 +123,7 @@ def query_gradient_kernel(
     upward = tl.load(grad_out + operand, mask=is_real[:, None], other=0.0)
     w_row = weights + ((b * T + token) * HR + hr) * K
     dw_row = grad_weights + ((b * T + tile * BT + tokens) * HKV + kv_head) * K
+    of_row = ((b * T + token) * HKV + kv_head) * (K * G) + rows % GP
     kv_row = b if KV_BATCH else b * 0
     chunk_step = b * 0 + S * HKV * D  # int64
     tile_kv = (kv_row * C * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
@@ -160,17 +162,24 @@ def query_gradient_kernel(
         w = tl.load(w_row + slot, mask=slot >= 0, other=0.0).to(tl.float32)
         slot_token += slot_step
         slot_row += tl.where(u + 1 < count, slot_step, 0)
+        read = slot
         slot = tl.load(slot_row, mask=own, other=-1)  # of the next chunk, ahead of its use
         start = chunk * chunk_step
         keys = tl.load(k_tile + start)
         values = tl.load(v_tile + start)
         logits = _dot(queries, tl.trans(keys), None, PRECISION)
         slope = _dot(upward, tl.trans(values), None, PRECISION)
-        p, inverse = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
+        p, inverse, top = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
+        if HAS_LENGTHS and norms is not None:
+            # slots without a token may hold anything, and nobody forms these deltas again
+            slope = tl.where((columns < tl.load(lengths + chunk))[None, :], slope, 0.0)
         delta = tl.sum(p * slope, 1) * inverse
         dz = p * (slope - delta[:, None]) * (w * inverse)[:, None]
         acc = _dot(dz.to(keys.dtype), keys, acc, PRECISION)
+        if norms is not None:
+            tl.store(norms + of_row + read * G, top - tl.log2(inverse), mask=read >= 0)
+            tl.store(deltas + of_row + read * G, delta, mask=read >= 0)
         tl.store(dw_row + target, tl.sum(tl.reshape(delta, (BT, GP)), 1), mask=target >= 0)
     acc *= logit_scale
     tl.store(grad_q + operand, acc.to(grad_q.dtype.element_ty), mask=is_real[:, None])
-    tl.store(spoiled + (b * HKV + kv_head) * num_tiles + local, (spoil_of(acc) != 0.0).to(tl.int32))
+    tl.store(spoiled + ((b * HKV + kv_head) * num_tiles + local) * M + rows, is_spoiled(acc))

@@ -22,6 +22,8 @@ from hsa_ultralong.ops.hsa.kernel_lists import FEWEST_SLOTS, CoverageMapPlan, In
 _LAUNCH_BYTES = 1 << 27
 # lists that a forward leaves to its backward: those of short rows, which wait for launches
 _KEPT_BYTES = 1 << 24
+# logsumexp and delta of every row and slot that dq leaves to dk and dv; longer rows form them again
+_NORM_BYTES = 1 << 29
 # longest list that one program sorts: tokens of a tile * slots
 _SORT_LIMIT = 4096
 # tiles that one program looks at for what is not finite: few programs where there is none, enough where all are spoiled
@@ -39,12 +41,12 @@ class HSALaunch(NamedTuple):
 
 
 def launch_options(kind: str, dim: int, size: int, dtype: torch.dtype, memory: int) -> HSALaunch:
-    """Measured on an H200 (docs/kernels.md), smaller where a card has less shared memory; kind is "forward", "query" or
-    "memory", memory the bytes of shared memory that a program may use."""
+    """Measured on an H200 (docs/kernels.md), smaller where a card has less shared memory; kind is "forward", "query",
+    "memory" or "transposed", memory the bytes of shared memory that a program may use."""
     is_large = dim > 64 or size > 64
     if dtype == torch.float32:
         return HSALaunch(16, 8, 1) if is_large else HSALaunch(32, 8, 1)
-    if kind == "memory":
+    if kind in ("memory", "transposed"):
         if is_large:
             return HSALaunch(64 if dim + size < 256 or memory >= HOPPER_MEMORY else 32, 8, 1)
         return HSALaunch(128, 4, 2)
@@ -76,7 +78,7 @@ class HSAShapes(NamedTuple):
 
 class TilePass(NamedTuple):
     """One launch of a kernel of kernel_tiles.py over some of the tiles, with what makes their lists and what mends
-    spoiled tiles; `sizes` are the numbers that both take, num_spoiled the tiles."""
+    spoiled tiles; `sizes` are the numbers that both take, num_spoiled the rows of all tiles."""
 
     lists: TileListPlan | CoverageMapPlan
     kernel: PreparedLaunch
@@ -86,10 +88,12 @@ class TilePass(NamedTuple):
 
 
 class ListedPass(NamedTuple):
-    """dk and dv by inverse lists: `shape` of the workspace, `sizes` of the first kernel."""
+    """dk and dv by inverse lists: `shape` of the workspace, `sizes` of the first kernel, which is `transposed` where dq
+    left norms."""
 
     lists: InverseListPlan
     kernel: PreparedLaunch
+    transposed: PreparedLaunch
     total: PreparedLaunch
     shape: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -160,6 +164,7 @@ class HSAPlan:
         constants = self.constants(options.rows, options.stages)
         flags = {"KV_BATCH": self.kv_batch > 1, "COVERAGE": self.covers, "CAUSAL": self.causal}
         mending = {name: value for name, value in constants.items() if name not in ("GP", "PRECISION", "STAGES")}
+        rows = constants["BT"] * constants["GP"]
         passes = []
         for first, count in self._launches(constants["BT"]):
             lists = self._coverage if self.covers else self._tile_lists(constants["BT"], first, count)
@@ -168,8 +173,10 @@ class HSAPlan:
             sizes = (self.tokens, self.chunks, self.slots, widest, first, count)
             launch = PreparedLaunch(kernel, grid, num_warps=options.warps, **flags, **constants)
             shares = (-(-count // _SPOILED_SHARE), self.kv_heads, self.batch)
-            mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, shares, **flags, **mending, SHARE=_SPOILED_SHARE)
-            passes.append(TilePass(lists, launch, mend, sizes, self.batch * self.kv_heads * count))
+            mend = PreparedLaunch(
+                kernel_exact.spoiled_tiles_kernel, shares, **flags, **mending, M=rows, SHARE=_SPOILED_SHARE
+            )
+            passes.append(TilePass(lists, launch, mend, sizes, self.batch * self.kv_heads * count * rows))
         return passes
 
     def _tile_lists(self, tile_tokens: int, first: int, count: int) -> TileListPlan:
@@ -196,6 +203,12 @@ class HSAPlan:
         return self.covers or self.tile(self._options("forward").rows) == self.tile(self._options("query").rows)
 
     @cached_property
+    def norms(self) -> tuple[int, ...] | None:
+        """Shape of the logsumexp and of the delta that dq leaves to dk and dv, (B, T, Hkv, K, G); None: it does not."""
+        shape = (self.batch, self.tokens, self.kv_heads, self.slots, self.group)
+        return None if self.covers or 8 * math.prod(shape) > _NORM_BYTES else shape
+
+    @cached_property
     def memory(self) -> ListedPass | CoveredPass:
         options = self._options("memory")
         constants = {**self.constants(options.rows, options.stages), "num_warps": options.warps}
@@ -203,6 +216,7 @@ class HSAPlan:
 
     def _listed(self, constants: dict[str, Any]) -> ListedPass:
         is_kept = self.shapes.is_aligned
+        other = self._options("transposed")
         unit_pairs = pairs_of_unit(math.prod(self.shapes.indices), constants["BT"], self.processors)
         lists = InverseListPlan(self.shapes.indices, self.kv_batch, self.chunks, unit_pairs, is_kept=is_kept)
         shares = self.kv_heads // self.list_heads
@@ -210,6 +224,10 @@ class HSAPlan:
         return ListedPass(
             lists,
             PreparedLaunch(kernel_chunks.listed_memory_gradient_kernel, grid, **constants),
+            PreparedLaunch(
+                kernel_chunks.listed_memory_gradient_kernel, grid,
+                **self.constants(other.rows, other.stages), num_warps=other.warps,
+            ),
             PreparedLaunch(
                 kernel_chunks.listed_sum_kernel, (lists.lists, shares), is_kept=is_kept, D=self.dim, S=self.size,
                 num_warps=8,

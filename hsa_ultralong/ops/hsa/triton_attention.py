@@ -52,6 +52,10 @@ class _Operands(NamedTuple):
         )  # fmt: skip
 
 
+# logsumexp and delta of every row and slot, (B, T, Hkv, K, G) in fp32 each; None where they are formed again
+_Norms = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
 def _contiguous(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -71,17 +75,17 @@ def _run_tiles(
     passes: list[TilePass],
     operands: _Operands,
     out: torch.Tensor,
-    gradients: tuple[torch.Tensor, ...] = (),
+    gradients: tuple[torch.Tensor | None, ...] = (),
     lists: TileLists | None = None,
 ) -> TileLists | None:
-    """A kernel of kernel_tiles into `out`, which is dq where `gradients` are (dO, dw); then mend spoiled tiles.
-    Returns the lists of the last pass; `lists`: those of the only one, if they exist already."""
-    grad_out, grad_weights = gradients or (None, None)
-    written = (grad_out, out, grad_weights) if gradients else (out,)
+    """A kernel of kernel_tiles into `out`, which is dq where `gradients` are (dO, dw, norms, deltas); then mend spoiled
+    tiles. Returns the lists of the last pass; `lists`: those of the only one, if they exist already."""
+    grad_out, grad_weights, *norms = gradients or (None, None)
+    written = (grad_out, out, grad_weights, *norms) if gradients else (out,)
     scales = (plan.scale_log2, plan.scale) if gradients else (plan.scale_log2,)
     for tile_pass in passes:
         found = tile_pass.lists(operands.indices) if lists is None else lists
-        spoiled = torch.empty(tile_pass.num_spoiled, dtype=torch.int32, device=out.device)
+        spoiled = torch.empty(tile_pass.num_spoiled, dtype=torch.bool, device=out.device)
         read = (*operands[:5], *found, spoiled)
         tile_pass.kernel(*read, *written, *tile_pass.sizes, *scales, *plan.heads)
         tile_pass.mend(
@@ -99,26 +103,26 @@ def _forward(plan: HSAPlan, operands: _Operands) -> tuple[torch.Tensor, TileList
 
 
 def _query_gradients(
-    plan: HSAPlan, operands: _Operands, grad_out: torch.Tensor, lists: TileLists | None
+    plan: HSAPlan, operands: _Operands, grad_out: torch.Tensor, lists: TileLists | None, norms: _Norms
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dq, and dw as (B, T, Hkv, K) in fp32."""
+    """dq, and dw as (B, T, Hkv, K) in fp32; fills `norms`."""
     grad_q = torch.empty_like(operands.q)
     shape = (plan.batch, plan.tokens, plan.kv_heads, plan.slots)
     grad_weights = torch.empty(shape, dtype=torch.float32, device=grad_q.device)
-    _run_tiles(plan, plan.query, operands, grad_q, (grad_out, grad_weights), lists)
+    _run_tiles(plan, plan.query, operands, grad_q, (grad_out, grad_weights, *norms), lists)
     return grad_q, grad_weights
 
 
 def _memory_gradients(
-    plan: HSAPlan, operands: _Operands, grad_out: torch.Tensor, lists: TileLists | None
+    plan: HSAPlan, operands: _Operands, grad_out: torch.Tensor, lists: TileLists | None, norms: _Norms
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv."""
+    """dk and dv; `norms` as filled by _query_gradients."""
     chosen = plan.memory
     grad_k, grad_v = torch.empty_like(operands.k), torch.empty_like(operands.v)
     partial = torch.empty(chosen.shape, dtype=torch.float32, device=grad_k.device)
     read = (*operands[:5], grad_out)
     if isinstance(chosen, ListedPass):
-        _listed(plan, chosen, operands.indices, read, partial, grad_k, grad_v)
+        _listed(plan, chosen, operands.indices, read, norms, partial, grad_k, grad_v)
     else:
         slots = (chosen.lists(operands.indices) if lists is None else lists).slots
         _covered(plan, chosen, slots, read, partial, grad_k, grad_v)
@@ -130,13 +134,15 @@ def _listed(
     chosen: ListedPass,
     indices: torch.Tensor,
     read: tuple[torch.Tensor | None, ...],
+    norms: _Norms,
     partial: torch.Tensor,
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
 ) -> None:
     lists = chosen.lists(indices)
-    chosen.kernel(
-        *read, lists.pairs, lists.pair_starts, lists.unit_ends, lists.unit_lists, partial,
+    kernel = chosen.kernel if norms[0] is None else chosen.transposed
+    kernel(
+        *read, *norms, lists.pairs, lists.pair_starts, lists.unit_ends, lists.unit_lists, partial,
         *chosen.sizes, plan.scale_log2, *plan.heads,
     )  # fmt: skip
     chosen.total(partial, lists.unit_ends, grad_k, grad_v, plan.chunks, plan.scale, *plan.heads)
@@ -213,13 +219,19 @@ class _TritonAttention(torch.autograd.Function):
         if plan.shapes.is_aligned and not are_aligned(grad_out, *operands):
             plan = plan_of(plan.shapes._replace(is_aligned=False))
         grad_q = grad_weights = grad_k = grad_v = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
-            grad_q, grad_weights = _query_gradients(plan, operands, grad_out, lists)
+        needs_query = ctx.needs_input_grad[0] or ctx.needs_input_grad[4]
+        needs_memory = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        norms: _Norms = (None, None)
+        if needs_query and needs_memory and plan.norms is not None:
+            like = {"dtype": torch.float32, "device": grad_out.device}
+            norms = (torch.empty(plan.norms, **like), torch.empty(plan.norms, **like))
+        if needs_query:
+            grad_q, grad_weights = _query_gradients(plan, operands, grad_out, lists, norms)
             if weights.shape[2] < grad_weights.shape[2]:
                 grad_weights = grad_weights.sum(2, keepdim=True)
             grad_weights = grad_weights.to(weights.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_k, grad_v = _memory_gradients(plan, operands, grad_out, lists)
+        if needs_memory:
+            grad_k, grad_v = _memory_gradients(plan, operands, grad_out, lists, norms)
         return grad_q, grad_k, grad_v, None, grad_weights, None, None, None, None
 
 
