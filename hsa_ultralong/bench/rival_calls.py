@@ -148,7 +148,11 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: tu
 def _flex_kernel(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+    if device != "cuda":
+        return flex_attention
+    # every point has a mask of its own; after eight forms of one function torch would run it unfused without an error
+    torch._dynamo.reset()
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _flex(settings: Settings, T: int, is_met: torch.Tensor, reads: Callable[..., torch.Tensor]) -> Forward:

@@ -41,9 +41,9 @@ def serve(
 ) -> None:
     """Put `hsa serve` under load, kill it while it writes, and time its batches.
 
-    Writes serve-HARDWARE.json after every part, keeping what earlier runs measured besides. Answers under load are
-    compared with those given alone. --lengths needs no server: it times the thread that decodes; `speedup` is the
-    tokens a second of whole requests over those of one at a time.
+    Writes serve-HARDWARE.json after every part, keeping what earlier runs measured besides, and draws batches into
+    serve-HARDWARE.png. Answers under load are compared with those given alone. --lengths needs no server: it times the
+    thread that decodes; `speedup` is the tokens a second of whole requests over those of one at a time.
 
     Examples:
 
@@ -79,10 +79,8 @@ def serve(
         write_json(path, result)
         echo(f"{metric} {tokens:,} x{batch}: {value:.4g}", err=True)
 
-    settings = LoadSettings(
-        requests, clients, memories, kills=kills, supervise=supervise, seed=seed,
-        server=("--device", device, "--dtype", dtype),
-    )  # fmt: skip
+    server = ("--device", device, "--dtype", dtype)
+    settings = LoadSettings(requests, clients, memories, kills=kills, supervise=supervise, seed=seed, server=server)
     with tempfile.TemporaryDirectory(prefix="hsa-bench-serve-") as folder:
         if requests:
 
@@ -100,9 +98,23 @@ def serve(
         _measure_batches(
             preset_name, model, place, dtype, seed, lengths, batches, steps, long_prompt, store, key_values, keep
         )
+    figure = _drawn(result, path)
     if as_json:
         echo_json(result)
-    echo(f"Written: {path}")
+    echo(f"Written: {path}" + (f" and {figure.name}" if figure else ""))
+
+
+def _drawn(result: dict[str, Any], path: Path) -> Path | None:
+    """The figure beside `path`, where there are batches to draw."""
+    if not any(record["metric"] == "tokens_per_s" for record in result["records"]):
+        return None
+    from hsa_ultralong.bench.serve_report import has_batches, plot_serve
+
+    if not has_batches(result):
+        return None
+    figure = path.with_suffix(".png")
+    plot_serve(result, figure)
+    return figure
 
 
 def _check_choices(

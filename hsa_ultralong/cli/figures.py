@@ -8,11 +8,15 @@ from typing import Any
 
 from hsa_ultralong.bench.memory_report import plot_memory
 from hsa_ultralong.bench.ops_report import plot_ops, read_benchmark
+from hsa_ultralong.bench.serve_report import plot_serve
 from hsa_ultralong.bench.training_report import plot_training_speed
 from hsa_ultralong.eval.comparisons import compare_needles, compare_training
 from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl, read_log
 from hsa_ultralong.eval.suite_plots import draw_table
 from hsa_ultralong.files.strict_json import read_json
+
+# suites of benchmarks/results and the kinds of their figures
+BENCHMARKS = {"ops": "ops", "memory": "memory", "serve": "serve", "training": "training_speed"}
 
 # source, figure, kind, title
 FIGURES = (
@@ -67,6 +71,9 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
     if kind == "memory":
         plot_memory(read_benchmark(source), figure)
         return
+    if kind == "serve":
+        plot_serve(read_benchmark(source), figure)
+        return
     if kind == "training_speed":
         plot_training_speed(read_benchmark(source), figure)
         return
@@ -120,10 +127,9 @@ def _short(name: str) -> str:
 
 def benchmark_figures(root: Path) -> list[tuple[str, str, str, str]]:
     """One figure beside each benchmarks/results/<suite>-<hardware>.json, in the form of FIGURES; titled by its meta."""
-    kinds = {"ops": "ops", "memory": "memory", "training": "training_speed"}
     return [
         (str(path.relative_to(root)), str(path.relative_to(root).with_suffix(".png")), kind, "")
-        for suite, kind in kinds.items()
+        for suite, kind in BENCHMARKS.items()
         for path in sorted(root.glob(f"benchmarks/results/{suite}-*.json"))
     ]
 

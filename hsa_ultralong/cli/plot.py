@@ -58,7 +58,7 @@ def plot(
         raise ValueError("several sources need --output FILE.png")
     if output is not None:
         require_file(output, suffixes=_FIGURES)
-    from hsa_ultralong.cli.figures import compare, draw, draw_all
+    from hsa_ultralong.cli.figures import BENCHMARKS, compare, draw, draw_all
 
     if not sources:
         for path in draw_all(Path.cwd()):
@@ -72,12 +72,13 @@ def plot(
     (file, kind), source = found[0], sources[0]
     name = {"needles": "needles.png", "training": "loss.png", "suite": "scores.png"}.get(kind, f"{file.stem}.png")
     target = output or file.with_name(name)
-    draw(file, target, kind, "" if kind in ("ops", "memory", "training_speed") else f"{source.resolve().name}")
+    draw(file, target, kind, "" if kind in BENCHMARKS.values() else f"{source.resolve().name}")
     echo(f"written {target}")
 
 
 def _find(source: Path) -> tuple[Path, str]:
     """The file to draw, and what kind of figure it makes."""
+    from hsa_ultralong.cli.figures import BENCHMARKS
     from hsa_ultralong.eval.suite_summary import is_suite
 
     candidates = [source] if source.is_file() else [source / "log.jsonl", source / "records.jsonl"]
@@ -86,7 +87,7 @@ def _find(source: Path) -> tuple[Path, str]:
         return summary, "suite"
     for file in candidates:
         if file.is_file() and file.suffix == ".json":
-            return file, {"memory": "memory", "training": "training_speed"}.get(file.name.split("-")[0], "ops")
+            return file, BENCHMARKS.get(file.name.split("-")[0], "ops")
         if file.is_file():
             return file, "training" if file.name.startswith("log") else "needles"
     raise ValueError(

@@ -140,20 +140,23 @@ def _measure(
         last = max(answer.times[0] for answer in found)
         ends = max(answer.times[-1] for answer in found)
         later = sum(sum(at > last for at in answer.times) for answer in found)
-        speeds[batch] = whole, later / (ends - last)
-        keep("decode_tokens_per_s", length, batch, speeds[batch][1])
+        # short answers may end before another one begins
+        running = later / (ends - last) if later else 0.0
+        speeds[batch] = whole, running
+        keep("decode_tokens_per_s", length, batch, running)
         if batch > 1 and 1 in speeds:
             for metric, value, alone in zip(("speedup", "decode_speedup"), speeds[batch], speeds[1], strict=True):
-                keep(metric, length, batch, value / alone)
+                if alone and value:
+                    keep(metric, length, batch, value / alone)
         firsts = [answer.first for answer in found]
         keep("first_token_s_p50", length, batch, quantile(firsts, 0.5))
         keep("first_token_s_p99", length, batch, quantile(firsts, 0.99))
-    running = ask([tokens(settings.prompt)])
-    while len(running[0].times) < 4 and not running[0].done.is_set():
+    beside = ask([tokens(settings.prompt)])
+    while len(beside[0].times) < 4 and not beside[0].done.is_set():
         time.sleep(0.001)
     long = ask([tokens(settings.long_prompt)], 1)
-    wait([*running, *long])
-    gaps = [after - before for before, after in zip(running[0].times, running[0].times[1:], strict=False)]
+    wait([*beside, *long])
+    gaps = [after - before for before, after in zip(beside[0].times, beside[0].times[1:], strict=False)]
     keep("longest_gap_beside_a_long_prompt_s", length, 1, max(gaps, default=0.0))
     keep("long_prompt_first_token_s", length, 1, long[0].first)
 

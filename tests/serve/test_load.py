@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hsa_ultralong.bench.serve_report import plot_serve
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.models.presets import preset
@@ -86,6 +87,28 @@ def test_batches_are_timed():
     }  # fmt: skip
     assert found["speedup", 2] == pytest.approx(found["tokens_per_s", 2] / found["tokens_per_s", 1])
     assert ("decode_speedup", 2) in found and all(value >= 0 for value in found.values())
+
+
+def test_batches_are_drawn_and_nothing_else_is(tmp_path):
+    like = {"preset": "debug", "store": "device", "dtype": "fp32"}
+    records = [
+        {**like, "metric": metric, "tokens": tokens, "batch": batch, "value": 0.5 * batch}
+        for metric in ("tokens_per_s", "decode_tokens_per_s", "first_token_s_p50", "first_token_s_p99")
+        for tokens in (8192, 1 << 20)
+        for batch in (1, 4)
+    ]
+    plot_serve({"meta": {"hardware": "x"}, "records": records}, tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_serve({"meta": {"hardware": "x"}, "records": records[::2]}, tmp_path / "t.png")
+
+
+def test_the_command_draws_its_batches(tmp_path):
+    options = ["--requests", "0", "--kills", "0", "--preset", "debug", "--lengths", "64", "--batches", "1,2"]
+    options += ["--steps", "2", "--long-prompt", "20", "--device", "cpu", "--hardware", "x", "-o", str(tmp_path)]
+    made = CliRunner().invoke(app, ["bench", "serve", *options])
+    assert made.exit_code == 0, made.output
+    assert "serve-x.png" in made.output and (tmp_path / "serve-x.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ FEWEST_SLOTS = 16
 _COUNTED_KEYS = (512, 2048)
 _COUNTED_SHARE = 4
 # lists, and blocks of tokens, that a program adds counts of at a time; lists that the last one takes at a time
-_OFFSET_LISTS, _OFFSET_BLOCKS, _UNIT_LISTS = 32, 64, 1024
+_OFFSET_LISTS, _OFFSET_BLOCKS, _UNIT_LISTS = 8, 256, 1024
 
 
 class TileLists(NamedTuple):
@@ -338,8 +338,9 @@ class InverseListPlan:
             self.count = PreparedLaunch(_count_kernel, grid, **constants)
             self.fill = PreparedLaunch(_fill_kernel, grid, **constants)
             programs = (triton.cdiv(num_chunks, _OFFSET_LISTS), memory_batch * self.heads)
+            step = min(_OFFSET_BLOCKS, triton.next_power_of_2(self.blocks))
             self.offset = PreparedLaunch(
-                _offsets_kernel, programs, BB=_OFFSET_BLOCKS, BL=_OFFSET_LISTS, num_warps=4, is_kept=is_kept
+                _offsets_kernel, programs, BB=step, BL=_OFFSET_LISTS, num_warps=4, is_kept=is_kept
             )
 
     def __call__(self, indices: torch.Tensor) -> InverseLists:
