@@ -223,8 +223,8 @@ class _TritonAttention(torch.autograd.Function):
         needs_memory = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         norms: _Norms = (None, None)
         if needs_query and needs_memory and plan.norms is not None:
-            like = {"dtype": torch.float32, "device": grad_out.device}
-            norms = (torch.empty(plan.norms, **like), torch.empty(plan.norms, **like))
+            logsumexp = torch.empty(plan.norms, dtype=torch.float32, device=grad_out.device)
+            norms = (logsumexp, torch.empty_like(logsumexp))
         if needs_query:
             grad_q, grad_weights = _query_gradients(plan, operands, grad_out, lists, norms)
             if weights.shape[2] < grad_weights.shape[2]:
