@@ -140,40 +140,76 @@ def mini(options: Options) -> Iterator[Job]:
 
 def smol(options: Options) -> Iterator[Job]:
     """Give SmolLM2 a memory: convert, train convert_smol, compact, apply; the full-attention twin tuned on the same."""
-    out, data = options.out, shlex.quote(options.data)
-    source = shlex.quote(options.files.get("gguf", ["smol.gguf"])[0])
-    start, read, tuned = (f"{out}/models/{name}" for name in ("smol", "smol-sft", "smol-full-tuned"))
-    asked, chats = _words(options, "--questions", "questions"), _words(options, "--chat", "chat")
-    shape = "--window 512 --lower-layers 16 --groups 7 --set num_memory_heads=3 --set chunk_topk=64"
-    yield Job("convert-smol", 3, f"{{hsa}} convert {source} -o {start} {shape}", (), ("gguf",), is_on_card=False)
-    train = f"{{hsa}} train convert_smol --data {data} {asked} {chats} --init-from {start} --teacher {source}"
-    yield Job("train-smol", 26, f"{train} --device cuda -o {out}/smol --export-difference {out}/smol.safetensors",
-              ("convert-smol",), ("gguf", "questions", "chat"))  # fmt: skip
-    yield Job("compact-smol", 2, f"{{hsa}} compact {out}/smol.safetensors -o {out}/difference.safetensors --bits 7",
-              ("train-smol",), is_on_card=False)  # fmt: skip
-    yield Job("apply-smol", 2, f"{{hsa}} convert {source} --apply {out}/difference.safetensors -o {read}",
-              ("compact-smol",), is_on_card=False)  # fmt: skip
+    out, source = options.out, _source(options)
+    tuned = f"{out}/models/smol-full-tuned"
+    yield from _trained(options, "smol", "convert_smol", 26)
+    asked = _words(options, "--questions", "questions")
     yield Job("tune-smol", 10, f"{{hsa}} tune {source} {asked} -o {tuned} --device cuda", (), ("gguf", "questions"))
-    suite, xquad = f"{{hsa}} eval {read} --device cuda", _files(options, "xquad")
-    on, text = f"--shards {data}", _words(options, "--text", "text")
-    after = ("apply-smol",)
-    asked = f"{suite} --tasks qa_xquad --samples 1190 {xquad} {on} --lengths 64K,1M,16M"
-    yield Job("qa-smol", 15, f"{asked} -o {out}/qa-smol", after, ("xquad",))
-    again = f"{suite} --tasks qa_xquad --samples 1190 {xquad} {on} --lengths 64K --reread 3"
-    yield Job("qa-reread-smol", 4, f"{again} -o {out}/qa-reread-smol", after, ("xquad",))
+    on = (
+        f"--device cuda --tasks qa_xquad --samples 1190 {_files(options, 'xquad')} --shards {shlex.quote(options.data)}"
+    )
     for setting in ("gold", "closed", "bm25"):
-        asked = f"{{hsa}} eval {tuned} --device cuda --tasks qa_xquad --samples 1190 {xquad} {on} --lengths 64K"
-        yield Job(f"qa-{setting}-tuned", 4, f"{asked} --setting {setting} -o {out}/qa-{setting}-tuned", ("tune-smol",),
-                  ("xquad",))  # fmt: skip
+        asked = f"{{hsa}} eval {tuned} {on} --lengths 64K --setting {setting} -o {out}/qa-{setting}-tuned"
+        yield Job(f"qa-{setting}-tuned", 4, asked, ("tune-smol",), ("xquad",))
+    short = f"--suite ppl,short {_files(options, 'short')} {_words(options, '--text', 'text')} --lengths 2K..8K"
+    yield Job("language-source", 8, f"{{hsa}} eval {source} --device cuda {short} -o {out}/language-source", (),
+              ("short", "text", "gguf"))  # fmt: skip
+    yield from _converted(options, "smol")
+
+
+def questions(options: Options) -> Iterator[Job]:
+    """SmolLM2 with the shipped memory (or --file difference=PATH) learns to answer from passages; then its card's runs."""
+    yield from _trained(options, "questions", "convert_questions", 22)
+    yield from _converted(options, "questions")
+
+
+def _source(options: Options) -> str:
+    return shlex.quote(options.files.get("gguf", ["smol.gguf"])[0])
+
+
+def _trained(options: Options, name: str, recipe: str, minutes: float) -> Iterator[Job]:
+    """A difference trained by a recipe, small, and the model that it makes, `models/NAME-sft`."""
+    out, source = options.out, _source(options)
+    start, made = f"{out}/models/{name}", f"{out}/models/{name}-sft"
+    shape = "--window 512 --lower-layers 16 --groups 7 --set num_memory_heads=3 --set chunk_topk=64"
+    convert = f"{{hsa}} convert {source} -o {start} {shape} --set embedding_skip=4"
+    yield Job(f"convert-{name}", 3, convert, (), ("gguf",), is_on_card=False)
+    asked, chats = _words(options, "--questions", "questions"), _words(options, "--chat", "chat")
+    train = f"{{hsa}} train {recipe} --data {shlex.quote(options.data)} {asked} {chats} --init-from {start}"
+    if recipe == "convert_questions":
+        begun = options.files.get("difference", ["checkpoints/smol/difference.safetensors"])[0]
+        train += f" --from-difference {shlex.quote(begun)}"
+    train += f" --teacher {source} --device cuda -o {out}/{name} --export-difference {out}/{name}.safetensors"
+    yield Job(f"train-{name}", minutes, train, (f"convert-{name}",), ("gguf", "questions", "chat"))
+    small = f"{{hsa}} compact {out}/{name}.safetensors -o {out}/{name}-7.safetensors --bits 7"
+    yield Job(f"compact-{name}", 2, small, (f"train-{name}",), is_on_card=False)
+    yield Job(f"apply-{name}", 2, f"{{hsa}} convert {source} --apply {out}/{name}-7.safetensors -o {made}",
+              (f"compact-{name}",), is_on_card=False)  # fmt: skip
+
+
+def _converted(options: Options, name: str) -> Iterator[Job]:
+    """What the card of such a model is made of: questions, recall, needles, language, speed."""
+    out, model, after = options.out, f"{options.out}/models/{name}-sft", (f"apply-{name}",)
+    suite, on = f"{{hsa}} eval {model} --device cuda", f"--shards {shlex.quote(options.data)}"
+    asked = f"{suite} --tasks qa_xquad --samples 1190 {_files(options, 'xquad')} {on}"
+    for what, minutes, extra in (
+        ("qa-64k", 3, "--lengths 64K"), ("qa-1m", 4, "--lengths 1M"), ("qa-16m", 8, "--lengths 16M"),
+        ("qa-chat", 3, "--lengths 64K --chat"), ("qa-closed", 3, "--lengths 64K --setting closed"),
+        ("qa-reread", 4, "--lengths 64K --reread 3"),
+    ):  # fmt: skip
+        yield Job(f"{what}-{name}", minutes, f"{asked} {extra} -o {out}/{what}-{name}", after, ("xquad",))
     chat = f"{suite} {on} --chat"
-    yield Job("recall-smol", 14, f"{chat} --suite recall --lengths 64K,1M -o {out}/recall-smol", after)
-    yield Job("niah-smol", 6, f"{chat} --tasks niah_single_2 --lengths 1M,16M -o {out}/niah-smol", after)
-    short = f"--suite ppl,short {_files(options, 'short')} {text}"
-    for name, model, lengths, before in (("smol", read, "2K..1M", after), ("source", source, "2K..8K", ())):
-        asked = f"{{hsa}} eval {model} --device cuda {short} --lengths {lengths} -o {out}/language-{name}"
-        yield Job(f"language-{name}", 8, asked, before, ("short", "text", "gguf"))
-    bench = f"{{hsa}} bench memory --model {read} --lengths 8K,16M --piece 128K --file-max 0 --tune --device cuda"
-    yield Job("bench-smol", 4, f"{bench} -o {out}/bench-smol", after)
+    for length in ("64K", "1M"):
+        recall = f"{chat} --suite recall --samples 50 --lengths {length} -o {out}/recall-{length.lower()}-{name}"
+        yield Job(f"recall-{length.lower()}-{name}", 7, recall, after)
+    needles = f"{chat} --tasks niah_single_1,niah_single_2 --lengths 64K,1M,16M --samples 100"
+    yield Job(f"niah-{name}", 7, f"{needles} -o {out}/niah-{name}", after)
+    short = f"{suite} --tasks lambada_openai,piqa,arc_easy,hellaswag {_files(options, 'short')} --samples 1500"
+    yield Job(f"short-{name}", 6, f"{short} -o {out}/short-{name}", after, ("short",))
+    books = f"{suite} --suite ppl {_words(options, '--text', 'text')} --lengths 2K..1M --samples 10"
+    yield Job(f"ppl-{name}", 6, f"{books} -o {out}/ppl-{name}", after, ("text",))
+    bench = f"{{hsa}} bench memory --model {model} --lengths 8K,16M --piece 128K --file-max 0 --tune --device cuda"
+    yield Job(f"bench-{name}", 4, f"{bench} -o {out}/bench-{name}", after)
 
 
 def twins(options: Options) -> Iterator[Job]:
@@ -252,7 +288,7 @@ def cards(options: Options) -> Iterator[Job]:
 
 
 PLANS: dict[str, Callable[[Options], Iterable[Job]]] = {
-    plan.__name__: plan for plan in (nano, mini, smol, twins, findings, kernels, cards)
+    plan.__name__: plan for plan in (nano, mini, smol, questions, twins, findings, kernels, cards)
 }
 
 
