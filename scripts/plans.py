@@ -158,7 +158,7 @@ def smol(options: Options) -> Iterator[Job]:
 
 
 def questions(options: Options) -> Iterator[Job]:
-    """SmolLM2 with the shipped memory (or --file difference=PATH) learns to answer from passages; then its card's runs."""
+    """SmolLM2 with the shipped memory (or --file difference=PATH) learns to answer from passages; then its card."""
     yield from _trained(options, "questions", "convert_questions", 22)
     yield from _converted(options, "questions")
 
