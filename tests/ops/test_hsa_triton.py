@@ -213,6 +213,11 @@ def test_inverse_lists_hold_every_pair_once_in_order(monkeypatch, memory_batch, 
     assert (lists.unit_lists[ended:] == number).all()
 
 
+def test_long_rows_are_sorted_and_short_ones_counted():
+    found = {tokens: InverseListPlan((1, tokens, 1, 32), 1, tokens // 64, 1024) for tokens in (4096, 8192, 16_384)}
+    assert [found[tokens].by_counting for tokens in found] == [True, True, False]
+
+
 def test_unsupported_operands_are_named():
     inputs = problem(kv_heads=1, dim=4)
     with pytest.raises(ValueError, match="head dimension and chunk size in"):

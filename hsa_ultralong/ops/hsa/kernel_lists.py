@@ -29,9 +29,11 @@ _LAST_64 = tl.constexpr(2**62)
 # slots of a token that are sorted at least: fewer, as a short prompt's own chunks make them, need no form of their own
 FEWEST_SLOTS = 16
 # keys that one program of the counting sort takes, as few as there are chunks: fewer are sorted faster, but every
-# program writes a count for every chunk; counts per pair beyond which a plain sort is used instead
+# program writes a count for every chunk. Counts per pair, and pairs, beyond which a plain sort is used instead: it has
+# more launches and less work, so it wins where the card decides (docs/kernels.md)
 _COUNTED_KEYS = (512, 2048)
 _COUNTED_SHARE = 4
+_COUNTED_PAIRS = 1 << 18
 # lists, and blocks of tokens, that a program adds counts of at a time; lists that the last one takes at a time
 _OFFSET_LISTS, _OFFSET_BLOCKS, _UNIT_LISTS = 8, 256, 1024
 
@@ -323,7 +325,8 @@ class InverseListPlan:
         is_shared = memory_batch < self.batch
         self.blocks = row_blocks * (self.batch if is_shared else 1)
         is_short = self.num_pairs < 2**31
-        self.by_counting = tile >= 1 and is_short and self.lists * self.blocks <= _COUNTED_SHARE * self.num_pairs
+        is_dense = self.lists * self.blocks <= _COUNTED_SHARE * self.num_pairs
+        self.by_counting = tile >= 1 and is_dense and self.num_pairs <= _COUNTED_PAIRS
         self.dtype = torch.int32 if is_short else torch.int64
         self.cut = PreparedLaunch(_units_kernel, (1,), is_kept=is_kept, BL=_UNIT_LISTS, num_warps=8)
         if self.by_counting:
