@@ -1,4 +1,4 @@
-"""Join what a comparison of twins measured into results/twins: summary.json, summary.md, recall.png and .svg.
+"""Join what a comparison of twins measured into results/twins: summary.json, summary.md and recall.png.
 
     python scripts/twins_report.py FOLDER [-o results/twins]
 
@@ -178,8 +178,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         axes.axis("off")
     handles = {label: h for axes in panels.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=7)
-    for kind in (".png", ".svg"):
-        save(figure, path.with_suffix(kind), 130)
+    save(figure, path, 130)
 
 
 def main() -> None:
@@ -191,7 +190,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output / "summary.json", found)
     write_whole(arguments.output / "summary.md", tables(found["records"], found["meta"]["cut_off"]))
-    draw(found["records"], arguments.output / "recall")
+    draw(found["records"], arguments.output / "recall.png")
 
 
 if __name__ == "__main__":
