@@ -203,7 +203,7 @@ def _register_memories(app: FastAPI, memories: Memories, space: Any) -> None:
     ) -> Response:
         """Files as documents: a new memory, or more documents of an old one."""
         require_id(id)
-        pairs = await documents_of(files)
+        pairs = await documents_of(files, memories.uploads)
         known = id in await run_in_threadpool(memories.ids, place)
         change = memories.append if known else memories.create
         return await _changed(lambda report: change(place, id, pairs, report, key), stream, status=201)

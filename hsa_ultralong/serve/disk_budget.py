@@ -19,7 +19,7 @@ from hsa_ultralong.files.durable import sync_folder
 from hsa_ultralong.memory import MemorySpec
 from hsa_ultralong.serve.last_asked import LastAsked
 from hsa_ultralong.serve.limits import Limits, ServeError
-from hsa_ultralong.serve.memory_folders import bytes_of, grave_of, memory_of, partial_of
+from hsa_ultralong.serve.memory_folders import bytes_of, grave_of, memory_of, partial_of, uploads_of
 
 # of a small memory beside its rows: manifest, header of a shard, lock
 _FILE_BYTES = 2048
@@ -75,7 +75,8 @@ class DiskBudget:
         return sum(sum(self._sizes(namespace).values()) for namespace in self._namespaces())
 
     def _namespaces(self) -> list[str]:
-        return [one.name for one in self.folder.iterdir() if one.is_dir() and not one.is_symlink()]
+        found = (one for one in self.folder.iterdir() if one.is_dir() and not one.is_symlink())
+        return [one.name for one in found if one != uploads_of(self.folder)]
 
     def _sizes(self, namespace: str) -> dict[Path, int]:
         """Bytes on disk of every memory, with those of its hidden folders."""

@@ -32,6 +32,7 @@ from hsa_ultralong.serve.memory_folders import (
     refusal,
     remove_graves,
     states_of,
+    uploads_of,
 )
 from hsa_ultralong.serve.open_memories import CACHE_BYTES, TIERS, OpenMemories
 from hsa_ultralong.serve.repeated import RequestKey
@@ -81,8 +82,11 @@ class Memories(Catalogue):
         self.opened = OpenMemories({"device": limits.device_bytes, "host": limits.host_bytes}, limits.open_memories)
         self.asked = LastAsked()
         self.disk = DiskBudget(folder, limits, self.asked, self._close)
+        self.uploads = uploads_of(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_graves(folder)
+        # what a killed server was reading
+        shutil.rmtree(self.uploads, ignore_errors=True)
 
     # asking -----------------------------------------------------------------------------------------------------------
 
@@ -337,6 +341,8 @@ class Memories(Catalogue):
             self._place(namespace, id),
             [self._existing(namespace, other) for other in others],
         )
+        if len(set(others)) < len(others):
+            raise ServeError(400, "a memory is named twice", "invalid_memory")
         if place in sources:
             raise ServeError(400, f"memory {id!r} cannot be merged into itself", "invalid_memory")
         for other in others:

@@ -45,6 +45,11 @@ def grave_of(place: Path) -> Path:
     return place.with_name(f".{place.name}.deleted")
 
 
+def uploads_of(folder: Path) -> Path:
+    """Where uploaded files lie while they are read, below the folder of all namespaces; no namespace has this name."""
+    return folder / ".uploads"
+
+
 def marker_of(place: Path) -> Path:
     """The empty file whose time is that of the last question."""
     return place.with_name(f".{place.name}.asked")

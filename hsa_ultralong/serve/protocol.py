@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 _NOTHING: tuple[Any, ...] = (None, {}, [], False, 0, 0.0)
 # fields of OpenAI's API that change answers and are not supported: values that ask for nothing, besides none at all
@@ -32,6 +32,12 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # fields that are labels for the service's own books and change no answer
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+
+
+def _whole(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half a surrogate pair is no text")
+    return text
 
 
 class StreamOptions(BaseModel):
@@ -98,6 +104,11 @@ class Completion(Answering):
     prompt: str | list[int] | list[str]
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
+    def texts(self) -> list[str]:
+        """Prompts that are to be tokenised; none where token ids are given."""
+        given = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return [one for one in given if isinstance(one, str)]
+
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
 
@@ -132,6 +143,10 @@ class ChatCompletion(Answering):
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+    def texts(self) -> list[str]:
+        """What is to be tokenised at least; a template may leave other turns out."""
+        return ["".join(one.text() for one in self.messages if one.role == "user")]
 
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -193,7 +208,7 @@ class Change(BaseModel):
     """PUT /v1/memories/ID/documents/NUMBER: another text for all of it, or for tokens start..stop."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    text: str
+    text: Annotated[str, AfterValidator(_whole)]
     start: Annotated[int | None, Field(ge=0)] = None
     stop: Annotated[int | None, Field(ge=0)] = None
 

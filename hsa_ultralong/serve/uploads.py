@@ -12,19 +12,23 @@ from hsa_ultralong.data import Spool, read_sources, source_files
 from hsa_ultralong.serve.limits import ServeError
 
 
-async def documents_of(files: list[UploadFile]) -> list[tuple[str, str]]:
+async def documents_of(files: list[UploadFile], folder: Path) -> list[tuple[str, str]]:
     """(name, text) of all documents of uploaded files; of a file's name only the last part is used.
+
+    Args:
+        folder: where they lie while they are read.
 
     Raises:
         ServeError: what cannot be read.
     """
     bodies = [(file.filename or "text.txt", await file.read()) for file in files]
-    return await run_in_threadpool(_read, bodies)
+    return await run_in_threadpool(_read, bodies, folder)
 
 
-def _read(bodies: list[tuple[str, bytes]]) -> list[tuple[str, str]]:
+def _read(bodies: list[tuple[str, bytes]], parent: Path) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
-    with tempfile.TemporaryDirectory(prefix="hsa-upload-") as folder, Spool() as spool:
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder, Spool() as spool:
         for number, (name, body) in enumerate(bodies):
             name = PurePosixPath(PureWindowsPath(name).name).name.replace("\0", "")[-200:] or "text.txt"
             if name in (".", ".."):

@@ -392,6 +392,26 @@ def test_uploaded_files_become_documents_and_their_names_stay_names(client, serv
     assert bad.status_code == 400 and "tmp" not in bad.text
 
 
+def test_uploaded_files_lie_below_the_folder_of_memories_and_a_start_removes_what_a_kill_left(
+    nano, tmp_path, monkeypatch
+):
+    from hsa_ultralong.serve import uploads
+
+    seen, real = [], uploads.read_sources
+    monkeypatch.setattr(uploads, "read_sources", lambda file: seen.append(file.path) or real(file))
+    folder = tmp_path / "memories"
+    left = folder / ".uploads" / "killed" / "0"
+    left.mkdir(parents=True)
+    (left / "secret.txt").write_text(LANTERN)
+    with serving(nano, folder, disk_bytes=2**20) as (address, answers):
+        assert not left.exists() and answers.memories.disk.used() == 0
+        files = [("files", ("a.txt", LANTERN.encode()))]
+        made = httpx.post(address + "/v1/memories/up/files", files=files, timeout=HANG_SECONDS)
+        assert made.status_code == 201 and made.json()["documents"] == 1
+        assert seen and all(folder / ".uploads" in one.parents for one in seen)
+        assert list((folder / ".uploads").iterdir()) == []
+
+
 def test_keys_part_namespaces(nano, tmp_path):
     keys = {hashlib.sha256(key.encode()).hexdigest(): name for key, name in (("ka", "anna"), ("kb", "bob"))}
     with (

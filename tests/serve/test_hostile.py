@@ -79,6 +79,55 @@ def test_malformed_requests_get_one_line_and_leave_nothing(client, server, path,
     assert statistics.median(seconds) < 60
 
 
+def test_what_is_far_too_long_or_too_many_is_refused_before_all_of_it_is_tokenised(client, server, monkeypatch):
+    answers, sizes = server[1], []
+    real = answers.tokenizer
+
+    class Counting:
+        def __call__(self, text):
+            sizes.append(len(text))
+            return real(text)
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+    monkeypatch.setattr(answers, "tokenizer", Counting())
+    long = "word " * 200_000
+    for path, body, code in (
+        ("/v1/completions", {**COMPLETION, "prompt": long}, "context_length_exceeded"),
+        ("/v1/completions", {**COMPLETION, "prompt": long + "\ud800"}, "context_length_exceeded"),
+        ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": long}]}, "context_length_exceeded"),
+        ("/v1/completions", {**COMPLETION, "prompt": ["x"] * 100_000}, "too_many_choices"),
+        ("/v1/completions", {**COMPLETION, "prompt": [5], "n": 99, "temperature": 1}, "too_many_choices"),
+    ):
+        sizes.clear()
+        found = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+        assert found.status_code == 400 and found.json()["error"]["code"] == code, found.text
+        assert sum(sizes) < 16 * answers.limits.context_tokens
+    # many characters and few tokens: the whole of it counts
+    spaces = " " * (20 * answers.limits.context_tokens) + "x"
+    assert len(real(spaces)["input_ids"]) < answers.limits.context_tokens
+    found = client.post("/v1/completions", json={**COMPLETION, "prompt": spaces, "max_tokens": 1})
+    assert found.status_code == 200, found.text
+
+
+def test_a_merge_that_names_a_memory_twice_is_refused(client):
+    assert client.post("/v1/memories", json=MEMORY).status_code == 201
+    found = client.post("/v1/memories/merged/merge", json={"memories": ["ok"] * 20_000})
+    assert found.status_code == 400 and "twice" in found.json()["error"]["message"]
+    assert client.delete("/v1/memories/ok").status_code == 200
+    assert client.get("/v1/memories/merged").status_code == 404
+
+
+def test_half_a_surrogate_pair_is_no_text_of_a_change(client):
+    assert client.post("/v1/memories", json=MEMORY).status_code == 201
+    for more in ({}, {"start": 0, "stop": 1}):
+        body, headers = json.dumps({"text": "a \ud800 b", **more}), {"Content-Type": "application/json"}
+        found = client.put("/v1/memories/ok/documents/0", content=body, headers=headers)
+        assert found.status_code == 400 and "surrogate" in found.json()["error"]["message"], found.text
+    assert client.delete("/v1/memories/ok").status_code == 200
+
+
 def test_requests_beyond_a_quota_are_told_when_to_try_again(client, server, monkeypatch):
     answers = server[1]
     monkeypatch.setattr(answers.worker, "limits", replace(answers.worker.limits, waiting=0))
