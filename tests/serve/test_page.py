@@ -6,6 +6,7 @@ Needs the extra `browser` and a Chromium, of the system or of playwright; skippe
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import shutil
 import threading
@@ -16,7 +17,7 @@ import pytest
 
 from hsa_ultralong.inference import as_question, ask
 from hsa_ultralong.testing.processes import HANG_SECONDS
-from tests.serve.conftest import FERRY, FILLER, LANTERN
+from tests.serve.conftest import FERRY, FILLER, LANTERN, serving
 
 pytestmark = pytest.mark.slow
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser and a Chromium")
@@ -106,6 +107,29 @@ def test_a_file_is_dropped_read_and_asked_and_the_passage_is_shown(open_page, se
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_a_key_is_typed_and_its_namespace_is_shown(browser, nano, tmp_path):
+    keys = {hashlib.sha256(b"key-a").hexdigest(): "alice", hashlib.sha256(b"key-b").hexdigest(): "bob"}
+    with serving(nano, tmp_path, keys=keys) as (address, answers):
+        answers.memories.create("alice", "hers", [("note", LANTERN)])
+        answers.memories.create("bob", "his", [("note", FERRY)])
+        page = browser.new_page()
+        page.set_default_timeout(WAIT)
+        page.goto(address)
+        page.wait_for_function("document.getElementById('error').textContent.includes('API key')")
+        page.focus("summary")
+        page.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        page.keyboard.type("key-a")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#memories:has-text('hers')")
+        assert page.inner_text("#error") == "" and page.locator("#memories input").count() == 1
+        page.check("#memories input")
+        page.fill("#question", QUESTION)
+        page.press("#question", "Enter")
+        page.wait_for_selector("#passages li")
+        page.close()
 
 
 def test_an_answer_below_the_line_is_called_unsure(open_page, server):
