@@ -8,6 +8,7 @@ from hsa_ultralong.inference import engine as engine_module
 from hsa_ultralong.inference.batching import BatchEngine
 from hsa_ultralong.inference.warming import warm
 from hsa_ultralong.memory import open_memory
+from hsa_ultralong.nn.views import GraphView
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.testing.graphs import EagerGraphs
 
@@ -156,6 +157,26 @@ def test_a_free_row_never_grows_full_and_a_taken_one_is_refused(model):
     engine.join(document(5))
     with pytest.raises(ValueError, match="all 2 rows are taken"):
         engine.join(document(6))
+
+
+def test_a_step_ranks_a_memory_once_for_all_rows_that_read_it(model, monkeypatch):
+    shared, other = model.memorize(document(80)), model.memorize(document(28, 1))
+    engine = BatchEngine(model, batch=4, max_tokens=40)
+    for number, memory in enumerate((shared, other, shared, shared)):
+        engine.join(document(5 + number), memory)
+    ranked, real = [], GraphView.topk
+
+    def noted(view, query, search):
+        ranked.append((view.num_chunks(), len(query)))
+        return real(view, query, search)
+
+    monkeypatch.setattr(GraphView, "topk", noted)
+    engine.step()
+    # beside them the own chunks of all rows, in one pool
+    found = {(chunks, rows): ranked.count((chunks, rows)) for chunks, rows in ranked}
+    groups = len(model.model.upper_groups())
+    own = (engine.own.num_pages + 1, 4)
+    assert found == {(shared.num_chunks, 3): groups, (other.num_chunks, 1): groups, own: groups}
 
 
 def test_a_memory_is_let_go_only_when_no_row_reads_it(model):
