@@ -19,14 +19,11 @@ from hsa_ultralong.inference.ask import unsure_weight
 from hsa_ultralong.inference.passages import Reread, reread_prompt
 from hsa_ultralong.inference.prompts import Prompt, as_question, has_chat_template, prompt_ids
 from hsa_ultralong.memory import Memory
-from hsa_ultralong.serve.limits import Limits, ServeError
+from hsa_ultralong.serve.limits import Limits, ServeError, require_few_and_short
 from hsa_ultralong.serve.memories import Memories, Opened
 from hsa_ultralong.serve.protocol import ChatCompletion, Completion
 from hsa_ultralong.serve.rows import Piece, Request, Sampling, TokenProbability
 from hsa_ultralong.serve.worker import Worker
-
-# characters of a beginning for each token of a row, and tokens by which its end may differ from the whole
-_CHARACTERS, _CUT_TOKENS = 8, 64
 
 
 class AskedPrompt(NamedTuple):
@@ -62,7 +59,7 @@ class Answers:
             ServeError: too many choices, empty, too long, tokens that are none, or turns that the model's template
                 refuses.
         """
-        self._require_few_and_short(wanted)
+        require_few_and_short(self.tokenizer, wanted.texts(), wanted.n, self.limits)
         if isinstance(wanted, ChatCompletion):
             found = [self._asked(self._chat(wanted))]
         elif isinstance(wanted.prompt, str):
@@ -86,25 +83,6 @@ class Answers:
                     "context_length_exceeded",
                 )
         return found
-
-    def _require_few_and_short(self, wanted: Completion | ChatCompletion) -> None:
-        """Refuse what is far beyond the limits before all of it is tokenised: a body of text takes minutes."""
-        texts = wanted.texts()
-        if max(1, len(texts)) * wanted.n > self.limits.choices:
-            raise ServeError(400, f"at most {self.limits.choices} answers a request", "too_many_choices")
-        most = self.limits.context_tokens
-        for text in texts:
-            # the end of a beginning may be cut into other tokens than in the whole, so a few do not count
-            size = _CHARACTERS * most
-            while size < len(text):
-                beginning = text[:size].encode(errors="ignore").decode()
-                if len(self.tokenizer(beginning)["input_ids"]) > most + _CUT_TOKENS:
-                    raise ServeError(
-                        400,
-                        f"more than {most:,} tokens of prompt pass the {most:,} of a row; put long text into a memory",
-                        "context_length_exceeded",
-                    )
-                size *= 4
 
     def _asked(self, form: Prompt) -> AskedPrompt:
         try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# characters of a beginning for each token of a row, and tokens by which its end may differ from the whole
+_CHARACTERS, _CUT_TOKENS = 8, 64
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 
@@ -70,3 +73,21 @@ def require_id(value: str, what: str = "memory id") -> str:
             "invalid_id",
         )
     return value
+
+
+def require_few_and_short(tokenizer: Any, texts: Sequence[str], n: int, limits: Limits) -> None:
+    """Raises: ServeError for prompts far beyond the limits, before all of them is tokenised: that takes minutes."""
+    if max(1, len(texts)) * n > limits.choices:
+        raise ServeError(400, f"at most {limits.choices} answers a request", "too_many_choices")
+    most = limits.context_tokens
+    for text in texts:
+        size = _CHARACTERS * most
+        while size < len(text):
+            beginning = text[:size].encode(errors="ignore").decode()
+            if len(tokenizer(beginning)["input_ids"]) > most + _CUT_TOKENS:
+                raise ServeError(
+                    400,
+                    f"more than {most:,} tokens of prompt pass the {most:,} of a row; put long text into a memory",
+                    "context_length_exceeded",
+                )
+            size *= 4

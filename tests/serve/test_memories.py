@@ -163,3 +163,9 @@ def test_the_header_of_a_key_is_heard_by_every_change(client):
     for wrong in ("", "x" * 256):
         refused = client.post("/v1/memories", json={"id": "z", "text": "a"}, headers={"Idempotency-Key": wrong})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_key")
+
+
+def test_a_merge_names_a_memory_once(memories):
+    memories.create("default", "ok", DOCUMENTS)
+    with pytest.raises(ServeError, match="twice"):
+        memories.merge("default", "new", ["ok", "ok"])
