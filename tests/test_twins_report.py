@@ -49,7 +49,7 @@ def test_seeds_are_pooled_and_each_is_shown(report, tmp_path):
     assert found["meta"]["hardware"] == ["H100"]
     text = report.tables(found["records"], {})
     assert "| hsa | 75 (63-84) [50, 100, 75] |" in text and "| hsa | 500,000 |" in text
-    report.draw(found["records"], tmp_path / "recall")
+    report.draw(found["records"], tmp_path / "recall.png")
     assert (tmp_path / "recall.png").is_file()
 
 
