@@ -29,7 +29,7 @@ _PANELS = (
 
 def has_batches(result: dict[str, Any]) -> bool:
     """Whether there is something to plot: speeds of at least two batches on one memory."""
-    found = [(record["preset"], record["tokens"]) for record in result["records"] if record["metric"] == "tokens_per_s"]
+    found = [_kind_of(record) for record in result["records"] if record["metric"] == "tokens_per_s"]
     return len(found) > len(set(found))
 
 
@@ -50,6 +50,8 @@ def plot_serve(result: dict[str, Any], path: Path) -> None:
             for metric, style in zip(metrics, ("-", "--"), strict=True):
                 mine = [record for record in records if record["metric"] == metric and _kind_of(record) == kind]
                 points = sorted((record["batch"], record["value"]) for record in mine)
+                if not points:  # of a run that was stopped
+                    continue
                 preset, store, dtype, tokens = kind
                 axes.plot(
                     *zip(*points, strict=True), style + MARKS[number % len(MARKS)], ms=4.5, color=f"C{number % 10}",
@@ -57,7 +59,7 @@ def plot_serve(result: dict[str, Any], path: Path) -> None:
                 )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(batches, [str(batch) for batch in batches])

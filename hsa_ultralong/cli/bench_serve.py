@@ -120,6 +120,8 @@ def _drawn(result: dict[str, Any], path: Path) -> Path | None:
 def _check_choices(
     store: str, preset_name: str | None, has_server: bool, has_kills: bool, supervise: bool, lengths: str
 ) -> None:
+    if not has_server and lengths == "none":
+        raise ValueError("nothing is left to measure: give --requests, --kills or --lengths 8K")
     if store not in ("device", "host"):
         raise ValueError(f"--store must be device or host, got {store!r}")
     if preset_name is not None and has_server:

@@ -139,10 +139,11 @@ class MixtureConfig:
                 raise ValueError(f"family of {kind} must be one of {', '.join(known) or 'none'}, got {self.family!r}")
         if self.questions_per_passage < 0:
             raise ValueError(f"questions_per_passage must be at least 0, got {self.questions_per_passage}")
-        of_passages = ("p_changed", "p_cloze", "p_text")
-        if not self.questions_per_passage and any(getattr(self, name) for name in of_passages):
+        of_passages = ("question_share", "p_changed", "p_cloze", "p_text")
+        is_default = all(getattr(self, name) == getattr(type(self), name) for name in of_passages)
+        if not self.questions_per_passage and not is_default:
             raise ValueError(f"{', '.join(of_passages)} go with questions_per_passage above 0")
-        for name in ("p_hard", "inline_fraction", "question_share", *of_passages):
+        for name in ("p_hard", "inline_fraction", *of_passages):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 

@@ -31,6 +31,7 @@ from hsa_ultralong.serve.memory_folders import (
     partial_of,
     refusal,
     remove_graves,
+    remove_uploads,
     states_of,
     uploads_of,
 )
@@ -85,8 +86,7 @@ class Memories(Catalogue):
         self.uploads = uploads_of(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_graves(folder)
-        # what a killed server was reading
-        shutil.rmtree(self.uploads, ignore_errors=True)
+        remove_uploads(self.uploads)
 
     # asking -----------------------------------------------------------------------------------------------------------
 

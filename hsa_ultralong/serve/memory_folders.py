@@ -8,18 +8,21 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from hsa_ultralong.files.lock import FileLock
 from hsa_ultralong.memory import MemoryFile
 from hsa_ultralong.memory.files import MemoryFileError
 from hsa_ultralong.serve.limits import ServeError
 
 logger = logging.getLogger(__name__)
 SUFFIX = ".hsa"
+_UPLOAD_LOCK = "lock"
 
 
 def is_beginning(file: MemoryFile, encoded: Sequence[tuple[str, torch.Tensor]]) -> bool:
@@ -48,6 +51,29 @@ def grave_of(place: Path) -> Path:
 def uploads_of(folder: Path) -> Path:
     """Where uploaded files lie while they are read, below the folder of all namespaces; no namespace has this name."""
     return folder / ".uploads"
+
+
+@contextmanager
+def held_upload(uploads: Path) -> Iterator[Path]:
+    """A folder for the files of one request, which no server that starts meanwhile takes for a dead one's."""
+    uploads.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=uploads) as name:
+        lock = FileLock.acquire(Path(name, _UPLOAD_LOCK), f"{name} is being read", is_kept=True)
+        try:
+            yield Path(name)
+        finally:
+            lock.release()
+
+
+def remove_uploads(uploads: Path) -> None:
+    """What killed servers were reading, not what another one reads."""
+    for left in uploads.iterdir() if uploads.is_dir() else ():
+        with suppress(ValueError, OSError):
+            lock = FileLock.acquire(left / _UPLOAD_LOCK, f"{left} is being read", is_kept=True)
+            try:
+                shutil.rmtree(left)
+            finally:
+                lock.release()
 
 
 def marker_of(place: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fastapi import UploadFile
@@ -10,6 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from hsa_ultralong.data import Spool, read_sources, source_files
 from hsa_ultralong.serve.limits import ServeError
+from hsa_ultralong.serve.memory_folders import held_upload
 
 
 async def documents_of(files: list[UploadFile], folder: Path) -> list[tuple[str, str]]:
@@ -27,13 +27,12 @@ async def documents_of(files: list[UploadFile], folder: Path) -> list[tuple[str,
 
 def _read(bodies: list[tuple[str, bytes]], parent: Path) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as folder, Spool() as spool:
+    with held_upload(parent) as folder, Spool() as spool:
         for number, (name, body) in enumerate(bodies):
             name = PurePosixPath(PureWindowsPath(name).name).name.replace("\0", "")[-200:] or "text.txt"
             if name in (".", ".."):
                 name = "text.txt"
-            place = Path(folder, str(number))
+            place = folder / str(number)
             place.mkdir()
             (place / name).write_bytes(body)
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +46,21 @@ def shards(
     corpus_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> TokenShards:
     return build_shards(corpus_file, tokenizer, tmp_path_factory.mktemp("shards") / "out", validation_fraction=0.2)
+
+
+def write_squad(path: Path, passage: Callable[[int, int], tuple[str, dict[str, str]]]) -> Path:
+    """Thirty passages of ten articles in SQuAD's form; passage(article, number) gives a text and its answers by
+    question."""
+    articles = []
+    for article in range(10):
+        paragraphs = []
+        for number in range(3):
+            context, told = passage(article, number)
+            qas = [
+                {"id": asked, "question": asked, "answers": [{"text": answer, "answer_start": context.index(answer)}]}
+                for asked, answer in told.items()
+            ]
+            paragraphs.append({"context": context, "qas": qas})
+        articles.append({"title": str(article), "paragraphs": paragraphs})
+    path.write_text(json.dumps({"data": articles}), encoding="utf-8")
+    return path

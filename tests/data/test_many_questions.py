@@ -11,36 +11,28 @@ from hsa_ultralong.data import MixtureConfig, MixtureDataset
 from hsa_ultralong.data.changed_answers import change_answers, is_name
 from hsa_ultralong.data.cloze import cloze
 from hsa_ultralong.data.questions import open_questions
+from tests.data.conftest import write_squad
 
 SIZE = 16
 MANY = {"questions_per_passage": 4}
 
 
+def heat(article, number):
+    key = f"{article}{number}"
+    told = {
+        f"Who won heat {key}?": f"Runner{key}",
+        f"Where was heat {key}?": f"Town{key}",
+        f"When was heat {key}?": f"1{key}7",
+        f"Why was heat {key} stopped?": f"of rain{key}",
+    }
+    name, town, year, why = told.values()
+    return f"In {town} they ran heat {key} in {year}. The winner was {name}. It was stopped because {why}.", told
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Thirty passages of ten articles in SQuAD's form, four questions about each; all answers are different."""
-    articles = []
-    for article in range(10):
-        paragraphs = []
-        for number in range(3):
-            key = f"{article}{number}"
-            told = {
-                f"Who won heat {key}?": f"Runner{key}",
-                f"Where was heat {key}?": f"Town{key}",
-                f"When was heat {key}?": f"1{key}7",
-                f"Why was heat {key} stopped?": f"of rain{key}",
-            }
-            name, town, year, why = told.values()
-            context = f"In {town} they ran heat {key} in {year}. The winner was {name}. It was stopped because {why}."
-            qas = [
-                {"id": asked, "question": asked, "answers": [{"text": answer, "answer_start": context.index(answer)}]}
-                for asked, answer in told.items()
-            ]
-            paragraphs.append({"context": context, "qas": qas})
-        articles.append({"title": str(article), "paragraphs": paragraphs})
-    path = tmp_path_factory.mktemp("questions") / "squad.json"
-    path.write_text(json.dumps({"data": articles}), encoding="utf-8")
-    return path
+    """Four questions about each passage; all answers are different."""
+    return write_squad(tmp_path_factory.mktemp("questions") / "squad.json", heat)
 
 
 def rows(shards, tokenizer, file, count=8, seq_len=2048, split="train", **options):
@@ -99,13 +91,11 @@ def test_many_questions_a_row_none_twice_and_no_two_in_turn_about_one_passage(sh
     assert all(len(asked(row, tokenizer)) < len(found) for row, found in zip(less, many, strict=True))
 
 
-def test_rows_are_functions_of_seed_and_number_and_without_the_option_what_they_were(shards, tokenizer, file):
+def test_rows_are_functions_of_seed_and_number(shards, tokenizer, file):
     options = {"p_cloze": 0.5, "p_text": 0.3, "p_changed": 0.5}
     one, two = (rows(shards, tokenizer, file, 3, **MANY, **options) for _ in range(2))
     assert all((a.input_ids == b.input_ids).all() for a, b in zip(one, two, strict=True))
     assert not (one[0].input_ids == one[1].input_ids).all()
-    plain, same = rows(shards, tokenizer, file, 3), rows(shards, tokenizer, file, 3, question_share=0.2)
-    assert all((a.input_ids == b.input_ids).all() for a, b in zip(plain, same, strict=True))
 
 
 def test_a_split_asks_about_its_own_passages_only(shards, tokenizer, file):
@@ -168,3 +158,9 @@ def test_options_of_such_rows_alone_are_refused():
                     {**MANY, "p_text": 1.5}, {**MANY, "question_share": 2.0}):  # fmt: skip
         with pytest.raises(ValueError, match=r"questions_per_passage|must be between"):
             MixtureConfig({"passage_questions": 1.0}, seq_len=1024, chunk_size=SIZE, **options)
+
+
+@pytest.mark.parametrize("option", ["question_share", "p_changed", "p_cloze", "p_text"])
+def test_options_of_such_rows_are_refused_without_them(option):
+    with pytest.raises(ValueError, match="go with questions_per_passage above 0"):
+        MixtureConfig({"passage_questions": 1.0}, seq_len=512, chunk_size=SIZE, questions=["q.json"], **{option: 0.5})

@@ -10,6 +10,7 @@ from hsa_ultralong.data import MixtureConfig, MixtureDataset
 from hsa_ultralong.data import questions as questions_module
 from hsa_ultralong.data.passages import passage_id
 from hsa_ultralong.data.questions import open_questions, read_questions
+from tests.data.conftest import write_squad
 
 SIZE = 16
 
@@ -19,22 +20,15 @@ def spans(mask):
     return edges.reshape(-1, 2).tolist()
 
 
+def race(article, number):
+    name = f"Runner{article}{number}"
+    context = f"Race {article} was long. In heat {number} of it the winner was {name} after rain."
+    return context, {f"Who won heat {number} of race {article}?": name}
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Thirty passages of ten articles, in SQuAD's form."""
-    articles = []
-    for article in range(10):
-        paragraphs = []
-        for number in range(3):
-            name = f"Runner{article}{number}"
-            context = f"Race {article} was long. In heat {number} of it the winner was {name} after rain."
-            answers = [{"text": name, "answer_start": context.index(name)}]
-            asked = {"id": name, "question": f"Who won heat {number} of race {article}?", "answers": answers}
-            paragraphs.append({"context": context, "qas": [asked]})
-        articles.append({"title": str(article), "paragraphs": paragraphs})
-    path = tmp_path_factory.mktemp("questions") / "squad.json"
-    path.write_text(json.dumps({"data": articles}), encoding="utf-8")
-    return path
+    return write_squad(tmp_path_factory.mktemp("questions") / "squad.json", race)
 
 
 def rows(shards, tokenizer, file, kind, count=12, seq_len=512, **options):

@@ -18,7 +18,7 @@ from hsa_ultralong.inference import Library, ask, memorize
 from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.memory.opening import open_memory
 from hsa_ultralong.serve.limits import ServeError
-from hsa_ultralong.serve.memory_folders import bytes_of
+from hsa_ultralong.serve.memory_folders import bytes_of, held_upload, remove_uploads
 from hsa_ultralong.testing.processes import HANG_SECONDS
 from tests.serve.conftest import FERRY, FILLER, LANTERN, answering, serving
 
@@ -410,6 +410,9 @@ def test_uploaded_files_lie_below_the_folder_of_memories_and_a_start_removes_wha
         assert made.status_code == 201 and made.json()["documents"] == 1
         assert seen and all(folder / ".uploads" in one.parents for one in seen)
         assert list((folder / ".uploads").iterdir()) == []
+        with held_upload(folder / ".uploads") as other:
+            remove_uploads(folder / ".uploads")
+            assert other.is_dir()
 
 
 def test_keys_part_namespaces(nano, tmp_path):

@@ -117,6 +117,7 @@ def test_the_command_draws_its_batches(tmp_path):
         (["--preset", "debug"], "needs a model folder"),
         (["--lengths", "8K"], "is measured alone"),
         (["--store", "file"], "--store must be device or host"),
+        (["--requests", "0", "--kills", "0"], "nothing is left to measure"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):
