@@ -52,6 +52,14 @@ def shared_memory(index: int | None) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+@lru_cache(maxsize=8)
+def starts_early(index: int | None) -> bool:
+    """Whether a kernel on this CUDA device may start before the one before it has ended (ops/_overlap.py)."""
+    if index is None or not torch.cuda.is_available():
+        return False
+    return torch.version.hip is None and _capability(index)[0] >= 9
+
+
 def hash_triton_early() -> threading.Thread | None:
     """Let a thread do what the first kernel of a process waits for: Triton hashes all its files (500 MB, 0.6 s) before
     it looks for compiled kernels on disk, and remembers the result. None where Triton is not installed."""

@@ -163,6 +163,7 @@ def replaced_functions(card: Card) -> Iterator[None]:
         ("triton_runs_on", lambda tensor: True),
         ("num_processors", lambda index=None: card.num_processors),
         ("shared_memory", lambda index=None: card.shared_bytes),
+        ("starts_early", lambda index=None: card.capability >= 90),
     ):
         if hasattr(_triton, name):
             replacements[getattr(_triton, name)] = new

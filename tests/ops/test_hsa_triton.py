@@ -9,6 +9,7 @@ from hsa_ultralong.ops import ChunkVisibility, hsa_attention
 from hsa_ultralong.testing.factories import AttentionInputs, random_attention, random_tensor
 
 triton = pytest.importorskip("triton")
+from hsa_ultralong.ops._overlap import overlap  # noqa: E402
 from hsa_ultralong.ops.hsa import kernel_lists, plan, triton_attention  # noqa: E402
 from hsa_ultralong.ops.hsa.kernel_lists import InverseListPlan, TileListPlan  # noqa: E402
 
@@ -168,7 +169,7 @@ def test_chunks_that_nobody_selected_are_never_read():
 
 def test_tile_lists_hold_the_union_of_their_tokens_and_every_slot():
     indices = problem(num_tokens=11, num_chunks=6, kv_heads=1, batch=2).indices
-    lists = TileListPlan(indices.shape, 4, 6, 1, 2)(indices)
+    lists = TileListPlan(indices.shape, 4, 6, 1, 2, overlap(None))(indices)
     for b in range(2):
         for tile in range(2):
             tokens = indices[b, 4 * (tile + 1) : 4 * (tile + 2), 0].tolist()
@@ -191,7 +192,7 @@ def test_inverse_lists_hold_every_pair_once_in_order(monkeypatch, memory_batch, 
     monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", (16, 16))
     monkeypatch.setattr(kernel_lists, "_COUNTED_SHARE", 1000 if by_counting else 0)
     indices = problem(kv_heads=heads, heads=heads, num_chunks=5, num_tokens=13).indices
-    lists = InverseListPlan(indices.shape, memory_batch, 5, 4)(indices)
+    lists = InverseListPlan(indices.shape, memory_batch, 5, 4, overlap(None))(indices)
     flat = indices.flatten().tolist()
     number = ended = 0
     for row in range(memory_batch):
@@ -214,7 +215,10 @@ def test_inverse_lists_hold_every_pair_once_in_order(monkeypatch, memory_batch, 
 
 
 def test_long_rows_are_sorted_and_short_ones_counted():
-    found = {tokens: InverseListPlan((1, tokens, 1, 32), 1, tokens // 64, 1024) for tokens in (4096, 8192, 16_384)}
+    found = {
+        tokens: InverseListPlan((1, tokens, 1, 32), 1, tokens // 64, 1024, overlap(None))
+        for tokens in (4096, 8192, 16_384)
+    }
     assert [found[tokens].by_counting for tokens in found] == [True, True, False]
 
 

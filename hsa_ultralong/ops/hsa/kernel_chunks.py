@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from hsa_ultralong.ops._finite import hidden_zero, spoil_of
+from hsa_ultralong.ops._overlap import begin
 from hsa_ultralong.ops.hsa.kernel_exact import exact_memory_gradient
 from hsa_ultralong.ops.hsa.kernel_tiles import _dot, chunk_softmax
 
@@ -77,10 +78,11 @@ def listed_memory_gradient_kernel(
     C, K, lists, unit_pairs, scale,
     HKV, HR, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one chunk over the pairs of one unit, into partial (units, Hkv / Hr, 2, S, D) fp32. norms, deltas:
     of query_gradient_kernel, or None."""
+    begin(OVERLAPS)
     unit = tl.program_id(0).to(tl.int64)
     number = tl.load(unit_lists + unit)  # (memory row, retrieval head, chunk)
     if number >= lists:
@@ -134,8 +136,10 @@ def covered_memory_gradient_kernel(
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one chunk over tokens split * unit_tokens .. of row b, into partial (B, Hkv, C, splits, 2, S, D)."""
+    begin(OVERLAPS)
     chunk = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     kv_head = tl.program_id(1)
@@ -184,8 +188,12 @@ def covered_memory_gradient_kernel(
 
 
 @triton.jit
-def listed_sum_kernel(partial, unit_ends, grad_k, grad_v, C, logit_scale, HKV, HR, D: tl.constexpr, S: tl.constexpr):
+def listed_sum_kernel(
+    partial, unit_ends, grad_k, grad_v, C, logit_scale,
+    HKV, HR, D: tl.constexpr, S: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
     """dK and dV of one chunk: the sum of its units, in order."""
+    begin(OVERLAPS)
     number = tl.program_id(0)
     share = tl.program_id(1)
     chunk = number % C
@@ -212,8 +220,10 @@ def listed_sum_kernel(partial, unit_ends, grad_k, grad_v, C, logit_scale, HKV, H
 def covered_sum_kernel(
     partial, grad_k, grad_v, B, C, splits, unit_tokens, logit_scale,
     HKV, KV_BATCH: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr, CAUSAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one chunk: the sum over rows (for a shared memory) and splits, in order."""
+    begin(OVERLAPS)
     chunk = tl.program_id(0)
     kv_head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)

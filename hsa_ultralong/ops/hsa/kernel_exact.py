@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hsa_ultralong.ops._overlap import begin
+
 
 @triton.jit
 def load_tile(memory, head_dims, lengths, chunk, D: tl.constexpr, S: tl.constexpr, HAS_LENGTHS: tl.constexpr):
@@ -131,9 +133,11 @@ def spoiled_tiles_kernel(
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
     COVERAGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, M: tl.constexpr, SHARE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Write again what kernel_tiles wrote of spoiled tiles: out, or with grad_out dq (as `out`) and dw. A program looks
     at the M rows of SHARE of them, as one for every tile takes longer to start than to look."""
+    begin(OVERLAPS)
     first = tl.program_id(0) * SHARE
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)

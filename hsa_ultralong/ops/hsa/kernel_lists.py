@@ -14,7 +14,7 @@ pairs at the places that _offsets_kernel (C / BL, memory rows * Hr) and _units_k
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from hsa_ultralong.ops._launch import PreparedLaunch
+from hsa_ultralong.ops._overlap import begin
 
 # keys larger than any real one: empty slots sort behind everything
 _LAST_32 = tl.constexpr(2**31 - 1)
@@ -109,10 +110,11 @@ def _ranks(key, N: tl.constexpr, LAST: tl.constexpr):
 def _count_kernel(
     indices, keys, counts,
     T, K, HR, C, blocks, row_blocks,
-    MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr,
+    MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Counting sort of the pairs by list, in blocks of BT tokens. First how many pairs of a block each list gets, into
     counts (memory rows * HR, blocks, C), and the block's sorted pairs, into keys (B, HR, row blocks, BT * KP)."""
+    begin(OVERLAPS)
     block = tl.program_id(0)
     hr = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -135,9 +137,10 @@ def _count_kernel(
 def _fill_kernel(
     keys, counts, starts, pairs,
     T, K, HR, C, blocks, row_blocks,
-    MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr,
+    MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Then, with what _offsets_kernel made of the counts, the pairs to their places."""
+    begin(OVERLAPS)
     block = tl.program_id(0)
     hr = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -155,8 +158,9 @@ def _fill_kernel(
 
 
 @triton.jit
-def _offsets_kernel(counts, totals, C, blocks, BB: tl.constexpr, BL: tl.constexpr):
+def _offsets_kernel(counts, totals, C, blocks, BB: tl.constexpr, BL: tl.constexpr, OVERLAPS: tl.constexpr):
     """Counts of BL lists become, in place, the number of their pairs in earlier blocks; totals (lists,) that in all."""
+    begin(OVERLAPS)
     group = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0) * BL + tl.arange(0, BL)
     counts += group * blocks * C
@@ -174,8 +178,11 @@ def _offsets_kernel(counts, totals, C, blocks, BB: tl.constexpr, BL: tl.constexp
 
 
 @triton.jit
-def _units_kernel(totals, starts, unit_ends, unit_lists, lists, most, unit_pairs, BL: tl.constexpr):
+def _units_kernel(
+    totals, starts, unit_ends, unit_lists, lists, most, unit_pairs, BL: tl.constexpr, OVERLAPS: tl.constexpr
+):  # fmt: skip
     """One program goes through the lists' totals: where their pairs begin, how many units they make, whose each is."""
+    begin(OVERLAPS)
     pairs = tl.zeros((), starts.dtype.element_ty)
     units = tl.zeros((), tl.int32)
     for first in range(0, lists, BL):
@@ -200,9 +207,10 @@ def _units_kernel(totals, starts, unit_ends, unit_lists, lists, most, unit_pairs
 def _tile_lists_kernel(
     indices, chunks, counts, slot_map,
     T, K, HR, U, first_tile, num_tiles,
-    BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr,
+    BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One program sorts the selected chunks of BT tokens, drops repetitions and notes who selected what."""
+    begin(OVERLAPS)
     tile = tl.program_id(0)
     hr = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -229,9 +237,10 @@ def _tile_lists_kernel(
 def _slot_map_kernel(
     indices, slot_map,
     T, K, HR, C,
-    BT: tl.constexpr, BK: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """slot_map[b, hr, indices[b, t, hr, k], t] = k."""
+    begin(OVERLAPS)
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     slot = tl.program_id(1) * BK + tl.arange(0, BK)
     b = (tl.program_id(2) // HR).to(tl.int64)
@@ -245,7 +254,7 @@ def _slot_map_kernel(
 
 class TileListPlan:
     """Makes the lists of `num_tiles` tiles from `first_tile` on from indices of `shape` (B, T, Hr, K), below
-    num_chunks = C; is_kept as in ops/_launch.py."""
+    num_chunks = C; overlap as in ops/_overlap.py, is_kept as in ops/_launch.py."""
 
     def __init__(
         self,
@@ -254,6 +263,7 @@ class TileListPlan:
         num_chunks: int,
         first_tile: int,
         num_tiles: int,
+        overlap: Mapping[str, bool],
         *,
         is_kept: bool = False,
     ) -> None:
@@ -267,6 +277,7 @@ class TileListPlan:
         self.launch = PreparedLaunch(
             _tile_lists_kernel, (num_tiles, heads, batch), is_kept=is_kept, BT=tile_tokens, KP=padded,
             WIDE=num_chunks * tile_tokens * padded >= 2**31, num_warps=max(1, min(8, tile_tokens * padded // 256)),
+            **overlap,
         )  # fmt: skip
 
     @property
@@ -286,14 +297,16 @@ class CoverageMapPlan:
     """Makes the slot map of full coverage, (B, Hr, C, T), from indices of `shape` (B, T, Hr, K); is_kept as in
     ops/_launch.py."""
 
-    def __init__(self, shape: Sequence[int], num_chunks: int, *, is_kept: bool = False) -> None:
+    def __init__(
+        self, shape: Sequence[int], num_chunks: int, overlap: Mapping[str, bool], *, is_kept: bool = False
+    ) -> None:
         batch, num_tokens, heads, slots = shape
         self.shape, self.dtype = (batch, heads, num_chunks, num_tokens), slot_dtype(slots)
         self.sizes = (num_tokens, slots, heads, num_chunks)
         block_tokens, block_slots = 64, 16
         grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(slots, block_slots), batch * heads)
         self.launch = PreparedLaunch(
-            _slot_map_kernel, grid, is_kept=is_kept, BT=block_tokens, BK=block_slots, num_warps=4
+            _slot_map_kernel, grid, is_kept=is_kept, BT=block_tokens, BK=block_slots, num_warps=4, **overlap
         )
 
     @property
@@ -311,7 +324,14 @@ class InverseListPlan:
     num_chunks = C, cut into units of `unit_pairs`; is_kept as in ops/_launch.py."""
 
     def __init__(
-        self, shape: Sequence[int], memory_batch: int, num_chunks: int, unit_pairs: int, *, is_kept: bool = False
+        self,
+        shape: Sequence[int],
+        memory_batch: int,
+        num_chunks: int,
+        unit_pairs: int,
+        overlap: Mapping[str, bool],
+        *,
+        is_kept: bool = False,
     ) -> None:
         self.batch, num_tokens, self.heads, slots = shape
         self.memory_batch, self.num_chunks, self.unit_pairs = memory_batch, num_chunks, unit_pairs
@@ -328,13 +348,13 @@ class InverseListPlan:
         is_dense = self.lists * self.blocks <= _COUNTED_SHARE * self.num_pairs
         self.by_counting = tile >= 1 and is_dense and self.num_pairs <= _COUNTED_PAIRS
         self.dtype = torch.int32 if is_short else torch.int64
-        self.cut = PreparedLaunch(_units_kernel, (1,), is_kept=is_kept, BL=_UNIT_LISTS, num_warps=8)
+        self.cut = PreparedLaunch(_units_kernel, (1,), is_kept=is_kept, BL=_UNIT_LISTS, num_warps=8, **overlap)
         if self.by_counting:
             self.sizes = (num_tokens, slots, self.heads, num_chunks, self.blocks, row_blocks)
             is_wide = num_chunks * tile * padded >= 2**31
             constants = {
                 "MEMORY_ROWS": not is_shared, "BT": tile, "KP": padded, "WIDE": is_wide,
-                "num_warps": max(1, min(4, tile * padded // 256)), "is_kept": is_kept,
+                "num_warps": max(1, min(4, tile * padded // 256)), "is_kept": is_kept, **overlap,
             }  # fmt: skip
             grid = (row_blocks, self.heads, self.batch)
             self.num_keys, self.key_dtype = math.prod(grid) * tile * padded, torch.int64 if is_wide else torch.int32
@@ -343,7 +363,7 @@ class InverseListPlan:
             programs = (triton.cdiv(num_chunks, _OFFSET_LISTS), memory_batch * self.heads)
             step = min(_OFFSET_BLOCKS, triton.next_power_of_2(self.blocks))
             self.offset = PreparedLaunch(
-                _offsets_kernel, programs, BB=step, BL=_OFFSET_LISTS, num_warps=4, is_kept=is_kept
+                _offsets_kernel, programs, BB=step, BL=_OFFSET_LISTS, num_warps=4, is_kept=is_kept, **overlap
             )
 
     def __call__(self, indices: torch.Tensor) -> InverseLists:

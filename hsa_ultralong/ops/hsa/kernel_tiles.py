@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from hsa_ultralong.ops._finite import is_spoiled
+from hsa_ultralong.ops._overlap import begin
 
 
 @triton.jit
@@ -41,9 +42,10 @@ def forward_kernel(
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
     COVERAGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """out = sum over the chunks of the tile of w * softmax(scale q k^T) v."""
+    begin(OVERLAPS)
     M: tl.constexpr = BT * GP
     local = num_tiles - 1 - tl.program_id(0)  # late tokens see more chunks: start with them
     tile = first_tile + local
@@ -101,10 +103,11 @@ def query_gradient_kernel(
     HKV, HR, KV_BATCH: tl.constexpr, LENGTH_BATCH: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
     COVERAGE: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """dq = sum over chunks of dz k, and dw = sum over the G heads of delta into (B, T, Hkv, K); with `norms` also the
     logsumexp (base 2) and delta of every row and slot, for the memory's gradients."""
+    begin(OVERLAPS)
     M: tl.constexpr = BT * GP
     local = num_tiles - 1 - tl.program_id(0)
     tile = first_tile + local

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.ops._launch import PreparedLaunch
+from hsa_ultralong.ops._overlap import overlap
 from hsa_ultralong.ops._triton import HOPPER_MEMORY, next_power_of_two, num_processors, shared_memory
 from hsa_ultralong.ops.hsa import kernel_chunks, kernel_exact, kernel_tiles
 from hsa_ultralong.ops.hsa.kernel_lists import FEWEST_SLOTS, CoverageMapPlan, InverseListPlan, TileListPlan
@@ -125,6 +126,7 @@ class HSAPlan:
         self.scale_log2 = self.scale * math.log2(math.e)
         self.processors = num_processors(shapes.device.index)
         self.shared_bytes = shared_memory(shapes.device.index)
+        self.overlap = overlap(shapes.device.index)
 
     def tile(self, rows: int) -> tuple[int, int]:
         """(tokens of a tile, padded heads); few enough tokens that one program can sort their chunks."""
@@ -162,7 +164,7 @@ class HSAPlan:
     def _passes(self, kind: str, kernel: Any) -> list[TilePass]:
         options = self._options(kind)
         constants = self.constants(options.rows, options.stages)
-        flags = {"KV_BATCH": self.kv_batch > 1, "COVERAGE": self.covers, "CAUSAL": self.causal}
+        flags = {"KV_BATCH": self.kv_batch > 1, "COVERAGE": self.covers, "CAUSAL": self.causal, **self.overlap}
         mending = {name: value for name, value in constants.items() if name not in ("GP", "PRECISION", "STAGES")}
         rows = constants["BT"] * constants["GP"]
         passes = []
@@ -181,11 +183,11 @@ class HSAPlan:
 
     def _tile_lists(self, tile_tokens: int, first: int, count: int) -> TileListPlan:
         shape, is_kept = self.shapes.indices, self.shapes.is_aligned
-        return TileListPlan(shape, tile_tokens, self.chunks, first, count, is_kept=is_kept)
+        return TileListPlan(shape, tile_tokens, self.chunks, first, count, self.overlap, is_kept=is_kept)
 
     @cached_property
     def _coverage(self) -> CoverageMapPlan:
-        return CoverageMapPlan(self.shapes.indices, self.chunks, is_kept=self.shapes.is_aligned)
+        return CoverageMapPlan(self.shapes.indices, self.chunks, self.overlap, is_kept=self.shapes.is_aligned)
 
     @cached_property
     def forward(self) -> list[TilePass]:
@@ -211,14 +213,16 @@ class HSAPlan:
     @cached_property
     def memory(self) -> ListedPass | CoveredPass:
         options = self._options("memory")
-        constants = {**self.constants(options.rows, options.stages), "num_warps": options.warps}
+        constants = {**self.constants(options.rows, options.stages), "num_warps": options.warps, **self.overlap}
         return self._covered(constants) if self.covers else self._listed(constants)
 
     def _listed(self, constants: dict[str, Any]) -> ListedPass:
         is_kept = self.shapes.is_aligned
         other = self._options("transposed")
         unit_pairs = pairs_of_unit(math.prod(self.shapes.indices), constants["BT"], self.processors)
-        lists = InverseListPlan(self.shapes.indices, self.kv_batch, self.chunks, unit_pairs, is_kept=is_kept)
+        lists = InverseListPlan(
+            self.shapes.indices, self.kv_batch, self.chunks, unit_pairs, self.overlap, is_kept=is_kept
+        )
         shares = self.kv_heads // self.list_heads
         grid = (lists.units, shares)
         return ListedPass(
@@ -226,11 +230,11 @@ class HSAPlan:
             PreparedLaunch(kernel_chunks.listed_memory_gradient_kernel, grid, **constants),
             PreparedLaunch(
                 kernel_chunks.listed_memory_gradient_kernel, grid,
-                **self.constants(other.rows, other.stages), num_warps=other.warps,
+                **self.constants(other.rows, other.stages), num_warps=other.warps, **self.overlap,
             ),
             PreparedLaunch(
                 kernel_chunks.listed_sum_kernel, (lists.lists, shares), is_kept=is_kept, D=self.dim, S=self.size,
-                num_warps=8,
+                num_warps=8, **self.overlap,
             ),
             (*grid, 2, self.size, self.dim),
             (self.chunks, self.slots, lists.lists, unit_pairs),
@@ -253,6 +257,7 @@ class HSAPlan:
             PreparedLaunch(
                 kernel_chunks.covered_sum_kernel, (self.chunks, self.kv_heads, self.kv_batch),
                 is_kept=self.shapes.is_aligned, D=self.dim, S=self.size, BT=tile_tokens, num_warps=8, **flags,
+                **self.overlap,
             ),
             (self.batch, self.kv_heads, self.chunks, splits, 2, self.size, self.dim),
             splits,
