@@ -13,6 +13,7 @@ from statistics import quantiles
 from typing import Any, NamedTuple
 
 from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, read_jsonl, save, token_axis
+from hsa_ultralong.files.packed import stored
 from hsa_ultralong.files.strict_json import read_json
 
 Records = list[dict[str, Any]]
@@ -77,7 +78,7 @@ def _needles(root: Path, needed: str = "correct") -> dict[str, Records]:
     for model, studies in NEEDLES.items():
         kept: dict[int, Records] = {}
         for study in studies:
-            path = root / "results" / study / "records.jsonl"
+            path = stored(root / "results" / study / "records.jsonl")
             lines = [line for line in (read_jsonl(path) if path.is_file() else []) if line.get(needed) is not None]
             for length in dict.fromkeys(line["length"] for line in lines):
                 own = [line for line in lines if line["length"] == length]

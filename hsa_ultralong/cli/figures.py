@@ -13,6 +13,7 @@ from hsa_ultralong.bench.training_report import plot_training_speed
 from hsa_ultralong.eval.comparisons import compare_needles, compare_training
 from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl, read_log
 from hsa_ultralong.eval.suite_plots import draw_table
+from hsa_ultralong.files.packed import SUFFIX, stored
 from hsa_ultralong.files.strict_json import read_json
 
 # suites of benchmarks/results and the kinds of their figures
@@ -21,12 +22,12 @@ BENCHMARKS = {"ops": "ops", "memory": "memory", "serve": "serve", "training": "t
 # source, figure, kind, title
 FIGURES = (
     (
-        "results/needles-nano/records.jsonl",
+        "results/needles-nano/records.jsonl.xz",
         "docs/images/needles-nano.png",
         "needles",
         "nano: sentences hidden in Opticks",
     ),
-    ("results/training-nano-facts/log.jsonl", "docs/images/training-nano.png", "training", "nano: training"),
+    ("results/training-nano-facts/log.jsonl.xz", "docs/images/training-nano.png", "training", "nano: training"),
 )
 
 # sources, figure, title: drawn beside one another
@@ -106,7 +107,7 @@ def compare(sources: Sequence[Path], figure: Path, title: str, *, is_short: bool
     Raises:
         ValueError: for a mixture of both, for files of another kind, or for two of one name.
     """
-    kinds = {source.name for source in sources}
+    kinds = {source.name.removesuffix(SUFFIX) for source in sources}
     if kinds not in ({"records.jsonl"}, {"log.jsonl"}):
         raise ValueError("only runs (log.jsonl) or only reports of hidden sentences (records.jsonl) go into one figure")
     names = [source.resolve().parent.name for source in sources]
@@ -138,7 +139,12 @@ def study_figures(root: Path) -> list[tuple[str, str, str, str]]:
     """needles.png in every results/needles-* that has one, in the form of FIGURES."""
     folders = sorted(path.parent.relative_to(root) for path in root.glob("results/needles-*/needles.png"))
     return [
-        (f"{folder}/records.jsonl", f"{folder}/needles.png", "needles", f"Hidden sentences, {folder.name}")
+        (
+            str(stored(root / folder / "records.jsonl").relative_to(root)),
+            f"{folder}/needles.png",
+            "needles",
+            f"Hidden sentences, {folder.name}",
+        )
         for folder in folders
     ]
 
@@ -162,5 +168,5 @@ def draw_all(root: Path) -> list[Path]:
     for folders, figure, title in COMPARISONS:
         name = "records.jsonl" if "needles" in folders[0] else "log.jsonl"
         # the two optimisers shared a card
-        compare([root / folder / name for folder in folders], root / figure, title, is_short=True)
+        compare([stored(root / folder / name) for folder in folders], root / figure, title, is_short=True)
     return [*(root / figure for _, figure, _, _ in figures), *(root / figure for _, figure, _ in COMPARISONS)]

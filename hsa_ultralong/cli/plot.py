@@ -22,8 +22,9 @@ def plot(
         list[Path] | None,
         typer.Argument(
             metavar="SOURCE...",
-            help="Folder of a run, of a report or of a suite, log.jsonl, records.jsonl, summary.json, ops-, memory- or "
-            "training-*.json; several runs, or several reports of hidden sentences, make one figure.",
+            help="Folder of a run, of a report or of a suite, log.jsonl or records.jsonl (or either .xz), "
+            "summary.json, ops-, memory- or training-*.json; several runs, or several reports of hidden sentences, "
+            "make one figure.",
         ),
     ] = None,
     output: Annotated[
@@ -80,10 +81,12 @@ def _find(source: Path) -> tuple[Path, str]:
     """The file to draw, and what kind of figure it makes."""
     from hsa_ultralong.cli.figures import BENCHMARKS
     from hsa_ultralong.eval.suite_summary import is_suite
+    from hsa_ultralong.files.packed import stored
 
-    candidates = [source] if source.is_file() else [source / "log.jsonl", source / "records.jsonl"]
+    log, records = (stored(source / name) for name in ("log.jsonl", "records.jsonl"))
+    candidates = [source] if source.is_file() else [log, records]
     summary = source if source.name == "summary.json" else source / "summary.json"
-    if summary.is_file() and not (source / "log.jsonl").is_file() and is_suite(summary):
+    if summary.is_file() and not log.is_file() and is_suite(summary):
         return summary, "suite"
     for file in candidates:
         if file.is_file() and file.suffix == ".json":

@@ -17,11 +17,10 @@ from PIL import Image
 
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.fields import TEXT, is_number, require, table, whole
-from hsa_ultralong.files.regular import read_regular
+from hsa_ultralong.files.packed import read_stored, stored
 from hsa_ultralong.files.strict_json import parse_lines
 
 _LOG_FIELDS = {"stage": TEXT, "global_step": whole(), "tokens": whole()}
-_LOG_BYTES = 2**32
 _DEPTH_BINS = 10
 _INK = "#22313f"
 # of curves beside one another
@@ -60,21 +59,23 @@ def human_tokens(count: int) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file.
+    """Records of a JSONL file, plain or packed (`files/packed.py`).
 
     Raises:
         ValueError: for a line that is not JSON, naming file and line.
     """
-    return parse_lines(read_regular(path, _LOG_BYTES), path)
+    path = stored(path)
+    return parse_lines(read_stored(path), path)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of a run's log.jsonl; none if there is no such file yet.
+    """Records of a run's log.jsonl, plain or packed; none if there is no such file yet.
 
     Raises:
         ValueError: for a line that is no record of a run, naming file and line.
     """
-    data = read_regular(path, _LOG_BYTES) if path.exists() else b""
+    path = stored(path)
+    data = read_stored(path) if path.exists() else b""
     # the last line of a run that is under way, or was killed, may be unfinished
     records = parse_lines(data[: data.rfind(b"\n") + 1], path)
     for number, record in enumerate(records, 1):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -20,12 +19,12 @@ from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.fields import Check, require, table
 from hsa_ultralong.files.lock import FileLock
 from hsa_ultralong.files.messages import shown
+from hsa_ultralong.files.packed import MAX_BYTES, pack, read_stored, unpacked
 from hsa_ultralong.files.regular import append_text, read_regular
 from hsa_ultralong.files.strict_json import parse_lines, read_json
 
 VERSION = 1
 PACKED = "records.jsonl.xz"
-_RECORD_BYTES = 2**32
 _Run = TypeVar("_Run", bound="RecordedRun")
 
 
@@ -108,24 +107,8 @@ class RecordedRun:
 
     def pack(self) -> None:
         """Write the records so far as records.jsonl.xz, which is what is kept beside a summary that is published."""
-        data = read_regular(self.folder / "records.jsonl", _RECORD_BYTES)
-        write_whole(self.folder / PACKED, lzma.compress(data))
-
-
-def unpacked(place: Path) -> bytes:
-    """What was packed into a .xz file.
-
-    Raises:
-        ValueError: a damaged file, or more than 4 GiB.
-    """
-    reader = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-    try:
-        data = reader.decompress(read_regular(place, _RECORD_BYTES), _RECORD_BYTES)
-    except lzma.LZMAError as error:
-        raise ValueError(f"{place} is damaged: {error}") from None
-    if not reader.eof:
-        raise ValueError(f"{place} is cut off, or holds more than {_RECORD_BYTES:,} bytes")
-    return data
+        data = read_regular(self.folder / "records.jsonl", MAX_BYTES)
+        write_whole(self.folder / PACKED, pack(data))
 
 
 def read_records(place: Path, check: Check) -> tuple[list[dict[str, Any]], bytes]:
@@ -135,7 +118,7 @@ def read_records(place: Path, check: Check) -> tuple[list[dict[str, Any]], bytes
     Raises:
         ValueError: for a line that does not pass the check, naming file and line; for a damaged packed file.
     """
-    data = unpacked(place) if place.suffix == ".xz" else read_regular(place, _RECORD_BYTES)
+    data = read_stored(place)
     whole = data[: data.rfind(b"\n") + 1]
     records = parse_lines(whole, place)
     for number, record in enumerate(records, 1):

@@ -78,16 +78,16 @@ def read_run(folder: Path, name: str) -> StoredRun:
         ValueError: if the folder holds none, an empty one, or one of another version, or a damaged file.
     """
     place = folder / "run.json"
-    is_study = (folder / "needles.png").exists()
     summary, packed = folder / "summary.json", folder / PACKED
     is_kept = not place.is_file() and summary.is_file() and packed.is_file()
-    if is_study or not (place.is_file() or is_kept):
-        what = "a study of hidden sentences, which `hsa plot` draws" if is_study else "none"
-        raise ValueError(f"{folder} must hold a run of `hsa eval MODEL --suite` (run.json), got {what}")
     content: dict[str, Any] = {"meta": {}}
     if summary.is_file():
         content = read_json(summary)
         require(_SUMMARY, content, f"{summary}:")
+    is_study = (folder / "needles.png").exists() or (is_kept and "settings" not in content["meta"])
+    if is_study or not (place.is_file() or is_kept):
+        what = "a study of hidden sentences, which `hsa plot` draws" if is_study else "none"
+        raise ValueError(f"{folder} must hold a run of `hsa eval MODEL --suite` (run.json), got {what}")
     found = {"version": VERSION, "settings": content["meta"].get("settings")} if is_kept else read_json(place)
     if found.get("version") != VERSION or not isinstance(found.get("settings"), dict):
         raise ValueError(f"{summary if is_kept else place} is no run of this version; measure it again")

@@ -181,8 +181,7 @@ def test_the_report_of_twins_is_made_of_their_runs():
 
 def test_an_edited_memory_answered_as_a_rebuilt_one():
     edited, rebuilt = (
-        [json.loads(line) for line in (ROOT / f"results/edit-rebuild-64k/{name}.jsonl").read_text().splitlines()]
-        for name in ("memory", "rebuild")
+        list(samples(ROOT / f"results/edit-rebuild-64k/{name}.jsonl.xz")) for name in ("memory", "rebuild")
     )
     assert [(r["sample"], r["answered"]) for r in edited] == [(r["sample"], r["answered"]) for r in rebuilt]
     assert max(abs(a["certainty"] - b["certainty"]) for a, b in zip(edited, rebuilt, strict=True)) <= 3e-7

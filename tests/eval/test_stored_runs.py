@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import lzma
+from pathlib import Path
 
 import pytest
 
 from hsa_ultralong.eval.stored_runs import find_runs, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_run_is_read_with_what_was_not_measured(tmp_path, runs):
@@ -65,6 +68,9 @@ def test_what_is_kept_of_a_run_is_read_as_the_run(tmp_path, runs):
 
 
 def test_folders_without_a_run_are_refused_by_what_they_hold(tmp_path, runs):
+    # a published study has packed records too
+    with pytest.raises(ValueError, match="got a study of hidden sentences"):
+        read_run(ROOT / "results" / "needles-averaged", "x")
     with pytest.raises(ValueError, match=r"must hold a run of `hsa eval MODEL --suite` \(run.json\), got none"):
         read_run(tmp_path, "x")
     (tmp_path / "needles.png").touch()
