@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import resource
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.strict_json import as_lines
 
 
 def hardware() -> str:
@@ -88,6 +88,6 @@ def run_metadata(command: str, seed: int, **more: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON whole or not at all, a record a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+    write_whole(path, as_lines(value))

@@ -68,6 +68,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(read_regular(path), path)
 
 
+def as_lines(value: Any) -> str:
+    """`value` as JSON with a line for every field and for every item of these: a record a line, without spaces in it.
+
+    A quarter smaller than with indentation, and a change still shows as the lines that it changes.
+    """
+    # what json makes of keys and tuples
+    return _as_lines(json.loads(json.dumps(value)), 0) + "\n"
+
+
+def _as_lines(value: Any, depth: int) -> str:
+    if depth == 2 or not value or not isinstance(value, dict | list):
+        return json.dumps(value, separators=(",", ":"))
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_as_lines(one, depth + 1)}" for key, one in value.items()]
+    else:
+        items = [_as_lines(one, depth + 1) for one in value]
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    line = "\n" + " " * depth
+    return start + ",".join(f"{line} {item}" for item in items) + line + end
+
+
 def sealed(content: Mapping[str, Any], indent: int | None = 1) -> bytes:
     """`content` as JSON whose first field is the SHA-256 of the text in which that field is empty."""
     text = json.dumps({_SEAL: "", **content}, indent=indent) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -28,6 +29,23 @@ def test_sealed_json_comes_back_and_shows_any_changed_bit(tmp_path_factory, cont
     else:
         # the name of the seal itself: a field that no reader knows
         assert not is_sealed and len(found) == len(content) + 1
+
+
+@given(st.recursive(VALUES, lambda one: st.lists(one) | st.dictionaries(st.text(), one)))
+def test_json_by_lines_comes_back(value):
+    assert json.loads(strict_json.as_lines(value)) == value
+
+
+def test_json_by_lines_has_a_record_a_line():
+    value = {
+        "meta": {"seed": 0, "runs": [{"a": 1}, {}]},
+        "records": [{"task": "é", "at": (1, 2)}, {"task": "b"}],
+        "no": [],
+    }
+    assert strict_json.as_lines(value) == (
+        '{\n "meta": {\n  "seed": 0,\n  "runs": [{"a":1},{}]\n },\n'
+        ' "records": [\n  {"task":"\\u00e9","at":[1,2]},\n  {"task":"b"}\n ],\n "no": []\n}\n'
+    )
 
 
 @pytest.mark.parametrize(
