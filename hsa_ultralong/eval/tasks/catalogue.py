@@ -8,7 +8,7 @@ from hsa_ultralong.eval.tasks.babilong import BABILONG, Babilong
 from hsa_ultralong.eval.tasks.material import Material, word_list
 from hsa_ultralong.eval.tasks.paper import PAPER
 from hsa_ultralong.eval.tasks.questions import QUESTIONS, PassageQuestions
-from hsa_ultralong.eval.tasks.recall import RECALL, RecallPrompt
+from hsa_ultralong.eval.tasks.recall import PROMPTS, RECALL
 from hsa_ultralong.eval.tasks.ruler_needles import RULER_NEEDLES, Needles
 from hsa_ultralong.eval.tasks.ruler_questions import DocumentQuestions
 from hsa_ultralong.eval.tasks.ruler_words import CommonWords, FrequentWords, VariableTracking
@@ -22,7 +22,7 @@ RULER: tuple[Task, ...] = (
     DocumentQuestions("qa_1", "squad"),
     DocumentQuestions("qa_2", "hotpot"),
 )
-SUITES: dict[str, tuple[Task, ...]] = {"ruler": RULER, "paper": PAPER, "recall": RECALL, "prompt": (RecallPrompt(),),
+SUITES: dict[str, tuple[Task, ...]] = {"ruler": RULER, "paper": PAPER, "recall": RECALL, "prompt": PROMPTS,
                                         "babilong": BABILONG, "qa": QUESTIONS}  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for tasks in SUITES.values() for task in tasks}
 

@@ -19,6 +19,9 @@ from hsa_ultralong.eval.tasks.sample import Sample
 
 _MAIN = RecallForm("The secret code of the {key} is {value}.", "What is the secret code of the {key}?", "digits7", ())
 KINDS = ("names", "cities", "times", "dates", "digits14", "words2")
+# of the shortest prompts: a token each for nano, in no template of training; frozen
+_SHORT_WORDS = "block index level offset position power reference result signal sum total version"
+SHORT_WORDS = tuple(_SHORT_WORDS.split())
 _OF_KIND = {"names": "name", "cities": "city", "times": "time", "dates": "date"}
 
 
@@ -145,31 +148,39 @@ class Recall:
 class RecallPrompt:
     """A fact, filler and the beginning of the same sentence again, in one short prompt of plain text.
 
-    What people type first: no memory, no question. The filler is text of the haystack.
+    What people type first: no memory, no question. The filler is text of the haystack. is_short: the fact is one word
+    and two digits, "The level is 47.", so that 16 tokens hold it twice, and room for a digit too many.
     """
 
     name: str = "recall_prompt"
     metric: str = "begins"
     max_new_tokens: int = 10
     is_editable: bool = False
+    is_short: bool = False
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         for index in range(number):
             rng = namespaced_rng(f"eval/{self.name}", seed, length, index)
-            (fact,) = _facts(_MAIN, _MAIN.kind, 1, rng)
-            stem = fact.statement[: fact.statement.index(f" {fact.value}")]
-            form = make_form(material, self, length, fact.statement, f" {stem}", "")
+            statement, value = self._fact(rng)
+            stem = statement[: statement.index(f" {value}")]
+            form = make_form(material, self, length, statement, f" {stem}", "")
             form.require(0, self.name)
             size = max(1 << 16, length)
             text, starts = material.haystack(size, size)
             usable = starts[starts + form.room <= len(text)]
             begin = int(usable[rng.integers(len(usable))])
             stated = (len(material.first) - len(form.head), 0)
-            yield finish(
-                self, form, text[begin : begin + form.room], index, [fact.value], f"{stem} ...", None, [stated]
-            )
+            yield finish(self, form, text[begin : begin + form.room], index, [value], f"{stem} ...", None, [stated])
+
+    def _fact(self, rng: np.random.Generator) -> tuple[str, str]:
+        if not self.is_short:
+            (fact,) = _facts(_MAIN, _MAIN.kind, 1, rng)
+            return fact.statement, fact.value
+        value = _value("digits2", rng)
+        return f"The {SHORT_WORDS[int(rng.integers(len(SHORT_WORDS)))]} is {value}.", value
 
 
+PROMPTS = (RecallPrompt(), RecallPrompt("recall_prompt_short", max_new_tokens=5, is_short=True))
 RECALL: tuple[Recall, ...] = (
     *(Recall(f"recall_form_{n:02d}", form, form.kind) for n, form in enumerate(RECALL_FORMS, 1)),
     *(Recall(f"recall_value_{kind}", _MAIN, _OF_KIND.get(kind, kind)) for kind in KINDS),

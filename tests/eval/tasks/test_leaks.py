@@ -10,6 +10,7 @@ import numpy as np
 
 from hsa_ultralong.data import fact_clauses, fact_rows, fact_templates, fact_values, facts, list_rows, needles
 from hsa_ultralong.eval.tasks import paper, ruler_needles, ruler_words
+from hsa_ultralong.eval.tasks.recall import SHORT_WORDS
 from hsa_ultralong.eval.tasks.recall_forms import CITIES, FAMILY_NAMES, FIRST_NAMES, RECALL_FORMS
 
 
@@ -51,6 +52,10 @@ def test_no_carrier_word_of_a_recall_form_stands_in_a_training_template():
         assert not words & set(form.carriers), form
         for carrier in form.carriers:
             assert carrier in f"{form.statement} {form.question}".lower(), (form, carrier)
+
+
+def test_no_word_of_the_shortest_prompts_stands_in_a_training_template():
+    assert not {*re.findall(r"[a-z]+", _TRAINING_TEMPLATES)} & {*SHORT_WORDS}
 
 
 def test_no_frame_of_a_recall_form_is_one_of_training():

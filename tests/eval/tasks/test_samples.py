@@ -81,7 +81,7 @@ def test_a_task_that_is_editable_changes_few_tokens_of_its_context(material):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_length_that_is_too_short_is_refused_and_says_how_much_is_needed(material, name):
     with pytest.raises(ValueError, match=r"needs at least|no room|use a"):
-        list(make_samples(name, material, 60, 2))
+        list(make_samples(name, material, 30, 2))
 
 
 def test_the_chat_template_stands_around_the_task_and_the_answer_begins_the_models_turn(material):
@@ -177,6 +177,19 @@ def test_a_short_prompt_is_fact_filler_and_the_fact_begun_again(material):
             assert text.startswith(f"{stem} {sample.answers[0]}.")
             assert text.endswith(f" {stem}")
             assert len(sample.prompt()) + sample.max_new_tokens == length
+
+
+@pytest.mark.parametrize("length", [16, 32, 48])
+def test_the_shortest_prompts_hold_a_fact_of_a_word_and_two_digits_twice(length):
+    tokenizer = load_tokenizer(Path(__file__).parents[3] / "checkpoints/nano")
+    made = list(make_samples("recall_prompt_short", Material(tokenizer, torch.arange(100, 4000)), length, 40))
+    for sample in made:
+        text = tokenizer.decode(sample.prompt().tolist(), skip_special_tokens=True)
+        stem = sample.query.removesuffix(" ...")
+        assert re.fullmatch(r"The [a-z]+ is", stem) and re.fullmatch(r"[1-9]\d", sample.answers[0])
+        assert text.startswith(f"{stem} {sample.answers[0]}.") and text.endswith(f" {stem}")
+        assert len(sample.prompt()) + sample.max_new_tokens == length
+    assert len({sample.query for sample in made}) > 8 and len({sample.answers[0] for sample in made}) > 20
 
 
 def test_common_words_stand_more_often_than_all_others(material):
