@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import report_figures as shapes
+import report_targets as goals
 
 from hsa_ultralong.baselines.twins import rival_parameters
 from hsa_ultralong.eval.needles import wilson_interval
@@ -255,15 +256,34 @@ def lengths_block(root: Path) -> str:
                 found[task].append((path.parent.name, own))
     parts = []
     for task in _LENGTH_TASKS:
+        # what is earlier stands below
+        studies = sorted(found[task], key=lambda one: goals.EARLIER in goals.weights_of(one[0]))
         rows = [
-            {**record, "metric": metric, "study": f"[{name}](../results/{name})" + ", forced" * (metric == "teacher")}
-            for name, own in found[task]
+            {**record, "metric": metric, "study": study_name(root, name) + ", forced" * (metric == "teacher")}
+            for name, own in studies
             for record in own
             for metric in [record.get("metric", "exact")]
         ]
         if rows:
             parts.append(f"`{task}`, % with 95% intervals:\n\n{by_length(rows, 'study')}")
     return "\n\n".join(parts) or _NOT_YET
+
+
+def study_name(root: Path, name: str) -> str:
+    """A study with its weights and commit."""
+    return f"[{name}](../results/{name}), {goals.weights_of(name)} ({goals.commit_of(root, name)})"
+
+
+def targets_block(root: Path) -> str:
+    rows = goals.target_rows(root)
+    head = ["target", "needed", "measured, 95% interval", "samples each", "met", "weights", "file (commit)"]
+    return table(head, rows) if rows else _NOT_YET
+
+
+def misses_block(root: Path) -> str:
+    rows = goals.miss_rows(root)
+    head = ["task", "samples", "right", "retrieval", "fusion", "reading", "margin", "most frequent wrong answer"]
+    return table(head, rows) if rows else _NOT_YET
 
 
 def operators_block(root: Path, figures: Figures) -> str:
@@ -309,7 +329,8 @@ def blocks(root: Path, figures: Figures) -> dict[str, Callable[[], str]]:
     """What makes the content of each block, and puts its figures among `figures`."""
     own: dict[str, Callable[[], str]] = {name: partial(finding_block, root, figures, name) for name in FINDINGS}
     own |= {name: partial(figures_block, root, figures, name) for name in shapes.FIGURES}
-    return {**own, "operators": partial(operators_block, root, figures), "lengths": partial(lengths_block, root)}
+    own |= {"operators": partial(operators_block, root, figures), "lengths": partial(lengths_block, root)}
+    return {**own, "targets": partial(targets_block, root), "misses": partial(misses_block, root)}
 
 
 def render(text: str, root: Path) -> tuple[str, Figures]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import lzma
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from hsa_ultralong import HSAConfig
 from hsa_ultralong.eval.stored_runs import read_run
-from hsa_ultralong.eval.suite_summary import is_share, is_suite
+from hsa_ultralong.eval.suite_summary import auroc, is_share, is_suite
 from hsa_ultralong.inference.ask import unsure_weight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +93,48 @@ def test_how_often_the_right_chunk_was_read_is_in_the_summary():
     for name, row in table.items():
         for length, cell in row.items():
             assert cell == mean(shares("recall-nano", READ[name], length, "", "evidence_found"), "{:.0f}%"), name
+
+
+def test_why_the_authors_tests_are_missed_is_counted_in_the_records():
+    (table,) = tables("Why the authors' tests are missed")
+    rows = {name: list(cells.values()) for name, cells in table.items()}
+    for column, length in enumerate((2**20, 2**24)):
+        own = [r for r in samples(ROOT / "results/paper-nano-16m/records.jsonl.xz") if r["length"] == length]
+        needle, several, chain = (
+            [r for r in own if r["task"] == task] for task in ("s_niah_authors", "mq_authors", "vt_authors")
+        )
+        wrong = Counter(r["answered"] for r in needle if r["score"] < 1)
+        numbers = [re.findall(r"[\w.]+", r["answered"]) for r in several]
+        counted = {
+            "single needle: found, ranked first": stood(needle),
+            "wrong answers, of these the same number": (sum(wrong.values()), wrong.most_common(1)[0][1]),
+            "multi-query: one of the two found, ranked first": stood(several),
+            "answers with a comma": (sum("," in r["answered"] for r in several),),
+            "first number right; both in order at the beginning; these and no other": (
+                sum(said[:1] == r["expected"][:1] for said, r in zip(numbers, several, strict=True)),
+                *(sum(r["scores"][name] for r in several) for name in ("begins_in_order", "in_order")),
+            ),
+            "variable tracking: a line of the chain found, ranked first": stood(chain),
+            'answers that are the value itself; "unknown"; that name a variable of the chain': (
+                sum(r["answered"].strip().strip(".") == r["query"] for r in chain),
+                sum(r["answered"].strip().startswith("unknown") for r in chain),
+                sum(any(name in r["answered"] for name in r["expected"]) for r in chain),
+            ),
+        }
+        assert {name: cells[column] for name, cells in rows.items()} == {
+            name: ", ".join(f"{one:.0f}" for one in found) for name, found in counted.items()
+        }
+
+
+def stood(records):
+    return sum(r["found"] for r in records), sum(r["rank"] == 1 for r in records)
+
+
+def test_one_date_is_all_that_parts_certainty_at_16m_from_1():
+    own = [r for r in samples(ROOT / "results/recall-nano-16m/records.jsonl.xz") if r["task"] == "recall_absent"]
+    dated = [r for r in own if not r["expected"] and r["answered"].strip() == "2004-06-18"]
+    assert len(dated) == 7 and min(r["certainty"] for r in dated) > 0.9998
+    assert auroc([r for r in own if r not in dated]) == 1
 
 
 def test_scores_of_short_tasks_are_in_their_summaries():

@@ -1,0 +1,179 @@
+"""What the project set out to show, and what was measured: two blocks of docs/report.md, and the weights of a study.
+
+Numbers come from results/ alone; targets and names of weights stand here. Called by report.py; tests/test_report.py.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.plots import human_tokens
+from hsa_ultralong.eval.suite_diagnosis import FUSION, READING, RETRIEVAL, RIGHT, diagnose
+from hsa_ultralong.files.strict_json import read_json
+
+M = 2**20
+EARLIER = "nano before 2026-11-28"
+# folder of results/ -> its weights; the first prefix that fits
+WEIGHTS = {
+    "needles-nano": "nano", "paper-nano": "nano", "ruler-nano": "nano", "recall-nano": "nano", "prompts-nano": "nano",
+    "ppl-nano": "nano", "paper-mini": "mini", "smol-": "smol", "needles-stages": "the paper's five stages",
+    "needles-pooled": f"{EARLIER}, pools", "needles-pool-": f"{EARLIER}, pools, notes",
+    "needles-unpooled": f"{EARLIER}, no pools", "needles-averaged": f"{EARLIER}, pools, averaged",
+    "needles-1g-averaged": f"{EARLIER}, pools, averaged", "needles-": EARLIER,
+}  # fmt: skip
+_FORMS = tuple(f"recall_form_{number:02}" for number in range(1, 13))
+
+
+class Place(NamedTuple):
+    """Where a number stands: of several tasks the mean. `words` stand before it in the table."""
+
+    study: str
+    tasks: tuple[str, ...]
+    length: int
+    metric: str | None = None
+    words: str = ""
+
+
+class Target(NamedTuple):
+    """least: what every share or AUROC must reach; None: `met` is said in words. missing: what was not measured."""
+
+    what: str
+    needed: str
+    places: tuple[Place, ...]
+    least: tuple[float, ...] = ()
+    met: str = ""
+
+
+def _one(study: str, task: str, *lengths: int, metric: str | None = None) -> tuple[Place, ...]:
+    return tuple(Place(study, (task,), length, metric) for length in lengths)
+
+
+_PPL = (
+    *_one("ppl-nano", "ppl_last_4096", 8192, 2**18, M),
+    *(Place("ppl-nano", (f"ppl_position_{at}",), M, None, f"tokens {at} on of ") for at in ("8K", "64K", "512K")),
+)
+TARGETS = (
+    Target("S-NIAH, our own sentences, one at a time", "99% at 1M, 97.5% at 16M, 95% at 128M",
+           (*_one("needles-nano-16m", "s_niah", M, 16 * M), *_one("needles-nano-128m", "s_niah", 128 * M)),
+           (0.99, 0.975, 0.95)),
+    Target("the same at 1G", "90% of 40", (*_one("needles-1g-averaged", "s_niah", 1024 * M),
+           *_one("needles-1g", "s_niah", 1024 * M)), met="no: 20 sentences, and not the weights that ship"),
+    Target("S-NIAH, the authors' form, forced", "99% at 1M, 97.5% at 16M",
+           _one("paper-nano-16m", "s_niah_authors", M, 16 * M, metric="teacher"), (0.99, 0.975)),
+    Target("MQ, forced as the authors do", "90% at 1M, 80% at 16M",
+           _one("paper-nano-16m", "mq_authors", M, 16 * M, metric="teacher"), (0.9, 0.8)),
+    Target("MQ, generated, both numbers and no other", "90% at 1M, 80% at 16M",
+           _one("paper-nano-16m", "mq_authors", M, 16 * M, metric="in_order"), (0.9, 0.8)),
+    Target("VT, forced as the authors do", "90% at 16M",
+           _one("paper-nano-16m", "vt_authors", 16 * M, metric="teacher"), (0.9,)),
+    Target("sentence forms never trained, mean of twelve", "90% at 64K",
+           (Place("recall-nano", _FORMS, 2**16, "exact"),), (0.9,)),
+    Target("100 similar sentences together", "80", _one("needles-nano-together", "mk_niah", 2**16), (0.8,)),
+    Target("short prompts, a fact of a word and two digits", "95% from 16 to 128",
+           _one("prompts-nano", "recall_prompt_short", 16, 32, 48, 64, 96, 128, metric="begins"), (0.95,) * 6),
+    Target("short prompts, a fact of seven digits", "95% to 128",
+           _one("prompts-nano", "recall_prompt", 64, 96, 128, metric="begins"), (0.95,) * 3),
+    Target("certainty, AUROC", ".97", (
+        *_one("recall-nano-short", "recall_absent", 4096, metric="auroc"),
+        *_one("recall-nano", "recall_absent", 2**16, metric="auroc"),
+        *_one("recall-nano-1m", "recall_absent", M, metric="auroc"),
+        *_one("recall-nano-16m", "recall_absent", 16 * M, metric="auroc")), (0.97,) * 4),
+    Target("perplexity of books, last 4,096 tokens, and by position in rows of 1M", "flat or falling to 1M", _PPL,
+           met="by position yes; of the last 4,096 not at 1M (two stretches)"),
+)  # fmt: skip
+# task -> its studies, of which misses are counted
+MISSES = {
+    "s_niah_authors": ("paper-nano", "paper-nano-16m"), "mq_authors": ("paper-nano-16m",),
+    "vt_authors": ("paper-nano-16m",), "recall_form": ("recall-nano", "recall-nano-1m", "recall-nano-16m"),
+}  # fmt: skip
+
+
+def weights_of(study: str) -> str:
+    """Raises: ValueError: a study whose weights have no name here."""
+    for prefix, name in WEIGHTS.items():
+        if study.startswith(prefix):
+            return name
+    raise ValueError(f"scripts/report_targets.py does not say which weights results/{study} measured")
+
+
+def commit_of(root: Path, study: str) -> str:
+    return str(read_json(root / "results" / study / "summary.json")["meta"]["commit"])[:7]
+
+
+def measured(root: Path, place: Place) -> dict[str, Any] | None:
+    """The number, with Wilson's interval where it is the mean of several tasks; None without a file."""
+    path = root / "results" / place.study / "summary.json"
+    if not path.is_file():
+        return None
+    found = [
+        r for r in read_json(path)["records"]
+        if r.get("task") in place.tasks and place.length in (r.get("length"), r.get("tokens"))
+        and r.get("depth") is None and place.metric in (None, r.get("metric"))
+    ]  # fmt: skip
+    if len(found) != len(place.tasks):
+        return None
+    if len(found) == 1:
+        return dict(found[0])
+    right, samples = sum(r["value"] * r["samples"] for r in found), sum(r["samples"] for r in found)
+    low, high = wilson_interval(right, samples)
+    return {**found[0], "value": right / samples, "samples": samples, "ci_low": low, "ci_high": high}
+
+
+def shown(record: dict[str, Any]) -> str:
+    """A value with its interval: shares in percent, perplexities and AUROC as they are."""
+    metric = record.get("metric", "")
+    form, scale = ("{:.3f}", 1) if metric == "auroc" else ("{:.1f}", 1 if metric == "perplexity" else 100)
+    value, low, high = (form.format(scale * record[name]) for name in ("value", "ci_low", "ci_high"))
+    return f"{value} ({low}-{high})"
+
+
+def target_rows(root: Path) -> list[list[str]]:
+    """A row for every target of which something was measured."""
+    rows = []
+    for target in TARGETS:
+        found = [(place, record) for place in target.places if (record := measured(root, place))]
+        if not found:
+            continue
+        cells = [f"{place.words}{human_tokens(place.length)}: {shown(record)}" for place, record in found]
+        samples = sorted({record["samples"] for _, record in found})
+        studies = dict.fromkeys(place.study for place, _ in found)
+        weights = dict.fromkeys(weights_of(study) for study in studies)
+        files = ", ".join(f"[{study}](../results/{study}) ({commit_of(root, study)})" for study in studies)
+        reached = [record["value"] >= least for (_, record), least in zip(found, target.least, strict=False)]
+        met = target.met or ("yes" if all(reached) else "no" if not any(reached) else "in part")
+        n = " to ".join(dict.fromkeys(map(str, (samples[0], samples[-1]))))
+        rows.append([target.what, target.needed, "; ".join(cells), n, met, "; ".join(weights), files])
+    return rows
+
+
+def records_of(root: Path, study: str) -> Iterator[dict[str, Any]]:
+    path = root / "results" / study / "records.jsonl.xz"
+    # not splitlines(): strings may hold other line separators
+    lines = lzma.decompress(path.read_bytes()).decode().rstrip("\n").split("\n") if path.is_file() else []
+    return map(json.loads, lines)
+
+
+def miss_rows(root: Path) -> list[list[str]]:
+    """Where misses come from, by task and length, and the wrong answer that is given most often."""
+    rows = []
+    for task, studies in MISSES.items():
+        for study in studies:
+            own = [record for record in records_of(root, study) if record["task"].startswith(task)]
+            for length in sorted({record["length"] for record in own}):
+                here = [record for record in own if record["length"] == length]
+                found = diagnose(here)
+                wrong = Counter(record["answered"].strip() for record in here if record["score"] < 1)
+                answer, often = wrong.most_common(1)[0]
+                rows.append([
+                    f"`{task}`, {human_tokens(length)}", str(found.samples),
+                    *(str(found.causes.get(cause, 0)) for cause in (RIGHT, RETRIEVAL, FUSION, READING)),
+                    "" if found.margin is None else f"{found.margin.middle:.2f}",
+                    f"`{answer[:24]}`, {often}" if often > 9 else "",
+                ])  # fmt: skip
+    return rows
