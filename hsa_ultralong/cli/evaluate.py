@@ -19,7 +19,7 @@ from hsa_ultralong.cli.terminal import console, echo, ends_by_term, progress
 evaluate = typer.Typer(cls=WithDefault, help="Measure what a model remembers.", no_args_is_help=True)
 
 
-_FORMS = ("own", "bf16", "int8", "fp8", "fp16", "fp32")
+_FORMS = ("own", "bf16", "int8", "fp8", "fp16", "fp32", "merged")
 _STORES = ("device", "host", "tiered")
 
 
@@ -41,7 +41,7 @@ def needles(
     text_field: TextField = "text",
     encoding: Encoding = "auto",
     shards: Annotated[Path | None, typer.Option(help="Haystack: token shards made by `hsa data`.")] = None,
-    forms: Annotated[str, typer.Option(help="Forms of the memory, compared: own,int8,fp8,bf16.")] = "own",
+    forms: Annotated[str, typer.Option(help="Forms of the memory, compared: own,int8,fp8,bf16,merged.")] = "own",
     store: Annotated[str, typer.Option(help="Where the memory lies: device, host or tiered.")] = "device",
     together: Annotated[
         bool, typer.Option("--together", help="All sentences at once: distractors of each other.")
@@ -70,9 +70,9 @@ def needles(
     """Hide sentences in a text of any length, one at a time, and ask for each; every form memorises the text once.
 
     A text that is shorter than a length goes on with its lines in new random orders; the number of different chunks is
-    reported. Every answer is written to records.jsonl at once; the same command goes on with a run that was cut off,
-    and lengths can be added to it. summary.json and needles.png follow after every length and form. --together and
-    --notes: all sentences at once.
+    reported. The form merged is the text in eight memories, read apart and merged. Every answer is written to
+    records.jsonl at once; the same command goes on with a run that was cut off, and lengths can be added to it.
+    summary.json and needles.png follow after every length and form. --together and --notes: all sentences at once.
 
     Examples:
 

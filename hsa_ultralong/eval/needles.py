@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,11 +24,13 @@ from hsa_ultralong.eval.haystack import count_distinct
 from hsa_ultralong.eval.metadata import peak_host_bytes
 from hsa_ultralong.inference import ask, edit, memorize
 from hsa_ultralong.inference.ask import RetrievedChunk
-from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Memory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 
 # (length, needles done, needles wanted, tokens read)
 NeedleProgress = Callable[[int, int, int, int], None]
+# a form of the memory: the text in so many parts, memorised apart and merged
+MERGED, NUM_PARTS = "merged", 8
 # after every question, with what there is so far of its length and form
 Keep = Callable[["LengthResult"], None]
 
@@ -194,6 +197,20 @@ def places_in(length: int, statements: Sequence[Sequence[int]]) -> list[tuple[in
     return places
 
 
+def part_borders(length: int, places: Sequence[tuple[int, int]]) -> list[int]:
+    """Ends of NUM_PARTS parts of about equal length, the first 0; one that would cut a sentence lies at its start.
+
+    Raises:
+        ValueError: if the text is too short for them.
+    """
+    borders = [length * part // NUM_PARTS for part in range(NUM_PARTS + 1)]
+    cut = {border: start for border in borders for start, stop in places if start < border < stop}
+    borders = [cut.get(border, border) for border in borders]
+    if any(start >= stop for start, stop in pairwise(borders)):
+        raise ValueError(f"{length} tokens are too few for {NUM_PARTS} parts")
+    return borders
+
+
 class Place(NamedTuple):
     """Where a needle lies: number of the document, and tokens of it."""
 
@@ -230,7 +247,8 @@ def run_forms(
     Args:
         text: (n,) int32 on the host. samples: needles, at uniform depths.
         forms: of keys, values and landmarks ("" is the model's own; landmarks of fp8 keys are int8), one memory each.
-            The logits after every question are compared with those of the first form.
+            "merged" is the model's own in NUM_PARTS memories of consecutive parts, merged into one. The logits after
+            every question are compared with those of the first form.
         store: "device", "host" or "tiered".
         together: all needles are in the text at once (written into `text`), each a distractor of the others; else one
             at a time, by exact edits.
@@ -240,10 +258,13 @@ def run_forms(
         keep: called after every question with what there is of its form.
 
     Raises:
-        ValueError: notes that are in the text together, a text too short, or a memory that does not fit.
+        ValueError: notes that are in the text together, a merged memory with notes or on another tier, a text too
+            short, or a memory that does not fit.
     """
     if together and notes:
         raise ValueError("give notes or together, not both: notes lie behind the text, not in it")
+    if MERGED in forms and (notes or store != "device"):
+        raise ValueError("a merged memory is measured on the device and without notes")
     report, keep = progress or (lambda *_: None), keep or (lambda _: None)
     length, device = len(text), model.model.embed_tokens.weight.device
     hidden = _Hidden(tokenizer, text, evaluation_needles(seed + length, samples), together=together, notes=notes)
@@ -262,11 +283,13 @@ def run_forms(
             results.append(earlier[form])
             continue
         started = time.monotonic()
-        memory = memorize(
-            model, [text, *hidden.statements] if notes else [text], store=store, key_values=form or None,
-            landmarks=("int8" if form == "fp8" else form) or None, piece_tokens=piece_tokens,
+        memory = hidden.memorized(
+            model,
+            form,
+            store=store,
+            piece_tokens=piece_tokens,
             progress=lambda done, _: report(length, 0, samples, done),
-        )  # fmt: skip
+        )
         if device.type == "cuda":
             torch.cuda.synchronize()
         result = LengthResult(
@@ -292,6 +315,7 @@ class _Hidden:
         notes: bool = False,
     ) -> None:  # fmt: skip
         self.tokenizer, self.text, self.is_edited = tokenizer, text, not (together or notes)
+        self.borders: list[int] = []
         self.task = "notes" if notes else "mk_niah" if together else "s_niah"
         self.prompts = [needle.completion if notes else needle.question for needle in needles]
         self.values = [needle.value for needle in needles]
@@ -302,25 +326,44 @@ class _Hidden:
             self.statements = [tokenizer(needle.statement, add_special_tokens=False)["input_ids"] for needle in needles]
             found = plant(text, self.statements) if together else places_in(len(text), self.statements)
             self.places = [Place(0, *place) for place in found]
+            self.borders = part_borders(len(text), found)
+
+    def memorized(self, model: HSAForCausalLM, form: str, **how: Any) -> Memory:
+        """The text in a memory of this form, with the notes behind it; `how`: of `memorize`."""
+        if form == MERGED:
+            # each part's progress begins at 0
+            parts = [self.text[start:stop] for start, stop in pairwise(self.borders)]
+            return ChunkMemory.concat([memorize(model, part, **how) for part in parts])
+        texts = [self.text, *self.statements] if self.task == "notes" else [self.text]
+        landmarks = "int8" if form == "fp8" else form
+        return memorize(model, texts, key_values=form or None, landmarks=landmarks or None, **how)
+
+    def place(self, index: int, form: str) -> Place:
+        """Where sentence `index` lies in a memory of this form."""
+        place = self.places[index]
+        if form != MERGED:
+            return place
+        part = bisect_right(self.borders, place.start) - 1
+        return Place(part, place.start - self.borders[part], place.stop - self.borders[part])
 
     def ask(
         self, model: HSAForCausalLM, memory: Memory, form: str, index: int, expected: dict[int, torch.Tensor],
         only_logits: bool,
     ) -> NeedleSample | None:  # fmt: skip
         """The answer about sentence `index`, whose logits are compared with `expected`, or become it."""
-        with self.written(model, memory, index) as place:
+        with self.written(model, memory, index, form) as place:
             chunks = place.chunks(memory)
             logits, margin = _question_logits(model, self.tokenizer, memory, self.prompts[index], chunks)
             first = expected.setdefault(index, logits)
             if only_logits:
                 return None
-            sample = self.answer(model, memory, index)
+            sample = self.answer(model, memory, index, form)
         error = ((logits - first).norm() / first.norm()).item()
         return replace(sample, form=form, margin=margin, logits_error=error)
 
-    def answer(self, model: HSAForCausalLM, memory: Memory, index: int) -> NeedleSample:
+    def answer(self, model: HSAForCausalLM, memory: Memory, index: int, form: str = "") -> NeedleSample:
         """The answer about a sentence that is written."""
-        prompt, value, place = self.prompts[index], self.values[index], self.places[index]
+        prompt, value, place = self.prompts[index], self.values[index], self.place(index, form)
         answer = ask(model, self.tokenizer, memory, prompt, max_new_tokens=16)
         found = any(place.overlaps(source) for source in answer.sources[:1])
         depth, correct = (index + 0.5) / len(self.prompts), is_right(answer.text, value)
@@ -328,15 +371,15 @@ class _Hidden:
         return NeedleSample(len(self.text), depth, *told, correct, answer.weight, found, index=index)
 
     @contextmanager
-    def written(self, model: HSAForCausalLM, memory: Memory, index: int) -> Iterator[Place]:
+    def written(self, model: HSAForCausalLM, memory: Memory, index: int, form: str = "") -> Iterator[Place]:
         """Sentence `index` is in the memory while this runs; gives its place."""
-        place = self.places[index]
+        place, old = self.place(index, form), self.places[index]
         if not self.is_edited:
             yield place
             return
-        edit(model, memory, place.start, place.stop, self.statements[index])
+        edit(model, memory, place.start, place.stop, self.statements[index], document=place.document)
         yield place
-        edit(model, memory, place.start, place.stop, self.text[place.start : place.stop])
+        edit(model, memory, place.start, place.stop, self.text[old.start : old.stop], document=place.document)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.cli.common import load_model
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.eval import needles as study_module
 from hsa_ultralong.eval.haystack import count_distinct, line_starts, opticks, recombined
-from hsa_ultralong.eval.needles import plant, run_forms
+from hsa_ultralong.eval.needles import MERGED, NUM_PARTS, part_borders, plant, run_forms
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,37 @@ def test_forms_of_one_memory_are_compared(nano, text, together):
     assert own.logits_error == 0 < small.logits_error < 0.05
     assert small.memory_bytes < own.memory_bytes / 3
     assert own.accuracy >= 0.5 and small.accuracy >= 0.5
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_one_stream_is_compared_with_memories_of_its_parts_merged(nano, text, together, monkeypatch):
+    model, tokenizer = nano
+    memories, concat = [], study_module.ChunkMemory.concat
+    monkeypatch.setattr(study_module.ChunkMemory, "concat", lambda parts: memories.append(concat(parts)) or memories[0])
+    haystack = text[:4096].clone()
+    study = run_forms(model, tokenizer, haystack, samples=6, forms=("", MERGED), together=together)
+    own, merged = study.results
+    (memory,) = memories
+    assert len(memory.documents) == NUM_PARTS and merged.form == MERGED
+    # every edit was taken back, in the part where the sentence lay
+    assert torch.equal(torch.cat([document.tokens for document in memory.documents]), haystack)
+    assert [(a.prompt, a.depth) for a in own.samples] == [(b.prompt, b.depth) for b in merged.samples]
+    # windows begin anew in each part, so that little but something differs
+    assert own.logits_error == 0 < merged.logits_error < 0.1
+    assert [sample.found for sample in own.samples] == [sample.found for sample in merged.samples]
+    assert sum(sample.correct for sample in merged.samples) >= sum(sample.correct for sample in own.samples) - 1
+
+
+def test_no_border_of_a_part_cuts_a_sentence():
+    assert part_borders(800, [(95, 105), (200, 210), (395, 400)]) == [0, 95, 200, 300, 400, 500, 600, 700, 800]
+    with pytest.raises(ValueError, match="too few for 8 parts"):
+        part_borders(6, [])
+
+
+def test_a_merged_memory_is_measured_on_the_device_and_without_notes(nano, text):
+    for options in ({"notes": True}, {"store": "host"}):
+        with pytest.raises(ValueError, match="on the device and without notes"):
+            run_forms(*nano, text[:2048], samples=2, forms=(MERGED,), **options)
 
 
 def test_the_command_writes_a_study(tmp_path, nano):
