@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,16 @@ class Seen:
 def sample_digest(sample: Sample) -> str:
     """Eight hexadecimal digits that tell samples apart: of all their tokens, the answers and how they are scored."""
     found = zlib.crc32(np.ascontiguousarray(sample.context).data)
-    rest = (sample.question, sample.notes, sample.answers, sample.metric, sample.max_new_tokens)
-    return f"{zlib.crc32(repr(rest).encode(), found):08x}"
+    rest = repr((sample.answers, sample.metric, sample.max_new_tokens))
+    for part in (f"({sample.question!r}, ".encode(), _notes_bytes(sample.notes), f", {rest[1:]}".encode()):
+        found = zlib.crc32(part, found)
+    return f"{found:08x}"
+
+
+@lru_cache(maxsize=2)
+def _notes_bytes(notes: tuple[tuple[int, ...], ...]) -> bytes:
+    # many questions have the same notes, thousands of them
+    return repr(notes).encode()
 
 
 def passage_records(

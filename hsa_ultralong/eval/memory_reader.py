@@ -34,8 +34,7 @@ from hsa_ultralong.models.evaluation import evaluating
 
 # chunks that are kept beside the memory, the latest used
 _KEPT_CHUNKS = 4096
-_NONE: np.ndarray = np.empty(0, dtype=np.int64)
-# a context of which more than this share of chunks differs is read as a whole
+# a sample of which more than this share of chunks differs, notes included, is read as a whole
 _MOST_CHANGED = 0.5
 # tokens of a memory of several contexts; a longer context stands alone
 _MOST_TOKENS = 1 << 24
@@ -130,19 +129,21 @@ class MemoryReader:
         return count
 
     def _nearest(self, read: Sequence[Contents], wanted: Contents) -> tuple[int, dict[int, np.ndarray]] | None:
-        """Which of the contents read has the fewest chunks to change, and these by document; None if none is near."""
+        """Which of the contents read has the fewest chunks to change, and these by document, without those that are the
+        same; None if none is near."""
         best: tuple[int, int, dict[int, np.ndarray]] | None = None
+        # of all documents: beside thousands of notes a context may be two chunks, of which the last always differs
+        most = _MOST_CHANGED * sum(map(len, wanted)) / self.chunk_size
         for number, held in enumerate(read):
             if len(held) != len(wanted):
                 continue
             changed = {
-                # the same array where samples share a document
-                document: _NONE if old is new else changed_chunks(old, new, self.chunk_size, self._reach)
+                document: changed_chunks(old, new, self.chunk_size, self._reach)
                 for document, (old, new) in enumerate(zip(held, wanted, strict=True))
+                if old is not new  # the same array where samples share a document
             }
             total = sum(map(len, changed.values()))
-            most = _MOST_CHANGED * len(wanted[0]) / self.chunk_size
-            if len(changed[0]) <= most and (best is None or total < best[0]):
+            if total <= most and (best is None or total < best[0]):
                 best = total, number, changed
         return None if best is None else best[1:]
 
@@ -161,9 +162,11 @@ class MemoryReader:
             first = sum(len(held) for held in self._read[: found[0]])
             records = self._memory.documents[first : first + len(one)]
             chunks = [-(-len(text) // size) for text in one]
-            for document, (record, length) in enumerate(zip(records, chunks, strict=True)):
-                changed, start, shared = found[1][document], record.first_chunk, min(length, record.num_chunks)
-                hidden[row, start : start + shared] = False
+            hidden[row, records[0].first_chunk : records[-1].first_chunk + records[-1].num_chunks] = False
+            for document, changed in found[1].items():
+                record = records[document]
+                start, shared = record.first_chunk, min(chunks[document], record.num_chunks)
+                hidden[row, start + shared : start + record.num_chunks] = True
                 hidden[row, torch.from_numpy(start + changed[changed < shared])] = True
             starts = np.array([record.first_chunk for record in records])
             begins = np.cumsum([0, *chunks])

@@ -81,6 +81,30 @@ def test_an_edited_memory_answers_as_a_built_one_and_a_batch_as_one_at_a_time(mo
             assert (one.found, one.rank) == (other.found, other.rank) == (third.found, third.rank)
 
 
+def test_questions_about_the_same_notes_share_one_memory_whatever_their_contexts(model, material, monkeypatch):
+    """Questions over passages: a context of few tokens, each of another length, beside many notes."""
+    (sample,) = short_answers("recall_documents", material, 1)
+    text, notes = sample.context, tuple(tuple(material.encode(f"Town {n} has {n * 37} goats.")) for n in range(40))
+    samples = [
+        replace(sample, index=n, context=text[: 20 + n % 7], notes=notes, evidence=(), gold_notes=(n,))
+        for n in range(12)
+    ]
+    built = MemoryReader(model, material, edits=False)
+    wanted = [built.answer([sample])[0] for sample in samples]
+    read = []
+
+    def counted(model, documents):
+        read.append(documents)
+        return memorize(model, documents)
+
+    monkeypatch.setattr("hsa_ultralong.eval.memory_reader.memorize", counted)
+    reader = MemoryReader(model, material)
+    found = reader.answer(samples[:8]) + reader.answer(samples[8:])
+    assert len(read) == 1
+    assert [one.tokens for one in found] == [one.tokens for one in wanted]
+    assert [one.certainty for one in found] == pytest.approx([one.certainty for one in wanted])
+
+
 @pytest.mark.parametrize("name", ["recall_form_03", "recall_documents"])
 def test_passages_are_read_again_as_ask_reads_them_again(model, material, name):
     samples = short_answers(name, material, 2)

@@ -7,7 +7,7 @@ others may be trained on. The other three are never trained on. README.md of thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,15 @@ _LEAST_TEXT = 64
 @lru_cache(maxsize=8)
 def _read(source: str, path: Path) -> Passages:
     return _READERS[source](path)
+
+
+def _encoded(material: Material, source: str, texts: Callable[[], Sequence[str]]) -> list[tuple[int, ...]]:
+    """Passages of a source as documents, read and encoded once for all lengths and tasks."""
+
+    def encode() -> list[tuple[int, ...]]:
+        return [(*material.first, *tokens) for tokens in material.encode_all(texts())]
+
+    return material.kept(("passages", source), encode)
 
 
 @dataclass(frozen=True)
@@ -76,14 +85,7 @@ class PassageQuestions:
         passages, asked = self.questions(material, number)
         order = namespaced_rng(f"eval/{self.name}", seed).permutation(len(asked))[:number]
         chosen = [asked[i] for i in order]
-        texts = [*passages.texts, *self._distractors(material)]
-        encoded: dict[int, tuple[int, ...]] = {}
-
-        def tokens(passage: int) -> tuple[int, ...]:
-            if passage not in encoded:
-                encoded[passage] = tuple(material.first + material.encode(texts[passage]))
-            return encoded[passage]
-
+        encoded = [*_encoded(material, self.source, lambda: passages.texts), *self._distractors(material)]
         longest = max(len(self._form(material, length, question).question) for question in chosen)
         room = length - self.max_new_tokens - _LEAST_TEXT - longest
         index = 0
@@ -92,27 +94,29 @@ class PassageQuestions:
             here, held, used = [], dict[int, None](), 0
             for question in chosen[index:]:
                 new = [passage for passage in question.gold if passage not in held]
-                size = sum(len(tokens(passage)) for passage in new)
+                size = sum(len(encoded[passage]) for passage in new)
                 if used + size > room:
                     break
                 here.append(question)
                 held |= dict.fromkeys(new)
                 used += size
             if not here:
-                least = sum(len(tokens(passage)) for passage in chosen[index].gold) + length - room
+                least = sum(len(encoded[passage]) for passage in chosen[index].gold) + length - room
                 raise TooShort(f"{self.name} needs at least {least} tokens, got {length}")
-            for passage in rng.permutation(len(texts)).tolist():
-                if passage not in held and used + len(tokens(passage)) <= room:
+            for passage in rng.permutation(len(encoded)).tolist():
+                if passage not in held and used + len(encoded[passage]) <= room:
                     held[passage] = None
-                    used += len(tokens(passage))
+                    used += len(encoded[passage])
             placed = rng.permutation(list(held)).tolist()
-            notes = tuple(tokens(passage) for passage in placed)
+            notes = tuple(encoded[passage] for passage in placed)
             for question in here:
                 yield self._sample(material, length, index, question, placed, notes)
                 index += 1
 
-    def _distractors(self, material: Material) -> list[str]:
-        return read_wiki(material.files["wiki"]) if "wiki" in material.files else []
+    def _distractors(self, material: Material) -> list[tuple[int, ...]]:
+        if "wiki" not in material.files:
+            return []
+        return _encoded(material, "wiki", lambda: read_wiki(material.files["wiki"]))
 
     def _form(self, material: Material, length: int, question: Question) -> Form:
         return make_form(material, self, length, "", f"\nQuestion: {question.text}\nAnswer:", "")
