@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.inference.passages import best_chunks, note_weights, place_texts
 from hsa_ultralong.inference.prompts import passages_text
 from hsa_ultralong.inference.stretches import Stretch, StretchReader
-from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Memory
 from hsa_ultralong.memory.row_memories import Chunk, RowMemories
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
@@ -36,6 +37,8 @@ from hsa_ultralong.models.evaluation import evaluating
 _KEPT_CHUNKS = 4096
 # a sample of which more than this share of chunks differs, notes included, is read as a whole
 _MOST_CHANGED = 0.5
+# so many documents of at most so many tokens are read together: one by one, each would cost a GPU's launches
+_MANY, _SHORT = 32, 2048
 # tokens of a memory of several contexts; a longer context stands alone
 _MOST_TOKENS = 1 << 24
 
@@ -124,9 +127,20 @@ class MemoryReader:
                 read.append(one)
             count += 1
         self._memory = None  # before the next one takes its place
-        self._memory = memorize(self.model, [torch.from_numpy(text) for one in read for text in one])
+        self._memory = self._memorized([torch.from_numpy(text) for one in read for text in one])
         self._read = read
         return count
+
+    def _memorized(self, documents: Sequence[torch.Tensor]) -> Memory:
+        """A memory of documents (n,); where most of it are passages, these are read together."""
+        short = [len(text) for text in documents if len(text) <= _SHORT]
+        if len(short) < _MANY or 2 * sum(short) < sum(map(len, documents)):
+            return memorize(self.model, documents)
+        parts: list[Memory] = []
+        for is_short, group in groupby(documents, lambda text: len(text) <= _SHORT):
+            own = list(group)
+            parts.append(self._stretches.memory(own) if is_short else memorize(self.model, own))
+        return ChunkMemory.concat(parts)
 
     def _nearest(self, read: Sequence[Contents], wanted: Contents) -> tuple[int, dict[int, np.ndarray]] | None:
         """Which of the contents read has the fewest chunks to change, and these by document, without those that are the

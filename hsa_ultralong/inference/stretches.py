@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 import torch
 
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Document
 from hsa_ultralong.memory.row_memories import Chunk
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
+from hsa_ultralong.models.fingerprint import memory_fingerprint
 from hsa_ultralong.models.finite import FiniteCheck
 from hsa_ultralong.models.wrapped import device_of, unwrapped
+from hsa_ultralong.nn.views import ChunkTensors
 
 # tokens of stretches that are read together
 _TOKENS_AT_ONCE = {"cpu": 1 << 13, "cuda": 1 << 16}
@@ -65,6 +68,29 @@ class StretchReader:
         while len(self._windows) > self.kept_leads:
             self._windows.popitem(last=False)
         return found
+
+    def memory(self, texts: Sequence[torch.Tensor]) -> ChunkMemory:
+        """A memory of closed documents (n,) int32 that are short and many: read together rather than one by one."""
+        chunks = self.read([Stretch(text[:0], text) for text in texts])
+        flat = [chunk for own in chunks for chunk in own]
+        counts = torch.tensor([len(own) for own in chunks])
+        firsts = counts.cumsum(0) - counts
+        number = torch.repeat_interleave(torch.arange(len(texts)), counts)  # (C,)
+        inside = torch.arange(len(flat)) - firsts[number]
+        lengths = torch.tensor([chunk.length for chunk in flat])
+        k, v = (torch.cat(parts)[None] for parts in zip(*((chunk.k, chunk.v) for chunk in flat), strict=True))
+        places = (
+            part[None].to(k.device, torch.int32) for part in (lengths, number, (inside + 1) * self.size)
+        )  # (1, C) each
+        tensors = ChunkTensors(k, v, torch.stack([chunk.landmark for chunk in flat])[None], *places)
+        documents = [
+            Document(text, first, count)
+            for text, first, count in zip(texts, firsts.tolist(), counts.tolist(), strict=True)
+        ]
+        fingerprint = memory_fingerprint(self.model)
+        return ChunkMemory(
+            self.size, tensors, len(flat), documents, fingerprint, is_composable=self.model.config.is_composable
+        )
 
     def _order(self, stretch: Stretch) -> tuple[int, int]:
         return len(stretch.lead), len(stretch.tokens)

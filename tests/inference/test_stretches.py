@@ -40,6 +40,29 @@ def test_chunks_of_stretches_equal_those_of_the_whole_documents(options, monkeyp
             torch.testing.assert_close(torch.stack([c.landmark for c in chunks]), expected.landmarks[0], **EXACT)
 
 
+@pytest.mark.parametrize("options", sorted(MODEL_OPTIONS))
+def test_a_memory_of_documents_read_together_equals_one_of_documents_read_one_by_one(options, monkeypatch):
+    monkeypatch.setitem(stretches._TOKENS_AT_ONCE, "cpu", 90)
+    model = tiny_model(**MODEL_OPTIONS[options])
+    texts = [random_tokens(1, n, seed=n)[0].to(torch.int32) for n in (7, 61, model.config.chunk_size, 30, 1)]
+    one, other = model.memorize(texts), StretchReader(model).memory(texts)
+    assert (other.num_chunks, other.fingerprint, other.is_composable) == (
+        one.num_chunks,
+        one.fingerprint,
+        one.is_composable,
+    )
+    for name in ("lengths", "segments", "ends"):
+        assert torch.equal(getattr(one, name), getattr(other, name)) and getattr(other, name).dtype == torch.int32
+    used = torch.arange(one.chunk_size) < one.lengths[0, :, None]  # what lies behind a short chunk is read by none
+    for name in ("k", "v"):
+        mine, own = (getattr(each, name)[0].unflatten(0, (-1, one.chunk_size))[used] for each in (one, other))
+        torch.testing.assert_close(own, mine, **EXACT)
+    torch.testing.assert_close(other.landmarks, one.landmarks, **EXACT)
+    for mine, own in zip(one.documents, other.documents, strict=True):
+        assert torch.equal(mine.tokens, own.tokens)
+        assert (mine.first_chunk, mine.num_chunks, mine.is_open) == (own.first_chunk, own.num_chunks, own.is_open)
+
+
 def test_a_lead_that_was_read_is_not_read_again(monkeypatch):
     model = tiny_model()
     size, reach = model.config.chunk_size, model.config.lower_reach
