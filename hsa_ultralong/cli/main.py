@@ -38,12 +38,13 @@ from hsa_ultralong.cli import (
     serve,
     train,
     tune,
+    write,
 )
 from hsa_ultralong.cli.common import collect_rarely
 from hsa_ultralong.cli.terminal import LogFormatter, echo, one_line
 
 COMMANDS = (
-    quickstart, memorize, ask, chat, memory, serve, generate, data, train, average, convert, compact, tune, plot,
+    quickstart, memorize, ask, chat, memory, serve, generate, data, write, train, average, convert, compact, tune, plot,
     plan, evaluate, compare, bench,
 )  # fmt: skip
 

@@ -32,6 +32,11 @@ Questions = Annotated[
     typer.Option("--questions", help="Questions over passages, for recipes that ask them; SQuAD's form, or NQ's."),
 ]
 
+Sentences = Annotated[
+    list[Path] | None,
+    typer.Option("--sentences", help="Their answers in a sentence, of `hsa write sentences`; with p_sentence."),
+]
+
 Chats = Annotated[
     list[str] | None,
     typer.Option(
@@ -84,6 +89,7 @@ def train(
         Path | None, typer.Option(help="At the end, also of --max-minutes: write what was learnt, at most 32 MiB.")
     ] = None,
     questions: Questions = None,
+    sentences: Sentences = None,
     freeze_memory: Annotated[
         bool,
         typer.Option(
@@ -121,6 +127,7 @@ def train(
     config = apply_overrides(config, assignments or [])
     config.freeze_memory |= freeze_memory
     config.questions += [str(path) for path in questions or []]
+    config.sentences += [str(path) for path in sentences or []]
     if any("chat" in stage.mixture for stage in config.stages):
         config.chats, chat = [*config.chats, *(chat or [])], None
     run = output or Path("runs") / "-".join(filter(None, (recipe, config.twin)))
@@ -321,6 +328,7 @@ def _probe(shards: Any, tokens: Any, config: TrainConfig, place: Any) -> Any:
             chunk_size=size,
             kind=config.probe_kind,
             questions=config.questions,
+            says_short=any(stage.data_options.get("p_sentence") for stage in config.stages),
             families=config.probe_families,
         )
     except ValueError as error:

@@ -73,6 +73,7 @@ def check_start(config: TrainConfig, start: Start) -> None:
     if config.old_rate != 1 and not config.fresh:
         raise ValueError(f"old_rate needs --init-from with a folder of hsa convert (its {CONVERSION}); set old_rate=1")
     _check_questions(config)
+    _check_sentences(config)
     _check_chats(config)
     if start.from_difference is not None:
         _, conversion = read_difference(start.from_difference)
@@ -99,6 +100,25 @@ def _check_questions(config: TrainConfig) -> None:
         raise ValueError(f"--questions goes with rows of {' or '.join(sorted(WITH_QUESTIONS))}, which no stage has")
     for path in config.questions:
         read_questions(Path(path))
+
+
+def _check_sentences(config: TrainConfig) -> None:
+    from hsa_ultralong.data.mixture import WITH_QUESTIONS
+    from hsa_ultralong.data.questions import read_sentences
+
+    answering = [stage for stage in config.stages if stage.data_options.get("p_sentence")]
+    asking = [stage.name for stage in answering if WITH_QUESTIONS & set(stage.mixture)]
+    if config.sentences and not asking:
+        raise ValueError(
+            "--sentences goes with rows of questions of which some are answered in a sentence: give a stage p_sentence "
+            "in its data_options"
+        )
+    if asking and not config.sentences:
+        raise ValueError(
+            f"stage {asking[0]!r} answers in sentences: name files of them with --sentences FILE (hsa write sentences)"
+        )
+    if config.sentences and not read_sentences(config.sentences):
+        raise ValueError(f"{', '.join(config.sentences)}: no sentence")
 
 
 def _check_chats(config: TrainConfig) -> None:

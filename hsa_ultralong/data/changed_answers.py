@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TypeVar, cast
 
 import numpy as np
+
+# a question, its answer, and more that is told of it
+Asked = TypeVar("Asked", bound=tuple[str, ...])
 
 # small words that names hold
 _SMALL = {"of", "the", "and", "de", "von", "van", "la", "le", "al", "di", "da", "&"}
@@ -29,9 +33,9 @@ def is_name(answer: str) -> bool:
 
 
 def change_answers(
-    rng: np.random.Generator, text: str, pairs: Sequence[tuple[str, str]], names: Sequence[str], probability: float
-) -> tuple[str, list[tuple[str, str]]]:
-    """The passage and its (question, answer) pairs, each answer replaced everywhere with this probability: digits by
+    rng: np.random.Generator, text: str, pairs: Sequence[Asked], names: Sequence[str], probability: float
+) -> tuple[str, list[Asked]]:
+    """The passage and its (question, answer, ...), each answer replaced everywhere with this probability: digits by
     digits, a name by another one of as many words.
 
     Answers of other forms stay, those that do not stand in the passage, and those that hold or overlap another one.
@@ -41,7 +45,7 @@ def change_answers(
         answer = found[number][1]
         other = _another(rng, answer, names) if rng.random() < probability else ""
         place = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)")
-        inside = any(one != answer and one.lower() in answer.lower() for _, one in found)
+        inside = any(one[1] != answer and one[1].lower() in answer.lower() for one in found)
         if not other or inside or other.lower() in text.lower() or not place.search(text):
             continue
         # every other occurrence must change as well
@@ -51,12 +55,10 @@ def change_answers(
         def swap(part: str, place: re.Pattern[str] = place, other: str = other) -> str:
             return place.sub(lambda _: other, part)
 
-        changed = [(swap(question), swap(told)) for question, told in found]
+        changed = [cast(Asked, tuple(map(swap, one))) for one in found]
         lower, after = text.lower(), swap(text).lower()
         # an answer that overlaps it would be told no longer
-        if all(
-            was.lower() not in lower or now.lower() in after for (_, was), (_, now) in zip(found, changed, strict=True)
-        ):
+        if all(was[1].lower() not in lower or now[1].lower() in after for was, now in zip(found, changed, strict=True)):
             text, found = swap(text), changed
     return text, found
 

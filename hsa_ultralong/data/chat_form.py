@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.tokenizer import PieceTokenizer
 
+# what a question in the form of chat says where answers in a sentence are taught and this one is a short one
+IN_A_FEW_WORDS = "Answer in a few words."
 _MARK, _SYSTEM_MARK = "QUESTIONMARKER", "SYSTEMMARKER"
 
 
@@ -127,16 +129,43 @@ def plain_turn(tokenizer: PieceTokenizer, question: str, answer: str) -> Turn:
     return Turn(head, tokenizer.encode_text(f" {answer}\n"), [])
 
 
+def asked_as(
+    rng: np.random.Generator, question: str, answer: str, sentence: str, p_sentence: float, says_short: bool
+) -> tuple[str, str]:
+    """A question in the form of chat with its answer: the sentence, if there is one, with this probability; else the
+    short one, which is asked for where sentences are taught."""
+    if sentence and p_sentence and rng.random() < p_sentence:
+        return question, sentence
+    return (f"{question} {IN_A_FEW_WORDS}" if says_short or p_sentence else question), answer
+
+
 class Asker:
     """Makes the turns of one row, all in one form: plain with this probability, or as chat, half of these begun with
-    the template's system message."""
+    the template's system message.
+
+    p_sentence: of questions in the form of chat that have a sentence, it is the answer with this probability. All
+    others then ask for a few words, as they do with `says_short`.
+    """
 
     def __init__(
-        self, rng: np.random.Generator, tokenizer: PieceTokenizer, form: ChatForm, plain_fraction: float
+        self,
+        rng: np.random.Generator,
+        tokenizer: PieceTokenizer,
+        form: ChatForm,
+        plain_fraction: float,
+        p_sentence: float = 0.0,
+        says_short: bool = False,
     ) -> None:
         self._tokenizer, self._form = tokenizer, form
+        self._rng, self._p_sentence, self._says_short = rng, p_sentence, says_short
         self._is_plain = bool(rng.random() < plain_fraction)
         self._begin = (form.opening, form.first)[int(rng.integers(2))]
+
+    def choose(self, question: str, answer: str, sentence: str) -> tuple[str, str]:
+        """A question as the row asks it, and what is answered: `answer` or the sentence."""
+        if self._is_plain:
+            return question, answer
+        return asked_as(self._rng, question, answer, sentence, self._p_sentence, self._says_short)
 
     def __call__(self, question: str, answer: str, *, begins: bool, follows_text: bool = False) -> Turn:
         """begins: the turn is the first of its document. follows_text: it follows a text, without a line break."""

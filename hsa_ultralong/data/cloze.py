@@ -13,7 +13,7 @@ import numpy as np
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
 _EDGES = " \t.,;:!?\"'()[]{}“”‘’*_-"
 # what an answer neither begins nor ends with
-_FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
         """
@@ -52,7 +52,7 @@ def cloze(rng: np.random.Generator, text: str) -> tuple[str, str] | None:
         span = words[start : start + length]
         answer = " ".join(span).strip(_EDGES)
         ends = {span[0].lower().strip(_EDGES), span[-1].lower().strip(_EDGES)}
-        if len(answer) < 2 or "" in ends or ends & _FUNCTION_WORDS or _BREAK.search(answer):
+        if len(answer) < 2 or "" in ends or ends & FUNCTION_WORDS or _BREAK.search(answer):
             continue
         question = _question(rng, words, start, start + length)
         if lower.count(answer.lower()) == 1 and question and answer.lower() not in question.lower():

@@ -216,6 +216,12 @@ def sample_facts(rng: np.random.Generator, count: int, words: Sequence[str], p_h
     return list(found.values())
 
 
+def _as_sentence(statement: str) -> str:
+    """The statement, which answers its question; "" if it is no sentence, but a note."""
+    text = statement.strip()
+    return f"{text[:1].upper()}{text[1:]}" if text.endswith(".") and ": " not in text else ""
+
+
 def chat_facts_row(
     rng: np.random.Generator,
     layout: RowLayout,
@@ -231,7 +237,7 @@ def chat_facts_row(
         ValueError: a row too short for one fact and its question.
     """
     is_inline = bool(rng.random() < 0.5)
-    asker = Asker(rng, tokenizer, form, PLAIN_FRACTION)
+    asker = Asker(rng, tokenizer, form, PLAIN_FRACTION, options.p_sentence, options.says_short)
     asked: list[Turn] = []
     for _ in range(_TRIES):  # the longest facts do not fit into the shortest rows
         facts = sample_facts(rng, int(rng.integers(1, options.max_needles + 1)), words, options.p_hard)
@@ -239,7 +245,8 @@ def chat_facts_row(
         room = layout.seq_len // 2
         for number, fact in enumerate(facts[: options.max_questions]):
             begins = number == 0
-            turn = asker(fact.question, fact.answer, begins=begins and not is_inline, follows_text=begins and is_inline)
+            question, said = asker.choose(fact.question, fact.answer, _as_sentence(fact.statement))
+            turn = asker(question, said, begins=begins and not is_inline, follows_text=begins and is_inline)
             room -= turn.size + len(tokenizer.encode(fact.statement))
             if room < 0:
                 break

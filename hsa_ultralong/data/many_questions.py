@@ -28,14 +28,19 @@ _LEAST_ASKING = 128
 _TEXT_TOKENS = 96, 240
 
 
+# a question, its answer, and this in a sentence or ""
+Pair = tuple[str, str, str]
+
+
 @dataclass
 class _Held:
-    """A passage of the row: tokens (n,), and where each stands in the text; its (question, answer) pairs."""
+    """A passage of the row: tokens (n,), and where each stands in the text; its questions as (question, what is
+    answered, the short answer in it)."""
 
     text: str
     tokens: np.ndarray
     offsets: np.ndarray
-    pairs: list[tuple[str, str]]
+    pairs: list[Pair]
 
 
 @dataclass
@@ -66,7 +71,7 @@ def many_questions_row(
         ValueError: a row too short for a passage and its question.
     """
     size = layout.chunk_size
-    asker = Asker(rng, tokenizer, form, PLAIN_FRACTION)
+    asker = Asker(rng, tokenizer, form, PLAIN_FRACTION, options.p_sentence, options.says_short)
     together = 1 if rng.random() < _ALONE else _TOGETHER
     held = _passages(rng, layout, sampler, asker, bank, options, together)
     documents = _documents(_order(rng, held), held, asker, together)
@@ -114,7 +119,7 @@ def _passages(
     # several passages are asked about, however short the row
     most = max(asking // 3, _LEAST_ASKING)
     while misses < _MAX_MISSES and min(room, asking) >= size // 2:
-        passage, pairs, p_cloze = -1 - len(held), list[tuple[str, str]](), 1.0
+        passage, pairs, p_cloze = -1 - len(held), list[Pair](), 1.0
         if rng.random() < options.p_text:
             text = bank.decode(sampler.slice(rng, int(rng.integers(*_TEXT_TOKENS))))
         else:
@@ -126,14 +131,15 @@ def _passages(
         pairs = _with_clozes(rng, text, pairs, options.questions_per_passage, p_cloze)
         tokens, offsets = bank.encode(text)
         left = min(asking, room - _cost(len(tokens), size), most)
-        fitting, used = list[tuple[str, str]](), 0
+        fitting, used = list[Pair](), 0
         for pair in pairs:
             # a share of the document's last, unfilled chunk comes on top
-            turn = asker(*pair, begins=together == 1).size
+            question, said = asker.choose(*pair)
+            turn = asker(question, said, begins=together == 1).size
             more = _cost(turn, size) if together == 1 else turn + (size + turn) // together
             if used + more <= left:
                 used += more
-                fitting.append(pair)
+                fitting.append((question, said, pair[1]))
         if not fitting:
             misses += 1
             continue
@@ -145,40 +151,43 @@ def _passages(
 
 def _asked(
     rng: np.random.Generator, bank: QuestionBank, passage: int, options: NeedleOptions
-) -> tuple[str, list[tuple[str, str]]]:
+) -> tuple[str, list[Pair]]:
     """A passage, as it is or with changed answers, and different questions of people about it that it answers."""
     about, text = bank.about[passage], bank.texts[passage]
     lower = text.lower()
-    told_here: dict[str, list[str]] = {}
+    told_here: dict[str, tuple[list[str], str]] = {}
     for one in (about[i] for i in rng.permutation(len(about)).tolist()):
         if answers := [answer for answer in one.answers if answer.lower() in lower]:
-            told_here.setdefault(one.text, answers)
+            told_here.setdefault(one.text, (answers, one.sentence))
     different = list(told_here.items())[: options.questions_per_passage]
-    pairs = [(question, answers[int(rng.integers(len(answers)))]) for question, answers in different]
-    return change_answers(rng, text, pairs, bank.names, options.p_changed) if options.p_changed else (text, pairs)
+    pairs = [(question, answers[int(rng.integers(len(answers)))], said) for question, (answers, said) in different]
+    if options.p_changed:
+        text, pairs = change_answers(rng, text, pairs, bank.names, options.p_changed)
+    # a sentence that names the answer otherwise has not changed with it
+    return text, [(asked, short, said if short.lower() in said.lower() else "") for asked, short, said in pairs]
 
 
-def _with_clozes(
-    rng: np.random.Generator, text: str, pairs: list[tuple[str, str]], count: int, p_cloze: float
-) -> list[tuple[str, str]]:
+def _with_clozes(rng: np.random.Generator, text: str, pairs: list[Pair], count: int, p_cloze: float) -> list[Pair]:
     """At most `count` different questions about a passage: each a cloze with this probability, else one of `pairs`,
     while there are any."""
-    found: dict[str, str] = {}
+    found: dict[str, Pair] = {}
     people = list(pairs)
     for _ in range(count):
+        pair: Pair | None = None
         if rng.random() < p_cloze:
-            pair = cloze(rng, text)
-        else:
-            pair = people.pop(0) if people else None
+            made = cloze(rng, text)
+            pair = None if made is None else (*made, "")
+        elif people:
+            pair = people.pop(0)
         if pair is not None:
-            found.setdefault(*pair)
-    return list(found.items())
+            found.setdefault(pair[0], pair)
+    return list(found.values())
 
 
-def _order(rng: np.random.Generator, held: dict[int, _Held]) -> list[tuple[int, tuple[str, str]]]:
+def _order(rng: np.random.Generator, held: dict[int, _Held]) -> list[tuple[int, Pair]]:
     """(passage, pair) in random order, no two of one passage in turn; what is left of the last passage is not asked."""
     left = {passage: list(one.pairs) for passage, one in held.items()}
-    order: list[tuple[int, tuple[str, str]]] = []
+    order: list[tuple[int, Pair]] = []
     while True:
         others = [passage for passage, pairs in left.items() if pairs and (not order or passage != order[-1][0])]
         if not others:
@@ -188,16 +197,14 @@ def _order(rng: np.random.Generator, held: dict[int, _Held]) -> list[tuple[int, 
         order.append((passage, left[passage].pop()))
 
 
-def _documents(
-    order: list[tuple[int, tuple[str, str]]], held: dict[int, _Held], asker: Asker, together: int
-) -> list[_Document]:
+def _documents(order: list[tuple[int, Pair]], held: dict[int, _Held], asker: Asker, together: int) -> list[_Document]:
     """The questions in this order, so many in a document."""
     documents: list[_Document] = []
-    for number, (passage, (question, answer)) in enumerate(order):
+    for number, (passage, (question, said, answer)) in enumerate(order):
         if number % together == 0:
             documents.append(_Document())
         document = documents[-1]
-        turn = asker(question, answer, begins=number % together == 0)
+        turn = asker(question, said, begins=number % together == 0)
         first = len(document.tokens) + len(turn.head)
         document.answers.append((first, first + len(turn.answer)))
         document.told.append((passage, *told(held[passage].text, held[passage].offsets, answer)))

@@ -57,6 +57,8 @@ _WITH_WORDS = {
 _NATURAL = {"text", "documents", "sft", "chat", "passage_questions", "passage_chat"}
 # Kinds that need files of questions.
 WITH_QUESTIONS = {"passage_questions", "passage_chat"}
+# Kinds whose questions may be answered in a sentence.
+_ANSWERED = {"chat_facts", *WITH_QUESTIONS}
 # Kinds that take no text of the shards.
 _WITHOUT_TEXT = {"sft", "passage_chat", "chat"}
 ROW_KINDS: tuple[str, ...] = tuple(_MIN_CHUNKS)
@@ -85,7 +87,11 @@ class MixtureConfig:
         p_changed: probability that an answer of such a row, if it is a name or holds a number, is another one there.
         p_cloze: probability that a question of such a row is a sentence of its passage with a gap.
         p_text: probability that a passage of such a row is text of the shards, asked about by such sentences only.
-        questions: files of questions over passages, for the kinds passage_questions and passage_chat.
+        p_sentence: probability that a question of passage_questions, passage_chat and chat_facts that is asked in the
+            form of chat, and has an answer in a sentence, has this one; all others of that form then end with "Answer
+            in a few words.". says_short: they do, without sentences.
+        questions: files of questions over passages, for the kinds passage_questions and passage_chat. sentences: files
+            of their answers in a sentence.
         chats: files of conversations, for the kind chat.
         family: of facts, prompts and lists: one family alone, for probes ("" = all).
 
@@ -108,7 +114,10 @@ class MixtureConfig:
     p_changed: float = 0.0
     p_cloze: float = 0.0
     p_text: float = 0.0
+    p_sentence: float = 0.0
+    says_short: bool = False
     questions: Sequence[str] = ()
+    sentences: Sequence[str] = ()
     chats: Sequence[str] = ()
     family: str = ""
 
@@ -143,7 +152,9 @@ class MixtureConfig:
         is_default = all(getattr(self, name) == getattr(type(self), name) for name in of_passages)
         if not self.questions_per_passage and not is_default:
             raise ValueError(f"{', '.join(of_passages)} go with questions_per_passage above 0")
-        for name in ("p_hard", "inline_fraction", *of_passages):
+        if self.p_sentence and not _ANSWERED & set(self.weights):
+            raise ValueError(f"p_sentence goes with rows of {', '.join(sorted(_ANSWERED))}, and there are none")
+        for name in ("p_hard", "inline_fraction", "p_sentence", *of_passages):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
@@ -165,6 +176,8 @@ class MixtureConfig:
             p_changed=self.p_changed,
             p_cloze=self.p_cloze,
             p_text=self.p_text,
+            p_sentence=self.p_sentence,
+            says_short=self.says_short,
         )
 
 
@@ -224,7 +237,8 @@ class MixtureDataset(Dataset[Row]):
         self._chats = open_conversations(tuple(config.chats), split) if "chat" in config.weights else []
         self._bank: QuestionBank | None = None
         if WITH_QUESTIONS & set(config.weights):
-            self._bank = open_questions(tuple(config.questions), tokenizer, split)
+            sentences = tuple(config.sentences) if config.p_sentence else ()
+            self._bank = open_questions(tuple(config.questions), tokenizer, split, sentences)
         self._kinds = tuple(config.weights)
         self._bounds = np.cumsum([config.weights[kind] for kind in self._kinds])
         # One row of each kind, so that a mixture that cannot work fails here and not in a worker.
@@ -250,7 +264,7 @@ class MixtureDataset(Dataset[Row]):
             return chat_row(rng, self._layout, self._pieces, self._chats, self._form)
         if kind == "passage_chat":
             assert self._bank is not None and self._form is not None
-            return passage_chat_row(rng, self._layout, self._pieces, self._bank, self._form)
+            return passage_chat_row(rng, self._layout, self._pieces, self._bank, self._form, self._options)
         assert self._sampler is not None
         if kind == "text":
             return text_row(rng, self._layout, self._sampler)

@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from hsa_ultralong.data.changed_answers import is_name
-from hsa_ultralong.data.chat_form import Asker, ChatForm, Turn, plain_turn
+from hsa_ultralong.data.chat_form import Asker, ChatForm, Turn, asked_as, plain_turn
 from hsa_ultralong.data.passages import Passages, evaluation_passages, passage_id, read_nq, read_squad
 from hsa_ultralong.data.rows import NeedleOptions, Row, RowLayout, RowWriter, round_up
 from hsa_ultralong.data.sampler import DocumentSampler
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.data.tokenizer import PieceTokenizer, plain_backend, special_token_ids
+from hsa_ultralong.files.strict_json import parse_lines
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +37,20 @@ _VALIDATION = 7
 
 
 class Asked(NamedTuple):
-    """A question with its answers, the number of its passage and those of passages of the same article."""
+    """A question with its answers, the number of its passage and those of passages of the same article; an answer in a
+    sentence, "" if there is none."""
 
     text: str
     answers: tuple[str, ...]
     passage: int
     near: tuple[int, ...]
+    sentence: str = ""
 
 
 class QuestionBank:
     """Questions of one split of some files, and their passages as tokens.
+
+    sentences: files of answers in a sentence (`hsa write sentences`). A passage that stands in several files is one.
 
     Attributes:
         passages: tokens (n,) int32 of each. questions: those of the split. texts: the passages. about: the questions of
@@ -55,22 +60,25 @@ class QuestionBank:
         ValueError: a file of another form, or no question is left.
     """
 
-    def __init__(self, paths: Sequence[str], tokenizer: PreTrainedTokenizerFast, split: str) -> None:
-        self.texts: list[str] = []
+    def __init__(
+        self, paths: Sequence[str], tokenizer: PreTrainedTokenizerFast, split: str, sentences: Sequence[str] = ()
+    ) -> None:
         self.questions: list[Asked] = []
-        kept, dropped, is_held_out = evaluation_passages(), 0, split == "validation"
+        kept, dropped, is_validation = evaluation_passages(), 0, split == "validation"
+        answered, numbers = read_sentences(sentences), dict[str, int]()
         for path in paths:
             found = read_questions(Path(path))
-            first = len(self.texts)
-            self.texts += found.texts
+            places = [numbers.setdefault(text, len(numbers)) for text in found.texts]
             names = [passage_id(text) for text in found.texts]
-            own = [name not in kept and (int(name, 16) % _VALIDATION == 0) == is_held_out for name in names]
+            own = [name not in kept and is_held_out(name) == is_validation for name in names]
             for question in found.questions:
                 (gold,) = question.gold
                 dropped += names[gold] in kept
                 if own[gold] and question.answers:
-                    near = tuple(first + other for other in question.near if own[other])
-                    self.questions.append(Asked(question.text, question.answers, first + gold, near))
+                    near = tuple(places[other] for other in question.near if own[other])
+                    sentence = answered.get((names[gold], question.text), "")
+                    self.questions.append(Asked(question.text, question.answers, places[gold], near, sentence))
+        self.texts = list(numbers)
         if not self.questions:
             raise ValueError(
                 f"{', '.join(map(str, paths))}: no question is left for the {split} split, {dropped} are about "
@@ -84,6 +92,8 @@ class QuestionBank:
         for asked in self.questions:
             self.about.setdefault(asked.passage, []).append(asked)
         self.names = sorted({answer for asked in self.questions for answer in asked.answers if is_name(answer)})
+        if answered and not is_validation and not any(asked.sentence for asked in self.questions):
+            raise ValueError(f"{', '.join(map(str, sentences))}: no sentence answers any of these questions")
         logger.info("%d questions of the %s split; %d are kept for evaluation", len(self.questions), split, dropped)
 
     def told(self, question: Asked, answer: str) -> tuple[int, int]:
@@ -127,12 +137,36 @@ def read_questions(path: Path) -> Passages:
     return found
 
 
+def is_held_out(name: str) -> bool:
+    """Whether the passage of this name (`passage_id`) is of the validation split."""
+    return int(name, 16) % _VALIDATION == 0
+
+
+def read_sentences(paths: Sequence[str]) -> dict[tuple[str, str], str]:
+    """Answers in a sentence by the name of the passage and the question, of files of `hsa write sentences`.
+
+    Raises:
+        ValueError: a file of another form.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for path in paths:
+        for row in parse_lines(Path(path).read_bytes(), Path(path)):
+            fields = [row.get(name) for name in ("passage", "question", "sentence")]
+            if not all(isinstance(field, str) and field.strip() for field in fields):
+                raise ValueError(f"{path} is no file of hsa write sentences: passage, question and sentence are wanted")
+            passage, question, sentence = map(str, fields)
+            found[passage, question] = sentence.strip()
+    return found
+
+
 @lru_cache(maxsize=4)
-def open_questions(paths: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, split: str) -> QuestionBank:
+def open_questions(
+    paths: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, split: str, sentences: tuple[str, ...] = ()
+) -> QuestionBank:
     """The bank of these files, read once in a process."""
     if not paths:
         raise ValueError("rows of passage_questions and passage_chat need files of questions: --questions FILE")
-    return QuestionBank(paths, tokenizer, split)
+    return QuestionBank(paths, tokenizer, split, sentences)
 
 
 def passage_questions_row(
@@ -155,14 +189,15 @@ def passage_questions_row(
     def cost(tokens: int) -> int:
         return round_up(tokens + 2, size)
 
-    asker, is_conversation = Asker(rng, tokenizer, form, PLAIN_FRACTION), bool(rng.random() < _CONVERSATION)
+    asker = Asker(rng, tokenizer, form, PLAIN_FRACTION, options.p_sentence, options.says_short)
+    is_conversation = bool(rng.random() < _CONVERSATION)
     asked: list[tuple[Asked, str, Turn]] = []
     held: dict[int, None] = {}
     room, misses, wanted = layout.seq_len, 0, int(rng.integers(1, options.max_questions + 1))
     while len(asked) < wanted and misses < _MAX_MISSES:
         question = bank.questions[int(rng.integers(len(bank.questions)))]
         answer = question.answers[int(rng.integers(len(question.answers)))]
-        turn = asker(question.text, answer, begins=not (asked and is_conversation))
+        turn = asker(*asker.choose(question.text, answer, question.sentence), begins=not (asked and is_conversation))
         used = cost(turn.size) + (0 if question.passage in held else cost(len(bank.passages[question.passage])))
         if used > room:
             misses += 1
@@ -214,7 +249,12 @@ def _ask(
 
 
 def passage_chat_row(
-    rng: np.random.Generator, layout: RowLayout, tokenizer: PieceTokenizer, bank: QuestionBank, form: ChatForm
+    rng: np.random.Generator,
+    layout: RowLayout,
+    tokenizer: PieceTokenizer,
+    bank: QuestionBank,
+    form: ChatForm,
+    options: NeedleOptions | None = None,
 ) -> Row:
     """Passages each with a question in one document, the loss on the answers only, packed until eight in turn do not
     fit; none sees another.
@@ -222,6 +262,7 @@ def passage_chat_row(
     Raises:
         ValueError: rows too short for any.
     """
+    p_sentence, says_short = (options.p_sentence, options.says_short) if options else (0.0, False)
     writer, misses = RowWriter(layout), 0
     gap = tokenizer.encode_text("\n\n")
     while misses < _MAX_MISSES and writer.room > 0:
@@ -233,7 +274,8 @@ def passage_chat_row(
             head = [*passage, *turn.head]
         else:
             opening = form.opening if rng.random() < 0.5 else form.first
-            turn = form.turn(tokenizer, tokenizer.encode_text(question.text), answer, [])
+            text, answer = asked_as(rng, question.text, answer, question.sentence, p_sentence, says_short)
+            turn = form.turn(tokenizer, tokenizer.encode_text(text), answer, [])
             head = [*opening, *passage, *turn.head]
         if len(head) + len(turn.answer) + 1 > writer.room:
             misses += 1

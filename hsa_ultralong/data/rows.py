@@ -170,7 +170,8 @@ class NeedleOptions:
         inline_fraction: share of rows whose questions end the haystack's last document instead of being documents.
         max_haystack_documents: half of the haystacks are one document, the others 2..max_haystack_documents.
         questions_per_passage: above 0, rows of passage_questions ask so many at most about each passage, and at most
-            question_share of the row are questions (many_questions.py). p_changed, p_cloze, p_text: see MixtureConfig.
+            question_share of the row are questions (many_questions.py). p_changed, p_cloze, p_text, p_sentence,
+            says_short: see MixtureConfig.
     """
 
     max_needles: int
@@ -183,6 +184,8 @@ class NeedleOptions:
     p_changed: float = 0.0
     p_cloze: float = 0.0
     p_text: float = 0.0
+    p_sentence: float = 0.0
+    says_short: bool = False
 
 
 def needles_row(

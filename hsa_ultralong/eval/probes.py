@@ -56,12 +56,15 @@ def needle_probe(
     kind: str = "needles",
     questions: Sequence[str] = (),
     families: Sequence[str] = (),
+    says_short: bool = False,
 ) -> Callable[[Any, int], dict[str, Any]]:
     """A probe for train.Trainer: held-out documents, at most `rows` rows of the length asked for and of a kind
     that asks (`needles`, `chat_facts`, `facts`, with files of questions `passage_questions`); what it returns includes
     the statistics of their retrieval.
 
     families: "kind" or "kind/family" (data.mixture.FORM_FAMILIES), whose accuracy is measured apart, "family/NAME".
+
+    says_short: short answers are asked for, as in training beside answers in a sentence.
 
     Raises:
         ValueError: rows of one of `lengths`, with chunks of `chunk_size`, cannot be made; else the probe raises it.
@@ -71,6 +74,7 @@ def needle_probe(
     def rows_of(name: str, length: int, chunk_size: int) -> MixtureDataset:
         base, _, family = name.partition("/")
         options: dict[str, Any] = {"seed": 1, "family": family, "questions": questions}
+        options["says_short"] = says_short
         config = MixtureConfig(weights={base: 1.0}, seq_len=length, chunk_size=chunk_size, **options)
         return MixtureDataset(shards, tokenizer, config, split="validation")
 

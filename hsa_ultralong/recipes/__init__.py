@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from hsa_ultralong.recipes.convert import (
     convert_align,
+    convert_answers,
     convert_long,
     convert_memory,
     convert_questions,
@@ -45,6 +46,7 @@ _ALL: tuple[Callable[[], TrainConfig], ...] = (
     convert_sft,
     convert_smol,
     convert_questions,
+    convert_answers,
     debug,
     debug_stages,
 )

@@ -149,6 +149,34 @@ def convert_questions() -> TrainConfig:
     return replace(config, lora_rank=16, old_rate=1.0, probe_families=("chat_facts",))
 
 
+def convert_answers() -> TrainConfig:
+    """`hsa train convert_answers --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --questions
+    own-questions.json --sentences sentences.jsonl --chat own-chat.jsonl --init-from models/smol --from-difference
+    questions.safetensors --teacher smol.gguf --device cuda -o runs/answers --export-difference answers.safetensors`,
+    after convert_questions, with what `hsa write` made of the source.
+
+    Half of the rows are text and the source's own conversations, at two fifths of the rate of the stages before and
+    twice the weight of the divergence, to bring language back; half of the questions that are asked as chat are
+    answered in a sentence, the others say "Answer in a few words.". 44M tokens, 13 minutes of one H200 at the speed
+    that convert_questions had. Not run yet.
+    """
+    mixture = {
+        "text": 0.35, "chat": 0.15, "passage_questions": 0.3, "passage_chat": 0.05, "chat_facts": 0.1, "span_copy": 0.05
+    }  # fmt: skip
+    stages = [
+        _stage("answer", 4096, 32_000_000, 2e-4, mixture, window=512),
+        _stage("pool", 8192, 12_000_000, 2e-4, mixture, window=512, schedule="linear"),
+    ]
+    for stage in stages:
+        stage.batch_tokens, stage.evidence_loss, stage.chunk_topk, stage.divergence = 32_768, 0.2, 64, 2.0
+        stage.data_options |= {"questions_per_passage": 6, "p_changed": 0.5, "p_cloze": 0.5, "p_text": 0.3}
+        stage.data_options["p_sentence"] = 0.5
+    stages[1].batch_tokens, stages[1].pool_memory = 65_536, "attended"
+    config = _run(stages, "passage_questions", (4096, 16_384))
+    config.parallel.checkpointing_tokens = 2 * _CHECKPOINTING_TOKENS
+    return replace(config, lora_rank=16, old_rate=1.0, probe_families=("chat_facts",))
+
+
 def _asking(
     name: str, seq_len: int, tokens: int, rate: float, *, window: int, evidence: float, p_cloze: float, p_text: float
 ) -> StageConfig:

@@ -37,6 +37,7 @@ def stage_mixture(config: TrainConfig, index: int, chunk_size: int) -> MixtureCo
             seed=config.seed + 1000 * index,
             long_documents=stage.long_documents,
             questions=config.questions,
+            sentences=config.sentences,
             chats=config.chats,
             **stage.data_options,
         )

@@ -238,8 +238,8 @@ class TrainConfig:
         checkpoint_minutes: wall-clock minutes between checkpoints. keep_checkpoints: older ones are deleted; 0 writes
             none, for trying things on a large model: such a run cannot be resumed.
         log_every, probe_every: optimiser steps.
-        questions: files of questions over passages, for the rows passage_questions and passage_chat. chats: files of
-            conversations, for the rows chat.
+        questions: files of questions over passages, for the rows passage_questions and passage_chat. sentences: files
+            of their answers in a sentence, for stages with p_sentence. chats: files of conversations, for rows chat.
         probe_rows: held-out synthetic rows per in-training needle probe.
         probe_kind: kind of these rows. probe_lengths: lengths in tokens that are probed besides the stage's own.
         probe_families: what is probed apart besides, "kind" or "kind/family" such as "facts/similar" or "lists/pairs"
@@ -273,6 +273,7 @@ class TrainConfig:
     log_every: int = 20
     probe_every: int = 250
     questions: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
     chats: list[str] = field(default_factory=list)
     probe_rows: int = 32
     probe_kind: str = "needles"

@@ -7,12 +7,11 @@ sample. `exact` asks for the whole answer.
 from __future__ import annotations
 
 import re
-import string
-from collections import Counter
 from collections.abc import Callable, Sequence
 
+from hsa_ultralong.data.answer_words import contains, f1, normalised
+
 _CONTROL = re.compile(r"[\x00-\x1f]")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def match_all(answer: str, references: Sequence[str]) -> float:
@@ -57,36 +56,9 @@ def _stands(reference: str, answer: str) -> bool:
     return re.search(_BEFORE + re.escape(reference) + _BEHIND, answer) is not None
 
 
-def normalised(text: str) -> str:
-    """SQuAD's normal form: lower case, no punctuation, no articles, single blanks."""
-    bare = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
-
-
 def exact_match(answer: str, references: Sequence[str]) -> float:
     """SQuAD's EM: equal in normal form to one of the references."""
     return float(any(normalised(answer) == normalised(reference) for reference in references))
-
-
-def f1(answer: str, references: Sequence[str]) -> float:
-    """SQuAD's F1: overlap of words in normal form, the best over the references."""
-    return max(_overlap(normalised(answer).split(), normalised(reference).split()) for reference in references)
-
-
-def _overlap(answer: list[str], reference: list[str]) -> float:
-    if not answer or not reference:
-        return float(answer == reference)
-    common = sum((Counter(answer) & Counter(reference)).values())
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(answer), common / len(reference)
-    return 2 * precision * recall / (precision + recall)
-
-
-def contains(answer: str, references: Sequence[str]) -> float:
-    """1 if one of the references occurs in the answer as whole words, both in normal form."""
-    text = f" {normalised(answer)} "
-    return float(any(f" {normalised(reference)} " in text for reference in references))
 
 
 def in_order(answer: str, references: Sequence[str]) -> float:

@@ -1,0 +1,258 @@
+"""What a converted model's source writes for its training: answers in conversations, answers in a sentence, questions.
+
+Each function takes prompts in rounds to a `Scribe` (train/writing.py), keeps what passes, and counts why the rest was
+dropped. Passages that evaluation asks about, and those of the validation split, are left out. Called by cli/write.py;
+tests/data/test_self_written.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from hsa_ultralong.data.answer_words import contains, f1, normalised
+from hsa_ultralong.data.chat import ASSISTANT, SYSTEM, USER
+from hsa_ultralong.data.chat_form import IN_A_FEW_WORDS
+from hsa_ultralong.data.cloze import FUNCTION_WORDS
+from hsa_ultralong.data.passages import passage_id
+
+Messages = list[dict[str, str]]
+CONVERSATIONS, SENTENCES, QUESTIONS = "chat", "sentences", "questions"
+KINDS = (CONVERSATIONS, SENTENCES, QUESTIONS)
+
+
+class Prompt(NamedTuple):
+    """What the source is asked: messages, or a text to go on with; and how its answer begins."""
+
+    asked: str | Sequence[Mapping[str, str]]
+    begin: str = ""
+
+
+class Said(NamedTuple):
+    """An answer with its beginning; is_whole: the source ended it, not the bound."""
+
+    text: str
+    is_whole: bool
+
+
+class Scribe(Protocol):
+    """Answers prompts; `name` is that of the round. `size`: tokens of a prompt."""
+
+    def ask(self, name: str, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Said]: ...
+
+    def size(self, prompt: Prompt) -> int: ...
+
+
+@dataclass(frozen=True)
+class Told:
+    """A passage, what it is called (an article or a document), and with sentences a question with its answers."""
+
+    text: str
+    title: str
+    question: str = ""
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """turns: of a conversation; conversation: its tokens; answer: tokens of an answer in one; per_passage: questions
+    about a passage; seed: which."""
+
+    turns: int = 3
+    conversation: int = 1024
+    answer: int = 192
+    per_passage: int = 3
+    seed: int = 0
+
+
+def write_conversations(
+    scribe: Scribe, conversations: Sequence[Messages], bounds: Bounds
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The users' words of each conversation, answered by the source turn by turn; its other answers are not seen.
+
+    A conversation ends before a turn that would make it longer than the bound, and before an answer that is cut off,
+    empty, or says one thing over and over. It is kept with one answer.
+    """
+    said: list[Messages] = [messages[: messages[0]["role"] == SYSTEM] for messages in conversations]
+    asked = [[one for one in messages if one["role"] == USER] for messages in conversations]
+    going, dropped = list(range(len(conversations))), Counter[str]()
+    for turn in range(bounds.turns):
+        going = [i for i in going if turn < len(asked[i])]
+        prompts = {i: Prompt([*said[i], asked[i][turn]]) for i in going}
+        fits = {i: scribe.size(prompts[i]) + bounds.answer <= bounds.conversation for i in going}
+        going = [i for i in going if fits[i]]
+        answers = scribe.ask(f"turn {turn}", [prompts[i] for i in going], bounds.answer)
+        still: list[int] = []
+        for i, answer in zip(going, answers, strict=True):
+            if why := _why_no_answer(answer):
+                dropped[why] += not any(one["role"] == ASSISTANT for one in said[i])
+                continue
+            said[i] += [asked[i][turn], {"role": ASSISTANT, "content": answer.text.strip()}]
+            still.append(i)
+        dropped["longer than the bound"] += sum(not fit and turn == 0 for fit in fits.values())
+        going = still
+    kept = [{"messages": messages} for messages in said if messages and messages[-1]["role"] == ASSISTANT]
+    return kept, +dropped
+
+
+def _why_no_answer(answer: Said) -> str:
+    words = answer.text.split()
+    if not words:
+        return "empty"
+    if not answer.is_whole:
+        return "cut off"
+    return "repeats" if len(words) > 30 and len({*zip(words, words[1:], words[2:])}) < 0.6 * (len(words) - 2) else ""
+
+
+_ENDS = re.compile(r"(?<=[a-z0-9)%][a-z0-9)%])[.!?][\"”')]?\s+(?=[\"“A-Z])")
+_LEAST_WORDS, _MOST_WORDS = 4, 40
+
+
+def is_sentence(text: str) -> bool:
+    """One sentence of 4 to 40 words, as far as its marks show."""
+    text = text.strip()
+    return (
+        _LEAST_WORDS <= len(text.split()) <= _MOST_WORDS
+        and bool(re.search(r"[.!?][\"”')]?\Z", text))
+        and "\n" not in text
+        and not _ENDS.search(text)
+        and not re.match(r"(?i)(short )?(answer|question|sentence)\s*:", text)
+    )
+
+
+def write_sentences(scribe: Scribe, told: Sequence[Told]) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """One sentence that answers each question, the passage in the prompt; where it does not hold an answer, asked once
+    more with the answer. Kept: one sentence that holds an answer and more words than it."""
+    dropped, kept = Counter[str](), dict[int, dict[str, Any]]()
+    for name, ask in (("sentence", _ask_sentence), ("told", _ask_told)):
+        open_ = [i for i in range(len(told)) if i not in kept]
+        dropped.clear()
+        for i, said in zip(open_, scribe.ask(name, [ask(told[i]) for i in open_], 64), strict=True):
+            text = said.text.strip().split("\n")[0].strip()
+            held = [answer for answer in told[i].answers if contains(text, [answer])]
+            if not said.is_whole and "\n" not in said.text.strip():
+                dropped["cut off"] += 1
+            elif not is_sentence(text):
+                dropped["no one sentence"] += 1
+            elif not held:
+                dropped["without an answer"] += 1
+            elif len(text.split()) < len(max(held, key=len).split()) + 2:
+                dropped["no more than the answer"] += 1
+            else:
+                kept[i] = {
+                    "passage": passage_id(told[i].text), "question": told[i].question, "sentence": text,
+                    "with_answer": name == "told",
+                }  # fmt: skip
+    return [kept[i] for i in sorted(kept)], dropped
+
+
+def _ask_sentence(one: Told) -> Prompt:
+    return Prompt(_user(f"{one.text}\n\n{one.question} Answer in one complete sentence."))
+
+
+def _ask_told(one: Told) -> Prompt:
+    answer = one.answers[0]
+    asked = f"Question: {one.question}\nAnswer: {answer}\n\nWrite this answer as one complete sentence with the words"
+    return Prompt(_user(f'{one.text}\n\n{asked} "{answer}".'))
+
+
+# how a question may begin; each passage is asked several
+BEGINNINGS = ("What", "Who", "When", "Where", "Which", "How many", "How", "Why", "In what", "What is the name of")
+_LEAST_QUESTION, _MOST_QUESTION, _MOST_ANSWER = 4, 25, 8
+_SAME = 0.6
+
+
+def write_questions(scribe: Scribe, told: Sequence[Told], bounds: Bounds) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Questions that the source asks about each passage, each of another beginning, with the answer that it finds.
+
+    Kept: the answer stands in the passage, has 1 to 8 words and is not in the question, half of the question's content
+    words are in the passage, and asked again in another form the source gives the same answer (an F1 of 0.6).
+
+    Returns:
+        passages with their questions, for `as_squad`, and why questions were dropped.
+    """
+    dropped = Counter[str]()
+    tries = [(one, begin) for one in told for begin in _beginnings(one, bounds)]
+    prompts = [Prompt(_user(f"{one.text}\n\nWrite one short question that this text answers."), b) for one, b in tries]
+    asked: dict[tuple[str, str], Told] = {}
+    for (one, _), said in zip(tries, scribe.ask("ask", prompts, 32), strict=True):
+        question = said.text.strip().split("\n")[0]
+        question = f"{question.split('?')[0].strip()}?" if "?" in question else ""
+        if why := _why_no_question(question, one.text):
+            dropped[why] += 1
+        elif (one.text, question.lower()) in asked:
+            dropped["asked twice"] += 1
+        else:
+            asked[one.text, question.lower()] = Told(one.text, one.title, question)
+    found: list[Told] = []
+    prompts = [Prompt(_user(f"{one.text}\n\n{one.question} {IN_A_FEW_WORDS}")) for one in asked.values()]
+    for one, said in zip(asked.values(), scribe.ask("answer", prompts, 24), strict=True):
+        answer, why = _in_passage(said, one)
+        if why:
+            dropped[why] += 1
+        else:
+            found.append(Told(one.text, one.title, one.question, (answer,)))
+    kept: list[dict[str, Any]] = []
+    prompts = [Prompt(f"{one.text}\n\nQuestion: {one.question}\nAnswer:") for one in found]
+    for one, said in zip(found, scribe.ask("again", prompts, 24), strict=True):
+        if f1(said.text.strip().split("\n")[0], one.answers) < _SAME:
+            dropped["another answer when asked again"] += 1
+        else:
+            kept.append({"title": one.title, "context": one.text, "question": one.question, "answer": one.answers[0]})
+    return kept, dropped
+
+
+def _beginnings(one: Told, bounds: Bounds) -> list[str]:
+    """Different ones, the same for a passage whatever stands beside it."""
+    name = int(passage_id(one.text), 16)
+    order = np.random.default_rng([bounds.seed, name]).permutation(len(BEGINNINGS))
+    return [BEGINNINGS[i] for i in order[: bounds.per_passage]]
+
+
+def _content(text: str) -> set[str]:
+    return set(normalised(text).split()) - FUNCTION_WORDS
+
+
+def _why_no_question(question: str, passage: str) -> str:
+    if not _LEAST_QUESTION <= len(question.split()) <= _MOST_QUESTION:
+        return "no question of 4 to 25 words"
+    asked = _content(question) - _content(" ".join(BEGINNINGS))
+    return "" if asked and len(asked & _content(passage)) >= 0.5 * len(asked) else "little of the passage in it"
+
+
+def _in_passage(said: Said, one: Told) -> tuple[str, str]:
+    """The answer as it stands in the passage, or why there is none."""
+    answer = said.text.strip().split("\n")[0].strip().strip('"“”*').rstrip(".").strip()
+    if not answer or len(answer.split()) > _MOST_ANSWER:
+        return "", "no answer of 1 to 8 words"
+    place = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", one.text, re.IGNORECASE)
+    if place is None:
+        return "", "the answer is not in the passage"
+    if contains(one.question, [answer]) or not _content(answer):
+        return "", "the answer is in the question"
+    return place.group(), ""
+
+
+def as_squad(kept: Sequence[Mapping[str, str]], version: str) -> dict[str, Any]:
+    """What `write_questions` kept in SQuAD's form."""
+    articles: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for one in kept:
+        asked = articles.setdefault(one["title"], {}).setdefault(one["context"], [])
+        name = hashlib.sha256(f"{one['context']}\n{one['question']}".encode()).hexdigest()[:16]
+        answer = {"text": one["answer"], "answer_start": one["context"].index(one["answer"])}
+        asked.append({"id": name, "question": one["question"], "answers": [answer]})
+    data = [
+        {"title": title, "paragraphs": [{"context": context, "qas": qas} for context, qas in passages.items()]}
+        for title, passages in articles.items()
+    ]
+    return {"version": version, "data": data}
+
+
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": USER, "content": text}]
