@@ -126,7 +126,7 @@ def _check(kind: Kind, given: dict[str, int | None]) -> None:
 
 
 def _beside(output: Path, suffix: str) -> Path:
-    return output.with_name(output.stem + suffix)
+    return output.with_name(output.name + suffix)
 
 
 def _items(kind: Kind, files: Sequence[Path]) -> list[Any]:

@@ -112,16 +112,98 @@ def _why_no_answer(answer: Said) -> str:
 
 _ENDS = re.compile(r"(?<=[a-z0-9)%][a-z0-9)%])[.!?][\"”')]?\s+(?=[\"“A-Z])")
 _LEAST_WORDS, _MOST_WORDS = 4, 40
+# a sentence has one of these, or a word in -ed, -es or -s
+_VERBS = frozenset(
+    [
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "am",
+        "has",
+        "have",
+        "had",
+        "do",
+        "does",
+        "did",
+        "can",
+        "could",
+        "will",
+        "would",
+        "may",
+        "might",
+        "must",
+        "shall",
+        "should",
+        "became",
+        "become",
+        "began",
+        "begun",
+        "brought",
+        "built",
+        "came",
+        "chose",
+        "did",
+        "drew",
+        "drove",
+        "ended",
+        "fell",
+        "felt",
+        "fought",
+        "found",
+        "gave",
+        "got",
+        "grew",
+        "held",
+        "kept",
+        "knew",
+        "lay",
+        "led",
+        "left",
+        "lost",
+        "made",
+        "meant",
+        "met",
+        "paid",
+        "ran",
+        "rose",
+        "said",
+        "sang",
+        "sat",
+        "saw",
+        "sent",
+        "set",
+        "sold",
+        "sought",
+        "spent",
+        "spoke",
+        "stood",
+        "struck",
+        "taught",
+        "thought",
+        "told",
+        "took",
+        "understood",
+        "went",
+        "won",
+        "wore",
+        "wrote",
+    ]
+)
+_VERB_END = re.compile(r"[a-z]{2,}(ed|es|s)\Z")
 
 
 def is_sentence(text: str) -> bool:
-    """One sentence of 4 to 40 words, as far as its marks show."""
+    """One sentence of 4 to 40 words with a verb, as far as its marks and the forms of its words show."""
     text = text.strip()
     return (
         _LEAST_WORDS <= len(text.split()) <= _MOST_WORDS
         and bool(re.search(r"[.!?][\"”')]?\Z", text))
         and "\n" not in text
         and not _ENDS.search(text)
+        and any(word in _VERBS or _VERB_END.match(word) for word in re.findall(r"[\w’']+", text)[1:])
         and not re.match(r"(?i)(short )?(answer|question|sentence)\s*:", text)
     )
 

@@ -34,7 +34,8 @@ class Partial:
         self.path, self.found = path, dict[str, Said]()
         wanted = json.loads(json.dumps(header))
         lines = read_regular(path, _LARGEST_PARTIAL).split(b"\n") if path.exists() else [b""]
-        if len(lines) > 1:
+        # lines[-1] is what stands behind the last line feed
+        if len(lines) > 2:
             self._read(lines, wanted)
         else:
             path.unlink(missing_ok=True)

@@ -66,6 +66,7 @@ def test_a_conversation_ends_before_what_is_too_long_cut_off_or_says_one_thing_o
         ("The mill was built in 1742. It ground barley.", False),
         ("The mill was built in 1742", False),
         ("In 1742.", False),
+        ("Sierra Nevada Brewing Company in Asheville, North Carolina, in January 2012.", False),
         ("Answer: the mill was built in 1742.", False),
         ("The mill was built\nin 1742.", False),
         (" ".join(["word"] * 50) + ".", False),
