@@ -1,4 +1,4 @@
-"""A source answers in batches as it does alone, goes on after a kill, and `hsa write` leaves files that training reads."""
+"""A source answers in batches as alone and goes on after a kill; `hsa write` leaves files that training reads."""
 
 import json
 
