@@ -118,8 +118,8 @@ _VERBS = frozenset(
         r"\w+",
         """
     is are was were be been am has have had do does did can could will would may might must shall should became become
-    began begun brought built came chose did drew drove ended fell felt fought found gave got grew held kept knew lay led
-    left lost made meant met paid ran rose said sang sat saw sent set sold sought spent spoke stood struck taught thought
+    began begun brought built came chose did drew drove ended felt fought found gave got grew held kept knew lay led
+    left lost made meant met paid ran rose said sat saw sent set sold sought spent spoke stood struck taught thought
     told took understood went won wore wrote
     """,
     )
