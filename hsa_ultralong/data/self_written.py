@@ -140,20 +140,25 @@ def is_sentence(text: str) -> bool:
     )
 
 
+def first_sentence(text: str) -> str:
+    """That of the first line, as far as its marks show."""
+    line = text.strip().split("\n")[0].strip()
+    end = _ENDS.search(line)
+    return line[: end.end()].strip() if end else line
+
+
 def write_sentences(scribe: Scribe, told: Sequence[Told]) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """One sentence that answers each question, the passage in the prompt; where it does not hold an answer, asked once
-    more with the answer. Kept: one sentence that holds an answer and more words than it."""
+    """A sentence that answers each question, the passage in the prompt: the first of what is said. Where that is none
+    or does not hold an answer, it is asked once more with the answer. Kept: one that holds an answer and more words."""
     dropped, kept = Counter[str](), dict[int, dict[str, Any]]()
     for name, ask in (("sentence", _ask_sentence), ("told", _ask_told)):
         open_ = [i for i in range(len(told)) if i not in kept]
         dropped.clear()
         for i, said in zip(open_, scribe.ask(name, [ask(told[i]) for i in open_], 64), strict=True):
-            text = said.text.strip().split("\n")[0].strip()
+            text = first_sentence(said.text)
             held = [answer for answer in told[i].answers if contains(text, [answer])]
-            if not said.is_whole and "\n" not in said.text.strip():
-                dropped["cut off"] += 1
-            elif not is_sentence(text):
-                dropped["no one sentence"] += 1
+            if not is_sentence(text):
+                dropped["cut off" if not said.is_whole and text == said.text.strip() else "no one sentence"] += 1
             elif not held:
                 dropped["without an answer"] += 1
             elif len(text.split()) < len(max(held, key=len).split()) + 2:

@@ -76,6 +76,13 @@ def test_what_one_sentence_is(text, is_one):
     assert is_sentence(text) is is_one
 
 
+@pytest.mark.parametrize("rest", ["", " It ground barley", "\nIt ground", " Later 12. It"])
+def test_of_several_sentences_the_first_counts(rest):
+    told = [Told(PASSAGE, "", "Who built it?", ("Anna Melk",))]
+    kept, _ = write_sentences(Fake(lambda name, prompt: Said(f"Anna Melk built the mill.{rest}", not rest)), told)
+    assert [one["sentence"] for one in kept] == ["Anna Melk built the mill."]
+
+
 def test_a_sentence_holds_an_answer_and_is_asked_for_again_with_it():
     told = [Told(PASSAGE, "", f"{who} built the mill?", ("Anna Melk",)) for who in ("Who", "Which person", "What man")]
     replies = {
