@@ -134,7 +134,7 @@ def test_hsa_write_makes_conversations_and_says_what_it_kept(source, tmp_path, m
     assert meta["kept"] == len(found) and meta["kept"] + sum(meta["dropped"].values()) == meta["asked"]
     assert all(talk[0]["content"].startswith("Say") and talk[1]["content"] != "no" for talk in found)
     assert meta["source"]["model.safetensors"]["sha256"] and meta["metadata"]["commit"]
-    assert sorted(path.name for path in out.parent.iterdir()) == ["own.jsonl", "own.meta.json"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["own.jsonl", "own.jsonl.meta.json"]
     again = run(*words)
     assert again.exit_code == 2 and "exists already" in again.output
 
