@@ -161,7 +161,7 @@ def _writer(
     from hsa_ultralong.files.checksum import file_record
     from hsa_ultralong.inference.prompts import has_chat_template, prompt_ids
     from hsa_ultralong.models.convert import SOURCES
-    from hsa_ultralong.train.writing import Partial, Writer
+    from hsa_ultralong.train.writing import Partial, SourceWriter
 
     quiet_transformers()
     found = open_source(source)
@@ -183,7 +183,7 @@ def _writer(
     ends = {tokenizer.eos_token_id, *ChatForm.of(tokenizer).after[:1]}
     own = model.generation_config.eos_token_id
     ends |= set(own if isinstance(own, list) else [] if own is None else [own])
-    yield Writer(
+    yield SourceWriter(
         model, tokenizer, prompt_ids, sorted(ends), partial, batch_tokens=batch_tokens,
         temperature=options["temperature"], seed=options["seed"], on_answers=bar.show,
     ), header  # fmt: skip

@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 import numpy as np
 
 # a question, its answer, and more that is told of it
-Asked = TypeVar("Asked", bound=tuple[str, ...])
+_Asked = TypeVar("_Asked", bound=tuple[str, ...])
 
 # small words that names hold
 _SMALL = {"of", "the", "and", "de", "von", "van", "la", "le", "al", "di", "da", "&"}
@@ -33,8 +33,8 @@ def is_name(answer: str) -> bool:
 
 
 def change_answers(
-    rng: np.random.Generator, text: str, pairs: Sequence[Asked], names: Sequence[str], probability: float
-) -> tuple[str, list[Asked]]:
+    rng: np.random.Generator, text: str, pairs: Sequence[_Asked], names: Sequence[str], probability: float
+) -> tuple[str, list[_Asked]]:
     """The passage and its (question, answer, ...), each answer replaced everywhere with this probability: digits by
     digits, a name by another one of as many words.
 
@@ -55,7 +55,7 @@ def change_answers(
         def swap(part: str, place: re.Pattern[str] = place, other: str = other) -> str:
             return place.sub(lambda _: other, part)
 
-        changed = [cast(Asked, tuple(map(swap, one))) for one in found]
+        changed = [cast(_Asked, tuple(map(swap, one))) for one in found]
         lower, after = text.lower(), swap(text).lower()
         # an answer that overlaps it would be told no longer
         if all(was[1].lower() not in lower or now[1].lower() in after for was, now in zip(found, changed, strict=True)):

@@ -29,7 +29,7 @@ _TEXT_TOKENS = 96, 240
 
 
 # a question, its answer, and this in a sentence or ""
-Pair = tuple[str, str, str]
+_Pair = tuple[str, str, str]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class _Held:
     text: str
     tokens: np.ndarray
     offsets: np.ndarray
-    pairs: list[Pair]
+    pairs: list[_Pair]
 
 
 @dataclass
@@ -119,7 +119,7 @@ def _passages(
     # several passages are asked about, however short the row
     most = max(asking // 3, _LEAST_ASKING)
     while misses < _MAX_MISSES and min(room, asking) >= size // 2:
-        passage, pairs, p_cloze = -1 - len(held), list[Pair](), 1.0
+        passage, pairs, p_cloze = -1 - len(held), list[_Pair](), 1.0
         if rng.random() < options.p_text:
             text = bank.decode(sampler.slice(rng, int(rng.integers(*_TEXT_TOKENS))))
         else:
@@ -131,7 +131,7 @@ def _passages(
         pairs = _with_clozes(rng, text, pairs, options.questions_per_passage, p_cloze)
         tokens, offsets = bank.encode(text)
         left = min(asking, room - _cost(len(tokens), size), most)
-        fitting, used = list[Pair](), 0
+        fitting, used = list[_Pair](), 0
         for pair in pairs:
             # a share of the document's last, unfilled chunk comes on top
             question, said = asker.choose(*pair)
@@ -151,7 +151,7 @@ def _passages(
 
 def _asked(
     rng: np.random.Generator, bank: QuestionBank, passage: int, options: NeedleOptions
-) -> tuple[str, list[Pair]]:
+) -> tuple[str, list[_Pair]]:
     """A passage, as it is or with changed answers, and different questions of people about it that it answers."""
     about, text = bank.about[passage], bank.texts[passage]
     lower = text.lower()
@@ -167,13 +167,13 @@ def _asked(
     return text, [(asked, short, said if short.lower() in said.lower() else "") for asked, short, said in pairs]
 
 
-def _with_clozes(rng: np.random.Generator, text: str, pairs: list[Pair], count: int, p_cloze: float) -> list[Pair]:
+def _with_clozes(rng: np.random.Generator, text: str, pairs: list[_Pair], count: int, p_cloze: float) -> list[_Pair]:
     """At most `count` different questions about a passage: each a cloze with this probability, else one of `pairs`,
     while there are any."""
-    found: dict[str, Pair] = {}
+    found: dict[str, _Pair] = {}
     people = list(pairs)
     for _ in range(count):
-        pair: Pair | None = None
+        pair: _Pair | None = None
         if rng.random() < p_cloze:
             made = cloze(rng, text)
             pair = None if made is None else (*made, "")
@@ -184,10 +184,10 @@ def _with_clozes(rng: np.random.Generator, text: str, pairs: list[Pair], count: 
     return list(found.values())
 
 
-def _order(rng: np.random.Generator, held: dict[int, _Held]) -> list[tuple[int, Pair]]:
+def _order(rng: np.random.Generator, held: dict[int, _Held]) -> list[tuple[int, _Pair]]:
     """(passage, pair) in random order, no two of one passage in turn; what is left of the last passage is not asked."""
     left = {passage: list(one.pairs) for passage, one in held.items()}
-    order: list[tuple[int, Pair]] = []
+    order: list[tuple[int, _Pair]] = []
     while True:
         others = [passage for passage, pairs in left.items() if pairs and (not order or passage != order[-1][0])]
         if not others:
@@ -197,7 +197,7 @@ def _order(rng: np.random.Generator, held: dict[int, _Held]) -> list[tuple[int, 
         order.append((passage, left[passage].pop()))
 
 
-def _documents(order: list[tuple[int, Pair]], held: dict[int, _Held], asker: Asker, together: int) -> list[_Document]:
+def _documents(order: list[tuple[int, _Pair]], held: dict[int, _Held], asker: Asker, together: int) -> list[_Document]:
     """The questions in this order, so many in a document."""
     documents: list[_Document] = []
     for number, (passage, (question, said, answer)) in enumerate(order):

@@ -20,14 +20,14 @@ from hsa_ultralong.data.answer_words import contains, f1, normalised
 from hsa_ultralong.data.chat import ASSISTANT, SYSTEM, USER
 from hsa_ultralong.data.chat_form import IN_A_FEW_WORDS
 from hsa_ultralong.data.cloze import FUNCTION_WORDS
+from hsa_ultralong.data.conversations import Messages
 from hsa_ultralong.data.passages import passage_id
 
-Messages = list[dict[str, str]]
 CONVERSATIONS, SENTENCES, QUESTIONS = "chat", "sentences", "questions"
 KINDS = (CONVERSATIONS, SENTENCES, QUESTIONS)
 
 
-class Prompt(NamedTuple):
+class SourcePrompt(NamedTuple):
     """What the source is asked: messages, or a text to go on with; and how its answer begins."""
 
     asked: str | Sequence[Mapping[str, str]]
@@ -44,13 +44,13 @@ class Said(NamedTuple):
 class Scribe(Protocol):
     """Answers prompts; `name` is that of the round. `size`: tokens of a prompt."""
 
-    def ask(self, name: str, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Said]: ...
+    def ask(self, name: str, prompts: Sequence[SourcePrompt], max_new_tokens: int) -> list[Said]: ...
 
-    def size(self, prompt: Prompt) -> int: ...
+    def size(self, prompt: SourcePrompt) -> int: ...
 
 
 @dataclass(frozen=True)
-class Told:
+class AskedPassage:
     """A passage, what it is called (an article or a document), and with sentences a question with its answers."""
 
     text: str
@@ -84,7 +84,7 @@ def write_conversations(
     going, dropped = list(range(len(conversations))), Counter[str]()
     for turn in range(bounds.turns):
         going = [i for i in going if turn < len(asked[i])]
-        prompts = {i: Prompt([*said[i], asked[i][turn]]) for i in going}
+        prompts = {i: SourcePrompt([*said[i], asked[i][turn]]) for i in going}
         fits = {i: scribe.size(prompts[i]) + bounds.answer <= bounds.conversation for i in going}
         going = [i for i in going if fits[i]]
         answers = scribe.ask(f"turn {turn}", [prompts[i] for i in going], bounds.answer)
@@ -147,7 +147,7 @@ def first_sentence(text: str) -> str:
     return line[: end.end()].strip() if end else line
 
 
-def write_sentences(scribe: Scribe, told: Sequence[Told]) -> tuple[list[dict[str, Any]], Counter[str]]:
+def write_sentences(scribe: Scribe, told: Sequence[AskedPassage]) -> tuple[list[dict[str, Any]], Counter[str]]:
     """A sentence that answers each question, the passage in the prompt: the first of what is said. Where that is none
     or does not hold an answer, it is asked once more with the answer. Kept: one that holds an answer and more words."""
     dropped, kept = Counter[str](), dict[int, dict[str, Any]]()
@@ -171,23 +171,27 @@ def write_sentences(scribe: Scribe, told: Sequence[Told]) -> tuple[list[dict[str
     return [kept[i] for i in sorted(kept)], dropped
 
 
-def _ask_sentence(one: Told) -> Prompt:
-    return Prompt(_user(f"{one.text}\n\n{one.question} Answer in one complete sentence."))
+def _ask_sentence(one: AskedPassage) -> SourcePrompt:
+    return SourcePrompt(_user(f"{one.text}\n\n{one.question} Answer in one complete sentence."))
 
 
-def _ask_told(one: Told) -> Prompt:
+def _ask_told(one: AskedPassage) -> SourcePrompt:
     answer = one.answers[0]
     asked = f"Question: {one.question}\nAnswer: {answer}\n\nWrite this answer as one complete sentence with the words"
-    return Prompt(_user(f'{one.text}\n\n{asked} "{answer}".'))
+    return SourcePrompt(_user(f'{one.text}\n\n{asked} "{answer}".'))
 
 
 # how a question may begin; each passage is asked several
 BEGINNINGS = ("What", "Who", "When", "Where", "Which", "How many", "How", "Why", "In what", "What is the name of")
 _LEAST_QUESTION, _MOST_QUESTION, _MOST_ANSWER = 4, 25, 8
 _SAME = 0.6
+# words of a question that asks about the text itself, or repeats what the source was told
+_OF_THE_TEXT = {"text", "passage", "question", "article", "author"}
 
 
-def write_questions(scribe: Scribe, told: Sequence[Told], bounds: Bounds) -> tuple[list[dict[str, Any]], Counter[str]]:
+def write_questions(
+    scribe: Scribe, told: Sequence[AskedPassage], bounds: Bounds
+) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Questions that the source asks about each passage, each of another beginning, with the answer that it finds.
 
     Kept: the answer stands in the passage, has 1 to 8 words and is not in the question, half of the question's content
@@ -198,8 +202,10 @@ def write_questions(scribe: Scribe, told: Sequence[Told], bounds: Bounds) -> tup
     """
     dropped = Counter[str]()
     tries = [(one, begin) for one in told for begin in _beginnings(one, bounds)]
-    prompts = [Prompt(_user(f"{one.text}\n\nWrite one short question that this text answers."), b) for one, b in tries]
-    asked: dict[tuple[str, str], Told] = {}
+    prompts = [
+        SourcePrompt(_user(f"{one.text}\n\nWrite one short question that this text answers."), b) for one, b in tries
+    ]
+    asked: dict[tuple[str, str], AskedPassage] = {}
     for (one, _), said in zip(tries, scribe.ask("ask", prompts, 32), strict=True):
         question = said.text.strip().split("\n")[0]
         question = f"{question.split('?')[0].strip()}?" if "?" in question else ""
@@ -208,17 +214,17 @@ def write_questions(scribe: Scribe, told: Sequence[Told], bounds: Bounds) -> tup
         elif (one.text, question.lower()) in asked:
             dropped["asked twice"] += 1
         else:
-            asked[one.text, question.lower()] = Told(one.text, one.title, question)
-    found: list[Told] = []
-    prompts = [Prompt(_user(f"{one.text}\n\n{one.question} {IN_A_FEW_WORDS}")) for one in asked.values()]
+            asked[one.text, question.lower()] = AskedPassage(one.text, one.title, question)
+    found: list[AskedPassage] = []
+    prompts = [SourcePrompt(_user(f"{one.text}\n\n{one.question} {IN_A_FEW_WORDS}")) for one in asked.values()]
     for one, said in zip(asked.values(), scribe.ask("answer", prompts, 24), strict=True):
         answer, why = _in_passage(said, one)
         if why:
             dropped[why] += 1
         else:
-            found.append(Told(one.text, one.title, one.question, (answer,)))
+            found.append(AskedPassage(one.text, one.title, one.question, (answer,)))
     kept: list[dict[str, Any]] = []
-    prompts = [Prompt(f"{one.text}\n\nQuestion: {one.question}\nAnswer:") for one in found]
+    prompts = [SourcePrompt(f"{one.text}\n\nQuestion: {one.question}\nAnswer:") for one in found]
     for one, said in zip(found, scribe.ask("again", prompts, 24), strict=True):
         if f1(said.text.strip().split("\n")[0], one.answers) < _SAME:
             dropped["another answer when asked again"] += 1
@@ -227,7 +233,7 @@ def write_questions(scribe: Scribe, told: Sequence[Told], bounds: Bounds) -> tup
     return kept, dropped
 
 
-def _beginnings(one: Told, bounds: Bounds) -> list[str]:
+def _beginnings(one: AskedPassage, bounds: Bounds) -> list[str]:
     """Different ones, the same for a passage whatever stands beside it."""
     name = int(passage_id(one.text), 16)
     order = np.random.default_rng([bounds.seed, name]).permutation(len(BEGINNINGS))
@@ -241,11 +247,13 @@ def _content(text: str) -> set[str]:
 def _why_no_question(question: str, passage: str) -> str:
     if not _LEAST_QUESTION <= len(question.split()) <= _MOST_QUESTION:
         return "no question of 4 to 25 words"
+    if (set(normalised(question).split()) & _OF_THE_TEXT) - set(normalised(passage).split()):
+        return "about the text, not what it tells"
     asked = _content(question) - _content(" ".join(BEGINNINGS))
     return "" if asked and len(asked & _content(passage)) >= 0.5 * len(asked) else "little of the passage in it"
 
 
-def _in_passage(said: Said, one: Told) -> tuple[str, str]:
+def _in_passage(said: Said, one: AskedPassage) -> tuple[str, str]:
     """The answer as it stands in the passage, or why there is none."""
     answer = said.text.strip().split("\n")[0].strip().strip('"“”*').rstrip(".").strip()
     if not answer or len(answer.split()) > _MOST_ANSWER:

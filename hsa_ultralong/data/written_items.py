@@ -13,7 +13,7 @@ from pathlib import Path
 from hsa_ultralong.data.inputs import Spool, source_files
 from hsa_ultralong.data.passages import Passages, evaluation_passages, passage_id
 from hsa_ultralong.data.questions import is_held_out, read_questions
-from hsa_ultralong.data.self_written import Told
+from hsa_ultralong.data.self_written import AskedPassage
 from hsa_ultralong.data.sources import read_sources
 
 # words of a passage cut out of text
@@ -21,41 +21,41 @@ _LEAST_WORDS, _MOST_WORDS = 50, 130
 _SENTENCE = re.compile(r"(?<=[.!?][\"”’')])\s+|(?<=[.!?])\s+")
 
 
-def questions_of(files: Sequence[Path]) -> list[Told]:
+def questions_of(files: Sequence[Path]) -> list[AskedPassage]:
     """The questions of some files that have an answer, each with its passage.
 
     Raises:
         ValueError: a file of another form, or none is left.
     """
-    found: dict[tuple[str, str], Told] = {}
+    found: dict[tuple[str, str], AskedPassage] = {}
     for file in files:
         read = read_questions(file)
         for question in read.questions:
             (gold,) = question.gold
             if question.answers and _may_be_trained(read.texts[gold]):
                 text = read.texts[gold]
-                found.setdefault((text, question.text), Told(text, "", question.text, question.answers))
+                found.setdefault((text, question.text), AskedPassage(text, "", question.text, question.answers))
     return _some(list(found.values()), files)
 
 
-def passages_of(files: Sequence[Path]) -> list[Told]:
+def passages_of(files: Sequence[Path]) -> list[AskedPassage]:
     """The passages of files of questions, and those of 50 to 130 words that texts are cut into.
 
     Raises:
         ValueError: a file that cannot be read, or none is left.
     """
-    found: dict[str, Told] = {}
+    found: dict[str, AskedPassage] = {}
     for file in files:
         if file.name.removesuffix(".gz").endswith((".json", ".jsonl")):
             read = read_questions(file)
             for text, title in zip(read.texts, _titles(read, file.name), strict=True):
-                found.setdefault(text, Told(text, title))
+                found.setdefault(text, AskedPassage(text, title))
             continue
         with Spool() as spool:
             for one in source_files([file], spool=spool):
                 for number, document in enumerate(read_sources(one)):
                     for text in cut(document.text):
-                        found.setdefault(text, Told(text, f"{one.name} {number}"))
+                        found.setdefault(text, AskedPassage(text, f"{one.name} {number}"))
     return _some([one for text, one in found.items() if _may_be_trained(text)], files)
 
 
@@ -64,7 +64,7 @@ def _may_be_trained(text: str) -> bool:
     return name not in evaluation_passages() and not is_held_out(name)
 
 
-def _some(found: list[Told], files: Sequence[Path]) -> list[Told]:
+def _some(found: list[AskedPassage], files: Sequence[Path]) -> list[AskedPassage]:
     if not found:
         raise ValueError(f"{', '.join(map(str, files))}: no passage is left that may be trained on")
     return found

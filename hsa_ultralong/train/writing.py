@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.data.self_written import Prompt, Said
+from hsa_ultralong.data.self_written import Said, SourcePrompt
 from hsa_ultralong.files.regular import append_text, read_regular
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Partial:
         self.found |= answers
 
 
-class Writer:
+class SourceWriter:
     """A `Scribe` (data/self_written.py) by a transformer.
 
     Args:
@@ -96,15 +96,15 @@ class Writer:
         self.path, self.portion = partial.path, 0
         self.num_prompts = self.num_read = self.num_written = 0
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: SourcePrompt) -> list[int]:
         begin = self._tokenizer(prompt.begin, add_special_tokens=False)["input_ids"] if prompt.begin else []
         return [*self._prompt_ids(self._tokenizer, prompt.asked), *begin]
 
-    def size(self, prompt: Prompt) -> int:
+    def size(self, prompt: SourcePrompt) -> int:
         """Tokens of a prompt."""
         return len(self._ids(prompt))
 
-    def ask(self, name: str, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Said]:
+    def ask(self, name: str, prompts: Sequence[SourcePrompt], max_new_tokens: int) -> list[Said]:
         """An answer to each prompt, those of similar length beside each other, the longest first.
 
         Raises:

@@ -9,9 +9,9 @@ from hsa_ultralong.data.conversations import read_conversations
 from hsa_ultralong.data.passages import evaluation_passages, passage_id, read_squad
 from hsa_ultralong.data.questions import is_held_out, read_sentences
 from hsa_ultralong.data.self_written import (
+    AskedPassage,
     Bounds,
     Said,
-    Told,
     as_squad,
     is_sentence,
     write_conversations,
@@ -78,13 +78,16 @@ def test_what_one_sentence_is(text, is_one):
 
 @pytest.mark.parametrize("rest", ["", " It ground barley", "\nIt ground", " Later 12. It"])
 def test_of_several_sentences_the_first_counts(rest):
-    told = [Told(PASSAGE, "", "Who built it?", ("Anna Melk",))]
+    told = [AskedPassage(PASSAGE, "", "Who built it?", ("Anna Melk",))]
     kept, _ = write_sentences(Fake(lambda name, prompt: Said(f"Anna Melk built the mill.{rest}", not rest)), told)
     assert [one["sentence"] for one in kept] == ["Anna Melk built the mill."]
 
 
 def test_a_sentence_holds_an_answer_and_is_asked_for_again_with_it():
-    told = [Told(PASSAGE, "", f"{who} built the mill?", ("Anna Melk",)) for who in ("Who", "Which person", "What man")]
+    told = [
+        AskedPassage(PASSAGE, "", f"{who} built the mill?", ("Anna Melk",))
+        for who in ("Who", "Which person", "What man")
+    ]
     replies = {
         "sentence": {"Who": "The mill was built by Anna Melk.", "Which": "Somebody built the mill.", "What": "No. No."},
         "told": {"Which": "It was Anna Melk who built it.", "What": "Anna Melk."},
@@ -108,6 +111,7 @@ def test_a_question_is_kept_if_its_answer_stands_in_the_passage_and_is_given_aga
         "not there": ("What did the mill in Tavora grind?", "wheat", "wheat"),
         "another": ("When was the Tavora mill built?", "1742", "the flood"),
         "inside": ("Who is Anna Melk of Tavora?", "Anna Melk", "Anna Melk"),
+        "text": ("Who built the mill in the text?", "Anna Melk", "Anna Melk"),
         "elsewhere": ("Who wrote seven blue novels?", "Anna Melk", "Anna Melk"),
         "long": ("What stands at Tavora valley?", PASSAGE, "x"),
     }
@@ -116,7 +120,7 @@ def test_a_question_is_kept_if_its_answer_stands_in_the_passage_and_is_given_aga
         def say(name, prompt, question=question, answer=answer, again=again):
             return {"ask": f"{question} More.", "answer": answer, "again": again}[name]
 
-        kept, dropped = write_questions(Fake(say), [Told(PASSAGE, "t")], Bounds(per_passage=1))
+        kept, dropped = write_questions(Fake(say), [AskedPassage(PASSAGE, "t")], Bounds(per_passage=1))
         assert len(kept) == (why == "first") and sum(dropped.values()) == (why != "first"), (why, dropped)
         if why == "first":
             assert kept == [{"title": "t", "context": PASSAGE, "question": question, "answer": "Anna Melk"}]
@@ -124,7 +128,7 @@ def test_a_question_is_kept_if_its_answer_stands_in_the_passage_and_is_given_aga
 
 def test_beginnings_of_a_passage_differ_and_the_same_question_counts_once():
     scribe = Fake(lambda name, prompt: "Who built the mill at Tavora?" if name == "ask" else "Anna Melk")
-    kept, dropped = write_questions(scribe, [Told(PASSAGE, "t")], Bounds(per_passage=4))
+    kept, dropped = write_questions(scribe, [AskedPassage(PASSAGE, "t")], Bounds(per_passage=4))
     assert len({prompt.begin for prompt in scribe.asked["ask"]}) == 4
     assert len(kept) == 1 and dropped == {"asked twice": 3}
 

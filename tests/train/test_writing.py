@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.data.conversations import read_conversations
-from hsa_ultralong.data.self_written import Prompt, Said
+from hsa_ultralong.data.self_written import Said, SourcePrompt
 from hsa_ultralong.inference.prompts import prompt_ids
-from hsa_ultralong.train.writing import Partial, Writer
+from hsa_ultralong.train.writing import Partial, SourceWriter
 
 PROMPTS = [
-    Prompt("The mill"),
-    Prompt("Somebody built the mill of Tavora long ago", " and"),
-    Prompt("It ground barley for"),
+    SourcePrompt("The mill"),
+    SourcePrompt("Somebody built the mill of Tavora long ago", " and"),
+    SourcePrompt("It ground barley for"),
 ]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -37,7 +37,7 @@ def model(shards_folder):
 def writer(model, tokenizer, path, header=None, **options):
     partial = Partial(path, header or {"kind": "test"})
     options = {"batch_tokens": 64, **options}
-    return Writer(model, tokenizer, prompt_ids, [tokenizer.eos_token_id], partial, **options)
+    return SourceWriter(model, tokenizer, prompt_ids, [tokenizer.eos_token_id], partial, **options)
 
 
 def test_a_batch_gives_the_answers_that_each_prompt_gets_alone(model, shards_folder, tmp_path):
@@ -58,7 +58,7 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(model, shards_folder
     again = writer(model, tokenizer, path)
     assert again.ask("r", PROMPTS, 6) == first and again.num_prompts == 1
     # another prompt in the place of one, and another portion, have no answer yet
-    again.ask("r", [Prompt("Nobody"), *PROMPTS[1:]], 6)
+    again.ask("r", [SourcePrompt("Nobody"), *PROMPTS[1:]], 6)
     assert again.num_prompts == 2
     again.portion = 1
     again.ask("r", PROMPTS, 6)
@@ -102,7 +102,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(model, shards_folder, t
 
 def test_a_prompt_that_the_source_cannot_read_is_refused(model, shards_folder, tmp_path):
     with pytest.raises(ValueError, match="the source reads at most"):
-        writer(model, shards_folder[1], tmp_path / "a").ask("r", [Prompt("mill " * 2000)], 8)
+        writer(model, shards_folder[1], tmp_path / "a").ask("r", [SourcePrompt("mill " * 2000)], 8)
 
 
 @pytest.fixture
