@@ -33,7 +33,7 @@ quickstart: $(CORE)
 
 test: lint
 	@echo "tests: everything that needs neither a GPU nor much time"
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -m "not gpu and not slow" -n $(TEST_WORKERS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -m "not gpu and not slow" -n $(TEST_WORKERS) --dist worksteal
 
 lint: $(DEV)
 	@echo "ruff: style and common mistakes"

@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.metadata import write_json
-from hsa_ultralong.eval.needles import wilson_interval
 from hsa_ultralong.eval.plots import read_jsonl
 from hsa_ultralong.eval.suite_summary import headlines
 from hsa_ultralong.files.strict_json import read_json

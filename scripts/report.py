@@ -20,7 +20,7 @@ import report_figures as shapes
 import report_targets as goals
 
 from hsa_ultralong.baselines.twins import rival_parameters
-from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, save, token_axis
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.strict_json import read_json

@@ -17,8 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.metadata import write_json
-from hsa_ultralong.eval.needles import wilson_interval
 from hsa_ultralong.eval.plots import human_tokens, plt, save
 from hsa_ultralong.eval.suite_summary import headlines
 from hsa_ultralong.files.durable import write_whole

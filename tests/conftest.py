@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 
@@ -18,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import functools
+from unittest.mock import patch
 
 import typer.testing
 from hypothesis import settings
@@ -30,9 +32,38 @@ settings.load_profile("tests")
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    # what has been imported stays: a third of a second for every full collection that looks at it again
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def unpainted():
+    """A context in which figures are made and not painted, which takes longer than most of what is tested: where they
+    would be lies a pixel."""
+    import matplotlib.figure
+    from PIL import Image
+
+    def pixel(figure, target, *, format, **_):
+        if format == "png":
+            Image.new("RGB", (1, 1)).save(target, "png")
+        else:
+            target.write(b"<svg/>")
+
+    return lambda: patch.object(matplotlib.figure.Figure, "savefig", pixel)
+
+
+@pytest.fixture
+def undrawn(unpainted):
+    """No figure of a test is painted."""
+    with unpainted():
+        yield
 
 
 @pytest.fixture(scope="session")

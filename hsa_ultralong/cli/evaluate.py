@@ -121,11 +121,14 @@ def _written(run: Any, source_tokens: int) -> Iterator[Callable[[Any], None]]:
     if run.records:
         echo(f"{run.folder} holds {len(run.records):,} sentences; going on", err=True)
     meta = {"dtype": run.settings["dtype"], "source_tokens": source_tokens, "settings": run.settings}
+    written = -1
 
     def keep(result: Any) -> None:
+        nonlocal written
         run.keep(result)
         if len(result.samples) == run.settings["samples"]:
             _write(run, meta)
+            written = len(run.records)
 
     try:
         yield keep
@@ -134,7 +137,7 @@ def _written(run: Any, source_tokens: int) -> Iterator[Callable[[Any], None]]:
             echo(f"cut off; the {len(run.records):,} sentences asked for so far are in {run.folder}", err=True)
         raise
     finally:
-        if run.records:
+        if run.records and len(run.records) != written:
             _write(run, meta)
 
 
@@ -194,7 +197,7 @@ def _print(study: Any, output: Path) -> None:
     from rich.table import Table
 
     from hsa_ultralong.cli.plan import format_count
-    from hsa_ultralong.eval.needles import wilson_interval
+    from hsa_ultralong.eval.intervals import wilson_interval
     from hsa_ultralong.eval.plots import human_tokens
 
     where = "behind" if study.results[0].task == "notes" else "in"

@@ -129,7 +129,7 @@ def _write(study: Any, output: Path, network: Any) -> None:
 def _finish(study: Any, output: Path, network: Any) -> None:
     from rich.table import Table
 
-    from hsa_ultralong.eval.needles import wilson_interval
+    from hsa_ultralong.eval.intervals import wilson_interval
     from hsa_ultralong.eval.plots import human_tokens
     from hsa_ultralong.inference.ask import unsure_weight
 

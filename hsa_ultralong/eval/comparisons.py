@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.plots import LOSS, MARKS, NEEDLES, plt, save, token_axis, training_panels
 from hsa_ultralong.eval.suite_summary import Records
 

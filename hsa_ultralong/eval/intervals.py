@@ -13,10 +13,18 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hsa_ultralong.eval.needles import wilson_interval
-
 REPEATS = 2000
 Scores: TypeAlias = npt.NDArray[np.float64]
+
+
+def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion."""
+    if total == 0:
+        return 0.0, 1.0
+    share = right / total
+    center = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 class Difference(NamedTuple):

@@ -7,7 +7,6 @@ docs/results.md). tests/eval/test_needles.py, test_haystack.py, test_notes.py.
 
 from __future__ import annotations
 
-import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -93,16 +92,6 @@ class NeedleStudy:
     seed: int
     peak_host_bytes: int = 0
     options: dict[str, Any] = field(default_factory=dict)
-
-
-def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95% Wilson score interval of a proportion."""
-    if total == 0:
-        return 0.0, 1.0
-    share = right / total
-    center = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def is_right(answered: str, expected: str) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.metadata import write_json
-from hsa_ultralong.eval.needles import LengthResult, NeedleSample, NeedleStudy, wilson_interval
+from hsa_ultralong.eval.needles import LengthResult, NeedleSample, NeedleStudy
 from hsa_ultralong.files.durable import write_whole
 
 

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.plots import human_tokens
-from hsa_ultralong.eval.tasks import score
-from hsa_ultralong.eval.tasks.scoring import BESIDE
 from hsa_ultralong.files.strict_json import read_json
 
 Records = Sequence[Mapping[str, Any]]
@@ -67,6 +65,8 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
         return {}
     metric, beside = record["metric"], dict(record.get("scores") or {})
     if not beside and record["expected"]:
+        from hsa_ultralong.eval.tasks.scoring import BESIDE, score  # with torch, which figures do without
+
         beside = {name: score(name, record["answered"], record["expected"]) for name in BESIDE.get(metric, ())}
     found = {metric: record["score"], **beside}
     generated, verdict = record["score"], record.get("teacher")

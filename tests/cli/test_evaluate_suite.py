@@ -16,6 +16,9 @@ from hsa_ultralong.cli.evaluate_suite import parse_lengths
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.data import TokenShards, build_shards, load_tokenizer
 
+# test_suite.py and test_suite_plots.py are of the figures
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def run(*arguments: object):
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])

@@ -146,6 +146,7 @@ def test_refused_commands_leave_nothing_behind(text, checkpoint, tmp_path, monke
     assert tree(tmp_path) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("command", ["eval", "quickstart"])
 def test_an_interrupted_study_keeps_what_it_has(checkpoint, tmp_path, monkeypatch, command):
     from hsa_ultralong.eval import needles
@@ -154,20 +155,20 @@ def test_an_interrupted_study_keeps_what_it_has(checkpoint, tmp_path, monkeypatc
 
     def interrupted(*arguments, **options):
         asked.append(1)
-        if len(asked) == 6:
+        if len(asked) == 4:
             raise KeyboardInterrupt
         return ask(*arguments, **options)
 
     monkeypatch.setattr(needles, "ask", interrupted)
     words = ["eval", "needles"] if command == "eval" else ["quickstart", "--controls", 0]
-    options = ("--model", checkpoint, "--device", "cpu", "--lengths", "1K,2K", "--needles", 4)
+    options = ("--model", checkpoint, "--device", "cpu", "--lengths", "1K,2K", "--needles", 2)
     result = hsa(*words, *options, "-o", tmp_path / "study")
     assert result.exit_code == 130 and "so far" in result.stderr, result.output + result.stderr
     records = [json.loads(line) for line in (tmp_path / "study" / "records.jsonl").read_text().splitlines()]
-    assert [record["length"] for record in records] == [1024] * 4 + [2048]
+    assert [record["length"] for record in records] == [1024] * 2 + [2048]
     name = "summary.json" if command == "eval" else "report.json"
     summary = json.loads((tmp_path / "study" / name).read_text())["records"]
-    assert [one["samples"] for one in summary if "samples" in one] == [4, 1]
+    assert [one["samples"] for one in summary if "samples" in one] == [2, 1]
     assert (tmp_path / "study" / "needles.png").is_file()
 
 

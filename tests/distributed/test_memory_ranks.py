@@ -59,10 +59,17 @@ def work(rank, world, address, options, lengths):
 
 
 @pytest.mark.parametrize(
-    ("world", "lengths"), [(2, (90, 33)), (3, (50,)), pytest.param(3, (5,), marks=pytest.mark.slow)]
+    ("options", "world", "lengths"),
+    [
+        ("default", 2, (90, 33)),
+        ("hsa_only_layer", 3, (50,)),
+        pytest.param("default", 3, (50,), marks=pytest.mark.slow),
+        pytest.param("hsa_only_layer", 2, (90, 33), marks=pytest.mark.slow),
+        pytest.param("default", 3, (5,), marks=pytest.mark.slow),
+        pytest.param("hsa_only_layer", 3, (5,), marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("options", ["default", "hsa_only_layer"])
-def test_ranks_together_answer_like_one(tmp_path, world, lengths, options):
+def test_ranks_together_answer_like_one(tmp_path, options, world, lengths):
     launch(world, tmp_path / "meet", work, tmp_path / "library", MODEL_OPTIONS[options], lengths)
 
 

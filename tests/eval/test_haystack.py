@@ -103,6 +103,7 @@ def test_a_merged_memory_is_measured_on_the_device_and_without_notes(nano, text)
             run_forms(*nano, text[:2048], samples=2, forms=(MERGED,), **options)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_writes_a_study(tmp_path, nano):
     result = CliRunner().invoke(
         app, f"eval needles --lengths 1K,2K --needles 2 --forms own,fp8 --device cpu -o {tmp_path / 's'}".split()

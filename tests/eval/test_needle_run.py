@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 
 import pytest
 
@@ -46,21 +47,28 @@ def numbers(study):
     ]
 
 
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """The folder of a study in one go, its sentences, and the study."""
+    folder = tmp_path_factory.mktemp("whole") / "study"
+    return folder, *go(model, folder, text_of(240))
+
+
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
-def test_a_study_cut_off_after_any_sentence_ends_as_if_it_had_not_been(model, tmp_path, stop_after):
+def test_a_study_cut_off_after_any_sentence_ends_as_if_it_had_not_been(model, whole, tmp_path, stop_after):
     text = text_of(240)
-    whole, study = go(model, tmp_path / "whole", text)
-    assert len(whole) == 6
+    _, sentences, study = whole
+    assert len(sentences) == 6
     first, _ = go(model, tmp_path / "cut", text, stop_after=stop_after)
     second, resumed = go(model, tmp_path / "cut", text)
-    assert first + second == whole
+    assert first + second == sentences
     assert numbers(resumed) == numbers(study)
     third, again = go(model, tmp_path / "cut", text)
     assert third == [] and numbers(again) == numbers(study)
 
 
-def test_a_study_that_is_whole_reads_nothing_again_and_takes_another_length(model, tmp_path, monkeypatch):
-    go(model, tmp_path, text_of(240))
+def test_a_study_that_is_whole_reads_nothing_again_and_takes_another_length(model, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     read, memorize = [], study_module.memorize
     monkeypatch.setattr(study_module, "memorize", lambda *a, **o: read.append(len(a[1][0])) or memorize(*a, **o))
     go(model, tmp_path, text_of(240))
@@ -75,14 +83,14 @@ def test_a_study_that_is_whole_reads_nothing_again_and_takes_another_length(mode
     ]
 
 
-def test_another_text_of_the_same_length_is_refused(model, tmp_path):
-    go(model, tmp_path, text_of(240))
+def test_another_text_of_the_same_length_is_refused(model, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match="holds 240 tokens of another text; give another folder"):
         go(model, tmp_path, text_of(240, seed=2))
 
 
-def test_other_weights_forms_or_numbers_are_refused(model, tmp_path):
-    go(model, tmp_path, text_of(240))
+def test_other_weights_forms_or_numbers_are_refused(model, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match="samples was 3, now 4"):
         go(model, tmp_path, text_of(240), samples=4)
     with pytest.raises(ValueError, match="weights was"):

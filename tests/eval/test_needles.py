@@ -8,8 +8,9 @@ import torch
 from hsa_ultralong.cli.common import load_model
 from hsa_ultralong.eval import needles as study_module
 from hsa_ultralong.eval.haystack import opticks
+from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.metadata import run_metadata, write_json
-from hsa_ultralong.eval.needles import is_right, run_needles, score_margin, wilson_interval
+from hsa_ultralong.eval.needles import is_right, run_needles, score_margin
 from hsa_ultralong.eval.plots import human_tokens, plot_needles, plot_training, read_jsonl
 from hsa_ultralong.eval.report import study_records, write_study
 

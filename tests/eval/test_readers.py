@@ -39,7 +39,7 @@ def model(material):
 
 def short_answers(name: str, material: Material, number: int) -> list[Sample]:
     """Samples that want few tokens, since an untrained model never stops by itself."""
-    return [replace(sample, max_new_tokens=5) for sample in make_samples(name, material, LENGTH, number)]
+    return [replace(sample, max_new_tokens=3) for sample in make_samples(name, material, LENGTH, number)]
 
 
 def random_edit(rng: np.random.Generator, tokens: np.ndarray) -> np.ndarray:

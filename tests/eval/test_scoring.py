@@ -5,7 +5,8 @@ import torch
 
 from hsa_ultralong.data import evaluation_needles
 from hsa_ultralong.eval import needles as study_module
-from hsa_ultralong.eval.needles import is_right, run_needles, wilson_interval
+from hsa_ultralong.eval.intervals import wilson_interval
+from hsa_ultralong.eval.needles import is_right, run_needles
 from hsa_ultralong.eval.probes import answer_accuracy
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 

@@ -33,6 +33,7 @@ def test_scores_depths_and_diagnosis_are_drawn_in_both_forms(tmp_path, runs):
     assert "right chunk among the first K" in text or "<use" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_facts_of_no_single_depth_make_no_map(tmp_path, runs):
     assert drawn(tmp_path, [runs.record(depth=None)]) == ["scores", "diagnosis"]
 
@@ -42,6 +43,7 @@ def test_tasks_whose_right_chunk_was_never_seen_are_drawn(tmp_path, runs, kind):
     assert "diagnosis" in drawn(tmp_path, [runs.record(index=i, **runs.missing(kind)) for i in range(3)])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_absent_facts_alone_have_no_diagnosis(tmp_path, runs):
     records = [runs.record("recall_absent", index=i, score=None if i % 2 else 1.0, certainty=0.5) for i in range(4)]
     only_absent = [r for r in records if r["score"] is None]

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 from typer.testing import CliRunner
 
+from hsa_ultralong.cli import train
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.data import TokenShards, build, load_tokenizer
 from hsa_ultralong.files.checksum import file_digest, file_record
@@ -235,6 +236,18 @@ def room() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.fixture
+def curves_of_runs_unpainted(unpainted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hsa train` makes its figure without painting it; `hsa plot` paints the same one."""
+    draw = train._draw
+
+    def draw_unpainted(run: Path) -> None:
+        with unpainted():
+            draw(run)
+
+    monkeypatch.setattr(train, "_draw", draw_unpainted)
+
+
 def fuzz(kind: str, made: Path, room: Path, seeds: list[int]) -> None:
     pristine, work = room / "made" / kind, room / "work"
     for folder in (pristine.parent, work):
@@ -246,6 +259,7 @@ def fuzz(kind: str, made: Path, room: Path, seeds: list[int]) -> None:
     assert not faults, f"{len(faults)} faults\n" + "\n\n".join(faults[:5])
 
 
+@pytest.mark.usefixtures("curves_of_runs_unpainted")
 @pytest.mark.parametrize("kind", MUTATIONS)
 def test_no_spoiled_run_shards_or_model_ends_in_a_traceback_or_harms_another_file(kind, made, room):
     fuzz(kind, made, room, seeds_of(0, 1, 15))

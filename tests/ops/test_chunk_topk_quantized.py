@@ -34,15 +34,17 @@ def test_equals_the_scan_of_the_decoded_landmarks(heads, rows, topk):
 
 
 @pytest.mark.skipif(not is_interpreted(), reason="kernels are interpreted only under TRITON_INTERPRET=1")
-@pytest.mark.parametrize(("heads", "rows", "dim"), [(1, 1, 32), (2, 1, 20), (1, 1, 300), (1, 2, 8)])
-def test_kernel_equals_torch(heads, rows, dim, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "rows", "dim", "chunks"), [(1, 1, 32, 600), (2, 1, 20, 150), (1, 1, 300, 200), (1, 2, 8, 200)]
+)
+def test_kernel_equals_torch(heads, rows, dim, chunks, monkeypatch):
     from hsa_ultralong.ops.chunk_topk import triton_topk
 
     # so that the queries go in several calls
-    monkeypatch.setattr(triton_topk, "_SCAN_CANDIDATES", 2 * 2 * 600)
-    query, payload, scales, visible = case(heads=heads, rows=rows, dim=dim)
+    monkeypatch.setattr(triton_topk, "_SCAN_CANDIDATES", 2 * 2 * chunks)
+    query, payload, scales, visible = case(heads=heads, rows=rows, dim=dim, chunks=chunks)
     query[0, 0] = 0.0
-    expected = chunk_topk_quantized(query, payload, scales, visible, topk=600, impl="torch")
+    expected = chunk_topk_quantized(query, payload, scales, visible, topk=chunks, impl="torch")
     indices, scores = chunk_topk_quantized(query, payload, scales, visible, topk=5, impl="triton")
     kept = (indices[..., :, None] == expected[0][..., None, :]) & (indices >= 0)[..., None]
     exact = torch.where(kept, expected[1][..., None, :], 0.0).sum(-1)

@@ -133,9 +133,17 @@ def test_only_the_newest_checkpoints_are_kept_and_no_file_is_a_pickle(tiny_runs,
     assert {file.suffix for path in saved for file in path.iterdir()} == {".safetensors", ".json"}
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_runs, tmp_path_factory):
+    """A run with its two newest checkpoints."""
+    folder = tmp_path_factory.mktemp("finished")
+    tiny_runs.trainer(folder, tiny_runs.config(checkpoint_minutes=0.0)).train()
+    return folder
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "format", "state", "unreadable"])
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_older_one_works(tiny_runs, tmp_path, damage):
-    tiny_runs.trainer(tmp_path, tiny_runs.config(checkpoint_minutes=0.0)).train()
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_older_one_works(tiny_runs, finished, tmp_path, damage):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     newest = list_checkpoints(tmp_path)[-1]
     (file,) = newest.glob("*.safetensors")
     content = bytearray(file.read_bytes())

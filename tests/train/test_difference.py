@@ -79,6 +79,7 @@ def test_a_difference_and_its_source_are_the_trained_model(tmp_path, place, shar
     assert len(measured) == 3 and all(names <= set(one) for one in measured)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_next_run_goes_on_from_the_file(tmp_path, place, shards_folder):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     lora = ["--set", "lora_rank=2"]
@@ -93,6 +94,7 @@ def test_the_next_run_goes_on_from_the_file(tmp_path, place, shards_folder):
             torch.testing.assert_close(after[name], part, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_stopped_goes_on_exactly(tmp_path, place, shards_folder):
     lora = ["--set", "lora_rank=2", "--set", "old_rate=0.25"]
     assert align(place, shards_folder, tmp_path / "whole", *lora, "--export", tmp_path / "one").exit_code == 0
@@ -102,6 +104,7 @@ def test_a_run_that_stopped_goes_on_exactly(tmp_path, place, shards_folder):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_all_stages_of_the_memory_recipe_run_and_end_when_rows_are_recalled(tmp_path, place, shards_folder):
     stages = [
         *sizes("short", 256, 4, advance_below=100.0), *sizes("choose", 256, 1), *sizes("widen", 512, 1),

@@ -85,7 +85,7 @@ def test_the_shared_run_is_the_recipe_as_it_is():
 
 
 @pytest.fixture(scope="module")
-def quick(findings, shards_folder, tmp_path_factory):
+def quick(findings, shards_folder, tmp_path_factory, unpainted):
     """`positions` at toy size, in two calls; the commands that were performed, and the folder."""
     folder, performed = tmp_path_factory.mktemp("findings"), []
     text = folder / "held-out.txt"
@@ -103,7 +103,8 @@ def quick(findings, shards_folder, tmp_path_factory):
         "run", "positions", "--data", shards_folder[0], "--quick", "--device", "cpu", "--runs", folder / "runs",
         "--lengths", "512", "--needles", "2", "--ppl-lengths", "1K", "--samples", "1", "--text", text,
     ]  # fmt: skip
-    codes = [findings.main(list(map(str, arguments)), perform) for _ in range(2)]
+    with unpainted():
+        codes = [findings.main(list(map(str, arguments)), perform) for _ in range(2)]
     assert codes == [3, 0]
     return performed, folder
 

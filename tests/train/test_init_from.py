@@ -17,6 +17,10 @@ OTHER = {"hidden_size": 48, "num_upper_groups": 3, "num_layers_per_group": [1, 2
          "head_dim": 24, "num_key_value_heads": 1, "chunk_topk": 5, "use_qk_norm": False}  # fmt: skip
 
 
+# figures are painted in test_command.py
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 def hsa(*arguments):
     return CliRunner().invoke(app, [str(one) for one in arguments])
 

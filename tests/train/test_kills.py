@@ -20,6 +20,10 @@ OPTIONS = ["--device", "cpu", "--set", "log_every=1", "--set", "checkpoint_minut
            "--set", "long.seq_len=256", "--set", "long.batch_tokens=512", "--set", "long.chunk_topk=2"]  # fmt: skip
 
 
+# figures are painted in test_command.py
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 @pytest.fixture
 def corpus(tmp_path):
     rng = random.Random(0)

@@ -22,6 +22,10 @@ SHORT = ["--device", "cpu", "--set", "warmup.mixture={'text': 1.0}", "--set", "p
          "warmup.tokens=2048", "--set", "tensorboard=false", "--until", "warmup"]  # fmt: skip
 
 
+# figures are painted in test_command.py
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 def hsa(*arguments):
     return CliRunner().invoke(app, [str(one) for one in arguments])
 

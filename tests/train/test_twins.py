@@ -106,6 +106,7 @@ def test_what_a_twin_cannot_do_is_refused_before_any_work(tiny_runs, tmp_path, o
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_plans_trains_and_exports_a_twin(shards_folder, tmp_path):
     def hsa(*arguments):
         return CliRunner().invoke(app, ["train", "debug", *map(str, arguments)])
