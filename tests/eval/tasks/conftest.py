@@ -12,16 +12,21 @@ from transformers import PreTrainedTokenizerFast
 from hsa_ultralong.eval.tasks import Material, babilong, questions
 from hsa_ultralong.testing.tokenizers import byte_level, sentence_piece
 
-_MAKES = {"byte_level": byte_level, "sentence_piece": sentence_piece}
+MAKES = {"byte_level": byte_level, "sentence_piece": sentence_piece}
 
 
-@pytest.fixture(params=sorted(_MAKES))
+@pytest.fixture(params=sorted(MAKES))
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
-    return _MAKES[request.param]()
+    return MAKES[request.param]()
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
+    return write_files(tmp_path)
+
+
+def write_files(tmp_path: Path) -> dict[str, Path]:
+    """The data of all tasks that read some, in a folder."""
     articles = [
         {
             "paragraphs": [
@@ -91,6 +96,10 @@ def every_passage_may_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def material(tokenizer: PreTrainedTokenizerFast, files: dict[str, Path]) -> Material:
+    return make_material(tokenizer, files)
+
+
+def make_material(tokenizer: PreTrainedTokenizerFast, files: dict[str, Path]) -> Material:
     sentences = [f"Line {i} says that sheep number {i * 7919 % 997} sleeps. It snores." for i in range(400)]
     text = torch.tensor(tokenizer("\n".join(sentences))["input_ids"], dtype=torch.int32)
     return Material(tokenizer, text, files=files)

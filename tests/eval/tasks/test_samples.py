@@ -15,6 +15,7 @@ from hsa_ultralong.data.tokenizer import load_tokenizer
 from hsa_ultralong.eval.evidence import sample_digest
 from hsa_ultralong.eval.tasks import SUITES, TASKS, Material, Sample, make_samples
 from hsa_ultralong.eval.tasks.sample import TooShort
+from tests.eval.tasks.conftest import MAKES, make_material, write_files
 
 pytest.importorskip("wonderwords")
 
@@ -24,15 +25,15 @@ QUESTIONS = [task.name for task in SUITES["qa"]]
 STATED = [name for name in TASKS if name not in ("cwe", "fwe", "recall_documents", *QUESTIONS)]
 
 
-_MADE: dict[tuple[bool, str], tuple[Sample, ...]] = {}
+@pytest.fixture(scope="module", params=sorted(MAKES))
+def material(request, tmp_path_factory) -> Material:
+    """One for all tests, which only read it."""
+    return make_material(MAKES[request.param](), write_files(tmp_path_factory.mktemp("files")))
 
 
 def made(material: Material, name: str) -> tuple[Sample, ...]:
     """Two samples of LENGTH tokens and seed 0, made once for the tests that only read them."""
-    kind = (material.tokenizer.chat_template is None, name)
-    if kind not in _MADE:
-        _MADE[kind] = tuple(make_samples(name, material, LENGTH, 2))
-    return _MADE[kind]
+    return material.kept(("made", name), lambda: tuple(make_samples(name, material, LENGTH, 2)))
 
 
 def decoded(material: Material, sample: Sample, span: tuple[int, int]) -> str:
