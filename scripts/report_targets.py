@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hsa_ultralong.eval.needles import wilson_interval
+from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.plots import human_tokens
 from hsa_ultralong.eval.suite_diagnosis import FUSION, READING, RETRIEVAL, RIGHT, diagnose
 from hsa_ultralong.files.strict_json import read_json
