@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of
 SERVER = """
 import os, signal, sys
 from hsa_ultralong.serve.supervisor import fork_servers, open_port
+# a shell has processes in the background ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 port = open_port("127.0.0.1", 0)
 print(port.getsockname()[1], flush=True)
 serves = fork_servers(lambda line: print(line, flush=True))
