@@ -11,7 +11,7 @@ from hsa_ultralong.bench.ops_report import plot_ops, read_benchmark
 from hsa_ultralong.bench.serve_report import plot_serve
 from hsa_ultralong.bench.training_report import plot_training_speed
 from hsa_ultralong.eval.comparisons import compare_needles, compare_training
-from hsa_ultralong.eval.plots import plot_needles, plot_training, read_jsonl, read_log
+from hsa_ultralong.eval.plots import plot_needles, plot_training, plot_tuning, read_jsonl, read_log, read_tuning
 from hsa_ultralong.eval.suite_plots import draw_table
 from hsa_ultralong.files.packed import SUFFIX, stored
 from hsa_ultralong.files.strict_json import read_json
@@ -28,6 +28,12 @@ FIGURES = (
         "nano: sentences hidden in Opticks",
     ),
     ("results/training-nano-facts/log.jsonl.xz", "docs/images/training-nano.png", "training", "nano: training"),
+    (
+        "results/smol-tuned/tuning.json",
+        "docs/images/smol-tuned.png",
+        "tuning",
+        "SmolLM2-135M-Instruct with full attention, tuned on the questions",
+    ),
 )
 
 # sources, figure, title: drawn beside one another
@@ -77,6 +83,9 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
         return
     if kind == "training_speed":
         plot_training_speed(read_benchmark(source), figure)
+        return
+    if kind == "tuning":
+        plot_tuning(read_tuning(source), figure, title)
         return
     if kind == "suite":
         records = read_json(source)["records"]

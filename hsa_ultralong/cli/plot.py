@@ -22,9 +22,9 @@ def plot(
         list[Path] | None,
         typer.Argument(
             metavar="SOURCE...",
-            help="Folder of a run, of a report or of a suite, log.jsonl or records.jsonl (or either .xz), "
-            "summary.json, ops-, memory- or training-*.json; several runs, or several reports of hidden sentences, "
-            "make one figure.",
+            help="Folder of a run, of a report, of a suite or of hsa tune, log.jsonl or records.jsonl (or either .xz), "
+            "summary.json, tuning.json, ops-, memory- or training-*.json; several runs, or several reports of hidden "
+            "sentences, make one figure.",
         ),
     ] = None,
     output: Annotated[
@@ -33,8 +33,8 @@ def plot(
     ] = None,
     all_figures: Annotated[bool, typer.Option("--all", help="Redraw every committed figure from its numbers.")] = False,
 ) -> None:
-    """Draw all curves of a run, the needle map of a report, the scores of a suite, the times of a benchmark, or several
-    runs or reports beside one another.
+    """Draw all curves of a run or of a tuning, the needle map of a report, the scores of a suite, the times of a
+    benchmark, or several runs or reports beside one another.
 
     Examples:
 
@@ -43,6 +43,8 @@ def plot(
       hsa plot quickstart-report -o map.png
 
       hsa plot results/recall-nano -o scores.png
+
+      hsa plot models/smol-full-tuned -o tuning.png
 
       hsa plot benchmarks/results/ops-h200.json
 
@@ -83,6 +85,9 @@ def _find(source: Path) -> tuple[Path, str]:
     from hsa_ultralong.eval.suite_summary import is_suite
     from hsa_ultralong.files.packed import stored
 
+    tuning = source if source.name == "tuning.json" else source / "tuning.json"
+    if tuning.is_file():
+        return tuning, "tuning"
     log, records = (stored(source / name) for name in ("log.jsonl", "records.jsonl"))
     candidates = [source] if source.is_file() else [log, records]
     summary = source if source.name == "summary.json" else source / "summary.json"
@@ -94,5 +99,6 @@ def _find(source: Path) -> tuple[Path, str]:
         if file.is_file():
             return file, "training" if file.name.startswith("log") else "needles"
     raise ValueError(
-        f"{source} holds neither log.jsonl (a run), nor records.jsonl (a needle report), nor summary.json (a suite)"
+        f"{source} holds neither log.jsonl (a run), nor records.jsonl (a needle report), nor summary.json (a suite), "
+        "nor tuning.json (hsa tune)"
     )

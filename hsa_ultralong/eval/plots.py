@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image
 
 from hsa_ultralong.files.durable import write_whole
-from hsa_ultralong.files.fields import TEXT, is_number, require, table, whole
+from hsa_ultralong.files.fields import TEXT, is_finite, is_number, require, rows, table, that, whole
 from hsa_ultralong.files.packed import read_stored, stored
-from hsa_ultralong.files.strict_json import parse_lines
+from hsa_ultralong.files.strict_json import parse_lines, read_json
 
 _LOG_FIELDS = {"stage": TEXT, "global_step": whole(), "tokens": whole()}
+_TUNING_FIELDS = dict.fromkeys(("step", "loss", "f1", "em"), that(is_finite, "a number"))
 _DEPTH_BINS = 10
 _INK = "#22313f"
 # of curves beside one another
@@ -91,6 +92,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         )
         if not is_valid:
             raise ValueError(f"{where} holds something else than numbers; remove that line")
+    return records
+
+
+def read_tuning(path: Path) -> list[dict[str, Any]]:
+    """Records of a tuning.json, as `hsa tune` writes it.
+
+    Raises:
+        ValueError: for a file of another form, naming it.
+    """
+    found = read_json(path)
+    require(table({"records": rows(table(_TUNING_FIELDS, is_open=True), low=1)}, is_open=True), found, f"{path}:")
+    records: list[dict[str, Any]] = found["records"]
     return records
 
 
@@ -216,6 +229,32 @@ def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str) -> None
     for axes in used[-columns:]:
         axes.set_xlabel("training tokens (millions)", fontsize=8)
         axes.tick_params(labelbottom=True)
+    figure.suptitle(title, fontsize=11)
+    save(figure, path, 130)
+
+
+def plot_tuning(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Held-out F1 and exact match of `hsa tune` by step, the best step marked, and the loss of its answers beside them.
+
+    The record of step 0 is the source as it was; it has scores and no loss.
+    """
+    best = max(records, key=lambda record: record["f1"])
+    figure, (scores, loss) = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")
+    steps = [record["step"] for record in records]
+    for number, (key, name) in enumerate((("f1", "F1"), ("em", "exact match"))):
+        scores.plot(steps, [record[key] for record in records], "o-", ms=3, lw=1.1, color=f"C{number}", label=name)
+    label = f"kept: step {best['step']:.0f}, F1 {best['f1']:.3f}"
+    scores.axvline(best["step"], color=_INK, lw=0.8, ls=":", label=label)
+    scores.set_ylim(0, 1)
+    scores.legend(fontsize=7, frameon=False, loc="lower right")
+    scores.set_title("held-out questions, the passage in the prompt", fontsize=9)
+    trained = [record for record in records if record["step"]]
+    loss.plot([record["step"] for record in trained], [record["loss"] for record in trained], "o-", ms=3, lw=1.1)
+    loss.set_title(_STEP_PANELS["answer_loss"], fontsize=9)
+    for axes in (scores, loss):
+        axes.set_xlabel("optimiser steps", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(True, alpha=0.2)
     figure.suptitle(title, fontsize=11)
     save(figure, path, 130)
 

@@ -6,7 +6,7 @@ Called by `hsa compare` (cli/compare.py); tests/eval/test_suite_compare.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,16 +85,33 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least two runs, got {', '.join(run.name for run in runs) or 'none'}")
+    named = _with_samples(runs)
     tables: dict[tuple[str, int], dict[tuple[str, str], dict[str, Cell]]] = {}
-    for (task, metric), length in _rows(runs):
-        row = {run.name: cell for run in runs if (cell := _cell(runs[0], run, task, metric, length)) is not None}
+    for (task, metric), length in _rows(named):
+        row = {run.name: cell for run in named if (cell := _cell(named[0], run, task, metric, length)) is not None}
         tables.setdefault((suite_of(task), length), {})[task, metric] = row
     order = {name: number for number, name in enumerate(SUITES)}
     found = dict(sorted(tables.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0][1])))
     for table in found.values():
         if mean := _mean_row(table, [run.name for run in runs]):
             table[MEAN, f"{mean[1]} tasks"] = mean[0]
-    return Comparison(runs, _notes(runs), found)
+    return Comparison(runs, _notes(named), found)
+
+
+def _with_samples(runs: Sequence[StoredRun]) -> list[StoredRun]:
+    """Runs whose likelihoods name their samples, which have no checksum.
+
+    An item is the same where all that chooses items is: files by their checksums, seed and number.
+    """
+
+    def sample(record: Mapping[str, Any]) -> Mapping[str, Any]:
+        is_unnamed = record["setting"] == "likelihood" and "sample" not in record
+        return {**record, "sample": f"item at {record.get('start')}"} if is_unnamed else record
+
+    def is_alike(run: StoredRun) -> bool:
+        return all(run.settings.get(name) == runs[0].settings.get(name) for name in _OF_SAMPLES)
+
+    return [replace(run, records=[sample(r) for r in run.records]) if is_alike(run) else run for run in runs]
 
 
 def suite_of(task: str) -> str:

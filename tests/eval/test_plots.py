@@ -1,6 +1,12 @@
 """The figure of a run has a panel for everything that its log holds, and none for what it does not."""
 
-from hsa_ultralong.eval.plots import plot_training, training_panels
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hsa_ultralong.cli.main import app
+from hsa_ultralong.eval.plots import plot_training, plot_tuning, read_tuning, training_panels
 
 
 def step(tokens, **more):
@@ -43,3 +49,30 @@ def test_runs_with_and_without_probes_are_drawn(tmp_path):
     for name, records in (("plain", log), ("one", [{**log[0]}]), ("probed", [*log, probe(2_000_000, 512, 1.0, [1.0])])):
         plot_training(records, tmp_path / f"{name}.png", name)
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def tuned(step, f1):
+    return {"step": step, "loss": 0.5 if step else 0.0, "f1": f1, "em": f1 / 2}
+
+
+def test_a_tuning_is_drawn_from_its_folder_and_from_its_file(tmp_path):
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    records = [tuned(0.0, 0.1), tuned(100.0, 0.7), tuned(200.0, 0.6)]
+    (folder / "tuning.json").write_text(json.dumps({"source": "s", "records": records, "metadata": {}}))
+    for source in (folder, folder / "tuning.json"):
+        target = tmp_path / f"{source.stem}.png"
+        drawn = CliRunner().invoke(app, ["plot", str(source), "-o", str(target)])
+        assert drawn.exit_code == 0 and target.read_bytes().startswith(b"\x89PNG"), drawn.output
+    assert read_tuning(folder / "tuning.json") == records
+    plot_tuning(records[:1], tmp_path / "untrained.png", "no step yet")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"records": []}', '{"records": [{"step": 1, "loss": 1, "f1": 1}]}', '{"records": [{"step": "1"}]}'],
+)
+def test_a_tuning_without_scores_is_refused_with_its_name(tmp_path, content):
+    (tmp_path / "tuning.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tuning\.json"):
+        read_tuning(tmp_path / "tuning.json")

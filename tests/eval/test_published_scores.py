@@ -6,6 +6,7 @@ import importlib.util
 import json
 import lzma
 import re
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -272,3 +273,39 @@ def test_a_published_suite_keeps_its_records_which_give_its_summary():
                 if is_share(record["metric"]):
                     own = found[tuple(record[name] for name in ("task", "metric", "length", "depth"))]
                     assert [own[n] for n in ("samples", "value")] == [record["samples"], pytest.approx(record["value"])]
+
+
+def smol_tables(title):
+    section = (ROOT / "docs/evidence-smol.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    for part in section.split("\n\n"):
+        lines = [line for line in part.split("\n") if line[:1] == "|"]
+        if lines:
+            yield [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_differences_of_smol_from_its_source_are_those_of_the_comparison():
+    names = {"LAMBADA": "lambada_openai", "HellaSwag": "hellaswag", "PIQA": "piqa", "ARC-easy": "arc_easy"}
+    compared = json.loads((ROOT / "results/smol-language/compare.json").read_text())["records"]
+    found = {(r["task"], r["metric"], r["run"]): r for r in compared}
+    for name, source, smol, told, counts in next(smol_tables("Language")):
+        task, metric = name.split(", ")
+        one, two = (found[names[task], metric.strip("`"), run] for run in ("source", "smol"))
+        difference = two["difference"]
+        assert [source, smol] == [f"{100 * r['value']:.1f}" for r in (one, two)]
+        numbers = [float(number) for number in re.findall(r"[+-]?\d+\.\d+", told)]
+        assert numbers == [round(100 * difference[key], 1) for key in ("value", "low", "high")], name
+        assert difference["pairs"] == 1500 and counts == f"{difference['better']}, {difference['worse']}"
+
+
+def test_forms_of_smol_are_counted_in_its_records():
+    rows = {row[0].split()[0]: row[1:] for row in next(smol_tables("Forms never trained"))}
+    for column, folder in enumerate(("smol-recall-64k", "smol-recall-1m")):
+        every = [r for r in samples(ROOT / "results" / folder / "records.jsonl.xz") if r["task"] in FORMS]
+        for number in [*(form.removeprefix("recall_form_") for form in FORMS), "all,"]:
+            own = [r for r in every if number == "all," or r["task"].endswith(number)]
+            right, places, weight = rows[number][3 * column : 3 * column + 3]
+            assert int(right.split(",")[0]) == sum(r["score"] == 1 for r in own)
+            assert places == f"{sum(r['found'] for r in own)}, {sum(r['rank'] == 1 for r in own)}"
+            if weight:
+                missed = statistics.median(r["weight"] or 0.0 for r in own if r["score"] < 1)
+                assert float(weight) == pytest.approx(missed, abs=0.0051)

@@ -48,6 +48,25 @@ def test_samples_without_a_checksum_are_nobodys(runs):
     assert "no sample is the same" in found.notes[0]
 
 
+def test_likelihoods_of_the_same_items_are_compared_in_pairs(runs):
+    def items(right):
+        found = series(runs, "piqa", right, length=0, setting="likelihood", metric="acc")
+        return [{k: v for k, v in r.items() if k != "sample"} for r in found]
+
+    files = {"files": {"short": "0123"}}
+    one, same, other = (
+        StoredRun(name, {**runs.settings, "weights": name, **more}, items(right))
+        for name, more, right in (("a", files, 5), ("b", files, 15), ("c", {"files": {"short": "4567"}}, 15))
+    )
+    found = compare_runs([one, same, other])
+    (table,) = found.tables.values()
+    cells = table["piqa", "acc"]
+    assert (cells["b"].difference.pairs, cells["b"].difference.better, cells["b"].difference.worse) == (20, 10, 0)
+    assert cells["c"].difference.pairs is None
+    assert [note for note in found.notes if "no sample is the same" in note and note.startswith("c beside a")]
+    assert not [note for note in found.notes if note.startswith("b beside a")]
+
+
 def test_of_runs_of_other_sizes_the_shared_samples_are_compared(runs):
     found = two(runs, series(runs, "vt", 5), series(runs, "vt", 5, n=8))
     assert found.tables["ruler", 4096]["vt", "exact"]["b"].difference.pairs == 8
