@@ -49,7 +49,7 @@ def write(
         int | None, typer.Option(min=8, max=MAX_COUNT, help="Of an answer in one at most.", show_default="192")
     ] = None,
     per_passage: Annotated[
-        int | None, typer.Option(min=1, max=10, help="Questions tried about each passage.", show_default="3")
+        int | None, typer.Option(min=1, max=8, help="Questions tried about each passage.", show_default="3")
     ] = None,
     temperature: Annotated[
         float, typer.Option(min=0, max=2, callback=finite, help="Of the answers; 0: the likeliest words.")

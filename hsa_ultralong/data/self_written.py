@@ -18,7 +18,6 @@ import numpy as np
 
 from hsa_ultralong.data.answer_words import contains, f1, normalised
 from hsa_ultralong.data.chat import ASSISTANT, SYSTEM, USER
-from hsa_ultralong.data.chat_form import IN_A_FEW_WORDS
 from hsa_ultralong.data.cloze import FUNCTION_WORDS
 from hsa_ultralong.data.conversations import Messages
 from hsa_ultralong.data.passages import passage_id
@@ -110,6 +109,27 @@ def _why_no_answer(answer: Said) -> str:
     return "repeats" if len(words) > 30 and len({*zip(words, words[1:], words[2:])}) < 0.6 * (len(words) - 2) else ""
 
 
+# texts, questions, answers, answers in a sentence: what the source is shown
+_EXAMPLES = (
+    (
+        "The mill at Tavora was built in 1742 by Anna Melk. It ground barley for the whole valley until the flood.",
+        "Who built the mill at Tavora?",
+        "Anna Melk",
+        "The mill at Tavora was built by Anna Melk.",
+    ),
+    (
+        "Lake Orm lies north of the town of Sela. In winter its fishermen sell mostly smoked trout.",
+        "What do the fishermen of Lake Orm sell in winter?",
+        "smoked trout",
+        "In winter the fishermen of Lake Orm sell smoked trout.",
+    ),
+    (
+        "The bridge was closed for repairs on 4 March 1902, after a storm had damaged two of its arches.",
+        "When was the bridge closed?",
+        "4 March 1902",
+        "The bridge was closed on 4 March 1902.",
+    ),
+)
 _ENDS = re.compile(r"(?<=[a-z0-9)%][a-z0-9)%])[.!?][\"”')]?\s+(?=[\"“A-Z])")
 _LEAST_WORDS, _MOST_WORDS = 4, 40
 # a sentence has one of these, or a word in -ed, -es or -s
@@ -172,17 +192,28 @@ def write_sentences(scribe: Scribe, told: Sequence[AskedPassage]) -> tuple[list[
 
 
 def _ask_sentence(one: AskedPassage) -> SourcePrompt:
-    return SourcePrompt(_user(f"{one.text}\n\n{one.question} Answer in one complete sentence."))
+    turns = [
+        message
+        for text, question, _, sentence in _EXAMPLES[:2]
+        for message in (*_user(_in_a_sentence(text, question)), {"role": ASSISTANT, "content": sentence})
+    ]
+    return SourcePrompt([*turns, *_user(_in_a_sentence(one.text, one.question))])
+
+
+def _in_a_sentence(text: str, question: str) -> str:
+    return f"{text}\n\n{question} Answer in one complete sentence."
 
 
 def _ask_told(one: AskedPassage) -> SourcePrompt:
-    answer = one.answers[0]
-    asked = f"Question: {one.question}\nAnswer: {answer}\n\nWrite this answer as one complete sentence with the words"
-    return SourcePrompt(_user(f'{one.text}\n\n{asked} "{answer}".'))
+    """As a text to go on with, the short answer in front of the sentence."""
+    form = "Question: {}\nShort answer: {}\nThe same in one sentence:"
+    shown = [f"{text}\n\n{form.format(asked, short)} {said}" for text, asked, short, said in _EXAMPLES]
+    asked = form.format(one.question, one.answers[0])
+    return SourcePrompt("\n\n".join([*shown, f"{one.text}\n\n{asked}"]))
 
 
 # how a question may begin; each passage is asked several
-BEGINNINGS = ("What", "Who", "When", "Where", "Which", "How many", "How", "Why", "In what", "What is the name of")
+BEGINNINGS = ("What", "Who", "When", "Where", "Which", "How many", "What is the name of", "In what year")
 _LEAST_QUESTION, _MOST_QUESTION, _MOST_ANSWER = 4, 25, 8
 _SAME = 0.6
 # words of a question that asks about the text itself, or repeats what the source was told
@@ -202,9 +233,7 @@ def write_questions(
     """
     dropped = Counter[str]()
     tries = [(one, begin) for one in told for begin in _beginnings(one, bounds)]
-    prompts = [
-        SourcePrompt(_user(f"{one.text}\n\nWrite one short question that this text answers."), b) for one, b in tries
-    ]
+    prompts = [_wish_question(one, begin) for one, begin in tries]
     asked: dict[tuple[str, str], AskedPassage] = {}
     for (one, _), said in zip(tries, scribe.ask("ask", prompts, 32), strict=True):
         question = said.text.strip().split("\n")[0]
@@ -216,21 +245,39 @@ def write_questions(
         else:
             asked[one.text, question.lower()] = AskedPassage(one.text, one.title, question)
     found: list[AskedPassage] = []
-    prompts = [SourcePrompt(_user(f"{one.text}\n\n{one.question} {IN_A_FEW_WORDS}")) for one in asked.values()]
-    for one, said in zip(asked.values(), scribe.ask("answer", prompts, 24), strict=True):
+    prompts = [_ask_shortly(one, "Question: {}\nAnswer:", _EXAMPLES) for one in asked.values()]
+    for one, said in zip(asked.values(), scribe.ask("answer", prompts, 16), strict=True):
         answer, why = _in_passage(said, one)
         if why:
             dropped[why] += 1
         else:
             found.append(AskedPassage(one.text, one.title, one.question, (answer,)))
     kept: list[dict[str, Any]] = []
-    prompts = [SourcePrompt(f"{one.text}\n\nQuestion: {one.question}\nAnswer:") for one in found]
-    for one, said in zip(found, scribe.ask("again", prompts, 24), strict=True):
+    prompts = [_ask_shortly(one, "Q: {}\nA (words of the text):", _EXAMPLES[::-1]) for one in found]
+    for one, said in zip(found, scribe.ask("again", prompts, 16), strict=True):
         if f1(said.text.strip().split("\n")[0], one.answers) < _SAME:
             dropped["another answer when asked again"] += 1
         else:
             kept.append({"title": one.title, "context": one.text, "question": one.question, "answer": one.answers[0]})
     return kept, dropped
+
+
+def _wish_question(one: AskedPassage, begin: str) -> SourcePrompt:
+    """Two examples as turns of chat, then the passage."""
+    wish = "Write one short question that this text answers."
+    turns = [
+        message
+        for text, question, *_ in _EXAMPLES[:2]
+        for message in (*_user(f"{text}\n\n{wish}"), {"role": ASSISTANT, "content": question})
+    ]
+    return SourcePrompt([*turns, *_user(f"{one.text}\n\n{wish}")], begin)
+
+
+def _ask_shortly(one: AskedPassage, form: str, examples: Sequence[tuple[str, ...]]) -> SourcePrompt:
+    """Examples with short answers, then the question, as a text to go on with: in chat a small model makes sentences
+    whatever it is told."""
+    shown = [f"{text}\n\n{form.format(question)} {answer}" for text, question, answer, _ in examples]
+    return SourcePrompt("\n\n".join([*shown, f"{one.text}\n\n{form.format(one.question)}"]))
 
 
 def _beginnings(one: AskedPassage, bounds: Bounds) -> list[str]:

@@ -94,7 +94,8 @@ def test_a_sentence_holds_an_answer_and_is_asked_for_again_with_it():
     }
 
     def answer(name, prompt):
-        words = prompt.asked[0]["content"].split("\n\n")[1].removeprefix("Question: ").split()
+        last = prompt.asked if isinstance(prompt.asked, str) else prompt.asked[-1]["content"]
+        words = last.split("\n\n")[-1].removeprefix("Question: ").split()
         return replies[name][words[0]]
 
     kept, dropped = write_sentences(Fake(answer), told)
