@@ -154,3 +154,21 @@ def test_hsa_write_refuses_what_does_not_go_together(source, tmp_path):
     (source / "chat_template.jinja").unlink()
     done = run("chat", source, talks, "-o", tmp_path / "a.jsonl", "--device", "cpu")
     assert done.exit_code == 2 and "has no chat template" in done.output
+
+
+def test_sentences_and_rows_that_have_them_go_together(shards_folder, tmp_path):
+    (tmp_path / "s.jsonl").write_text(json.dumps({"passage": "ab", "question": "Who?", "sentence": "It was she."}))
+    asked = {"context": "It was she.", "qas": [{"id": "1", "question": "Who?", "answers": [{"text": "she"}]}]}
+    (tmp_path / "q.json").write_text(json.dumps({"data": [{"paragraphs": [asked]}]}))
+    rows = ["--set", "warmup.mixture={'passage_questions': 1.0}", "--questions", tmp_path / "q.json"]
+    taught = ["--set", "warmup.data_options={'p_sentence': 0.5}"]
+    for more, why in (
+        (["--sentences", tmp_path / "s.jsonl"], "--sentences goes with rows of questions"),
+        ([*rows, "--sentences", tmp_path / "s.jsonl"], "--sentences goes with rows of questions"),
+        ([*rows, *taught], "name files of them with --sentences"),
+        ([*rows, *taught, "--sentences", tmp_path / "q.json"], "no file of hsa write sentences"),
+    ):
+        words = ["train", "debug", "--data", shards_folder[0], "-o", tmp_path / "run", "--device", "cpu", *more]
+        done = CliRunner().invoke(app, list(map(str, words)))
+        assert done.exit_code == 2 and why in " ".join(done.output.split()), done.output
+        assert not (tmp_path / "run").exists()
