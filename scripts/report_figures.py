@@ -6,6 +6,7 @@ FIGURES names those that take several files. Called by report.py; tests/test_rep
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,11 @@ from statistics import quantiles
 from typing import Any, NamedTuple
 
 from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, read_jsonl, save, token_axis
+from hsa_ultralong.eval.recorded_run import PACKED, unpacked
+from hsa_ultralong.eval.suite_diagnosis import CAUSES, RIGHT, cause
+from hsa_ultralong.eval.suite_plots import COLOURS
 from hsa_ultralong.files.packed import stored
-from hsa_ultralong.files.strict_json import read_json
+from hsa_ultralong.files.strict_json import parse_lines, read_json
 
 Records = list[dict[str, Any]]
 Times = dict[tuple[str, str, int], float]
@@ -39,6 +43,16 @@ _RECALLED = {
     ),
     "one of 64 alike": (["recall_similar_64"], "exact"),
     "the authors' needle": (["s_niah_authors"], "teacher"),
+}  # fmt: skip
+# how a panel of what misses come from is called -> its tasks, of one fact each
+_ASKED = {
+    **{name: tasks for name, (tasks, _) in _RECALLED.items()},
+    "one of 256 alike": ["recall_similar_256"],
+    "a fact that changed": ["recall_changed"],
+    "form 8 alone": ["recall_form_08"],
+    "RULER's niah_single_1": ["niah_single_1"],
+    "RULER's niah_single_2": ["niah_single_2"],
+    "RULER's niah_multikey_1": ["niah_multikey_1"],
 }  # fmt: skip
 _SPEEDS = ("read_s", "read_tokens_per_s", "decode_ms")
 _QUESTION_TOKENS, _ANEW = 32, ", read anew"
@@ -160,6 +174,21 @@ def evidence_found(root: Path) -> dict[str, Line]:
             found.setdefault(record["task"], {}).setdefault(record["length"], record["evidence_found"])
     return {
         task: Line(sorted(own), [own[length] for length in sorted(own)]) for task, own in found.items() if len(own) > 1
+    }
+
+
+def causes(root: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """What is asked -> tokens -> to what the answers of nano are put down (eval/suite_diagnosis.py), as shares."""
+    found: dict[str, dict[int, Counter[str]]] = {name: {} for name in _ASKED}
+    for path in sorted(path for name in _SUITES for path in (root / "results").glob(f"{name}/{PACKED}")):
+        for record in parse_lines(unpacked(path), path):
+            if record["model"] == "nano" and record["score"] is not None:
+                for name in (name for name, tasks in _ASKED.items() if record["task"] in tasks):
+                    found[name].setdefault(record["length"], Counter())[cause(record)] += 1
+    return {
+        name: {length: {one: own[length][one] / own[length].total() for one in CAUSES} for length in sorted(own)}
+        for name, own in found.items()
+        if own
     }
 
 
@@ -307,6 +336,32 @@ def draw_summary(shares: dict[str, Line], margin: dict[str, Line], speed: dict[s
     save(figure, path, 110)
 
 
+def draw_causes(shares: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+    """A panel for what is asked: of the answers at each length, how many are right and what the others miss by."""
+    columns = min(5, len(shares))
+    rows = -(-len(shares) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(2.2 * columns, 1.9 * rows + 0.3), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, (name, own) in zip(grid.flat, shares.items(), strict=False):
+        below = [0.0] * len(own)
+        for one in CAUSES:
+            values = [100 * share[one] for share in own.values()]
+            axes.bar(range(len(own)), values, bottom=below, color=COLOURS[one], width=0.8)
+            below = [low + value for low, value in zip(below, values, strict=True)]
+        axes.set_xticks(range(len(own)), [human_tokens(length) for length in own])
+        axes.set_xlim(-0.6, max(len(own), 5) - 0.4)
+        axes.set_title(name, fontsize=8)
+        axes.tick_params(labelsize=7, colors=_INK)
+    for axes in grid.flat[len(shares) :]:
+        axes.axis("off")
+    shown = [one for one in CAUSES if any(share[one] for own in shares.values() for share in own.values())]
+    marks = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[one]) for one in shown]
+    names = [one if one == RIGHT else f"missed in {one}" for one in shown]
+    figure.legend(marks, names, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
+    save(figure, path, 100)
+
+
 # what a figure shows, in words, and what draws it to a path; None: nothing was measured
 Figure = tuple[str, Callable[[Path], None]] | None
 
@@ -328,6 +383,15 @@ def _margins(root: Path) -> Figure:
     }
     panels = {title: lines for title, lines in panels.items() if lines}
     return ("Margin of retrieval, and what it finds, by length", partial(draw_lines, panels)) if panels else None
+
+
+def _diagnosis(root: Path) -> Figure:
+    shares = causes(root)
+    return (
+        ("Answers of nano, right or missed and by what, in percent by length", partial(draw_causes, shares))
+        if shares
+        else None
+    )
 
 
 def _memories(root: Path) -> Figure:
@@ -360,5 +424,6 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "depths": _depths,
     "suites": _suites,
     "margins": _margins,
+    "diagnosis": _diagnosis,
     "memories": _memories,
 }

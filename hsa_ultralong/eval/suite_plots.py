@@ -16,7 +16,7 @@ from hsa_ultralong.eval.suite_diagnosis import CAUSES, Diagnosis, diagnoses
 from hsa_ultralong.eval.suite_summary import Records, headlines, wholes
 
 # of right, reading, fusion, retrieval, not known
-_COLOURS = dict(zip(CAUSES, ("#1f7a6e", "#e3b505", "#e07b39", "#9c3d6e", "#a3aeb8"), strict=True))
+COLOURS = dict(zip(CAUSES, ("#1f7a6e", "#e3b505", "#e07b39", "#9c3d6e", "#a3aeb8"), strict=True))
 _KINDS = (".png", ".svg")
 
 
@@ -97,7 +97,7 @@ def draw_diagnosis(records: Records, path: Path, title: str) -> bool:
     for number, (task, of_length) in enumerate(found.items()):
         _diagnosis_row(grid[5 * number : 5 * number + 5], task, of_length)
     _entitle(figure, title)
-    marks = [plt.Rectangle((0, 0), 1, 1, color=_COLOURS[kind]) for kind in CAUSES]
+    marks = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[kind]) for kind in CAUSES]
     names = ["right", *(f"missed: {kind}" for kind in list(CAUSES)[1:])]
     figure.legend(marks, names, loc="lower center", ncols=len(names), fontsize=8, frameon=False)
     _save(figure, path)
@@ -126,7 +126,7 @@ def _diagnosis_row(panels: Sequence[Any], task: str, of_length: Mapping[int, Dia
     places, below = range(len(of_length)), np.zeros(len(of_length))
     for kind in CAUSES:
         share = np.array([one.causes[kind] / one.samples for one in of_length.values()])
-        panels[0].bar(places, share, bottom=below, color=_COLOURS[kind], width=0.8)
+        panels[0].bar(places, share, bottom=below, color=COLOURS[kind], width=0.8)
         below += share
     panels[0].set_ylabel(task, fontsize=7)
     panels[0].set_title("samples", fontsize=8)
