@@ -156,7 +156,7 @@ def is_sentence(text: str) -> bool:
         and "\n" not in text
         and not _ENDS.search(text)
         and any(word in _VERBS or _VERB_END.match(word) for word in re.findall(r"[\w’']+", text)[1:])
-        and not re.match(r"(?i)(short )?(answer|question|sentence)\s*:", text)
+        and not re.match(r"(?i)(the )?(short )?(answer|question|sentence)( is)?\s*:", text)
     )
 
 
@@ -168,10 +168,11 @@ def first_sentence(text: str) -> str:
 
 
 def write_sentences(scribe: Scribe, told: Sequence[AskedPassage]) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """A sentence that answers each question, the passage in the prompt: the first of what is said. Where that is none
-    or does not hold an answer, it is asked once more with the answer. Kept: one that holds an answer and more words."""
+    """A sentence that answers each question, the passage in the prompt: the first of what is said. First the answer
+    is told too; where nothing passes, asked once more without. Kept: a sentence that holds an answer, more words than
+    it and a third of the question's content words."""
     dropped, kept = Counter[str](), dict[int, dict[str, Any]]()
-    for name, ask in (("sentence", _ask_sentence), ("told", _ask_told)):
+    for name, ask in (("told", _ask_told), ("sentence", _ask_sentence)):
         open_ = [i for i in range(len(told)) if i not in kept]
         dropped.clear()
         for i, said in zip(open_, scribe.ask(name, [ask(told[i]) for i in open_], 64), strict=True):
@@ -179,6 +180,8 @@ def write_sentences(scribe: Scribe, told: Sequence[AskedPassage]) -> tuple[list[
             held = [answer for answer in told[i].answers if contains(text, [answer])]
             if not is_sentence(text):
                 dropped["cut off" if not said.is_whole and text == said.text.strip() else "no one sentence"] += 1
+            elif len(_content(text) & (asked := _content(told[i].question))) < len(asked) / 3:
+                dropped["little of the question in it"] += 1
             elif not held:
                 dropped["without an answer"] += 1
             elif len(text.split()) < len(max(held, key=len).split()) + 2:
@@ -308,6 +311,12 @@ def _in_passage(said: Said, one: AskedPassage) -> tuple[str, str]:
     place = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", one.text, re.IGNORECASE)
     if place is None:
         return "", "the answer is not in the passage"
+    begin = one.question.lower()
+    is_number = begin.startswith(("when", "how many", "in what year"))
+    if (is_number and not re.search(r"\d", answer)) or (
+        begin.startswith("who") and not re.search("[A-Z]", place.group())
+    ):
+        return "", "another kind of answer than was asked for"
     if contains(one.question, [answer]) or not _content(answer):
         return "", "the answer is in the question"
     return place.group(), ""
