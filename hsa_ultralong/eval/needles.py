@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -257,6 +258,8 @@ def run_forms(
     report, keep = progress or (lambda *_: None), keep or (lambda _: None)
     length, device = len(text), model.model.embed_tokens.weight.device
     hidden = _Hidden(tokenizer, text, evaluation_needles(seed + length, samples), together=together, notes=notes)
+    if MERGED in forms:
+        _ = hidden.borders  # a text too short is refused before work
     distinct = count_distinct(text, model.config.chunk_size, device)
     earlier = {result.form: result for result in known}
     missing = {
@@ -304,7 +307,6 @@ class _Hidden:
         notes: bool = False,
     ) -> None:  # fmt: skip
         self.tokenizer, self.text, self.is_edited = tokenizer, text, not (together or notes)
-        self.borders: list[int] = []
         self.task = "notes" if notes else "mk_niah" if together else "s_niah"
         self.prompts = [needle.completion if notes else needle.question for needle in needles]
         self.values = [needle.value for needle in needles]
@@ -315,7 +317,11 @@ class _Hidden:
             self.statements = [tokenizer(needle.statement, add_special_tokens=False)["input_ids"] for needle in needles]
             found = plant(text, self.statements) if together else places_in(len(text), self.statements)
             self.places = [Place(0, *place) for place in found]
-            self.borders = part_borders(len(text), found)
+
+    @cached_property
+    def borders(self) -> list[int]:
+        """Of the parts of a merged memory."""
+        return part_borders(len(self.text), [(place.start, place.stop) for place in self.places])
 
     def memorized(self, model: HSAForCausalLM, form: str, **how: Any) -> Memory:
         """The text in a memory of this form, with the notes behind it; `how`: of `memorize`."""
