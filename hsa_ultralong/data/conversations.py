@@ -45,7 +45,7 @@ def read_conversations(path: Path) -> list[Messages]:
         (file,) = inputs_of([path], spool=spool) if path.is_file() else [None]
         kind = file.kind() if isinstance(file, InputFile) else "no file"
         if not isinstance(file, InputFile) or kind not in (JSON_LINES, JSON, CSV, TSV):
-            raise ValueError(f"--chat reads conversations from .jsonl, .json, .csv and .tsv; got {path} ({kind})")
+            raise ValueError(f"conversations are read from .jsonl, .json, .csv and .tsv; got {path} ({kind})")
         field = _TURNS_FIELD if kind in (CSV, TSV) else "messages"
         read = [messages for _, messages in read_parsed(file, parse_messages, field=field, on_bad=bad.append)]
     kept = [messages for messages in read if _is_in_turn(messages)]

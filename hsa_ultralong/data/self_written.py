@@ -105,7 +105,7 @@ def _why_no_answer(answer: Said) -> str:
     if not words:
         return "empty"
     if not answer.is_whole:
-        return "cut off"
+        return "longer than --answer-tokens"
     return "repeats" if len(words) > 30 and len({*zip(words, words[1:], words[2:])}) < 0.6 * (len(words) - 2) else ""
 
 

@@ -146,7 +146,7 @@ def test_splits_share_no_conversation_and_what_is_none_is_refused(file, tmp_path
     assert len(train) + len(held) == 40 and held and not any(one in train for one in held)
     with pytest.raises(ValueError, match="--chat FILE"):
         MixtureDataset(shards, tokenizer, MixtureConfig({"chat": 1.0}, seq_len=512, chunk_size=16))
-    with pytest.raises(ValueError, match=r"reads conversations from .*none\.jsonl"):
+    with pytest.raises(ValueError, match=r"conversations are read from .*none\.jsonl"):
         read_conversations(tmp_path / "none.jsonl")
     (tmp_path / "turns.jsonl").write_text('{"turns": ["Why?"]}')
     with pytest.raises(ValueError, match="required an object with a list of messages"):
