@@ -19,6 +19,8 @@ from hsa_ultralong.ops._common import accumulation_dtype
 # tokens whose updates are solved at once
 _CHUNK = 64
 _CONVOLUTION = 4
+# chunks whose states are formed together
+_SCANNED = 256
 
 
 def gated_delta_rule(
@@ -29,7 +31,7 @@ def gated_delta_rule(
 
     Chunks of c tokens: with g the decay since the chunk began, the updates u of S_t = a_t S_(t-1) + k_t u_t^T solve
     u_r + b_r sum over i < r of (g_r / g_i) (k_r k_i) u_i = b_r (v_r - g_r S_0^T k_r), a triangular system for all
-    chunks at once but for S_0, which a loop over chunks carries on. O(T (c D + D^2)) time, O(T D^2 / c) memory a head.
+    chunks at once but for S_0, which `_states` carries on. O(T (c D + D^2 + D^3 log(T / c) / c)) time a head.
 
     Args:
         q, k, v: (B, T, H, D) fp32 or fp64. log_decay (at most 0), strength: (B, T, H). state: (B, H, D, D), key first.
@@ -52,13 +54,34 @@ def gated_delta_rule(
     )
     updates, removed = solved.chunk(2, -1)  # u without S_0, and what S_0 takes from it
     until = (decay[..., -1:] - decay).exp()[..., None] * k  # keys as the end of the chunk sees them
-    starts, made = [], []
-    for n in range(q.shape[2]):
-        starts.append(state)
-        made.append(updates[:, :, n] - removed[:, :, n] @ state)
-        state = since[:, :, n, -1:] * state + until[:, :, n].mT @ made[-1]
-    out = since * (q @ torch.stack(starts, 2)) + ((q @ k.mT) * between) @ torch.stack(made, 2)
+    # S after a chunk is carried S before it + added
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    carried = since[..., -1:, :] * eye - until.mT @ removed
+    starts, state = _states(carried, until.mT @ updates, state)
+    made = updates - removed @ starts
+    out = since * (q @ starts) + ((q @ k.mT) * between) @ made
     return out.movedim(1, 3).flatten(1, 2)[:, :length], state
+
+
+def _states(
+    carried: torch.Tensor, added: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S before every chunk, (B, H, n, D, D), and after the last.
+
+    S_(i+1) = carried_i S_i + added_i, by doubling: after round r an entry stands for 2^r chunks, so n chunks take
+    log n rounds of a few calls in place of n. At most _SCANNED chunks at once, which bounds what is kept.
+    """
+    starts = []
+    for c, a in zip(carried.split(_SCANNED, 2), added.split(_SCANNED, 2), strict=True):
+        step = 1
+        while step < c.shape[2]:
+            a = torch.cat((a[:, :, :step], a[:, :, step:] + c[:, :, step:] @ a[:, :, :-step]), 2)
+            c = torch.cat((c[:, :, :step], c[:, :, step:] @ c[:, :, :-step]), 2)
+            step *= 2
+        after = c @ state[:, :, None] + a
+        starts.append(torch.cat((state[:, :, None], after[:, :, :-1]), 2))
+        state = after[:, :, -1]
+    return torch.cat(starts, 2), state
 
 
 def _fla_delta_rule(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
