@@ -261,8 +261,10 @@ def kernels(options: Options) -> Iterator[Job]:
         "tests", 6, "{python} -m pytest -q -m gpu tests/ops tests/bench tests/inference tests/memory tests/models"
     )
     yield Job("ops", 12, f"{{hsa}} bench ops --max --ops decode,chunk_topk,window,hsa,full_attention -o {out}")
-    rivals = "hsa,chunk_topk,selected,nsa,moba,window,full_attention --lengths 4K,8K,16K,32K,64K --topk 32"
-    yield Job("rivals", 6, f"{{hsa}} bench ops --ops {rivals} -o {out}/rivals")
+    ours = "hsa:triton,chunk_topk:triton,full_attention:cudnn,full_attention:flash"
+    rivals = f"{ours},nsa:fla,moba:fla,selected:fla,selected:flex,window:triton,window:flex"
+    few = "--lengths 4K,8K,16K,32K,64K --topk 32 --max-minutes 5.5"
+    yield Job("rivals", 6, f"{{hsa}} bench ops --ops {rivals} {few} -o {out}/rivals")
     yield Job("first", 2, f"{{hsa}} bench first -o {out}/first")
     wide = f"{{hsa}} bench memory --preset small_345m --lengths 8K,1M,16M --batches 1,8 --tune -o {out}/small"
     yield Job("memory-small", 4, f"{wide} --piece 128K --file-max 0 --steps 200")

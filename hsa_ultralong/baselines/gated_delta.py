@@ -63,9 +63,7 @@ def gated_delta_rule(
     return out.movedim(1, 3).flatten(1, 2)[:, :length], state
 
 
-def _states(
-    carried: torch.Tensor, added: torch.Tensor, state: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _states(carried: torch.Tensor, added: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """S before every chunk, (B, H, n, D, D), and after the last.
 
     S_(i+1) = carried_i S_i + added_i, by doubling: after round r an entry stands for 2^r chunks, so n chunks take

@@ -1,12 +1,14 @@
 """The suite `ops`: every operator against its baselines, in one run on one card. Called by `hsa bench ops`.
 
 Each point is guarded: what fails is kept under meta["failures"] and the run goes on. The file is written after every
-operator, so a run that is stopped keeps what it measured. tests/bench/test_benchmarks.py.
+point, so a run that is stopped keeps what it measured. tests/bench/test_benchmarks.py.
 """
 
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -25,6 +27,9 @@ from hsa_ultralong.bench.timing import time_call
 from hsa_ultralong.eval.metadata import write_json
 
 OPS = ("hsa", "full_attention", "window", *RIVAL_OPS, "chunk_topk", "decode")
+# what one of them may be measured with alone, as nsa:fla; which of them there are depends on the operator
+IMPLS = ("triton", "torch", "torch_gather", "torch_dense", "auto", "unfused", "cudnn", "flash", "sdpa", "fla", "flex",
+         "flash_attn")  # fmt: skip
 NEIGHBOURS = (4, 8, 16)
 _UNION_TOKENS = 16_384
 
@@ -112,6 +117,23 @@ def _clean_up(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def _parsed(ops: tuple[str, ...], settings: Settings) -> list[tuple[str, str | None]]:
+    """ "nsa" -> ("nsa", None), "nsa:fla" -> ("nsa", "fla")."""
+    found = []
+    for entry in ops:
+        op, _, impl = entry.partition(":")
+        if op not in OPS:
+            raise ValueError(f"operators to measure are {', '.join(OPS)}; got {op or 'none'}")
+        if ":" in entry and impl not in IMPLS:
+            raise ValueError(f"{op} may be measured with one of {', '.join(IMPLS)} alone; got {impl or 'none'}")
+        found.append((op, impl or None))
+    if not found:
+        raise ValueError(f"operators to measure are {', '.join(OPS)}; got none")
+    if min(settings.lengths) < settings.S:
+        raise ValueError(f"lengths must be at least one chunk of {settings.S} tokens, got {min(settings.lengths)}")
+    return found
+
+
 def run_ops(
     operators: Any,
     settings: Settings,
@@ -121,37 +143,47 @@ def run_ops(
     recorder: MakeLists | None = None,
     path: Path | None = None,
     progress: OnPoint | None = None,
+    minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """Measure `ops` and return {"meta", "records"}, writing it to `path` after every operator.
+    """Measure `ops` and return {"meta", "records"}, writing it to `path` after every point.
 
     Args:
         operators: hsa_attention, chunk_topk, sliding_window_attention, ChunkVisibility: `hsa_ultralong.ops`.
-        meta: of eval/metadata.py; "failures" and "unions" are added to it.
+        meta: of eval/metadata.py; "failures" and "unions" are added to it, and "stopped_before" if time was over.
+        ops: entries of OPS in the order wanted, or OP:IMPL for one implementation alone.
         recorder: gives recorded lists; without one that selection is left out.
         progress: called with every record and failure.
+        minutes: no point is begun after them.
 
     Raises:
         ValueError: for an unknown operator or impossible settings.
     """
-    unknown = sorted(set(ops) - set(OPS))
-    if unknown or not ops:
-        raise ValueError(f"operators to measure are {', '.join(OPS)}; got {', '.join(unknown) or 'none'}")
-    if min(settings.lengths) < settings.S:
-        raise ValueError(f"lengths must be at least one chunk of {settings.S} tokens, got {min(settings.lengths)}")
+    wanted = _parsed(ops, settings)
+    deadline = time.monotonic() + 60 * minutes
     lists = ListStore(settings, recorder)
     records: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     guard = Guard(operators, settings)
     result: dict[str, Any] = {"meta": meta, "records": records}
-    for op in ops:
+    meta["failures"], meta["unions"] = failures, {}
+    for op, impl in wanted:
         for point in points_of(op, operators, settings, lists):
+            if impl not in (None, point.impl):
+                continue
+            if time.monotonic() > deadline:
+                meta["stopped_before"] = f"{op} {point.impl} {point.direction} T={point.T}, after {minutes:g} minutes"
+                break
             error = guard.refusal(point)
             found = _failure(point, error) if error else measure(point, settings)
             (failures if "error" in found else records).append(found)
+            meta["failures"], meta["unions"] = [*failures, *lists.failures], lists.unions()
+            if path is not None:
+                write_json(path, result)
             if progress is not None:
                 progress(found)
             _clean_up(settings.device)
-        meta["failures"], meta["unions"] = [*failures, *lists.failures], lists.unions()
-        if path is not None:
-            write_json(path, result)
+        if "stopped_before" in meta:
+            break
+    if path is not None:
+        write_json(path, result)
     return result

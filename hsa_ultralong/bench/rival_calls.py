@@ -6,7 +6,7 @@ Packages are imported when they are called. tests/bench/test_rivals.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +17,7 @@ from hsa_ultralong.baselines.attention import sdpa
 from hsa_ultralong.baselines.moba import MeanTopK
 from hsa_ultralong.baselines.selected import choose_by_compressed, selected_attention
 from hsa_ultralong.baselines.state import block_means
+from hsa_ultralong.bench import flash_stand_in
 from hsa_ultralong.bench.points import Settings
 
 # rows and columns of a block of flex_attention's masks
@@ -45,7 +46,9 @@ def missing(op: str, impl: str, settings: Settings) -> str | None:
     if impl == "flex":
         return None
     needed = {"fla": ("flash-linear-attention", "fla"), "flash_attn": ("flash-attn", "flash_attn")}
-    packages = [needed[impl], *([needed["flash_attn"]] if (op, impl) == ("moba", "fla") else [])]
+    packages = [needed[impl]]
+    if (op, impl) == ("moba", "fla") and not flash_stand_in.is_possible():
+        packages.append(needed["flash_attn"])
     absent = [name for name, module in packages if find_spec(module) is None]
     if absent:
         return f"not installed: pip install {' '.join(absent)}"
@@ -86,7 +89,9 @@ def forward_of(op: str, impl: str, settings: Settings, T: int, K: int, lists: np
         whole = _fla_nsa if impl == "fla" else partial(_nsa, impl=impl)
         return partial(whole, size=settings.S, topk=max(K, _NSA_FIXED))
     if impl == "fla":
-        return partial(_fla_moba, size=settings.S, topk=K)
+        # made once: the package keeps what it reckons from this tensor by its identity
+        ends = torch.tensor([0, T], dtype=torch.int32, device=settings.device)
+        return partial(_fla_moba, ends=ends, size=settings.S, topk=K)
     heads = {"num_attention_heads": settings.Hq, "num_key_value_heads": settings.Hkv, "head_dim": settings.D}
     layer = MeanTopK(
         chunk_size=settings.S, topk=K, impl=impl, hidden_size=1, use_qk_norm=False, rms_norm_eps=1e-6, **heads
@@ -129,13 +134,16 @@ def _fla_nsa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, size: int, to
     return parallel_nsa(q, k, v, g_cmp=gates, g_slc=gates, block_counts=topk, block_size=size)
 
 
-def _fla_moba(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, size: int, topk: int) -> torch.Tensor:
-    from fla.ops.moba import parallel_moba
+def _fla_moba(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, ends: torch.Tensor, size: int, topk: int
+) -> torch.Tensor:
+    from fla.ops.moba import parallel
 
+    if flash_stand_in.is_needed():
+        flash_stand_in.lend_to(parallel)
     # takes as many key heads as query heads
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    ends = torch.tensor([0, q.shape[1]], dtype=torch.int32, device=q.device)
-    return parallel_moba(q, k, v, ends, q.shape[1], size, topk)
+    return parallel.parallel_moba(q, k, v, ends, q.shape[1], size, topk)
 
 
 def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: tuple[int, int]) -> torch.Tensor:
@@ -144,7 +152,6 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: tu
     return flash_attn_func(q, k, v, causal=True, window_size=window)
 
 
-@lru_cache(maxsize=2)
 def _flex_kernel(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 

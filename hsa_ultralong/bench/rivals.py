@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hsa_ultralong.bench import flash_stand_in
 from hsa_ultralong.bench.points import DIRECTIONS, Call, Point, Settings, directed, noise, passes, traffic, visible_keys
 from hsa_ultralong.bench.rival_calls import forward_of, implementations, missing, reading_lists
 from hsa_ultralong.bench.rival_checks import check_rival
@@ -54,6 +55,8 @@ def _point(op: str, impl: str, direction: str, settings: Settings, T: int, selec
     width = settings.dtype.itemsize
     rows, keys = T * settings.Hq * settings.D * width, 2 * T * settings.Hkv * settings.D * width
     more: dict[str, Any] = {"window": settings.window} if op == "window" else {}
+    if (op, impl) == ("moba", "fla"):
+        more["flash_attn"] = "torch" if flash_stand_in.is_needed() else "flash-attn"
     return Point(
         op, impl, direction, T, prepare, selection=selection, K=K or None, C=T // settings.S if is_sparse else None,
         flops=passes(direction) * 4 * settings.Hq * settings.D * pairs_read(op, settings, T, K, lists),

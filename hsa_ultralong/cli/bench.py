@@ -47,12 +47,16 @@ def bench_ops(
     ops: Annotated[
         str | None,
         typer.Option(
-            help="Some of hsa, full_attention, window, selected, nsa, moba, chunk_topk, decode.",
+            help="Some of hsa, full_attention, window, selected, nsa, moba, chunk_topk, decode, in this order; "
+            "nsa:fla is one with one implementation alone.",
             show_default="all",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes, short repeats.")] = False,
     full_max: Annotated[str, typer.Option(help="Full attention up to this length; it is quadratic.")] = "128K",
+    max_minutes: Annotated[
+        float, typer.Option(min=0, help="Begin no point after so many minutes.", show_default="no limit")
+    ] = float("inf"),
     text: Annotated[Path | None, typer.Option(help="Text for recorded selections.", show_default="Opticks")] = None,
     model: Annotated[Path | None, typer.Option(help="Model that reads it.", show_default="checkpoints/nano")] = None,
     hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
@@ -64,7 +68,7 @@ def bench_ops(
     NSA, MoBA and attention in given lists are our own kernels', those of flash-linear-attention and block masks of
     flex_attention; flash-attn is tried too. What is not installed is named and left out.
 
-    Writes ops-HARDWARE.json after every operator and draws ops-HARDWARE.png from it. A Triton operator is checked
+    Writes ops-HARDWARE.json after every point and draws ops-HARDWARE.png from it. A Triton operator is checked
     against its reference first and is not timed if it is wrong.
 
     Examples:
@@ -76,6 +80,8 @@ def bench_ops(
       hsa bench ops --ops hsa,full_attention --lengths 32K,64K --topk 32 -o /tmp/bench
 
       hsa bench ops --ops hsa,chunk_topk,selected,nsa,moba,full_attention --lengths 8K,32K --topk 32
+
+      hsa bench ops --ops hsa:triton,nsa:fla,selected:flex,full_attention --lengths 4K,64K --topk 32 --max-minutes 5
 
       hsa bench ops --device cpu --lengths 256,512 --topk 4
     """
@@ -93,7 +99,7 @@ def bench_ops(
     wanted = tuple(part.strip() for part in ops.split(",")) if ops else OPS
     result = run_ops(
         operators, settings, meta, ops=wanted, recorder=_recorder(settings, model, text), path=path,
-        progress=_show,
+        progress=_show, minutes=max_minutes,
     )  # fmt: skip
     if any(record["op"] not in ("chunk_topk", "copy", "decode_topk", "decode_hsa") for record in result["records"]):
         plot_ops(result, path.with_suffix(".png"))
@@ -287,6 +293,8 @@ def _print_tables(result: dict[str, Any], path: Path) -> None:
     screen = console()
     for table in tables(result):
         screen.print(table)
+    if stopped := result["meta"].get("stopped_before"):
+        echo(f"Stopped before {stopped}.")
     if failures := result["meta"]["failures"]:
         echo(f'{len(failures)} points failed, see meta["failures"].')
     echo(f"Written: {path} and {path.with_suffix('.png').name}")

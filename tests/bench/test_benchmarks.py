@@ -197,7 +197,20 @@ def test_the_file_is_written_after_every_operator(tmp_path):
         run_ops(
             operators, settings, run_metadata("test", 0), ops=("full_attention", "window"), path=path, progress=stop
         )
-    assert {record["op"] for record in read_benchmark(path)["records"]} == {"full_attention"}
+    assert [record["op"] for record in read_benchmark(path)["records"]] == ["full_attention"] * 2 + ["window"]
+
+
+def test_one_implementation_alone_in_the_order_given_until_the_time_is_over(tmp_path):
+    path, settings = tmp_path / "ops.json", tiny_settings(lengths=(16,))
+    wanted = ("full_attention:sdpa", "hsa:torch_dense")
+    result = run_ops(operators, settings, run_metadata("test", 0), ops=wanted, path=path)
+    found = [(one["op"], one["impl"], one["direction"]) for one in result["records"]]
+    assert found == [(*entry.split(":"), way) for entry in wanted for way in ("fwd", "fwd_bwd")]
+    late = run_ops(operators, settings, run_metadata("test", 0), ops=wanted, path=path, minutes=-1)
+    assert late["records"] == [] == read_benchmark(path)["records"]
+    assert late["meta"]["stopped_before"].startswith("full_attention sdpa fwd T=16, after")
+    with pytest.raises(ValueError, match="flash_attn alone; got none"):
+        run_ops(operators, settings, {}, ops=("hsa:",))
 
 
 def test_unknown_operators_and_lengths_below_a_chunk_are_refused():

@@ -2,7 +2,7 @@
 
 import io
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from hsa_ultralong import ops as operators
-from hsa_ultralong.bench import rival_calls
+from hsa_ultralong.bench import flash_stand_in, rival_calls
 from hsa_ultralong.bench.guard import Guard
 from hsa_ultralong.bench.ops import measure, run_ops
 from hsa_ultralong.bench.ops_report import _CURVES, plot_ops, tables
@@ -80,13 +80,17 @@ def packages(monkeypatch):
         return dense("window" if window_size[1] == 0 else "full_attention", settings, q, None)(q, k, v)
 
     for name, functions in (
-        ("fla", ()), ("fla.ops", ()), ("fla.ops.nsa", (parallel_nsa,)), ("fla.ops.moba", (parallel_moba,)),
-        ("flash_attn", (flash_attn_func,)),
+        ("fla", ()), ("fla.ops", ()), ("fla.ops.nsa", (parallel_nsa,)), ("fla.ops.moba", ()),
+        ("fla.ops.moba.parallel", (parallel_moba,)), ("flash_attn", (flash_attn_func,)),
     ):  # fmt: skip
         module = ModuleType(name)
         for function in functions:
             setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, name, module)
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, module)
+    monkeypatch.setattr(flash_stand_in, "is_needed", lambda: True)
     return settings
 
 
@@ -98,8 +102,125 @@ def test_other_packages_are_called_as_they_want_to_be(packages, op, impl):
     assert check_rival(op, impl, packages) is None
 
 
+def test_moba_of_fla_gets_what_it_did_not_find_and_its_record_says_so(packages, monkeypatch):
+    moba = sys.modules["fla.ops.moba.parallel"]
+    assert check_rival("moba", "fla", packages) is None
+    assert moba._flash_attn_varlen_forward is flash_stand_in.varlen_forward
+    own = SimpleNamespace(flash_attn_varlen_func=1, _flash_attn_varlen_forward=2, _flash_attn_varlen_backward=3)
+    flash_stand_in.lend_to(own)
+    assert vars(own) == {
+        "flash_attn_varlen_func": 1, "_flash_attn_varlen_forward": 2, "_flash_attn_varlen_backward": 3
+    }  # fmt: skip
+    monkeypatch.setattr(rival_calls, "find_spec", lambda name: name)
+    (point, *_) = [one for one in rival_points("moba", Settings(lengths=(1024,))) if one.impl == "fla"]
+    assert point.record(packages)["flash_attn"] == "torch"
+
+
+PACKED = ([0, 64, 128, 150], [0, 64, 70, 128])
+
+
+def packed(device, dtype=torch.bfloat16, ends=PACKED, heads=2, size=64):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, heads, size, generator=generator) for n in (ends[0][-1], ends[1][-1], ends[1][-1]))
+    cu = [torch.tensor(one, dtype=torch.int32, device=device) for one in ends]
+    return [x.to(device, dtype) for x in (q, k, v)], (*cu, 64, 64, 0.0, 0.125)
+
+
+def dense_packed(q, k, v, ends, is_causal):
+    """Output and logsumexp (H, queries) of attention inside each sequence."""
+    outs, sums = [], []
+    for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:]):
+        scores = torch.einsum("thd,nhd->htn", q[a:b], k[c:d]) * 0.125
+        if is_causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        outs.append(torch.einsum("htn,nhd->thd", scores.softmax(-1), v[c:d]))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(sums, 1)
+
+
+def test_the_stand_in_calls_torchs_kernels_as_they_are_declared():
+    (q, k, v), lengths = packed("meta")
+    out, logsumexp, _, _ = flash_stand_in.varlen_forward(q, k, v, *lengths, causal=False)
+    assert out.shape == q.shape and logsumexp.shape == (2, 150) and logsumexp.dtype == torch.float32
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    flash_stand_in.varlen_backward(
+        out, q, k, v, out, logsumexp, *grads, *lengths, causal=False, window_size_left=-1, window_size_right=-1,
+        softcap=0.0, alibi_slopes=None, deterministic=True,
+    )  # fmt: skip
+    assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(NotImplementedError, match="plain attention only"):
+        flash_stand_in.varlen_backward(out, q, k, v, out, logsumexp, *grads, *lengths, causal=False, softcap=1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_stand_in_equals_dense_attention_on_a_gpu(is_causal):
+    ends = (PACKED[0], PACKED[0]) if is_causal else PACKED
+    (q, k, v), lengths = packed("cuda", ends=ends)
+    out, logsumexp, _, _ = flash_stand_in.varlen_forward(q, k, v, *lengths, causal=is_causal)
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    want, sums = dense_packed(*wide, ends, is_causal)
+    upstream = torch.randn_like(out)
+    exact = torch.autograd.grad(want, wide, upstream.double())
+    found = [torch.empty_like(x) for x in (q, k, v)]
+    flash_stand_in.varlen_backward(
+        upstream, q, k, v, out, logsumexp, *found, *lengths, causal=is_causal, deterministic=True
+    )  # fmt: skip
+    assert (logsumexp.double() - sums).abs().max() < 1e-4
+    for got, wanted in zip((out, *found), (want, *exact), strict=True):
+        assert (got.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.fixture
+def dense_kernels(monkeypatch):
+    """torch's two kernels of packed attention by autograd in fp64, for a CPU."""
+
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, is_causal, has_mask, *, scale):
+        ends = (cu_q.tolist(), cu_k.tolist())
+        assert scale is None or scale == q.shape[-1] ** -0.5
+        out, sums = dense_packed(q.double() * 8 * q.shape[-1] ** -0.5, k.double(), v.double(), ends, is_causal)
+        return out.to(q.dtype), sums.float(), None, None, None
+
+    def backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, is_causal, state, unused, *, scale):
+        # the logsumexp may be that of more keys than these: weights are exp(score - lse), the rest is as usual
+        grads = [torch.zeros_like(x) for x in (q, k, v)]
+        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
+            scores = torch.einsum("thd,nhd->htn", q[a:b], k[c:d]) * scale
+            if is_causal:
+                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+            weights = (scores - lse[:, a:b, None]).exp()
+            change = torch.einsum("thd,nhd->htn", dout[a:b], v[c:d]) - (dout[a:b] * out[a:b]).sum(-1).t()[..., None]
+            grads[0][a:b] = torch.einsum("htn,nhd->thd", weights * change, k[c:d]) * scale
+            grads[1][c:d] = torch.einsum("htn,thd->nhd", weights * change, q[a:b]) * scale
+            grads[2][c:d] = torch.einsum("htn,thd->nhd", weights, dout[a:b])
+        return grads
+
+    kernels = {"_flash_attention_forward": forward, "_flash_attention_backward": backward}
+    monkeypatch.setattr(flash_stand_in, "_kernel", kernels.__getitem__)
+
+
+def test_moba_of_fla_with_the_stand_in_equals_dense_attention_and_our_own(dense_kernels):
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    settings = tiny(Hkv=2)
+    assert check_rival("moba", "fla", settings) is None
+    inputs = [torch.randn(1, 64, count, 8, generator=torch.Generator().manual_seed(count)) for count in (4, 2, 2)]
+    found, ours = (rival_calls.forward_of("moba", impl, settings, 64, 3)(*inputs) for impl in ("fla", "torch"))
+    torch.testing.assert_close(found, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_every_mask_of_flex_attention_is_compiled_anew(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    for _ in range(3):
+        rival_calls._flex_kernel("cuda")
+    assert len(resets) == 3
+
+
 def test_a_missing_package_is_one_failure_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr(rival_calls, "find_spec", lambda name: None)
+    monkeypatch.setattr(flash_stand_in, "is_possible", lambda: False)
     settings = Settings(lengths=(1024, 2048))
     for op, impl, words in (
         ("nsa", "fla", "pip install flash-linear-attention"),
