@@ -41,6 +41,7 @@ class ParallelConfig:
         checkpointing_tokens: forwards of fewer tokens keep everything; 0 = checkpointing acts on all of them.
         offload_activations: keep large activations in host memory between forward and backward (CUDA only).
         mlp_tile_tokens: run feed-forward blocks this many tokens at a time, each recomputed in the backward; 0 = whole.
+        cuda_graphs: forward and backward of every shape of rows as one CUDA graph, in one process (train/graphs.py).
     """
 
     replicate: int = 1
@@ -54,6 +55,7 @@ class ParallelConfig:
     checkpointing_tokens: int = 0
     offload_activations: bool = False
     mlp_tile_tokens: int = 0
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         least_sizes = {"replicate": 1, "shard": 0, "context": 1, "expert": 1}

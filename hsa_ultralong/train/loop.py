@@ -31,6 +31,7 @@ from hsa_ultralong.train.checkpoint import Checkpoints, load_weights, model_tens
 from hsa_ultralong.train.compilation import uncompiled
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
 from hsa_ultralong.train.freezing import prepare_parameters
+from hsa_ultralong.train.graphs import require_graphs
 from hsa_ultralong.train.lora import is_lora
 from hsa_ultralong.train.metrics import Listener, Meter, SpikeGuard, open_writers, peak_flops, training_flops
 from hsa_ultralong.train.optim import build_optimizers
@@ -92,6 +93,8 @@ class Trainer:
         self.should_stop = False
         self.mesh = build_mesh(config.parallel, self.device.type)
         self.is_first = self.mesh is None or self.mesh.get_rank() == 0
+        if config.parallel.cuda_graphs:
+            require_graphs(self.device, 1 if self.mesh is None else self.mesh.size())
         torch.manual_seed(config.seed)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         self.preset = config.shape(vocab_size=len(tokenizer), **ids)
@@ -336,7 +339,7 @@ class Trainer:
 
     def _optimizer_step(self, stage: StageConfig, batches: list[Batch], rate: float) -> dict[str, torch.Tensor]:
         """One step on this process's micro-batches; loss and gradient norm of the whole step, on the device."""
-        counts = self.losses.count(stage, batches)
+        counts = self.losses.begin(stage, batches)
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             self._seed_noise(stage, number)

@@ -17,6 +17,7 @@ from hsa_ultralong.train.activations import activation_context
 from hsa_ultralong.train.batches import Batch, count_labels, model_inputs
 from hsa_ultralong.train.config import StageConfig, TrainConfig
 from hsa_ultralong.train.evidence import EvidenceLoss, count_told
+from hsa_ultralong.train.graphs import GraphedSteps
 from hsa_ultralong.train.parallelize import gathered
 from hsa_ultralong.train.segmented import segmented_loss_backward
 from hsa_ultralong.train.teaching import Counts, count_tokens, taught_by
@@ -45,13 +46,16 @@ class StepLoss:
         self.evidence: EvidenceLoss | None = None
         self._has_evidence = False
         self._parts: dict[str, torch.Tensor] = {}
+        self.graphs = GraphedSteps(model, device) if config.parallel.cuda_graphs else None
         if any(stage.evidence_loss for stage in config.stages):
             if not isinstance(model, HSAForCausalLM):
                 raise ValueError("evidence_loss is of the model only: leave it out for a twin")
             self.evidence = EvidenceLoss(model)
 
-    def count(self, stage: StageConfig, batches: list[Batch]) -> list[int]:
-        """What the losses of a step are divided by, over all processes; those of the evidence are the last two."""
+    def begin(self, stage: StageConfig, batches: list[Batch]) -> list[int]:
+        """A step begins: what its losses are divided by, over all processes; those of the evidence are the last two."""
+        if self.graphs is not None:
+            self.graphs.begin(stage)
         counts = count_tokens(batches) if stage.needs_teacher else [count_labels(batches)]
         if stage.evidence_loss:
             counts += count_told(batches, stage, self.model.config.chunk_size)
@@ -61,6 +65,8 @@ class StepLoss:
 
     def backward(self, stage: StageConfig, batch: Batch, counts: list[int]) -> torch.Tensor:
         """Add the gradients of one micro-batch; its share of the loss, which all processes' tokens divide."""
+        if self.graphs is not None:
+            return self.graphs.backward(stage, batch, max(1, counts[0]))
         inputs = model_inputs(batch, stage, self.device, context_place(self.mesh), self.config.parallel.context)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if stage.piece_tokens:

@@ -53,7 +53,7 @@ def batch():
 
 def step(losses, batch, **options):
     one = stage(**options)
-    losses.backward(one, batch, losses.count(one, [batch]))
+    losses.backward(one, batch, losses.begin(one, [batch]))
     return {name: part.item() for name, part in losses.take().items()}
 
 

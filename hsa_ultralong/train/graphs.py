@@ -1,0 +1,211 @@
+"""Forward and backward of a micro-batch as one CUDA graph, which the host starts with one call in place of thousands.
+
+A stage's rows have few shapes (StageConfig.shapes), each of which gets a graph of its own; they share one memory pool.
+The first three steps of a shape run as ever, and are steps of the run: what is compiled is compiled in them, and the
+last one stops at whatever waits for the device, which no graph can hold. Gradients are added up in buffers that stay,
+zeroed once a step. Clipping and the optimisers stay outside: their rate is a number of the host. What cannot be held is
+refused, never run otherwise: docs/training.md. Called by step_loss.py; tests/train/test_graphs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hsa_ultralong.models import HSAConfig, HSAForCausalLM
+from hsa_ultralong.train.batches import Batch
+from hsa_ultralong.train.config import StageConfig, TrainConfig
+
+OPTION = "parallel.cuda_graphs"
+# steps of a shape that run without a graph; in the last of them nothing may wait for the device
+WARMUP_STEPS = 3
+_ROWS = ("input_ids", "labels", "segment_ids")
+
+
+def check_graphs(config: TrainConfig, stage: StageConfig, preset: HSAConfig) -> None:
+    """A graph can hold the forwards of a stage.
+
+    Raises:
+        ValueError: it cannot, with the reason.
+    """
+    has_noise = preset.gumbel_noise if stage.gumbel_noise is None else stage.gumbel_noise
+    obstacles = {
+        "piece_tokens, whose pieces have backwards of their own": stage.piece_tokens,
+        "divergence, whose tokens are counted on the host": stage.needs_teacher,
+        "evidence_loss, whose tokens are counted on the host": stage.evidence_loss,
+        "gumbel_noise, whose seed is a number of the host": has_noise and not config.has_twin,
+        "a mixture of experts, whose rows are cut where the host reads": preset.num_experts,
+        "parallel.offload_activations, whose copies go to the host": config.parallel.offload_activations,
+    }
+    if found := [reason for reason, is_there in obstacles.items() if is_there]:
+        raise ValueError(f"stage {stage.name!r}: {OPTION} cannot hold {found[0]}; leave one of them out")
+
+
+def require_graphs(device: torch.device, num_processes: int) -> None:
+    """Graphs can be made here.
+
+    Raises:
+        ValueError: not on this device, or not with several processes.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"{OPTION} needs a CUDA device, got {device.type}; leave it out")
+    if num_processes > 1:
+        raise ValueError(f"{OPTION} is for one process, no graph holds the exchanges of {num_processes}; leave it out")
+
+
+def row_shapes(stage: StageConfig) -> set[tuple[int, int]]:
+    """(rows, tokens of a row) of all forwards of a stage in one process."""
+    return {(stage.forward_rows(1, step), stage.shape(step)[0]) for step in range(max(1, len(stage.shapes)))}
+
+
+class CudaCapture:
+    """Makes graphs that share a memory pool, on a stream of their own, where the steps before them run as well."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def aside(self, *, may_wait: bool) -> Iterator[None]:
+        """Work on that stream; without may_wait, what makes the host wait for the device is a RuntimeError."""
+        current, before = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
+        self.stream.wait_stream(current)
+        if not may_wait:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            current.wait_stream(self.stream)
+
+    def __call__(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """What runs `function` again on the same tensors, and where its result then stands."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as the one that pins rows, may meanwhile ask the device
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            result = function()
+        return graph.replay, result
+
+
+@dataclass
+class _Rows:
+    """What forwards of one shape read and leave: inputs, the divisor of the loss, and the graph with its loss."""
+
+    inputs: dict[str, torch.Tensor]
+    divisor: torch.Tensor
+    num_steps: int = 0
+    learning: list[torch.nn.Parameter] = field(default_factory=list)
+    replay: Callable[[], None] | None = None
+    loss: torch.Tensor | None = None
+
+    def read(self, tensors: dict[str, torch.Tensor], divisor: int) -> None:
+        """Copy a micro-batch in."""
+        for name, target in self.inputs.items():
+            source = tensors[name]
+            if source.shape != target.shape or source.dtype != target.dtype:
+                raise ValueError(f"{OPTION}: {name} of a forward changed from {target.shape} to {source.shape}")
+            target.copy_(source, non_blocking=True)
+        self.divisor.fill_(divisor)
+
+
+class GraphedSteps:
+    """Runs the micro-batches of a run, as StepLoss.backward does, by graphs."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self._stage: StageConfig | None = None
+        self._capture: CudaCapture | None = None
+        self._options: dict[str, Any] = {}
+        self._rows: dict[torch.Size, _Rows] = {}
+        self._gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._is_first = True
+
+    def begin(self, stage: StageConfig) -> None:
+        """A step begins: no parameter has a gradient."""
+        self._is_first = True
+        if stage is not self._stage:
+            # windows and the like are parts of a graph
+            self._rows.clear()
+            self._stage, self._capture = stage, CudaCapture(self.device)
+            # the pool of a forward is as large as its rows make it
+            self._options = {"pool_memory": stage.pool_memory} if stage.pool_memory else {}
+
+    def backward(self, stage: StageConfig, batch: Batch, divisor: int) -> torch.Tensor:
+        """Add the gradients of one micro-batch; its loss over `divisor`.
+
+        Raises:
+            ValueError: the rows have a shape that the stage does not say, or the step cannot be captured.
+        """
+        assert stage is self._stage and self._capture is not None
+        rows = self._rows_of(stage, batch)
+        rows.read(self._tensors(batch, stage), divisor)
+        is_first, self._is_first = self._is_first, False
+        if is_first and rows.num_steps >= WARMUP_STEPS:
+            self._lend_gradients(rows)
+            if rows.replay is None:
+                with self._refusing(stage, rows):
+                    rows.replay, rows.loss = self._capture(lambda: self._run(rows))
+        elif is_first:
+            rows.num_steps += 1
+        if rows.replay is not None and rows.loss is not None:
+            rows.replay()
+            return rows.loss.clone()
+        with self._refusing(stage, rows), self._capture.aside(may_wait=rows.num_steps < WARMUP_STEPS):
+            loss = self._run(rows)
+        rows.learning = [part for part in self.model.parameters() if part.grad is not None]
+        return loss
+
+    def _rows_of(self, stage: StageConfig, batch: Batch) -> _Rows:
+        shape = batch["input_ids"].shape
+        if tuple(shape) not in row_shapes(stage):
+            known = ", ".join(map(str, sorted(row_shapes(stage))))
+            raise ValueError(f"stage {stage.name!r}: {OPTION} needs forwards of {known}, got {tuple(shape)}")
+        if shape not in self._rows:
+            inputs = {
+                name: torch.empty_like(part, device=self.device) for name, part in self._tensors(batch, stage).items()
+            }
+            self._rows[shape] = _Rows(inputs, torch.ones((), dtype=torch.int64, device=self.device))
+        return self._rows[shape]
+
+    def _tensors(self, batch: Batch, stage: StageConfig) -> dict[str, torch.Tensor]:
+        """Inputs on the host; whether documents are isolated is always said, so that no forward is another program."""
+        tensors = {name: batch[name] for name in _ROWS}
+        isolated = batch["isolated"] | stage.isolate_documents
+        if isinstance(self.model, HSAForCausalLM):
+            return {**tensors, "isolate_documents": isolated}
+        if bool(isolated.any()):
+            raise ValueError("a rival reads a row as one text: it takes no isolated documents")
+        return tensors
+
+    def _run(self, rows: _Rows) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss: torch.Tensor = self.model(**rows.inputs, **self._options, num_items_in_batch=rows.divisor).loss
+        loss.backward()
+        return loss.detach()
+
+    def _lend_gradients(self, rows: _Rows) -> None:
+        """Zeros, always at the same places, for what learns from rows of this shape; the rest has no gradient."""
+        for part in rows.learning:
+            if part not in self._gradients:
+                self._gradients[part] = torch.empty_like(part)
+            part.grad = self._gradients[part]
+        torch._foreach_zero_([self._gradients[part] for part in rows.learning])
+
+    @contextmanager
+    def _refusing(self, stage: StageConfig, rows: _Rows) -> Iterator[None]:
+        """Errors of CUDA say in one line what cannot be held; a card without memory says that itself."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            shape = tuple(rows.inputs["input_ids"].shape)
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"stage {stage.name!r}: {OPTION} cannot hold a forward of {shape} ({reason}); leave it out"
+            ) from error
