@@ -258,7 +258,9 @@ def kernels(options: Options) -> Iterator[Job]:
     """Tests on a GPU, then the speed of operators, memory, training and serving; one card alone times best."""
     out = options.out
     yield Job(
-        "tests", 6, "{python} -m pytest -q -m gpu tests/ops tests/bench tests/inference tests/memory tests/models"
+        "tests",
+        6,
+        "{python} -m pytest -q -m gpu tests/ops tests/bench tests/inference tests/memory tests/models tests/train",
     )
     yield Job("ops", 12, f"{{hsa}} bench ops --max --ops decode,chunk_topk,window,hsa,full_attention -o {out}")
     ours = "hsa:triton,chunk_topk:triton,full_attention:cudnn,full_attention:flash"

@@ -166,8 +166,11 @@ class TrainRequest(NamedTuple):
 
 
 def _execute(request: TrainRequest, device: str) -> None:
+    import torch.distributed as dist
+
     from hsa_ultralong.cli.common import choose_device
     from hsa_ultralong.distributed.mesh import init_distributed
+    from hsa_ultralong.train.graphs import require_graphs
     from hsa_ultralong.train.run_folder import RunFolder
 
     _check_options(request)
@@ -179,6 +182,8 @@ def _execute(request: TrainRequest, device: str) -> None:
         # tokens must mean to the new rows what they mean to the weights
         request = request._replace(tokenizer=first)
     place = init_distributed(choose_device(device))
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    require_graphs(request.config, request.config.shape(), place, processes)
     folder = RunFolder(request.run)
     folder.take()
     try:

@@ -26,12 +26,26 @@ WARMUP_STEPS = 3
 _ROWS = ("input_ids", "labels", "segment_ids")
 
 
-def check_graphs(config: TrainConfig, stage: StageConfig, preset: HSAConfig) -> None:
-    """A graph can hold the forwards of a stage.
+def require_graphs(config: TrainConfig, preset: HSAConfig, device: torch.device, num_processes: int) -> None:
+    """The run can have the graphs that it asks for, if it does.
+
+    Args:
+        preset: the model's configuration before any stage.
 
     Raises:
         ValueError: it cannot, with the reason.
     """
+    if not config.parallel.cuda_graphs:
+        return
+    if device.type != "cuda":
+        raise ValueError(f"{OPTION} needs a CUDA device, got {device.type}; leave it out")
+    if num_processes > 1:
+        raise ValueError(f"{OPTION} is for one process, no graph holds the exchanges of {num_processes}; leave it out")
+    for stage in config.stages:
+        _check_stage(config, stage, preset)
+
+
+def _check_stage(config: TrainConfig, stage: StageConfig, preset: HSAConfig) -> None:
     has_noise = preset.gumbel_noise if stage.gumbel_noise is None else stage.gumbel_noise
     obstacles = {
         "piece_tokens, whose pieces have backwards of their own": stage.piece_tokens,
@@ -43,18 +57,6 @@ def check_graphs(config: TrainConfig, stage: StageConfig, preset: HSAConfig) -> 
     }
     if found := [reason for reason, is_there in obstacles.items() if is_there]:
         raise ValueError(f"stage {stage.name!r}: {OPTION} cannot hold {found[0]}; leave one of them out")
-
-
-def require_graphs(device: torch.device, num_processes: int) -> None:
-    """Graphs can be made here.
-
-    Raises:
-        ValueError: not on this device, or not with several processes.
-    """
-    if device.type != "cuda":
-        raise ValueError(f"{OPTION} needs a CUDA device, got {device.type}; leave it out")
-    if num_processes > 1:
-        raise ValueError(f"{OPTION} is for one process, no graph holds the exchanges of {num_processes}; leave it out")
 
 
 def row_shapes(stage: StageConfig) -> set[tuple[int, int]]:

@@ -93,14 +93,13 @@ class Trainer:
         self.should_stop = False
         self.mesh = build_mesh(config.parallel, self.device.type)
         self.is_first = self.mesh is None or self.mesh.get_rank() == 0
-        if config.parallel.cuda_graphs:
-            require_graphs(self.device, 1 if self.mesh is None else self.mesh.size())
         torch.manual_seed(config.seed)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         self.preset = config.shape(vocab_size=len(tokenizer), **ids)
         if self.preset.vocab_size < len(tokenizer):
             wanted = self.preset.vocab_size
             raise ValueError(f"model.vocab_size={wanted} has no room for the {len(tokenizer)} tokens of the tokenizer")
+        require_graphs(config, self.preset, self.device, 1 if self.mesh is None else self.mesh.size())
         # on the device from the start: the host of 8 processes could not hold 8 large models
         with self.device:
             self.model = build_model(config, self.preset)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from hsa_ultralong.baselines import RivalForCausalLM
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig
-from hsa_ultralong.train.graphs import check_graphs
 from hsa_ultralong.train.twins import Trained
 
 
@@ -26,8 +25,6 @@ def check_stage(config: TrainConfig, index: int, preset: HSAConfig, data_world: 
                 f"stage {stage.name!r}: {'a shape' if stage.shapes else 'seq_len'}={length} must be a multiple of "
                 f"chunk_size={size} times parallel.context={parallel.context}"
             )
-    if parallel.cuda_graphs:
-        check_graphs(config, stage, preset)
     if stage.evidence_loss and parallel.context > 1:
         raise ValueError(f"stage {stage.name!r}: evidence_loss needs whole rows: parallel.context=1")
     if stage.piece_tokens and (parallel.context > 1 or stage.piece_tokens % size):

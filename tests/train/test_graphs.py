@@ -17,9 +17,9 @@ from hsa_ultralong.testing.factories import MODEL_OPTIONS, tiny_model
 from hsa_ultralong.testing.graphs import EagerCapture
 from hsa_ultralong.train import graphs, loop
 from hsa_ultralong.train.activations import recompute_activations
-from hsa_ultralong.train.graphs import WARMUP_STEPS, GraphedSteps, check_graphs, require_graphs, row_shapes
+from hsa_ultralong.train.graphs import WARMUP_STEPS, GraphedSteps, require_graphs, row_shapes
 
-GRAPHS = ParallelConfig(cuda_graphs=True)
+GRAPHS, GPU = ParallelConfig(cuda_graphs=True), torch.device("cuda")
 # shapes in turn, two forwards a step of the short ones
 SHAPES = {"seq_len": 64, "shapes": ((32, 2), (64, 2)), "batch_tokens": 128, "tokens": 128 * 8}
 
@@ -28,7 +28,9 @@ SHAPES = {"seq_len": 64, "shapes": ((32, 2), (64, 2)), "batch_tokens": 128, "tok
 def stand_in(monkeypatch):
     EagerCapture.reset()
     monkeypatch.setattr(graphs, "CudaCapture", EagerCapture)
-    monkeypatch.setattr(loop, "require_graphs", lambda device, num_processes: None)
+    monkeypatch.setattr(
+        loop, "require_graphs", lambda config, shape, _, count: require_graphs(config, shape, GPU, count)
+    )
 
 
 def stages(tiny_runs, **options):
@@ -189,13 +191,13 @@ def test_what_no_graph_holds_is_refused_by_its_name(tiny_runs, stage, config, mo
     wanted = tiny_runs.config(one, **{"parallel": GRAPHS, **config})
     shape = preset("debug", vocab_size=64, **model)
     with pytest.raises(ValueError, match=f"stage 'warmup': parallel.cuda_graphs cannot hold .*{words}") as caught:
-        check_graphs(wanted, one, shape)
+        require_graphs(wanted, shape, GPU, 1)
     assert "\n" not in str(caught.value)
 
 
 def test_noise_of_a_twins_model_is_no_obstacle_as_a_twin_has_none(tiny_runs):
     one = tiny_runs.stage()
-    check_graphs(tiny_runs.config(one, twin="window", parallel=GRAPHS), one, preset("debug", vocab_size=64))
+    require_graphs(tiny_runs.config(one, twin="window", parallel=GRAPHS), preset("debug", vocab_size=64), GPU, 1)
 
 
 def test_other_devices_and_several_processes_are_refused_before_any_work(tiny_runs, tmp_path):
@@ -203,8 +205,8 @@ def test_other_devices_and_several_processes_are_refused_before_any_work(tiny_ru
         tiny_runs.trainer(tmp_path / "run", tiny_runs.config(parallel=GRAPHS))
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="one process, no graph holds the exchanges of 2"):
-        require_graphs(torch.device("cuda"), 2)
-    require_graphs(torch.device("cuda"), 1)
+        require_graphs(tiny_runs.config(parallel=GRAPHS), preset("debug", vocab_size=64), GPU, 2)
+    require_graphs(tiny_runs.config(), preset("debug", vocab_size=64), torch.device("cpu"), 2)
 
 
 def test_a_stage_that_cannot_be_held_is_refused_before_the_run(tiny_runs, tmp_path, stand_in):

@@ -68,6 +68,7 @@ def place(tmp_path, shards_folder, model):
     ("arguments", "words"),
     [
         (["--json"], "--json goes with --dry-run"),
+        (["--set", "parallel.cuda_graphs=true"], "parallel.cuda_graphs needs a CUDA device, got cpu"),
         (["-o", "file"], "the run folder cannot be"),
         (["-o", "file/run"], "the run folder cannot be"),
         (["-o", "nowhere"], "the run folder cannot be"),
