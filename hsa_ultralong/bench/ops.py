@@ -166,24 +166,33 @@ def run_ops(
     guard = Guard(operators, settings)
     result: dict[str, Any] = {"meta": meta, "records": records}
     meta["failures"], meta["unions"] = failures, {}
+
+    def keep(found: dict[str, Any]) -> None:
+        (failures if "error" in found else records).append(found)
+        meta["failures"], meta["unions"] = [*failures, *lists.failures], lists.unions()
+        if path is not None:
+            write_json(path, result)
+        if progress is not None:
+            progress(found)
+
     for op, impl in wanted:
+        is_known = impl is None
         for point in points_of(op, operators, settings, lists):
             if impl not in (None, point.impl):
                 continue
+            is_known = True
             if time.monotonic() > deadline:
                 meta["stopped_before"] = f"{op} {point.impl} {point.direction} T={point.T}, after {minutes:g} minutes"
                 break
             error = guard.refusal(point)
             found = _failure(point, error) if error else measure(point, settings)
-            (failures if "error" in found else records).append(found)
-            meta["failures"], meta["unions"] = [*failures, *lists.failures], lists.unions()
-            if path is not None:
-                write_json(path, result)
-            if progress is not None:
-                progress(found)
+            keep(found)
             _clean_up(settings.device)
         if "stopped_before" in meta:
             break
+        if not is_known:
+            fields: dict[str, Any] = {"op": op, "impl": impl, "direction": "", "selection": "none", "T": 0}
+            keep({**fields, "K": None, "C": None, "error": "no point has it, on this device and at these lengths"})
     if path is not None:
         write_json(path, result)
     return result

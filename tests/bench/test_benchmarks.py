@@ -209,6 +209,8 @@ def test_one_implementation_alone_in_the_order_given_until_the_time_is_over(tmp_
     late = run_ops(operators, settings, run_metadata("test", 0), ops=wanted, path=path, minutes=-1)
     assert late["records"] == [] == read_benchmark(path)["records"]
     assert late["meta"]["stopped_before"].startswith("full_attention sdpa fwd T=16, after")
+    other = run_ops(operators, settings, run_metadata("test", 0), ops=("hsa:cudnn", "hsa:torch_dense"), path=path)
+    assert [one["impl"] for one in other["meta"]["failures"]] == ["cudnn"] and len(read_benchmark(path)["records"]) == 2
     with pytest.raises(ValueError, match="flash_attn alone; got none"):
         run_ops(operators, settings, {}, ops=("hsa:",))
 
