@@ -116,6 +116,9 @@ def suite(
     passage_tokens: PassageTokens = None,
     scoring: Scoring = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put tasks into the tokenizer's chat template.")] = False,
+    answer_tokens: Annotated[
+        int, typer.Option(min=0, max=MAX_COUNT, help="Least room for an answer; 0: each task's own, 5 to 128.")
+    ] = 0,
     data: Data = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Haystack: file, folder or - for stdin.", show_default="Opticks")
@@ -150,19 +153,19 @@ def suite(
       torchrun --nproc-per-node=8 -m hsa_ultralong eval checkpoints/nano --suite recall --lengths 1M..16M -o runs/long
 
       hsa eval models/smol models/mine --tasks niah_single_2,vt --chat --lengths 2K..8K -o runs/beside
+
+      hsa eval model.gguf --suite recall --chat --answer-tokens 48 --lengths 2K -o runs/sentences
     """
     from hsa_ultralong.cli.places import require_folder
     from hsa_ultralong.eval.likelihood_suite import LIKELIHOOD_TASKS, check_likelihood
     from hsa_ultralong.eval.tasks import Material, check_tasks
 
     names, wanted = _tasks(suites, tasks), parse_lengths(lengths)
-    if setting not in _SETTINGS:
-        raise ValueError(f"--setting must be one of {', '.join(_SETTINGS)}, got {setting!r}")
-    if scoring not in _SCORINGS:
-        raise ValueError(f"--scoring must be one of {', '.join(_SCORINGS)}, got {scoring!r}")
-    if setting in _CONTROLS and not {*names} <= {*_QA}:
-        raise ValueError(f"--setting {setting} is of the suite qa; leave {next(n for n in names if n not in _QA)} out")
-    _check_passages(setting, reread, passage_tokens, is_asked=not {*names} <= {*LIKELIHOOD_TASKS})
+    _check_choices(names, setting, scoring)
+    is_asked = not {*names} <= {*LIKELIHOOD_TASKS}
+    if answer_tokens and not is_asked:
+        raise ValueError("the suites ppl and short ask nothing; leave --answer-tokens out")
+    _check_passages(setting, reread, passage_tokens, is_asked=is_asked)
     require_folder(output)
     files = _files(data or [], names)
     folders: Sequence[Path | None] = models or [None]
@@ -181,7 +184,7 @@ def suite(
             model.config.chunk_topk = topk
         # the same text whatever the lengths, so that lengths can be added to a run
         source = haystack(tokenizer, text, text_field, encoding, shards, max(_TEXT_TOKENS, max(wanted)))
-        material = Material(tokenizer, source, chat=chat, files=files)
+        material = Material(tokenizer, source, chat=chat, answer_tokens=answer_tokens, files=files)
         asked = [name for name in names if name not in LIKELIHOOD_TASKS]
         check_tasks(asked, material, samples)
         check_likelihood(names, files.get("short"), samples)
@@ -191,6 +194,16 @@ def suite(
         _measure(place, label, model, material, reader, names, wanted, samples, seed, scoring, changes or [], kept)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _check_choices(names: Sequence[str], setting: str, scoring: str) -> None:
+    """Refuse words that mean nothing, and controls of questions where something else is asked."""
+    if setting not in _SETTINGS:
+        raise ValueError(f"--setting must be one of {', '.join(_SETTINGS)}, got {setting!r}")
+    if scoring not in _SCORINGS:
+        raise ValueError(f"--scoring must be one of {', '.join(_SCORINGS)}, got {scoring!r}")
+    if setting in _CONTROLS and not {*names} <= {*_QA}:
+        raise ValueError(f"--setting {setting} is of the suite qa; leave {next(n for n in names if n not in _QA)} out")
 
 
 def _check_passages(setting: str, reread: int, passage_tokens: int | None, *, is_asked: bool) -> None:

@@ -203,6 +203,7 @@ def run_settings(
         **chosen,
         **({} if scoring == "generate" else {"scoring": scoring}),
         "chat": material.chat,
+        **({"answer_tokens": material.answer_tokens} if material.answer_tokens else {}),
         "samples": samples,
         "seed": seed,
         "haystack": tokens_digest(material.text),

@@ -57,6 +57,7 @@ def test_lengths_are_listed_or_doubled():
         (["--suite", "qa", "--setting", "bm25", "--reread", 2], "--reread is of the settings memory and rebuild"),
         (["--suite", "recall", "--passage-tokens", 512], "--passage-tokens is of the settings bm25 and dense, not of"),
         (["--suite", "ppl", "--reread", 2], "the suites ppl and short ask nothing"),
+        (["--suite", "ppl", "--answer-tokens", 48], "leave --answer-tokens out"),
         (["a/same", "b/same", "--suite", "recall"], "two models are called 'same'"),
     ],
 )

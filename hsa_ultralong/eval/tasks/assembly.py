@@ -52,7 +52,7 @@ def make_form(
     asked = material.encode(question[len(breaks) :]) + material.turn + material.encode(prefix)
     own = tuple(tuple(material.first + material.encode(note)) for note in notes)
     end = material.encode(breaks) if breaks else []
-    return Form(head, end, asked, length, task.max_new_tokens, own)
+    return Form(head, end, asked, length, max(task.max_new_tokens, material.answer_tokens), own)
 
 
 def finish(
@@ -73,7 +73,7 @@ def finish(
     whole = np.concatenate([np.asarray(part, dtype=np.int32) for part in (form.head, context, form.end)])
     evidence = tuple(sorted((start + shift, stop + shift) for start, stop in spans))
     return Sample(
-        task.name, index, form.size, whole, form.question, tuple(answers), task.max_new_tokens, task.metric, depth,
+        task.name, index, form.size, whole, form.question, tuple(answers), form.max_new_tokens, task.metric, depth,
         evidence, query, form.notes, also=BESIDE.get(task.metric, ()), forced=forced,
     )  # fmt: skip
 

@@ -33,12 +33,15 @@ class Material:
             the tokenizer puts before a text are left out.
         chat: whether the task text is put into the tokenizer's chat template as a user's message, the given beginning
             of the answer behind it (as RULER does); refused without a template.
+        answer_tokens: room for an answer where a task's own is less; 0: the task's. A model that answers in a sentence
+            needs more than a number has.
         files: data of tasks that read some, by the name of the task's source ("squad", "hotpot", ...).
     """
 
     tokenizer: Any
     text: torch.Tensor
     chat: bool = False
+    answer_tokens: int = 0
     files: dict[str, Path] = field(default_factory=dict)
     _haystack: tuple[int, Tokens, np.ndarray] | None = field(default=None, repr=False)
     _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)

@@ -87,7 +87,7 @@ class PassageQuestions:
         chosen = [asked[i] for i in order]
         encoded = [*_encoded(material, self.source, lambda: passages.texts), *self._distractors(material)]
         longest = max(len(self._form(material, length, question).question) for question in chosen)
-        room = length - self.max_new_tokens - _LEAST_TEXT - longest
+        room = length - max(self.max_new_tokens, material.answer_tokens) - _LEAST_TEXT - longest
         index = 0
         while index < number:
             rng = namespaced_rng(f"eval/{self.name}", seed, length, index)

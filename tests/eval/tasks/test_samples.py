@@ -50,6 +50,15 @@ def test_a_sample_has_exactly_the_length_asked_for(material, name):
             assert sample.context.dtype == np.int32
 
 
+@pytest.mark.parametrize("name", ["recall_form_01", "passkey", "niah_multiquery", "fwe", "qa_1", "qa_xquad"])
+def test_an_answer_has_the_room_that_is_asked_for_within_the_same_length(material, name):
+    (own,) = made(material, name)[:1]
+    roomy = Material(material.tokenizer, material.text, answer_tokens=100, files=material.files)
+    (sample,) = make_samples(name, roomy, LENGTH, 1)
+    assert sample.max_new_tokens == max(100, own.max_new_tokens)
+    assert len(sample.prompt()) + sample.max_new_tokens == LENGTH
+
+
 @pytest.mark.parametrize("name", STATED)
 def test_the_evidence_holds_the_answers_and_lies_where_it_says(material, name):
     for sample in made(material, name):

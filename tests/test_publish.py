@@ -1,0 +1,80 @@
+"""scripts/publish.py: what of a run is published, and what is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+
+spec = importlib.util.spec_from_file_location("publish", Path(__file__).parents[1] / "scripts/publish.py")
+publish = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(publish)
+
+RECORD = {
+    "task": "niah_single_1", "index": 0, "query": "a", "expected": ["1"], "answered": " 1", "score": 1.0, "rank": 1,
+    "retrieved": [{"start": 0}], "evidence": [{"start": 0}],
+}  # fmt: skip
+
+
+def suite(folder, *records):
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"meta": {}, "records": []}))
+    (folder / "summary.md").write_text("# Suite\n")
+    (folder / "report.html").write_text("large")
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_places_and_share_alike_texts_are_left_out(tmp_path):
+    run = suite(tmp_path / "run", RECORD, RECORD | {"task": "qa_xquad", "score": 0.5}, RECORD | {"task": "qa_1"})
+    assert publish.main([str(run), "-o", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "records.jsonl.xz", "summary.json", "summary.md",
+    ]  # fmt: skip
+    packed = (tmp_path / "out/records.jsonl.xz").read_bytes()
+    first, *others = map(json.loads, lzma.decompress(packed).splitlines())
+    assert first == {key: value for key, value in RECORD.items() if key not in ("retrieved", "evidence")}
+    for other in others:
+        assert (other["query"], other["expected"], other["answered"]) == ("", [], "")
+    assert others[0]["score"] == 0.5
+
+
+def test_scores_by_depth_may_be_left_out(tmp_path):
+    run = suite(tmp_path / "run", RECORD)
+    whole, part = ({"task": "a", "metric": "exact", "depth": depth} for depth in (None, 0.05))
+    (run / "summary.json").write_text(json.dumps({"meta": {}, "records": [whole, part]}))
+    for options, kept in (([], [whole, part]), (["--small"], [whole])):
+        assert publish.main([str(run), "-o", str(tmp_path / "out"), *options]) == 0
+        assert json.loads((tmp_path / "out/summary.json").read_text())["records"] == kept
+    assert not (tmp_path / "out/summary.md").exists()
+
+
+def test_runs_of_training_go_to_folders_of_their_names_and_replace_what_is_there(tmp_path):
+    run = tmp_path / "run-hsa-0"
+    run.mkdir()
+    for name, text in (("summary.json", '{"meta": {}, "records": []}'), ("config.json", "{}"), ("log.jsonl", "{}\n")):
+        (run / name).write_text(text)
+    old = tmp_path / "out/run-hsa-0"
+    old.mkdir(parents=True)
+    (old / "stale").write_text("")
+    assert (
+        publish.main([str(run), str(suite(tmp_path / "eval-hsa-0", RECORD)), "-o", str(tmp_path / "out"), "--each"])
+        == 0
+    )
+    assert sorted(path.name for path in old.iterdir()) == ["config.json", "log.jsonl.xz", "summary.json"]
+    assert (tmp_path / "out/eval-hsa-0/records.jsonl.xz").is_file()
+
+
+def test_what_is_no_run_is_refused_and_nothing_is_replaced(tmp_path):
+    kept = tmp_path / "out"
+    kept.mkdir()
+    (kept / "summary.json").write_text("kept")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="name a run of eval or train"):
+        publish.main([str(tmp_path / "empty"), "-o", str(kept)])
+    with pytest.raises(SystemExit):
+        publish.main([str(tmp_path / "empty"), str(tmp_path / "empty"), "-o", str(kept)])
+    assert (kept / "summary.json").read_text() == "kept"
