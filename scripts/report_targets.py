@@ -22,7 +22,8 @@ EARLIER = "nano before 2026-11-28"
 # folder of results/ -> its weights; the first prefix that fits
 WEIGHTS = {
     "needles-nano": "nano", "paper-nano": "nano", "ruler-nano": "nano", "recall-nano": "nano", "prompts-nano": "nano",
-    "ppl-nano": "nano", "paper-mini": "mini", "smol-": "smol", "smollm2-": "SmolLM2, the source of smol", "needles-stages": "the paper's five stages",
+    "ppl-nano": "nano", "paper-mini": "mini", "smol-": "smol", "smollm2-": "SmolLM2, the source of smol",
+    "needles-stages": "the paper's five stages",
     "needles-pooled": f"{EARLIER}, pools", "needles-pool-": f"{EARLIER}, pools, notes",
     "needles-unpooled": f"{EARLIER}, no pools", "needles-averaged": f"{EARLIER}, pools, averaged",
     "needles-1g-averaged": f"{EARLIER}, pools, averaged", "needles-merged": "nano", "needles-": EARLIER,

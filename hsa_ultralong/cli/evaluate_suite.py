@@ -162,10 +162,7 @@ def suite(
 
     names, wanted = _tasks(suites, tasks), parse_lengths(lengths)
     _check_choices(names, setting, scoring)
-    is_asked = not {*names} <= {*LIKELIHOOD_TASKS}
-    if answer_tokens and not is_asked:
-        raise ValueError("the suites ppl and short ask nothing; leave --answer-tokens out")
-    _check_passages(setting, reread, passage_tokens, is_asked=is_asked)
+    _check_asking(setting, reread, passage_tokens, answer_tokens, is_asked=not {*names} <= {*LIKELIHOOD_TASKS})
     require_folder(output)
     files = _files(data or [], names)
     folders: Sequence[Path | None] = models or [None]
@@ -206,8 +203,10 @@ def _check_choices(names: Sequence[str], setting: str, scoring: str) -> None:
         raise ValueError(f"--setting {setting} is of the suite qa; leave {next(n for n in names if n not in _QA)} out")
 
 
-def _check_passages(setting: str, reread: int, passage_tokens: int | None, *, is_asked: bool) -> None:
-    """Refuse options of passages in the prompt where there are none."""
+def _check_asking(setting: str, reread: int, passage_tokens: int | None, answer_tokens: int, *, is_asked: bool) -> None:
+    """Refuse options of answers where nothing is asked, of passages in the prompt where there are none."""
+    if answer_tokens and not is_asked:
+        raise ValueError("the suites ppl and short ask nothing; leave --answer-tokens out")
     if (reread or passage_tokens) and not is_asked:
         raise ValueError("the suites ppl and short ask nothing; leave --reread and --passage-tokens out")
     if reread and setting not in ("auto", *_MEMORIES):
