@@ -287,8 +287,11 @@ def cards(options: Options) -> Iterator[Job]:
     memory = f"{start} bench memory --preset small_345m --lengths 8K,128M --batches 1,8 --piece 128K --steps 200"
     yield Job("memory", 5, f"{memory} --file-max 0 -o {out}/memory")
     train = f"{start} train moe_8b_a1b --data {shlex.quote(options.data)} --device cuda -o {out}/moe"
-    stop = f"--set gpus={options.cards} --set parallel.expert={options.cards} --max-minutes 4"
-    yield Job("experts", 6, f"{train} {stop}")
+    spread = f"--set parallel.replicate=1 --set parallel.shard={options.cards} --set parallel.expert={options.cards}"
+    size = "--set model.vocab_size=157184 --set warmup.micro_batch_rows=1 --set warmup.tokens=65536000"
+    size += f" --set warmup.batch_tokens={16_384 * options.cards} --set warmup.warmup_steps=10"
+    stop = "--until warmup --max-minutes 2.5 --set keep_checkpoints=0 --set compile=false --set log_every=1"
+    yield Job("experts", 5, f"{train} {spread} {size} {stop}")
 
 
 PLANS: dict[str, Callable[[Options], Iterable[Job]]] = {

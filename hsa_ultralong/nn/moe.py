@@ -1,12 +1,14 @@
 """Mixture of experts with a shared expert and auxiliary-loss-free balancing (paper sec. 3.1; DeepSeek-V3, Ling-2.0).
 
 Each token goes to the experts of highest sigmoid affinity + bias; the bias only steers the choice and is moved after
-every optimiser step toward equal load (`update_router_bias`). Routing is dropless, so a token's output never depends
-on the rest of the batch, which exact reading needs (fact 5). Tested in tests/nn/test_moe.py.
+every optimiser step toward equal load (`update_router_bias`). While a run begins, choices may be spread (`spread`).
+Routing is dropless, so a token's output never depends on the rest of the batch, which exact reading needs (fact 5).
+Tested in tests/nn/test_moe.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +18,9 @@ from torch import nn
 
 from hsa_ultralong.nn.mlp import SwiGLU
 from hsa_ultralong.nn.plain_linear import is_plain_linear
+
+# of spread choices: radians per unit of a router's normed logit; tokens that nearly agree still lie some turns apart
+_WAVES = 40.0
 
 
 class ExpertExchange(Protocol):
@@ -36,7 +41,7 @@ class MixtureOfExperts(nn.Module):
     """(..., M) -> (..., M): shared expert + sum over the chosen experts of affinity-weighted SwiGLU outputs.
 
     `expert_load` counts the tokens of each expert in training, twice where a block is recomputed in the backward: only
-    ratios are used.
+    ratios are used. `spread`, a scalar tensor set from outside (train/experts.py), spreads the choice in training.
     """
 
     router_bias: torch.Tensor
@@ -62,6 +67,7 @@ class MixtureOfExperts(nn.Module):
             else None
         )
         self.expert_ranks: ExpertExchange | None = None
+        self.spread: torch.Tensor | None = None
         self.register_buffer("router_bias", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("expert_load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         for weight in (self.gate_up, self.down):
@@ -70,10 +76,25 @@ class MixtureOfExperts(nn.Module):
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts and their weights for tokens x (N, M): both (N, k); weights fp32 (fp64 kept), sum 1."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        affinity = self._router_logits(x, wide).sigmoid()  # (N, E)
-        chosen = (affinity.detach() + self.router_bias).topk(self.num_experts_per_token, dim=-1).indices  # (N, k)
+        logits = self._router_logits(x, wide)  # (N, E)
+        affinity = logits.sigmoid()
+        preference = affinity.detach() + self.router_bias
+        if self.training and self.spread is not None:
+            preference = preference + self.spread * self._waves(logits.detach())
+        chosen = preference.topk(self.num_experts_per_token, dim=-1).indices  # (N, k)
         weights = affinity.gather(-1, chosen)
         return chosen, weights / weights.sum(-1, keepdim=True)
+
+    def _waves(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (N, E) -> (N, E): for every expert a standard Gumbel number that follows from the token alone.
+
+        Waves of the logit, so steep that tokens which nearly agree get unrelated numbers. Not drawn: pieces, ranks,
+        recomputation and resumed runs choose alike.
+        """
+        norms = self.router.weight.detach().to(logits.dtype).norm(dim=-1)
+        phase = _WAVES * logits / norms.clamp_min(1e-9)
+        uniform = 0.5 + phase.sin().asin() / math.pi
+        return -(-uniform.clamp(1e-6, 1 - 1e-6).log()).log()
 
     def _router_logits(self, x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
         if not is_plain_linear(self.router):
@@ -118,9 +139,10 @@ class MixtureOfExperts(nn.Module):
             gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
             return F.grouped_mm(F.silu(gate) * up, down, offs=ends)
         parts = []
-        for expert, part in enumerate(rows.split(load.tolist())):
-            gate, up = (part @ gate_up[expert]).chunk(2, dim=-1)
-            parts.append((F.silu(gate) * up) @ down[expert])
+        # unbind, as the gradient of an index is as large as all experts together
+        for part, into, back in zip(rows.split(load.tolist()), gate_up.unbind(), down.unbind(), strict=True):
+            gate, up = (part @ into).chunk(2, dim=-1)
+            parts.append((F.silu(gate) * up) @ back)
         return torch.cat(parts)
 
     @torch.no_grad()

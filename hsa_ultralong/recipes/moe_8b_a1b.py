@@ -17,11 +17,12 @@ def moe_8b_a1b() -> TrainConfig:
     results/training-moe-8b). On two H200 with AdamW: 44,700 tokens/s, 71 GiB each (results/training-moe-8b-two-gpus).
 
     From the paper: windows, contexts, 8T tokens of pre-training, 175B long, 400B annealing, 16.8M tokens a step, rate
-    3.87e-4, weight decay 0.01, 1% synthetic retrieval. Not in the paper: tokens of warm-up and sft, steps of rate
-    warm-up. The sft rate is a tenth of the one that the paper prints, which is that of pre-training.
+    3.87e-4, weight decay 0.01, 1% synthetic retrieval. Not in the paper: tokens of warm-up and sft, rate warm-up, and
+    how experts get even (docs/training.md). The sft rate is a tenth of the printed one, which is of pre-training.
     """
     return TrainConfig(
         preset="moe_8b_a1b",
+        model={"router_bias_update_rate": 0.01},
         stages=[
             StageConfig(
                 name="warmup",
@@ -85,6 +86,7 @@ def moe_8b_a1b() -> TrainConfig:
             ),
         ],
         weight_decay=0.01,
+        router_warmup_steps=500,
         parallel=ParallelConfig(replicate=32, shard=8, expert=8, activation_checkpointing="full"),
         checkpoint_minutes=30.0,
         keep_checkpoints=3,

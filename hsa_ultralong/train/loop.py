@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from hsa_ultralong.data import MixtureConfig, TokenShards
 from hsa_ultralong.distributed.mesh import build_mesh, data_rank, data_world, everywhere, total
-from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.train.averaging import RunningMean
 from hsa_ultralong.train.batches import (
     Batch,
@@ -30,6 +29,7 @@ from hsa_ultralong.train.batches import (
 from hsa_ultralong.train.checkpoint import Checkpoints, load_weights, model_tensors, optimizer_tensors
 from hsa_ultralong.train.compilation import uncompiled
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
+from hsa_ultralong.train.experts import balance_experts, spread_experts, spread_strength
 from hsa_ultralong.train.freezing import prepare_parameters
 from hsa_ultralong.train.graphs import require_graphs
 from hsa_ultralong.train.lora import is_lora
@@ -339,6 +339,7 @@ class Trainer:
     def _optimizer_step(self, stage: StageConfig, batches: list[Batch], rate: float) -> dict[str, torch.Tensor]:
         """One step on this process's micro-batches; loss and gradient norm of the whole step, on the device."""
         counts = self.losses.begin(stage, batches)
+        spread_experts(self.model, spread_strength(self.config.router_warmup_steps, self.global_step))
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             self._seed_noise(stage, number)
@@ -355,9 +356,7 @@ class Trainer:
         measured = {"loss": total(loss, self.mesh), "grad_norm": norm, **self.losses.take()}
         if self.mean is not None:
             self.mean.add(self.model, stage.average_decay)
-        if isinstance(self.model, HSAForCausalLM) and (balance := self.model.update_router_bias()):
-            measured["expert_imbalance"] = torch.stack(balance).max()
-        return measured
+        return {**measured, **balance_experts(self.model)}
 
     def _seed_noise(self, stage: StageConfig, number: int) -> None:
         """Noise of a forward by its first row: no two processes draw the same one, however many there are."""

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, data_world, init_distributed, total
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.testing.processes import HANG_SECONDS, launch
+from hsa_ultralong.train.experts import spread_experts, spread_strength
 from hsa_ultralong.train.parallelize import alone, clip_gradients, gathered, parallelize, synchronize_buffers
 from hsa_ultralong.train.segmented import segmented_loss_backward
 
@@ -61,6 +62,8 @@ def train(model, mesh, **inputs):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
     found = {}
     for step in range(NUM_STEPS):
+        # of experts, if there are any, the first step is spread
+        spread_experts(model, spread_strength(1, step))
         parts, counted = micro_batches(step, mesh)
         loss = torch.zeros((), dtype=torch.float64)
         for part in parts:

@@ -105,6 +105,49 @@ def test_one_bias_update_raises_starved_experts_and_lowers_crowded_ones():
     assert not bool(module.expert_load.any())
 
 
+def nearly_alike(count=2000, width=32):
+    """Hidden states as in the first steps of a run: one direction, and a tenth of its length of their own."""
+    return random_tensor(1, width, seed=5) + 0.1 * random_tensor(count, width, seed=6)
+
+
+@torch.no_grad()
+def test_spread_choices_are_even_where_tokens_are_nearly_alike_and_bias_updates_cannot_be():
+    module, x = mixture(hidden_size=32, num_experts=16).train(), nearly_alike()
+    module.router_bias.zero_()
+    module(x)
+    assert float(module.update_router_bias(0.0)) > 6
+    module.spread = torch.tensor(1.0)
+    module(x)
+    assert float(module.update_router_bias(0.0)) < 2
+    for _ in range(40):
+        module(x)
+        last = module.update_router_bias(0.02)
+    assert float(last) < 1.2
+
+
+@torch.no_grad()
+def test_a_spread_choice_follows_from_the_token_and_weights_from_affinity_alone():
+    module, x = mixture(hidden_size=32, num_experts=16).train(), nearly_alike(200)
+    plain, _ = module.route(x)
+    module.spread = torch.tensor(1.0)
+    chosen, weights = module.route(x)
+    assert not torch.equal(chosen, plain)
+    again, _ = module.route(x[50:60])
+    assert torch.equal(again, chosen[50:60])
+    affinity = (x @ module.router.weight.T).sigmoid().gather(-1, chosen)
+    torch.testing.assert_close(weights, affinity / affinity.sum(-1, keepdim=True), **EXACT)
+    # a reader never spreads
+    assert torch.equal(module.eval().route(x)[0], plain)
+
+
+@torch.no_grad()
+def test_what_spreads_choices_is_standard_gumbel_noise():
+    module = mixture(hidden_size=32, num_experts=16)
+    noise = module._waves(nearly_alike() @ module.router.weight.T)
+    assert float(noise.mean()) == pytest.approx(0.577, abs=0.05)
+    assert float(noise.std()) == pytest.approx(1.283, abs=0.05)
+
+
 @torch.no_grad()
 def test_load_is_counted_in_training_only():
     module, x = mixture(), random_tensor(3, 10, 8)

@@ -5,6 +5,7 @@ import torch
 
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.testing.live_bytes import LiveBytes, SavedBytes
+from hsa_ultralong.train.experts import spread_experts
 from hsa_ultralong.train.segmented import segmented_loss_backward
 
 SIZE = 4
@@ -62,6 +63,17 @@ def test_loss_and_gradients_equal_the_ordinary_pass(options):
     expected = ordinary(model, batch)
     for segment in (4, 12, 64) if options in EVERY_WAY else (12,):
         assert_equal(results(model, lambda n=segment: segmented_loss_backward(model, batch, n)), expected)
+
+
+def test_spread_experts_are_chosen_alike_in_pieces():
+    model = tiny_model(**MODEL_OPTIONS["mixture_of_experts"]).train()
+    spread_experts(model, 0.5)
+    ids = random_tokens(2, 50, seed=1)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    expected = ordinary(model, batch)
+    assert_equal(results(model, lambda: segmented_loss_backward(model, batch, 12)), expected)
+    spread_experts(model, 0.0)
+    assert not torch.equal(ordinary(model, batch)["loss"], expected["loss"])
 
 
 @pytest.mark.parametrize("isolated", [False, True])
