@@ -41,7 +41,7 @@ class MixtureOfExperts(nn.Module):
     """(..., M) -> (..., M): shared expert + sum over the chosen experts of affinity-weighted SwiGLU outputs.
 
     `expert_load` counts the tokens of each expert in training, twice where a block is recomputed in the backward: only
-    ratios are used. `spread`, a scalar tensor set from outside (train/experts.py), spreads the choice in training.
+    ratios are used. `spread`, a scalar tensor set from outside (train/stages.py), spreads the choice in training.
     """
 
     router_bias: torch.Tensor

@@ -234,7 +234,7 @@ class TrainConfig:
             the parameters that it did not, from the folder's conversion.json.
         freeze_memory: train the upper decoder only, so that memories built before stay valid (train/freezing.py).
         router_warmup_steps: first steps of the run, in which tokens are spread over the experts of a mixture, less and
-            less, so that none gets all while hidden states are still alike; 0 = none (train/experts.py).
+            less, so that none gets all while hidden states are still alike; 0 = none (train/stages.py).
         weight_decay: on matrices only. betas, clip_norm: AdamW and gradient clipping.
         parallel: how a step is spread over processes, and what it keeps in memory.
         checkpoint_minutes: wall-clock minutes between checkpoints. keep_checkpoints: older ones are deleted; 0 writes

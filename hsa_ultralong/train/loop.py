@@ -29,7 +29,6 @@ from hsa_ultralong.train.batches import (
 from hsa_ultralong.train.checkpoint import Checkpoints, load_weights, model_tensors, optimizer_tensors
 from hsa_ultralong.train.compilation import uncompiled
 from hsa_ultralong.train.config import StageConfig, TrainConfig, as_dict
-from hsa_ultralong.train.experts import balance_experts, spread_experts, spread_strength
 from hsa_ultralong.train.freezing import prepare_parameters
 from hsa_ultralong.train.graphs import require_graphs
 from hsa_ultralong.train.lora import is_lora
@@ -45,7 +44,7 @@ from hsa_ultralong.train.parallelize import (
 )
 from hsa_ultralong.train.run_folder import RunFolder, RunLog, write_settings
 from hsa_ultralong.train.schedule import learning_rate
-from hsa_ultralong.train.stages import check_stage, enter_stage
+from hsa_ultralong.train.stages import balance_experts, check_stage, enter_stage, spread_experts, spread_strength
 from hsa_ultralong.train.state import read_state
 from hsa_ultralong.train.step_loss import StepLoss
 from hsa_ultralong.train.teaching import is_learnt

@@ -1,12 +1,16 @@
 """What a stage needs, and what it changes in the model: how many chunks a token keeps, how far windows reach, noise
-(paper sec. 3.2)."""
+(paper sec. 3.2); how its experts are spread while a run begins, and balanced after every step (docs/training.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import nn
+
 from hsa_ultralong.baselines import RivalForCausalLM
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
+from hsa_ultralong.nn.moe import MixtureOfExperts
 from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig
 from hsa_ultralong.train.twins import Trained
 
@@ -84,3 +88,29 @@ def set_window(model: HSAForCausalLM, window: int) -> None:
     for layer in layers:
         layer.attention.window = window
     model.config.sliding_window = window
+
+
+def spread_strength(warmup_steps: int, step: int) -> float:
+    """How much the choice of step `step` (0-based, of the run) is spread: falls from 1 to 0 over `warmup_steps`."""
+    return max(0.0, 1.0 - step / warmup_steps) if warmup_steps else 0.0
+
+
+def spread_experts(model: nn.Module, strength: float) -> None:
+    """Set the spread of every mixture; at 0 it is off, and costs nothing."""
+    shared: torch.Tensor | None = None
+    for part in model.modules():
+        if isinstance(part, MixtureOfExperts):
+            if shared is None and strength > 0:
+                shared = torch.tensor(strength, dtype=torch.float32, device=part.router_bias.device)
+            part.spread = shared
+
+
+def balance_experts(model: nn.Module) -> dict[str, torch.Tensor]:
+    """After an optimiser step and `synchronize_buffers`: move the biases; the load of the worst layer and the mean."""
+    if not isinstance(model, HSAForCausalLM):
+        return {}
+    balance = model.update_router_bias()
+    if not balance:
+        return {}
+    layers = torch.stack(balance)
+    return {"expert_imbalance": layers.max(), "expert_imbalance_mean": layers.mean()}

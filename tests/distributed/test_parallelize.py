@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, data_world, init_distributed, total
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.testing.processes import HANG_SECONDS, launch
-from hsa_ultralong.train.experts import spread_experts, spread_strength
 from hsa_ultralong.train.parallelize import alone, clip_gradients, gathered, parallelize, synchronize_buffers
 from hsa_ultralong.train.segmented import segmented_loss_backward
+from hsa_ultralong.train.stages import spread_experts, spread_strength
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 DENSE = {"num_upper_groups": 1, "tie_word_embeddings": True, **MODEL_OPTIONS["qkv_bias_llama3"]}

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from hsa_ultralong.nn.moe import MixtureOfExperts
-from hsa_ultralong.train.experts import balance_experts, spread_experts, spread_strength
+from hsa_ultralong.train.stages import balance_experts, spread_experts, spread_strength
 
 EXPERTS = {"num_experts": 8, "num_experts_per_token": 1, "moe_intermediate_size": 16}
 
@@ -59,3 +60,16 @@ def test_a_dense_model_has_nothing_to_spread_or_balance(tiny_runs, tmp_path):
     assert balance_experts(one.model) == {}
     with pytest.raises(ValueError, match="router_warmup_steps must be >= 0"):
         tiny_runs.config(router_warmup_steps=-1)
+
+
+@torch.no_grad()
+def test_a_compiled_choice_is_not_compiled_again_as_the_spread_falls():
+    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_experts": 5, "num_experts_per_token": 2}
+    counter, module, x = CompileCounter(), MixtureOfExperts(**sizes, num_shared_experts=1), torch.randn(20, 8)
+    compiled = torch.compile(module.route, backend=counter, fullgraph=True)
+    for strength in (1.0, 0.9, 0.8):
+        module.spread = torch.tensor(strength)
+        assert torch.equal(compiled(x)[0], module.route(x)[0])
+    assert counter.frame_count == 1
+    module.spread = None
+    assert torch.equal(compiled(x)[0], module.route(x)[0]) and counter.frame_count == 2

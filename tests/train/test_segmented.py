@@ -5,8 +5,8 @@ import torch
 
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.testing.live_bytes import LiveBytes, SavedBytes
-from hsa_ultralong.train.experts import spread_experts
 from hsa_ultralong.train.segmented import segmented_loss_backward
+from hsa_ultralong.train.stages import spread_experts
 
 SIZE = 4
 # these also with segments of one chunk, shorter than a window, and with one segment for all
