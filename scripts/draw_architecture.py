@@ -1,4 +1,4 @@
-"""Draw docs/images/architecture.svg and .png: the parts of the model, the file of each and the tensors between them.
+"""Draw docs/images/architecture.svg: the parts of the model, the file of each and the tensors between them.
 
     python scripts/draw_architecture.py [FOLDER]
 
@@ -8,7 +8,6 @@ matplotlib and its fonts give the same bytes. tests/test_architecture_figure.py 
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,6 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from PIL import Image
 
 WIDTH, HEIGHT = 12.6, 7.8  # inches, and the units of all coordinates
 INK, QUIET, CARD, EDGE = "#1f2937", "#55606e", "#fbfbf9", "#c9cdd3"
@@ -158,23 +156,11 @@ def draw() -> Figure:
 
 
 def write(folder: Path) -> None:
-    """Write architecture.svg and architecture.png."""
+    """Write architecture.svg."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "architecture", "svg.fonttype": "path", "font.family": SANS}):
         figure = draw()
         figure.savefig(folder / "architecture.svg", transparent=True, metadata={"Date": None, "Creator": None})
-        data = io.BytesIO()
-        figure.savefig(data, format="png", transparent=True, dpi=150)
-    few_colours(Image.open(data)).save(folder / "architecture.png", optimize=True, transparency=63)
-
-
-def few_colours(picture: Image.Image) -> Image.Image:
-    """63 colours, and one for what lies outside of the frame: a quarter as large, and alike to the eye."""
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    found = flat.quantize(63, dither=Image.Dither.NONE)
-    found.putpalette((found.getpalette() or [])[: 3 * 63] + [255] * 3)
-    found.paste(63, mask=picture.getchannel("A").point(lambda alpha: 255 * (alpha < 128)))
-    return found
 
 
 if __name__ == "__main__":
