@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,15 @@ def collect_rarely() -> None:
 def collect_as_usual() -> None:
     """Look for garbage as Python does, before any work that takes long."""
     gc.set_threshold(*_COLLECTING)
+
+
+def wait_asleep() -> None:
+    """Threads of torch that wait for one another sleep; call it before torch is imported.
+
+    By default they spin: where other programs use the cores too, a step of many small operations then takes up to
+    twenty times as long (docs/log.md, 2026-11-28). An OMP_WAIT_POLICY that is set stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def choose_device(name: str) -> str:

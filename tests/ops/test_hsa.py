@@ -67,6 +67,26 @@ def test_backend_equals_reference_in_output_and_every_gradient(impl, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_chunk_that_is_gathered_once_for_many_tokens_gives_the_same(shape, dtype, monkeypatch):
+    monkeypatch.setattr(torch_gather, "_FEWEST_PAIRS", 1)
+    monkeypatch.setattr(torch_gather, "_FEWEST_SHARED", 0)
+    monkeypatch.setattr(torch_gather, "_LARGEST_TILE", 2)
+    monkeypatch.setattr(torch_gather, "_TILE_ELEMENTS", 100)  # several blocks of tiles
+    taken = []
+    attend = torch_gather._attend_tiles
+    monkeypatch.setattr(torch_gather, "_attend_tiles", lambda *args: taken.append(attend(*args)) or taken[-1])
+    inputs, size = random_attention(**SHAPES[shape]), SHAPES[shape].get("chunk_size", 4)
+    inputs = inputs._replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
+    close = EXACT if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    for expected, actual in zip(
+        run(inputs, "reference", chunk_size=size), run(inputs, "torch_gather", chunk_size=size)
+    ):
+        torch.testing.assert_close(actual, expected, **close)
+    assert taken == [shape != "all_empty"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_reference_equals_a_loop_over_tokens_heads_and_chunks(shape):
     inputs, size = random_attention(**SHAPES[shape]), SHAPES[shape].get("chunk_size", 4)
     q, k, v, indices, weights, lengths = inputs

@@ -1,11 +1,13 @@
 """hsa_attention in plain torch by gathering the selected chunks, blockwise in T, recomputed in the backward.
 
-Cost per token is K * S keys whatever the number of chunks: the path for decoding and for sparse selections.
+Cost per token is K * S keys whatever the number of chunks: the path for decoding and for sparse selections. Where many
+tokens read the same chunks, a CPU's forward gathers each of these once for several tokens (`_tiles`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,11 @@ from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide
 
 # gathered keys of one block of tokens, in elements
 _BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+# pairs of a token and a chunk on a CPU: from how many on chunks are gathered once for several tokens, how many a chunk
+# must have on average, and the most of a tile
+_FEWEST_PAIRS, _FEWEST_SHARED, _LARGEST_TILE = 1024, 3, 32
+# keys and queries of tiles that are read together: they stay in a core's caches
+_TILE_ELEMENTS = 1 << 19
 
 
 def _rows(tensor: torch.Tensor, chunk_size: int) -> torch.Tensor:
@@ -130,6 +137,79 @@ class _Block:
         return (self.attention * self.fused[:, None, :, None]).flatten(2).to(self.values.dtype)
 
 
+class _Tiles(NamedTuple):
+    """Pairs of a problem (one of the B * t * Hkv with G queries) and a chunk that it reads, in tiles of one chunk.
+
+    pairs: (P,) int64 numbers in (N, K), those of a chunk together. places: (P,) int64, where each stands in the tiles.
+    rows: (tiles,) int64, which chunk each reads, as `_row_index` counts. size: places of a tile.
+    """
+
+    pairs: torch.Tensor
+    places: torch.Tensor
+    rows: torch.Tensor
+    size: int
+
+
+def _tiles(row_index: torch.Tensor, is_empty: torch.Tensor) -> _Tiles | None:
+    """The tiles of chunks (N, K), or None where so few tokens share them that gathering slot by slot is as good."""
+    pairs = (~is_empty).flatten().nonzero()[:, 0]
+    if len(pairs) < _FEWEST_PAIRS:
+        return None
+    rows, order = row_index.flatten()[pairs].sort(stable=True)
+    chunks, counts = rows.unique_consecutive(return_counts=True)
+    shared = len(pairs) // len(chunks)
+    if shared < _FEWEST_SHARED:
+        return None
+    size = min(_LARGEST_TILE, 1 << shared.bit_length() - 1)
+    tiles = (counts + size - 1) // size
+    first_pair, first_tile = counts.cumsum(0) - counts, tiles.cumsum(0) - tiles
+    number = torch.repeat_interleave(counts)  # (P,), which of the chunks
+    places = first_tile[number] * size + torch.arange(len(pairs)) - first_pair[number]
+    return _Tiles(pairs[order], places, torch.repeat_interleave(chunks, tiles), size)
+
+
+def _attend_tiles(problem: _Problem, out: torch.Tensor) -> bool:
+    """Write the result of all tokens to `out` (B, T, Hq, D), chunk by chunk; False, and nothing written, where too few
+    tokens share them."""
+    q, k, v, indices, weights, chunk_lengths, size, scale = problem
+    kv_heads, slots, num_chunks, wide = k.shape[2], indices.shape[-1], k.shape[1] // size, accumulation_dtype(q.dtype)
+    index = indices.long().clamp_min(0)
+    row_index = _row_index(index, k.shape[0], kv_heads, num_chunks)  # (B, T, Hkv, K)
+    found = _tiles(row_index, (indices < 0).expand_as(row_index))
+    if found is None:
+        return False
+    queries = q.unflatten(2, (kv_heads, -1)).flatten(0, 2)  # (N, G, D)
+    fused = weights.to(wide).expand_as(row_index).flatten()  # (N * K,)
+    result = queries.new_zeros(queries.shape, dtype=wide)
+    lengths = None
+    if chunk_lengths is not None and not bool((chunk_lengths == size).all()):
+        lengths = chunk_lengths.long()[:, None].expand(k.shape[0], kv_heads, -1).flatten()  # of the rows
+    at_once = max(1, _TILE_ELEMENTS // (size * q.shape[-1] + found.size * queries[0].numel()))
+    # the pairs of a block of tiles stand together
+    bounds = torch.arange(0, len(found.rows) + at_once, at_once).clamp_max(len(found.rows)) * found.size
+    cuts = torch.searchsorted(found.places, bounds).tolist()
+    for number, (first, last) in enumerate(pairwise(cuts)):
+        rows = found.rows[number * at_once : (number + 1) * at_once]
+        pairs, places = found.pairs[first:last], found.places[first:last] - number * at_once * found.size
+        problems = pairs // slots
+        asked = queries.new_zeros((len(rows) * found.size, *queries.shape[1:]))
+        shares = fused.new_zeros(len(asked))
+        asked[places], shares[places] = queries[problems], fused[pairs]
+        keys, values = (_gather(x, size, rows[:, None]) for x in (k, v))  # (tiles, S, D)
+        absent = None
+        if lengths is not None:
+            absent = (torch.arange(size) >= lengths[rows][:, None])[:, None]  # (tiles, 1, S)
+            for part in (keys, values):
+                part.masked_fill_(absent.transpose(1, 2), 0.0)
+        asked = asked.view(len(rows), -1, q.shape[-1])
+        attention = _attention(asked, keys, absent, scale, (1, size))  # (tiles, size * G, 1, S)
+        mixed = attention[:, :, 0] * shares.repeat_interleave(queries.shape[1]).view(*asked.shape[:2], 1)
+        part = matmul_wide(mixed.to(v.dtype), values).view(-1, *queries.shape[1:])
+        result.index_add_(0, problems, part[places])
+    out.copy_(result.view(out.shape))
+    return True
+
+
 class _GatherAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -147,6 +227,8 @@ class _GatherAttention(torch.autograd.Function):
         ctx.chunk_size, ctx.scale = chunk_size, scale
         problem = _Problem(q, k, v, indices, weights, chunk_lengths, chunk_size, scale)
         out = torch.empty_like(q)
+        if q.is_cpu and _attend_tiles(problem, out):
+            return out
         for start, stop in problem.blocks():
             block = _Block(problem, start, stop)
             out[:, start:stop] = block.result(matmul_wide(block.mixed(), block.values), out[:, start:stop])
