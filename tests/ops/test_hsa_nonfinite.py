@@ -128,6 +128,14 @@ def test_what_is_not_finite_stays_in_the_rows_that_read_it(impl, shape, number):
         torch.testing.assert_close(left[clear].double(), right[clear], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a CPU alone")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nor_does_it_where_a_chunk_is_gathered_once_for_many_tokens(shape, monkeypatch):
+    for name, value in {"_FEWEST_PAIRS": 1, "_FEWEST_SHARED": 0, "_LARGEST_TILE": 4}.items():
+        monkeypatch.setattr(torch_gather, name, value)
+    test_what_is_not_finite_stays_in_the_rows_that_read_it("torch_gather", shape, float("nan"))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_query_that_is_not_finite_touches_only_the_chunks_that_it_reads(impl):
     inputs = problem("sparse")
