@@ -100,6 +100,10 @@ class VariableTracking:
         return _VT_BEFORE + "\n".join(lines) + question + prefix + " " + " ".join(names) + "\n\n"
 
 
+# steps of a search for the length of a list by what its items foretell
+_FORETOLD = 12
+
+
 @dataclass(frozen=True)
 class CommonWords:
     """A numbered list in which 10 words stand 30 times and the others 3 times (6 and 1 below 4,096 tokens)."""
@@ -112,7 +116,7 @@ class CommonWords:
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
         sizes, often, seldom = CWE_SHORT if length < CWE_LONG_FROM else CWE_LONG
-        words = 2 * self.common
+        words, is_paired = 2 * self.common, False
         for index in range(number):
             rng = namespaced_rng("eval/cwe", seed, length, index)
             fragments, order, common = self._list(material, rng, *sizes)
@@ -120,27 +124,40 @@ class CommonWords:
             example += " " + " ".join(f"{i + 1}. {word}" for i, word in enumerate(common)) + "\n"
             form = make_form(material, self, length, example + _CWE_BEFORE, _CWE_QUESTION, _CWE_PREFIX)
 
-            def listed(words: int, index: int = index) -> tuple[Tokens, list[str]]:
+            def listed(words: int, is_paired: bool, index: int = index) -> tuple[Tokens, list[str]]:
                 rng = namespaced_rng("eval/cwe/list", seed, length, index)
-                fragments, order, common = self._list(material, rng, words, often, seldom)
+                fragments, order, common = self._list(material, rng, words, often, seldom, is_paired)
                 return fragments.encode(order), common
 
-            words, tokens, common = self._longest(listed, form, words, often, seldom)
+            if not is_paired:
+                words, tokens, common = self._longest(listed, form, words, often, seldom)
+                # all single words are too few, and as many pairs and one too long: fewer pairs
+                is_paired = words == len(_single_words()) and form.room - len(tokens) > words
+            if is_paired:
+                words, tokens, common = self._longest(listed, form, words, often, seldom, is_paired=True)
             context = filled(tokens, form.room, material.encode("\n"))
             yield finish(self, form, context, index, common, "the 10 most common words")
 
     def _longest(
-        self, listed: Callable[[int], tuple[Tokens, list[str]]], form: Form, words: int, often: int, seldom: int
+        self,
+        listed: Callable[[int, bool], tuple[Tokens, list[str]]],
+        form: Form,
+        words: int,
+        often: int,
+        seldom: int,
+        is_paired: bool = False,
     ) -> tuple[int, Tokens, list[str]]:
         """How many different words fill the room but for two of them at most, the tokens of their list, and the common
         words; words: where the search begins. Between a number that fits and one that does not it goes on at the
-        number that the tokens of an item so far foretell."""
+        number that the tokens of an item so far foretell, or in the middle where that leads nowhere: pairs of words
+        are longer than the single words of a shorter list."""
         least = self.common + 1
-        low, high = least - 1, form.room
+        low, high, steps = least - 1, form.room, 0
         found: tuple[int, Tokens, list[str]] | None = None
         while high - low > 1:
-            words = min(max(words, low + 1), high - 1)
-            tokens, common = listed(words)
+            words = min(max(words, low + 1), high - 1) if steps < _FORETOLD else (low + high) // 2
+            steps += 1
+            tokens, common = listed(words, is_paired)
             rest = form.room - len(tokens)
             per_word = seldom * len(tokens) / (self.common * often + (words - self.common) * seldom)
             if rest < 0 and words == least:
@@ -157,12 +174,12 @@ class CommonWords:
         return found
 
     def _list(
-        self, material: Material, rng: np.random.Generator, words: int, often: int, seldom: int
+        self, material: Material, rng: np.random.Generator, words: int, often: int, seldom: int, is_paired: bool = False
     ) -> tuple[Fragments, np.ndarray, list[str]]:
         """Fragments, which of them a list of `words` different words is made of, and the common words; the words of a
-        shorter list are the first ones of a longer one's."""
+        shorter list are the first ones of a longer one's. is_paired: pairs of words where single ones would do."""
         parts: Sequence[Sequence[str]] = (_single_words(),)
-        if words <= len(parts[0]):
+        if words <= len(parts[0]) and not is_paired:
             chosen = rng.permutation(len(parts[0]))[:words, None]  # (words, 1)
         else:  # RULER goes on with another list of English words; here pairs of words
             parts = word_pairs()

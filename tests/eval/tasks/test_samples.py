@@ -13,7 +13,7 @@ import torch
 
 from hsa_ultralong.data.tokenizer import load_tokenizer
 from hsa_ultralong.eval.evidence import sample_digest
-from hsa_ultralong.eval.tasks import SUITES, TASKS, Material, Sample, make_samples
+from hsa_ultralong.eval.tasks import SUITES, TASKS, Material, Sample, make_samples, ruler_words
 from hsa_ultralong.eval.tasks.sample import TooShort
 from tests.eval.tasks.conftest import MAKES, make_material, write_files
 
@@ -57,6 +57,25 @@ def test_an_answer_has_the_room_that_is_asked_for_within_the_same_length(materia
     (sample,) = make_samples(name, roomy, LENGTH, 1)
     assert sample.max_new_tokens == max(100, own.max_new_tokens)
     assert len(sample.prompt()) + sample.max_new_tokens == LENGTH
+
+
+def test_a_list_too_long_for_single_words_and_too_short_for_as_many_pairs_has_fewer_pairs(material, monkeypatch):
+    few, lists = ruler_words._single_words()[:80], []
+    monkeypatch.setattr(ruler_words, "_single_words", lambda: few)
+    made_list = ruler_words.CommonWords._list
+    monkeypatch.setattr(
+        ruler_words.CommonWords, "_list", lambda *given: lists.append(given[3]) or made_list(*given)
+    )  # fmt: skip
+    fresh = Material(material.tokenizer, material.text)
+    for length in range(9_000, 21_000, 1_500):
+        lists.clear()
+        first, second = make_samples("cwe", fresh, length, 2)
+        assert len(lists) < 2 * 60
+        for sample in (first, second):
+            listed = fresh.tokenizer.decode(sample.context.tolist())
+            # the newlines that fill the rest are fewer than two words of the list would be
+            assert len(sample.context) - len(fresh.encode(listed.rstrip("\n"))) < 200
+            assert len(sample.prompt()) + sample.max_new_tokens == length
 
 
 @pytest.mark.parametrize("name", STATED)
