@@ -12,7 +12,7 @@ from hsa_ultralong.cli.bench_first import first
 from hsa_ultralong.cli.bench_reading import reading
 from hsa_ultralong.cli.bench_serve import serve
 from hsa_ultralong.cli.bench_training import training
-from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, parse_counts, parse_size, parse_sizes
+from hsa_ultralong.cli.numbers import MAX_COUNT, MAX_SEED, MAX_TOPK, finite, parse_counts, parse_size, parse_sizes
 from hsa_ultralong.cli.places import require_folder
 from hsa_ultralong.cli.terminal import console, echo, echo_json
 
@@ -55,8 +55,8 @@ def bench_ops(
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes, short repeats.")] = False,
     full_max: Annotated[str, typer.Option(help="Full attention up to this length; it is quadratic.")] = "128K",
     max_minutes: Annotated[
-        float, typer.Option(min=0, help="Begin no point after so many minutes.", show_default="no limit")
-    ] = float("inf"),
+        float | None, typer.Option(min=0, max=1e9, callback=finite, help="Begin no point after so many minutes.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Text for recorded selections.", show_default="Opticks")] = None,
     model: Annotated[Path | None, typer.Option(help="Model that reads it.", show_default="checkpoints/nano")] = None,
     hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
@@ -99,7 +99,7 @@ def bench_ops(
     wanted = tuple(part.strip() for part in ops.split(",")) if ops else OPS
     result = run_ops(
         operators, settings, meta, ops=wanted, recorder=_recorder(settings, model, text), path=path,
-        progress=_show, minutes=max_minutes,
+        progress=_show, minutes=float("inf") if max_minutes is None else max_minutes,
     )  # fmt: skip
     if any(record["op"] not in ("chunk_topk", "copy", "decode_topk", "decode_hsa") for record in result["records"]):
         plot_ops(result, path.with_suffix(".png"))

@@ -68,10 +68,12 @@ def test_logits_are_the_same_from_every_store(tmp_path, monkeypatch, chunks, bat
         # among stores, and while decoding (fewer than 16 tokens), not even the last bit differs
         assert all(torch.equal(each, found[1]) for each in found[2:])
         assert tokens >= 16 or torch.equal(found[1], expected)
-        # nor where both take one path
+        # nor where both take one path; with more tokens a tile holds other ones of those that read a chunk
         with monkeypatch.context() as patch:
             patch.setattr(hsa_api, "_automatic", lambda *_: "torch_gather")
-            assert torch.equal(logits(model, memories[-1], prompt), logits(model, memory, prompt))
+            alike = logits(model, memories[-1], prompt), logits(model, memory, prompt)
+            torch.testing.assert_close(*alike, **EXACT)
+            assert batch * tokens > 128 or torch.equal(*alike)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
