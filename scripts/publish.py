@@ -1,80 +1,84 @@
 """Copy runs of `hsa eval` or `hsa train` as they are published under results/: packed, without places or others' texts.
 
-    python scripts/publish.py RUN [RUN ...] -o results/NAME
-    python scripts/publish.py runs/twins/* -o results/twins --each
+    python scripts/publish.py RUN -o results/NAME
+    python scripts/publish.py runs/twins/run-* runs/twins/eval* -o results/twins --each
 
 Of a suite: summary.json, summary.md, and records.jsonl.xz without the places of chunks (ranks and weights stay) and
 without questions and answers whose files are share-alike. Of a training run: summary.json, config.json, log.jsonl.xz.
 With --each every run goes to a folder of its own name below -o; with --small there are no scores by depth, which the
-records tell as well, and no summary.md. A folder that is there is replaced. docs/results.md says what is kept;
-tests/test_publish.py.
+records tell as well, and no summary.md. All runs are looked at before any is copied. A published run that is there is
+replaced, any other folder is not. docs/results.md says what is kept; tests/test_publish.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.plots import read_jsonl
 from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.packed import SUFFIX, pack, read_stored, stored
 from hsa_ultralong.files.strict_json import read_json
 
+RECORDS, LOG = "records.jsonl", "log.jsonl"
 _PLACES = ("retrieved", "evidence")
 _TEXTS = {"query": "", "expected": [], "answered": ""}
 
 
-def is_share_alike(task: str) -> bool:
-    """Whether the texts of a task come from share-alike files: the suite `qa`, and RULER's qa_1 and qa_2."""
-    return task.startswith("qa_")
-
-
-def published(record: dict) -> dict:
-    """A record without places, and without texts that may not be copied here."""
+def published(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without places, and without texts of share-alike files: the suite `qa`, and RULER's qa_1 and qa_2."""
     kept = {key: value for key, value in record.items() if key not in _PLACES}
-    return kept | _TEXTS if is_share_alike(record["task"]) else kept
+    return kept | _TEXTS if record["task"].startswith("qa_") else kept
 
 
-def pack(lines: Iterable[str]) -> bytes:
-    """Lines as `xz -9e` packs them."""
-    return lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9 | lzma.PRESET_EXTREME)
-
-
-def publish(run: Path, target: Path, is_small: bool = False) -> list[str]:
-    """Write what is published of a run; returns the names of the files.
-
-    is_small: without summary.md and scores by depth.
+def files_of(run: Path, is_small: bool = False) -> list[str]:
+    """What is published of a run, by the names that it has in the run.
 
     Raises:
-        ValueError: the folder is no run of either kind.
+        ValueError: the folder is no run of either kind, or lacks one of them.
     """
-    is_suite = (run / "records.jsonl").is_file() or (run / "records.jsonl.xz").is_file()
-    if not (run / "summary.json").is_file() or not (is_suite or (run / "log.jsonl").is_file()):
-        raise ValueError(f"{run} has no summary.json beside records.jsonl or log.jsonl: name a run of eval or train")
+    kind = next((name for name in (RECORDS, LOG) if stored(run / name).is_file()), None)
+    if kind is None:
+        raise ValueError(f"{run} has neither {RECORDS} nor {LOG}: name a run of hsa eval or hsa train")
+    beside = ["config.json"] if kind == LOG else [] if is_small else ["summary.md"]
+    names = ["summary.json", *beside]
+    if missing := [name for name in names if not (run / name).is_file()]:
+        raise ValueError(f"{run} has no {missing[0]}: let the run end first")
+    return [*names, kind]
+
+
+def publish(run: Path, target: Path, is_small: bool = False) -> list[Path]:
+    """Write what is published of a run; returns the files. is_small: without summary.md and scores by depth.
+
+    Raises:
+        ValueError: as files_of; `target` holds something else than a published run.
+    """
+    *names, lines = files_of(run, is_small)
+    if target.exists() and not (target / "summary.json").is_file():
+        raise ValueError(f"{target} is there and is no published run: give another folder, or --each")
     partial = target.with_name(f".{target.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    for name in names:
+        shutil.copyfile(run / name, partial / name)
     summary = read_json(run / "summary.json")
     if is_small:
         summary["records"] = [record for record in summary["records"] if record.get("depth") is None]
     write_json(partial / "summary.json", summary)
-    if is_suite:
-        source = run / "records.jsonl" if (run / "records.jsonl").is_file() else run / "records.jsonl.xz"
-        records = pack(json.dumps(published(record)) for record in read_jsonl(source))
-        write_whole(partial / "records.jsonl.xz", records)
-        if not is_small:
-            shutil.copyfile(run / "summary.md", partial / "summary.md")
+    if lines == RECORDS:
+        content = "".join(f"{json.dumps(published(record))}\n" for record in read_jsonl(run / lines)).encode()
     else:
-        shutil.copyfile(run / "config.json", partial / "config.json")
-        write_whole(partial / "log.jsonl.xz", pack((run / "log.jsonl").read_text(encoding="utf-8").splitlines()))
+        content = read_stored(stored(run / lines))
+    write_whole(partial / f"{lines}{SUFFIX}", pack(content))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    return sorted(path.name for path in target.iterdir())
+    return sorted(target.iterdir())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,14 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if len(options.runs) > 1 and not options.each:
         parser.error("several runs need --each")
-    for run in options.runs:
-        target = options.output / run.name if options.each else options.output
-        try:
-            names = publish(run, target, options.small)
-        except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
-        size = sum((target / name).stat().st_size for name in names)
-        print(f"{target}: {', '.join(names)}, {size / 1024:.0f} KiB")
+    try:
+        for run in options.runs:
+            files_of(run, options.small)
+        for run in options.runs:
+            target = options.output / run.name if options.each else options.output
+            files = publish(run, target, options.small)
+            size = sum(file.stat().st_size for file in files)
+            print(f"{target}: {', '.join(file.name for file in files)}, {size / 1024:.0f} KiB")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     return 0
 
 

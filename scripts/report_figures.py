@@ -353,6 +353,8 @@ def draw_causes(shares: dict[str, dict[int, dict[str, float]]], path: Path) -> N
         axes.set_xlim(-0.6, max(len(own), 5) - 0.4)
         axes.set_title(name, fontsize=8)
         axes.tick_params(labelsize=7, colors=_INK)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("% of answers", fontsize=7)
     for axes in grid.flat[len(shares) :]:
         axes.axis("off")
     shown = [one for one in CAUSES if any(share[one] for own in shares.values() for share in own.values())]

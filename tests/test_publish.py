@@ -59,6 +59,7 @@ def test_runs_of_training_go_to_folders_of_their_names_and_replace_what_is_there
         (run / name).write_text(text)
     old = tmp_path / "out/run-hsa-0"
     old.mkdir(parents=True)
+    (old / "summary.json").write_text("{}")
     (old / "stale").write_text("")
     assert (
         publish.main([str(run), str(suite(tmp_path / "eval-hsa-0", RECORD)), "-o", str(tmp_path / "out"), "--each"])
@@ -68,13 +69,35 @@ def test_runs_of_training_go_to_folders_of_their_names_and_replace_what_is_there
     assert (tmp_path / "out/eval-hsa-0/records.jsonl.xz").is_file()
 
 
-def test_what_is_no_run_is_refused_and_nothing_is_replaced(tmp_path):
+def test_what_is_no_run_is_refused_before_any_other_is_copied(tmp_path):
     kept = tmp_path / "out"
     kept.mkdir()
     (kept / "summary.json").write_text("kept")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="name a run of eval or train"):
+    whole = str(suite(tmp_path / "whole", RECORD))
+    with pytest.raises(SystemExit, match="name a run of hsa eval or hsa train"):
         publish.main([str(tmp_path / "empty"), "-o", str(kept)])
-    with pytest.raises(SystemExit):
-        publish.main([str(tmp_path / "empty"), str(tmp_path / "empty"), "-o", str(kept)])
-    assert (kept / "summary.json").read_text() == "kept"
+    with pytest.raises(SystemExit):  # several without --each
+        publish.main([whole, whole, "-o", str(kept)])
+    with pytest.raises(SystemExit, match="empty has neither"):
+        publish.main([whole, str(tmp_path / "empty"), "-o", str(kept), "--each"])
+    (tmp_path / "whole/summary.md").unlink()
+    with pytest.raises(SystemExit, match=r"has no summary.md: let the run end first"):
+        publish.main([whole, "-o", str(tmp_path / "new")])
+    assert [path.name for path in kept.iterdir()] == ["summary.json"] and not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_no_published_run_is_not_replaced(tmp_path):
+    results = tmp_path / "results"
+    (results / "other").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="is no published run"):
+        publish.main([str(suite(tmp_path / "run", RECORD)), "-o", str(results)])
+    assert (results / "other").is_dir()
+
+
+def test_what_is_published_may_be_published_again(tmp_path):
+    out = tmp_path / "out"
+    publish.main([str(suite(tmp_path / "run", RECORD)), "-o", str(out)])
+    first = (out / "records.jsonl.xz").read_bytes()
+    assert publish.main([str(out), "-o", str(out)]) == 0
+    assert (out / "records.jsonl.xz").read_bytes() == first

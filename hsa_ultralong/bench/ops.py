@@ -192,7 +192,8 @@ def run_ops(
             break
         if not is_known:
             fields: dict[str, Any] = {"op": op, "impl": impl, "direction": "", "selection": "none", "T": 0}
-            keep({**fields, "K": None, "C": None, "error": "no point has it, on this device and at these lengths"})
+            error = f"no point of {op} has {impl}, on this device and at these lengths"
+            keep({**fields, "K": None, "C": None, "error": error})
     if path is not None:
         write_json(path, result)
     return result

@@ -105,8 +105,12 @@ def bench_ops(
         plot_ops(result, path.with_suffix(".png"))
     if as_json:
         echo_json(result)
-        return
-    _print_tables(result, path)
+    else:
+        _print_tables(result, path)
+    if not result["records"]:
+        failures = result["meta"]["failures"]
+        why = failures[0]["error"] if failures else f"no point began within {max_minutes:g} minutes"
+        raise ValueError(f"nothing was measured: {why}")
 
 
 @bench.command("memory")
@@ -287,7 +291,6 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _print_tables(result: dict[str, Any], path: Path) -> None:
-
     from hsa_ultralong.bench.ops_report import tables
 
     screen = console()
@@ -297,4 +300,5 @@ def _print_tables(result: dict[str, Any], path: Path) -> None:
         echo(f"Stopped before {stopped}.")
     if failures := result["meta"]["failures"]:
         echo(f'{len(failures)} points failed, see meta["failures"].')
-    echo(f"Written: {path} and {path.with_suffix('.png').name}")
+    picture = path.with_suffix(".png")
+    echo(f"Written: {path}" + (f" and {picture.name}" if picture.is_file() else ""))

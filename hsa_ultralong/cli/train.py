@@ -172,6 +172,7 @@ def _execute(request: TrainRequest, device: str) -> None:
     from hsa_ultralong.distributed.mesh import init_distributed
     from hsa_ultralong.train.graphs import require_graphs
     from hsa_ultralong.train.run_folder import RunFolder
+    from hsa_ultralong.train.stages import require_experts
 
     _check_options(request)
     _check_folders(request)
@@ -183,7 +184,9 @@ def _execute(request: TrainRequest, device: str) -> None:
         request = request._replace(tokenizer=first)
     place = init_distributed(choose_device(device))
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    require_graphs(request.config, request.config.shape(), place, processes)
+    shape = request.config.shape()
+    require_experts(request.config, shape)
+    require_graphs(request.config, shape, place, processes)
     folder = RunFolder(request.run)
     folder.take()
     try:

@@ -44,7 +44,14 @@ from hsa_ultralong.train.parallelize import (
 )
 from hsa_ultralong.train.run_folder import RunFolder, RunLog, write_settings
 from hsa_ultralong.train.schedule import learning_rate
-from hsa_ultralong.train.stages import balance_experts, check_stage, enter_stage, spread_experts, spread_strength
+from hsa_ultralong.train.stages import (
+    balance_experts,
+    check_stage,
+    enter_stage,
+    require_experts,
+    spread_experts,
+    spread_strength,
+)
 from hsa_ultralong.train.state import read_state
 from hsa_ultralong.train.step_loss import StepLoss
 from hsa_ultralong.train.teaching import is_learnt
@@ -98,6 +105,7 @@ class Trainer:
         if self.preset.vocab_size < len(tokenizer):
             wanted = self.preset.vocab_size
             raise ValueError(f"model.vocab_size={wanted} has no room for the {len(tokenizer)} tokens of the tokenizer")
+        require_experts(config, self.preset)
         require_graphs(config, self.preset, self.device, 1 if self.mesh is None else self.mesh.size())
         # on the device from the start: the host of 8 processes could not hold 8 large models
         with self.device:

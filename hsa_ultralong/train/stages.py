@@ -90,6 +90,15 @@ def set_window(model: HSAForCausalLM, window: int) -> None:
     model.config.sliding_window = window
 
 
+def require_experts(config: TrainConfig, preset: HSAConfig) -> None:
+    """Raises: ValueError: choices of experts are to be spread in a model without any."""
+    if config.router_warmup_steps and (config.has_twin or not preset.num_experts):
+        raise ValueError(
+            f"router_warmup_steps={config.router_warmup_steps} spreads tokens over experts, and this model has none; "
+            "leave it out, or set model.num_experts"
+        )
+
+
 def spread_strength(warmup_steps: int, step: int) -> float:
     """How much the choice of step `step` (0-based, of the run) is spread: falls from 1 to 0 over `warmup_steps`."""
     return max(0.0, 1.0 - step / warmup_steps) if warmup_steps else 0.0

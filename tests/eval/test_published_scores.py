@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import lzma
+import math
 import re
 import statistics
 from collections import Counter
@@ -205,6 +206,27 @@ def test_what_twins_answered_is_in_their_report():
     told = [line for line in section.split("\n") if line[:1] == "|"]
     assert len(told) > 30
     assert not set(told) - set((ROOT / "results/twins/summary.md").read_text().split("\n"))
+
+
+def test_what_is_said_of_perplexities_of_twins_follows_from_their_report():
+    found = json.loads((ROOT / "results/twins/summary.json").read_text())["records"]
+    of = {
+        (r["twin"], r["task"].removeprefix("eval ")): r["value"]
+        for r in found
+        if r["metric"] == "perplexity" and r["length"] == 2**13
+    }
+    # tokens of rows of 8K: the first 1K, the next, 2K to 4K, 4K to 8K
+    shares = {"ppl_position_0": 1 / 8, "ppl_position_1K": 1 / 8, "ppl_position_2K": 1 / 4, "ppl_position_4K": 1 / 2}
+    nats = {
+        twin: sum(share * math.log(of[twin, task]) for task, share in shares.items()) for twin in ("hsa", "full_rope")
+    }
+    over = [math.exp(nats["hsa"] - nats["full_rope"]), of["hsa", "ppl_last_4096"] / of["full_rope", "ppl_last_4096"]]
+    both = [f"{of['hsa', task]:.1f} for {of['full_rope', task]:.1f}" for task in list(shares)[:3]]
+    told = (
+        f"in the first 1K ({both[0]}) and behind from 1K to 4K ({both[1]}, {both[2]}); over all 8K it is "
+        f"{100 * over[0] - 100:.1f}% above full attention, over the last 4,096 tokens {100 * over[1] - 100:.1f}%"
+    )
+    assert told in (ROOT / "docs/evidence-suites.md").read_text()
 
 
 def test_the_report_of_twins_is_made_of_their_runs():

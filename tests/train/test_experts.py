@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from hsa_ultralong.nn.moe import MixtureOfExperts
-from hsa_ultralong.train.stages import balance_experts, spread_experts, spread_strength
+from hsa_ultralong.train.stages import balance_experts, spread_strength
 
 EXPERTS = {"num_experts": 8, "num_experts_per_token": 1, "moe_intermediate_size": 16}
 
@@ -54,10 +54,13 @@ def test_the_log_has_the_worst_layer_and_the_mean_of_all(tiny_runs, tmp_path):
     assert float(measured["expert_imbalance_mean"]) == pytest.approx(4 + 4 / len(parts))
 
 
-def test_a_dense_model_has_nothing_to_spread_or_balance(tiny_runs, tmp_path):
-    one = tiny_runs.trainer(tmp_path, tiny_runs.config(router_warmup_steps=3))
-    spread_experts(one.model, 1.0)
+def test_a_dense_model_has_nothing_to_balance_and_refuses_to_be_spread(tiny_runs, tmp_path):
+    one = tiny_runs.trainer(tmp_path / "dense", tiny_runs.config())
     assert balance_experts(one.model) == {}
+    for more in ({}, {"twin": "window", "model": EXPERTS}):
+        with pytest.raises(ValueError, match="router_warmup_steps=3 spreads tokens over experts, and this model has"):
+            tiny_runs.trainer(tmp_path / "run", tiny_runs.config(router_warmup_steps=3, **more))
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="router_warmup_steps must be >= 0"):
         tiny_runs.config(router_warmup_steps=-1)
 

@@ -196,8 +196,10 @@ def test_what_no_graph_holds_is_refused_by_its_name(tiny_runs, stage, config, mo
 
 
 def test_noise_of_a_twins_model_is_no_obstacle_as_a_twin_has_none(tiny_runs):
-    one = tiny_runs.stage()
-    require_graphs(tiny_runs.config(one, twin="window", parallel=GRAPHS), preset("debug", vocab_size=64), GPU, 1)
+    one, shape = tiny_runs.stage(gumbel_noise=True), preset("debug", vocab_size=64)
+    with pytest.raises(ValueError, match="gumbel_noise"):
+        require_graphs(tiny_runs.config(one, parallel=GRAPHS), shape, GPU, 1)
+    assert require_graphs(tiny_runs.config(one, twin="window", parallel=GRAPHS), shape, GPU, 1) is None
 
 
 def test_other_devices_and_several_processes_are_refused_before_any_work(tiny_runs, tmp_path):
@@ -266,6 +268,7 @@ def nothing_on_the_host(monkeypatch):
         ids = torch.zeros(2, 64, dtype=torch.int64, device="meta")
         divisor = torch.ones((), dtype=torch.int64, device="meta")
         model(ids, labels=ids, segment_ids=ids.int(), num_items_in_batch=divisor, **inputs).loss.backward()
+        return {name for name, part in model.named_parameters() if part.grad is not None}
 
     return step
 
@@ -289,4 +292,6 @@ def test_a_step_reads_nothing_back_but_for_a_mixture_of_experts(nothing_on_the_h
 
 @pytest.mark.parametrize("name", TWINS)
 def test_a_step_of_a_twin_reads_nothing_back(nothing_on_the_host, name):
-    nothing_on_the_host(RivalForCausalLM(twin_config(preset("debug", vocab_size=64), name)))
+    model = RivalForCausalLM(twin_config(preset("debug", vocab_size=64), name))
+    learning = nothing_on_the_host(model)
+    assert "model.embed_tokens.weight" in learning and any("attention" in name for name in learning), learning
