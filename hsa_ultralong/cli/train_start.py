@@ -72,6 +72,8 @@ def check_start(config: TrainConfig, start: Start) -> None:
         raise ValueError("--teacher goes with a recipe that learns from it (convert_align, convert_memory ...)")
     if config.old_rate != 1 and not config.fresh:
         raise ValueError(f"old_rate needs --init-from with a folder of hsa convert (its {CONVERSION}); set old_rate=1")
+    if config.freeze_source and not config.fresh:
+        raise ValueError(f"freeze_source needs --init-from with a folder of hsa convert (its {CONVERSION})")
     _check_questions(config)
     _check_sentences(config)
     _check_chats(config)

@@ -106,16 +106,21 @@ def _feed_forward(config: HSAConfig, layer: int) -> tuple[int, int]:
     return always + config.num_experts * expert, always + config.num_experts_per_token * expert
 
 
-def _hsa_extra(config: HSAConfig) -> int:
-    """What an HSA layer and its retrieval have besides the feed-forward block and its norm."""
+def _chunk_reading(config: HSAConfig) -> int:
+    """What retrieves chunks and attends to them in one layer."""
     width, dim = config.hidden_size, _head_dim(config)
     retrieval = width + width * config.retrieval_dim
     retrieval += config.num_retrieval_heads if config.learned_temperature else 0
     retrieval += 1 if config.position_decay else 0
     hsa = width + 2 * width * config.num_attention_heads * dim + (dim if config.use_qk_norm else 0)
     hsa += config.num_attention_heads * dim if config.use_qkv_bias else 0
-    window = width + _attention(config) + _qkv_biases(config) if config.hsa_sliding_window else 0
-    return retrieval + hsa + window
+    return retrieval + hsa
+
+
+def _hsa_extra(config: HSAConfig) -> int:
+    """What an HSA layer and its retrieval have besides the feed-forward block and its norm."""
+    window = config.hidden_size + _attention(config) + _qkv_biases(config) if config.hsa_sliding_window else 0
+    return _chunk_reading(config) + window
 
 
 def _encoder(config: HSAConfig) -> int:
@@ -126,6 +131,12 @@ def _encoder(config: HSAConfig) -> int:
     keys_values = 2 * width * config.num_memory_heads * dim + (dim if config.use_qk_norm else 0)
     # CLS and the final norm, one width each
     return config.num_encoder_layers * layer + 2 * width + keys_values + width * config.retrieval_dim
+
+
+def count_memory_parameters(config: HSAConfig) -> int:
+    """Parameters that make or read the memory (train.lora.is_memory)."""
+    skip = config.hidden_size**2 if config.embedding_skip else 0
+    return _encoder(config) + skip + len(set(config.reading_layers)) * _chunk_reading(config)
 
 
 def count_parameters(config: HSAConfig) -> ParameterCount:

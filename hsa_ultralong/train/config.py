@@ -233,6 +233,8 @@ class TrainConfig:
         old_rate: factor of the learning rate for what a converted model took over from its source. fresh: names of
             the parameters that it did not, from the folder's conversion.json.
         freeze_memory: train the upper decoder only, so that memories built before stay valid (train/freezing.py).
+        freeze_source: of a converted model train only what makes and reads its memory; what stood in the source stays
+            as it is, to the bit, and with it the language within the window (train/freezing.py).
         router_warmup_steps: first steps of the run, in which tokens are spread over the experts of a mixture, less and
             less, so that none gets all while hidden states are still alike; 0 = none (train/stages.py).
         weight_decay: on matrices only. betas, clip_norm: AdamW and gradient clipping.
@@ -264,6 +266,7 @@ class TrainConfig:
     old_rate: float = 1.0
     fresh: list[str] = field(default_factory=list)
     freeze_memory: bool = False
+    freeze_source: bool = False
     router_warmup_steps: int = 0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
@@ -302,6 +305,9 @@ class TrainConfig:
             raise ValueError("old_rate goes with optimizer=adamw")
         if self.lora_rank and self.freeze_memory:
             raise ValueError("lora_rank trains the memory, freeze_memory does not: leave one out")
+        if self.freeze_source and (self.lora_rank or self.freeze_memory):
+            other = "lora_rank" if self.lora_rank else "freeze_memory"
+            raise ValueError(f"freeze_source trains the memory alone, {other} the rest: leave one out")
         for name in ("seed", "keep_checkpoints", "lora_rank", "old_rate", "router_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")

@@ -53,7 +53,7 @@ def require_small(model: HSAForCausalLM) -> None:
     if (size := sum(sizes.values()) + _HEADER_BYTES) > MAX_BYTES:
         raise ValueError(
             f"the difference would have {size / 2**20:.1f} MiB, at most {MAX_BYTES >> 20} are written: set a (smaller) "
-            "lora_rank, or export the whole model with --export"
+            "lora_rank or freeze_source, or export the whole model with --export"
         )
 
 

@@ -1,5 +1,5 @@
-"""Training the upper half alone: every memory that the model has built stays valid (fact 5). Called by loop.py;
-tests/train/test_freezing.py."""
+"""Training the upper half alone: every memory that the model has built stays valid (fact 5). Or the memory alone: a
+converted model keeps what was its source's. Called by loop.py; tests/train/test_freezing.py."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import nn
 
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.train.config import TrainConfig
-from hsa_ultralong.train.lora import add_lora
+from hsa_ultralong.train.lora import add_lora, is_memory
 
 
 def prepare_parameters(model: Any, config: TrainConfig) -> None:
-    """Which parameters train: all, the upper half, or the memory and low-rank changes of the rest."""
+    """Which parameters train: all, the upper half, the memory, or the memory and low-rank changes of the rest."""
     if config.freeze_memory:
         freeze_memory(model)
+    if config.freeze_source:
+        freeze_source(model)
     if config.lora_rank:
         add_lora(model, config.lora_rank)
 
@@ -30,6 +32,12 @@ def freeze_memory(model: HSAForCausalLM) -> None:
     for part in model.model.memory_parts().values():
         part.eval().requires_grad_(False)
         part.train = _stay(part)  # type: ignore[method-assign, assignment]
+
+
+def freeze_source(model: HSAForCausalLM) -> None:
+    """Freeze in place all that neither makes nor reads the memory: embedding, head, windows, feed-forwards, norms."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_memory(f".{name}"))
 
 
 def _stay(part: nn.Module) -> Callable[[bool], nn.Module]:

@@ -107,6 +107,8 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
     held = counted.total // cut
     tables = counted.embedding + counted.head
     frozen = counted.embedding + counted.lower + counted.encoder if config.freeze_memory else 0
+    if config.freeze_source:
+        frozen = counted.total - accounting.count_memory_parameters(model)
     trained = (counted.total - frozen) // cut
     state = 8 * trained
     if config.optimizer == "muon":

@@ -29,6 +29,8 @@ def rival_of(config: TrainConfig, preset: HSAConfig) -> RivalConfig | None:
         return None
     if config.freeze_memory:
         raise ValueError("freeze_memory keeps a memory valid, which a twin has not: leave it out")
+    if config.freeze_source:
+        raise ValueError("freeze_source is for a model that hsa convert made, which a twin is not: leave it out")
     for stage in config.stages:
         asked = {
             "pool_memory": stage.pool_memory, "piece_tokens": stage.piece_tokens,

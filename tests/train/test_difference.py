@@ -189,6 +189,24 @@ def test_a_difference_is_applied_to_its_own_source_only(tmp_path, place):
     )
 
 
+def test_a_frozen_source_stays_to_the_bit(tmp_path, place, shards_folder):
+    file = tmp_path / "change.safetensors"
+    frozen = ["--set", "freeze_source=true", "--export-difference", file, "--export", tmp_path / "whole"]
+    made = align(place, shards_folder, tmp_path / "run", *frozen)
+    assert made.exit_code == 0, made.output
+    before = load_file(place / "converted" / "model.safetensors")
+    after = load_file(tmp_path / "whole" / "model.safetensors")
+    moved = {name for name, part in after.items() if not torch.equal(part, before[name].to(part.dtype))}
+    assert moved and all(is_memory(f".{name}") for name in moved), moved
+    written = load_file(file)
+    assert all(is_memory(f".{name}") for name in written)
+    made = hsa("convert", place / "source", "--apply", file, "-o", tmp_path / "applied")
+    assert made.exit_code == 0, made.output
+    applied = load_file(tmp_path / "applied" / "model.safetensors")
+    for name, part in after.items():
+        torch.testing.assert_close(applied[name].float(), part.float().to(torch.bfloat16).float(), atol=0, rtol=8e-3)
+
+
 def test_low_rank_changes_are_silent_at_first_and_merge_exactly():
     model = tiny_model().eval()
     ids = torch.randint(model.config.vocab_size, (1, 40))

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from hsa_ultralong.inference import ask, memory_fingerprint
+from hsa_ultralong.models.accounting import count_memory_parameters
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 from hsa_ultralong.train.export import export_model
-from hsa_ultralong.train.freezing import freeze_memory
+from hsa_ultralong.train.freezing import freeze_memory, freeze_source
+from hsa_ultralong.train.lora import is_memory
 from hsa_ultralong.train.optim import build_optimizers
 from hsa_ultralong.train.planning import plan_run
 from hsa_ultralong.train.segmented import segmented_loss_backward
@@ -91,3 +93,14 @@ def test_a_memory_built_before_answers_the_tuned_model_and_the_plan_counts_what_
 def test_what_does_not_go_with_a_frozen_memory(tiny_runs, tmp_path):
     with pytest.raises(ValueError, match="sliding_window=8"):
         tiny_runs.trainer(tmp_path, tiny_runs.config(tiny_runs.stage(sliding_window=8), freeze_memory=True))
+
+
+@pytest.mark.parametrize("skip", [0.0, 2.0])
+def test_with_a_frozen_source_the_memory_alone_trains_and_is_counted(skip):
+    model = tiny_model(embedding_skip=skip)
+    freeze_source(model)
+    trained = {name: part.numel() for name, part in model.named_parameters() if part.requires_grad}
+    assert all(is_memory(f".{name}") for name in trained) and any("retriever" in name for name in trained)
+    assert sum(trained.values()) == count_memory_parameters(model.config)
+    held = {name for name, part in model.named_parameters() if not part.requires_grad}
+    assert any("window_attention" in name for name in held) and any("lower_layers" in name for name in held)
