@@ -4,10 +4,10 @@
     python scripts/publish.py runs/twins/run-* runs/twins/eval* -o results/twins --each
 
 Of a suite: summary.json, summary.md, and records.jsonl.xz without the places of chunks (ranks and weights stay) and
-without questions and answers whose files are share-alike. Of a training run: summary.json, config.json, log.jsonl.xz.
-With --each every run goes to a folder of its own name below -o; with --small there are no scores by depth, which the
-records tell as well, and no summary.md. All runs are looked at before any is copied. A published run that is there is
-replaced, any other folder is not. docs/results.md says what is kept; tests/test_publish.py.
+without questions and answers whose files are share-alike; scores by depth are left out of summary.json, as the records
+tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --each every run goes to a folder of its own
+name below -o; with --small there is no summary.md. All runs are looked at before any is copied. A published run that is
+there is replaced, any other folder is not. docs/results.md says what is kept; tests/test_publish.py.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def files_of(run: Path, is_small: bool = False) -> list[str]:
 
 
 def publish(run: Path, target: Path, is_small: bool = False) -> list[Path]:
-    """Write what is published of a run; returns the files. is_small: without summary.md and scores by depth.
+    """Write what is published of a run; returns the files. is_small: without summary.md.
 
     Raises:
         ValueError: as files_of; `target` holds something else than a published run.
@@ -68,7 +68,7 @@ def publish(run: Path, target: Path, is_small: bool = False) -> list[Path]:
     for name in names:
         shutil.copyfile(run / name, partial / name)
     summary = read_json(run / "summary.json")
-    if is_small:
+    if lines == RECORDS:
         summary["records"] = [record for record in summary["records"] if record.get("depth") is None]
     write_json(partial / "summary.json", summary)
     if lines == RECORDS:
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("-o", "--output", type=Path, required=True, help="results/NAME")
     parser.add_argument("--each", action="store_true", help="a folder below -o for every run")
-    parser.add_argument("--small", action="store_true", help="no scores by depth, no summary.md")
+    parser.add_argument("--small", action="store_true", help="no summary.md")
     options = parser.parse_args(arguments)
     if len(options.runs) > 1 and not options.each:
         parser.error("several runs need --each")

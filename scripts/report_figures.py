@@ -103,18 +103,33 @@ def _needles(root: Path, needed: str = "correct") -> dict[str, Records]:
 
 
 def suite_maps(root: Path) -> dict[str, Map]:
-    """Task -> share answered of nano, by length and tenth of depths."""
-    found: dict[str, Map] = {}
-    for record in _suite_records(root):
-        if record["depth"] is not None:
-            own = found.setdefault(record["task"], {}).setdefault(record["length"], {})
-            own.setdefault(int(10 * record["depth"]), record["value"])
-    return {task: dict(sorted(found[task].items())) for task in _SUITE_TASKS if task in found}
+    """Task -> share answered of nano, by length and tenth of depths; counted, as summaries are published without."""
+    found: dict[str, dict[int, dict[int, list[float]]]] = {}
+    for path in _suite_paths(root, PACKED):
+        own: dict[tuple[str, int], dict[int, list[float]]] = {}
+        for record in parse_lines(unpacked(path), path):
+            is_shown = record["model"] == "nano" and record["task"] in _SUITE_TASKS
+            if is_shown and record["score"] is not None and record["depth"] is not None:
+                tenths = own.setdefault((record["task"], record["length"]), {})
+                tenths.setdefault(int(10 * min(0.999, record["depth"])), []).append(record["score"])
+        for (task, length), tenths in own.items():
+            found.setdefault(task, {}).setdefault(length, tenths)
+    return {
+        task: {
+            length: {tenth: sum(scores) / len(scores) for tenth, scores in sorted(tenths.items())}
+            for length, tenths in sorted(found[task].items())
+        }
+        for task in _SUITE_TASKS
+        if task in found
+    }
+
+
+def _suite_paths(root: Path, name: str) -> list[Path]:
+    return sorted(path for suite in _SUITES for path in (root / "results").glob(f"{suite}/{name}"))
 
 
 def _all_suites(root: Path) -> Records:
-    paths = sorted(path for name in _SUITES for path in (root / "results").glob(f"{name}/summary.json"))
-    return [record for path in paths for record in read_json(path)["records"]]
+    return [record for path in _suite_paths(root, "summary.json") for record in read_json(path)["records"]]
 
 
 def _suite_records(root: Path) -> Records:
@@ -180,7 +195,7 @@ def evidence_found(root: Path) -> dict[str, Line]:
 def causes(root: Path) -> dict[str, dict[int, dict[str, float]]]:
     """What is asked -> tokens -> to what the answers of nano are put down (eval/suite_diagnosis.py), as shares."""
     found: dict[str, dict[int, Counter[str]]] = {name: {} for name in _ASKED}
-    for path in sorted(path for name in _SUITES for path in (root / "results").glob(f"{name}/{PACKED}")):
+    for path in _suite_paths(root, PACKED):
         for record in parse_lines(unpacked(path), path):
             if record["model"] == "nano" and record["score"] is not None:
                 for name in (name for name, tasks in _ASKED.items() if record["task"] in tasks):
