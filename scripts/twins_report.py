@@ -3,10 +3,11 @@
     python scripts/twins_report.py FOLDER [-o results/twins]
 
 FOLDER holds, for every twin and seed, run-NAME-SEED (of `hsa train`: summary.json) and folders of `hsa eval` called
-WHAT-NAME-SEED (summary.json; WHAT may have a word more after "_", for other lengths: eval_8k); and
-reading*/reading.json of `hsa bench reading`. Scores of several seeds are pooled: the mean with the 95% Wilson interval
-of all samples, and the value of every seed beside it. What was not measured has no row. A stage that was cut off, so
-ended before that of other runs, is named in "cut_off" and is not pooled. tests/test_twins_report.py.
+WHAT-NAME-SEED (summary.json; WHAT may have a word more after "_", for other lengths: eval_8k); speed-NAME-SEED, a few
+steps of `hsa train` with nothing else on the card; and reading*/reading.json of `hsa bench reading`. Scores of several
+seeds are pooled: the mean with the 95% Wilson interval of all samples, and the value of every seed beside it. What was
+not measured has no row. A stage that was cut off, so ended before that of other runs, is named in "cut_off" and is not
+pooled. tests/test_twins_report.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from hsa_ultralong.files.strict_json import read_json
 
 # WHAT-NAME-SEED; names of twins have no "-"
 _FOLDER = re.compile(r"(?P<what>[a-z0-9_]+)-(?P<twin>[a-z0-9_]+)-(?P<seed>\d+)")
-_TRAINED = ("loss", "tokens_per_s", "peak_bytes", "needle_accuracy")
+# of runs of hsa train, and of those few steps that tell speed alone
+_TOLD = {"run": ("loss", "tokens_per_s", "peak_bytes", "needle_accuracy"), "speed": ("tokens_per_s", "peak_bytes")}
 Key = tuple[str, str, str, int]
 
 
@@ -44,7 +46,7 @@ def collect(folder: Path) -> dict[str, Any]:
         sources[name] = {key: content["meta"].get(key) for key in ("command", "commit", "date")}
         hardware.add(content["meta"].get("hardware"))
         for record in content["records"]:
-            if record.get("depth") is not None or (what == "run" and record["metric"] not in _TRAINED):
+            if record.get("depth") is not None or record["metric"] not in _TOLD.get(what, (record["metric"],)):
                 continue
             if record.get("stage") in cut_off.get(name, {}):
                 continue
