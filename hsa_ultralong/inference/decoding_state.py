@@ -21,7 +21,7 @@ class DecodingState:
     Attributes:
         tokens: (B,) int64 to be read next. logits: (B, V) of the last step. places, seen: (B,) int64, places of the
             next token in the row's own grid of chunks, and in the numbering of its windows. positions: (B, 1) int32,
-            the places that the step at hand reads at. pending: (B, S, M) lower outputs of the open chunk. retrieved:
+            the places that the step at hand reads at. pending: (B, S, M or 2M) lower outputs of the open chunk. retrieved:
             per upper group, indices and weights (B, Hr, K).
     """
 
@@ -50,7 +50,7 @@ class DecodingState:
             places,
             seen,
             torch.zeros((batch, 1), dtype=torch.int32, device=device),
-            torch.zeros((batch, config.chunk_size, config.hidden_size), dtype=dtype, device=device),
+            torch.zeros((batch, config.chunk_size, config.lower_width), dtype=dtype, device=device),
             windows,
             [
                 (torch.full(shape, -1, dtype=torch.int32, device=device), torch.zeros(shape, device=device))

@@ -69,8 +69,8 @@ class HSAConfig(PreTrainedConfig):
         encoder_qk_norm, encoder_qkv_bias: of the encoder's layers alone, and final_norm_eps: of the last norm; None is
             what all others have (the authors' checkpoints differ there).
     Memory
-        embedding_skip: scale of a linear map, zero at first, that adds every token's embedding to the output of the
-            lower decoder, so that the memory holds which token stood there; 0: none (the paper). For converted models.
+        embedding_skip: scale of a linear map, zero at first, that adds every token's embedding to what the chunk
+            encoder reads, so that the memory holds which token stood there; 0: none (the paper). For converted models.
         chunk_size (S), num_encoder_layers, encoder_intermediate_size (default intermediate_size),
         num_memory_heads (Hkv of the memory), landmark_source: "cls" or "mean".
     Retrieval
@@ -277,6 +277,11 @@ class HSAConfig(PreTrainedConfig):
     def lower_reach(self) -> int:
         """Tokens before a chunk that its memory depends on: sum over lower layers of (W - 1), fact 6."""
         return self.num_lower_layers * (self.sliding_window - 1)
+
+    @property
+    def lower_width(self) -> int:
+        """Numbers a token that the lower half passes on: M, twice that with embedding_skip."""
+        return self.hidden_size * (2 if self.embedding_skip else 1)
 
     @property
     def upper_reach(self) -> int:

@@ -63,7 +63,8 @@ def memory_fingerprint(model: HSAForCausalLM) -> str:
     if own != [None, None]:
         options += repr(own)
     if model.config.embedding_skip:
-        options += repr(float(model.config.embedding_skip))
+        # before, it was added to what the upper decoder reads as well
+        options += f"memory {float(model.config.embedding_skip)!r}"
     # versions and addresses of tensors tell nothing: `.data` and kernels write past them
     key = (options, *state_key(entries))
     known = getattr(model, "_known_fingerprint", None)

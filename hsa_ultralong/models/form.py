@@ -86,8 +86,8 @@ def require_state(config: HSAConfig, state: Continuation, num_tokens: int) -> No
                 problem = f"a window {tuple(part.shape)}, not (1, {least}..{most}, {heads[0]}, {heads[1]})"
     # enough to close the document: the lower outputs of its unfinished chunk
     least, length = min(num_tokens, config.chunk_size), state.lower.shape[1] if state.lower.ndim == 3 else -1
-    if state.lower.shape != (1, length, config.hidden_size) or not least <= length <= num_tokens:
-        problem = f"lower outputs {tuple(state.lower.shape)}, not (1, {least}..{num_tokens}, {config.hidden_size})"
+    if state.lower.shape != (1, length, config.lower_width) or not least <= length <= num_tokens:
+        problem = f"lower outputs {tuple(state.lower.shape)}, not (1, {least}..{num_tokens}, {config.lower_width})"
     if problem:
         raise MemoryFileError(
             f"the continuation of this memory's open document does not fit the model: {problem}; delete the document "

@@ -251,9 +251,12 @@ class HSAModel(HSAPreTrainedModel):
         windows: Windows | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Step 2, the lower decoder: embeddings (B, T, M) -> (B, T, M); options are those of stack.run_lower."""
+        """Step 2, the lower decoder: embeddings (B, T, M) -> (B, T, M); options are those of stack.run_lower.
+
+        With embedding_skip (B, T, 2M): behind the lower outputs stands what is added to them for the memory alone.
+        """
         lower = run_lower(self.lower_layers, x, rotary, segments=segments, windows=windows, **options)
-        return lower if self.embedding_skip is None else lower + self.embedding_skip(x)
+        return lower if self.embedding_skip is None else torch.cat((lower, self.embedding_skip(x)), dim=-1)
 
     def decode_upper(
         self,
@@ -264,7 +267,9 @@ class HSAModel(HSAPreTrainedModel):
         windows: Windows | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Steps 5 to 7, the upper decoder over the given memories: (B, T, M) -> (B, T, M); options of run_upper."""
+        """Steps 5 to 7, the upper decoder over the given memories: what read_lower returned -> (B, T, M); options of
+        run_upper."""
+        x = x[..., : self.config.hidden_size]
         return run_upper(
             self.upper_groups(), x, rotary, views, first_layer=self.config.num_lower_layers,
             topk=self.config.chunk_topk, segments=segments, windows=windows, **options,

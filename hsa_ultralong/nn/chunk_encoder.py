@@ -117,7 +117,7 @@ class ChunkEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
-            hidden: (B, C, S, M) lower-decoder outputs. lengths: (B, C) int32 tokens in each chunk; None = all full.
+            hidden: (B, C, S, M) lower-decoder outputs, or (B, C, S, 2M) with what is added to them. lengths: (B, C) int32 tokens in each chunk; None = all full.
             total: sum of a tensor over the processes that retrieve each other's chunks: they need one centre.
             fixed_center: leave the centre as it is in training too: other chunks were stored with it.
 
@@ -134,7 +134,10 @@ class ChunkEncoder(nn.Module):
         self, hidden: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `forward`, but for the centre: landmarks (B, C, Hr, R) in fp32, normalised if the model does so."""
-        batch, num_chunks, size, width = hidden.shape
+        width = len(self.cls)
+        if hidden.shape[-1] != width:
+            hidden = hidden[..., :width] + hidden[..., width:]
+        batch, num_chunks, size = hidden.shape[:3]
         x = hidden.flatten(0, 1)  # (N, S, M)
         cls = self.cls.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat((x, cls), dim=1)  # (N, S + 1, M)
