@@ -21,8 +21,8 @@ class DecodingState:
     Attributes:
         tokens: (B,) int64 to be read next. logits: (B, V) of the last step. places, seen: (B,) int64, places of the
             next token in the row's own grid of chunks, and in the numbering of its windows. positions: (B, 1) int32,
-            the places that the step at hand reads at. pending: (B, S, M or 2M) lower outputs of the open chunk. retrieved:
-            per upper group, indices and weights (B, Hr, K).
+            the places that the step at hand reads at. pending: (B, S, M or 2M) lower outputs of the open chunk.
+            retrieved: per upper group, indices and weights (B, Hr, K).
     """
 
     tokens: torch.Tensor

@@ -117,7 +117,8 @@ class ChunkEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
-            hidden: (B, C, S, M) lower-decoder outputs, or (B, C, S, 2M) with what is added to them. lengths: (B, C) int32 tokens in each chunk; None = all full.
+            hidden: (B, C, S, M) lower-decoder outputs, or (B, C, S, 2M) with what is added to them.
+            lengths: (B, C) int32 tokens in each chunk; None = all full.
             total: sum of a tensor over the processes that retrieve each other's chunks: they need one centre.
             fixed_center: leave the centre as it is in training too: other chunks were stored with it.
 

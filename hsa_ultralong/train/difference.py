@@ -22,6 +22,7 @@ from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.fields import is_whole
 from hsa_ultralong.files.messages import reason, shown
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
+from hsa_ultralong.train.lora import is_memory
 from hsa_ultralong.train.packing import pack, unpack
 
 MAX_BYTES = 32 * 2**20
@@ -139,3 +140,30 @@ def with_difference(
 ) -> dict[str, torch.Tensor]:
     """Weights of a converted model with what a difference changes in their place."""
     return {**weights, **{name: part.to(torch.float32) for name, part in tensors.items()}}
+
+
+def weakened(
+    tensors: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], strength: float
+) -> dict[str, torch.Tensor]:
+    """A difference with a part of what it changes of the source's own layers: 0 is the source, 1 all of it.
+
+    The memory stays as it is. Between models fine-tuned from one source a straight line often keeps much of both
+    (Wortsman et al., arXiv 2109.01903).
+
+    Args:
+        tensors: of read_difference. start: weights of the converted folder that the run began with.
+
+    Raises:
+        ValueError: the folder lacks one of them, or it has another shape there.
+    """
+    found = {}
+    for name, part in tensors.items():
+        if is_memory(f".{name}") or name.endswith(".lora_a"):
+            found[name] = part
+        elif name.endswith(".lora_b"):
+            found[name] = strength * part
+        elif name not in start or start[name].shape != part.shape:
+            raise ValueError(f"the folder is not the one that this difference began with: it has no such {name}")
+        else:
+            found[name] = start[name].float() + strength * (part.float() - start[name].float())
+    return found

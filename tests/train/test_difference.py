@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.testing.factories import tiny_model
-from hsa_ultralong.train.difference import require_small
+from hsa_ultralong.train.difference import read_difference, require_small, with_difference
 from hsa_ultralong.train.lora import add_lora, is_lora, is_memory, merged
 
 TINY = ["--device", "cpu", "--set", "probe_every=100000", "--set", "tensorboard=false", "--set", "compile=false",
@@ -77,6 +77,38 @@ def test_a_difference_and_its_source_are_the_trained_model(tmp_path, place, shar
     measured = [one for one in records if "loss" in one]
     names = {"divergence", "answer_loss", "retrieval_error", "output_error"}
     assert len(measured) == 3 and all(names <= set(one) for one in measured)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_part_of_the_change_lies_between_the_source_and_the_whole(tmp_path, place, shards_folder):
+    file = tmp_path / "change.safetensors"
+    made = align(place, shards_folder, tmp_path / "run", "--set", "lora_rank=2", "--export-difference", file)
+    assert made.exit_code == 0, made.output
+    weights = {}
+    for strength in (0, 0.5, 1):
+        small = tmp_path / f"{strength}.safetensors"
+        more = [] if strength == 1 else ["--strength", str(strength), "--init-from", place / "converted"]
+        packed = hsa("compact", file, "-o", small, "--bits", "8", *more)
+        assert packed.exit_code == 0, packed.output
+        tensors, _ = read_difference(small)
+        start = HSAForCausalLM.from_pretrained(place / "converted", dtype=torch.float32).state_dict()
+        weights[strength] = merged(with_difference(start, tensors))
+    start = HSAForCausalLM.from_pretrained(place / "converted", dtype=torch.float32).state_dict()
+    for name, part in start.items():
+        none, half, whole = (weights[strength][name] for strength in (0, 0.5, 1))
+        if is_memory(f".{name}"):
+            torch.testing.assert_close(none, whole, rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(none, part, rtol=0, atol=0)
+            torch.testing.assert_close(half, (none + whole) / 2, rtol=1e-3, atol=1e-3)
+    for more, said in (
+        (["--strength", "0.5"], "go together"),
+        (["--init-from", place / "converted"], "go together"),
+        (["--strength", "0.5", "--init-from", place / "source"], "error"),
+    ):
+        refused = hsa("compact", file, "-o", tmp_path / "none.safetensors", *more)
+        assert refused.exit_code == 2 and said in refused.output + refused.stderr
+        assert not (tmp_path / "none.safetensors").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
