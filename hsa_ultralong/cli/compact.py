@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hsa_ultralong.cli.numbers import finite
 from hsa_ultralong.cli.terminal import echo
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ def compact(
     bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of a number at most; 64 of them share a scale.")] = 7,
     strength: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Part of the change of the source's own layers that stays; with --init-from."),
+        typer.Option(
+            min=0,
+            max=1,
+            callback=finite,
+            help="Part of the change of the source's own layers that stays; with --init-from.",
+        ),
     ] = 1.0,
     init_from: Annotated[
         Path | None, typer.Option("--init-from", help="With --strength: the converted folder that the run began with.")
