@@ -75,6 +75,10 @@ USE = """**Good for** finding what a text said once, far back: numbers, times, d
 the place that it was read from. **Not good for** questions about what a passage means (few are answered from memory,
 though a part of the right passage is found for half), for telling many similar facts apart, or as a language model: it
 is worse than its source but on ARC-easy. Check answers against the sources that `hsa ask` prints."""
+SCORED = """**Scores** in percent, 95% intervals where one task is one row; recall and RULER in the form of chat. They
+are of these weights as they were trained, when `embedding_skip` reached the upper decoder too; now that the memory
+alone has it, language is a little better ([by how much](../../docs/evidence-smol.md#language)), and they are to be
+measured again."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -115,10 +119,7 @@ def card(settings: dict[str, Any], trained: int, results: Path) -> str:
         "The source (Apache-2.0) is fetched by pip; this folder holds what training changed of it. `make smol` puts "
         "both together ([guide](../../docs/own-memory.md)). Written by `python scripts/smol_card.py`.", "",
         " ".join(USE.split()), "",
-        "**Scores** in percent, 95% intervals where one task is one row; recall and RULER in the form of chat. They are "
-        "of these weights as they were trained, when `embedding_skip` reached the upper decoder too; now that the memory "
-        "alone has it, language is a little better ([by how much](../../docs/evidence-smol.md#language)), and they are to be "
-        "measured again.", "",
+        " ".join(SCORED.split()), "",
         *_scores(results), "", *_language(results), "",
         f"**Training.** {trained / 1e6:.1f}M tokens of {planned / 1e6:.0f}M planned; low rank {settings['lora_rank']} "
         f"for the source's layers, everything of the memory; seed {settings['seed']}. By plan:", "",
