@@ -159,6 +159,18 @@ def test_scores_of_short_tasks_are_in_their_summaries():
         assert all(task.get(metric) == task.get(f"{metric}_lm_eval") for task in tasks.values())
 
 
+def test_scores_of_a_chat_model_in_sentences_are_in_its_summary():
+    _, forms, values, similar = tables("RULER of SmolLM2")
+    of = {(r["task"], r["metric"]): 100 * r["value"] for r in records("smollm2-recall")}
+    for metric in ("exact", "mentions"):
+        for table, prefix, tasks in ((forms, "recall_form_", FORMS), (values, "recall_value_", VALUES)):
+            row = {task.removeprefix(prefix).lstrip("0"): f"{of[task, metric]:.0f}" for task in tasks}
+            row["mean"] = f"{statistics.mean(of[task, metric] for task in tasks):.1f}"
+            assert table[f"`{metric}`"] == row
+        row = {number: f"{of[f'recall_similar_{number}', metric]:.0f}" for number in ("4", "16", "64")}
+        assert similar[f"`{metric}`"] == row
+
+
 def test_scores_of_smol_are_in_their_summaries():
     (table,) = tables("SmolLM2 with a memory")
     qa = {
