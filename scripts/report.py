@@ -48,6 +48,7 @@ _TITLES = {
 }
 _DIRECTIONS = {"fwd": "Forward", "fwd_bwd": "Forward and backward"}
 _CLAIMED = ("s_niah", "s_niah_authors", "mq_authors", "vt_authors", "ppl_last_512")
+_HOW = {"teacher": ", forced", "mentions": ", mentioned", "mentions_all": ", mentioned"}
 _LENGTH_TASKS = ("s_niah", "mk_niah", "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt")
 Records = list[dict[str, Any]]
 # figure -> what draws it there
@@ -243,10 +244,14 @@ def lengths_block(root: Path) -> str:
     """Needles and the authors' tests of every study by length: (a), and beyond."""
     found: dict[str, list[tuple[str, Records]]] = defaultdict(list)
     for path in sorted((root / "results").glob("*/summary.json")):
+        content = read_json(path)
+        # with room for a sentence, what counts is whether it holds the value
+        in_sentences = bool(content.get("meta", {}).get("settings", {}).get("answer_tokens"))
         records = [
-            record for record in read_json(path)["records"]
+            record for record in content["records"]
             if record.get("task") in _LENGTH_TASKS and record.get("depth") is None and "value" in record
             and record.get("metric") not in ("auroc", "teacher_agrees")
+            and (not in_sentences or record["metric"].startswith("mentions"))
         ]  # fmt: skip
         for task in _LENGTH_TASKS:
             own = [record for record in records if record["task"] == task]
@@ -259,7 +264,7 @@ def lengths_block(root: Path) -> str:
         # what is earlier stands below
         studies = sorted(found[task], key=lambda one: goals.EARLIER in goals.weights_of(one[0]))
         rows = [
-            {**record, "metric": metric, "study": study_name(root, name) + ", forced" * (metric == "teacher")}
+            {**record, "metric": metric, "study": study_name(root, name) + _HOW.get(metric, "")}
             for name, own in studies
             for record in own
             for metric in [record.get("metric", "exact")]
