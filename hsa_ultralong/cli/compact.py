@@ -61,7 +61,7 @@ def compact(
     error = write_packed(output, tensors, conversion, bits)
     echo(
         f"{output.stat().st_size / 2**20:.1f} MiB instead of {source.stat().st_size / 2**20:.1f}; "
-        f"matrices changed by {error:.2%} of their size"
+        f"rounded, matrices changed by {error:.2%} of their size"
     )
 
 

@@ -1,8 +1,8 @@
 """What stands at a token, beside what the lower decoder made of it: a linear map of its embedding (ours).
 
 A pretrained layer's output says which word comes next more than which one stands there, and copying out of a memory
-needs the latter. It goes to the memory alone: the upper decoder of a converted model would lose its language by it
-(docs/own-memory.md). Called by models/modeling_hsa.py; tests/models/test_embedding_skip.py.
+needs the latter. It goes to the memory alone: in the upper decoder of a converted model it cost language (docs/log.md,
+2026-11-29). Called by models/modeling_hsa.py; tests/models/test_embedding_skip.py.
 """
 
 from __future__ import annotations
