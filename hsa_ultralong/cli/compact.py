@@ -69,7 +69,7 @@ def _weights(folder: Path, conversion: dict[str, Any]) -> dict[str, torch.Tensor
     """Weights of a folder of hsa convert that a difference belongs to."""
     from safetensors.torch import load_file
 
-    from hsa_ultralong.cli.train_start import conversion_of
+    from hsa_ultralong.cli.train_start import conversion_of, require_untrained
     from hsa_ultralong.models import HSAForCausalLM
     from hsa_ultralong.models.folder import weight_files
     from hsa_ultralong.train.difference import require_same_source
@@ -78,6 +78,7 @@ def _weights(folder: Path, conversion: dict[str, Any]) -> dict[str, torch.Tensor
     about = conversion_of(folder)
     if "source_files" not in about:
         raise ValueError(f"--init-from {folder} is no folder of hsa convert: it has no conversion.json")
+    require_untrained(about, folder, "--init-from")
     require_same_source(conversion["source_files"], about["source_files"], str(folder))
     if conversion["options"] != about["options"]:
         raise ValueError(f"{folder} was converted with other options than this difference belongs to")

@@ -51,6 +51,19 @@ def conversion_of(folder: Path | None) -> dict[str, Any]:
     return read_json(folder / CONVERSION) if folder is not None and (folder / CONVERSION).is_file() else {}
 
 
+def require_untrained(about: dict[str, Any], folder: Path | None, option: str) -> None:
+    """A difference counts from what the source gave, so a folder that holds more would lose it.
+
+    Raises:
+        ValueError: the folder was trained, or made with --apply.
+    """
+    if about.get("difference") or about.get("is_trained"):
+        raise ValueError(
+            f"{option}: {folder} holds trained weights, which a difference from its source would leave out: name the "
+            "folder of hsa convert without --apply, and what was learned with --from-difference"
+        )
+
+
 def check_start(config: TrainConfig, start: Start) -> None:
     """What is named fits together, before any work.
 
@@ -68,6 +81,8 @@ def check_start(config: TrainConfig, start: Start) -> None:
     ):
         if path is not None and "source_files" not in about:
             raise ValueError(f"{option} needs --init-from with a folder of hsa convert (its {CONVERSION})")
+        if path is not None:
+            require_untrained(about, start.init_from, option)
     if start.teacher is not None and not any(stage.needs_teacher for stage in config.stages):
         raise ValueError("--teacher goes with a recipe that learns from it (convert_align, convert_memory ...)")
     if config.old_rate != 1 and not config.fresh:
@@ -151,10 +166,10 @@ def start_from(trainer: Trainer, start: Start, tokens: Any) -> None:
     from transformers import GenerationConfig
 
     from hsa_ultralong.cli.common import load_checkpoint
-    from hsa_ultralong.train.difference import read_difference, require_small, with_difference
+    from hsa_ultralong.train.difference import fitted, read_difference, require_small, with_difference
 
     if start.export_difference is not None:
-        require_small(trainer.model)
+        require_small(trainer.model, _kept(trainer, start))
     folder = start.init_from
     if folder is None:
         return
@@ -163,6 +178,7 @@ def start_from(trainer: Trainer, start: Start, tokens: Any) -> None:
         weights = load_checkpoint(folder, "auto").state_dict()
         if start.from_difference is not None:
             weights = with_difference(weights, read_difference(start.from_difference)[0])
+            weights = fitted(weights, trainer.model)
         trainer.initialize_from(weights)
     if (folder / "generation_config.json").is_file():
         trainer.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -170,10 +186,19 @@ def start_from(trainer: Trainer, start: Start, tokens: Any) -> None:
 
 def keep_conversion(start: Start, export: Path) -> None:
     """What the source was, beside an exported model: a later run may learn from it too."""
-    import shutil
+    from hsa_ultralong.eval.metadata import write_json
 
-    if start.init_from is not None and (start.init_from / CONVERSION).is_file():
-        shutil.copy(start.init_from / CONVERSION, export / CONVERSION)
+    if about := conversion_of(start.init_from):
+        write_json(export / CONVERSION, {**about, "is_trained": True})
+
+
+def _kept(trainer: Trainer, start: Start) -> dict[str, Any]:
+    """Of the difference that the run began with: what the run does not train, so that its own would lack it."""
+    from hsa_ultralong.train.difference import kept_tensors, read_difference
+
+    if start.from_difference is None:
+        return {}
+    return kept_tensors(read_difference(start.from_difference)[0], trainer.model)
 
 
 def write_change(trainer: Trainer, start: Start) -> None:
@@ -182,7 +207,7 @@ def write_change(trainer: Trainer, start: Start) -> None:
         return
     from hsa_ultralong.train.difference import difference_tensors, write_difference
 
-    tensors = difference_tensors(trainer.model)
+    tensors = {**_kept(trainer, start), **difference_tensors(trainer.model)}
     if trainer.is_first:
         write_difference(start.export_difference, tensors, conversion_of(start.init_from), trainer.model.config)
         echo(f"difference written to {start.export_difference}")

@@ -161,14 +161,14 @@ def convert_answers() -> TrainConfig:
     that convert_questions had. Not run yet.
     """
     mixture = {
-        "text": 0.35, "chat": 0.15, "passage_questions": 0.3, "passage_chat": 0.05, "chat_facts": 0.1, "span_copy": 0.05
+        "text": 0.35, "chat": 0.1, "passage_questions": 0.2, "passage_chat": 0.05, "chat_facts": 0.25, "span_copy": 0.05
     }  # fmt: skip
     stages = [
-        _stage("answer", 4096, 32_000_000, 2e-4, mixture, window=512),
-        _stage("pool", 8192, 12_000_000, 2e-4, mixture, window=512, schedule="linear"),
+        _stage("answer", 4096, 12_000_000, 7e-4, mixture, window=512),
+        _stage("pool", 8192, 10_000_000, 7e-4, mixture, window=512, schedule="linear"),
     ]
     for stage in stages:
-        stage.batch_tokens, stage.evidence_loss, stage.chunk_topk, stage.divergence = 32_768, 0.2, 64, 2.0
+        stage.batch_tokens, stage.evidence_loss, stage.chunk_topk, stage.divergence = 32_768, 0.2, 64, 4.0
         stage.data_options |= {"questions_per_passage": 6, "p_changed": 0.5, "p_cloze": 0.5, "p_text": 0.3}
         stage.data_options["p_sentence"] = 0.5
     stages[1].batch_tokens, stages[1].pool_memory = 65_536, "attended"

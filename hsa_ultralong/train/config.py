@@ -21,6 +21,7 @@ _SCHEDULES = ("constant", "linear", "cosine")
 _POOLS = ("", "attended", "compete")
 OPTIMIZERS = ("adamw", "muon")
 _ON_SPIKE = ("stop", "warn")
+_LORA_LAYERS = ("all", "upper")
 
 
 @dataclass
@@ -229,7 +230,7 @@ class TrainConfig:
         twin_options: options of the rival's RivalConfig, such as {"num_sinks": 8}.
         optimizer: "adamw", or "muon": Muon on the matrices of layers and experts, AdamW on the rest (optim.py).
         lora_rank: train the layers outside the memory as low-rank changes (train/lora.py), embedding and head not at
-            all; 0 trains everything.
+            all; 0 trains everything. lora_layers: "all", or "upper", which leaves the lower decoder as it was.
         old_rate: factor of the learning rate for what a converted model took over from its source. fresh: names of
             the parameters that it did not, from the folder's conversion.json.
         freeze_memory: train the upper decoder only, so that memories built before stay valid (train/freezing.py).
@@ -263,6 +264,7 @@ class TrainConfig:
     twin_options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "adamw"
     lora_rank: int = 0
+    lora_layers: str = "all"
     old_rate: float = 1.0
     fresh: list[str] = field(default_factory=list)
     freeze_memory: bool = False
@@ -298,11 +300,14 @@ class TrainConfig:
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name, choices in (("optimizer", OPTIMIZERS), ("on_spike", _ON_SPIKE)):
+        choices_of = (("optimizer", OPTIMIZERS), ("on_spike", _ON_SPIKE), ("lora_layers", _LORA_LAYERS))
+        for name, choices in choices_of:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.old_rate != 1 and self.optimizer == "muon":
             raise ValueError("old_rate goes with optimizer=adamw")
+        if self.lora_layers != "all" and not self.lora_rank:
+            raise ValueError(f"lora_layers={self.lora_layers} says where a low rank trains: set lora_rank too")
         if self.lora_rank and self.freeze_memory:
             raise ValueError("lora_rank trains the memory, freeze_memory does not: leave one out")
         if self.freeze_source and (self.lora_rank or self.freeze_memory):

@@ -22,7 +22,7 @@ from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.fields import is_whole
 from hsa_ultralong.files.messages import reason, shown
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
-from hsa_ultralong.train.lora import is_memory
+from hsa_ultralong.train.lora import is_lora, is_memory, merged
 from hsa_ultralong.train.packing import pack, unpack
 
 MAX_BYTES = 32 * 2**20
@@ -43,14 +43,43 @@ def difference_tensors(model: HSAForCausalLM) -> dict[str, torch.Tensor]:
     return found
 
 
-def require_small(model: HSAForCausalLM) -> None:
+def kept_tensors(tensors: Mapping[str, torch.Tensor], model: HSAForCausalLM) -> dict[str, torch.Tensor]:
+    """Of the difference that a run began with, what the run does not train: matrices bf16, vectors fp32.
+
+    A low-rank change of a matrix that trains as a whole is a part of it by then.
+    """
+    trained = {name for name, part in model.named_parameters() if part.requires_grad}
+    buffers = model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: part.to(torch.bfloat16 if part.dim() > 1 else torch.float32)
+        for name, part in tensors.items()
+        if name not in trained | buffers and not (is_lora(name) and _matrix(name) in trained)
+    }
+
+
+def fitted(weights: Mapping[str, torch.Tensor], model: HSAForCausalLM) -> dict[str, torch.Tensor]:
+    """Weights in which low-rank changes that the model does not train apart are a part of their matrices."""
+    own = model.state_dict().keys()
+    apart = {name: part for name, part in weights.items() if is_lora(name) and name in own}
+    return {**merged({name: part for name, part in weights.items() if name not in apart}), **apart}
+
+
+def _matrix(name: str) -> str:
+    """What half of a low-rank change belongs to."""
+    return f"{name.rpartition('.')[0]}.weight"
+
+
+def require_small(model: HSAForCausalLM, kept: Mapping[str, torch.Tensor]) -> None:
     """Refuse a run whose difference is no small file.
+
+    Args:
+        kept: of the difference that the run began with, what it does not train.
 
     Raises:
         ValueError: it would have more than 32 MiB.
     """
-    sizes = {name: (2 if part.dim() > 1 else 4) * part.numel() for name, part in model.named_parameters()
-             if part.requires_grad}  # fmt: skip
+    parts = {name: part for name, part in model.named_parameters() if part.requires_grad} | dict(kept)
+    sizes = {name: (2 if part.dim() > 1 else 4) * part.numel() for name, part in parts.items()}
     if (size := sum(sizes.values()) + _HEADER_BYTES) > MAX_BYTES:
         raise ValueError(
             f"the difference would have {size / 2**20:.1f} MiB, at most {MAX_BYTES >> 20} are written: set a (smaller) "

@@ -20,7 +20,7 @@ def prepare_parameters(model: Any, config: TrainConfig) -> None:
     if config.freeze_source:
         freeze_source(model)
     if config.lora_rank:
-        add_lora(model, config.lora_rank)
+        add_lora(model, config.lora_rank, config.lora_layers)
 
 
 def freeze_memory(model: HSAForCausalLM) -> None:

@@ -18,6 +18,7 @@ from hsa_ultralong.models import HSAForCausalLM
 SCALE = 2.0
 _MEMORY = (".embedding_skip.", ".chunk_encoder.", ".retriever.", ".hsa_layer.hsa.", ".hsa_layer.hsa_norm.")
 _DOWN, _UP = "lora_a", "lora_b"
+_LOWER = ".lower_layers."
 
 
 def is_memory(name: str) -> bool:
@@ -39,20 +40,27 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
-def add_lora(model: HSAForCausalLM, rank: int) -> None:
+def add_lora(model: HSAForCausalLM, rank: int, layers: str = "all") -> None:
     """Give every linear layer outside the memory a low-rank change, in place; embedding and head stay, norms train.
+
+    Args:
+        layers: "all", or "upper": the lower decoder stays as it is, norms too, and no gradient passes through it.
 
     Raises:
         ValueError: a mixture of experts, whose matrices are stacked.
     """
     if model.config.num_experts:
         raise ValueError("lora_rank: mixtures of experts have no low-rank change here; leave it out")
+
+    def is_changed(name: str) -> bool:
+        return layers == "all" or _LOWER not in f".{name}"
+
     for name, module in list(model.model.named_modules()):
-        if isinstance(module, nn.Linear) and not is_memory(f".{name}"):
+        if isinstance(module, nn.Linear) and not is_memory(f".{name}") and is_changed(name):
             model.model.set_submodule(name, LoRALinear(module, rank))
     for name, parameter in model.named_parameters():
-        is_vector = parameter.dim() < 2
-        parameter.requires_grad_(is_memory(name) or is_vector or name.endswith((_DOWN, _UP)))
+        is_trained = is_memory(name) or parameter.dim() < 2 or name.endswith((_DOWN, _UP))
+        parameter.requires_grad_(is_trained and is_changed(name))
 
 
 def is_lora(name: str) -> bool:

@@ -127,6 +127,50 @@ def test_the_next_run_goes_on_from_the_file(tmp_path, place, shards_folder):
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("then", [["freeze_source=true"], ["lora_rank=2", "lora_layers=upper"], ["lora_rank=0"]])
+def test_a_run_keeps_what_it_does_not_train(tmp_path, place, shards_folder, then):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    rate = ["--set", "align.learning_rate=0.05"]
+    made = align(place, shards_folder, tmp_path / "a", "--set", "lora_rank=2", *rate, "--export-difference", first)
+    assert made.exit_code == 0, made.output
+    more = [part for one in then for part in ("--set", one)]
+    ends = ["--export-difference", second, "--export", tmp_path / "whole"]
+    made = align(place, shards_folder, tmp_path / "b", *more, *rate, "--from-difference", first, *ends, steps=1)
+    assert made.exit_code == 0, made.output
+    made = hsa("convert", place / "source", "--apply", second, "-o", tmp_path / "applied")
+    assert made.exit_code == 0, made.output
+    whole, applied = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "applied"))
+    for name, part in applied.items():
+        torch.testing.assert_close(part.float(), whole[name].float(), rtol=0.02, atol=2e-3)
+    before, after = load_file(first), load_file(second)
+    lower = [name for name in before if "lower_layers" in name and is_lora(name)]
+    assert any(before[name].abs().max() > 1e-3 for name in lower if name.endswith("lora_b"))
+    if then != ["lora_rank=0"]:
+        assert all(torch.equal(after[name].float(), before[name].float()) for name in lower)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_difference_counts_from_the_source_alone(tmp_path, place, shards_folder):
+    first, lora = tmp_path / "first.safetensors", ["--set", "lora_rank=2"]
+    ends = ["--export-difference", first, "--export", tmp_path / "whole"]
+    assert align(place, shards_folder, tmp_path / "a", *lora, *ends, steps=1).exit_code == 0
+    assert hsa("convert", place / "source", "--apply", first, "-o", tmp_path / "applied").exit_code == 0
+    for name in ("whole", "applied"):
+        for option in ("--export-difference", "--from-difference"):
+            file = first if option == "--from-difference" else tmp_path / "none.safetensors"
+            made = hsa(
+                "train", "convert_align", "--data", shards_folder[0], "-o", tmp_path / "run", "--init-from",
+                tmp_path / name, "--teacher", place / "source", *TINY, *sizes("align", 256, 1), *lora, option, file,
+            )  # fmt: skip
+            errors = [line for line in made.stderr.splitlines() if line.startswith("error")]
+            assert made.exit_code == 2 and len(errors) == 1 and "holds trained weights" in errors[0], made.output
+        weaker = ["--strength", 0.5, "--init-from", tmp_path / name]
+        made = hsa("compact", first, "-o", tmp_path / "half.safetensors", *weaker)
+        assert made.exit_code == 2 and "holds trained weights" in made.stderr
+    assert not (tmp_path / "run").exists() and not (tmp_path / "half.safetensors").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_stopped_goes_on_exactly(tmp_path, place, shards_folder):
     lora = ["--set", "lora_rank=2", "--set", "old_rate=0.25"]
     assert align(place, shards_folder, tmp_path / "whole", *lora, "--export", tmp_path / "one").exit_code == 0
@@ -239,6 +283,17 @@ def test_a_frozen_source_stays_to_the_bit(tmp_path, place, shards_folder):
         torch.testing.assert_close(applied[name].float(), part.float().to(torch.bfloat16).float(), atol=0, rtol=8e-3)
 
 
+def test_a_low_rank_of_the_upper_half_leaves_the_lower_one():
+    model = tiny_model()
+    add_lora(model, 2, "upper")
+    lower = [name for name, part in model.named_parameters() if "lower_layers" in name and part.requires_grad]
+    assert not lower and not any("lower_layers" in name for name in model.state_dict() if is_lora(name))
+    assert any(".groups." in name and is_lora(name) for name in model.state_dict())
+    ids = torch.randint(model.config.vocab_size, (1, 40))
+    model(ids, labels=ids).loss.backward()
+    assert any(part.grad is not None for name, part in model.named_parameters() if "chunk_encoder" in name)
+
+
 def test_low_rank_changes_are_silent_at_first_and_merge_exactly():
     model = tiny_model().eval()
     ids = torch.randint(model.config.vocab_size, (1, 40))
@@ -258,4 +313,4 @@ def test_low_rank_changes_are_silent_at_first_and_merge_exactly():
         trains = is_memory(name) or is_lora(name) or part.dim() < 2
         assert part.requires_grad == trains, name
     assert not model.model.embed_tokens.weight.requires_grad
-    require_small(model)
+    require_small(model, {})
