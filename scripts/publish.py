@@ -3,9 +3,9 @@
     python scripts/publish.py RUN -o results/NAME
     python scripts/publish.py runs/twins/run-* runs/twins/eval* -o results/twins --each
 
-Of a suite: summary.json, summary.md, and records.jsonl.xz without the places of chunks (ranks and weights stay) and
-without questions and answers whose files are share-alike; scores by depth are left out of summary.json, as the records
-tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --each every run goes to a folder of its own
+Of a suite: summary.json, summary.md, and records.jsonl.xz without the places of chunks (ranks and weights stay, with
+six digits) and without questions and answers whose files are share-alike; scores by depth are left out of summary.json,
+as the records tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --each every run goes to a folder of its own
 name below -o; with --small there is no summary.md. All runs are looked at before any is copied. A published run that is
 there is replaced, any other folder is not. docs/results.md says what is kept; tests/test_publish.py.
 """
@@ -29,12 +29,24 @@ from hsa_ultralong.files.strict_json import read_json
 RECORDS, LOG = "records.jsonl", "log.jsonl"
 _PLACES = ("retrieved", "evidence")
 _TEXTS = {"query": "", "expected": [], "answered": ""}
+# measured to no more digits than these, and random ones do not pack; scores stay whole
+_MEASURED = ("certainty", "weight", "margin", "nats", "log_likelihoods")
+_DIGITS = 6
 
 
 def published(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without places, and without texts of share-alike files: the suite `qa`, and RULER's qa_1 and qa_2."""
-    kept = {key: value for key, value in record.items() if key not in _PLACES}
+    """A record without places, and without texts of share-alike files: the suite `qa`, and RULER's qa_1 and qa_2.
+
+    Likelihoods and weights have six digits.
+    """
+    kept = {key: _short(value) if key in _MEASURED else value for key, value in record.items() if key not in _PLACES}
     return kept | _TEXTS if record["task"].startswith("qa_") else kept
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
 def files_of(run: Path, is_small: bool = False) -> list[str]:

@@ -41,7 +41,7 @@ def test_a_score_that_is_missing_stops_the_card(tmp_path):
         for folder in score.folders.values():
             (tmp_path / folder).mkdir(exist_ok=True)
             (tmp_path / folder / "summary.json").write_text('{"records": []}')
-    with pytest.raises(SystemExit, match=r"smol-recall-64k has 0 of 12 scores \(exact, 64K\)"):
+    with pytest.raises(SystemExit, match=r"smol-recall-64k has 0 of 12 scores \(mentions, 64K\)"):
         smol_card.main(["--results", str(tmp_path), "-o", str(tmp_path / "card.md")])
 
 

@@ -81,7 +81,7 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
     """Every run beside the first, task by task and length by length.
 
     Raises:
-        ValueError: for fewer than two runs.
+        ValueError: for fewer than two runs, or runs without a score that is a share.
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least two runs, got {', '.join(run.name for run in runs) or 'none'}")
@@ -92,6 +92,11 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
         tables.setdefault((suite_of(task), length), {})[task, metric] = row
     order = {name: number for number, name in enumerate(SUITES)}
     found = dict(sorted(tables.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0][1])))
+    if not found:
+        raise ValueError(
+            f"{', '.join(run.name for run in runs)} have no score that is a share, and so none to compare; perplexities "
+            "stand in summary.md of each run"
+        )
     for table in found.values():
         if mean := _mean_row(table, [run.name for run in runs]):
             table[MEAN, f"{mean[1]} tasks"] = mean[0]
