@@ -5,9 +5,10 @@
 
 Of a suite: summary.json, summary.md, and records.jsonl.xz without the places of chunks (ranks and weights stay, with
 six digits) and without questions and answers whose files are share-alike; scores by depth are left out of summary.json,
-as the records tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --each every run goes to a folder of its own
-name below -o; with --small there is no summary.md. All runs are looked at before any is copied. A published run that is
-there is replaced, any other folder is not. docs/results.md says what is kept; tests/test_publish.py.
+as the records tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --each every run goes to a
+folder of its own name below -o; with --small there is no summary.md. All runs are looked at before any is copied. A
+published run that is there is replaced, any other folder is not. docs/results.md says what is kept;
+tests/test_publish.py.
 """
 
 from __future__ import annotations

@@ -82,12 +82,12 @@ SCORES = (
     Score("the same with passages found by BM25", ("qa_xquad",), "f1", {"64K": "smol-tuned-bm25"}),
 )  # fmt: skip
 LENGTHS = {"2K": 2**11, "8K": 2**13, "64K": 2**16, "512K": 2**19, "1M": 2**20, "16M": 2**24}
-USE = """**Good for** finding what a text said once, far back: numbers, times, dates and needles, up to 16M tokens, and
-the place that it was read from. Questions about passages are answered better where these are read again (`--reread 3`,
-two fifths of the F1 of a model that was tuned on such questions and given the passage). It answers in a sentence, or in a few words if asked to. **Not good for**
-questions about what a passage means from memory alone, for identifiers of many characters, names that it never saw, or
-as a language model: it is weaker than its source but on ARC-easy. Check answers against the sources that `hsa ask`
-prints."""
+USE = """**Good for** finding what a text said once, far back: numbers, times, dates and needles, up to 16M tokens,
+and the place that it was read from. Questions about passages are answered better where these are read again
+(`--reread 3`, two fifths of the F1 of a model that was tuned on such questions and given the passage). It answers in
+a sentence, or in a few words if asked to. **Not good for** questions about what a passage means from memory alone,
+for identifiers of many characters, names that it never saw, or as a language model: it is weaker than its source but
+on ARC-easy. Check answers against the sources that `hsa ask` prints."""
 SCORED = """**Scores** in percent, 95% intervals where one task is one row; recall and RULER in the form of chat. A fact
 counts where the answer mentions it, as half of the trained answers are sentences, unless the row says otherwise."""
 

@@ -94,8 +94,8 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
     found = dict(sorted(tables.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0][1])))
     if not found:
         raise ValueError(
-            f"{', '.join(run.name for run in runs)} have no score that is a share, and so none to compare; perplexities "
-            "stand in summary.md of each run"
+            f"{', '.join(run.name for run in runs)} have no score that is a share, and so none to compare; "
+            "perplexities stand in summary.md of each run"
         )
     for table in found.values():
         if mean := _mean_row(table, [run.name for run in runs]):

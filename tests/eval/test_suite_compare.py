@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from hsa_ultralong.eval.comparison_tables import draw_curves, latex, markdown
 from hsa_ultralong.eval.html_report import write_page
 from hsa_ultralong.eval.html_report.compared import compared
-from hsa_ultralong.eval.stored_runs import StoredRun
+from hsa_ultralong.eval.stored_runs import StoredRun, read_run
 from hsa_ultralong.eval.suite_compare import MEAN, compare_runs
 
 
@@ -183,3 +184,10 @@ def test_three_runs_stand_beside_the_first(tmp_path, runs):
     write_page(found.runs, tmp_path / "c.html", first=[("comparison", "Comparison", compared(found))])
     text = (tmp_path / "c.html").read_text()
     assert "b - a" in text and "10 better, 0 worse; exact McNemar p = 0.002" in text
+
+
+def test_runs_of_perplexity_alone_have_nothing_to_compare():
+    results = Path(__file__).resolve().parents[2] / "results"
+    runs = [read_run(results / name, name) for name in ("smol-source-ppl", "smol-ppl")]
+    with pytest.raises(ValueError, match=r"smol-source-ppl, smol-ppl have no score that is a share"):
+        compare_runs(runs)
