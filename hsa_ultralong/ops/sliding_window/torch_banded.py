@@ -19,6 +19,13 @@ _NOWHERE = -3
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """q (N, Tq, Hq, D), k and v (N, Tk, Hkv, D), mask (1 or N, Tq, Tk) -> (N, Tq, Hq, D)."""
     group = q.shape[2] // k.shape[2]
+    if group > 1 and q.device.type == "cpu":
+        # the heads of a group as rows of one head: keys and values are not repeated
+        rows = q.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (N, Hkv, group * Tq, D)
+        out = F.scaled_dot_product_attention(
+            rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask.repeat(1, group, 1)[:, None], scale=scale
+        )
+        return out.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     if group > 1:
         k, v = (x.unsqueeze(3).expand(-1, -1, -1, group, -1).flatten(2, 3) for x in (k, v))
     out = F.scaled_dot_product_attention(
@@ -48,8 +55,10 @@ def sliding_window_banded(
     """Same result as sliding_window_reference."""
     batch, num_queries, _, _ = q.shape
     num_keys = k.shape[1]
-    # a query reads block + W keys: a CPU gains from narrow bands, a GPU from large products
-    wanted = window // 2 if q.device.type == "cpu" else window
+    # a query reads block + W keys: a CPU gains from narrow bands, most where a group makes rows of them, a GPU from
+    # large products
+    narrow = _MIN_BLOCK if q.shape[2] > k.shape[2] else window // 2
+    wanted = narrow if q.device.type == "cpu" else window
     block = min(_MAX_BLOCK, max(_MIN_BLOCK, -(-wanted // _MIN_BLOCK) * _MIN_BLOCK))
     if num_queries <= 2 * block:
         keep = min(num_keys, num_queries + window - 1)
