@@ -79,7 +79,10 @@ def publish(run: Path, target: Path, is_small: bool = False) -> list[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name in names:
-        shutil.copyfile(run / name, partial / name)
+        if name.endswith(".json"):
+            write_json(partial / name, read_json(run / name))
+        else:
+            shutil.copyfile(run / name, partial / name)
     summary = read_json(run / "summary.json")
     if lines == RECORDS:
         summary["records"] = [record for record in summary["records"] if record.get("depth") is None]
