@@ -163,6 +163,12 @@ def questions(options: Options) -> Iterator[Job]:
     yield from _converted(options, "questions")
 
 
+def answers(options: Options) -> Iterator[Job]:
+    """SmolLM2 with the shipped memory (or --file difference=PATH) goes on with convert_answers; then its card."""
+    yield from _trained(options, "answers", "convert_answers", 8)
+    yield from _converted(options, "answers")
+
+
 def _source(options: Options) -> str:
     return shlex.quote(options.files.get("gguf", ["smol.gguf"])[0])
 
@@ -176,11 +182,15 @@ def _trained(options: Options, name: str, recipe: str, minutes: float) -> Iterat
     yield Job(f"convert-{name}", 3, convert, (), ("gguf",), is_on_card=False)
     asked, chats = _words(options, "--questions", "questions"), _words(options, "--chat", "chat")
     train = f"{{hsa}} train {recipe} --data {shlex.quote(options.data)} {asked} {chats} --init-from {start}"
-    if recipe == "convert_questions":
+    needs: tuple[str, ...] = ("gguf", "questions", "chat")
+    if recipe != "convert_smol":
         begun = options.files.get("difference", ["checkpoints/smol/difference.safetensors"])[0]
         train += f" --from-difference {shlex.quote(begun)}"
+    if recipe == "convert_answers":
+        train += f" {_words(options, '--sentences', 'sentences')}"
+        needs = (*needs, "sentences")
     train += f" --teacher {source} --device cuda -o {out}/{name} --export-difference {out}/{name}.safetensors"
-    yield Job(f"train-{name}", minutes, train, (f"convert-{name}",), ("gguf", "questions", "chat"))
+    yield Job(f"train-{name}", minutes, train, (f"convert-{name}",), needs)
     small = f"{{hsa}} compact {out}/{name}.safetensors -o {out}/{name}-7.safetensors --bits 7"
     yield Job(f"compact-{name}", 2, small, (f"train-{name}",), is_on_card=False)
     yield Job(f"apply-{name}", 2, f"{{hsa}} convert {source} --apply {out}/{name}-7.safetensors -o {made}",
@@ -202,7 +212,7 @@ def _converted(options: Options, name: str) -> Iterator[Job]:
     for length in ("64K", "1M"):
         recall = f"{chat} --suite recall --samples 50 --lengths {length} -o {out}/recall-{length.lower()}-{name}"
         yield Job(f"recall-{length.lower()}-{name}", 7, recall, after)
-    needles = f"{chat} --tasks niah_single_1,niah_single_2 --lengths 64K,1M,16M --samples 100"
+    needles = f"{chat} --tasks niah_single_1,niah_single_2,niah_single_3 --lengths 64K,1M,16M --samples 100"
     yield Job(f"niah-{name}", 7, f"{needles} -o {out}/niah-{name}", after)
     short = f"{suite} --tasks lambada_openai,piqa,arc_easy,hellaswag {_files(options, 'short')} --samples 1500"
     yield Job(f"short-{name}", 6, f"{short} -o {out}/short-{name}", after, ("short",))
@@ -295,7 +305,7 @@ def cards(options: Options) -> Iterator[Job]:
 
 
 PLANS: dict[str, Callable[[Options], Iterable[Job]]] = {
-    plan.__name__: plan for plan in (nano, mini, smol, questions, twins, findings, kernels, cards)
+    plan.__name__: plan for plan in (nano, mini, smol, questions, answers, twins, findings, kernels, cards)
 }
 
 
@@ -372,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--more-data", default="", help="those of mini; default: --data")
     parser.add_argument("--file", action="append", default=[], metavar="NAME=PATH",
                         help="squad, hotpot, xquad, nq, squadshifts, 2wiki, wiki, babi, short, gguf; several of "
-                        "questions, chat and text")  # fmt: skip
+                        "questions, sentences, chat and text")  # fmt: skip
     parser.add_argument("--text", action="append", default=[], help="books to measure perplexity on: --file text=")
     parser.add_argument("--seed", type=int, default=0, help="of findings")
     parser.add_argument("--large", action="store_true", help="the cards have 140 GiB: 1G tokens too")
