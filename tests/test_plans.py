@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 FILES = {
     **dict.fromkeys(("squad", "hotpot", "xquad", "nq", "squadshifts", "2wiki", "wiki"), "a.json"),
-    "babi": "babi", "short": "short", "gguf": "smol.gguf", "questions": "q.json", "sentences": "s.jsonl", "chat": "c.jsonl",
-    "text": "books",
+    "babi": "babi", "short": "short", "gguf": "smol.gguf", "text": "books",
+    "questions": "q.json", "sentences": "s.jsonl", "chat": "c.jsonl",
 }  # fmt: skip
 
 
