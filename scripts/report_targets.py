@@ -26,7 +26,8 @@ WEIGHTS = {
     "needles-stages": "the paper's five stages",
     "needles-pooled": f"{EARLIER}, pools", "needles-pool-": f"{EARLIER}, pools, notes",
     "needles-unpooled": f"{EARLIER}, no pools", "needles-averaged": f"{EARLIER}, pools, averaged",
-    "needles-1g-averaged": f"{EARLIER}, pools, averaged", "needles-merged": "nano", "needles-": EARLIER,
+    "needles-1g-averaged": f"{EARLIER}, pools, averaged", "needles-merged": "nano", "needles-forms": "nano",
+    "needles-": EARLIER,
 }  # fmt: skip
 _FORMS = tuple(f"recall_form_{number:02}" for number in range(1, 13))
 
