@@ -71,6 +71,7 @@ SCORES = (
         for kind, what in VALUES.items()
     ),
     Score("one of 64 facts that look alike", ("recall_similar_64",), "mentions", _RECALL),
+    Score("a fact that was changed later", ("recall_changed",), "mentions", _RECALL),
     *(
         Score(f"RULER {task}", (task,), "all", dict.fromkeys(("64K", "1M", "16M"), "smol-niah"))
         for task in ("niah_single_1", "niah_single_2", "niah_single_3")

@@ -99,7 +99,7 @@ def ask(
 
       hsa ask -m lib.hsa --show-sources 3 "What is the secret code of the silver lantern?"
 
-      hsa ask -m lib.hsa --reread 4 "What is the secret code of the silver lantern?"
+      hsa ask -m smol.hsa --model smol --reread 4 "What is the secret code of the silver lantern?"
     """
     from hsa_ultralong.cli.common import MAX_PROMPT_TOKENS, encode_prompt, load_model
 

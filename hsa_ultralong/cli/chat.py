@@ -91,6 +91,8 @@ def chat(
 
       hsa chat -m lib.hsa -m notes.hsa --remember talk.hsa --reread 4
 
+      hsa chat --model smol --remember talk.hsa
+
       hsa chat --server http://localhost:8000 -m lib --key KEY
 
       cat questions.txt | hsa chat -m lib.hsa --json

@@ -35,13 +35,13 @@ def compact(
         Path | None, typer.Option("--init-from", help="With --strength: the converted folder that the run began with.")
     ] = None,
 ) -> None:
-    """Pack a difference for shipping: SmolLM2-135M at rank 16 takes 12.3 MiB at 7 bits, 28.5 before.
+    """Pack a difference for shipping: SmolLM2-135M at rank 16 takes 12.4 MiB at 7 bits, 28.5 before.
 
     `hsa convert SOURCE --apply` and `hsa train --from-difference` read it as any other.
 
     Examples:
 
-      hsa compact smol.safetensors -o checkpoints/smol/difference.safetensors
+      hsa compact smol.safetensors -o difference.safetensors
 
       hsa compact smol.safetensors -o small.safetensors --bits 5
 

@@ -13,6 +13,7 @@ from hsa_ultralong.cli.terminal import echo
 from hsa_ultralong.cli.train_plan import show_plan
 from hsa_ultralong.cli.train_start import (
     Start,
+    check_differences,
     check_start,
     keep_conversion,
     load_teacher,
@@ -134,11 +135,11 @@ def train(
     if init_from is not None:
         take_shape(config, init_from, run)
     _check_words(config, until, as_json and not dry_run)
-    if dry_run:
-        return show_plan(config, as_json)
-    reading = {"text_field": text_field, "encoding": encoding}
     start = Start(init_from, teacher, from_difference, export_difference)
-    texts = text or [], chat or []
+    if dry_run:
+        check_differences(start)
+        return show_plan(config, as_json)
+    texts, reading = (text or [], chat or []), {"text_field": text_field, "encoding": encoding}
     _execute(TrainRequest(config, run, data, *texts, reading, tokenizer, until, max_minutes, export, start), device)
 
 

@@ -70,8 +70,33 @@ def check_start(config: TrainConfig, start: Start) -> None:
     Raises:
         ValueError: it does not.
     """
-    from hsa_ultralong.cli.places import require_file
     from hsa_ultralong.files.checksum import file_record
+    from hsa_ultralong.train.difference import require_same_source
+
+    about = check_differences(start)
+    if start.teacher is not None and not any(stage.needs_teacher for stage in config.stages):
+        raise ValueError("--teacher goes with a recipe that learns from it (convert_align, convert_memory ...)")
+    if config.old_rate != 1 and not config.fresh:
+        raise ValueError(f"old_rate needs --init-from with a folder of hsa convert (its {CONVERSION}); set old_rate=1")
+    if config.freeze_source and not config.fresh:
+        raise ValueError(f"freeze_source needs --init-from with a folder of hsa convert (its {CONVERSION})")
+    _check_questions(config)
+    _check_sentences(config)
+    _check_chats(config)
+    if start.teacher is not None and "source_files" in about:
+        from hsa_ultralong.cli.convert_source import open_source
+
+        found = {file.name: file_record(file) for file in open_source(start.teacher).files}
+        require_same_source(about["source_files"], found, str(start.teacher))
+
+
+def check_differences(start: Start) -> dict[str, Any]:
+    """The folder and the differences that are named belong together; returns what `hsa convert` noted of the folder.
+
+    Raises:
+        ValueError: they do not.
+    """
+    from hsa_ultralong.cli.places import require_file
     from hsa_ultralong.train.difference import read_difference, require_same_source
 
     about = conversion_of(start.init_from)
@@ -83,15 +108,6 @@ def check_start(config: TrainConfig, start: Start) -> None:
             raise ValueError(f"{option} needs --init-from with a folder of hsa convert (its {CONVERSION})")
         if path is not None:
             require_untrained(about, start.init_from, option)
-    if start.teacher is not None and not any(stage.needs_teacher for stage in config.stages):
-        raise ValueError("--teacher goes with a recipe that learns from it (convert_align, convert_memory ...)")
-    if config.old_rate != 1 and not config.fresh:
-        raise ValueError(f"old_rate needs --init-from with a folder of hsa convert (its {CONVERSION}); set old_rate=1")
-    if config.freeze_source and not config.fresh:
-        raise ValueError(f"freeze_source needs --init-from with a folder of hsa convert (its {CONVERSION})")
-    _check_questions(config)
-    _check_sentences(config)
-    _check_chats(config)
     if start.from_difference is not None:
         _, conversion = read_difference(start.from_difference)
         require_same_source(conversion["source_files"], about["source_files"], str(start.init_from))
@@ -99,11 +115,7 @@ def check_start(config: TrainConfig, start: Start) -> None:
             raise ValueError(f"{start.from_difference} belongs to a model that was converted with other options")
     if start.export_difference is not None:
         require_file(start.export_difference, "--export-difference", (".safetensors",))
-    if start.teacher is not None and "source_files" in about:
-        from hsa_ultralong.cli.convert_source import open_source
-
-        found = {file.name: file_record(file) for file in open_source(start.teacher).files}
-        require_same_source(about["source_files"], found, str(start.teacher))
+    return about
 
 
 def _check_questions(config: TrainConfig) -> None:

@@ -32,9 +32,9 @@ def tune(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the rows.")] = 0,
 ) -> None:
-    """Train the source of a converted model on what the converted one is trained on, the right passage in its prompt.
+    """Train the source of a converted model on the questions of the converted one, the right passage in its prompt.
 
-    It is the upper bound of answering from memory. It ends when the F1 of held-out questions no longer rises; the best
+    Answering from memory is measured against it. It ends when the F1 of held-out questions no longer rises; the best
     weights are written. Passages that evaluation asks about are left out.
 
     Examples:

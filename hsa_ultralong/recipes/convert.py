@@ -126,9 +126,9 @@ def convert_smol() -> TrainConfig:
 
 def convert_questions() -> TrainConfig:
     """`hsa train convert_questions --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --chat
-    persona.csv --chat dolly.jsonl --init-from models/smol --from-difference checkpoints/smol/difference.safetensors
-    --teacher smol.gguf --device cuda -o runs/questions --export-difference questions.safetensors`, after convert_smol,
-    from a folder that was converted with its shape (the shipped difference: `--set embedding_skip=4` as well).
+    persona.csv --chat dolly.jsonl --init-from models/smol --from-difference smol.safetensors --teacher smol.gguf
+    --device cuda -o runs/questions --export-difference questions.safetensors`, after convert_smol, from the folder that
+    it began with.
 
     Rows of passages that ask four times as many questions as those of convert_sft: of people, some with changed answers
     in the passage, and sentences with a gap. 100M tokens, 22 minutes of one H200 by plan. Measured: 33.6M tokens in 8.3
@@ -153,13 +153,13 @@ def convert_answers() -> TrainConfig:
     """`hsa train convert_answers --data SHARDS --questions squadshifts.json --questions nq.jsonl.gz --questions
     own-questions.json --sentences sentences.jsonl --chat own-chat.jsonl --init-from models/smol --from-difference
     questions.safetensors --teacher smol.gguf --device cuda -o runs/answers --export-difference answers.safetensors`,
-    after convert_questions, with what `hsa write` made of the source.
+    after convert_smol or convert_questions, with what `hsa write` made of the source.
 
     Nearly half of the rows are text and the source's own conversations, at a third of the rate that convert_smol begins
     with and four times the weight of the divergence, to bring language back; half of the questions that are asked as
     chat are answered in a sentence, the others say "Answer in a few words.". 22M tokens, by plan 5 minutes of one H200.
-    Measured from half of convert_smol's change and 15M tokens of this: the perplexity of books 27.0 for 36.3, XQuAD
-    from memory .144 for .079, as many facts mentioned (docs/own-memory.md).
+    Measured after half of convert_smol's change and 15M tokens at 1e-3: the perplexity of books 27.0 for 36.3, XQuAD
+    from memory .144 for .079, as many facts mentioned at 64K (docs/own-memory.md).
     """
     mixture = {
         "text": 0.35, "chat": 0.1, "passage_questions": 0.2, "passage_chat": 0.05, "chat_facts": 0.25, "span_copy": 0.05

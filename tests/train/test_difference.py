@@ -167,6 +167,10 @@ def test_a_difference_counts_from_the_source_alone(tmp_path, place, shards_folde
         weaker = ["--strength", 0.5, "--init-from", tmp_path / name]
         made = hsa("compact", first, "-o", tmp_path / "half.safetensors", *weaker)
         assert made.exit_code == 2 and "holds trained weights" in made.stderr
+    planned = hsa(
+        "train", "convert_align", *lora, "--init-from", tmp_path / "applied", "--from-difference", first, "--dry-run"
+    )
+    assert planned.exit_code == 2 and "holds trained weights" in planned.stderr
     assert not (tmp_path / "run").exists() and not (tmp_path / "half.safetensors").exists()
 
 
