@@ -114,9 +114,10 @@ def model_folder(named: Path) -> Path:
     for place in (Path("models") / named, Path("checkpoints") / named):
         if (place / "config.json").is_file():
             return place
+    advice = "; `make smol` makes it" if named.name == "smol" else ""
     raise ValueError(
         f"{named} is no model folder: there is neither {named}, nor models/{named}, nor checkpoints/{named} with a "
-        "config.json"
+        f"config.json{advice}"
     )
 
 
