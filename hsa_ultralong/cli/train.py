@@ -257,7 +257,7 @@ def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, 
             config, run, shards, tokens, device=place, probe=probe, listener=display.show, folder=held,
             teacher=load_teacher(request.start),
         )  # fmt: skip
-        start_from(trainer, request.start, tokens)
+        kept = start_from(trainer, request.start, tokens)
         display.start(trainer)
         _stop_on_signals(trainer)
         collect_as_usual()
@@ -266,7 +266,7 @@ def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, 
     if export is not None and done:
         _export(trainer, export)
         keep_conversion(request.start, export)
-    write_change(trainer, request.start)
+    write_change(trainer, request.start, kept)
     gpus = dist.get_world_size() if dist.is_initialized() else 1
     if dist.is_initialized():
         dist.destroy_process_group()

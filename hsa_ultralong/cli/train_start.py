@@ -60,7 +60,7 @@ def require_untrained(about: dict[str, Any], folder: Path | None, option: str) -
     if about.get("difference") or about.get("is_trained"):
         raise ValueError(
             f"{option}: {folder} holds trained weights, which a difference from its source would leave out: name the "
-            "folder of hsa convert without --apply, and what was learned with --from-difference"
+            "folder of hsa convert without --apply; a run goes on from what was learned by --from-difference"
         )
 
 
@@ -172,28 +172,31 @@ def load_teacher(start: Start) -> Any:
     return open_source(start.teacher).load()
 
 
-def start_from(trainer: Trainer, start: Start, tokens: Any) -> None:
+def start_from(trainer: Trainer, start: Start, tokens: Any) -> dict[str, Any]:
     """Weights of the folder and of the difference, unless the run has its own; which tokens end an answer, in any
-    case."""
+    case. Returns what the run does not train of the difference that it begins with, for `write_change`: the file may
+    be gone by then."""
     from transformers import GenerationConfig
 
     from hsa_ultralong.cli.common import load_checkpoint
-    from hsa_ultralong.train.difference import fitted, read_difference, require_small, with_difference
+    from hsa_ultralong.train.difference import fitted, kept_tensors, read_difference, require_small, with_difference
 
+    begun = {} if start.from_difference is None else read_difference(start.from_difference)[0]
+    kept = kept_tensors(begun, trainer.model)
     if start.export_difference is not None:
-        require_small(trainer.model, _kept(trainer, start))
+        require_small(trainer.model, kept)
     folder = start.init_from
     if folder is None:
-        return
+        return kept
     if trainer.resumed_from is None:
         _require_same_tokenizer(folder, tokens)
         weights = load_checkpoint(folder, "auto").state_dict()
-        if start.from_difference is not None:
-            weights = with_difference(weights, read_difference(start.from_difference)[0])
-            weights = fitted(weights, trainer.model)
+        if begun:
+            weights = fitted(with_difference(weights, begun), trainer.model)
         trainer.initialize_from(weights)
     if (folder / "generation_config.json").is_file():
         trainer.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return kept
 
 
 def keep_conversion(start: Start, export: Path) -> None:
@@ -204,22 +207,13 @@ def keep_conversion(start: Start, export: Path) -> None:
         write_json(export / CONVERSION, {**about, "is_trained": True})
 
 
-def _kept(trainer: Trainer, start: Start) -> dict[str, Any]:
-    """Of the difference that the run began with: what the run does not train, so that its own would lack it."""
-    from hsa_ultralong.train.difference import kept_tensors, read_difference
-
-    if start.from_difference is None:
-        return {}
-    return kept_tensors(read_difference(start.from_difference)[0], trainer.model)
-
-
-def write_change(trainer: Trainer, start: Start) -> None:
-    """The file of --export-difference; every process calls it."""
+def write_change(trainer: Trainer, start: Start, kept: dict[str, Any]) -> None:
+    """The file of --export-difference; every process calls it, with what `start_from` returned."""
     if start.export_difference is None:
         return
     from hsa_ultralong.train.difference import difference_tensors, write_difference
 
-    tensors = {**_kept(trainer, start), **difference_tensors(trainer.model)}
+    tensors = {**kept, **difference_tensors(trainer.model)}
     if trainer.is_first:
         write_difference(start.export_difference, tensors, conversion_of(start.init_from), trainer.model.config)
         echo(f"difference written to {start.export_difference}")
