@@ -43,6 +43,7 @@ class Options(NamedTuple):
     data: Path
     device: str = "auto"
     text: tuple[str, ...] = ()
+    books: tuple[str, ...] = ()
     lengths: str = ""
     needles: int = 20
     ppl_lengths: str = "2K,8K,32K"
@@ -85,21 +86,23 @@ def steps(name: str, variant: str, seed: int, options: Options) -> list[Step]:
     changes = [part for setting in settings for part in ("--set", setting)]
     train = ["train", "findings", "--data", options.data, "-o", folder / "run", *changes, "--export", model]
     text = [part for path in options.text for part in ("--text", path)]
+    books = [part for path in options.books for part in ("--text", path)] or text
     haystack = text or ["--shards", options.data]
     lengths = options.lengths or finding.lengths
+    tests = options.lengths or finding.test_lengths or finding.lengths
     evals = {
         "needles": ["eval", "needles", "--model", model, "--lengths", lengths, "--needles", options.needles, *haystack],
         "paper": [
             "eval", model, "--tasks", "s_niah_authors,mq_authors,vt_authors", "--scoring", "teacher", "--setting",
-            finding.setting, "--lengths", lengths, "--samples", options.needles, *haystack,
+            finding.setting, "--lengths", tests, "--samples", options.needles, *haystack,
         ],
         "ruler": [
             "eval", model, "--tasks", "niah_single_2,niah_multiquery,vt", "--setting", finding.setting,
-            "--lengths", lengths, "--samples", options.needles, *haystack,
+            "--lengths", tests, "--samples", options.needles, *haystack,
         ],
         "perplexity": [
             "eval", model, "--tasks", "ppl_last_512", "--lengths", options.ppl_lengths, "--samples", options.samples,
-            *text,
+            *books,
         ],
         "short": ["eval", model, "--suite", "short", "--data", f"short={options.short}", "--samples", 500],
     }  # fmt: skip
@@ -233,7 +236,7 @@ def _by_depth(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="findings, their variants and settings")
@@ -251,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--max-minutes", type=float, default=1e6, help="stop then; the same command goes on")
         sub.add_argument("--text", action="append", default=[],
                          help="text to measure on; default: the shards, and Opticks for perplexity")  # fmt: skip
+        sub.add_argument("--books", action="append", default=[], help="text of perplexity; default: --text")
         sub.add_argument(
             "--lengths", default=defaults.lengths, help="of hidden sentences and tests; default: the finding's"
         )
@@ -259,13 +263,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--samples", type=int, default=defaults.samples, help="stretches of text a length")
         sub.add_argument("--short", type=Path, help="folder of the short tasks (docs/evaluate.md)")
         sub.add_argument("--quick", action="store_true", help="toy sizes, to try the command on a CPU")
-        sub.add_argument("--only", default="", help="this variant alone")
+        sub.add_argument("--only", default="", help="this variant alone; `collect` joins what was measured")
         sub.add_argument("--dry-run", action="store_true", help="only print the commands that are left")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None, perform: Callable[[Sequence[str], float], int] = execute) -> int:
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     if given.verb == "list":
         for name, finding in FINDINGS.items():
             print(f"{name}: {finding.question}")
@@ -279,8 +283,8 @@ def main(arguments: Sequence[str] | None = None, perform: Callable[[Sequence[str
     results = given.results or (given.runs / "results" if is_quick else RESULTS)
     if given.verb == "run":
         options = Options(
-            given.data, given.device, tuple(given.text), given.lengths, given.needles, given.ppl_lengths, given.samples,
-            given.short, is_quick, given.runs,
+            given.data, given.device, tuple(given.text), tuple(given.books), given.lengths, given.needles,
+            given.ppl_lengths, given.samples, given.short, is_quick, given.runs,
         )  # fmt: skip
         if given.dry_run:
             for variant in [only] if only else FINDINGS[given.name].variants:
@@ -290,6 +294,8 @@ def main(arguments: Sequence[str] | None = None, perform: Callable[[Sequence[str
         if not run(given.name, given.seed, options, only=only, minutes=given.max_minutes, perform=perform):
             print(f"{given.name} seed {given.seed}: stopped; the same command goes on", file=sys.stderr)
             return 3
+        if only:
+            return 0
     collect(given.name, given.runs, results)
     print(f"written {results / given.name / 'summary.json'}")
     return 0

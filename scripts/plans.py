@@ -17,18 +17,22 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from findings import folder_of
+
+from hsa_ultralong.recipes.findings import FINDINGS
 
 CPU = "cpu"
 # twin -> seeds
 TWINS = {"hsa": 3, "full_rope": 3, "nsa": 3, "window": 1, "window_sinks": 1, "moba": 1, "linear_hybrid": 1}
 _BY_KERNELS = ("nsa", "moba")
-# finding -> minutes of what the shared run leaves; one that takes the shared run waits for those that measure it
+# finding -> minutes of a run and its measurements
 _FINDINGS = {
-    "effective_length": 22, "warmup": 22, "window": 14, "positions": 9, "fusion": 26, "fusion_taught": 16,
-    "parity": 10, "heads": 22,
+    "effective_length": 6, "warmup": 5, "window": 5, "positions": 5, "fusion": 9, "fusion_taught": 9, "parity": 5,
+    "heads": 5,
 }  # fmt: skip
-_SHARED = ("effective_length", "window", "positions")
 _FACTS = (
     "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multivalue,"
     "niah_multiquery,vt"
@@ -245,23 +249,23 @@ def twins(options: Options) -> Iterator[Job]:
 
 
 def findings(options: Options) -> Iterator[Job]:
-    """All findings of the paper for one seed (--seed)."""
-    run = f"{{python}} scripts/findings.py run {{name}} --data {shlex.quote(options.data)} --seed {options.seed}"
-    more = f"--device cuda --runs {options.out}/runs --max-minutes 28 {_words(options, '--text', 'text')}".strip()
-
-    def command(name: str, extra: str = "") -> str:
-        return f"{run} {extra}{more}".replace("{name}", name)
-
+    """All findings of the paper for one seed (--seed), a job a run; runs beside each other share a card well."""
+    script = "{python} scripts/findings.py"
+    more = f"--data {shlex.quote(options.data)} --seed {options.seed} --device cuda --max-minutes 28"
+    more += f" {_words(options, '--books', 'text')}".rstrip()
     if "short" in options.files:
         more += f" --short {shlex.quote(options.files['short'][0])}"
-    yield Job("base", 8, command("effective_length", "--only rows_32k "))
-    before = "base"
-    for name, minutes in _FINDINGS.items():
-        after: tuple[str, ...] = ()
-        if name in _SHARED:
-            # two of them at once would measure the shared run twice
-            after, before = (before,), name
-        yield Job(name, minutes, command(name), after)
+    runs = f"--runs {options.out}/runs"
+    jobs: dict[str, list[tuple[str, str]]] = {}
+    for name, finding in FINDINGS.items():
+        for variant in finding.variants:
+            jobs.setdefault(folder_of(Path(), name, variant, options.seed).name, []).append((name, variant))
+    for job, own in jobs.items():
+        commands = [f"{script} run {name} --only {variant} {more} {runs}" for name, variant in own]
+        yield Job(job, _FINDINGS[own[0][0]] + len(own) - 1, " && ".join(commands))
+    for name in FINDINGS:
+        after = tuple(job for job, own in jobs.items() if name in dict(own))
+        yield Job(f"collect-{name}", 1, f"{script} collect {name} {runs}", after, is_on_card=False)
 
 
 def kernels(options: Options) -> Iterator[Job]:
@@ -323,16 +327,18 @@ def available(jobs: Iterable[Job], options: Options) -> tuple[list[Job], dict[st
     return kept, left
 
 
-def share_out(jobs: Sequence[Job], num_cards: int) -> tuple[dict[str, list[Job]], float]:
-    """Queues of cards, one of none, and the minutes that all take: each job goes where it can begin first.
+def share_out(jobs: Sequence[Job], num_cards: int, beside: int = 1) -> tuple[dict[str, list[Job]], float]:
+    """Queues of cards, `beside` a card, one of none, and the minutes that all take by plan.
 
-    Of several that may begin, the one goes first whose followers take longest.
+    Each job goes where it can begin first. Of several that may begin, the one goes first whose followers take longest.
     """
     followers: dict[str, float] = {}
     for job in reversed(jobs):
         behind = [followers[other.name] for other in jobs if job.name in other.after]
         followers[job.name] = job.minutes + max(behind, default=0.0)
-    queues: dict[str, list[Job]] = {str(card): [] for card in range(num_cards)}
+    queues: dict[str, list[Job]] = {
+        f"{card}.{slot}" if slot else str(card): [] for slot in range(beside) for card in range(num_cards)
+    }
     free, ends = dict.fromkeys([*queues, CPU], 0.0), dict[str, float]()
     queues[CPU] = []
     rest = list(jobs)
@@ -362,7 +368,7 @@ def as_plan(queues: dict[str, list[Job]], python: str, all_cards: str = "") -> d
     return {
         "queues": {
             f"card-{name}" if name != CPU else CPU: {
-                "card": "" if name == CPU else all_cards or name,
+                "card": "" if name == CPU else all_cards or name.partition(".")[0],
                 "jobs": [
                     {"name": job.name, "minutes": math.ceil(1.5 * job.minutes + 3),
                      "command": " ".join(job.command.format(**words).split()), "after": list(job.after)}
@@ -378,6 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=["list", *PLANS])
     parser.add_argument("--cards", type=int, default=1, help="that jobs are shared out over")
+    parser.add_argument("--beside", type=int, default=1, help="jobs at a time on a card; speeds are then worth little")
     parser.add_argument("--data", default="", help="token shards made by `hsa data`, in the tokens of the plan's model")
     parser.add_argument("--more-data", default="", help="those of mini; default: --data")
     parser.add_argument("--file", action="append", default=[], metavar="NAME=PATH",
@@ -393,8 +400,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, plan in PLANS.items():
             print(f"{name}: {plan.__doc__}")
         return 0
-    if given.cards < 1:
-        parser.error("--cards must be at least 1")
+    if given.cards < 1 or given.beside < 1:
+        parser.error("--cards and --beside must be at least 1")
     if not given.data and given.plan != "kernels":
         parser.error(f"{given.plan} needs --data SHARDS")
     files: dict[str, list[str]] = {}
@@ -408,7 +415,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                       given.large)  # fmt: skip
     jobs, left = available(PLANS[given.plan](options), options)
     is_together = given.plan == "cards"
-    queues, minutes = share_out(jobs, 1 if is_together else given.cards)
+    if is_together and given.beside > 1:
+        parser.error("every job of cards takes all cards: leave out --beside")
+    queues, minutes = share_out(jobs, 1 if is_together else given.cards, given.beside)
     all_cards = ",".join(map(str, range(given.cards))) if is_together else ""
     print(json.dumps(as_plan(queues, given.python, all_cards), indent=1))
     for name, why in left.items():

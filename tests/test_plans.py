@@ -61,8 +61,11 @@ def test_every_command_of_a_plan_parses(name, capsys, parse_command):
         if "-m hsa_ultralong " in command:
             parse_command("hsa " + command.partition("-m hsa_ultralong ")[2])
         elif "scripts/findings.py " in command:
-            findings.main([*shlex.split(command.partition("findings.py ")[2]), "--dry-run"])
-            assert ": hsa " in capsys.readouterr().out
+            for part in command.split(" && "):
+                words = shlex.split(part.partition("findings.py ")[2])
+                is_run = words[0] == "run"
+                findings.main([*words, "--dry-run"]) if is_run else findings.parser().parse_args(words)
+                assert (": hsa " in capsys.readouterr().out) == is_run
         else:
             words = shlex.split(command)
             paths = [word for word in words if word.startswith(("scripts/", "tests/"))]
@@ -97,4 +100,15 @@ def test_bad_input_is_refused_before_anything_is_printed(capsys):
 
 
 def test_every_finding_has_its_minutes_and_takes_less_than_half_an_hour():
-    assert set(plans._FINDINGS) == set(findings.FINDINGS) and max(plans._FINDINGS.values()) < 30
+    assert set(plans._FINDINGS) == set(findings.FINDINGS)
+    assert max(plans._FINDINGS[name] * len(one.variants) for name, one in findings.FINDINGS.items()) < 30
+
+
+def test_a_run_that_findings_share_is_one_job_and_several_jobs_share_a_card(capsys):
+    plan, said = made(capsys, "findings", "--cards", 2, "--beside", 3, "--data", "S")
+    jobs = [job for queue in plan["queues"].values() for job in queue["jobs"]]
+    assert "--only rows_32k" in next(job["command"] for job in jobs if job["name"] == "base-0")
+    assert sum("--only nope" in job["command"] for job in jobs) == 1 and said.count("left out") == 0
+    assert [content["card"] for content in plan["queues"].values()] == ["0", "1", "0", "1", "0", "1", ""]
+    for collect in (job for job in jobs if job["name"].startswith("collect-")):
+        assert len(collect["after"]) == len(findings.FINDINGS[collect["name"].partition("-")[2]].variants)

@@ -20,7 +20,7 @@ def findings() -> TrainConfig:
     """`python scripts/findings.py run NAME --data SHARDS --seed 0`, which is `hsa train findings --set ...` for each
     variant of a finding, and its measurements.
 
-    One GPU with 80 GiB, 59M tokens, 2 to 3 minutes a run by plan; not measured. SHARDS: `hsa data corpus.txt
+    One GPU with 80 GiB, 72M tokens, 2 to 3 minutes a run by plan; not measured. SHARDS: `hsa data corpus.txt
     --tokenizer checkpoints/nano -o SHARDS`. Three stages of the paper (sec. 3.2) in small: dense at 2K, sparse at 4K,
     dense at 32K on long documents. Muon, because retrieval emerges with fewer tokens (results/training-muon).
 
@@ -35,7 +35,7 @@ def findings() -> TrainConfig:
             StageConfig(
                 name="warmup",
                 seq_len=2048,
-                tokens=26_214_400,
+                tokens=39_321_600,
                 batch_tokens=65_536,
                 learning_rate=2e-3,
                 mixture=mixture,
@@ -66,7 +66,8 @@ def findings() -> TrainConfig:
                 chunk_topk=FULL_COVERAGE,
             ),
         ],
-        probe_every=1000,
+        num_workers=3,
+        probe_every=200,
         probe_lengths=(2048, 8192, 32_768),
         mfu=0.08,
     )
@@ -83,7 +84,7 @@ class Finding(NamedTuple):
         measures: what is measured of each: "needles" (hidden sentences by length), "paper" (S-NIAH, MQ and VT in the
             authors' protocol, answers forced), "ruler" (its one, several and chained facts, answers written),
             "perplexity", "short" (short tasks, where their files are given).
-        lengths: of hidden sentences and tests.
+        lengths: of hidden sentences and tests. test_lengths: of tests, where they have others.
         setting: of tests, that of `hsa eval`: "continue" where chunks of a variant cannot be laid together.
         note: what small scale changes.
     """
@@ -94,6 +95,7 @@ class Finding(NamedTuple):
     common: tuple[str, ...] = ()
     measures: tuple[str, ...] = ("needles", "paper", "perplexity")
     lengths: str = "4K,16K,64K,256K,1M"
+    test_lengths: str = ""
     setting: str = "memory"
     note: str = ""
 
@@ -115,6 +117,8 @@ _FUSION_CLAIM = (
     "nothing from what is read (sec. 1, 2.1)."
 )
 _FUSION_ROWS = ("long.seq_len=8192", "long.micro_batch_rows=8")
+# tests that read their text anew for every question
+_CONTINUED = "4K,16K,64K,256K"
 _TAUGHT = ("warmup.evidence_loss=0.1", "pretrain.evidence_loss=0.1", "long.evidence_loss=0.1")
 
 FINDINGS: dict[str, Finding] = {
@@ -165,6 +169,7 @@ FINDINGS: dict[str, Finding] = {
         claim="Yes, one of three ingredients; RoPE costs NSA 13 points of S-NIAH and 8 of MQ at 64K (sec. 1, Table 1).",
         variants={"nope": (), "rope": ("model.memory_positions=rope",)},
         setting="continue",
+        test_lengths=_CONTINUED,
         note="RoPE by the distance from token to key. The memory itself is the same; windows have RoPE in both.",
     ),
     "fusion": Finding(
@@ -177,6 +182,7 @@ FINDINGS: dict[str, Finding] = {
         },
         common=_FUSION_ROWS,
         setting="continue",
+        test_lengths=_CONTINUED,
         note="`score` is HSA. `score_joint`: one softmax over all keys, with the scores as bias. `chosen`: one softmax "
         "without scores, as in the selected branch of NSA; its scores learn nothing. One softmax is plain torch, so "
         "rows of the last stage have 8K.",
@@ -190,6 +196,7 @@ FINDINGS: dict[str, Finding] = {
         },
         common=(*_FUSION_ROWS, *_TAUGHT),
         setting="continue",
+        test_lengths=_CONTINUED,
         note="As `fusion`; the scores also learn from the chunks that tell a token (evidence_loss).",
     ),
     "parity": Finding(
