@@ -48,7 +48,7 @@ class EagerCapture:
 
     def __call__(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         EagerCapture.captured += 1
-        result = torch.full((), torch.nan, device=self.device)
+        result = torch.full((3,), torch.nan, device=self.device)
 
         def replay() -> None:
             EagerCapture.replayed += 1

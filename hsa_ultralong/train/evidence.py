@@ -88,9 +88,43 @@ class EvidenceLoss:
 
     def expect(self, batch: Batch, stage: StageConfig, counts: Sequence[int], device: torch.device) -> None:
         """Of the next forward: its told tokens, and how many answers and copies the whole step has."""
+        told, shares = self._draw(batch, stage, counts)
+        self.watch(Told(*(part.to(device, non_blocking=True) for part in told)), shares.to(device, non_blocking=True),
+                   stage)  # fmt: skip
+
+    def watch(self, told: Told, shares: torch.Tensor, stage: StageConfig) -> None:
+        """Of the next forward: told tokens and their shares of the step's loss, (n,), on its device."""
+        self._told, self._shares, self._num_chunks, self._found = told, shares, stage.evidence_chunks, {}
+
+    def padded(self, batch: Batch, stage: StageConfig, counts: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What `watch` takes, on the host, always as many tokens for rows of one shape: those beyond teach nothing.
+
+        "rows", "places", "chunks" and "is_answer" of Told, and "shares".
+        """
+        told, shares = self._draw(batch, stage, counts)
+        batch_size, length = batch["input_ids"].shape
+        more = min(2 * self._most(batch), batch_size * length) - len(shares)
+        # each at a place of its own, so that their gradients are not added up one by one
+        spread = torch.arange(more)
+        parts = {
+            "rows": spread // length,
+            "places": spread % length,
+            "chunks": torch.full((more, 2), -1),
+            "is_answer": torch.zeros(more, dtype=torch.bool),
+            "shares": torch.zeros(more),
+        }
+        drawn = {**told._asdict(), "shares": shares}
+        return {name: torch.cat((drawn[name], part)) for name, part in parts.items()}
+
+    def _most(self, batch: Batch) -> int:
+        """At most so many answers and so many copies of a forward are taught."""
+        return min(_MOST_TOKENS, max(1, _MOST_SCORES * self._chunk_size // batch["input_ids"].numel()))
+
+    def _draw(self, batch: Batch, stage: StageConfig, counts: Sequence[int]) -> tuple[Told, torch.Tensor]:
+        """On the host: the told tokens that are taught, answers first, and their shares (n,)."""
         told = told_tokens(batch, stage, self._chunk_size)
         kinds = sum(count > 0 for count in counts)
-        most = min(_MOST_TOKENS, max(1, _MOST_SCORES * self._chunk_size // batch["input_ids"].numel()))
+        most = self._most(batch)
         chosen, shares = [], []
         for is_kind, count in zip((told.is_answer, ~told.is_answer), counts, strict=True):
             numbers = is_kind.nonzero()[:, 0]
@@ -101,11 +135,8 @@ class EvidenceLoss:
             chosen.append(numbers)
             share = total / max(1, len(numbers)) / (max(1, count) * max(1, kinds))
             shares.append(torch.full((len(numbers),), share))
-        self._shares = torch.cat(shares).to(device, non_blocking=True)  # (n,)
         kept = torch.cat(chosen)
-        self._told = Told(*(part[kept].to(device, non_blocking=True) for part in told))
-        self._num_chunks = stage.evidence_chunks
-        self._found = {}
+        return Told(*(part[kept] for part in told)), torch.cat(shares)
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The loss of that forward and how many rank a right chunk first, mean over the groups, their shares in the

@@ -19,11 +19,14 @@ import torch
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.train.batches import Batch
 from hsa_ultralong.train.config import StageConfig, TrainConfig
+from hsa_ultralong.train.evidence import EvidenceLoss, Told
 
 OPTION = "parallel.cuda_graphs"
 # steps of a shape that run without a graph; in the last of them nothing may wait for the device
 WARMUP_STEPS = 3
 _ROWS = ("input_ids", "labels", "segment_ids")
+# of told tokens among a graph's inputs
+_EVIDENCE = "evidence_"
 
 
 def require_graphs(config: TrainConfig, preset: HSAConfig, device: torch.device, num_processes: int) -> None:
@@ -50,7 +53,6 @@ def _check_stage(config: TrainConfig, stage: StageConfig, preset: HSAConfig) -> 
     obstacles = {
         "piece_tokens, whose pieces have backwards of their own": stage.piece_tokens,
         "divergence, whose tokens are counted on the host": stage.needs_teacher,
-        "evidence_loss, whose tokens are counted on the host": stage.evidence_loss,
         "gumbel_noise, whose seed is a number of the host": has_noise and not config.has_twin,
         "a mixture of experts, whose rows are cut where the host reads": preset.num_experts,
         "parallel.offload_activations, whose copies go to the host": config.parallel.offload_activations,
@@ -96,7 +98,7 @@ class CudaCapture:
 
 @dataclass
 class _Rows:
-    """What forwards of one shape read and leave: inputs, the divisor of the loss, and the graph with its loss."""
+    """What forwards of one shape read and leave: inputs, the divisor of the loss, and the graph with its losses."""
 
     inputs: dict[str, torch.Tensor]
     divisor: torch.Tensor
@@ -116,10 +118,14 @@ class _Rows:
 
 
 class GraphedSteps:
-    """Runs the micro-batches of a run, as StepLoss.backward does, by graphs."""
+    """Runs the micro-batches of a run, as StepLoss.backward does, by graphs.
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.model, self.device = model, device
+    Args:
+        evidence: what teaches retrieval, in stages with evidence_loss.
+    """
+
+    def __init__(self, model: Any, device: torch.device, evidence: EvidenceLoss | None = None) -> None:
+        self.model, self.device, self._evidence = model, device, evidence
         self._stage: StageConfig | None = None
         self._capture: CudaCapture | None = None
         self._options: dict[str, Any] = {}
@@ -137,58 +143,77 @@ class GraphedSteps:
             # the pool of a forward is as large as its rows make it
             self._options = {"pool_memory": stage.pool_memory} if stage.pool_memory else {}
 
-    def backward(self, stage: StageConfig, batch: Batch, divisor: int) -> torch.Tensor:
-        """Add the gradients of one micro-batch; its loss over `divisor`.
+    def backward(self, stage: StageConfig, batch: Batch, counts: list[int]) -> torch.Tensor:
+        """Add the gradients of one micro-batch.
+
+        Args:
+            counts: of StepLoss.begin, the first of which divides the loss.
+
+        Returns:
+            (3,): the loss, with evidence_loss that of the evidence and the share that ranks a right chunk first, or 0.
 
         Raises:
             ValueError: the rows have a shape that the stage does not say, or the step cannot be captured.
         """
         assert stage is self._stage and self._capture is not None
-        rows = self._rows_of(stage, batch)
-        rows.read(self._tensors(batch, stage), divisor)
+        tensors = self._tensors(batch, stage, counts)
+        rows = self._rows_of(stage, batch, tensors)
+        rows.read(tensors, max(1, counts[0]))
         is_first, self._is_first = self._is_first, False
         if is_first and rows.num_steps >= WARMUP_STEPS:
             self._lend_gradients(rows)
             if rows.replay is None:
                 with self._refusing(stage, rows):
-                    rows.replay, rows.loss = self._capture(lambda: self._run(rows))
+                    rows.replay, rows.loss = self._capture(lambda: self._run(rows, stage))
         elif is_first:
             rows.num_steps += 1
         if rows.replay is not None and rows.loss is not None:
             rows.replay()
             return rows.loss.clone()
         with self._refusing(stage, rows), self._capture.aside(may_wait=rows.num_steps < WARMUP_STEPS):
-            loss = self._run(rows)
+            loss = self._run(rows, stage)
         rows.learning = [part for part in self.model.parameters() if part.grad is not None]
         return loss
 
-    def _rows_of(self, stage: StageConfig, batch: Batch) -> _Rows:
+    def _rows_of(self, stage: StageConfig, batch: Batch, tensors: dict[str, torch.Tensor]) -> _Rows:
         shape = batch["input_ids"].shape
         if tuple(shape) not in row_shapes(stage):
             known = ", ".join(map(str, sorted(row_shapes(stage))))
             raise ValueError(f"stage {stage.name!r}: {OPTION} needs forwards of {known}, got {tuple(shape)}")
         if shape not in self._rows:
-            inputs = {
-                name: torch.empty_like(part, device=self.device) for name, part in self._tensors(batch, stage).items()
-            }
+            inputs = {name: torch.empty_like(part, device=self.device) for name, part in tensors.items()}
             self._rows[shape] = _Rows(inputs, torch.ones((), dtype=torch.int64, device=self.device))
         return self._rows[shape]
 
-    def _tensors(self, batch: Batch, stage: StageConfig) -> dict[str, torch.Tensor]:
+    def _tensors(self, batch: Batch, stage: StageConfig, counts: list[int]) -> dict[str, torch.Tensor]:
         """Inputs on the host; whether documents are isolated is always said, so that no forward is another program."""
         tensors = {name: batch[name] for name in _ROWS}
         isolated = batch["isolated"] | stage.isolate_documents
+        if self._evidence is not None and stage.evidence_loss:
+            told = self._evidence.padded(batch, stage, counts[-2:])
+            # as the loader's rows: a copy from other memory would wait for the card
+            is_cuda = self.device.type == "cuda"
+            tensors |= {_EVIDENCE + name: part.pin_memory() if is_cuda else part for name, part in told.items()}
         if isinstance(self.model, HSAForCausalLM):
             return {**tensors, "isolate_documents": isolated}
         if bool(isolated.any()):
             raise ValueError("a rival reads a row as one text: it takes no isolated documents")
         return tensors
 
-    def _run(self, rows: _Rows) -> torch.Tensor:
+    def _run(self, rows: _Rows, stage: StageConfig) -> torch.Tensor:
+        inputs = {name: part for name, part in rows.inputs.items() if not name.startswith(_EVIDENCE)}
+        evidence = self._evidence if len(inputs) < len(rows.inputs) else None
+        if evidence is not None:
+            told = Told(*(rows.inputs[_EVIDENCE + name] for name in Told._fields))
+            evidence.watch(told, rows.inputs[_EVIDENCE + "shares"], stage)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss: torch.Tensor = self.model(**rows.inputs, **self._options, num_items_in_batch=rows.divisor).loss
-        loss.backward()
-        return loss.detach()
+            loss: torch.Tensor = self.model(**inputs, **self._options, num_items_in_batch=rows.divisor).loss
+            # rows of less than a chunk have nothing to look for
+            found = evidence.take() if evidence is not None else None
+            taught, first = found or (torch.zeros_like(loss), torch.zeros_like(loss))
+            whole = loss + stage.evidence_loss * taught if found else loss
+        whole.backward()
+        return torch.stack((loss, taught, first)).detach()
 
     def _lend_gradients(self, rows: _Rows) -> None:
         """Zeros, always at the same places, for what learns from rows of this shape; the rest has no gradient."""

@@ -46,11 +46,11 @@ class StepLoss:
         self.evidence: EvidenceLoss | None = None
         self._has_evidence = False
         self._parts: dict[str, torch.Tensor] = {}
-        self.graphs = GraphedSteps(model, device) if config.parallel.cuda_graphs else None
         if any(stage.evidence_loss for stage in config.stages):
             if not isinstance(model, HSAForCausalLM):
                 raise ValueError("evidence_loss is of the model only: leave it out for a twin")
             self.evidence = EvidenceLoss(model)
+        self.graphs = GraphedSteps(model, device, self.evidence) if config.parallel.cuda_graphs else None
 
     def begin(self, stage: StageConfig, batches: list[Batch]) -> list[int]:
         """A step begins: what its losses are divided by, over all processes; those of the evidence are the last two."""
@@ -66,7 +66,10 @@ class StepLoss:
     def backward(self, stage: StageConfig, batch: Batch, counts: list[int]) -> torch.Tensor:
         """Add the gradients of one micro-batch; its share of the loss, which all processes' tokens divide."""
         if self.graphs is not None:
-            return self.graphs.backward(stage, batch, max(1, counts[0]))
+            loss, taught, first = self.graphs.backward(stage, batch, counts).unbind()
+            if self._has_evidence:
+                self._note(taught, first)
+            return loss
         inputs = model_inputs(batch, stage, self.device, context_place(self.mesh), self.config.parallel.context)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if stage.piece_tokens:
@@ -98,9 +101,12 @@ class StepLoss:
         if found is None:
             return 0.0
         loss, first = found
+        self._note(loss, first)
+        return stage.evidence_loss * loss
+
+    def _note(self, loss: torch.Tensor, first: torch.Tensor) -> None:
         for name, value in (("evidence_loss", loss), ("evidence_first", first)):
             self._parts[name] = self._parts.get(name, 0) + value.detach()
-        return stage.evidence_loss * loss
 
     def take(self) -> dict[str, torch.Tensor]:
         """What the losses of the step consisted of, over all processes."""

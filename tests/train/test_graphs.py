@@ -17,6 +17,8 @@ from hsa_ultralong.testing.factories import MODEL_OPTIONS, tiny_model
 from hsa_ultralong.testing.graphs import EagerCapture
 from hsa_ultralong.train import graphs, loop
 from hsa_ultralong.train.activations import recompute_activations
+from hsa_ultralong.train.config import StageConfig
+from hsa_ultralong.train.evidence import EvidenceLoss, Told
 from hsa_ultralong.train.graphs import WARMUP_STEPS, GraphedSteps, require_graphs, row_shapes
 
 GRAPHS, GPU = ParallelConfig(cuda_graphs=True), torch.device("cuda")
@@ -86,6 +88,28 @@ def test_a_run_by_graphs_is_the_run_without_bit_for_bit(tiny_runs, tmp_path, sta
         assert torch.equal(part, others[name]), name
 
 
+@pytest.mark.parametrize("options", [{}, {"pool_memory": "compete", "average_decay": 0.5}], ids=str)
+def test_what_tells_a_token_teaches_by_graphs_as_without(tiny_runs, tmp_path, stand_in, options):
+    """Up to the order of sums: a graph has as many told tokens in every forward, of which some teach nothing."""
+    found = []
+    for name, has_graphs in (("plain", False), ("graphs", True)):
+        kinds = {"text": 0.3, "self_copy": 0.7}
+        one = tiny_runs.stage(mixture=kinds, evidence_loss=0.5, gumbel_noise=False, chunk_topk=4, **SHAPES, **options)
+        config = tiny_runs.config(one, parallel=ParallelConfig(cuda_graphs=has_graphs))
+        losses, weights, _ = results(tiny_runs, tmp_path / name, config)
+        steps = [record for record in tiny_runs.records(tmp_path / name) if "loss" in record]
+        taught = [(record.get("evidence_loss", -1), record.get("evidence_first", -1)) for record in steps]
+        found.append((losses, taught, weights))
+    assert EagerCapture.captured == 2 and EagerCapture.replayed == 3
+    (losses, taught, weights), (again, others, same) = found
+    # a step without anything told says nothing of it
+    assert len(taught) == 8 and sum(one > 0 for one, _ in taught) >= 6 and max(taught[-3:])[0] > 0
+    torch.testing.assert_close(torch.tensor(again), torch.tensor(losses), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(others), torch.tensor(taught), rtol=1e-4, atol=1e-5)
+    for key, part in weights.items():
+        torch.testing.assert_close(same[key], part, rtol=1e-3, atol=1e-4, msg=key)
+
+
 class Linear(nn.Module):
     """A model whose loss does not reach all of its weights."""
 
@@ -113,7 +137,7 @@ def steps(tiny_runs, stand_in):
     def step(*batches):
         model.zero_grad(set_to_none=True)
         graphed.begin(stage)
-        return [graphed.backward(stage, batch, 2) for batch in batches]
+        return [graphed.backward(stage, batch, [2])[0] for batch in batches]
 
     return SimpleNamespace(step=step, model=model, stage=stage, graphed=graphed)
 
@@ -179,7 +203,6 @@ def test_what_asks_the_host_stops_the_run_in_one_line_and_memory_says_so_itself(
     [
         ({"piece_tokens": 32}, {}, {}, "piece_tokens"),
         ({"divergence": 1.0}, {}, {}, "divergence"),
-        ({"evidence_loss": 0.1}, {}, {}, "evidence_loss"),
         ({"gumbel_noise": True}, {}, {}, "gumbel_noise"),
         ({"gumbel_noise": None}, {}, {"gumbel_noise": True}, "gumbel_noise"),
         ({}, {}, {"num_experts": 4}, "mixture of experts"),
@@ -220,7 +243,7 @@ def test_a_stage_that_cannot_be_held_is_refused_before_the_run(tiny_runs, tmp_pa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("twin", ["", "pool", "window", "full_rope", "moba"])
+@pytest.mark.parametrize("twin", ["", "pool", "told", "window", "full_rope", "moba"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_steps_by_graphs_have_the_losses_of_steps_without(tiny_runs, tmp_path, monkeypatch, twin, compiled):
     """To 1e-6, or twice what two runs without differ by: some kernels add in varying order."""
@@ -239,11 +262,12 @@ def test_on_a_gpu_steps_by_graphs_have_the_losses_of_steps_without(tiny_runs, tm
     monkeypatch.setattr(graphs.CudaCapture, "__call__", counted)
     found = []
     for name, has_graphs in (("plain", False), ("again", False), ("graphs", True)):
-        parts = stages(tiny_runs, pool_memory="compete" if twin == "pool" else "")
-        if twin not in ("", "pool"):
+        told = {"evidence_loss": 0.1} if twin == "told" else {}
+        parts = stages(tiny_runs, pool_memory="compete" if twin == "pool" else "", **told)
+        if twin not in ("", "pool", "told"):
             parts = [tiny_runs.stage("first", mixture={"text": 1.0}, **SHAPES)]
         config = tiny_runs.config(*parts, parallel=ParallelConfig(cuda_graphs=has_graphs))
-        config.twin = "" if twin == "pool" else twin
+        config.twin = "" if twin in ("pool", "told") else twin
         config.compile = compiled
         losses, weights, _ = results(tiny_runs, tmp_path / name, config, device="cuda")
         found.append((torch.tensor(losses, dtype=torch.float64), weights))
@@ -263,11 +287,12 @@ def nothing_on_the_host(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
 
-    def step(model, **inputs):
+    def step(model, auxiliary=lambda: 0.0, **inputs):
         model = model.train().to("meta")
         ids = torch.zeros(2, 64, dtype=torch.int64, device="meta")
         divisor = torch.ones((), dtype=torch.int64, device="meta")
-        model(ids, labels=ids, segment_ids=ids.int(), num_items_in_batch=divisor, **inputs).loss.backward()
+        loss = model(ids, labels=ids, segment_ids=ids.int(), num_items_in_batch=divisor, **inputs).loss
+        (loss + auxiliary()).backward()
         return {name for name, part in model.named_parameters() if part.grad is not None}
 
     return step
@@ -295,3 +320,14 @@ def test_a_step_of_a_twin_reads_nothing_back(nothing_on_the_host, name):
     model = RivalForCausalLM(twin_config(preset("debug", vocab_size=64), name))
     learning = nothing_on_the_host(model)
     assert "model.embed_tokens.weight" in learning and any("attention" in name for name in learning), learning
+
+
+def test_what_tells_a_token_reads_nothing_back(nothing_on_the_host):
+    model = tiny_model(dtype=torch.float32)
+    evidence = EvidenceLoss(model)
+    numbers = torch.zeros(64, dtype=torch.int64, device="meta")
+    told = Told(numbers, numbers, torch.zeros(64, 2, dtype=torch.int64, device="meta"), numbers.bool())
+    taught = StageConfig("one", 64, 128, 128, 1e-3, mixture={"text": 1.0}, evidence_loss=1.0, evidence_chunks=999)
+    evidence.watch(told, torch.zeros(64, device="meta"), taught)
+    isolated = torch.zeros(2, dtype=torch.bool, device="meta")
+    nothing_on_the_host(model, lambda: evidence.take()[0], isolate_documents=isolated)
