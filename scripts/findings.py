@@ -7,8 +7,8 @@
 
 For every variant of the finding (hsa_ultralong/recipes/findings.py): `hsa train findings --set ...`, then `hsa eval`.
 All goes to runs/findings/VARIANT-SEED; runs without settings of their own are shared by all findings. Then everything
-measured so far, of all seeds, goes to results/findings/NAME: summary.json, in the accuracy form of docs/results.md with
-`variant` and `seed`, and configs/VARIANT.json. Seeds measured elsewhere that stand there already are kept.
+measured so far, of all seeds, goes to results/findings/NAME: summary.json.xz, in the accuracy form of docs/results.md
+with `variant` and `seed`, beside the configuration of each variant. Seeds measured elsewhere that stand there are kept.
 scripts/report.py draws from these files alone. tests/train/test_findings.py.
 """
 
@@ -23,14 +23,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hsa_ultralong.eval.intervals import wilson_interval
-from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.plots import read_jsonl
 from hsa_ultralong.eval.suite_summary import headlines
-from hsa_ultralong.files.strict_json import read_json
+from hsa_ultralong.files.durable import write_whole
+from hsa_ultralong.files.packed import SUFFIX, pack, read_stored, stored
+from hsa_ultralong.files.strict_json import as_lines, parse_object, read_json
 from hsa_ultralong.recipes.findings import FINDINGS, QUICK, Finding
 
-RUNS, RESULTS = Path("runs/findings"), Path("results/findings")
+RUNS, RESULTS, SUMMARY = Path("runs/findings"), Path("results/findings"), "summary.json"
 # of a run's summary.json
 _TRAINED = ("loss", "needle_accuracy", "tokens_per_s", "peak_bytes")
 _SOURCE = ("command", "commit", "date", "hardware", "versions", "synthetic_share", "logged_seconds")
@@ -89,7 +89,7 @@ def steps(name: str, variant: str, seed: int, options: Options) -> list[Step]:
     books = [part for path in options.books for part in ("--text", path)] or text
     haystack = text or ["--shards", options.data]
     lengths = options.lengths or finding.lengths
-    tests = options.lengths or finding.test_lengths or finding.lengths
+    tests = options.lengths or finding.asked_lengths or finding.lengths
     evals = {
         "needles": ["eval", "needles", "--model", model, "--lengths", lengths, "--needles", options.needles, *haystack],
         "paper": [
@@ -158,19 +158,23 @@ def collect(name: str, runs: Path, results: Path) -> dict[str, Any]:
     finding, place = FINDINGS[name], results / name
     records: list[dict[str, Any]] = []
     sources: dict[str, Any] = {}
+    configs: dict[str, Any] = {}
     for variant in finding.variants:
         prefix = folder_of(runs, name, variant, 0).name.removesuffix("0")
         for folder in sorted(runs.glob(f"{prefix}*")):
             seed = folder.name.removeprefix(prefix)
             if seed.isdecimal() and (folder / "model" / "config.json").is_file():
-                records += [{"variant": variant, "seed": int(seed), **found} for found in _measured(finding, folder)]
+                records += [
+                    {"variant": variant, "seed": int(seed), **{name: _short(value) for name, value in found.items()}}
+                    for found in _measured(finding, folder)
+                ]
                 sources[f"{variant}-{seed}"] = _source(folder)
-                write_json(place / "configs" / f"{variant}.json", read_json(folder / "run" / "config.json"))
-    if (place / "summary.json").is_file():
-        before = read_json(place / "summary.json")
+                configs[variant] = read_json(folder / "run" / "config.json")
+    if before := read_summary(place):
         new = {(record["variant"], record["seed"]) for record in records}
         records += [record for record in before["records"] if (record["variant"], record["seed"]) not in new]
         sources = {**before["meta"]["runs"], **sources}
+        configs = {**before["configs"], **configs}
     if not records:
         raise ValueError(f"nothing of {name} was measured in {runs} yet: `python scripts/findings.py run {name} ...`")
     order = list(finding.variants)
@@ -184,9 +188,27 @@ def collect(name: str, runs: Path, results: Path) -> dict[str, Any]:
         "commits": sorted({source["commit"] for source in sources.values()}),
         "runs": sources,
     }
-    summary = {"meta": meta, "records": records}
-    write_json(place / "summary.json", summary)
+    summary = {"meta": meta, "configs": {name: configs[name] for name in order if name in configs}, "records": records}
+    place.mkdir(parents=True, exist_ok=True)
+    write_whole(place / (SUMMARY + SUFFIX), pack(as_lines(summary).encode()))
+    # an unpacked one would be read in its place
+    (place / SUMMARY).unlink(missing_ok=True)
     return summary
+
+
+def read_summary(place: Path) -> dict[str, Any]:
+    """What was measured of a finding; {} where nothing was.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path = stored(place / SUMMARY)
+    return parse_object(read_stored(path), path) if path.is_file() else {}
+
+
+def _short(value: Any) -> Any:
+    """Six digits of a number say more than its interval allows."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _source(folder: Path) -> dict[str, Any]:
@@ -195,7 +217,8 @@ def _source(folder: Path) -> dict[str, Any]:
 
 
 def _measured(finding: Finding, folder: Path) -> list[dict[str, Any]]:
-    """Records of a variant and seed: the last stage of training, and what was evaluated, with cells by depth."""
+    """Records of a variant and seed: the last stage of training, the tokens after which half of the held-out questions
+    were first answered, and what was evaluated; with cells by depth where lengths go far, as only those are drawn."""
     trained = read_json(folder / "run" / "summary.json")["records"]
     last = trained[-1]["stage"]
     found = [
@@ -203,6 +226,16 @@ def _measured(finding: Finding, folder: Path) -> list[dict[str, Any]]:
          "value": record["value"]}
         for record in trained if record["stage"] == last and record["metric"] in _TRAINED
     ]  # fmt: skip
+    begun = [
+        (line["tokens"], line["probe"]["length"])
+        for line in read_jsonl(stored(folder / "run" / "log.jsonl"))
+        if line.get("probe", {}).get("needle_accuracy", 0) >= 0.5
+    ]
+    if begun:
+        tokens, length = min(begun)
+        found.append(
+            {"task": "training", "metric": "half_answered_tokens", "length": length, "depth": None, "value": tokens}
+        )
     fields = ("task", "metric", "length", "depth", "samples", "value", "ci_low", "ci_high", "distinct_chunks")
     for measure in ("paper", "ruler", "perplexity", "short"):
         place = folder / finding.folder(measure)
@@ -217,7 +250,8 @@ def _measured(finding: Finding, folder: Path) -> list[dict[str, Any]]:
             for record in records
             if "task" in record
         ]
-        found += _by_depth(read_jsonl(place / "records.jsonl"))
+        if place.name.endswith("-far"):
+            found += _by_depth(read_jsonl(place / "records.jsonl"))
     return found
 
 
@@ -228,10 +262,9 @@ def _by_depth(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         cells.setdefault((line["length"], min(9, int(10 * line["depth"]))), []).append(line["correct"])
     records = []
     for (length, tenth), right in sorted(cells.items()):
-        low, high = wilson_interval(sum(right), len(right))
         records.append(
             {"task": "s_niah", "metric": "exact", "length": length, "depth": (tenth + 0.5) / 10, "samples": len(right),
-             "value": sum(right) / len(right), "ci_low": low, "ci_high": high}
+             "value": sum(right) / len(right)}
         )  # fmt: skip
     return records
 
@@ -297,7 +330,7 @@ def main(arguments: Sequence[str] | None = None, perform: Callable[[Sequence[str
         if only:
             return 0
     collect(given.name, given.runs, results)
-    print(f"written {results / given.name / 'summary.json'}")
+    print(f"written {results / given.name}")
     return 0
 
 

@@ -6,8 +6,9 @@
 Of a suite: summary.json, summary.md, and records.jsonl.xz without the places of chunks (ranks and weights stay, with
 six digits) and without questions and answers whose files are share-alike; scores by depth are left out of summary.json,
 as the records tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --each every run goes to a
-folder of its own name below -o; with --small there is no summary.md. All runs are looked at before any is copied. A
-published run that is there is replaced, any other folder is not. docs/results.md says what is kept;
+folder of its own name below -o, and the records of all suites to one file there, each with its `run`: models that are
+asked the same take a third of the room. With --small there is no summary.md. All runs are looked at before any is
+copied. A published run that is there is replaced, any other folder is not. docs/results.md says what is kept;
 tests/test_publish.py.
 """
 
@@ -17,7 +18,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,11 @@ def files_of(run: Path, is_small: bool = False) -> list[str]:
     return [*names, kind]
 
 
-def publish(run: Path, target: Path, is_small: bool = False) -> list[Path]:
-    """Write what is published of a run; returns the files. is_small: without summary.md.
+def publish(run: Path, target: Path, is_small: bool = False, is_one_of_several: bool = False) -> list[Path]:
+    """Write what is published of a run; returns the files.
+
+    Args:
+        is_small: without summary.md. is_one_of_several: a suite's records stay out, for `publish_records`.
 
     Raises:
         ValueError: as files_of; `target` holds something else than a published run.
@@ -87,14 +91,28 @@ def publish(run: Path, target: Path, is_small: bool = False) -> list[Path]:
     if lines == RECORDS:
         summary["records"] = [record for record in summary["records"] if record.get("depth") is None]
     write_json(partial / "summary.json", summary)
-    if lines == RECORDS:
-        content = "".join(f"{json.dumps(published(record))}\n" for record in read_jsonl(run / lines)).encode()
-    else:
-        content = read_stored(stored(run / lines))
-    write_whole(partial / f"{lines}{SUFFIX}", pack(content))
+    if lines == LOG:
+        write_whole(partial / f"{LOG}{SUFFIX}", pack(read_stored(stored(run / LOG))))
+    elif not is_one_of_several:
+        _write_records(partial, map(published, read_jsonl(run / RECORDS)))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return sorted(target.iterdir())
+
+
+def publish_records(runs: Sequence[Path], target: Path) -> None:
+    """Records of several suites in one file, by the names of their folders; those of other runs that are there stay."""
+    new = {run.name: run for run in runs if stored(run / RECORDS).is_file()}
+    there = stored(target / RECORDS)
+    kept = [record for record in read_jsonl(there) if record["run"] not in new] if there.is_file() else []
+    for name, run in new.items():
+        kept += [{"run": name, **published(record)} for record in read_jsonl(stored(run / RECORDS))]
+    if kept:
+        _write_records(target, kept)
+
+
+def _write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    write_whole(folder / f"{RECORDS}{SUFFIX}", pack("".join(f"{json.dumps(one)}\n" for one in records).encode()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,9 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             files_of(run, options.small)
         for run in options.runs:
             target = options.output / run.name if options.each else options.output
-            files = publish(run, target, options.small)
+            files = publish(run, target, options.small, options.each)
             size = sum(file.stat().st_size for file in files)
             print(f"{target}: {', '.join(file.name for file in files)}, {size / 1024:.0f} KiB")
+        if options.each:
+            publish_records(options.runs, options.output)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     return 0

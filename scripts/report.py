@@ -18,6 +18,7 @@ from typing import Any
 
 import report_figures as shapes
 import report_targets as goals
+from findings import read_summary
 
 from hsa_ultralong.baselines.twins import rival_parameters
 from hsa_ultralong.eval.intervals import wilson_interval
@@ -119,7 +120,8 @@ def shown(records: Records) -> dict[str, Records]:
     for record in pooled(records):
         if record["depth"] is None and (record["task"] != "training" or record["metric"] == "needle_accuracy"):
             tasks[record["task"]].append(record)
-    return tasks
+    order = [*_TITLES]
+    return dict(sorted(tasks.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
 def _capital(text: str) -> str:
@@ -146,27 +148,58 @@ def finding_block(root: Path, figures: Figures, name: str) -> str:
     if finding.common:
         parts.append(f"All runs have {codes(finding.common)}.")
     parts.append(table(["run", "differs from the recipe by", "parameters"], runs))
-    if not (root / folder / "summary.json").is_file():
+    summary = read_summary(root / folder)
+    if not summary:
         return "\n\n".join([*parts, _NOT_YET])
-    summary = read_json(root / folder / "summary.json")
     meta, tasks = summary["meta"], shown(summary["records"])
     variants = list(finding.variants)
     figures[root / folder / "figure.png"] = partial(draw_finding, tasks, variants)
     parts.append(f"![{name} by length](../{folder}/figure.png)")
     for task, records in tasks.items():
-        parts.append(f"{_capital(_TITLES.get(task, task))}:\n\n{by_length(records, 'variant')}")
+        if task in _TITLES:
+            parts.append(f"{_capital(_TITLES[task])}:{_by_variant(records)}")
+    if short := {task: records for task, records in tasks.items() if task not in _TITLES}:
+        known = {(record["variant"], task): record for task, records in short.items() for record in records}
+        rows = [[one, *(cell(known.get((one, task))) for task in short)] for one in variants]
+        parts.append(f"Short tasks, % (wikitext2: perplexity of a word):\n\n{table(['variant', *short], rows)}")
+    if begun := _begun(summary["records"], variants):
+        parts.append(begun)
     parts.append(differences(tasks, variants, len(meta["seeds"])))
     seeds, commits = ", ".join(map(str, meta["seeds"])), ", ".join(commit[:7] for commit in meta["commits"])
     missing = [one for one in finding.variants if one not in {record["variant"] for record in summary["records"]}]
     parts.append(
-        f"Seeds {seeds}; {', '.join(meta['hardware'])}; commit {commits}; [numbers](../{folder}/summary.json) and "
-        f"[configurations](../{folder}/configs)." + (f" Not run yet: {', '.join(missing)}." if missing else "")
+        f"Seeds {seeds}; {', '.join(meta['hardware'])}; commit {commits}; [numbers and configurations]"
+        f"(../{folder}/summary.json.xz)." + (f" Not run yet: {', '.join(missing)}." if missing else "")
     )
     cells = [record for record in pooled(summary["records"]) if record["depth"] is not None]
     if name == "effective_length" and cells:
         figures[root / folder / "depths.png"] = partial(draw_depths, cells, variants)
         parts.append(f"![Depth by length](../{folder}/depths.png)")
     return "\n\n".join(parts)
+
+
+def _begun(records: Records, variants: Sequence[str]) -> str:
+    """When recall began, by run and seed: probes tell it to some tokens."""
+    own: dict[str, Records] = defaultdict(list)
+    for record in records:
+        if record["metric"] == "half_answered_tokens":
+            own[record["variant"]].append(record)
+    if not own:
+        return ""
+    said = []
+    for one in variants:
+        if found := [f"{record['value'] / 1e6:.0f}M" for record in own[one]]:
+            said.append(f"`{one}` {', '.join(found)}")
+    return f"The first probe that answers half of the held-out questions, in tokens of training: {'; '.join(said)}."
+
+
+def _by_variant(records: Records) -> str:
+    """A table of runs by length; what no run ever answers is said in a line."""
+    if any(record["value"] or not record.get("samples") for record in records):
+        return f"\n\n{by_length(records, 'variant')}"
+    shortest, longest = (human_tokens(pick(record["length"] for record in records)) for pick in (min, max))
+    most = min(record["samples"] for record in records)
+    return f" 0 in every run at every length, {shortest} to {longest}, of at least {most} questions each."
 
 
 def differences(tasks: dict[str, Records], variants: Sequence[str], seeds: int) -> str:
@@ -200,8 +233,8 @@ def differences(tasks: dict[str, Records], variants: Sequence[str], seeds: int) 
 
 
 def draw_finding(tasks: dict[str, Records], variants: Sequence[str], path: Path) -> None:
-    """A panel for every task with lengths, a line a variant with its interval."""
-    panels = [task for task in _TITLES if tasks.get(task)]
+    """A panel for every task with lengths that any run answers, a line a variant with its interval."""
+    panels = [task for task in _TITLES if any(record["value"] for record in tasks.get(task, ()))]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     size = 4.2 * columns, 3.4 * rows
@@ -225,7 +258,7 @@ def draw_finding(tasks: dict[str, Records], variants: Sequence[str], path: Path)
         if task != "ppl_last_512":
             axes.set_ylim(-3, 103)
     grid.flat[0].legend(fontsize=7)
-    save(figure, path, 120)
+    save(figure, path, 90)
 
 
 def draw_depths(cells: Records, variants: Sequence[str], path: Path) -> None:

@@ -11,16 +11,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from PIL import Image
 
 from hsa_ultralong.eval.plots import plt
 
 # inches and points
 _PAGE, _MARGIN, _TEXT, _TABLE = (8.27, 11.69), 0.85, 9.0, 7.0
 _WIDTH = _PAGE[0] - 2 * _MARGIN
+# a picture's longer side
+_PIXELS = 900
 _HEADINGS = {1: 17.0, 2: 13.0, 3: 10.5}
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 _ITEM = re.compile(r"^\s*(?:[-*]|\d+\.) ")
@@ -108,7 +112,10 @@ class Pages:
         self.left -= 0.1
 
     def picture(self, path: Path) -> None:
-        pixels = plt.imread(path)
+        picture = Image.open(path).convert("RGB")
+        picture.thumbnail((_PIXELS, _PIXELS))
+        # few colours take a third of the bytes
+        pixels = np.asarray(picture.quantize(48, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).convert("RGB"))
         ratio = pixels.shape[0] / pixels.shape[1]
         wide = min(_WIDTH, 0.45 * _PAGE[1] / ratio)
         self.need(wide * ratio + 0.1)

@@ -66,7 +66,18 @@ def test_runs_of_training_go_to_folders_of_their_names_and_replace_what_is_there
         == 0
     )
     assert sorted(path.name for path in old.iterdir()) == ["config.json", "log.jsonl.xz", "summary.json"]
-    assert (tmp_path / "out/eval-hsa-0/records.jsonl.xz").is_file()
+    assert [path.name for path in (tmp_path / "out/eval-hsa-0").iterdir()] == ["summary.json", "summary.md"]
+
+
+def test_records_of_several_suites_lie_together_and_each_is_read_as_its_run(tmp_path):
+    first, second = (suite(tmp_path / name, RECORD, RECORD | {"index": 1}) for name in ("eval-hsa-0", "eval-nsa-0"))
+    out = tmp_path / "out"
+    for runs in ([first, second], [second]):
+        assert publish.main([*map(str, runs), "-o", str(out), "--each"]) == 0
+        lines = [json.loads(line) for line in lzma.decompress((out / "records.jsonl.xz").read_bytes()).splitlines()]
+        assert [(one["run"], one["index"]) for one in lines] == [
+            ("eval-hsa-0", 0), ("eval-hsa-0", 1), ("eval-nsa-0", 0), ("eval-nsa-0", 1)
+        ]  # fmt: skip
 
 
 def test_what_is_no_run_is_refused_before_any_other_is_copied(tmp_path):

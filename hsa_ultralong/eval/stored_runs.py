@@ -74,11 +74,17 @@ class StoredRun:
 def read_run(folder: Path, name: str) -> StoredRun:
     """The run in a folder: of `hsa eval`, or what is kept of one, summary.json with its settings and records.jsonl.xz.
 
+    Records of runs that were published together lie in the folder above, each with its `run`.
+
     Raises:
         ValueError: if the folder holds none, an empty one, or one of another version, or a damaged file.
     """
     place = folder / "run.json"
     summary, packed = folder / "summary.json", folder / PACKED
+    together = folder.parent / PACKED
+    is_one_of_several = not packed.exists() and not place.exists() and together.is_file()
+    if is_one_of_several:
+        packed = together
     is_kept = not place.is_file() and summary.is_file() and packed.is_file()
     content: dict[str, Any] = {"meta": {}}
     if summary.is_file():
@@ -93,6 +99,8 @@ def read_run(folder: Path, name: str) -> StoredRun:
         raise ValueError(f"{summary if is_kept else place} is no run of this version; measure it again")
     file = next((file for file in (folder / "records.jsonl", packed) if file.exists()), None)
     records = read_records(file, _RECORD)[0] if file else []
+    if is_one_of_several:
+        records = [record for record in records if record.get("run") == folder.name]
     if not records:
         raise ValueError(f"{folder} holds no sample yet; wait for the run, or start it again")
     skipped = {(one["task"], one["length"]): one["reason"] for one in content.get("skipped", [])}

@@ -290,7 +290,9 @@ def test_published_records_hold_no_text_of_share_alike_questions():
 
 def test_a_published_suite_keeps_its_records_which_give_its_summary():
     suites = [path.parent for path in (ROOT / "results").rglob("summary.json") if is_suite(path)]
-    assert {folder.name for folder in suites if not (folder / "records.jsonl.xz").is_file()} == WITHOUT_RECORDS
+    places = {folder.name: (folder, folder.parent) for folder in suites}
+    without = {name for name, own in places.items() if not any((place / "records.jsonl.xz").is_file() for place in own)}
+    assert without == WITHOUT_RECORDS
     for folder in suites:
         if folder.name not in WITHOUT_RECORDS:
             run, kept = read_run(folder, folder.name), json.loads((folder / "summary.json").read_text())["records"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def test_what_is_kept_of_a_run_is_read_as_the_run(tmp_path, runs):
         (folder / "records.jsonl.xz").write_bytes(content)
         with pytest.raises(ValueError, match=rf"records.jsonl.xz {message}"):
             read_run(folder, "x")
+
+
+def test_records_that_lie_together_are_told_apart_by_their_runs(tmp_path, runs):
+    lines = []
+    for name, count in (("first", 2), ("second", 3)):
+        folder = runs.write(tmp_path / name, [runs.record(index=i) for i in range(count)],
+                            summary={"meta": {"settings": runs.settings}})  # fmt: skip
+        path = folder / "records.jsonl"
+        lines += [json.dumps({**json.loads(line), "run": name}) + "\n" for line in path.read_text().splitlines()]
+        path.unlink()
+        (folder / "run.json").unlink()
+    (tmp_path / "records.jsonl.xz").write_bytes(lzma.compress("".join(lines).encode()))
+    assert [len(read_run(tmp_path / name, name).records) for name in ("first", "second")] == [2, 3]
 
 
 def test_folders_without_a_run_are_refused_by_what_they_hold(tmp_path, runs):

@@ -118,26 +118,25 @@ def test_a_finding_goes_on_where_it_stopped_and_does_nothing_twice(quick):
     assert "--max-minutes" in performed[0] and "model.memory_positions=rope" in performed[5]
 
 
-def test_its_summary_has_records_of_every_variant_configurations_and_where_they_came_from(quick):
+def test_its_summary_has_records_of_every_variant_configurations_and_where_they_came_from(findings, quick):
     folder = quick[1] / "runs" / "results" / "positions"
-    found = json.loads((folder / "summary.json").read_text())
+    found = findings.read_summary(folder)
     assert {(r["variant"], r["task"]) for r in found["records"]} == {
         (variant, task) for variant in ("nope", "rope") for task in ("training", "s_niah", "ppl_last_512", *AUTHORS)
     }
-    assert {r["depth"] for r in found["records"] if r["task"] == "s_niah"} > {None}
+    assert {r["depth"] for r in found["records"] if r["task"] == "s_niah"} == {None}
     assert found["meta"]["seeds"] == [0] and found["meta"]["settings"]["rope"] == ["model.memory_positions=rope"]
     assert set(found["meta"]["runs"]) == {"nope-0", "rope-0"} and found["meta"]["commits"] and found["meta"]["hardware"]
-    config = json.loads((folder / "configs" / "rope.json").read_text())
-    assert config["model"]["memory_positions"] == "rope"
+    assert found["configs"]["rope"]["model"]["memory_positions"] == "rope"
 
 
 def test_seeds_measured_elsewhere_are_kept(findings, quick, tmp_path):
     shutil.copytree(quick[1] / "runs" / "results", tmp_path / "results")
     path = tmp_path / "results" / "positions" / "summary.json"
-    found = json.loads(path.read_text())
+    found = findings.read_summary(path.parent)
     moved = [{**record, "seed": 7} for record in found["records"]]
     path.write_text(json.dumps({"meta": {**found["meta"], "runs": {"nope-7": found["meta"]["runs"]["nope-0"]}},
-                                "records": moved}))  # fmt: skip
+                                "configs": found["configs"], "records": moved}))  # fmt: skip
     joined = findings.collect("positions", quick[1] / "runs", tmp_path / "results")
     assert joined["meta"]["seeds"] == [0, 7] and len(joined["records"]) == 2 * len(moved)
     assert set(joined["meta"]["runs"]) == {"nope-0", "rope-0", "nope-7"}
@@ -149,3 +148,9 @@ def test_nothing_measured_and_failed_commands_are_one_clear_error(findings, tmp_
     options = findings.Options(tmp_path, runs=tmp_path / "runs")
     with pytest.raises(ValueError, match="exit code 2; run it again"):
         findings.run("window", 0, options, perform=lambda *_: 2)
+
+
+def test_places_are_told_apart_by_length_and_tenth(findings):
+    lines = [{"length": 512, "depth": depth, "correct": depth > 0.5} for depth in (0.0, 0.05, 0.95, 1.0)]
+    cells = {(one["length"], one["depth"]): (one["value"], one["samples"]) for one in findings._by_depth(lines)}
+    assert cells == {(512, 0.05): (0.0, 2), (512, 0.95): (1.0, 2)}

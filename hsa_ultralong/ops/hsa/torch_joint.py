@@ -60,7 +60,10 @@ def joint_attention(
         keys, values = (part[:, : count * chunk_size] for part in (k, v))
         lengths = None if chunk_lengths is None else chunk_lengths[:, :count]
         operands = q[:, start:stop], keys, values, indices[:, start:stop], weights[:, start:stop], chunk_size, lengths
-        parts.append(checkpoint(block, *operands, use_reentrant=False) if torch.is_grad_enabled() else block(*operands))
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(block(*operands))
     out, mass = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return out.to(q.dtype), mass
 
