@@ -20,6 +20,8 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("HSA, shared", "#1b6ca8", "o-", {"op": "hsa", "impl": "triton", "selection": "shared"}),
     ("HSA, random", "#1b6ca8", "o--", {"op": "hsa", "impl": "triton", "selection": "random"}),
     ("HSA, recorded", "#1b6ca8", "o:", {"op": "hsa", "impl": "triton", "selection": "recorded"}),
+    ("HSA + retrieval, shared", "#12395e", "D-", {"op": "hsa + chunk_topk", "impl": "triton", "selection": "shared"}),
+    ("HSA + retrieval, random", "#12395e", "D--", {"op": "hsa + chunk_topk", "impl": "triton", "selection": "random"}),
     ("HSA, torch gather", "#7aa6c8", "s-", {"op": "hsa", "impl": "torch_gather", "selection": "shared"}),
     ("HSA, torch dense", "#7aa6c8", "s:", {"op": "hsa", "impl": "torch_dense", "selection": "shared"}),
     ("full, cuDNN", "#d1603d", "^-", {"op": "full_attention", "impl": "cudnn"}),
@@ -199,6 +201,7 @@ def plot_ops(result: dict[str, Any], path: Path, title: str = "") -> None:
     topks = sorted({record["K"] for record in hsa})
     topk = 32 if 32 in topks or not topks else topks[0]
     drawn = [record for record in records if record["op"] != "hsa" or record["K"] == topk]
+    drawn += with_retrieval(drawn)
     attention = ("hsa", "full_attention", "window", *_RIVALS)
     lengths = sorted({record["T"] for record in drawn if record["op"] in attention})
     if not lengths:
@@ -225,7 +228,23 @@ def plot_ops(result: dict[str, Any], path: Path, title: str = "") -> None:
     entries = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=9, frameon=False)
     figure.suptitle(title or _title(meta, records, topk), fontsize=11)
-    save(figure, path, 150)
+    save(figure, path, 90)
+
+
+def with_retrieval(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """HSA and chunk_topk of the same point as one operator, "hsa + chunk_topk"; none where no rival chooses.
+
+    Times are sums of both records, quantiles too.
+    """
+    if not any(record["op"] in _CHOOSING for record in records):
+        return []
+    found = []
+    for record in select(records, op="hsa", impl="triton"):
+        same = {name: record[name] for name in ("direction", "T", "K")}
+        for other in select(records, op="chunk_topk", impl="triton", **same):
+            times = {name: record[name] + other[name] for name in ("ms", "ms_low", "ms_high")}
+            found.append({**record, **times, "op": "hsa + chunk_topk"})
+    return found
 
 
 def _draw_floors(axes: Any, hsa: list[dict[str, Any]], chip: str) -> None:

@@ -1,7 +1,9 @@
 """Other sparse attention in the operator benchmark: each equals dense attention, and what is not installed says so."""
 
 import io
+import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from hsa_ultralong import ops as operators
 from hsa_ultralong.bench import flash_stand_in, rival_calls
 from hsa_ultralong.bench.guard import Guard
 from hsa_ultralong.bench.ops import measure, run_ops
-from hsa_ultralong.bench.ops_report import _CURVES, plot_ops, tables
+from hsa_ultralong.bench.ops_report import _CURVES, plot_ops, read_benchmark, select, tables, with_retrieval
 from hsa_ultralong.bench.points import Settings
 from hsa_ultralong.bench.rival_calls import implementations, missing, reading_lists
 from hsa_ultralong.bench.rival_checks import check_rival, reference_of
@@ -21,6 +23,7 @@ from hsa_ultralong.bench.rivals import RIVAL_OPS, pairs_read, rival_points
 from hsa_ultralong.bench.selections import random_lists
 from hsa_ultralong.eval.metadata import run_metadata
 
+ROOT = Path(__file__).resolve().parents[2]
 ALL = ("selected", "nsa", "moba", "window", "full_attention")
 
 
@@ -290,3 +293,35 @@ def test_they_stand_in_the_records_the_table_and_the_figure(tmp_path):
     assert "Rivals" in text and "nsa fla" in text and "selected torch" in text and "…" not in text
     plot_ops(result, tmp_path / "ops.png")
     assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_chooses_has_hsa_with_its_retrieval_beside_it():
+    fields = {"impl": "triton", "T": 64, "K": 3, "direction": "fwd", "ms_low": 1.0, "ms_high": 3.0}
+    hsa = {**fields, "op": "hsa", "ms": 2.0, "selection": "shared"}
+    retrieval = {**fields, "op": "chunk_topk", "ms": 0.5, "selection": "none"}
+    others = [{**retrieval, "impl": "torch"}, {**retrieval, "T": 128}, {**retrieval, "direction": "fwd_bwd"}]
+    moba = {**fields, "op": "moba", "impl": "fla", "ms": 9.0, "selection": "none"}
+    assert with_retrieval([hsa, retrieval]) == []
+    (both,) = with_retrieval([hsa, retrieval, *others, moba])
+    assert both == {**hsa, "op": "hsa + chunk_topk", "ms": 2.5, "ms_low": 2.0, "ms_high": 6.0}
+
+
+def test_the_page_shows_the_times_of_the_published_run():
+    """The rows of docs/kernels.md whose ratios are told: forward (forward and backward)."""
+    records = read_benchmark(ROOT / "results" / "rivals" / "ops-h200.json")["records"]
+    records += with_retrieval(records)
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split("## Rivals on the same card")[1]
+    rows = {
+        "HSA with retrieval, shared lists": {"op": "hsa + chunk_topk", "selection": "shared"},
+        "the same, random lists": {"op": "hsa + chunk_topk", "selection": "random"},
+        "full attention, cuDNN": {"op": "full_attention", "impl": "cudnn"},
+        "NSA of flash-linear-attention": {"op": "nsa"},
+        "MoBA of flash-linear-attention": {"op": "moba"},
+        "window of 512, our kernels": {"op": "window", "impl": "triton"},
+    }
+    for name, fields in rows.items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        shown = [float(number) for number in re.findall(r"[\d.]+", line.removeprefix(f"| {name} |"))]
+        found = [select(records, direction=one, **fields) for one in ("fwd", "fwd_bwd")]
+        times = [one["ms"] for pair in zip(*found, strict=True) for one in pair]
+        assert len(times) == 10 and shown == pytest.approx(times, rel=0.006, abs=0.006), name
