@@ -8,10 +8,13 @@ this did not.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from hsa_ultralong.inference.prefixes import Prefixes
 from hsa_ultralong.inference.reader import memorize
@@ -60,10 +63,29 @@ def warm(
 
 
 def prepare_kernels(device: str | torch.device) -> None:
-    """To be called before weights are loaded: what the first kernel of a process needs of the processor alone is done
-    beside it, on a GPU. Returns at once."""
+    """To be called before weights are loaded: what the first answer of a process would wait for, whatever the model, is
+    done beside that, on a GPU. Returns at once."""
     if torch.device(device).type == "cuda":
         hash_triton_early()
+        # no daemon: a process that ends meanwhile must not leave the driver half way
+        threading.Thread(target=_meet, args=(torch.device(device),), name="meet-device").start()
+
+
+def _meet(device: torch.device) -> None:
+    """Use a device for the first time: its context, cuBLAS, and torch's own kernels, which the driver loads one by one
+    when they are first called. Errors are left to who needs the device."""
+    with suppress(Exception), torch.no_grad():
+        place = torch.arange(64, device=device)
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.ones((64, 64), dtype=dtype, device=device)
+            y = functional.linear(x, x) * functional.silu(x) + functional.rms_norm(x, (64,), x[0])
+            y = y.view(1, 4, 16, 64)
+            y = torch.einsum("bhtd,bhsd->bhts", y, y).masked_fill(y[..., :16] > 0, -torch.inf)
+            torch.cat((y.softmax(-1), y), dim=-1).index_select(-1, place[:4]).float().logsumexp(-1)
+        _ = functional.embedding(place, x)[place % 2].argmax(-1).cumsum(0).max()
+        torch.where(place > 3, place, -1).to(torch.int32).sort()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _pieces(engine: Any, piece: int) -> Iterator[int]:

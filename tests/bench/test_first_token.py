@@ -1,6 +1,7 @@
 """`hsa bench first` and what it rests on: processes in turn, kernels counted, a first token that waits for no graph."""
 
 import json
+import threading
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from hsa_ultralong.bench import first_token
 from hsa_ultralong.bench.first_token import METRICS, FirstTokenSettings, answer_once, main, measure_first_tokens
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.inference import DecodingEngine, memorize
+from hsa_ultralong.inference import DecodingEngine, memorize, warming
 from hsa_ultralong.inference import engine as engine_module
 from hsa_ultralong.ops._triton import hash_triton_early
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
@@ -100,6 +101,30 @@ def test_what_triton_hashes_is_hashed_beside_and_once():
     thread = hash_triton_early()
     thread.join()
     assert triton_key.cache_info().currsize == 1
+
+
+def test_a_device_is_met_beside_the_loading_of_weights(monkeypatch):
+    met, alive = [], threading.Event()
+
+    def meet(device):
+        met.append((device.type, threading.current_thread().name))
+        alive.set()
+
+    monkeypatch.setattr(warming, "_meet", meet)
+    monkeypatch.setattr(warming, "hash_triton_early", lambda: None)
+    warming.prepare_kernels("cpu")
+    assert not met
+    warming.prepare_kernels("cuda")
+    assert alive.wait(10) and met == [("cuda", "meet-device")]
+
+
+def test_what_is_used_of_a_device_runs_and_a_device_that_is_not_there_is_left_to_others(monkeypatch):
+    used = []
+    monkeypatch.setattr(warming.functional, "embedding", lambda *operands: used.append(1) or operands[1])
+    monkeypatch.setattr(torch.Tensor, "sort", lambda self: used.append(2))
+    warming._meet(torch.device("cpu"))
+    assert used == [1, 2]
+    warming._meet(torch.device("cuda", 99))
 
 
 def test_the_first_token_does_not_wait_for_a_graph_and_the_others_are_the_same(monkeypatch):
