@@ -7,9 +7,11 @@ training_report.py; tests/bench/test_training_benchmark.py.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,10 @@ ATTENTIONS = ("hsa", "full")
 TimedModel = HSAForCausalLM | FullAttentionLM
 # what the trainer does to a model before its first step, given the kind of checkpointing
 Prepare = Callable[[TimedModel, str], None]
+# the trainer's CudaCapture of a device (train/graphs.py)
+MakeCapture = Callable[[torch.device], Any]
+# steps before a graph is made, as in the trainer
+_STEPS_BEFORE = 3
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,10 @@ def loss_of(model: TimedModel, ids: torch.Tensor) -> torch.Tensor:
 class Bench:
     """Times optimiser steps of one model."""
 
-    def __init__(self, model: TimedModel, vocab_size: int, settings: TrainingSettings) -> None:
-        self.model, self.vocab_size, self.settings = model, vocab_size, settings
+    def __init__(
+        self, model: TimedModel, vocab_size: int, settings: TrainingSettings, make_capture: MakeCapture | None = None
+    ) -> None:
+        self.model, self.vocab_size, self.settings, self._make_capture = model, vocab_size, settings, make_capture
         self.device = next(model.parameters()).device
         is_cuda = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=is_cuda)
@@ -91,13 +99,39 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def _update(self, keeps_gradients: bool) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        # a graph adds to gradients that stay where they are
+        self.optimizer.zero_grad(set_to_none=not keeps_gradients)
+
     def _step(self, ids: torch.Tensor, rows: int) -> None:
         parts = ids.split(rows)
         for part in parts:
             (loss_of(self.model, part) / len(parts)).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update(False)
+
+    def _graphed(self, ids: torch.Tensor, rows: int) -> Callable[[], None]:
+        """A step whose forwards and backwards are replays of one CUDA graph."""
+        assert self._make_capture is not None
+        capture, parts = self._make_capture(self.device), ids.split(rows)
+        part = parts[0].clone()
+
+        def run() -> torch.Tensor:
+            loss = loss_of(self.model, part) / len(parts)
+            loss.backward()
+            return loss.detach()
+
+        def step(forward: Callable[[], Any]) -> None:
+            for one in parts:
+                part.copy_(one)
+                forward()
+            self._update(True)
+
+        for number in range(_STEPS_BEFORE):
+            with capture.aside(may_wait=number + 1 < _STEPS_BEFORE):
+                step(run)
+        return partial(step, capture(run)[0])
 
     def measure(self, context: int, rows: int) -> tuple[float, int]:
         """Tokens per second and peak bytes of steps in micro-batches of `rows` rows."""
@@ -106,12 +140,13 @@ class Bench:
         ids = torch.randint(3, self.vocab_size, (count, context), generator=generator).to(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        step = partial(self._step, ids, rows) if self._make_capture is None else self._graphed(ids, rows)
         for _ in range(2):
-            self._step(ids, rows)
+            step()
         self._synchronize()
         start = time.perf_counter()
         for _ in range(self.settings.steps):
-            self._step(ids, rows)
+            step()
         self._synchronize()
         speed = self.settings.steps * ids.numel() / (time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -127,12 +162,13 @@ def training_records(
     on_record: Callable[[dict[str, Any]], None],
     prepare: Prepare,
     on_failure: Callable[[str], None] | None = None,
+    make_capture: MakeCapture | None = None,
 ) -> None:
-    """Every context with its best micro-batch."""
+    """Every context with its best micro-batch; with make_capture by CUDA graphs."""
     torch.manual_seed(settings.seed)
     model = build(attention, config, device, settings.checkpointing)
     prepare(model, settings.checkpointing)
-    bench = Bench(model, config.vocab_size, settings)
+    bench = Bench(model, config.vocab_size, settings, make_capture)
     for context in settings.contexts:
         best: tuple[float, int, int] | None = None
         for rows in sorted({max(1, tokens // context) for tokens in settings.micro_tokens}):
@@ -140,6 +176,7 @@ def training_records(
                 speed, peak = bench.measure(context, rows)
             except torch.OutOfMemoryError:
                 bench.optimizer.zero_grad(set_to_none=True)
+                gc.collect()
                 torch.cuda.empty_cache()
                 if on_failure is not None:
                     on_failure(f"{attention} {context:,} tokens, {rows} rows: out of memory")
@@ -155,7 +192,8 @@ def training_records(
         )
         shared = {
             "preset": name, "attention": attention, "context": context, "gpus": 1,
-            "parallel": f"checkpointing {settings.checkpointing}", "micro_batch_rows": best[2],
+            "parallel": f"checkpointing {settings.checkpointing}" + (", CUDA graphs" if make_capture else ""),
+            "micro_batch_rows": best[2],
         }  # fmt: skip
         on_record({"metric": "tokens_per_s", **shared, "value": best[0]})
         on_record({"metric": "mfu", **shared, "value": best[0] * flops / PEAK_FLOPS})

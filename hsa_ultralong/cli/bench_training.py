@@ -54,6 +54,9 @@ def training(
             "--compile/--no-compile", help="torch.compile by layer.", show_default="on a GPU, not for --longest"
         ),
     ] = None,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Forward and backward as CUDA graphs; one process on a GPU.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Steps timed.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
@@ -74,6 +77,8 @@ def training(
 
       hsa bench training --contexts 8K,128K
 
+      hsa bench training --contexts 8K --graphs
+
       hsa bench training --longest --caps 80GB,card --max-minutes 25
 
       hsa bench training --preset debug --contexts 256 --batch-tokens 1024 --micro-tokens 256,512 --device cpu
@@ -93,6 +98,8 @@ def training(
     results = _Results(output, hardware, place, seed)
     collect_as_usual()
     model, kinds = preset(preset_name), [kind.strip() for kind in attention.split(",")]
+    if graphs and (longest or results.is_shared or place != "cuda"):
+        raise ValueError("--graphs is for timed steps of one process on a GPU: leave it out")
     if longest and results.is_shared:
         raise ValueError("--longest searches on one card: start it without torchrun")
     if longest:
@@ -106,7 +113,7 @@ def training(
         rows_of, micro = parse_sizes(contexts, "--contexts"), parse_sizes(micro_tokens, "--micro-tokens")
         tokens = parse_size(batch_tokens, "--batch-tokens")
         settings = TrainingSettings(tuple(rows_of), tokens, tuple(micro), steps, checkpointing, seed)
-        _measure_speed(model, preset_name, kinds, settings, spread, use_compile, here, results)
+        _measure_speed(model, preset_name, kinds, settings, spread, use_compile, graphs, here, results)
     if results.is_first:
         _report_training(results.found, results.path, as_json)
 
@@ -145,13 +152,14 @@ class _Results:
 
 def _measure_speed(
     model: HSAConfig, name: str, kinds: list[str], settings: TrainingSettings, spread: str, use_compile: bool,
-    device: torch.device, results: _Results,
+    has_graphs: bool, device: torch.device, results: _Results,
 ) -> None:  # fmt: skip
     """Steps of the model and its twin; under torchrun of the model alone, in one process and over all."""
     import torch.distributed as dist
 
     from hsa_ultralong.bench.training import training_records
     from hsa_ultralong.bench.training_ranks import ranks_records
+    from hsa_ultralong.train.graphs import CudaCapture
 
     if dist.is_initialized():
         if "hsa" not in kinds:
@@ -162,8 +170,9 @@ def _measure_speed(
         return
     for kind in kinds:
         training_records(
-            model, name, kind, settings, device, results.keep, _preparation(use_compile), on_failure=results.say
-        )
+            model, name, kind, settings, device, results.keep, _preparation(use_compile), on_failure=results.say,
+            make_capture=CudaCapture if has_graphs else None,
+        )  # fmt: skip
 
 
 def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device) -> list[Way]:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hsa_ultralong.bench import training as training_module
 from hsa_ultralong.bench.training import TrainingSettings, build, training_records
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.models import accounting
 from hsa_ultralong.models.presets import preset
+from hsa_ultralong.testing.graphs import EagerCapture
 
 ARGUMENTS = (
     "bench training --preset debug --contexts 64,128 --batch-tokens 256 --micro-tokens 128 --steps 1 --device cpu"
@@ -64,3 +66,27 @@ def test_out_of_memory_ends_a_point_and_not_the_run():
 def test_an_unknown_attention_is_refused():
     with pytest.raises(ValueError, match="attention is hsa or full"):
         build("none", preset("debug"), torch.device("cpu"), "none")
+
+
+def test_steps_by_graphs_are_the_steps_without(monkeypatch):
+    """On a CPU, with a stand-in that runs what a graph would: the same weights after as many steps of the same rows."""
+    EagerCapture.reset()
+    found, models, config = [], [], preset("debug", chunk_topk=4, gumbel_noise=False)
+    monkeypatch.setattr(training_module, "_STEPS_BEFORE", 2)
+    monkeypatch.setattr(training_module, "build", lambda *built: models.append(build(*built)) or models[-1])
+    for steps, make_capture in ((4, None), (2, EagerCapture)):
+        settings = TrainingSettings(contexts=(64,), batch_tokens=256, micro_tokens=(128,), steps=steps)
+        training_records(
+            config, "debug", "hsa", settings, torch.device("cpu"), found.append, lambda *_: None,
+            make_capture=make_capture,
+        )  # fmt: skip
+    assert EagerCapture.captured == 1 and EagerCapture.replayed == 4 * 2 and EagerCapture.waited == [True, False]
+    assert [record["parallel"] for record in found[::3]] == ["checkpointing none", "checkpointing none, CUDA graphs"]
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_graphs_are_refused_where_there_are_none(tmp_path):
+    result = CliRunner().invoke(app, [*ARGUMENTS.split(), "--graphs", "-o", str(tmp_path)])
+    assert result.exit_code == 2 and "--graphs is for timed steps of one process on a GPU" in result.output
+    assert not list(tmp_path.iterdir())
