@@ -177,7 +177,9 @@ def query_gradient_kernel(
             # slots without a token may hold anything, and nobody forms these deltas again
             slope = tl.where((columns < tl.load(lengths + chunk))[None, :], slope, 0.0)
         delta = tl.sum(p * slope, 1) * inverse
-        dz = p * (slope - delta[:, None]) * (w * inverse)[:, None]
+        # one multiplication and addition for each of slope - delta times the share
+        share = w * inverse
+        dz = p * (slope * share[:, None] - (delta * share)[:, None])
         acc = _dot(dz.to(keys.dtype), keys, acc, PRECISION)
         if norms is not None:
             tl.store(norms + of_row + read * G, top - tl.log2(inverse), mask=read >= 0)
