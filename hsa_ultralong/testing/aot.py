@@ -112,20 +112,19 @@ def is_available() -> bool:
         import triton
     except ImportError:
         return False
-    return not is_interpreting(triton) and _cuobjdump().is_file()
+    return not is_interpreting(triton) and tool("cuobjdump").is_file()
 
 
 def is_interpreting(triton: Any) -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _cuobjdump() -> Path:
+def tool(name: str) -> Path:
+    """One of NVIDIA's programs, "cuobjdump" or "nvdisasm", that Triton brings along or knows."""
     import triton
 
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if bundled.is_file():
-        return bundled
-    return Path(triton.knobs.nvidia.cuobjdump.path)
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return bundled if bundled.is_file() else Path(getattr(triton.knobs.nvidia, name).path)
 
 
 def _target(card: Card) -> Any:
@@ -272,17 +271,26 @@ def record_launches(card: Card = HOPPER) -> Iterator[list[Launch]]:
         result.extend(found.values())
 
 
-def compile_launch(launch: Launch) -> Resources:
-    """Compile one recorded launch for its card and read its costs from the machine code."""
+def _compiled(launch: Launch) -> Any:
     import triton
     from triton.compiler import ASTSource
 
     source = ASTSource(launch.function, launch.signature, launch.constexprs, launch.attrs)
-    kernel = triton.compile(source, target=_target(launch.card), options=dict(launch.options))
+    return triton.compile(source, target=_target(launch.card), options=dict(launch.options))
+
+
+def cubin_of(launch: Launch) -> bytes:
+    """The machine code of one recorded launch for its card."""
+    return bytes(_compiled(launch).asm["cubin"])
+
+
+def compile_launch(launch: Launch) -> Resources:
+    """Compile one recorded launch for its card and read its costs from the machine code."""
+    kernel = _compiled(launch)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])
-        command = [str(_cuobjdump()), "--dump-resource-usage", str(file)]
+        command = [str(tool("cuobjdump")), "--dump-resource-usage", str(file)]
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG_SECONDS).stdout
     usage = parse_resource_usage(text)
     shared = max(int(getattr(kernel.metadata, "shared", 0)), usage.get("SHARED", 0))
