@@ -54,9 +54,7 @@ def training(
             "--compile/--no-compile", help="torch.compile by layer.", show_default="on a GPU, not for --longest"
         ),
     ] = None,
-    graphs: Annotated[
-        bool, typer.Option("--graphs", help="Forward and backward as CUDA graphs; one process on a GPU.")
-    ] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="By CUDA graphs; one process on a GPU.")] = False,
     steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Steps timed.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
@@ -108,14 +106,20 @@ def training(
         )  # fmt: skip
         _search_longest(model, preset_name, kinds, rows, place, results)
     else:
-        from hsa_ultralong.bench.training import TrainingSettings
-
-        rows_of, micro = parse_sizes(contexts, "--contexts"), parse_sizes(micro_tokens, "--micro-tokens")
-        tokens = parse_size(batch_tokens, "--batch-tokens")
-        settings = TrainingSettings(tuple(rows_of), tokens, tuple(micro), steps, checkpointing, seed)
+        settings = _speed_settings(contexts, batch_tokens, micro_tokens, steps, checkpointing, seed)
         _measure_speed(model, preset_name, kinds, settings, spread, use_compile, graphs, here, results)
     if results.is_first:
         _report_training(results.found, results.path, as_json)
+
+
+def _speed_settings(
+    contexts: str, batch_tokens: str, micro_tokens: str, steps: int, checkpointing: str, seed: int
+) -> TrainingSettings:
+    from hsa_ultralong.bench.training import TrainingSettings
+
+    rows, micro = parse_sizes(contexts, "--contexts"), parse_sizes(micro_tokens, "--micro-tokens")
+    tokens = parse_size(batch_tokens, "--batch-tokens")
+    return TrainingSettings(tuple(rows), tokens, tuple(micro), steps, checkpointing, seed)
 
 
 class _Results:
