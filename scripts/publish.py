@@ -58,6 +58,8 @@ def files_of(run: Path, is_small: bool = False) -> list[str]:
         ValueError: the folder is no run of either kind, or lacks one of them.
     """
     kind = next((name for name in (RECORDS, LOG) if stored(run / name).is_file()), None)
+    if kind is None and (run / "summary.json").is_file() and _records(run):
+        kind = RECORDS
     if kind is None:
         raise ValueError(f"{run} has neither {RECORDS} nor {LOG}: name a run of hsa eval or hsa train")
     beside = ["config.json"] if kind == LOG else [] if is_small else ["summary.md"]
@@ -71,7 +73,7 @@ def publish(run: Path, target: Path, is_small: bool = False, is_one_of_several: 
     """Write what is published of a run; returns the files.
 
     Args:
-        is_small: without summary.md. is_one_of_several: a suite's records stay out, for `publish_records`.
+        is_small: without summary.md. is_one_of_several: a suite's records stay out, for `joined_records`.
 
     Raises:
         ValueError: as files_of; `target` holds something else than a published run.
@@ -94,21 +96,36 @@ def publish(run: Path, target: Path, is_small: bool = False, is_one_of_several: 
     if lines == LOG:
         write_whole(partial / f"{LOG}{SUFFIX}", pack(read_stored(stored(run / LOG))))
     elif not is_one_of_several:
-        _write_records(partial, map(published, read_jsonl(run / RECORDS)))
+        _write_records(partial, map(published, _records(run)))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return sorted(target.iterdir())
 
 
-def publish_records(runs: Sequence[Path], target: Path) -> None:
-    """Records of several suites in one file, by the names of their folders; those of other runs that are there stay."""
-    new = {run.name: run for run in runs if stored(run / RECORDS).is_file()}
+def joined_records(runs: Sequence[Path], target: Path) -> list[dict[str, Any]]:
+    """Records of several suites by the names of their folders, and those of other runs that `target` has.
+
+    Raises:
+        ValueError: the records there are those of one run.
+    """
+    new = {run.name: records for run in runs if (records := _records(run))}
     there = stored(target / RECORDS)
-    kept = [record for record in read_jsonl(there) if record["run"] not in new] if there.is_file() else []
-    for name, run in new.items():
-        kept += [{"run": name, **published(record)} for record in read_jsonl(stored(run / RECORDS))]
-    if kept:
-        _write_records(target, kept)
+    before = read_jsonl(there) if there.is_file() else []
+    if any("run" not in record for record in before):
+        raise ValueError(f"{target} is one published run: give another folder")
+    kept = [record for record in before if record["run"] not in new]
+    for name, records in new.items():
+        kept += [{"run": name, **published(one)} for one in records]
+    return kept
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    """Of a suite, also of one that was published together with others; [] of other runs."""
+    own, together = stored(run / RECORDS), stored(run.parent / RECORDS)
+    if own.is_file():
+        return read_jsonl(own)
+    records = read_jsonl(together) if together.is_file() else []
+    return [{key: value for key, value in one.items() if key != "run"} for one in records if one.get("run") == run.name]
 
 
 def _write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -127,13 +144,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for run in options.runs:
             files_of(run, options.small)
+        joined = joined_records(options.runs, options.output) if options.each else []
         for run in options.runs:
             target = options.output / run.name if options.each else options.output
             files = publish(run, target, options.small, options.each)
             size = sum(file.stat().st_size for file in files)
             print(f"{target}: {', '.join(file.name for file in files)}, {size / 1024:.0f} KiB")
-        if options.each:
-            publish_records(options.runs, options.output)
+        if joined:
+            _write_records(options.output, joined)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     return 0

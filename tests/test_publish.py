@@ -78,6 +78,15 @@ def test_records_of_several_suites_lie_together_and_each_is_read_as_its_run(tmp_
         assert [(one["run"], one["index"]) for one in lines] == [
             ("eval-hsa-0", 0), ("eval-hsa-0", 1), ("eval-nsa-0", 0), ("eval-nsa-0", 1)
         ]  # fmt: skip
+    # what was published together may be published again, and one of them alone
+    for more in (["--each", "-o", str(tmp_path / "all")], ["-o", str(tmp_path / "one")]):
+        assert publish.main([str(out / "eval-hsa-0"), *more]) == 0
+    for path, run in (("all", "eval-hsa-0"), ("one", None)):
+        lines = map(json.loads, lzma.decompress((tmp_path / path / "records.jsonl.xz").read_bytes()).splitlines())
+        assert [(one.get("run"), one["index"]) for one in lines] == [(run, 0), (run, 1)]
+    with pytest.raises(SystemExit, match="one is one published run"):
+        publish.main([str(first), "-o", str(tmp_path / "one"), "--each"])
+    assert not (tmp_path / "one/eval-hsa-0").exists()
 
 
 def test_what_is_no_run_is_refused_before_any_other_is_copied(tmp_path):

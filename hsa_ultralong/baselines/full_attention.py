@@ -85,7 +85,7 @@ class FullAttentionLM(nn.Module):
         rotary = rotary_table(x.shape[1], self.head_dim, self.rope_theta, x.device, x.dtype)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rotary)
         x = self.norm(x)[:, :-1].flatten(0, 1)

@@ -98,6 +98,9 @@ def training(
     model, kinds = preset(preset_name), [kind.strip() for kind in attention.split(",")]
     if graphs and (longest or results.is_shared or place != "cuda"):
         raise ValueError("--graphs is for timed steps of one process on a GPU: leave it out")
+    if graphs and (model.num_experts or model.gumbel_noise):
+        what = "a mixture of experts, which reads counts" if model.num_experts else "gumbel_noise, drawn anew each time"
+        raise ValueError(f"--graphs cannot hold {what}: leave it out, or name another --preset")
     if longest and results.is_shared:
         raise ValueError("--longest searches on one card: start it without torchrun")
     if longest:

@@ -93,6 +93,7 @@ def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -
     from hsa_ultralong.data import load_tokenizer
 
     place, folder = choose_device(device), default_checkpoint() if folder is None else model_folder(folder)
+    require_model_folder(folder)
     if place == "cuda":
         from hsa_ultralong.inference.warming import prepare_kernels
 

@@ -34,6 +34,7 @@ FIELDS = {
 # and of those of newer runs
 _MORE = {"sample": TEXT, "retrieved": optional(rows(_PLACE)), "evidence": rows(_PLACE)}
 _RECORD = table({**FIELDS, **_MORE}, may_lack=tuple(_MORE), is_open=True)
+_ANY = table({}, is_open=True)
 _SUMMARY = table(
     {"meta": OBJECT, "skipped": rows(table({"task": TEXT, "length": whole(1), "reason": TEXT}))},
     may_lack=("skipped",), is_open=True,
@@ -81,11 +82,8 @@ def read_run(folder: Path, name: str) -> StoredRun:
     """
     place = folder / "run.json"
     summary, packed = folder / "summary.json", folder / PACKED
-    together = folder.parent / PACKED
-    is_one_of_several = not packed.exists() and not place.exists() and together.is_file()
-    if is_one_of_several:
-        packed = together
-    is_kept = not place.is_file() and summary.is_file() and packed.is_file()
+    together = [] if place.exists() or packed.exists() else _published_together(folder)
+    is_kept = not place.is_file() and summary.is_file() and (packed.is_file() or bool(together))
     content: dict[str, Any] = {"meta": {}}
     if summary.is_file():
         content = read_json(summary)
@@ -93,18 +91,26 @@ def read_run(folder: Path, name: str) -> StoredRun:
     is_study = (folder / "needles.png").exists() or (is_kept and "settings" not in content["meta"])
     if is_study or not (place.is_file() or is_kept):
         what = "a study of hidden sentences, which `hsa plot` draws" if is_study else "none"
+        if packed.is_file() and "run" in next(iter(read_records(packed, _ANY)[0]), {}):
+            what = "several that were published together: name their folders"
         raise ValueError(f"{folder} must hold a run of `hsa eval MODEL --suite` (run.json), got {what}")
     found = {"version": VERSION, "settings": content["meta"].get("settings")} if is_kept else read_json(place)
     if found.get("version") != VERSION or not isinstance(found.get("settings"), dict):
         raise ValueError(f"{summary if is_kept else place} is no run of this version; measure it again")
     file = next((file for file in (folder / "records.jsonl", packed) if file.exists()), None)
-    records = read_records(file, _RECORD)[0] if file else []
-    if is_one_of_several:
-        records = [record for record in records if record.get("run") == folder.name]
+    records = together or (read_records(file, _RECORD)[0] if file else [])
     if not records:
         raise ValueError(f"{folder} holds no sample yet; wait for the run, or start it again")
     skipped = {(one["task"], one["length"]): one["reason"] for one in content.get("skipped", [])}
     return StoredRun(name, found["settings"], records, content["meta"], skipped)
+
+
+def _published_together(folder: Path) -> list[dict[str, Any]]:
+    """Records of the run of this name in the file beside its folder."""
+    path = folder.parent / PACKED
+    if not path.is_file():
+        return []
+    return [record for record in read_records(path, _RECORD)[0] if record.get("run") == folder.name]
 
 
 def find_runs(given: Sequence[str]) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional
 
 from hsa_ultralong.inference.prefixes import Prefixes
@@ -65,10 +66,15 @@ def warm(
 def prepare_kernels(device: str | torch.device) -> None:
     """To be called before weights are loaded: what the first answer of a process would wait for, whatever the model, is
     done beside that, on a GPU. Returns at once."""
-    if torch.device(device).type == "cuda":
+    place = torch.device(device)
+    if place.type == "cuda":
         hash_triton_early()
+        if place.index is None:
+            # the current one is a thread's own, and of a new thread the first
+            is_set = torch.cuda.is_initialized() or (dist.is_available() and dist.is_initialized())
+            place = torch.device("cuda", torch.cuda.current_device() if is_set else 0)
         # no daemon: a process that ends meanwhile must not leave the driver half way
-        threading.Thread(target=_meet, args=(torch.device(device),), name="meet-device").start()
+        threading.Thread(target=_meet, args=(place,), name="meet-device").start()
 
 
 def _meet(device: torch.device) -> None:

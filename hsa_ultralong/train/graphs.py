@@ -41,9 +41,11 @@ def require_graphs(config: TrainConfig, preset: HSAConfig, device: torch.device,
     if not config.parallel.cuda_graphs:
         return
     if device.type != "cuda":
-        raise ValueError(f"{OPTION} needs a CUDA device, got {device.type}; leave it out")
+        raise ValueError(f"{OPTION} needs a CUDA device, got {device.type}: --set {OPTION}=false")
     if num_processes > 1:
-        raise ValueError(f"{OPTION} is for one process, no graph holds the exchanges of {num_processes}; leave it out")
+        raise ValueError(
+            f"{OPTION} is for one process, no graph holds the exchanges of {num_processes}: --set {OPTION}=false"
+        )
     for stage in config.stages:
         _check_stage(config, stage, preset)
 

@@ -107,7 +107,7 @@ def test_a_device_is_met_beside_the_loading_of_weights(monkeypatch):
     met, alive = [], threading.Event()
 
     def meet(device):
-        met.append((device.type, threading.current_thread().name))
+        met.append((str(device), threading.current_thread().name))
         alive.set()
 
     monkeypatch.setattr(warming, "_meet", meet)
@@ -115,7 +115,13 @@ def test_a_device_is_met_beside_the_loading_of_weights(monkeypatch):
     warming.prepare_kernels("cpu")
     assert not met
     warming.prepare_kernels("cuda")
-    assert alive.wait(10) and met == [("cuda", "meet-device")]
+    assert alive.wait(10) and met == [("cuda:0", "meet-device")]
+    # of several processes each meets its own, which a new thread does not know
+    alive.clear()
+    monkeypatch.setattr(warming.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    warming.prepare_kernels("cuda")
+    assert alive.wait(10) and met[1] == ("cuda:3", "meet-device")
 
 
 def test_what_is_used_of_a_device_runs_and_a_device_that_is_not_there_is_left_to_others(monkeypatch):

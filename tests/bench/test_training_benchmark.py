@@ -86,6 +86,16 @@ def test_steps_by_graphs_are_the_steps_without(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "words"), [("moe_8b_a1b", "a mixture of experts"), ("debug", "gumbel_noise")])
+def test_what_no_graph_holds_is_refused_before_a_model_is_made(tmp_path, monkeypatch, name, words):
+    monkeypatch.setattr("hsa_ultralong.cli.common.choose_device", lambda _: "cuda")
+    monkeypatch.setattr("hsa_ultralong.distributed.mesh.init_distributed", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("hsa_ultralong.models.presets.preset", lambda one: preset(one, gumbel_noise=one == "debug"))
+    arguments = f"bench training --preset {name} --graphs -o {tmp_path} --hardware x --no-compile"
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 2 and f"--graphs cannot hold {words}" in result.output
+
+
 def test_graphs_are_refused_where_there_are_none(tmp_path):
     result = CliRunner().invoke(app, [*ARGUMENTS.split(), "--graphs", "-o", str(tmp_path)])
     assert result.exit_code == 2 and "--graphs is for timed steps of one process on a GPU" in result.output

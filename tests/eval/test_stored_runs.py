@@ -79,6 +79,12 @@ def test_records_that_lie_together_are_told_apart_by_their_runs(tmp_path, runs):
         (folder / "run.json").unlink()
     (tmp_path / "records.jsonl.xz").write_bytes(lzma.compress("".join(lines).encode()))
     assert [len(read_run(tmp_path / name, name).records) for name in ("first", "second")] == [2, 3]
+    (tmp_path / "summary.json").write_text(json.dumps({"meta": {}, "records": []}))
+    with pytest.raises(ValueError, match="got several that were published together: name their folders"):
+        read_run(tmp_path, "all")
+    (tmp_path / "first").rename(tmp_path / "third")
+    with pytest.raises(ValueError, match="got none"):
+        read_run(tmp_path / "third", "third")
 
 
 def test_folders_without_a_run_are_refused_by_what_they_hold(tmp_path, runs):
