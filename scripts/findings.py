@@ -191,8 +191,6 @@ def collect(name: str, runs: Path, results: Path) -> dict[str, Any]:
     summary = {"meta": meta, "configs": {name: configs[name] for name in order if name in configs}, "records": records}
     place.mkdir(parents=True, exist_ok=True)
     write_whole(place / (SUMMARY + SUFFIX), pack(as_lines(summary).encode()))
-    # an unpacked one would be read in its place
-    (place / SUMMARY).unlink(missing_ok=True)
     return summary
 
 
@@ -202,7 +200,7 @@ def read_summary(place: Path) -> dict[str, Any]:
     Raises:
         ValueError: a damaged file.
     """
-    path = stored(place / SUMMARY)
+    path = place / (SUMMARY + SUFFIX)
     return parse_object(read_stored(path), path) if path.is_file() else {}
 
 

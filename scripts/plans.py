@@ -28,11 +28,13 @@ CPU = "cpu"
 # twin -> seeds
 TWINS = {"hsa": 3, "full_rope": 3, "nsa": 3, "window": 1, "window_sinks": 1, "moba": 1, "linear_hybrid": 1}
 _BY_KERNELS = ("nsa", "moba")
-# finding -> minutes of a run and its measurements
+# finding -> minutes of a run and its measurements, alone on a card
 _FINDINGS = {
     "effective_length": 6, "warmup": 5, "window": 5, "positions": 5, "fusion": 9, "fusion_taught": 9, "parity": 5,
     "heads": 5,
 }  # fmt: skip
+# of a job's time each job beside it adds so much: 22 runs of findings, seven beside each other on an H200
+_PER_JOB_BESIDE = 0.4
 _FACTS = (
     "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multivalue,"
     "niah_multiquery,vt"
@@ -362,15 +364,16 @@ def share_out(jobs: Sequence[Job], num_cards: int, beside: int = 1) -> tuple[dic
     return {name: own for name, own in queues.items() if own}, max(ends.values(), default=0.0)
 
 
-def as_plan(queues: dict[str, list[Job]], python: str, all_cards: str = "") -> dict[str, Any]:
-    """In the form of scripts/queues.py."""
+def as_plan(queues: dict[str, list[Job]], python: str, all_cards: str = "", beside: int = 1) -> dict[str, Any]:
+    """In the form of scripts/queues.py; jobs beside others may take longer."""
+    stretch = 1 + _PER_JOB_BESIDE * (beside - 1)
     words = {"python": python, "hsa": f"{python} -m hsa_ultralong"}
     return {
         "queues": {
             f"card-{name}" if name != CPU else CPU: {
                 "card": "" if name == CPU else all_cards or name.partition(".")[0],
                 "jobs": [
-                    {"name": job.name, "minutes": math.ceil(1.5 * job.minutes + 3),
+                    {"name": job.name, "minutes": math.ceil(1.5 * stretch * job.minutes + 3),
                      "command": " ".join(job.command.format(**words).split()), "after": list(job.after)}
                     for job in own
                 ],
@@ -419,7 +422,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("every job of cards takes all cards: leave out --beside")
     queues, minutes = share_out(jobs, 1 if is_together else given.cards, given.beside)
     all_cards = ",".join(map(str, range(given.cards))) if is_together else ""
-    print(json.dumps(as_plan(queues, given.python, all_cards), indent=1))
+    minutes *= 1 + _PER_JOB_BESIDE * (given.beside - 1)
+    print(json.dumps(as_plan(queues, given.python, all_cards, given.beside), indent=1))
     for name, why in left.items():
         print(f"left out: {name}, {why}", file=sys.stderr)
     print(f"{given.plan}: {len(jobs)} jobs on {given.cards} cards, {minutes:.0f} minutes by plan", file=sys.stderr)

@@ -47,6 +47,12 @@ _TITLES = {
     "ppl_last_512": "perplexity of the last 512 tokens",
     "training": "held-out questions at the end of training answered exactly, %",
 }
+# how the authors' and RULER's tests are asked
+_SETTINGS = {
+    "memory": "Tests are asked of a memory that has read the text (`--setting memory`).",
+    "continue": "Tests stand behind their text, which is read anew for each question up to 256K tokens (`--setting "
+    "continue`), so their scores are not those of other findings, which ask a memory.",
+}
 _DIRECTIONS = {"fwd": "Forward", "fwd_bwd": "Forward and backward"}
 _CLAIMED = ("s_niah", "s_niah_authors", "mq_authors", "vt_authors", "ppl_last_512")
 _HOW = {"teacher": ", forced", "mentions": ", mentioned", "mentions_all": ", mentioned"}
@@ -155,9 +161,11 @@ def finding_block(root: Path, figures: Figures, name: str) -> str:
     variants = list(finding.variants)
     figures[root / folder / "figure.png"] = partial(draw_finding, tasks, variants)
     parts.append(f"![{name} by length](../{folder}/figure.png)")
+    if "paper" in finding.measures:
+        parts.append(_SETTINGS[finding.setting])
     for task, records in tasks.items():
         if task in _TITLES:
-            parts.append(f"{_capital(_TITLES[task])}:{_by_variant(records)}")
+            parts.append(f"{_capital(_TITLES[task])}:{_by_variant(records, len(variants))}")
     if short := {task: records for task, records in tasks.items() if task not in _TITLES}:
         known = {(record["variant"], task): record for task, records in short.items() for record in records}
         rows = [[one, *(cell(known.get((one, task))) for task in short)] for one in variants]
@@ -193,13 +201,15 @@ def _begun(records: Records, variants: Sequence[str]) -> str:
     return f"The first probe that answers half of the held-out questions, in tokens of training: {'; '.join(said)}."
 
 
-def _by_variant(records: Records) -> str:
+def _by_variant(records: Records, count: int) -> str:
     """A table of runs by length; what no run ever answers is said in a line."""
     if any(record["value"] or not record.get("samples") for record in records):
         return f"\n\n{by_length(records, 'variant')}"
     shortest, longest = (human_tokens(pick(record["length"] for record in records)) for pick in (min, max))
-    most = min(record["samples"] for record in records)
-    return f" 0 in every run at every length, {shortest} to {longest}, of at least {most} questions each."
+    asked = min(record["samples"] for record in records)
+    runs = dict.fromkeys(record["variant"] for record in records)
+    who = "every run" if len(runs) == count else " and ".join(f"`{run}`" for run in runs)
+    return f" 0 in {who} at every length, {shortest} to {longest}, of at least {asked} questions each."
 
 
 def differences(tasks: dict[str, Records], variants: Sequence[str], seeds: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hsa_ultralong.files.packed import pack
 from hsa_ultralong.recipes.findings import FINDINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def measured(tmp_path):
     folder = tmp_path / "results" / "findings" / "effective_length"
     folder.mkdir(parents=True)
     meta = {"seeds": [0, 1], "hardware": ["H100"], "commits": ["abcdefabcdef"]}
-    (folder / "summary.json").write_text(json.dumps({"meta": meta, "records": records}))
+    (folder / "summary.json.xz").write_bytes(pack(json.dumps({"meta": meta, "records": records}).encode()))
     return tmp_path
 
 

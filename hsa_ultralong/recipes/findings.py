@@ -20,7 +20,7 @@ def findings() -> TrainConfig:
     """`python scripts/findings.py run NAME --data SHARDS --seed 0`, which is `hsa train findings --set ...` for each
     variant of a finding, and its measurements.
 
-    One GPU with 80 GiB, 72M tokens, by CUDA graphs; on an H200 2 minutes a run beside six others. SHARDS:
+    One GPU with 80 GiB, 72M tokens, by CUDA graphs (one run beside others on an H200: 2 minutes). SHARDS:
     `hsa data corpus.txt --tokenizer checkpoints/nano -o SHARDS`. Three stages of the paper (sec. 3.2) in small: dense
     at 2K, sparse at 4K, dense at 32K on long documents. Muon, because retrieval emerges with fewer tokens
     (results/training-muon).

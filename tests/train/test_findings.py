@@ -8,14 +8,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.data import MixtureConfig
+from hsa_ultralong.files.packed import pack
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.recipes import recipe
 from hsa_ultralong.recipes.findings import FINDINGS, QUICK
 from hsa_ultralong.train import apply_overrides
+from hsa_ultralong.train.graphs import require_graphs
 from hsa_ultralong.train.twins import rival_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +44,7 @@ def test_every_variant_is_a_run_whose_stages_fit_its_model_and_rows(name, varian
     config = apply_overrides(recipe("findings"), [*FINDINGS[name].settings(variant), *settings])
     model = config.shape()
     rival_of(config, model)
+    require_graphs(config, model, torch.device("cuda"), 1)
     for stage in config.stages:
         stage.forward_rows(1)
         MixtureConfig(weights=stage.mixture, seq_len=stage.seq_len, chunk_size=model.chunk_size)
@@ -132,11 +136,12 @@ def test_its_summary_has_records_of_every_variant_configurations_and_where_they_
 
 def test_seeds_measured_elsewhere_are_kept(findings, quick, tmp_path):
     shutil.copytree(quick[1] / "runs" / "results", tmp_path / "results")
-    path = tmp_path / "results" / "positions" / "summary.json"
-    found = findings.read_summary(path.parent)
+    place = tmp_path / "results" / "positions"
+    found = findings.read_summary(place)
     moved = [{**record, "seed": 7} for record in found["records"]]
-    path.write_text(json.dumps({"meta": {**found["meta"], "runs": {"nope-7": found["meta"]["runs"]["nope-0"]}},
-                                "configs": found["configs"], "records": moved}))  # fmt: skip
+    others = {"meta": {**found["meta"], "runs": {"nope-7": found["meta"]["runs"]["nope-0"]}},
+              "configs": found["configs"], "records": moved}  # fmt: skip
+    (place / "summary.json.xz").write_bytes(pack(json.dumps(others).encode()))
     joined = findings.collect("positions", quick[1] / "runs", tmp_path / "results")
     assert joined["meta"]["seeds"] == [0, 7] and len(joined["records"]) == 2 * len(moved)
     assert set(joined["meta"]["runs"]) == {"nope-0", "rope-0", "nope-7"}
