@@ -96,11 +96,8 @@ def training(
     results = _Results(output, hardware, place, seed)
     collect_as_usual()
     model, kinds = preset(preset_name), [kind.strip() for kind in attention.split(",")]
-    if graphs and (longest or results.is_shared or place != "cuda"):
-        raise ValueError("--graphs is for timed steps of one process on a GPU: leave it out")
-    if graphs and (model.num_experts or model.gumbel_noise):
-        what = "a mixture of experts, which reads counts" if model.num_experts else "gumbel_noise, drawn anew each time"
-        raise ValueError(f"--graphs cannot hold {what}: leave it out, or name another --preset")
+    if graphs:
+        _require_graphs(model, place == "cuda" and not longest and not results.is_shared)
     if longest and results.is_shared:
         raise ValueError("--longest searches on one card: start it without torchrun")
     if longest:
@@ -113,6 +110,14 @@ def training(
         _measure_speed(model, preset_name, kinds, settings, spread, use_compile, graphs, here, results)
     if results.is_first:
         _report_training(results.found, results.path, as_json)
+
+
+def _require_graphs(model: HSAConfig, has_place: bool) -> None:
+    if not has_place:
+        raise ValueError("--graphs is for timed steps of one process on a GPU: leave it out")
+    if model.num_experts or model.gumbel_noise:
+        what = "a mixture of experts, which reads counts" if model.num_experts else "gumbel_noise, drawn anew each time"
+        raise ValueError(f"--graphs cannot hold {what}: leave it out, or name another --preset")
 
 
 def _speed_settings(
