@@ -345,7 +345,7 @@ def _reader(
 ) -> Any:
     from hsa_ultralong.eval.memory_reader import MemoryReader
     from hsa_ultralong.eval.passage_reader import PassageReader
-    from hsa_ultralong.eval.readers import ContinuingReader, PromptReader
+    from hsa_ultralong.eval.readers import ContinuingReader, PromptReader, RebuildingReader
 
     if setting == "auto":
         setting = "memory" if is_ours else "prompt"
@@ -361,6 +361,10 @@ def _reader(
         raise ValueError(f"--setting {setting} needs a model with a memory; leave it out, or say prompt")
     if setting == "continue":
         return ContinuingReader(model, material)
+    if setting == "rebuild" and not model.config.is_composable:
+        if reread or (batch is not None and batch > 1):
+            raise ValueError("this model's chunks cannot be laid together: leave --reread and --batch out")
+        return RebuildingReader(model, material)
     # a CPU shares a chunk out over all tokens that read it; contexts that are read anew all lie in memory
     many = 32 if setting == "memory" and model.device.type == "cpu" else 16
     return MemoryReader(model, material, batch=batch or many, edits=setting == "memory", reread=reread)

@@ -87,7 +87,9 @@ class MemoryReader:
             ValueError: for a model whose memories cannot be laid together (fact 4).
         """
         if not model.config.is_composable:
-            raise ValueError("this model's chunks cannot be laid together (fact 4); use the setting continue")
+            raise ValueError(
+                "this model's chunks cannot be laid together (fact 4); use the setting rebuild or continue"
+            )
         self.model, self.material, self.batch, self.edits, self.reread = model, material, batch, edits, reread
         self.setting = "memory" if edits else "rebuild"
         self.chunk_size, self._reach = model.config.chunk_size, model.config.lower_reach

@@ -1,7 +1,8 @@
 """How a model answers samples: as one plain prompt, or going on with a memory of the context.
 
 `PromptReader` serves any causal language model of transformers, `ContinuingReader` HSA models; so does `MemoryReader`
-(memory_reader.py), whose questions are documents of their own. tests/eval/test_readers.py.
+(memory_reader.py), whose questions are documents of their own, and `RebuildingReader` for models whose memories cannot
+be laid together. tests/eval/test_readers.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hsa_ultralong.inference import DecodingEngine, edit, memorize
 from hsa_ultralong.inference.ask import end_tokens
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.models import HSAForCausalLM
-from hsa_ultralong.models.remembering import continuation_cache
+from hsa_ultralong.models.remembering import continuation_cache, question_cache
 
 # spans of changed tokens that lie closer than this are edited as one
 _NEAR = 512
@@ -52,7 +53,7 @@ class ContinuingReader:
     """
 
     limit: int | None = None
-    setting, batch = "continue", 1
+    setting, batch, _continues = "continue", 1, True
 
     def __init__(self, model: HSAForCausalLM, material: Material) -> None:
         self.model, self.material, self.chunk_size = model, material, model.config.chunk_size
@@ -78,12 +79,12 @@ class ContinuingReader:
         return self._memory
 
     def _answer(self, sample: Sample) -> Reply:
-        memory, prompt = self._hold(sample.context), torch.tensor(sample.question)
+        memory, prompt = self._hold(sample.context), torch.tensor(self._question(sample))
         room = len(prompt) + sample.max_new_tokens + 2 * self.chunk_size  # the continued chunk counts too
         engine = DecodingEngine(self.model, memory, max_tokens=room)
         stop, ends = StopRule(sample, self.material.tokenizer), end_tokens(self.model)
         seen = Seen(sample, self.chunk_size, memory.num_chunks)
-        stream = engine.stream([prompt], sample.max_new_tokens, stop_tokens=ends, continue_document=True)
+        stream = engine.stream([prompt], sample.max_new_tokens, stop_tokens=ends, continue_document=self._continues)
         for number, step in enumerate(stream):
             assert step.tokens[0] is not None
             seen.note(step.retrieved, 0, 0, is_first=number == 0)
@@ -92,12 +93,36 @@ class ContinuingReader:
                 break
         return stop.reply(seen)
 
+    def _question(self, sample: Sample) -> list[int]:
+        return list(sample.question)
+
     def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
         return _force_each(samples, self.material, self._logits)
 
     def _logits(self, sample: Sample, answer: list[int]) -> torch.Tensor:
         cache, _ = continuation_cache(self.model, self._hold(sample.context))
         ids = torch.tensor([*sample.question, *answer], device=self.model.device)
+        return self.model(ids[None], past_key_values=cache, logits_to_keep=len(answer) + 1).logits[0]
+
+
+class RebuildingReader(ContinuingReader):
+    """Every context is read anew and asked by a question that is a document of its own, one by one: as MemoryReader,
+    for models whose memories cannot be laid together."""
+
+    setting, _continues = "rebuild", False
+
+    def _hold(self, context: Tokens) -> Memory:
+        if self._memory is None or not np.array_equal(self._context, context):
+            self._memory = None  # before the next one takes its place
+            self._memory, self._context = memorize(self.model, torch.from_numpy(context)), context
+        return self._memory
+
+    def _question(self, sample: Sample) -> list[int]:
+        return [*self.material.first, *sample.question]
+
+    def _logits(self, sample: Sample, answer: list[int]) -> torch.Tensor:
+        cache = question_cache(self.model, self._hold(sample.context))
+        ids = torch.tensor([*self._question(sample), *answer], device=self.model.device)
         return self.model(ids[None], past_key_values=cache, logits_to_keep=len(answer) + 1).logits[0]
 
 

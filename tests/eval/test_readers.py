@@ -11,7 +11,7 @@ import torch
 from hsa_ultralong.eval.answers import StopRule, forced_answer
 from hsa_ultralong.eval.evidence import Seen
 from hsa_ultralong.eval.memory_reader import MemoryReader, changed_chunks
-from hsa_ultralong.eval.readers import ContinuingReader, PromptReader, changed_spans
+from hsa_ultralong.eval.readers import ContinuingReader, PromptReader, RebuildingReader, changed_spans
 from hsa_ultralong.eval.tasks import Material, Sample, make_samples
 from hsa_ultralong.inference import ask, memorize
 from hsa_ultralong.inference.passages import reread_prompt
@@ -139,8 +139,27 @@ def test_documents_cannot_be_continued_and_models_with_an_order_cannot_share_a_m
     with pytest.raises(ValueError, match="ask it with the setting memory"):
         ContinuingReader(model, material).answer([sample])
     ordered = tiny_model(vocab_size=len(material.tokenizer), fusion="stick_breaking")
-    with pytest.raises(ValueError, match="use the setting continue"):
+    with pytest.raises(ValueError, match="use the setting rebuild or continue"):
         MemoryReader(ordered, material)
+
+
+@pytest.mark.parametrize("name", ["niah_single_2", "s_niah_authors", "recall_form_01"])
+def test_a_memory_of_one_context_alone_is_asked_as_one_that_is_edited(model, material, name):
+    samples = short_answers(name, material, 3)
+    alone, edited = RebuildingReader(model, material), MemoryReader(model, material)
+    assert alone.forced(samples) == edited.forced(samples)
+    for one, other in zip([alone.answer([sample])[0] for sample in samples], edited.answer(samples), strict=True):
+        assert (one.tokens, one.found, one.rank) == (other.tokens, other.found, other.rank)
+        assert (one.weight or 0.0) == pytest.approx(other.weight or 0.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"memory_positions": "rope"}, {"memory_softmax": "joint", "fusion": "none"}])
+def test_models_whose_memories_cannot_be_laid_together_are_asked_too(material, options):
+    torch.manual_seed(0)
+    ordered = tiny_model(vocab_size=len(material.tokenizer), **options)
+    reader, samples = RebuildingReader(ordered, material), short_answers("s_niah_authors", material, 2)
+    assert all(verdict in (True, False) for verdict in reader.forced(samples))
+    assert len(reader.answer(samples[:1])[0].tokens) > 0
 
 
 def test_the_changed_chunks_are_those_that_a_changed_token_can_reach():
