@@ -312,6 +312,8 @@ def main(arguments: Sequence[str] | None = None, perform: Callable[[Sequence[str
     if only and only not in FINDINGS[given.name].variants:
         raise ValueError(f"{given.name} has no variant {only}: {', '.join(FINDINGS[given.name].variants)}")
     results = given.results or (given.runs / "results" if is_quick else RESULTS)
+    if given.verb == "run" and given.short is not None and "short" not in FINDINGS[given.name].measures:
+        raise ValueError(f"{given.name} measures no short tasks: leave --short out")
     if given.verb == "run":
         options = Options(
             given.data, given.device, tuple(given.text), tuple(given.books), given.lengths, given.needles,

@@ -33,8 +33,9 @@ _FINDINGS = {
     "effective_length": 6, "warmup": 5, "window": 5, "positions": 5, "fusion": 9, "fusion_taught": 9, "parity": 5,
     "heads": 5,
 }  # fmt: skip
-# of a job's time each job beside it adds so much: 22 runs of findings, seven beside each other on an H200
-_PER_JOB_BESIDE = 0.4
+# each job beside another adds such a part of its time, an estimate: by it 22 runs of findings, seven beside each other,
+# take 37 minutes of a card; they took 44 on H200s, most without CUDA graphs
+_PER_JOB_BESIDE = 0.1
 _FACTS = (
     "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multivalue,"
     "niah_multiquery,vt"
@@ -255,15 +256,17 @@ def findings(options: Options) -> Iterator[Job]:
     script = "{python} scripts/findings.py"
     more = f"--data {shlex.quote(options.data)} --seed {options.seed} --device cuda --max-minutes 28"
     more += f" {_words(options, '--books', 'text')}".rstrip()
-    if "short" in options.files:
-        more += f" --short {shlex.quote(options.files['short'][0])}"
+    short = f" --short {shlex.quote(options.files['short'][0])}" if "short" in options.files else ""
     runs = f"--runs {options.out}/runs"
     jobs: dict[str, list[tuple[str, str]]] = {}
     for name, finding in FINDINGS.items():
         for variant in finding.variants:
             jobs.setdefault(folder_of(Path(), name, variant, options.seed).name, []).append((name, variant))
     for job, own in jobs.items():
-        commands = [f"{script} run {name} --only {variant} {more} {runs}" for name, variant in own]
+        commands = [
+            f"{script} run {name} --only {variant} {more} {runs}" + short * ("short" in FINDINGS[name].measures)
+            for name, variant in own
+        ]
         yield Job(job, _FINDINGS[own[0][0]] + len(own) - 1, " && ".join(commands))
     for name in FINDINGS:
         after = tuple(job for job, own in jobs.items() if name in dict(own))

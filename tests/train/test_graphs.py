@@ -327,7 +327,15 @@ def test_what_tells_a_token_reads_nothing_back(nothing_on_the_host):
     evidence = EvidenceLoss(model)
     numbers = torch.zeros(64, dtype=torch.int64, device="meta")
     told = Told(numbers, numbers, torch.zeros(64, 2, dtype=torch.int64, device="meta"), numbers.bool())
-    taught = StageConfig("one", 64, 128, 128, 1e-3, mixture={"text": 1.0}, evidence_loss=1.0, evidence_chunks=999)
-    evidence.watch(told, torch.zeros(64, device="meta"), taught)
-    isolated = torch.zeros(2, dtype=torch.bool, device="meta")
-    nothing_on_the_host(model, lambda: evidence.take()[0], isolate_documents=isolated)
+    stage = StageConfig("one", 64, 128, 128, 1e-3, mixture={"text": 1.0}, evidence_loss=1.0, evidence_chunks=999)
+    evidence.watch(told, torch.zeros(64, device="meta"), stage)
+    isolated, found = torch.zeros(2, dtype=torch.bool, device="meta"), []
+
+    def taught():
+        found.extend(evidence.take())
+        return found[0]
+
+    learning = nothing_on_the_host(model, taught, isolate_documents=isolated)
+    loss, first = found
+    assert loss.requires_grad and not first.requires_grad and {loss.device.type, first.device.type} == {"meta"}
+    assert any("query_proj" in name for name in learning) and any("landmark_proj" in name for name in learning)
