@@ -89,16 +89,15 @@ def steps(name: str, variant: str, seed: int, options: Options) -> list[Step]:
     books = [part for path in options.books for part in ("--text", path)] or text
     haystack = text or ["--shards", options.data]
     lengths = options.lengths or finding.lengths
-    tests = options.lengths or finding.asked_lengths or finding.lengths
     evals = {
         "needles": ["eval", "needles", "--model", model, "--lengths", lengths, "--needles", options.needles, *haystack],
         "paper": [
             "eval", model, "--tasks", "s_niah_authors,mq_authors,vt_authors", "--scoring", "teacher", "--setting",
-            finding.setting, "--lengths", tests, "--samples", options.needles, *haystack,
+            finding.setting, "--lengths", lengths, "--samples", options.needles, *haystack,
         ],
         "ruler": [
             "eval", model, "--tasks", "niah_single_2,niah_multiquery,vt", "--setting", finding.setting,
-            "--lengths", tests, "--samples", options.needles, *haystack,
+            "--lengths", lengths, "--samples", options.needles, *haystack,
         ],
         "perplexity": [
             "eval", model, "--tasks", "ppl_last_512", "--lengths", options.ppl_lengths, "--samples", options.samples,

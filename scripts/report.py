@@ -50,8 +50,8 @@ _TITLES = {
 # how the authors' and RULER's tests are asked
 _SETTINGS = {
     "memory": "Tests are asked of a memory that has read the text (`--setting memory`).",
-    "continue": "Tests stand behind their text, which is read anew for each question up to 256K tokens (`--setting "
-    "continue`), so their scores are not those of other findings, which ask a memory.",
+    "rebuild": "Tests are asked of a memory that has read the text anew for each question (`--setting rebuild`), as "
+    "memories of one of the runs cannot be laid together.",
 }
 _DIRECTIONS = {"fwd": "Forward", "fwd_bwd": "Forward and backward"}
 _CLAIMED = ("s_niah", "s_niah_authors", "mq_authors", "vt_authors", "ppl_last_512")

@@ -86,8 +86,8 @@ class Finding(NamedTuple):
         measures: what is measured of each: "needles" (hidden sentences by length), "paper" (S-NIAH, MQ and VT in the
             authors' protocol, answers forced), "ruler" (its one, several and chained facts, answers written),
             "perplexity", "short" (short tasks, where their files are given).
-        lengths: of hidden sentences and tests. asked_lengths: of tests, where they have others.
-        setting: of tests, that of `hsa eval`: "continue" where chunks of a variant cannot be laid together.
+        lengths: of hidden sentences and tests.
+        setting: of tests, that of `hsa eval`: "rebuild" where the memories of a variant cannot be laid together.
         note: what small scale changes.
     """
 
@@ -97,15 +97,14 @@ class Finding(NamedTuple):
     common: tuple[str, ...] = ()
     measures: tuple[str, ...] = ("needles", "paper", "perplexity")
     lengths: str = "4K,16K,64K,256K,1M"
-    asked_lengths: str = ""
     setting: str = "memory"
     note: str = ""
 
     def folder(self, measure: str) -> str:
         """Where a measure lies beside a run, which another finding may measure elsewise."""
         is_far = self.lengths == _FAR and measure in ("needles", "paper", "ruler")
-        is_continued = self.setting == "continue" and measure in ("paper", "ruler")
-        return measure + "-far" * is_far + "-continue" * is_continued
+        is_rebuilt = self.setting == "rebuild" and measure in ("paper", "ruler")
+        return measure + "-far" * is_far + "-rebuild" * is_rebuilt
 
     def settings(self, variant: str) -> list[str]:
         """All settings of a variant, in the form of `--set`."""
@@ -119,8 +118,6 @@ _FUSION_CLAIM = (
     "nothing from what is read (sec. 1, 2.1)."
 )
 _FUSION_ROWS = ("long.seq_len=8192", "long.micro_batch_rows=8")
-# tests that read their text anew for every question
-_CONTINUED = "4K,16K,64K,256K"
 _TAUGHT = ("warmup.evidence_loss=0.1", "pretrain.evidence_loss=0.1", "long.evidence_loss=0.1")
 
 FINDINGS: dict[str, Finding] = {
@@ -170,8 +167,7 @@ FINDINGS: dict[str, Finding] = {
         question="Must attention inside retrieved chunks be without positions?",
         claim="Yes, one of three ingredients; RoPE costs NSA 13 points of S-NIAH and 8 of MQ at 64K (sec. 1, Table 1).",
         variants={"nope": (), "rope": ("model.memory_positions=rope",)},
-        setting="continue",
-        asked_lengths=_CONTINUED,
+        setting="rebuild",
         note="RoPE by the distance from token to key. The memory itself is the same; windows have RoPE in both.",
     ),
     "fusion": Finding(
@@ -183,8 +179,7 @@ FINDINGS: dict[str, Finding] = {
             "chosen": ("model.memory_softmax=joint", "model.fusion=none"),
         },
         common=_FUSION_ROWS,
-        setting="continue",
-        asked_lengths=_CONTINUED,
+        setting="rebuild",
         note="`score` is HSA. `score_joint`: one softmax over all keys, with the scores as bias. `chosen`: one softmax "
         "without scores, as in the selected branch of NSA; its scores learn nothing. One softmax is plain torch, so "
         "rows of the last stage have 8K.",
@@ -197,8 +192,7 @@ FINDINGS: dict[str, Finding] = {
             "chosen_taught": ("model.memory_softmax=joint", "model.fusion=none"),
         },
         common=(*_FUSION_ROWS, *_TAUGHT),
-        setting="continue",
-        asked_lengths=_CONTINUED,
+        setting="rebuild",
         note="As `fusion`; the scores also learn from the chunks that tell a token (evidence_loss).",
     ),
     "parity": Finding(

@@ -68,7 +68,7 @@ def test_the_authors_protocol_is_measured_and_its_kinds_are_taught_wherever_it_i
             assert all(kinds <= set(stage.mixture) for stage in stages[1:]), (name, variant)
             # what cannot be laid together is asked otherwise, and so is what it is compared with
             model = apply_overrides(recipe("findings"), finding.settings(variant)).shape()
-            assert model.is_composable or finding.setting == "continue", (name, variant)
+            assert model.is_composable or finding.setting == "rebuild", (name, variant)
     assert FINDINGS["effective_length"].lengths.endswith("16M") and "ruler" in FINDINGS["effective_length"].measures
 
 
@@ -122,7 +122,7 @@ def test_a_finding_goes_on_where_it_stopped_and_does_nothing_twice(quick):
     performed, _ = quick
     kinds = [command[1] if command[0] == "train" else command[command.index("-o") + 1].rsplit("/", 1)[1]
              for command in performed]  # fmt: skip
-    measured = ["needles", "paper-continue", "perplexity"]
+    measured = ["needles", "paper-rebuild", "perplexity"]
     assert kinds == ["findings", "needles", *measured, "findings", *measured]
     assert "--max-minutes" in performed[0] and "model.memory_positions=rope" in performed[5]
 
