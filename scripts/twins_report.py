@@ -4,10 +4,10 @@
 
 FOLDER holds, for every twin and seed, run-NAME-SEED (of `hsa train`: summary.json) and folders of `hsa eval` called
 WHAT-NAME-SEED (summary.json; WHAT may have a word more after "_", for other lengths: eval_8k); speed-NAME-SEED, a few
-steps of `hsa train` with nothing else on the card; and reading*/reading.json of `hsa bench reading`. Scores of several
-seeds are pooled: the mean with the 95% Wilson interval of all samples, and the value of every seed beside it. What was
-not measured has no row. A stage that was cut off, so ended before that of other runs, is named in "cut_off" and is not
-pooled. tests/test_twins_report.py.
+steps of `hsa train` with nothing else on the card; or all these in runs.jsonl.xz, as `publish.py --together` writes
+them; and reading*/reading.json of `hsa bench reading`. Scores of several seeds are pooled: the mean with the 95% Wilson
+interval of all samples, and the value of every seed beside it. What was not measured has no row. A stage that was cut
+off, so ended before that of other runs, is named in "cut_off" and is not pooled. tests/test_twins_report.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.plots import human_tokens, plt, save
+from hsa_ultralong.eval.stored_runs import runs_together
 from hsa_ultralong.eval.suite_summary import headlines
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.strict_json import read_json
@@ -36,8 +37,9 @@ def collect(folder: Path) -> dict[str, Any]:
     """{"meta", "records"} of all that lies in the folder."""
     values: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     sources, hardware = {}, set()
-    contents = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/summary.json"))}
-    contents = {name: content for name, content in contents.items() if _FOLDER.fullmatch(name)}
+    contents = {name: files["summary.json"] for name, files in runs_together(folder).items()}
+    contents |= {path.parent.name: read_json(path) for path in folder.glob("*/summary.json")}
+    contents = {name: contents[name] for name in sorted(contents) if _FOLDER.fullmatch(name)}
     cut_off = _cut_off({name: content["records"] for name, content in contents.items() if name.startswith("run-")})
     for name, content in contents.items():
         found = _FOLDER.fullmatch(name)
