@@ -1,4 +1,4 @@
-"""Join what a comparison of twins measured into results/twins: summary.json, summary.md and recall.png.
+"""Join what a comparison of twins measured into results/twins: summary.json.xz, summary.md and recall.png.
 
     python scripts/twins_report.py FOLDER [-o results/twins]
 
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from hsa_ultralong.eval.intervals import wilson_interval
-from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.plots import human_tokens, plt, save
 from hsa_ultralong.eval.stored_runs import runs_together
 from hsa_ultralong.eval.suite_summary import headlines
 from hsa_ultralong.files.durable import write_whole
-from hsa_ultralong.files.strict_json import read_json
+from hsa_ultralong.files.packed import pack
+from hsa_ultralong.files.strict_json import as_lines, read_json
 
 # WHAT-NAME-SEED; names of twins have no "-"
 _FOLDER = re.compile(r"(?P<what>[a-z0-9_]+)-(?P<twin>[a-z0-9_]+)-(?P<seed>\d+)")
@@ -192,7 +192,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = collect(arguments.folder)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output / "summary.json", found)
+    write_whole(arguments.output / "summary.json.xz", pack(as_lines(found).encode()))
     write_whole(arguments.output / "summary.md", tables(found["records"], found["meta"]["cut_off"]))
     draw(found["records"], arguments.output / "recall.png")
 

@@ -16,6 +16,7 @@ import pytest
 from hsa_ultralong import HSAConfig
 from hsa_ultralong.eval.stored_runs import TOGETHER, read_runs, runs_together
 from hsa_ultralong.eval.suite_summary import auroc, is_share, is_suite
+from hsa_ultralong.files.packed import unpacked
 from hsa_ultralong.inference.ask import unsure_weight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,7 +224,7 @@ def test_what_twins_answered_is_in_their_report():
 
 
 def test_what_is_said_of_perplexities_of_twins_follows_from_their_report():
-    found = json.loads((ROOT / "results/twins/summary.json").read_text())["records"]
+    found = json.loads(unpacked(ROOT / "results/twins/summary.json.xz"))["records"]
     of = {
         (r["twin"], r["task"].removeprefix("eval ")): r["value"]
         for r in found
@@ -248,7 +249,7 @@ def test_the_report_of_twins_is_made_of_their_runs():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = module.collect(ROOT / "results/twins")
-    assert json.loads((ROOT / "results/twins/summary.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads(unpacked(ROOT / "results/twins/summary.json.xz")) == json.loads(json.dumps(found))
     text = module.tables(found["records"], found["meta"]["cut_off"])
     assert (ROOT / "results/twins/summary.md").read_text() == text
 
