@@ -1,15 +1,17 @@
 """Copy runs of `hsa eval` or `hsa train` as they are published under results/: packed, without places or others' texts.
 
     python scripts/publish.py RUN -o results/NAME
-    python scripts/publish.py runs/twins/run-* runs/twins/eval* -o results/twins --each
+    python scripts/publish.py runs/twins/run-* runs/twins/eval* -o results/twins --together
+    python scripts/publish.py results/twins/run-hsa-0 -o runs/hsa-0
 
 Of a suite: summary.json, summary.md, and records.jsonl.xz without the places of chunks (ranks and weights stay, with
 six digits) and without questions and answers whose files are share-alike; scores by depth are left out of summary.json,
-as the records tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --each every run goes to a
-folder of its own name below -o, and the records of all suites to one file there, each with its `run`: models that are
-asked the same take a third of the room. With --small there is no summary.md. All runs are looked at before any is
-copied. A published run that is there is replaced, any other folder is not. docs/results.md says what is kept;
-tests/test_publish.py.
+as the records tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --together all runs go to two
+files in -o: runs.jsonl.xz, a line a run with its name as `run` and all these files but records, and records.jsonl.xz
+of all suites, each record with its `run`. A small file takes a whole block of a disk, and models that are asked the
+same take a third of the room. A run of these is named as if it were a folder there, and publishing it again makes one.
+With --small there is no summary.md. All runs are looked at before any is copied. A published run that is there is
+replaced, any other folder is not. docs/results.md says what is kept; tests/test_publish.py.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.plots import read_jsonl
+from hsa_ultralong.eval.stored_runs import TOGETHER, records_together, runs_together
 from hsa_ultralong.files.durable import write_whole
-from hsa_ultralong.files.packed import SUFFIX, pack, read_stored, stored
+from hsa_ultralong.files.packed import SUFFIX, pack, stored
 from hsa_ultralong.files.strict_json import read_json
 
 RECORDS, LOG = "records.jsonl", "log.jsonl"
@@ -51,107 +54,99 @@ def _short(value: Any) -> Any:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
-def files_of(run: Path, is_small: bool = False) -> list[str]:
-    """What is published of a run, by the names that it has in the run.
+def files_of(run: Path, is_small: bool = False) -> dict[str, Any]:
+    """What is published of a run: the content of each file by the name that it has in the run, of lines a list.
 
     Raises:
-        ValueError: the folder is no run of either kind, or lacks one of them.
+        ValueError: the folder is no run of either kind, or lacks a file.
     """
+    if not run.is_dir() and (together := runs_together(run.parent).get(run.name)):
+        records = records_together(run.parent).get(run.name)
+        return together if records is None else {**together, RECORDS: records}
     kind = next((name for name in (RECORDS, LOG) if stored(run / name).is_file()), None)
-    if kind is None and (run / "summary.json").is_file() and _records(run):
-        kind = RECORDS
     if kind is None:
         raise ValueError(f"{run} has neither {RECORDS} nor {LOG}: name a run of hsa eval or hsa train")
     beside = ["config.json"] if kind == LOG else [] if is_small else ["summary.md"]
     names = ["summary.json", *beside]
     if missing := [name for name in names if not (run / name).is_file()]:
         raise ValueError(f"{run} has no {missing[0]}: let the run end first")
-    return [*names, kind]
+    files: dict[str, Any] = {
+        name: read_json(run / name) if name.endswith(".json") else (run / name).read_text(encoding="utf-8")
+        for name in names
+    }
+    lines = read_jsonl(run / kind)
+    if kind == RECORDS:
+        summary = files["summary.json"]
+        summary["records"] = [record for record in summary["records"] if record.get("depth") is None]
+        lines = [published(record) for record in lines]
+    return {**files, kind: lines}
 
 
-def publish(run: Path, target: Path, is_small: bool = False, is_one_of_several: bool = False) -> list[Path]:
-    """Write what is published of a run; returns the files.
-
-    Args:
-        is_small: without summary.md. is_one_of_several: a suite's records stay out, for `joined_records`.
+def write_folder(files: Mapping[str, Any], target: Path) -> None:
+    """Write a run of `files_of` into a folder of its own.
 
     Raises:
-        ValueError: as files_of; `target` holds something else than a published run.
+        ValueError: `target` holds something else than a published run.
     """
-    *names, lines = files_of(run, is_small)
     if target.exists() and not (target / "summary.json").is_file():
-        raise ValueError(f"{target} is there and is no published run: give another folder, or --each")
+        raise ValueError(f"{target} is there and is no published run: give another folder, or --together")
     partial = target.with_name(f".{target.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in names:
-        if name.endswith(".json"):
-            write_json(partial / name, read_json(run / name))
+    for name, content in files.items():
+        if name in (RECORDS, LOG):
+            _write_lines(partial / f"{name}{SUFFIX}", content)
+        elif name.endswith(".json"):
+            write_json(partial / name, content)
         else:
-            shutil.copyfile(run / name, partial / name)
-    summary = read_json(run / "summary.json")
-    if lines == RECORDS:
-        summary["records"] = [record for record in summary["records"] if record.get("depth") is None]
-    write_json(partial / "summary.json", summary)
-    if lines == LOG:
-        write_whole(partial / f"{LOG}{SUFFIX}", pack(read_stored(stored(run / LOG))))
-    elif not is_one_of_several:
-        _write_records(partial, map(published, _records(run)))
+            write_whole(partial / name, content)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    return sorted(target.iterdir())
 
 
-def joined_records(runs: Sequence[Path], target: Path) -> list[dict[str, Any]]:
-    """Records of several suites by the names of their folders, and those of other runs that `target` has.
+def write_together(runs: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+    """Write runs of `files_of`, by their names, beside those that `target` has of other names.
 
     Raises:
-        ValueError: the records there are those of one run.
+        ValueError: `target` is one published run.
     """
-    new = {run.name: records for run in runs if (records := _records(run))}
-    there = stored(target / RECORDS)
-    before = read_jsonl(there) if there.is_file() else []
-    if any("run" not in record for record in before):
+    if not (target / TOGETHER).is_file() and (target / "summary.json").is_file():
         raise ValueError(f"{target} is one published run: give another folder")
-    kept = [record for record in before if record["run"] not in new]
-    for name, records in new.items():
-        kept += [{"run": name, **published(one)} for one in records]
-    return kept
+    target.mkdir(parents=True, exist_ok=True)
+    records = {**records_together(target), **{name: files[RECORDS] for name, files in runs.items() if RECORDS in files}}
+    kept = {name: {key: files[key] for key in files if key != RECORDS} for name, files in runs.items()}
+    kept = {**runs_together(target), **kept}
+    if records:
+        lines = [{"run": name, **record} for name, own in records.items() for record in own]
+        _write_lines(target / f"{RECORDS}{SUFFIX}", lines)
+    _write_lines(target / TOGETHER, [{"run": name, **files} for name, files in kept.items()])
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    """Of a suite, also of one that was published together with others; [] of other runs."""
-    own, together = stored(run / RECORDS), stored(run.parent / RECORDS)
-    if own.is_file():
-        return read_jsonl(own)
-    records = read_jsonl(together) if together.is_file() else []
-    return [{key: value for key, value in one.items() if key != "run"} for one in records if one.get("run") == run.name]
-
-
-def _write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    write_whole(folder / f"{RECORDS}{SUFFIX}", pack("".join(f"{json.dumps(one)}\n" for one in records).encode()))
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    write_whole(path, pack("".join(f"{json.dumps(one)}\n" for one in lines).encode()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("-o", "--output", type=Path, required=True, help="results/NAME")
-    parser.add_argument("--each", action="store_true", help="a folder below -o for every run")
+    parser.add_argument("--together", action="store_true", help="all runs in two files, by their names")
     parser.add_argument("--small", action="store_true", help="no summary.md")
     options = parser.parse_args(arguments)
-    if len(options.runs) > 1 and not options.each:
-        parser.error("several runs need --each")
+    if len(options.runs) > 1 and not options.together:
+        parser.error("several runs need --together")
+    target = options.output
     try:
-        for run in options.runs:
-            files_of(run, options.small)
-        joined = joined_records(options.runs, options.output) if options.each else []
-        for run in options.runs:
-            target = options.output / run.name if options.each else options.output
-            files = publish(run, target, options.small, options.each)
-            size = sum(file.stat().st_size for file in files)
-            print(f"{target}: {', '.join(file.name for file in files)}, {size / 1024:.0f} KiB")
-        if joined:
-            _write_records(options.output, joined)
+        runs = {run.name: files_of(run, options.small) for run in options.runs}
+        if len(runs) < len(options.runs):
+            raise ValueError("runs are told apart by the names of their folders, which must differ")
+        if options.together:
+            write_together(runs, target)
+        else:
+            write_folder(*runs.values(), target)
+        files = sorted(target.iterdir())
+        size = sum(file.stat().st_size for file in files)
+        print(f"{target}: {', '.join(file.name for file in files)}, {size / 1024:.0f} KiB")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     return 0

@@ -1,13 +1,13 @@
-"""Join what a comparison of twins measured into results/twins: summary.json, summary.md and recall.png.
+"""Join what a comparison of twins measured into results/twins: summary.json.xz, summary.md and recall.png.
 
     python scripts/twins_report.py FOLDER [-o results/twins]
 
 FOLDER holds, for every twin and seed, run-NAME-SEED (of `hsa train`: summary.json) and folders of `hsa eval` called
 WHAT-NAME-SEED (summary.json; WHAT may have a word more after "_", for other lengths: eval_8k); speed-NAME-SEED, a few
-steps of `hsa train` with nothing else on the card; and reading*/reading.json of `hsa bench reading`. Scores of several
-seeds are pooled: the mean with the 95% Wilson interval of all samples, and the value of every seed beside it. What was
-not measured has no row. A stage that was cut off, so ended before that of other runs, is named in "cut_off" and is not
-pooled. tests/test_twins_report.py.
+steps of `hsa train` with nothing else on the card; or all these in runs.jsonl.xz, as `publish.py --together` writes
+them; and reading*/reading.json of `hsa bench reading`. Scores of several seeds are pooled: the mean with the 95% Wilson
+interval of all samples, and the value of every seed beside it. What was not measured has no row. A stage that was cut
+off, so ended before that of other runs, is named in "cut_off" and is not pooled. tests/test_twins_report.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from hsa_ultralong.eval.intervals import wilson_interval
-from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.plots import human_tokens, plt, save
+from hsa_ultralong.eval.stored_runs import runs_together
 from hsa_ultralong.eval.suite_summary import headlines
 from hsa_ultralong.files.durable import write_whole
-from hsa_ultralong.files.strict_json import read_json
+from hsa_ultralong.files.packed import pack
+from hsa_ultralong.files.strict_json import as_lines, read_json
 
 # WHAT-NAME-SEED; names of twins have no "-"
 _FOLDER = re.compile(r"(?P<what>[a-z0-9_]+)-(?P<twin>[a-z0-9_]+)-(?P<seed>\d+)")
@@ -36,8 +37,9 @@ def collect(folder: Path) -> dict[str, Any]:
     """{"meta", "records"} of all that lies in the folder."""
     values: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     sources, hardware = {}, set()
-    contents = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/summary.json"))}
-    contents = {name: content for name, content in contents.items() if _FOLDER.fullmatch(name)}
+    contents = {name: files["summary.json"] for name, files in runs_together(folder).items()}
+    contents |= {path.parent.name: read_json(path) for path in folder.glob("*/summary.json")}
+    contents = {name: contents[name] for name in sorted(contents) if _FOLDER.fullmatch(name)}
     cut_off = _cut_off({name: content["records"] for name, content in contents.items() if name.startswith("run-")})
     for name, content in contents.items():
         found = _FOLDER.fullmatch(name)
@@ -190,7 +192,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = collect(arguments.folder)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output / "summary.json", found)
+    write_whole(arguments.output / "summary.json.xz", pack(as_lines(found).encode()))
     write_whole(arguments.output / "summary.md", tables(found["records"], found["meta"]["cut_off"]))
     draw(found["records"], arguments.output / "recall.png")
 

@@ -14,8 +14,9 @@ publish = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(publish)
 
 RECORD = {
-    "task": "niah_single_1", "index": 0, "query": "a", "expected": ["1"], "answered": " 1", "score": 1.0, "rank": 1,
-    "retrieved": [{"start": 0}], "evidence": [{"start": 0}],
+    "model": "m", "task": "niah_single_1", "length": 64, "index": 0, "depth": 0.5, "setting": "memory",
+    "metric": "exact", "query": "a", "expected": ["1"], "answered": " 1", "score": 1.0, "certainty": 0.5,
+    "found": True, "rank": 1, "weight": 0.25, "margin": 1.0, "retrieved": [{"start": 0}], "evidence": [{"start": 0}],
 }  # fmt: skip
 
 
@@ -34,8 +35,7 @@ def test_places_and_share_alike_texts_are_left_out(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "records.jsonl.xz", "summary.json", "summary.md",
     ]  # fmt: skip
-    packed = (tmp_path / "out/records.jsonl.xz").read_bytes()
-    first, *others = map(json.loads, lzma.decompress(packed).splitlines())
+    first, *others = lines(tmp_path / "out/records.jsonl.xz")
     assert first == {key: value for key, value in RECORD.items() if key not in ("retrieved", "evidence")}
     for other in others:
         assert (other["query"], other["expected"], other["answered"]) == ("", [], "")
@@ -52,41 +52,58 @@ def test_scores_by_depth_are_left_out_and_the_table_may_be(tmp_path):
         assert (tmp_path / "out/summary.md").exists() == (not options)
 
 
-def test_runs_of_training_go_to_folders_of_their_names_and_replace_what_is_there(tmp_path):
-    run = tmp_path / "run-hsa-0"
-    run.mkdir()
+def training(folder):
+    folder.mkdir()
     for name, text in (("summary.json", '{"meta": {}, "records": []}'), ("config.json", "{}"), ("log.jsonl", "{}\n")):
-        (run / name).write_text(text)
-    old = tmp_path / "out/run-hsa-0"
-    old.mkdir(parents=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in lzma.decompress(path.read_bytes()).splitlines()]
+
+
+def test_a_run_of_training_replaces_what_was_published_of_it(tmp_path):
+    old = tmp_path / "out"
+    old.mkdir()
     (old / "summary.json").write_text("{}")
     (old / "stale").write_text("")
-    assert (
-        publish.main([str(run), str(suite(tmp_path / "eval-hsa-0", RECORD)), "-o", str(tmp_path / "out"), "--each"])
-        == 0
-    )
+    assert publish.main([str(training(tmp_path / "run")), "-o", str(old)]) == 0
     assert sorted(path.name for path in old.iterdir()) == ["config.json", "log.jsonl.xz", "summary.json"]
-    assert [path.name for path in (tmp_path / "out/eval-hsa-0").iterdir()] == ["summary.json", "summary.md"]
 
 
-def test_records_of_several_suites_lie_together_and_each_is_read_as_its_run(tmp_path):
+def test_several_runs_lie_in_two_files_and_each_is_published_again_as_its_folder(tmp_path):
     first, second = (suite(tmp_path / name, RECORD, RECORD | {"index": 1}) for name in ("eval-hsa-0", "eval-nsa-0"))
-    out = tmp_path / "out"
-    for runs in ([first, second], [second]):
-        assert publish.main([*map(str, runs), "-o", str(out), "--each"]) == 0
-        lines = [json.loads(line) for line in lzma.decompress((out / "records.jsonl.xz").read_bytes()).splitlines()]
-        assert [(one["run"], one["index"]) for one in lines] == [
+    out, trained = tmp_path / "out", training(tmp_path / "run-hsa-0")
+    for runs in ([first, second, trained], [second]):
+        assert publish.main([*map(str, runs), "-o", str(out), "--together"]) == 0
+        assert sorted(path.name for path in out.iterdir()) == ["records.jsonl.xz", "runs.jsonl.xz"]
+        assert [(one["run"], one["index"]) for one in lines(out / "records.jsonl.xz")] == [
             ("eval-hsa-0", 0), ("eval-hsa-0", 1), ("eval-nsa-0", 0), ("eval-nsa-0", 1)
         ]  # fmt: skip
-    # what was published together may be published again, and one of them alone
-    for more in (["--each", "-o", str(tmp_path / "all")], ["-o", str(tmp_path / "one")]):
-        assert publish.main([str(out / "eval-hsa-0"), *more]) == 0
-    for path, run in (("all", "eval-hsa-0"), ("one", None)):
-        lines = map(json.loads, lzma.decompress((tmp_path / path / "records.jsonl.xz").read_bytes()).splitlines())
-        assert [(one.get("run"), one["index"]) for one in lines] == [(run, 0), (run, 1)]
-    with pytest.raises(SystemExit, match="one is one published run"):
-        publish.main([str(first), "-o", str(tmp_path / "one"), "--each"])
-    assert not (tmp_path / "one/eval-hsa-0").exists()
+        assert {one["run"]: sorted(one) for one in lines(out / "runs.jsonl.xz")} == {
+            "eval-hsa-0": ["run", "summary.json", "summary.md"], "eval-nsa-0": ["run", "summary.json", "summary.md"],
+            "run-hsa-0": ["config.json", "log.jsonl", "run", "summary.json"],
+        }  # fmt: skip
+    for run in (first, second, trained):
+        assert publish.main([str(run), "-o", str(tmp_path / "own")]) == 0
+        assert publish.main([str(out / run.name), "-o", str(tmp_path / "again")]) == 0
+        own, again = (
+            {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("own", "again")
+        )
+        assert own == again and len(own) == 3
+    assert publish.main([str(out / "eval-hsa-0"), "--together", "-o", str(tmp_path / "all")]) == 0
+    assert [(one["run"], one["index"]) for one in lines(tmp_path / "all/records.jsonl.xz")] == [
+        ("eval-hsa-0", 0), ("eval-hsa-0", 1)
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="own is one published run"):
+        publish.main([str(first), "-o", str(tmp_path / "own"), "--together"])
+    with pytest.raises(SystemExit, match="names of their folders, which must differ"):
+        publish.main([str(first), str(out / "eval-hsa-0"), "-o", str(out), "--together"])
+    with pytest.raises(SystemExit, match="is no published run"):
+        publish.main([str(first), "-o", str(out)])
+    with pytest.raises(SystemExit, match="eval-none has neither"):
+        publish.main([str(out / "eval-none"), "-o", str(tmp_path / "none")])
 
 
 def test_what_is_no_run_is_refused_before_any_other_is_copied(tmp_path):
@@ -97,10 +114,10 @@ def test_what_is_no_run_is_refused_before_any_other_is_copied(tmp_path):
     whole = str(suite(tmp_path / "whole", RECORD))
     with pytest.raises(SystemExit, match="name a run of hsa eval or hsa train"):
         publish.main([str(tmp_path / "empty"), "-o", str(kept)])
-    with pytest.raises(SystemExit):  # several without --each
+    with pytest.raises(SystemExit):  # several without --together
         publish.main([whole, whole, "-o", str(kept)])
     with pytest.raises(SystemExit, match="empty has neither"):
-        publish.main([whole, str(tmp_path / "empty"), "-o", str(kept), "--each"])
+        publish.main([whole, str(tmp_path / "empty"), "-o", str(kept), "--together"])
     (tmp_path / "whole/summary.md").unlink()
     with pytest.raises(SystemExit, match=r"has no summary.md: let the run end first"):
         publish.main([whole, "-o", str(tmp_path / "new")])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hsa_ultralong.files.packed import pack
+
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "twins_report.py"
 
 
@@ -93,6 +95,18 @@ def test_training_s_own_needles_are_drawn_after_the_last_stage_without_an_interv
     monkeypatch.setattr(report.plt.Axes, "errorbar", lambda self, x, y, gaps, **_: drawn.append((x, y, gaps)))
     report.draw(report.collect(tmp_path)["records"], tmp_path / "recall")
     assert drawn == [([2048], [0.75], [[0.0], [0.0]])]
+
+
+def test_runs_that_were_published_together_are_read_as_folders(report, tmp_path):
+    for name in ("recall-hsa-0", "recall-window-0", "other"):
+        summary(tmp_path / "apart" / name, score(0.5))
+    kept = [
+        json.dumps({"run": path.parent.name, "summary.json": json.loads(path.read_text())})
+        for path in (tmp_path / "apart").glob("*/summary.json")
+    ]
+    (tmp_path / "together").mkdir()
+    (tmp_path / "together" / "runs.jsonl.xz").write_bytes(pack("".join(f"{line}\n" for line in kept).encode()))
+    assert report.collect(tmp_path / "together") == report.collect(tmp_path / "apart")
 
 
 def test_a_folder_without_twins_is_refused(report, tmp_path):

@@ -46,13 +46,13 @@ def compare(
 
       hsa compare runs/nano --html nano.html
     """
-    from hsa_ultralong.eval.stored_runs import find_runs, read_run
+    from hsa_ultralong.eval.stored_runs import find_runs, read_runs
 
     if output is not None:
         require_folder(output)
     if html is not None:
         require_file(html, "--html", (".html", ".htm"))
-    found = [read_run(folder, name) for name, folder in find_runs(runs).items()]
+    found = read_runs(find_runs(runs))
     from hsa_ultralong.eval.html_report import write_page
 
     if len(found) == 1 and html is not None and output is None and not as_json:

@@ -108,12 +108,16 @@ def read_tuning(path: Path) -> list[dict[str, Any]]:
 
 
 def save(figure: Any, path: Path, dpi: int) -> None:
-    """Write a figure whole or not at all; a PNG with 128 colours, which makes it a third as large."""
+    """Write a figure whole or not at all; a PNG with few colours, which makes it a third as large or less.
+
+    Curves need 48 of them; the bar beside a map, whose colours run into one another, 128.
+    """
     data, kind = io.BytesIO(), path.suffix.removeprefix(".") or "png"
     figure.savefig(data, format=kind, dpi=dpi)
     plt.close(figure)
     if kind == "png":
-        picture = Image.open(data).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        colours = 128 if any(axes.images for axes in figure.axes) else 48
+        picture = Image.open(data).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
         data = io.BytesIO()
         picture.save(data, format="png", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)

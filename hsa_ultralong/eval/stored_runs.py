@@ -23,6 +23,8 @@ _PLACE = table(
      "is_evidence": that(lambda value: isinstance(value, bool), "true or false")},
     may_lack=("text", "weight", "is_evidence"),
 )  # fmt: skip
+# runs that were published together, a line each: its name, and its files by their names
+TOGETHER = "runs.jsonl.xz"
 # of a sample's record
 FIELDS = {
     "model": TEXT, "task": TEXT, "length": whole(), "index": whole(), "depth": optional(_SHARE), "setting": TEXT,
@@ -34,7 +36,8 @@ FIELDS = {
 # and of those of newer runs
 _MORE = {"sample": TEXT, "retrieved": optional(rows(_PLACE)), "evidence": rows(_PLACE)}
 _RECORD = table({**FIELDS, **_MORE}, may_lack=tuple(_MORE), is_open=True)
-_ANY = table({}, is_open=True)
+_RECORD_OF_A_RUN = table({"run": TEXT, **FIELDS, **_MORE}, may_lack=tuple(_MORE), is_open=True)
+_FILES = table({"run": TEXT, "summary.json": OBJECT}, is_open=True)
 _SUMMARY = table(
     {"meta": OBJECT, "skipped": rows(table({"task": TEXT, "length": whole(1), "reason": TEXT}))},
     may_lack=("skipped",), is_open=True,
@@ -75,15 +78,45 @@ class StoredRun:
 def read_run(folder: Path, name: str) -> StoredRun:
     """The run in a folder: of `hsa eval`, or what is kept of one, summary.json with its settings and records.jsonl.xz.
 
-    Records of runs that were published together lie in the folder above, each with its `run`.
-
     Raises:
         ValueError: if the folder holds none, an empty one, or one of another version, or a damaged file.
     """
+    return read_runs({name: folder})[0]
+
+
+def read_runs(found: Mapping[str, Path]) -> list[StoredRun]:
+    """The runs in folders, by name; runs that were published together are read once, and need no folder of their own.
+
+    Raises:
+        ValueError: as `read_run`; a run is none of those that were published together beside it.
+    """
+    places = {folder.parent for folder in found.values() if _is_together(folder)}
+    files = {place: runs_together(place) for place in places}
+    records = {place: records_together(place) for place in places}
+    runs = []
+    for name, folder in found.items():
+        if not _is_together(folder):
+            runs.append(_read_folder(folder, name))
+            continue
+        place = folder.parent
+        suites = [one for one in files[place] if one in records[place]]
+        if folder.name not in suites:
+            known = ", ".join(suites[:4]) + (" ..." if len(suites) > 4 else "")
+            raise ValueError(f"{place} has no suite {folder.name}, but {len(suites)} others: {known}")
+        content, where = files[place][folder.name]["summary.json"], f"{place / TOGETHER}, {folder.name}"
+        require(_SUMMARY, content, f"{where}:")
+        runs.append(_stored_run(name, where, content["meta"].get("settings"), content, records[place][folder.name]))
+    return runs
+
+
+def _is_together(folder: Path) -> bool:
+    return not folder.is_dir() and (folder.parent / TOGETHER).is_file()
+
+
+def _read_folder(folder: Path, name: str) -> StoredRun:
     place = folder / "run.json"
     summary, packed = folder / "summary.json", folder / PACKED
-    together = [] if place.exists() or packed.exists() else _published_together(folder)
-    is_kept = not place.is_file() and summary.is_file() and (packed.is_file() or bool(together))
+    is_kept = not place.is_file() and summary.is_file() and packed.is_file()
     content: dict[str, Any] = {"meta": {}}
     if summary.is_file():
         content = read_json(summary)
@@ -91,30 +124,54 @@ def read_run(folder: Path, name: str) -> StoredRun:
     is_study = (folder / "needles.png").exists() or (is_kept and "settings" not in content["meta"])
     if is_study or not (place.is_file() or is_kept):
         what = "a study of hidden sentences, which `hsa plot` draws" if is_study else "none"
-        if packed.is_file() and "run" in next(iter(read_records(packed, _ANY)[0]), {}):
-            what = "several that were published together: name their folders"
+        if (folder / TOGETHER).is_file():
+            what = "several that were published together: name them, FOLDER/RUN"
         raise ValueError(f"{folder} must hold a run of `hsa eval MODEL --suite` (run.json), got {what}")
     found = {"version": VERSION, "settings": content["meta"].get("settings")} if is_kept else read_json(place)
-    if found.get("version") != VERSION or not isinstance(found.get("settings"), dict):
-        raise ValueError(f"{summary if is_kept else place} is no run of this version; measure it again")
+    settings = found.get("settings") if found.get("version") == VERSION else None
     file = next((file for file in (folder / "records.jsonl", packed) if file.exists()), None)
-    records = together or (read_records(file, _RECORD)[0] if file else [])
+    records = read_records(file, _RECORD)[0] if file else []
+    run = _stored_run(name, str(summary if is_kept else place), settings, content, records)
     if not records:
         raise ValueError(f"{folder} holds no sample yet; wait for the run, or start it again")
+    return run
+
+
+def _stored_run(
+    name: str, where: str, settings: Any, content: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> StoredRun:
+    """A run of its summary's content and its records; errors say where it lies."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} is no run of this version; measure it again")
     skipped = {(one["task"], one["length"]): one["reason"] for one in content.get("skipped", [])}
-    return StoredRun(name, found["settings"], records, content["meta"], skipped)
+    return StoredRun(name, settings, records, content["meta"], skipped)
 
 
-def _published_together(folder: Path) -> list[dict[str, Any]]:
-    """Records of the run of this name in the file beside its folder."""
-    path = folder.parent / PACKED
-    if not path.is_file():
-        return []
-    return [record for record in read_records(path, _RECORD)[0] if record.get("run") == folder.name]
+def runs_together(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of runs that were published together in a folder: name -> file -> content, of lines a list. {} without any.
+
+    Records of suites lie beside them: `records_together`.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    lines = read_records(folder / TOGETHER, _FILES)[0] if (folder / TOGETHER).is_file() else []
+    return {line["run"]: {name: content for name, content in line.items() if name != "run"} for line in lines}
+
+
+def records_together(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of suites that were published together in a folder: name -> records. {} without any; errors as above."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    if (folder / TOGETHER).is_file() and (folder / PACKED).is_file():
+        for record in read_records(folder / PACKED, _RECORD_OF_A_RUN)[0]:
+            found.setdefault(record.pop("run"), []).append(record)
+    return found
 
 
 def find_runs(given: Sequence[str]) -> dict[str, Path]:
     """Name -> folder of what FOLDER or NAME=FOLDER stand for; a folder of several runs stands for all of them.
+
+    Of runs that were published together FOLDER is that of all and the run's name: no folder of its own.
 
     Raises:
         ValueError: for a folder that is none, or two runs that have one name.
@@ -124,7 +181,7 @@ def find_runs(given: Sequence[str]) -> dict[str, Path]:
         name, sign, rest = entry.partition("=")
         is_named = bool(sign) and not Path(entry).exists()
         folder = Path(rest if is_named else entry)
-        if not folder.is_dir():
+        if not folder.is_dir() and not _is_together(folder):
             raise ValueError(f"there is no folder {folder}; give the output folders of `hsa eval`")
         inner = [] if (folder / "run.json").exists() else sorted(path.parent for path in folder.glob("*/run.json"))
         for place in inner or [folder]:

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.eval.plots import plot_training, plot_tuning, read_tuning, training_panels
+from hsa_ultralong.eval.plots import plot_needles, plot_training, plot_tuning, read_tuning, training_panels
 
 
 def step(tokens, **more):
@@ -76,3 +77,11 @@ def test_a_tuning_without_scores_is_refused_with_its_name(tmp_path, content):
     (tmp_path / "tuning.json").write_text(content)
     with pytest.raises(ValueError, match=r"tuning\.json"):
         read_tuning(tmp_path / "tuning.json")
+
+
+def test_a_picture_has_few_colours_and_a_map_enough_for_its_bar(tmp_path):
+    curves, heat = tmp_path / "curves.png", tmp_path / "map.png"
+    plot_training([step(1_000_000), step(2_000_000, mfu=0.4), probe(2_000_000, 512, 0.5, [1.0])], curves, "")
+    plot_needles([{"length": 512, "depth": 0.1, "correct": True}], heat, "")
+    with Image.open(curves) as few, Image.open(heat) as many:
+        assert len(few.getcolors()) <= 48 < len(many.getcolors()) <= 128

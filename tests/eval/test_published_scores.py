@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from hsa_ultralong import HSAConfig
-from hsa_ultralong.eval.stored_runs import read_run
+from hsa_ultralong.eval.stored_runs import TOGETHER, read_runs, runs_together
 from hsa_ultralong.eval.suite_summary import auroc, is_share, is_suite
+from hsa_ultralong.files.packed import unpacked
 from hsa_ultralong.inference.ask import unsure_weight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,12 +200,14 @@ def test_scores_of_smol_are_in_their_summaries():
 
 
 def test_what_twins_did_is_in_their_summaries():
+    runs = runs_together(ROOT / "results/twins")
     parts = dict(zip(("long", "warmup"), tables("Twins of nano's size"), strict=False))
     places = {"1K": 2**10, "2K": 2**11, "4K": 2**12, "8K": 2**13, "32K": 2**15}
     for stage, table in parts.items():
         for name, row in table.items():
             twin, _, seed = name.partition(", seed ")
-            found = [r for r in records(f"twins/run-{twin}-{seed or 0}") if r["stage"] == stage]
+            summary = runs[f"run-{twin}-{seed or 0}"]["summary.json"]
+            found = [r for r in summary["records"] if r["stage"] == stage]
             of = {(r["metric"], r["context"]): r["value"] for r in found}
             last = {"long": 2**13, "warmup": 2**11}[stage]
             assert row == {
@@ -221,7 +224,7 @@ def test_what_twins_answered_is_in_their_report():
 
 
 def test_what_is_said_of_perplexities_of_twins_follows_from_their_report():
-    found = json.loads((ROOT / "results/twins/summary.json").read_text())["records"]
+    found = json.loads(unpacked(ROOT / "results/twins/summary.json.xz"))["records"]
     of = {
         (r["twin"], r["task"].removeprefix("eval ")): r["value"]
         for r in found
@@ -246,7 +249,7 @@ def test_the_report_of_twins_is_made_of_their_runs():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = module.collect(ROOT / "results/twins")
-    assert json.loads((ROOT / "results/twins/summary.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads(unpacked(ROOT / "results/twins/summary.json.xz")) == json.loads(json.dumps(found))
     text = module.tables(found["records"], found["meta"]["cut_off"])
     assert (ROOT / "results/twins/summary.md").read_text() == text
 
@@ -289,19 +292,21 @@ def test_published_records_hold_no_text_of_share_alike_questions():
 
 
 def test_a_published_suite_keeps_its_records_which_give_its_summary():
-    suites = [path.parent for path in (ROOT / "results").rglob("summary.json") if is_suite(path)]
-    places = {folder.name: (folder, folder.parent) for folder in suites}
-    without = {name for name, own in places.items() if not any((place / "records.jsonl.xz").is_file() for place in own)}
+    summaries = [path for path in (ROOT / "results").rglob("summary.json") if is_suite(path)]
+    without = {path.parent.name for path in summaries if not path.with_name("records.jsonl.xz").is_file()}
     assert without == WITHOUT_RECORDS
-    for folder in suites:
-        if folder.name not in WITHOUT_RECORDS:
-            run, kept = read_run(folder, folder.name), json.loads((folder / "summary.json").read_text())["records"]
-            # scores that came later stand in the records only
-            found = {(r["task"], r["metric"], r["length"], r["depth"]): r for r in run.summary}
-            for record in kept:
-                if is_share(record["metric"]):
-                    own = found[tuple(record[name] for name in ("task", "metric", "length", "depth"))]
-                    assert [own[n] for n in ("samples", "value")] == [record["samples"], pytest.approx(record["value"])]
+    kept = {path.parent: json.loads(path.read_text()) for path in summaries if path.parent.name not in WITHOUT_RECORDS}
+    for path in (ROOT / "results").rglob(TOGETHER):
+        for name, files in runs_together(path.parent).items():
+            if "log.jsonl" not in files:
+                kept[path.parent / name] = files["summary.json"]
+    for run in read_runs({str(folder): folder for folder in kept}):
+        # scores that came later stand in the records only
+        found = {(r["task"], r["metric"], r["length"], r["depth"]): r for r in run.summary}
+        for record in kept[Path(run.name)]["records"]:
+            if is_share(record["metric"]):
+                own = found[tuple(record[name] for name in ("task", "metric", "length", "depth"))]
+                assert [own[n] for n in ("samples", "value")] == [record["samples"], pytest.approx(record["value"])]
 
 
 def smol_tables(title):

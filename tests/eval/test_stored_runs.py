@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hsa_ultralong.eval.stored_runs import find_runs, read_run
+from hsa_ultralong.eval import stored_runs
+from hsa_ultralong.eval.recorded_run import read_records
+from hsa_ultralong.eval.stored_runs import find_runs, read_run, read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,23 +70,29 @@ def test_what_is_kept_of_a_run_is_read_as_the_run(tmp_path, runs):
             read_run(folder, "x")
 
 
-def test_records_that_lie_together_are_told_apart_by_their_runs(tmp_path, runs):
-    lines = []
+def test_runs_that_lie_together_are_told_apart_and_read_once(tmp_path, runs, monkeypatch):
+    kept, records = [{"run": "trained", "summary.json": {"meta": {}}, "log.jsonl": []}], []
     for name, count in (("first", 2), ("second", 3)):
-        folder = runs.write(tmp_path / name, [runs.record(index=i) for i in range(count)],
-                            summary={"meta": {"settings": runs.settings}})  # fmt: skip
-        path = folder / "records.jsonl"
-        lines += [json.dumps({**json.loads(line), "run": name}) + "\n" for line in path.read_text().splitlines()]
-        path.unlink()
-        (folder / "run.json").unlink()
-    (tmp_path / "records.jsonl.xz").write_bytes(lzma.compress("".join(lines).encode()))
-    assert [len(read_run(tmp_path / name, name).records) for name in ("first", "second")] == [2, 3]
-    (tmp_path / "summary.json").write_text(json.dumps({"meta": {}, "records": []}))
-    with pytest.raises(ValueError, match="got several that were published together: name their folders"):
+        kept.append({"run": name, "summary.json": {"meta": {"settings": runs.settings, "commit": name}}})
+        records += [{"run": name, **runs.record(index=i)} for i in range(count)]
+    for name, lines in (("runs", kept), ("records", records)):
+        data = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+        (tmp_path / f"{name}.jsonl.xz").write_bytes(lzma.compress(data))
+    alone = runs.write(tmp_path / "alone", [runs.record()])
+    read = []
+    monkeypatch.setattr(stored_runs, "read_records", lambda path, check: read.append(path) or read_records(path, check))
+    found = read_runs(find_runs([f"{tmp_path}/first", f"other={tmp_path}/second", str(alone)]))
+    assert [(run.name, len(run.records), run.meta.get("commit")) for run in found] == [
+        ("first", 2, "first"), ("other", 3, "second"), ("alone", 1, None)
+    ]  # fmt: skip
+    assert found[0].records[0] == runs.record() and found[0].settings == runs.settings
+    # each file once, whatever the number of runs
+    assert sorted(path.name for path in read) == ["records.jsonl", "records.jsonl.xz", "runs.jsonl.xz"]
+    with pytest.raises(ValueError, match="got several that were published together: name them, FOLDER/RUN"):
         read_run(tmp_path, "all")
-    (tmp_path / "first").rename(tmp_path / "third")
-    with pytest.raises(ValueError, match="got none"):
-        read_run(tmp_path / "third", "third")
+    for name in ("third", "trained"):
+        with pytest.raises(ValueError, match=f"has no suite {name}, but 2 others: first, second"):
+            read_run(tmp_path / name, name)
 
 
 def test_folders_without_a_run_are_refused_by_what_they_hold(tmp_path, runs):
