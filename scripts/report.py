@@ -343,9 +343,10 @@ def operators_block(root: Path, figures: Figures) -> str:
         figure = root / "docs" / "images" / f"report-{path.stem}.png"
         panels = {f"{words}, ms": shapes.operator_curves(times, direction) for direction, words in _DIRECTIONS.items()}
         figures[figure] = partial(shapes.draw_lines, panels, logarithmic=list(panels))
-        where = f"{meta['hardware']}, commit {meta['commit'][:7]} of {meta['date'][:10]}, K = {shapes.TOPK}"
+        card = f"{meta['hardware']}, CUDA graphs" if meta.get("graphs") else meta["hardware"]
+        where = f"{card}, commit {meta['commit'][:7]} of {meta['date'][:10]}, K = {shapes.TOPK}"
         parts.append(f"{where} ([numbers](../{name})).")
-        parts.append(f"![Operators by length, {meta['hardware']}](images/{figure.name})")
+        parts.append(f"![Operators by length, {card}](images/{figure.name})")
         for direction, words in _DIRECTIONS.items():
             columns, rows = ["chunk_topk", *(f"hsa {lists}" for lists in shapes.LISTS), "full_attention"], []
             for length in sorted({key[2] for key in times if key[1] == direction}):

@@ -129,7 +129,9 @@ def _fastest_layout(
     for is_grouped in (True, False):
         try:
             call = directed(_full_forward(settings, impl, is_grouped), _qkv(settings, T), direction)
-            times[is_grouped] = time_call(call, settings.device, budget_s=settings.budget_s / 5).ms
+            budget = settings.budget_s / 5
+            timing = time_call(call, settings.device, budget_s=budget, make_capture=settings.make_capture)
+            times[is_grouped] = timing.ms
         except Exception as error:
             # a traceback would keep the tensors of the failed call
             errors.append(error.with_traceback(None))

@@ -6,6 +6,7 @@ point, so a run that is stopped keeps what it measured. tests/bench/test_benchma
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
@@ -96,7 +97,10 @@ def measure(point: Point, settings: Settings) -> dict[str, Any]:
     """The record of one point, or its failure: a few fields and "error"."""
     try:
         call = point.prepare()
-        timing = time_call(call, settings.device, budget_s=settings.budget_s, use_graph=point.use_graph)
+        timing = time_call(
+            call, settings.device, budget_s=settings.budget_s, use_graph=point.use_graph,
+            make_capture=settings.make_capture,
+        )  # fmt: skip
         peak = timing.peak_bytes
         return {
             **point.record(settings), "ms": timing.ms, "ms_low": timing.ms_low, "ms_high": timing.ms_high,
@@ -111,9 +115,15 @@ def _failure(point: Point, error: str) -> dict[str, Any]:
     return {**{name: getattr(point, name) for name in fields}, "error": error}
 
 
-def _clean_up(device: str) -> None:
-    if device == "cuda":
-        gc.collect()
+def _clean_up(settings: Settings) -> None:
+    if settings.device != "cuda":
+        return
+    gc.collect()
+    # what a failed capture left behind may forbid it: no reason to end the run
+    with contextlib.suppress(RuntimeError):
+        if settings.make_capture is not None:
+            # every capture has a stream, and cuBLAS keeps memory for each, which would count in later peaks
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 
@@ -149,7 +159,8 @@ def run_ops(
 
     Args:
         operators: hsa_attention, chunk_topk, sliding_window_attention, ChunkVisibility: `hsa_ultralong.ops`.
-        meta: of eval/metadata.py; "failures" and "unions" are added to it, and "stopped_before" if time was over.
+        meta: of eval/metadata.py; "failures" and "unions" are added to it, "graphs" if points are timed by graphs, and
+            "stopped_before" if time was over.
         ops: entries of OPS in the order wanted, or OP:IMPL for one implementation alone.
         recorder: gives recorded lists; without one that selection is left out.
         progress: called with every record and failure.
@@ -166,6 +177,8 @@ def run_ops(
     guard = Guard(operators, settings)
     result: dict[str, Any] = {"meta": meta, "records": records}
     meta["failures"], meta["unions"] = failures, {}
+    if settings.make_capture is not None:
+        meta["graphs"] = True
 
     def keep(found: dict[str, Any]) -> None:
         (failures if "error" in found else records).append(found)
@@ -187,7 +200,7 @@ def run_ops(
             error = guard.refusal(point)
             found = _failure(point, error) if error else measure(point, settings)
             keep(found)
-            _clean_up(settings.device)
+            _clean_up(settings)
         if "stopped_before" in meta:
             break
         if not is_known:

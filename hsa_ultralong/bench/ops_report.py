@@ -77,6 +77,10 @@ def _chip(meta: dict[str, Any]) -> str:
     return str(meta.get("hardware_name", short_hardware(meta["hardware"]))).split("x")[0]
 
 
+def _by_graphs(meta: dict[str, Any]) -> str:
+    return ", CUDA graphs" if meta.get("graphs") else ""
+
+
 def select(records: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
     """Records that have all these values."""
     return [record for record in records if all(record.get(key) == value for key, value in fields.items())]
@@ -100,6 +104,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     records = result["records"]
     attention = [_attention_table(records, direction) for direction in _TITLES]
     found = [*attention, _rivals_table(records), _rates_table(records)]
+    for table in found:
+        table.title = f"{table.title}{_by_graphs(result['meta'])}"
     return [table for table in found if table.row_count]
 
 
@@ -263,4 +269,4 @@ def _draw_floors(axes: Any, hsa: list[dict[str, Any]], chip: str) -> None:
 def _title(meta: dict[str, Any], records: list[dict[str, Any]], topk: int) -> str:
     first = records[0]
     shape = ", ".join(f"{name}={first[name]}" for name in ("Hq", "Hkv", "D", "S"))
-    return f"Attention operators on {meta['hardware']}: {shape}, K={topk}, {first['dtype']}"
+    return f"Attention operators on {meta['hardware']}: {shape}, K={topk}, {first['dtype']}{_by_graphs(meta)}"

@@ -39,6 +39,8 @@ class Settings:
     torch_max: int = 32_768  # so is the dense torch path, and the gathering one moves K * S keys a token
     recorded_max: int = 32_768
     budget_s: float = 0.25
+    # the trainer's CudaCapture: every point is timed as the replay of a graph (timing.py)
+    make_capture: Callable[[torch.device], Any] | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -75,6 +77,7 @@ class Point:
             "op": self.op, "impl": self.impl, "direction": self.direction, "selection": self.selection, "T": self.T,
             "K": self.K, "C": self.C, "Hq": settings.Hq, "Hkv": settings.Hkv, "D": settings.D, "S": settings.S,
             "R": settings.R, "dtype": settings.dtype_name, "flops": self.flops, "bytes": self.bytes, **self.more,
+            **({"graph": True} if settings.make_capture is not None else {}),
         }  # fmt: skip
 
 

@@ -1,17 +1,25 @@
 """Time and peak memory of one call: CUDA events after warm-up, a cold L2 cache before every repeat; a clock on a CPU.
 
 The events stand around the call alone. Repeats are queued without waiting for each other, so launch costs count only
-where they are the bottleneck, as in training. tests/bench/test_benchmarks.py.
+where they are the bottleneck, as in training; with a capture they do not count at all, as in training by CUDA graphs.
+tests/bench/test_benchmarks.py.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.bench.points import one_line
+
+# the trainer's CudaCapture of a device (train/graphs.py)
+MakeCapture = Callable[[torch.device], Any]
+# calls before a graph is made, as in the trainer; in the last of them nothing may wait for the device
+_CALLS_BEFORE = 3
 # larger than any L2 cache; written between repeats
 _FLUSH_BYTES = 256 * 2**20
 _LOW, _HIGH = 0.2, 0.8
@@ -42,7 +50,10 @@ def num_repeats(ms: float, budget_s: float, least: int = 3) -> int:
     return max(least, min(_MAX_REPEATS, int(budget_s * 1e3 / max(ms, 1e-3))))
 
 
-def time_call(call: Callable[[], Any], device: str, *, budget_s: float = 0.25, use_graph: bool = False) -> Timing:
+def time_call(
+    call: Callable[[], Any], device: str, *, budget_s: float = 0.25, use_graph: bool = False,
+    make_capture: MakeCapture | None = None,
+) -> Timing:  # fmt: skip
     """Measure `call`, which is run two times before.
 
     Args:
@@ -50,21 +61,60 @@ def time_call(call: Callable[[], Any], device: str, *, budget_s: float = 0.25, u
         device: "cuda" or "cpu".
         budget_s: time for the repeats, at least three are made.
         use_graph: capture the call in a CUDA graph and time its replay (decoding); on a CPU it changes nothing.
+        make_capture: capture the call by what this makes, and time what replays it; peak_bytes stays the plain call's.
+
+    Raises:
+        RuntimeError: no graph holds the call.
     """
-    return _time_cuda(call, budget_s, use_graph) if device == "cuda" else _time_cpu(call, budget_s)
+    if device == "cuda":
+        return _time_cuda(call, budget_s, use_graph, make_capture)
+    return _time_cpu(call, budget_s, make_capture)
 
 
 def _summary(times: list[float], peak: int) -> Timing:
     return Timing(quantile(times, 0.5), quantile(times, _LOW), quantile(times, _HIGH), len(times), peak)
 
 
-def _time_cpu(call: Callable[[], Any], budget_s: float) -> Timing:
+def captured(call: Callable[[], Any], device: torch.device, make_capture: MakeCapture) -> Callable[[], Any]:
+    """What replays `call`, after a few calls that are not captured.
+
+    Raises:
+        RuntimeError: no graph holds it, with the first reason in one line.
+    """
+    capture, nothing, reasons = make_capture(device), torch.zeros(3, device=device), []
+
+    def run() -> torch.Tensor:
+        try:
+            call()
+        except Exception as error:
+            # what ends a failed capture hides it
+            reasons.append(one_line(error))
+            raise
+        return nothing
+
+    try:
+        for number in range(_CALLS_BEFORE):
+            with capture.aside(may_wait=number + 1 < _CALLS_BEFORE):
+                run()
+        # what autograd may still hold of earlier calls belongs to another stream
+        gc.collect()
+        replay: Callable[[], Any] = capture(run)[0]
+        return replay
+    except Exception as error:
+        reasons.append(one_line(error))
+    # outside of the handler: a traceback would keep the tensors of the failed call
+    raise RuntimeError(f"no CUDA graph holds it: {reasons[0]}")
+
+
+def _time_cpu(call: Callable[[], Any], budget_s: float, make_capture: MakeCapture | None) -> Timing:
     def once() -> float:
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3
 
     once()
+    if make_capture is not None:
+        call = captured(call, torch.device("cpu"), make_capture)
     return _summary([once() for _ in range(num_repeats(once(), budget_s))], 0)
 
 
@@ -81,14 +131,18 @@ def _capture(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def _time_cuda(call: Callable[[], Any], budget_s: float, use_graph: bool) -> Timing:
+def _time_cuda(
+    call: Callable[[], Any], budget_s: float, use_graph: bool, make_capture: MakeCapture | None
+) -> Timing:  # fmt: skip
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
-    if use_graph:
+    if make_capture is not None:
+        call = captured(call, torch.device("cuda", torch.cuda.current_device()), make_capture)
+    elif use_graph:
         call = _capture(call)
     flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.baselines import FullAttentionLM
+from hsa_ultralong.bench.timing import MakeCapture
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM, accounting
 
 PEAK_FLOPS = 989e12  # H200 and H100, dense bf16 (docs/results.md)
@@ -25,8 +26,6 @@ ATTENTIONS = ("hsa", "full")
 TimedModel = HSAForCausalLM | FullAttentionLM
 # what the trainer does to a model before its first step, given the kind of checkpointing
 Prepare = Callable[[TimedModel, str], None]
-# the trainer's CudaCapture of a device (train/graphs.py)
-MakeCapture = Callable[[torch.device], Any]
 # steps before a graph is made, as in the trainer
 _STEPS_BEFORE = 3
 

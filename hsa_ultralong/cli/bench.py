@@ -3,6 +3,7 @@ and decoding; `training`, `reading`, `first` and `serve` are in files of their o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,7 @@ def bench_ops(
     max_minutes: Annotated[
         float | None, typer.Option(min=0, max=1e9, callback=finite, help="Begin no point after so many minutes.")
     ] = None,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Time replays of CUDA graphs; on a GPU.")] = False,
     text: Annotated[Path | None, typer.Option(help="Text for recorded selections.", show_default="Opticks")] = None,
     model: Annotated[Path | None, typer.Option(help="Model that reads it.", show_default="checkpoints/nano")] = None,
     hardware: Annotated[str | None, typer.Option(help="Name in the file.", show_default="such as h200, cpu2")] = None,
@@ -71,6 +73,9 @@ def bench_ops(
     Writes ops-HARDWARE.json after every point and draws ops-HARDWARE.png from it. A Triton operator is checked
     against its reference first and is not timed if it is wrong.
 
+    With --graphs every point is the replay of one CUDA graph, as in training by graphs: the device's time without the
+    host's launches. What no graph holds is noted and left out. The files are ops-graphs-HARDWARE.json and .png.
+
     Examples:
 
       hsa bench ops --quick
@@ -83,6 +88,8 @@ def bench_ops(
 
       hsa bench ops --ops hsa:triton,nsa:fla,selected:flex,full_attention --lengths 4K,64K --topk 32 --max-minutes 5
 
+      hsa bench ops --graphs --ops hsa:triton,chunk_topk,full_attention:cudnn --lengths 4K,8K,16K --topk 32
+
       hsa bench ops --device cpu --lengths 256,512 --topk 4
     """
     from hsa_ultralong import ops as operators
@@ -92,10 +99,16 @@ def bench_ops(
 
     require_folder(output)
     place = choose_device(device)
+    if graphs and place != "cuda":
+        raise ValueError(f"--graphs needs a CUDA device, got {place}: leave it out")
     settings = _settings(place, lengths, topk, full_max, quick, longest, seed)
+    if graphs:
+        from hsa_ultralong.train.graphs import CudaCapture
+
+        settings = replace(settings, make_capture=CudaCapture)
     if text is not None and not text.is_file():
         raise ValueError(f"{text} is no file: give --text a text that the model shall read")
-    path, meta = bench_results(output, "ops", hardware, place, seed)
+    path, meta = bench_results(output, "ops-graphs" if graphs else "ops", hardware, place, seed)
     wanted = tuple(part.strip() for part in ops.split(",")) if ops else OPS
     result = run_ops(
         operators, settings, meta, ops=wanted, recorder=_recorder(settings, model, text), path=path,

@@ -10,7 +10,7 @@ refused, never run otherwise: docs/training.md. Called by step_loss.py; tests/tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,11 +91,28 @@ class CudaCapture:
 
     def __call__(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """What runs `function` again on the same tensors, and where its result then stands."""
-        graph = torch.cuda.CUDAGraph()
-        # other threads, such as the one that pins rows, may meanwhile ask the device
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            result = function()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # other threads, such as the one that pins rows, may meanwhile ask the device
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = function()
+        except Exception:
+            self._abandon(current)
+            raise
         return graph.replay, result
+
+    def _abandon(self, current: torch.cuda.Stream) -> None:
+        """Undo what a failed capture leaves until torch 2.12: its stream, its pool, and random numbers that wait."""
+        # whatever fails here, the first error is the one to tell; a pool whose capture has ended is torch's to release
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+            torch._C._cuda_releasePool(self.stream.device_index, self.pool)
+        with suppress(Exception):
+            torch.cuda.synchronize(self.device)
+            # a whole capture ends the wait
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                torch.zeros((), device=self.device)
+        torch.cuda.set_stream(current)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hsa_ultralong import ops as operators
 from hsa_ultralong.bench.guard import Guard, check_attention, check_retrieval
-from hsa_ultralong.bench.ops import OPS, run_ops
+from hsa_ultralong.bench.ops import OPS, measure, run_ops
 from hsa_ultralong.bench.ops_report import plot_ops, read_benchmark, short_hardware, tables
 from hsa_ultralong.bench.points import Point, Settings, directed, visible_chunks, visible_keys
 from hsa_ultralong.bench.retrieval import unfused_topk
@@ -27,6 +27,8 @@ from hsa_ultralong.bench.timing import num_repeats, quantile, time_call
 from hsa_ultralong.cli import figures
 from hsa_ultralong.eval.metadata import run_metadata
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
+from hsa_ultralong.testing.graphs import EagerCapture
+from hsa_ultralong.train.graphs import CudaCapture
 
 FIELDS = {
     "op", "impl", "direction", "selection", "T", "K", "C", "Hq", "Hkv", "D", "S", "R", "dtype", "ms", "ms_low",
@@ -213,6 +215,88 @@ def test_one_implementation_alone_in_the_order_given_until_the_time_is_over(tmp_
     assert [one["impl"] for one in other["meta"]["failures"]] == ["cudnn"] and len(read_benchmark(path)["records"]) == 2
     with pytest.raises(ValueError, match="flash_attn alone; got none"):
         run_ops(operators, settings, {}, ops=("hsa:",))
+
+
+def test_by_graphs_every_point_is_captured_after_a_few_calls_and_says_so():
+    """On a CPU, where a stand-in runs what a graph would."""
+    EagerCapture.reset()
+    settings = tiny_settings(lengths=(16,), make_capture=EagerCapture)
+    result = run_ops(operators, settings, run_metadata("test", 0), ops=("hsa", "full_attention", "decode"))
+    records = result["records"]
+    assert result["meta"]["graphs"] is True and all(record["graph"] is True for record in records)
+    # grouped and expanded heads of full attention are tried by graphs too
+    assert EagerCapture.captured == len(records) + 2 * len([one for one in records if one["op"] == "full_attention"])
+    assert EagerCapture.waited == [True, True, False] * EagerCapture.captured
+    assert EagerCapture.replayed >= 4 * EagerCapture.captured, "what is timed is replayed"
+    assert {table.title.endswith(", CUDA graphs") for table in tables(result)} == {True}
+
+
+def test_without_graphs_nothing_says_graphs(result):
+    assert "graphs" not in result["meta"] and not any("graph" in record for record in result["records"])
+    assert not any("graphs" in table.title for table in tables(result))
+
+
+def test_what_no_graph_holds_is_a_failed_point_and_the_run_goes_on():
+    capturing = []
+
+    class Capture(EagerCapture):
+        """Ends a failed capture by an error that hides the reason, as CUDA does."""
+
+        def __call__(self, function):
+            capturing.append(1)
+            try:
+                function()
+            except RuntimeError:
+                raise ValueError("the capture was spoiled") from None
+            finally:
+                capturing.clear()
+            return super().__call__(function)
+
+    def asks(*arguments, **options):
+        if capturing:
+            raise RuntimeError("not permitted\nwhen capturing")
+        return operators.hsa_attention(*arguments, **options)
+
+    asking = SimpleNamespace(**{**vars(operators), "hsa_attention": asks})
+    settings = tiny_settings(lengths=(16,), make_capture=Capture)
+    result = run_ops(asking, settings, run_metadata("test", 0), ops=("hsa", "window:torch"))
+    errors = [failure["error"] for failure in result["meta"]["failures"]]
+    assert len(errors) == 4 and set(errors) == {
+        "RuntimeError: no CUDA graph holds it: RuntimeError: not permitted when capturing"
+    }
+    assert [record["op"] for record in result["records"]] == ["window", "window"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_points_are_replayed_and_a_spoiled_capture_harms_no_later_one():
+    settings = Settings(
+        lengths=(1024,), topks=(8,), decode_chunks=(64,), budget_s=0.01, make_capture=CudaCapture
+    )  # fmt: skip
+    values = torch.randn(1000, device="cuda")
+    stream, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
+
+    def asks():
+        return values.sum().item()
+
+    def asks_in_capture():
+        return asks() if torch.cuda.is_current_stream_capturing() else values.sum()
+
+    def wanted():
+        ops = ("hsa:triton", "chunk_topk:triton", "chunk_topk:unfused", "full_attention:cudnn", "decode:triton")
+        return run_ops(operators, settings, run_metadata("test", 0), ops=ops)
+
+    before = wanted()
+    assert not before["meta"]["failures"] and all(record["graph"] and record["ms"] > 0 for record in before["records"])
+    for call, words in ((asks, "synchronizing"), (asks_in_capture, "captur"), (asks_in_capture, "captur")):
+        failed = measure(Point("hsa", "triton", "fwd", 1024, lambda call=call: call), settings)
+        assert failed["error"].startswith("RuntimeError: no CUDA graph holds it: ") and words in failed["error"]
+        # the stream, the mode, the allocator and the random numbers are as before
+        assert torch.cuda.current_stream() == stream and torch.cuda.get_sync_debug_mode() == mode
+        torch.cuda.empty_cache()
+        torch.randn(10, device="cuda")
+    again = wanted()
+    assert not again["meta"]["failures"] and len(again["records"]) == len(before["records"])
 
 
 def test_unknown_operators_and_lengths_below_a_chunk_are_refused():

@@ -5,7 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from hsa_ultralong.bench import ops
+from hsa_ultralong.cli import common
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.train.graphs import CudaCapture
 
 
 def hsa(*arguments):
@@ -45,15 +48,34 @@ def test_bench_ops_prints_only_json_on_request(tmp_path):
         (("--lengths", "32"), "at least one chunk of 64"),
         (("--topk", "0"), "--topk must be whole numbers from 1"),
         (("--text", "no-such-file"), "is no file"),
+        (("--graphs",), "--graphs needs a CUDA device, got cpu"),
     ],
 )
 def test_bench_ops_refuses_bad_input_in_one_line(arguments, words, tmp_path):
     result = hsa("bench", "ops", "--device", "cpu", "-o", tmp_path, *arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") and words in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_times_by_graphs_have_a_file_of_their_own(graphs, tmp_path, monkeypatch):
+    found = {}
+
+    def run_ops(operators, settings, meta, *, path, **_):
+        found.update(capture=settings.make_capture, name=path.name)
+        return {"meta": {**meta, "failures": [{"error": "no card"}]}, "records": []}
+
+    monkeypatch.setattr(common, "choose_device", lambda name: "cuda")
+    monkeypatch.setattr(ops, "run_ops", run_ops)
+    result = hsa("bench", "ops", "-o", tmp_path, "--hardware", "test", *(["--graphs"] if graphs else []))
+    assert "nothing was measured: no card" in result.stderr
+    want = (CudaCapture, "ops-graphs-test.json") if graphs else (None, "ops-test.json")
+    assert (found["capture"], found["name"]) == want
 
 
 def test_help_of_bench_shows_examples():
     result = hsa("bench", "ops", "--help")
     assert result.exit_code == 0 and "hsa bench ops --quick" in result.stdout
+    assert "hsa bench ops --graphs --ops hsa:triton" in result.stdout
     assert "ops" in hsa("bench", "--help").stdout
