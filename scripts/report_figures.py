@@ -5,6 +5,7 @@ FIGURES names those that take several files. Called by report.py; tests/test_rep
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +27,9 @@ Times = dict[tuple[str, str, int], float]
 TOPK, LISTS = 32, ("shared", "recorded", "random")
 # model -> its studies of hidden sentences; the same length is shown of the first that has it
 NEEDLES = {
-    "nano": ("needles-nano", "needles-nano-card", "needles-nano-16m", "needles-nano-128m"),
+    "nano": (
+        "needles-nano", "needles-nano-card", "needles-nano-16m", "needles-nano-128m", "needles-nano-256m", "needles-nano-1g",
+    ),
     "nano before 2026-11-28": ("needles-before-pool", "needles-1g"),
     "the same, pools, averaged": ("needles-averaged", "needles-1g-averaged"),
 }
@@ -164,19 +167,17 @@ def _median_margins(root: Path, studies: Sequence[str]) -> dict[int, float]:
 
 def margins(root: Path) -> dict[str, Line]:
     """Model -> score of the right chunk over the best other one, by length: median and, where lines are kept, the
-    middle half."""
-    found = {}
+    middle half, else NaN."""
+    lines, found = _needles(root, "margin"), {}
     for model, studies in NEEDLES.items():
-        if medians := _median_margins(root, studies):
-            found[model] = Line(sorted(medians), [medians[length] for length in sorted(medians)])
-    for model, lines in _needles(root, "margin").items():
-        cuts = []
-        for length in dict.fromkeys(line["length"] for line in lines):
-            own = [line["margin"] for line in lines if line["length"] == length]
+        cuts = {length: (math.nan, median, math.nan) for length, median in _median_margins(root, studies).items()}
+        for length in dict.fromkeys(line["length"] for line in lines.get(model, ())):
+            own = [line["margin"] for line in lines[model] if line["length"] == length]
             if len(own) > 1:
-                cuts.append((length, *quantiles(own, n=4)))
+                cuts[length] = tuple(quantiles(own, n=4))
         if cuts:
-            x, low, middle, high = map(list, zip(*cuts, strict=True))
+            x = sorted(cuts)
+            low, middle, high = ([cuts[length][place] for length in x] for place in range(3))
             found[model] = Line(x, middle, low, high)
     return found
 
