@@ -28,7 +28,12 @@ TOPK, LISTS = 32, ("shared", "recorded", "random")
 # model -> its studies of hidden sentences; the same length is shown of the first that has it
 NEEDLES = {
     "nano": (
-        "needles-nano", "needles-nano-card", "needles-nano-16m", "needles-nano-128m", "needles-nano-256m", "needles-nano-1g",
+        "needles-nano",
+        "needles-nano-card",
+        "needles-nano-16m",
+        "needles-nano-128m",
+        "needles-nano-256m",
+        "needles-nano-1g",
     ),
     "nano before 2026-11-28": ("needles-before-pool", "needles-1g"),
     "the same, pools, averaged": ("needles-averaged", "needles-1g-averaged"),
