@@ -20,6 +20,7 @@ from torch.nn import functional
 from hsa_ultralong.inference.prefixes import Prefixes
 from hsa_ultralong.inference.reader import memorize
 from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.models.weights import checksums
 from hsa_ultralong.nn.views import ChunkTensors, GraphView, Search
 from hsa_ultralong.ops import ChunkVisibility, ScoredChunks, combine_topk
 from hsa_ultralong.ops._triton import hash_triton_early, next_power_of_two, shared_memory, triton_runs_on
@@ -90,6 +91,7 @@ def _meet(device: torch.device) -> None:
             torch.cat((y.softmax(-1), y), dim=-1).index_select(-1, place[:4]).float().logsumexp(-1)
         _ = functional.embedding(place, x)[place % 2].argmax(-1).cumsum(0).max()
         torch.where(place > 3, place, -1).to(torch.int32).sort()
+        checksums([x, place]).tolist()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

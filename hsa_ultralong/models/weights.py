@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from hsa_ultralong.models.wrapped import TRAINING_WRAPPERS_THAT_CUT, cut_weights
 
@@ -29,6 +30,8 @@ _SAME = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _KNOWN_HOOKS = ("accelerate.", "hsa_ultralong.", "torch.", "transformers.")
 # modes, and what bitsandbytes notes about the machine and the first input
 _NO_SETTINGS = ("training", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
+# tensors up to this size are checked together
+_SMALL_BYTES = 1 << 20
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -99,7 +102,7 @@ def _is_known(hook: Any) -> bool:
 def state_key(entries: Iterable[Entry]) -> tuple[Any, ...]:
     """Labels, shapes, dtypes and checksums: equal if nothing was changed in between, however it was written."""
     labels: list[str] = []
-    sums: dict[torch.device, list[torch.Tensor]] = {}
+    elsewhere: dict[torch.device, list[torch.Tensor]] = {}
     numbers: list[Any] = []
     for label, tensor in entries:
         labels.append(label if tensor is None else f"{label}{tuple(tensor.shape)}{tensor.dtype}")
@@ -108,10 +111,26 @@ def state_key(entries: Iterable[Entry]) -> tuple[Any, ...]:
         if tensor.device.type == "cpu":
             numbers.append(zlib.crc32(_bits(tensor).numpy().data))
         else:
-            sums.setdefault(tensor.device, []).append(checksum(tensor))
+            elsewhere.setdefault(tensor.device, []).append(tensor)
     # one wait for a device
-    numbers += [pair for parts in sums.values() for pair in torch.stack(parts).tolist()]
+    numbers += [pair for tensors in elsewhere.values() for pair in checksums(tensors).tolist()]
     return (*labels, repr(numbers))
+
+
+def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(n, 2) int64 of tensors of one device, n <= 1 + len(tensors): small ones are joined, as each would take a dozen
+    launches, of which the first answer of a process waits for hundreds."""
+    small, sums = [], []
+    for tensor in tensors:
+        bits = _bits(tensor)
+        if bits.numel() > _SMALL_BYTES:
+            sums.append(checksum(tensor))
+        else:
+            # in whole words, so that the sums of all are
+            small.append(pad(bits.flatten(), (0, -bits.numel() % 8)))
+    if small:
+        sums.append(checksum(torch.cat(small)))
+    return torch.stack(sums)
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hsa_ultralong.inference import DecodingEngine, last_logits, memorize, memory_fingerprint
 from hsa_ultralong.models import HSAForCausalLM
-from hsa_ultralong.models.weights import checksum, is_plain, state_key, weights_of
+from hsa_ultralong.models.weights import checksum, checksums, is_plain, state_key, weights_of
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
 
 # of checkpoints/nano: memories on disk carry it
@@ -62,11 +62,15 @@ def other_data(weight):
 def test_a_changed_weight_is_seen_however_it_was_written(write):
     model = tiny_model()
     before, key = memory_fingerprint(model), checksum(projection(model).weight)
+    others = [torch.ones(3, 5, dtype=torch.bfloat16), torch.ones((1 << 18) + 1)]
+    whole = checksums([others[0], projection(model).weight, others[1]])
+    assert whole.shape == (2, 2), "small tensors are checked together"
     memory = model.memorize(random_tokens(1, 20)[0], close=False)
     write(projection(model).weight)
     assert memory_fingerprint(model) != before
     # a GPU's way of seeing it
     assert not torch.equal(checksum(projection(model).weight), key)
+    assert (checksums([others[0], projection(model).weight, others[1]]) != whole).any(1).tolist() == [False, True]
     with pytest.raises(ValueError, match="another model"):
         last_logits(model, memory)
 
