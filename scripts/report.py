@@ -328,6 +328,11 @@ def targets_block(root: Path) -> str:
     return table(head, rows) if rows else _NOT_YET
 
 
+def models_block(root: Path) -> str:
+    rows = goals.compared_rows(root)
+    return table(["", *goals.MODELS], [["model", *goals.MODELS.values()], *rows]) if rows else _NOT_YET
+
+
 def misses_block(root: Path) -> str:
     rows = goals.miss_rows(root)
     head = ["task", "samples", "right", "retrieval", "fusion", "reading", "margin", "most frequent wrong answer"]
@@ -379,7 +384,8 @@ def blocks(root: Path, figures: Figures) -> dict[str, Callable[[], str]]:
     own: dict[str, Callable[[], str]] = {name: partial(finding_block, root, figures, name) for name in FINDINGS}
     own |= {name: partial(figures_block, root, figures, name) for name in shapes.FIGURES}
     own |= {"operators": partial(operators_block, root, figures), "lengths": partial(lengths_block, root)}
-    return {**own, "targets": partial(targets_block, root), "misses": partial(misses_block, root)}
+    own |= {"targets": partial(targets_block, root), "models": partial(models_block, root)}
+    return {**own, "misses": partial(misses_block, root)}
 
 
 def render(text: str, root: Path) -> tuple[str, Figures]:

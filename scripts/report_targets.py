@@ -90,6 +90,41 @@ TARGETS = (
     Target("perplexity of books, last 4,096 tokens, and by position in rows of 1M", "flat or falling to 1M", _PPL,
            met="by position yes; of the last 4,096 not at 1M (two stretches)"),
 )  # fmt: skip
+# models that one can load or make -> parameters and text seen; docs/training.md and the cards say the rest
+MODELS = {
+    "nano": "9.2M parameters; 516M tokens, 70 to 78% synthetic rows; 15 card-minutes beside other runs",
+    "mini": "31M; 293M tokens, the same rows; 12 card-minutes beside other runs; its weights do not ship",
+    "smol": "144M, SmolLM2-135M-Instruct with a memory; its card says what trained",
+}
+_KINDS = tuple(f"recall_value_{kind}" for kind in ("names", "cities", "times", "dates", "digits14", "words2"))
+# what is asked -> model -> where its number stands
+COMPARED: dict[str, dict[str, Place]] = {
+    f"{words}, {human_tokens(length)}": {
+        model: Place(study, tasks, length, metric) for model, (study, metric) in own.items()
+    }
+    for words, tasks, length, own in (
+        ("twelve forms never trained", _FORMS, 2**16,
+         {"nano": ("recall-nano", "exact"), "mini": ("recall-mini", "exact"), "smol": ("smol-recall-64k", "mentions")}),
+        ("twelve forms never trained", _FORMS, M,
+         {"nano": ("recall-nano-1m", "exact"), "smol": ("smol-recall-1m", "mentions")}),
+        ("six kinds of values in the trained form", _KINDS, 2**16,
+         {"nano": ("recall-nano", "exact"), "mini": ("recall-mini", "exact"), "smol": ("smol-recall-64k", "mentions")}),
+        ("one of 64 alike", ("recall_similar_64",), 2**16,
+         {"nano": ("recall-nano", "exact"), "mini": ("recall-mini", "exact"), "smol": ("smol-recall-64k", "mentions")}),
+        ("S-NIAH, the authors' form, forced", ("s_niah_authors",), M,
+         {"nano": ("paper-nano-16m", "teacher"), "mini": ("paper-mini-16m", "teacher")}),
+        ("S-NIAH, the authors' form, forced", ("s_niah_authors",), 16 * M,
+         {"nano": ("paper-nano-16m", "teacher"), "mini": ("paper-mini-16m", "teacher")}),
+        ("RULER's niah_single_2", ("niah_single_2",), 2**16,
+         {"nano": ("ruler-nano", None), "smol": ("smol-niah", None)}),
+        ("RULER's niah_single_2", ("niah_single_2",), M,
+         {"nano": ("ruler-nano-1m", None), "smol": ("smol-niah", None)}),
+        ("RULER's niah_single_2", ("niah_single_2",), 16 * M,
+         {"nano": ("ruler-nano-16m", None), "smol": ("smol-niah", None)}),
+        ("certainty, AUROC", ("recall_absent",), 2**16,
+         {"nano": ("recall-nano", "auroc"), "mini": ("recall-mini", "auroc"), "smol": ("smol-recall-64k", "auroc")}),
+    )
+}  # fmt: skip
 # task -> its studies, of which misses are counted
 MISSES = {
     "s_niah_authors": ("paper-nano", "paper-nano-16m"), "mq_authors": ("paper-nano-16m",),
@@ -153,6 +188,13 @@ def target_rows(root: Path) -> list[list[str]]:
         n = " to ".join(dict.fromkeys(map(str, (samples[0], samples[-1]))))
         rows.append([target.what, target.needed, "; ".join(cells), n, met, "; ".join(weights), files])
     return rows
+
+
+def compared_rows(root: Path) -> list[list[str]]:
+    """What each model answers of what was asked of several; empty where it was not asked."""
+    found = {what: {model: measured(root, place) for model, place in own.items()} for what, own in COMPARED.items()}
+    cells = {what: {model: shown(record) for model, record in own.items() if record} for what, own in found.items()}
+    return [[what, *(own.get(model, "") for model in MODELS)] for what, own in cells.items() if own]
 
 
 def records_of(root: Path, study: str) -> Iterator[dict[str, Any]]:
