@@ -80,8 +80,7 @@ class HSAConfig(PreTrainedConfig):
         position_decay: learned slope on the recency rank (breaks fact 4).
         memory_softmax: "chunk", or "joint": one softmax over the keys of all retrieved chunks, with the logarithms of
             the fusion weights as bias; memory_positions: "none", or "rope" by the distance from token to key. The other
-            values are for studies (docs/report.md): plain torch for one softmax, memories on the device that are not
-            laid together for both.
+            values are for studies (docs/report.md), of memories on the device that are not laid together.
         gumbel_noise: noise on the selection in training.
         temperature_chunks: a token that may read n chunks, more than this number, has its scores multiplied by log(n) /
             log(temperature_chunks) before fusion, so that weights spread less in large memories; 0 = never.

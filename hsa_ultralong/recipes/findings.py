@@ -181,8 +181,8 @@ FINDINGS: dict[str, Finding] = {
         common=_FUSION_ROWS,
         setting="rebuild",
         note="`score` is HSA. `score_joint`: one softmax over all keys, with the scores as bias. `chosen`: one softmax "
-        "without scores, as in the selected branch of NSA; its scores learn nothing. One softmax is plain torch, so "
-        "rows of the last stage have 8K.",
+        "without scores, as in the selected branch of NSA; its scores learn nothing. Rows of the last stage "
+        "have 8K, as one softmax was plain torch when they were set.",
     ),
     "fusion_taught": Finding(
         question="Does fusion by score still matter where an auxiliary loss teaches retrieval?",

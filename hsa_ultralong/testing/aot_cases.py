@@ -18,6 +18,7 @@ from hsa_ultralong.ops import (
     chunk_topk,
     combine_topk,
     hsa_attention,
+    joint_attention,
     sliding_window_attention,
 )
 from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks
@@ -81,6 +82,17 @@ def _run_hsa(shape: Shape, num_queries: int, is_training: bool) -> None:
     out = hsa_attention(q, k, v, indices, weights, chunk_size=shape.S, causal=is_training, impl="triton")
     if is_training:
         out.backward(torch.ones_like(out))
+
+
+def _run_joint(shape: Shape, is_short: bool) -> None:
+    """is_short: with chunks of less than S tokens, and a gradient of the logsumexp."""
+    chunks, heads = shape.T // shape.S, (shape.Hq, shape.Hkv, shape.Hkv)
+    q, k, v = (_noise(1, shape.T, count, shape.D, dtype=shape.dtype) for count in heads)
+    indices = torch.randint(chunks, (1, shape.T, shape.Hkv, min(shape.K, chunks)), dtype=torch.int32)
+    weights = torch.rand(indices.shape).requires_grad_()
+    lengths = torch.ones((1, chunks), dtype=torch.int32) if is_short else None
+    out, mass = joint_attention(q, k, v, indices, weights, chunk_size=shape.S, chunk_lengths=lengths, impl="triton")
+    (out.sum() + mass.sum() if is_short else out.sum()).backward()
 
 
 def _run_window(shape: Shape, has_documents: bool) -> None:
@@ -155,6 +167,8 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
             (f"hsa_attention training {shape}", _with_shape(_run_hsa, shape, shape.T, True)),
             (f"hsa_attention forward {shape}", _with_shape(_run_hsa, shape, shape.T, False)),
             (f"hsa_attention decode {shape}", _with_shape(_run_hsa, shape, 1, False)),
+            (f"joint_attention {shape}", _with_shape(_run_joint, shape, False)),
+            (f"joint_attention short chunks {shape}", _with_shape(_run_joint, shape, True)),
             (f"sliding_window_attention {shape}", _with_shape(_run_window, shape, False)),
             (f"sliding_window_attention documents {shape}", _with_shape(_run_window, shape, True)),
         ]

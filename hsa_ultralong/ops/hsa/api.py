@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from hsa_ultralong.ops._common import choose_impl, require_shape
+from hsa_ultralong.ops._common import choose_impl
 from hsa_ultralong.ops._triton import KERNEL_SIZES, triton_runs_on
 from hsa_ultralong.ops.hsa.indices import within
+from hsa_ultralong.ops.hsa.operands import require_operands
 from hsa_ultralong.ops.hsa.reference import hsa_attention_reference
 from hsa_ultralong.ops.hsa.torch_dense import hsa_attention_dense
 from hsa_ultralong.ops.hsa.torch_gather import hsa_attention_gather
@@ -88,27 +89,8 @@ def hsa_attention(
         ValueError: on shapes that do not fit, an unknown impl, or shapes or dtypes that impl="triton" does not take.
         RuntimeError: impl="triton" without an NVIDIA GPU or without the triton package.
     """
-    if q.dim() != 4:
-        raise ValueError(f"q must be (B, T, Hq, D), got {tuple(q.shape)}")
-    batch, num_tokens, num_heads, dim = q.shape
-    require_shape("k", k, (None, None, None, dim))
-    require_shape("v", v, tuple(k.shape))
-    kv_heads = k.shape[2]
-    if k.shape[0] not in (1, batch):
-        raise ValueError(f"k and v have batch {k.shape[0]}, required 1 or {batch}")
-    if chunk_size < 1 or k.shape[1] % chunk_size:
-        raise ValueError(f"k has {k.shape[1]} slots, required a multiple of chunk_size={chunk_size}")
-    if num_heads % kv_heads:
-        raise ValueError(f"q has {num_heads} heads, required a multiple of the {kv_heads} heads of k")
-    require_shape("indices", indices, (batch, num_tokens, None, None))
-    if indices.shape[2] not in (1, kv_heads):
-        raise ValueError(f"indices have {indices.shape[2]} retrieval heads, required 1 or {kv_heads}")
-    require_shape("weights", weights, tuple(indices.shape))
-    num_chunks = k.shape[1] // chunk_size
-    if chunk_lengths is not None:
-        require_shape("chunk_lengths", chunk_lengths, (None, num_chunks))
-        if chunk_lengths.shape[0] not in (1, batch):
-            raise ValueError(f"chunk_lengths have batch {chunk_lengths.shape[0]}, required 1 or {batch}")
+    require_operands(q, k, v, indices, weights, chunk_size, chunk_lengths)
+    num_tokens, dim, num_chunks = q.shape[1], q.shape[3], k.shape[1] // chunk_size
     if indices.shape[-1] == 0 or num_chunks == 0 or num_tokens == 0:
         return q * 0
     scale = dim**-0.5 if scale is None else scale

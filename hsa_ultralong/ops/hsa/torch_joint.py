@@ -1,8 +1,5 @@
-"""One softmax over the keys of all retrieved chunks, which the paper's design is compared with (docs/report.md).
-
-hsa_attention has a softmax of its own for each chunk. By fact 3 of docs/architecture.md the joint one is hsa_attention
-with the weights w_i exp(lse_i), normalised for every query head. Plain torch, blockwise in T, recomputed in the
-backward. Called by nn/reading_variants.py; tests/ops/test_hsa_joint.py.
+"""joint_attention in plain torch, the specification of its kernels: blockwise in T, in fp32 (fp64 for fp64), recomputed
+in the backward. Called by joint.py; tests/ops/test_hsa_joint.py.
 """
 
 from __future__ import annotations
@@ -11,43 +8,26 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hsa_ultralong.ops._common import accumulation_dtype, blocks
-from hsa_ultralong.ops.hsa.indices import within
 
 # logits of one block of tokens, in elements
 _BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 # up to so many chunks for each one chosen, all are multiplied; beyond, those chosen are gathered
 _DENSE_RATIO = 8
-# the logarithm of a weight ends here, so that its gradient stays finite
-_LEAST_WEIGHT = 1e-30
 
 
-def joint_attention(
+def joint_attention_torch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     indices: torch.Tensor,
-    weights: torch.Tensor,
+    bias: torch.Tensor,
     *,
     chunk_size: int,
-    chunk_lengths: torch.Tensor | None = None,
-    first_chunk: int | None = None,
-    causal: bool = False,
+    chunk_lengths: torch.Tensor | None,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O_t = sum_j a_j v_j over keys j of all chosen chunks, a = softmax of q_t k_j^T / sqrt(D) + log w of the chunk.
-
-    With equal weights this is plain attention over the union of the chunks.
-
-    Args:
-        q, k, v, indices, weights, chunk_size, chunk_lengths, first_chunk, causal: as in hsa_attention.
-
-    Returns:
-        (B, T, Hq, D) in the dtype of q, 0 for a token with no chosen chunk; and (B, T, Hq), fp32 (fp64 kept): the
-        logsumexp of the logits, -inf for such a token, by which outputs of several memories are joined.
-    """
+    """As joint.joint_attention, with the logarithms of the weights, (B, T, Hr, K), -inf in empty slots; K, C, T > 0."""
     num_chunks = k.shape[1] // chunk_size
-    indices = within(indices, first_chunk, num_chunks)
-    if indices.numel() == 0 or num_chunks == 0:
-        return q * 0, q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
     is_dense = num_chunks <= _DENSE_RATIO * indices.shape[-1]
     read = (num_chunks if is_dense else indices.shape[-1] * q.shape[-1]) * chunk_size
     budget = _BLOCK_ELEMENTS.get(q.device.type, 1 << 24)
@@ -59,18 +39,13 @@ def joint_attention(
         count = max(1, stop // chunk_size) if causal and is_dense else num_chunks
         keys, values = (part[:, : count * chunk_size] for part in (k, v))
         lengths = None if chunk_lengths is None else chunk_lengths[:, :count]
-        operands = q[:, start:stop], keys, values, indices[:, start:stop], weights[:, start:stop], chunk_size, lengths
+        operands = q[:, start:stop], keys, values, indices[:, start:stop], bias[:, start:stop], chunk_size, lengths
         if torch.is_grad_enabled():
             parts.append(checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(block(*operands))
     out, mass = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return out.to(q.dtype), mass
-
-
-def _bias(indices: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """log w of every slot, (B, t, Hr, K); -inf where it is empty."""
-    return weights.to(dtype).clamp_min(_LEAST_WEIGHT).log().masked_fill(indices < 0, -torch.inf)
 
 
 def _attend(logits: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,7 +60,7 @@ def _dense_block(
     k: torch.Tensor,
     v: torch.Tensor,
     indices: torch.Tensor,
-    weights: torch.Tensor,
+    bias: torch.Tensor,
     chunk_size: int,
     chunk_lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +69,6 @@ def _dense_block(
     with torch.autocast(q.device.type, enabled=False):
         queries = q.to(wide).unflatten(2, (k.shape[2], -1))  # (B, t, Hkv, G, D)
         keys, values = (part.to(wide).expand(q.shape[0], -1, -1, -1) for part in (k, v))
-        bias = _bias(indices, weights, wide)
         # a column more takes the empty slots
         spread = bias.new_full((*bias.shape[:-1], count + 1), -torch.inf)
         spread = spread.scatter(-1, torch.where(indices < 0, count, indices).long(), bias)[..., :count]
@@ -113,7 +87,7 @@ def _gathered_block(
     k: torch.Tensor,
     v: torch.Tensor,
     indices: torch.Tensor,
-    weights: torch.Tensor,
+    bias: torch.Tensor,
     chunk_size: int,
     chunk_lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +102,7 @@ def _gathered_block(
             part.unflatten(1, (-1, chunk_size))[rows, index, :, heads].to(wide) for part in (k, v)
         )  # (B, t, Hkv, K, S, D)
         logits = torch.einsum("bthgd,bthksd->bthgks", queries, keys) * q.shape[-1] ** -0.5
-        logits = logits + _bias(indices, weights, wide)[:, :, :, None, :, None]
+        logits = logits + bias[:, :, :, None, :, None]
         if chunk_lengths is not None:
             lengths = chunk_lengths.expand(q.shape[0], -1)[rows, index]  # (B, t, Hkv, K)
             absent = torch.arange(chunk_size, device=q.device) >= lengths[..., None]
