@@ -91,7 +91,7 @@ def test_ties_go_to_the_lower_index():
 
 def test_noise_is_that_of_the_other_backends_and_stays_out_of_the_scores():
     visible = places(2, 18, 20, "past")
-    for seed, start, heads in ((7, 0, 2), (2**31 + 5, 1, 1), (7, 2**20, 1)):
+    for seed, start, heads in ((7, 0, 2), (2**31 + 5, 1, 1), (7, 2**20, 1), (-1, 0, 1)):
         query, landmarks = random_tensor(2, 18, heads, 8), random_tensor(2, 20, heads, 8, seed=1)
         assert_same(query, landmarks, visible, 4, noise_seed=seed, noise_start=start)
 

@@ -34,7 +34,7 @@ def gumbel_noise(
     def axis(first: int, last: int, *shape: int) -> torch.Tensor:
         return torch.arange(first, last, dtype=torch.int64, device=device).view(shape)
 
-    state = _mix(axis(0, batch, -1, 1, 1, 1) + (seed & _MASK))
+    state = _mix((axis(0, batch, -1, 1, 1, 1) + (seed & _MASK)) & _MASK)
     state = _mix((state + axis(start, stop, 1, -1, 1, 1)) & _MASK)
     state = _mix((state + axis(0, num_heads, 1, 1, -1, 1)) & _MASK)
     chunk = axis(0, chunks, 1, 1, 1, -1) if isinstance(chunks, int) else chunks.long().clamp_min(0)
