@@ -20,7 +20,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(
-    seed: int,
+    seed: int | torch.Tensor,
     batch: int,
     start: int,
     stop: int,
@@ -29,7 +29,10 @@ def gumbel_noise(
     device: torch.device | str,
 ) -> torch.Tensor:
     """Standard Gumbel noise for tokens start..stop and chunks 0..chunks, (batch, stop - start, num_heads, chunks) fp32;
-    or for the chunk indices of a tensor (batch, stop - start, num_heads, K)."""
+    or for the chunk indices of a tensor (batch, stop - start, num_heads, K).
+
+    seed: its low 32 bits count; a number, or an int64 tensor () on the device, which the host does not read.
+    """
 
     def axis(first: int, last: int, *shape: int) -> torch.Tensor:
         return torch.arange(first, last, dtype=torch.int64, device=device).view(shape)
