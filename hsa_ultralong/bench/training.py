@@ -77,10 +77,10 @@ def build(attention: str, config: HSAConfig, device: torch.device, checkpointing
     return model.train()
 
 
-def loss_of(model: TimedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Loss of token ids (B, T) under the trainer's autocast."""
+def loss_of(model: TimedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Loss of token ids (B, T) under the trainer's autocast; options are those of the model's forward."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-        return model(ids, labels=ids).loss if isinstance(model, HSAForCausalLM) else model(ids, ids)
+        return model(ids, labels=ids, **options).loss if isinstance(model, HSAForCausalLM) else model(ids, ids)
 
 
 class Bench:
@@ -110,20 +110,29 @@ class Bench:
             (loss_of(self.model, part) / len(parts)).backward()
         self._update(False)
 
+    def _drawn_seed(self) -> int | None:
+        """As a forward without a graph draws it, for models with selection noise."""
+        return self.model.model.draw_noise_seed() if isinstance(self.model, HSAForCausalLM) else None
+
     def _graphed(self, ids: torch.Tensor, rows: int) -> Callable[[], None]:
         """A step whose forwards and backwards are replays of one CUDA graph."""
         assert self._make_capture is not None
         capture, parts = self._make_capture(self.device), ids.split(rows)
         part = parts[0].clone()
+        seed = torch.zeros((), dtype=torch.int64, device=self.device)
+        has_noise = isinstance(self.model, HSAForCausalLM) and self.model.config.gumbel_noise
+        options = {"noise_seed": seed} if has_noise else {}
 
         def run() -> torch.Tensor:
-            loss = loss_of(self.model, part) / len(parts)
+            loss = loss_of(self.model, part, **options) / len(parts)
             loss.backward()
             return loss.detach()
 
         def step(forward: Callable[[], Any]) -> None:
             for one in parts:
                 part.copy_(one)
+                if (drawn := self._drawn_seed()) is not None:
+                    seed.fill_(drawn)
                 forward()
             self._update(True)
 

@@ -115,9 +115,10 @@ def training(
 def _require_graphs(model: HSAConfig, has_place: bool) -> None:
     if not has_place:
         raise ValueError("--graphs is for timed steps of one process on a GPU: leave it out")
-    if model.num_experts or model.gumbel_noise:
-        what = "a mixture of experts, which reads counts" if model.num_experts else "gumbel_noise, drawn anew each time"
-        raise ValueError(f"--graphs cannot hold {what}: leave it out, or name another --preset")
+    if model.num_experts:
+        raise ValueError(
+            "--graphs cannot hold a mixture of experts, which reads counts: leave it out, or name another --preset"
+        )
 
 
 def _speed_settings(

@@ -55,6 +55,7 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_retrieval: bool = False,
+        noise_seed: int | torch.Tensor | None = None,
         cache: HSACache | None = None,
         **kwargs: Any,
     ) -> HSACausalLMOutput:
@@ -90,6 +91,7 @@ class HSAForCausalLM(OwnBatching, HSAPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_retrieval=output_retrieval,
             retrieval_to_keep=logits_to_keep if output_retrieval else None,
+            noise_seed=noise_seed,
             return_dict=True,
             **kwargs,
         )

@@ -150,6 +150,7 @@ class HSAModel(HSAPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_retrieval: bool = False,
         retrieval_to_keep: int | torch.Tensor | None = None,
+        noise_seed: int | torch.Tensor | None = None,
         cache: HSACache | None = None,
         **kwargs: Any,
     ) -> HSAModelOutput:
@@ -173,6 +174,7 @@ class HSAModel(HSAPreTrainedModel):
             output_hidden_states: also return the embeddings and the output of every decoder layer, the last one normed.
             output_retrieval: also return what every upper group retrieved (models/outputs.py).
             retrieval_to_keep: number of last tokens (or index tensor) whose retrieval is wanted; all without it.
+            noise_seed: of the selection noise (gumbel_noise), in place of a draw; see chunk_topk.
             kwargs: return_dict=False for a tuple; names that change nothing here (models/arguments.py).
 
         Raises:
@@ -205,7 +207,8 @@ class HSAModel(HSAPreTrainedModel):
         chunks = self.encode(x, layout, cache)
         views = self.views(chunks, layout, cache, pool_memory)
         note = (lambda found: retrieved.append(layout.placed(found, retrieval_to_keep))) if output_retrieval else None
-        x = self.decode_upper(x, rotary, views, segments, windows, states=states, note=note, **self._noise(layout))
+        noise = self._noise(layout, noise_seed)
+        x = self.decode_upper(x, rotary, views, segments, windows, states=states, note=note, **noise)
         x = layout.spread(self.norm(x))
         if cache is not None:
             self._leave(cache, layout)
@@ -232,9 +235,10 @@ class HSAModel(HSAPreTrainedModel):
         if layout.is_packed:
             cache.dead_end = "a packed row (segment_ids), whose chunks it does not hold"
 
-    def _noise(self, layout: Layout) -> dict[str, int | None]:
+    def _noise(self, layout: Layout, seed: int | torch.Tensor | None = None) -> dict[str, Any]:
         """Seed of the selection noise; a slice of rows that are shared over processes draws its part of theirs."""
-        return {"noise_seed": self.draw_noise_seed(), "noise_start": self.context_ranks.rank * layout.num_tokens}
+        seed = self.draw_noise_seed() if seed is None else seed
+        return {"noise_seed": seed, "noise_start": self.context_ranks.rank * layout.num_tokens}
 
     def rotary(self, x: torch.Tensor, windows: Windows | None) -> RotaryTable:
         """Angles of the tokens x (B, T, M) and of those before them that a window holds."""

@@ -66,7 +66,7 @@ def run_upper(
     topk: int,
     segments: torch.Tensor | None = None,
     windows: Windows | None = None,
-    noise_seed: int | None = None,
+    noise_seed: int | torch.Tensor | None = None,
     noise_start: int = 0,
     parts: Parts = MODULES,
     states: list[torch.Tensor] | None = None,

@@ -95,7 +95,7 @@ class ChunkRetriever(nn.Module):
         views: Sequence[MemoryView],
         *,
         topk: int,
-        noise_seed: int | None = None,
+        noise_seed: int | torch.Tensor | None = None,
         noise_start: int = 0,
     ) -> Retrieval:
         """x (B, T, M), tokens from noise_start on of their rows; views in order of age; noise is added only in training
@@ -115,7 +115,7 @@ class ChunkRetriever(nn.Module):
         views: Sequence[MemoryView],
         *,
         topk: int,
-        noise_seed: int | None = None,
+        noise_seed: int | torch.Tensor | None = None,
         noise_start: int = 0,
     ) -> Retrieval:
         """The chunks of queries (B, T, Hr, R) and their weights; with a noise_seed, chosen by noisy scores."""
@@ -134,7 +134,7 @@ class ChunkRetriever(nn.Module):
         return Retrieval(indices, weights, scores, tuple(offsets))
 
 
-def _ranking(found: ScoredChunks, noise_seed: int | None, noise_start: int) -> torch.Tensor:
+def _ranking(found: ScoredChunks, noise_seed: int | torch.Tensor | None, noise_start: int) -> torch.Tensor:
     """What chunks are ranked by beside those of other views: noisy scores, where there are any."""
     ranking = found.scores.detach()
     if noise_seed is None:

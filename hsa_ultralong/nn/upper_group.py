@@ -60,7 +60,7 @@ class UpperGroup(nn.Module):
         segments: torch.Tensor | None,
         states: Sequence[Any] | None,
         topk: int,
-        noise_seed: int | None,
+        noise_seed: int | torch.Tensor | None,
         noise_start: int,
         collect: bool = False,
         parts: Parts = MODULES,

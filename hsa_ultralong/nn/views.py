@@ -130,7 +130,7 @@ class Search(NamedTuple):
 
     topk: int
     scale: torch.Tensor | None
-    noise_seed: int | None = None
+    noise_seed: int | torch.Tensor | None = None
     noise_start: int = 0
 
 

@@ -102,15 +102,14 @@ def _run_window(shape: Shape, has_documents: bool) -> None:
     out.backward(torch.ones_like(out))
 
 
-def _run_topk(shape: Shape, num_queries: int, is_training: bool, chunks: int, use_noise: bool = False) -> None:
+def _run_topk(
+    shape: Shape, num_queries: int, is_training: bool, chunks: int, seed: int | torch.Tensor | None = None
+) -> None:
     query = _noise(1, num_queries, 1, shape.R, dtype=shape.dtype, grad=is_training)
     landmarks = _noise(1, chunks, 1, shape.R, dtype=shape.dtype, grad=is_training)
     visible = ChunkVisibility.causal(1, num_queries, chunks, shape.S)
-    scale = torch.ones(1, requires_grad=is_training) if use_noise else None
-    _, scores = chunk_topk(
-        query, landmarks, visible, topk=shape.K, scale=scale, noise_seed=1 if use_noise else None,
-        impl="triton",
-    )  # fmt: skip
+    scale = None if seed is None else torch.ones(1, requires_grad=is_training)
+    _, scores = chunk_topk(query, landmarks, visible, topk=shape.K, scale=scale, noise_seed=seed, impl="triton")
     if is_training:
         scores.backward(torch.ones_like(scores))
 
@@ -181,7 +180,8 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
         chunks = shape.T // shape.S
         cases += [
             (f"chunk_topk training {shape}", _with_shape(_run_topk, shape, shape.T, True, chunks)),
-            (f"chunk_topk noise {shape}", _with_shape(_run_topk, shape, shape.T, True, chunks, True)),
+            (f"chunk_topk noise {shape}", _with_shape(_run_topk, shape, shape.T, True, chunks, 1)),
+            (f"chunk_topk stored noise {shape}", _with_shape(_run_topk, shape, shape.T, True, chunks, torch.tensor(1))),
         ]
         for scanned in (128, 16_384, 262_144) if is_complete else (65_536,):
             name = f"C={scanned} {shape}"

@@ -3,8 +3,9 @@
 A stage's rows have few shapes (StageConfig.shapes), each of which gets a graph of its own; they share one memory pool.
 The first three steps of a shape run as ever, and are steps of the run: what is compiled is compiled in them, and the
 last one stops at whatever waits for the device, which no graph can hold. Gradients are added up in buffers that stay,
-zeroed once a step. Clipping and the optimisers stay outside: their rate is a number of the host. What cannot be held is
-refused, never run otherwise: docs/training.md. Called by step_loss.py; tests/train/test_graphs.py.
+zeroed once a step. The divisor of the loss and the seed of gumbel_noise, numbers of the host, are written to the device
+before every forward. Clipping and the optimisers stay outside: their rate is a number of the host. What cannot be held
+is refused, never run otherwise: docs/training.md. Called by step_loss.py; tests/train/test_graphs.py.
 """
 
 from __future__ import annotations
@@ -51,11 +52,9 @@ def require_graphs(config: TrainConfig, preset: HSAConfig, device: torch.device,
 
 
 def _check_stage(config: TrainConfig, stage: StageConfig, preset: HSAConfig) -> None:
-    has_noise = preset.gumbel_noise if stage.gumbel_noise is None else stage.gumbel_noise
     obstacles = {
         "piece_tokens, whose pieces have backwards of their own": stage.piece_tokens,
         "divergence, whose tokens are counted on the host": stage.needs_teacher,
-        "gumbel_noise, whose seed is a number of the host": has_noise and not config.has_twin,
         "a mixture of experts, whose rows are cut where the host reads": preset.num_experts,
         "parallel.offload_activations, whose copies go to the host": config.parallel.offload_activations,
     }
@@ -117,23 +116,25 @@ class CudaCapture:
 
 @dataclass
 class _Rows:
-    """What forwards of one shape read and leave: inputs, the divisor of the loss, and the graph with its losses."""
+    """What forwards of one shape read and leave: inputs, numbers of the host, and the graph with its losses."""
 
     inputs: dict[str, torch.Tensor]
-    divisor: torch.Tensor
+    numbers: dict[str, torch.Tensor]
     num_steps: int = 0
     learning: list[torch.nn.Parameter] = field(default_factory=list)
     replay: Callable[[], None] | None = None
     loss: torch.Tensor | None = None
 
-    def read(self, tensors: dict[str, torch.Tensor], divisor: int) -> None:
-        """Copy a micro-batch in."""
+    def read(self, tensors: dict[str, torch.Tensor], numbers: dict[str, int]) -> None:
+        """Copy a micro-batch in. The backward reads the numbers too, so it comes before the next one."""
         for name, target in self.inputs.items():
             source = tensors[name]
             if source.shape != target.shape or source.dtype != target.dtype:
                 raise ValueError(f"{OPTION}: {name} of a forward changed from {target.shape} to {source.shape}")
             target.copy_(source, non_blocking=True)
-        self.divisor.fill_(divisor)
+        for name, target in self.numbers.items():
+            # a copy from the host would wait for the card
+            target.fill_(numbers[name])
 
 
 class GraphedSteps:
@@ -176,8 +177,9 @@ class GraphedSteps:
         """
         assert stage is self._stage and self._capture is not None
         tensors = self._tensors(batch, stage, counts)
-        rows = self._rows_of(stage, batch, tensors)
-        rows.read(tensors, max(1, counts[0]))
+        numbers = {"num_items_in_batch": max(1, counts[0]), **self._drawn()}
+        rows = self._rows_of(stage, batch, tensors, numbers)
+        rows.read(tensors, numbers)
         is_first, self._is_first = self._is_first, False
         if is_first and rows.num_steps >= WARMUP_STEPS:
             self._lend_gradients(rows)
@@ -194,14 +196,22 @@ class GraphedSteps:
         rows.learning = [part for part in self.model.parameters() if part.grad is not None]
         return loss
 
-    def _rows_of(self, stage: StageConfig, batch: Batch, tensors: dict[str, torch.Tensor]) -> _Rows:
+    def _drawn(self) -> dict[str, int]:
+        """What a forward draws on the host, after what teaches retrieval does."""
+        seed = self.model.model.draw_noise_seed() if isinstance(self.model, HSAForCausalLM) else None
+        return {} if seed is None else {"noise_seed": seed}
+
+    def _rows_of(
+        self, stage: StageConfig, batch: Batch, tensors: dict[str, torch.Tensor], numbers: dict[str, int]
+    ) -> _Rows:
         shape = batch["input_ids"].shape
         if tuple(shape) not in row_shapes(stage):
             known = ", ".join(map(str, sorted(row_shapes(stage))))
             raise ValueError(f"stage {stage.name!r}: {OPTION} needs forwards of {known}, got {tuple(shape)}")
         if shape not in self._rows:
             inputs = {name: torch.empty_like(part, device=self.device) for name, part in tensors.items()}
-            self._rows[shape] = _Rows(inputs, torch.ones((), dtype=torch.int64, device=self.device))
+            places = {name: torch.ones((), dtype=torch.int64, device=self.device) for name in numbers}
+            self._rows[shape] = _Rows(inputs, places)
         return self._rows[shape]
 
     def _tensors(self, batch: Batch, stage: StageConfig, counts: list[int]) -> dict[str, torch.Tensor]:
@@ -226,7 +236,7 @@ class GraphedSteps:
             told = Told(*(rows.inputs[_EVIDENCE + name] for name in Told._fields))
             evidence.watch(told, rows.inputs[_EVIDENCE + "shares"], stage)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss: torch.Tensor = self.model(**inputs, **self._options, num_items_in_batch=rows.divisor).loss
+            loss: torch.Tensor = self.model(**inputs, **rows.numbers, **self._options).loss
             # rows of less than a chunk have nothing to look for
             found = evidence.take() if evidence is not None else None
             taught, first = found or (torch.zeros_like(loss), torch.zeros_like(loss))

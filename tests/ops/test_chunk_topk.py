@@ -184,6 +184,35 @@ def test_noise_is_a_function_of_seed_and_coordinates_only():
     assert not torch.equal(whole, gumbel_noise(12, 3, 0, 20, 2, 9, "cpu"))
 
 
+@pytest.mark.parametrize("seed", [11, 2**31 + 5, 2**32 - 1, -1, -(2**40) + 3])
+def test_a_seed_counts_by_its_low_32_bits_as_a_number_and_on_the_device(seed):
+    low = gumbel_noise(seed % 2**32, 3, 0, 20, 2, 9, "cpu")
+    assert torch.equal(low, gumbel_noise(seed, 3, 0, 20, 2, 9, "cpu"))
+    assert torch.equal(low, gumbel_noise(torch.tensor(seed), 3, 0, 20, 2, 9, "cpu"))
+    # a row's own state wraps as that of the next seed
+    assert torch.equal(low[1:], gumbel_noise((seed + 1) % 2**32, 2, 0, 20, 2, 9, "cpu"))
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_retrieval_by_a_seed_on_the_device_is_that_by_its_number(impl):
+    found = []
+    for seed in (2**31 + 5, torch.tensor(2**31 + 5)):
+        query, landmarks = (x.requires_grad_() for x in inputs(tokens=30, chunks=20))
+        visible = ChunkVisibility.causal(2, 30, 20, 1)
+        indices, scores = chunk_topk(query, landmarks, visible, topk=4, noise_seed=seed, impl=impl)
+        scores.masked_fill(scores == -torch.inf, 0.0).square().sum().backward()
+        found.append((indices, scores, query.grad, landmarks.grad))
+    for left, right in zip(*found, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("seed", [torch.zeros(1).long(), torch.tensor(1.0), torch.zeros((), device="meta").long()])
+def test_a_seed_of_another_kind_is_refused(seed):
+    query, landmarks = inputs()
+    with pytest.raises(ValueError, match=r"noise_seed must be a number or an int64 tensor \(\) on cpu, got"):
+        chunk_topk(query, landmarks, random_visibility(2, 9, 7), topk=3, noise_seed=seed)
+
+
 def test_noise_has_the_gumbel_distribution_and_no_correlation():
     sample = gumbel_noise(1, 2, 0, 100, 2, 250, "cpu").double()
     count = sample.numel()

@@ -91,9 +91,26 @@ def test_ties_go_to_the_lower_index():
 
 def test_noise_is_that_of_the_other_backends_and_stays_out_of_the_scores():
     visible = places(2, 18, 20, "past")
-    for seed, start, heads in ((7, 0, 2), (2**31 + 5, 1, 1), (7, 2**20, 1)):
+    for seed, start, heads in ((7, 0, 2), (2**31 + 5, 1, 1), (7, 2**20, 1), (-1, 0, 1)):
         query, landmarks = random_tensor(2, 18, heads, 8), random_tensor(2, 20, heads, 8, seed=1)
         assert_same(query, landmarks, visible, 4, noise_seed=seed, noise_start=start)
+
+
+@pytest.mark.parametrize("most_inserted", [32, 0])
+def test_a_seed_on_the_device_draws_the_noise_of_its_number(monkeypatch, most_inserted):
+    """By both streaming kernels, at one address."""
+    monkeypatch.setattr(plan, "_MOST_INSERTED", most_inserted)
+    visible = ChunkVisibility.causal(2, 9, 20, 0, device=DEVICE)
+    stored = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    arguments = (random_tensor(2, 9, 1, 8), random_tensor(2, 20, 1, 8, seed=1), visible, 4)
+    found = []
+    for seed in (7, 2**31 + 5, -1, 3 * 2**32 + 7):
+        stored.fill_(seed)
+        given, read = (run("triton", torch.float32, *arguments, noise_seed=one) for one in (seed, stored))
+        for left, right in zip([*given[:2], *given[2]], [*read[:2], *read[2]], strict=True):
+            assert torch.equal(left, right)
+        found.append(read[0])
+    assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[1])
 
 
 def test_the_set_is_that_of_topk_over_the_kernels_own_scores():

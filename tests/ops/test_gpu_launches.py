@@ -1,10 +1,15 @@
 """On a GPU: launches that bind no arguments give what bound ones gave, on streams, in graphs and for views, and a short
 row's step takes few launches."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 
 from hsa_ultralong.ops import ChunkVisibility, chunk_topk, hsa_attention
+
+pytest.importorskip("triton")
+from hsa_ultralong.ops.chunk_topk import plan, triton_topk
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,6 +119,26 @@ def test_a_side_stream_and_a_graph_give_the_same_bits():
     # products of cuBLAS, which may choose otherwise
     for others in (beside, captured):
         assert_near(others[7:], expected[7:], 1e-3)
+
+
+@pytest.mark.parametrize("most_inserted", [32, 0])
+def test_a_graph_draws_the_noise_of_the_seed_that_is_written_before_it(monkeypatch, most_inserted):
+    """By both streaming kernels."""
+    monkeypatch.setattr(plan, "_MOST_INSERTED", most_inserted)
+    monkeypatch.setattr(triton_topk, "plan_of", lru_cache(plan.TopkPlan))
+    stored = torch.zeros((), dtype=torch.int64, device="cuda")
+    step = retrieval(0, noise_seed=stored)
+    step("triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step("triton")
+    for seed in (7, 2**31 + 5, -1):
+        stored.fill_(seed)
+        graph.replay()
+        expected = retrieval(0, noise_seed=seed)("triton")
+        assert torch.equal(captured[0], expected[0]) and torch.equal(captured[1], expected[1])
+        # products of cuBLAS, which may choose otherwise
+        assert_near(captured[2:], expected[2:], 1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -17,6 +17,8 @@ CASES = {
     "coverage": "attention(64, 4)",
     "retrieval": "retrieval(64, 24)",
     "retrieval of all": "retrieval(64, 4)",
+    "noisy retrieval": "retrieval(80, 24, noise_seed=7)",
+    "noise of a stored seed": "retrieval(96, 24, noise_seed=torch.tensor(7))",
     "another shape": "attention(336, 3)",
     "not aligned": "attention(320, 3, shift=1)",
 }
@@ -43,12 +45,12 @@ def attention(tokens, slots, shift=0):
         return torch.autograd.grad(out, (q, k, v, weights), torch.ones_like(out))
     return step
 
-def retrieval(tokens, chunks):
+def retrieval(tokens, chunks, **noise):
     query = torch.randn(1, tokens, 1, 32).bfloat16().requires_grad_()
     landmarks = torch.randn(1, chunks, 1, 32).bfloat16().requires_grad_()
     visible = ChunkVisibility.causal(1, tokens, chunks, 16)
     def step():
-        indices, scores = chunk_topk(query, landmarks, visible, topk=4, impl="triton")
+        indices, scores = chunk_topk(query, landmarks, visible, topk=4, impl="triton", **noise)
         return torch.autograd.grad(scores, (query, landmarks), torch.ones_like(scores))
     return step
 
@@ -106,6 +108,12 @@ def test_retrieval_takes_three_kernels_and_two_products(counted):
     # on a card the second product takes bf16 as it is
     products = [name for name in counted["retrieval"]["operations"] if name != "_to_copy"]
     assert products == ["ones_like", "bmm.out", "bmm"]
+
+
+def test_a_seed_on_the_device_is_no_more_work_than_its_number(counted):
+    one, other = counted["noisy retrieval"], counted["noise of a stored seed"]
+    assert one["kernels"] == ["merge_select_kernel", "kept_scores_kernel", "spread_kernel", "total_kernel"]
+    assert (one["kernels"], one["operations"]) == (other["kernels"], other["operations"])
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "not aligned"])

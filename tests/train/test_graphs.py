@@ -13,7 +13,7 @@ from hsa_ultralong.baselines import RivalForCausalLM
 from hsa_ultralong.baselines.twins import TWINS, twin_config
 from hsa_ultralong.distributed.mesh import ParallelConfig
 from hsa_ultralong.models.presets import preset
-from hsa_ultralong.testing.factories import MODEL_OPTIONS, tiny_model
+from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.testing.graphs import EagerCapture
 from hsa_ultralong.train import graphs, loop
 from hsa_ultralong.train.activations import recompute_activations
@@ -23,6 +23,8 @@ from hsa_ultralong.train.graphs import WARMUP_STEPS, GraphedSteps, require_graph
 
 GRAPHS, GPU = ParallelConfig(cuda_graphs=True), torch.device("cuda")
 # shapes in turn, two forwards a step of the short ones
+# fewer chunks than there are to choose from
+NOISE = {"gumbel_noise": True, "chunk_topk": 1}
 SHAPES = {"seq_len": 64, "shapes": ((32, 2), (64, 2)), "batch_tokens": 128, "tokens": 128 * 8}
 
 
@@ -58,6 +60,9 @@ def results(tiny_runs, folder, config, device="cpu"):
         {"lora_rank": 2, "decay": 0.5},
         {"activation": "selective", "pool": "attended"},
         {"twin": "moba"},
+        {"noise": True},
+        {"noise": True, "activation": "selective", "pool": "attended"},
+        {"noise": True, "activation": "full", "pool": "compete"},
     ],
     ids=str,
 )
@@ -65,11 +70,13 @@ def test_a_run_by_graphs_is_the_run_without_bit_for_bit(tiny_runs, tmp_path, sta
     """On a CPU, where a stand-in runs what a graph would: shapes in turn, several forwards a step, two stages."""
     more = dict(options)
     checkpointing, decay = more.pop("activation", "none"), more.pop("decay", 0.0)
-    pool = more.pop("pool", "")
+    fields = {"pool_memory": more.pop("pool", ""), "average_decay": decay}
+    if more.pop("noise", False):
+        fields |= NOISE
     found = []
     for name, has_graphs in (("plain", False), ("graphs", True)):
         parallel = ParallelConfig(activation_checkpointing=checkpointing, cuda_graphs=has_graphs)
-        parts = stages(tiny_runs, average_decay=decay, pool_memory=pool)
+        parts = stages(tiny_runs, **fields)
         if options:
             parts = parts[:1]
         if "twin" in more:
@@ -108,6 +115,30 @@ def test_what_tells_a_token_teaches_by_graphs_as_without(tiny_runs, tmp_path, st
     torch.testing.assert_close(torch.tensor(others), torch.tensor(taught), rtol=1e-4, atol=1e-5)
     for key, part in weights.items():
         torch.testing.assert_close(same[key], part, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_every_replay_draws_noise_of_its_own_that_of_a_forward_without(tiny_runs, stand_in):
+    stage = tiny_runs.stage(seq_len=64, batch_tokens=64, micro_batch_rows=1)
+    model = tiny_model(dtype=torch.float32, **NOISE).train()
+    graphed, batch = GraphedSteps(model, torch.device("cpu")), batch_of(1, 64)
+    ids = random_tokens(1, 64)
+    batch |= {"input_ids": ids, "labels": ids}
+
+    def step(seed):
+        model.zero_grad(set_to_none=True)
+        graphed.begin(stage)
+        torch.manual_seed(seed)
+        return [float(graphed.backward(stage, batch, [63])[0]), torch.rand(())]
+
+    for seed in (1, 2, 3):
+        step(seed)
+    again, other, last = step(1), step(2), step(1)
+    assert EagerCapture.replayed == 3 and again == last and again[0] != other[0]
+    for seed, found in ((1, again), (2, other)):
+        torch.manual_seed(seed)
+        loss = model(ids, labels=ids, segment_ids=batch["segment_ids"], num_items_in_batch=63).loss
+        # what is drawn next is the same too
+        assert [float(loss), torch.rand(())] == found
 
 
 class Linear(nn.Module):
@@ -203,26 +234,16 @@ def test_what_asks_the_host_stops_the_run_in_one_line_and_memory_says_so_itself(
     [
         ({"piece_tokens": 32}, {}, {}, "piece_tokens"),
         ({"divergence": 1.0}, {}, {}, "divergence"),
-        ({"gumbel_noise": True}, {}, {}, "gumbel_noise"),
-        ({"gumbel_noise": None}, {}, {"gumbel_noise": True}, "gumbel_noise"),
         ({}, {}, {"num_experts": 4}, "mixture of experts"),
         ({}, {"parallel": ParallelConfig(cuda_graphs=True, offload_activations=True)}, {}, "offload_activations"),
     ],
 )
 def test_what_no_graph_holds_is_refused_by_its_name(tiny_runs, stage, config, model, words):
-    one = tiny_runs.stage(**{"gumbel_noise": False, **stage})
-    wanted = tiny_runs.config(one, **{"parallel": GRAPHS, **config})
+    wanted = tiny_runs.config(tiny_runs.stage(**stage), **{"parallel": GRAPHS, **config})
     shape = preset("debug", vocab_size=64, **model)
     with pytest.raises(ValueError, match=f"stage 'warmup': parallel.cuda_graphs cannot hold .*{words}") as caught:
         require_graphs(wanted, shape, GPU, 1)
     assert "\n" not in str(caught.value)
-
-
-def test_noise_of_a_twins_model_is_no_obstacle_as_a_twin_has_none(tiny_runs):
-    one, shape = tiny_runs.stage(gumbel_noise=True), preset("debug", vocab_size=64)
-    with pytest.raises(ValueError, match="gumbel_noise"):
-        require_graphs(tiny_runs.config(one, parallel=GRAPHS), shape, GPU, 1)
-    assert require_graphs(tiny_runs.config(one, twin="window", parallel=GRAPHS), shape, GPU, 1) is None
 
 
 def test_other_devices_and_several_processes_are_refused_before_any_work(tiny_runs, tmp_path):
@@ -235,18 +256,22 @@ def test_other_devices_and_several_processes_are_refused_before_any_work(tiny_ru
 
 
 def test_a_stage_that_cannot_be_held_is_refused_before_the_run(tiny_runs, tmp_path, stand_in):
-    config = tiny_runs.config(*stages(tiny_runs)[:1], tiny_runs.stage("noisy", gumbel_noise=True), parallel=GRAPHS)
-    with pytest.raises(ValueError, match=r"stage 'noisy': .*gumbel_noise"):
+    config = tiny_runs.config(*stages(tiny_runs)[:1], tiny_runs.stage("taught", divergence=1.0), parallel=GRAPHS)
+    with pytest.raises(ValueError, match=r"stage 'taught': .*divergence"):
         tiny_runs.trainer(tmp_path / "run", config)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("twin", ["", "pool", "told", "window", "full_rope", "moba"])
+@pytest.mark.parametrize("twin", ["", "noise", "pool", "told", "window", "full_rope", "moba"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_steps_by_graphs_have_the_losses_of_steps_without(tiny_runs, tmp_path, monkeypatch, twin, compiled):
-    """To 1e-6, or twice what two runs without differ by: some kernels add in varying order."""
+    """To 1e-6, or twice what two runs without differ by: some kernels add in varying order.
+
+    A graph pads the tokens that evidence_loss tells, which changes the order of sums; under autocast to bf16 every step
+    carries that further, so losses and norms of "told" are compared to 2%, and its weights to 5e-3.
+    """
     replays = []
     real = graphs.CudaCapture.__call__
 
@@ -262,22 +287,24 @@ def test_on_a_gpu_steps_by_graphs_have_the_losses_of_steps_without(tiny_runs, tm
     monkeypatch.setattr(graphs.CudaCapture, "__call__", counted)
     found = []
     for name, has_graphs in (("plain", False), ("again", False), ("graphs", True)):
-        told = {"evidence_loss": 0.1} if twin == "told" else {}
-        parts = stages(tiny_runs, pool_memory="compete" if twin == "pool" else "", **told)
-        if twin not in ("", "pool", "told"):
+        fields = {"told": {"evidence_loss": 0.1}, "pool": {"pool_memory": "compete"}, "noise": NOISE}
+        parts = stages(tiny_runs, **fields.get(twin, {}))
+        is_twin = twin not in ("", *fields)
+        if is_twin:
             parts = [tiny_runs.stage("first", mixture={"text": 1.0}, **SHAPES)]
         config = tiny_runs.config(*parts, parallel=ParallelConfig(cuda_graphs=has_graphs))
-        config.twin = "" if twin in ("pool", "told") else twin
+        config.twin = twin if is_twin else ""
         config.compile = compiled
         losses, weights, _ = results(tiny_runs, tmp_path / name, config, device="cuda")
         found.append((torch.tensor(losses, dtype=torch.float64), weights))
     assert len(replays) == len(parts) * 3
     (losses, weights), (again, others), (graphed, last) = found
     spread = (losses - again).abs().max()
-    assert (losses - graphed).abs().max() <= max(1e-6, 2 * spread)
+    share, least = (0.02, 5e-3) if twin == "told" else (0.0, 1e-6)
+    assert bool(((losses - graphed).abs() <= (share * losses.abs()).clamp_min(max(1e-6, 2 * float(spread)))).all())
     for key, part in weights.items():
         if part.is_floating_point():
-            allowed = max(1e-6, 2 * float((part - others[key]).abs().max()))
+            allowed = max(least, 2 * float((part - others[key]).abs().max()))
             assert float((part - last[key]).abs().max()) <= allowed, key
 
 
@@ -313,6 +340,14 @@ def test_a_step_reads_nothing_back_but_for_a_mixture_of_experts(nothing_on_the_h
             nothing_on_the_host(model, isolate_documents=isolated)
     else:
         nothing_on_the_host(model, isolate_documents=isolated, pool_memory=pool or False)
+
+
+@pytest.mark.parametrize(("mode", "pool"), [("none", ""), ("full", "compete"), ("none", "attended")])
+def test_noise_of_a_seed_on_the_device_reads_nothing_back(nothing_on_the_host, mode, pool):
+    model = tiny_model(dtype=torch.float32, **NOISE)
+    recompute_activations(model, mode)
+    isolated, seed = torch.zeros(2, dtype=torch.bool, device="meta"), torch.zeros((), device="meta").long()
+    nothing_on_the_host(model, isolate_documents=isolated, pool_memory=pool or False, noise_seed=seed)
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -37,6 +37,14 @@ def _automatic(query: torch.Tensor, landmarks: torch.Tensor, topk: int) -> str:
     return "triton" if is_plain and fits and triton_runs_on(query) else "torch"
 
 
+def _check_seed(seed: torch.Tensor, device: torch.device) -> None:
+    if seed.dim() or seed.dtype != torch.int64 or seed.device != device:
+        raise ValueError(
+            f"noise_seed must be a number or an int64 tensor () on {device}, got {tuple(seed.shape)} {seed.dtype} on "
+            f"{seed.device}"
+        )
+
+
 def chunk_topk(
     query: torch.Tensor,
     landmarks: torch.Tensor,
@@ -44,7 +52,7 @@ def chunk_topk(
     *,
     topk: int,
     scale: float | torch.Tensor | None = None,
-    noise_seed: int | None = None,
+    noise_seed: int | torch.Tensor | None = None,
     noise_start: int = 0,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +64,8 @@ def chunk_topk(
         visible: who may see what, see ChunkVisibility.
         topk: K >= 1; K >= C means full coverage.
         scale: default 1 / sqrt(R); a scalar or (Hr,), of which a tensor receives its gradient.
-        noise_seed: adds counter-based Gumbel noise to the scores for the choice only (training).
+        noise_seed: adds counter-based Gumbel noise to the scores for the choice only (training). Its low 32 bits
+            count: of a number, or of an int64 tensor () on the device of the query, which a CUDA graph reads anew.
         noise_start: number of the first query in its row, where rows come in pieces: the noise is that of the row.
         impl: "auto", "triton", "torch" or "reference". "auto" is "triton" on an NVIDIA GPU for bf16 and fp16.
 
@@ -66,7 +75,8 @@ def chunk_topk(
         lower chunk index. Gradients reach query, landmarks and scale through the kept pairs only.
 
     Raises:
-        ValueError: on shapes that do not fit, topk < 1, an unknown impl, or what impl="triton" does not take.
+        ValueError: on shapes that do not fit, topk < 1, a seed of another kind, an unknown impl, or what impl="triton"
+            does not take.
         RuntimeError: impl="triton" without an NVIDIA GPU or without the triton package.
     """
     if query.dim() != 4:
@@ -79,6 +89,8 @@ def chunk_topk(
         raise ValueError(f"landmarks have batch {landmarks.shape[0]}, required 1 or {batch}")
     require_shape("visible.query_segment", visible.query_segment, (batch, num_tokens))
     require_shape("visible.chunk_segment", visible.chunk_segment, (None, landmarks.shape[1]))
+    if isinstance(noise_seed, torch.Tensor):
+        _check_seed(noise_seed, query.device)
     factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
     if isinstance(factor, torch.Tensor):
         if tuple(factor.shape) not in ((), (1,), (heads,)):

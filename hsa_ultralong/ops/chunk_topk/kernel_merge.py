@@ -67,6 +67,8 @@ def merge_select_kernel(
     token = tile * BT + tl.arange(0, BT)
     is_real = token < T
     scale = tl.load(factor + hr)
+    if NOISE == 2:
+        seed = tl.load(seed).to(tl.int32)
     rows = query + ((b * T + token) * HR + hr) * R
     queries = _load_slab(rows, is_real, 0, R, RS)
     segment = tl.load(query_segment + b * T + token, mask=is_real, other=-1)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 
 FOREIGN_NUMBER = {"hidden": 0, "past": 1}
+# NOISE: none; its seed a number; its seed an int64 at an address, which may change between replays of a graph
+NOISE_NUMBER = {"none": 0, "given": 1, "stored": 2}
 _WORST = tl.constexpr(-(2**63))
 _INDEX_MASK = tl.constexpr(0x7FFFFFFF)
 # added to a mapped ranking: what is not finite, above and below, lands at the bottom
@@ -116,6 +118,8 @@ def select_kernel(
     token = tile * BT + tl.arange(0, BT)
     is_real = token < T
     scale = tl.load(factor + hr)
+    if NOISE == 2:
+        seed = tl.load(seed).to(tl.int32)
     rows = query + ((b * T + token) * HR + hr) * R
     queries = _load_slab(rows, is_real, 0, R, RS)
     segment = tl.load(query_segment + b * T + token, mask=is_real, other=-1)

@@ -20,7 +20,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(
-    seed: int,
+    seed: int | torch.Tensor,
     batch: int,
     start: int,
     stop: int,
@@ -29,12 +29,15 @@ def gumbel_noise(
     device: torch.device | str,
 ) -> torch.Tensor:
     """Standard Gumbel noise for tokens start..stop and chunks 0..chunks, (batch, stop - start, num_heads, chunks) fp32;
-    or for the chunk indices of a tensor (batch, stop - start, num_heads, K)."""
+    or for the chunk indices of a tensor (batch, stop - start, num_heads, K).
+
+    seed: its low 32 bits count; a number, or an int64 tensor () on the device, which the host does not read.
+    """
 
     def axis(first: int, last: int, *shape: int) -> torch.Tensor:
         return torch.arange(first, last, dtype=torch.int64, device=device).view(shape)
 
-    state = _mix(axis(0, batch, -1, 1, 1, 1) + (seed & _MASK))
+    state = _mix((axis(0, batch, -1, 1, 1, 1) + (seed & _MASK)) & _MASK)
     state = _mix((state + axis(start, stop, 1, -1, 1, 1)) & _MASK)
     state = _mix((state + axis(0, num_heads, 1, 1, -1, 1)) & _MASK)
     chunk = axis(0, chunks, 1, 1, 1, -1) if isinstance(chunks, int) else chunks.long().clamp_min(0)

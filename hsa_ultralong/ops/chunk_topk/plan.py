@@ -191,7 +191,7 @@ class TopkPlan:
             num_warps=options.warps, **constants,
         )  # fmt: skip
 
-    def _stream(self, use_noise: bool) -> PreparedLaunch:
+    def _stream(self, noise: str) -> PreparedLaunch:
         kept = next_power_of_two(self.keep)
         is_merged = kept <= _MOST_INSERTED
         options, constants = self._tile("merge" if is_merged else "stream", kept)
@@ -202,16 +202,21 @@ class TopkPlan:
             more = {"FEW": _FEW, "STAGES": 2 if self.dims["RP"] <= _MOST_AHEAD else 1}
         return PreparedLaunch(
             kernel, self._grid(options.tokens), BT=options.tokens, BC=max(options.chunks, kept), KP=kept,
-            NOISE=use_noise, num_warps=options.warps, **more, **constants,
+            NOISE=kernel_select.NOISE_NUMBER[noise], num_warps=options.warps, **more, **constants,
         )  # fmt: skip
 
     @cached_property
     def stream(self) -> PreparedLaunch:
-        return self._stream(False)
+        return self._stream("none")
 
     @cached_property
     def noisy_stream(self) -> PreparedLaunch:
-        return self._stream(True)
+        return self._stream("given")
+
+    @cached_property
+    def stored_noise_stream(self) -> PreparedLaunch:
+        """noisy_stream with an int64 tensor () as its seed."""
+        return self._stream("stored")
 
     @cached_property
     def kept_scores(self) -> PreparedLaunch:

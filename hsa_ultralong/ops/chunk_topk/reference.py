@@ -16,7 +16,7 @@ def chunk_topk_reference(
     *,
     topk: int,
     factor: torch.Tensor | float,
-    noise_seed: int | None,
+    noise_seed: int | torch.Tensor | None,
     noise_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """s[t, i] = factor * <query_t, landmark_i>; keep the K visible chunks of highest s (+ noise); newest first.

@@ -70,7 +70,7 @@ class _SelectedProducts(torch.autograd.Function):
         visible: ChunkVisibility,
         keep: int,
         factor: torch.Tensor,
-        noise_seed: int | None,
+        noise_seed: int | torch.Tensor | None,
         noise_start: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, num_tokens, heads, _ = query.shape
@@ -105,7 +105,7 @@ def chunk_topk_torch(
     *,
     topk: int,
     factor: torch.Tensor | float,
-    noise_seed: int | None,
+    noise_seed: int | torch.Tensor | None,
     noise_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same result as chunk_topk_reference; peak extra memory is one block of scores."""

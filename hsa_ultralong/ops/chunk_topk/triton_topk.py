@@ -81,7 +81,7 @@ def _results(plan: TopkPlan, device: torch.device) -> tuple[torch.Tensor, torch.
 
 
 def _solve(
-    plan: TopkPlan, operands: _Operands, noise_seed: int | None, noise_start: int
+    plan: TopkPlan, operands: _Operands, noise_seed: int | torch.Tensor | None, noise_start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices and scores of any number of queries."""
     results = _results(plan, operands.query.device)
@@ -90,7 +90,10 @@ def _solve(
     elif noise_seed is None:
         plan.stream(*operands, *results, *plan.sizes, 0, 0)
     else:
-        plan.noisy_stream(*operands, *results, *plan.sizes, _signed(noise_seed), _signed(noise_start))
+        if isinstance(noise_seed, torch.Tensor):
+            plan.stored_noise_stream(*operands, *results, *plan.sizes, noise_seed, _signed(noise_start))
+        else:
+            plan.noisy_stream(*operands, *results, *plan.sizes, _signed(noise_seed), _signed(noise_start))
         plan.kept_scores(operands.query, operands.landmarks, operands.factor, *results, *plan.sizes)
     return results
 
@@ -120,7 +123,7 @@ class _KeptScores(torch.autograd.Function):
         factor: torch.Tensor,
         visible: ChunkVisibility,
         keep: int,
-        noise_seed: int | None,
+        noise_seed: int | torch.Tensor | None,
         noise_start: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         indices, scores = _solve(*_plan(query, landmarks, visible, keep, factor), noise_seed, noise_start)
@@ -163,7 +166,7 @@ def chunk_topk_triton(
     *,
     topk: int,
     factor: torch.Tensor | float,
-    noise_seed: int | None,
+    noise_seed: int | torch.Tensor | None,
     noise_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same result as chunk_topk_reference; scores are products of the inputs as they are, accumulated in fp32."""
