@@ -54,7 +54,8 @@ _SETTINGS = {
     "memories of one of the runs cannot be laid together.",
 }
 _DIRECTIONS = {"fwd": "Forward", "fwd_bwd": "Forward and backward"}
-_CLAIMED = ("s_niah", "s_niah_authors", "mq_authors", "vt_authors", "ppl_last_512")
+_AUTHORS = ("s_niah_authors", "mq_authors", "vt_authors")
+_CLAIMED = ("s_niah", *_AUTHORS, "ppl_last_512")
 _HOW = {"teacher": ", forced", "mentions": ", mentioned", "mentions_all": ", mentioned"}
 _LENGTH_TASKS = ("s_niah", "mk_niah", "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt")
 Records = list[dict[str, Any]]
@@ -161,7 +162,7 @@ def finding_block(root: Path, figures: Figures, name: str) -> str:
     variants = list(finding.variants)
     figures[root / folder / "figure.png"] = partial(draw_finding, tasks, variants)
     parts.append(f"![{name} by length](../{folder}/figure.png)")
-    if "paper" in finding.measures:
+    if any(task in tasks for task in _AUTHORS):
         parts.append(_SETTINGS[finding.setting])
     for task, records in tasks.items():
         if task in _TITLES:

@@ -89,7 +89,8 @@ def test_differences_are_claimed_of_three_seeds_with_intervals_apart_only(report
 
 def test_what_was_not_run_says_so_and_everything_says_what_would_be(report, measured):
     text, _ = report.render(page(measured), measured)
-    others = len(script("report_figures").FIGURES) + 5  # lengths, operators, targets, models and misses have no files either
+    # lengths, operators, targets, models and misses have no files either
+    others = len(script("report_figures").FIGURES) + 5
     assert text.count("*Not run yet.*") == len(FINDINGS) - 1 + others
     for finding in FINDINGS.values():
         assert finding.question in text and all(f"| `{variant}` |" in text for variant in finding.variants)
