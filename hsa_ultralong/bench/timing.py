@@ -100,6 +100,8 @@ def captured(call: Callable[[], Any], device: torch.device, make_capture: MakeCa
         gc.collect()
         replay: Callable[[], Any] = capture(run)[0]
         return replay
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reasons.append(one_line(error))
     # outside of the handler: a traceback would keep the tensors of the failed call

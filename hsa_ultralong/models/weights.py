@@ -32,6 +32,8 @@ _KNOWN_HOOKS = ("accelerate.", "hsa_ultralong.", "torch.", "transformers.")
 _NO_SETTINGS = ("training", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
 # tensors up to this size are checked together
 _SMALL_BYTES = 1 << 20
+# and so many bytes at once
+_JOINED_BYTES = 64 << 20
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -120,14 +122,18 @@ def state_key(entries: Iterable[Entry]) -> tuple[Any, ...]:
 def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """(n, 2) int64 of tensors of one device, n <= 1 + len(tensors): small ones are joined, as each would take a dozen
     launches, of which the first answer of a process waits for hundreds."""
-    small, sums = [], []
+    small, sums, room = [], [], _JOINED_BYTES
     for tensor in tensors:
         bits = _bits(tensor)
         if bits.numel() > _SMALL_BYTES:
             sums.append(checksum(tensor))
-        else:
-            # in whole words, so that the sums of all are
-            small.append(pad(bits.flatten(), (0, -bits.numel() % 8)))
+            continue
+        if bits.numel() > room:
+            sums.append(checksum(torch.cat(small)))
+            small, room = [], _JOINED_BYTES
+        # in whole words, so that the sums of all are
+        small.append(pad(bits.flatten(), (0, -bits.numel() % 8)))
+        room -= bits.numel()
     if small:
         sums.append(checksum(torch.cat(small)))
     return torch.stack(sums)

@@ -229,3 +229,24 @@ def test_what_no_kernel_takes_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(triton_joint, "shared_memory", lambda _: 101_376)
     with pytest.raises(ValueError, match="this card has 101,376; use bf16"):
         run(problem(dim=128, chunk_size=128, num_chunks=2), "triton", size=128)
+
+
+@pytest.mark.parametrize("slots", [3, 1])
+def test_a_weight_that_is_no_number_is_seen_in_its_own_token_as_without_kernels(slots):
+    inputs = problem(kv_heads=1, group=4, batch=1, slots=slots, empty=0.0)
+    inputs.weights[0, 3, 0, 0] = torch.nan
+    found, expected = run(inputs, "triton"), run(inputs, "torch", dtype=torch.float64)
+    assert expected[0][0, 3].isnan().all() and expected[0].isnan().any(-1).any(-1).sum() == 1
+    assert all(torch.equal(left.isnan(), right.isnan()) for left, right in zip(found[:2], expected[:2], strict=True))
+    for left, right in zip(found, expected, strict=True):
+        # products of all tokens spread it further in gradients of plain torch
+        assert left.isnan().any() and right[left.isnan()].isnan().all()
+        known = ~right.isnan()
+        torch.testing.assert_close(left.double()[known], right[known], rtol=2e-5, atol=2e-5)
+
+
+def test_an_unknown_implementation_is_refused_where_nothing_is_read_too():
+    inputs = problem(slots=1, num_chunks=1, kv_heads=1)
+    nothing = inputs._replace(indices=inputs.indices[..., :0], weights=inputs.weights[..., :0])
+    with pytest.raises(ValueError, match="bogus"):
+        run(nothing, "bogus")

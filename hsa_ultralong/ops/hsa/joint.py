@@ -78,9 +78,9 @@ def joint_attention(
     """
     require_operands(q, k, v, indices, weights, chunk_size, chunk_lengths)
     num_chunks, wide = k.shape[1] // chunk_size, accumulation_dtype(q.dtype)
+    name = choose_impl("joint_attention", impl, ("torch", "triton"), _automatic(q, k, v, weights, chunk_size))
     if indices.numel() == 0 or num_chunks == 0:
         return q * 0, q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-    name = choose_impl("joint_attention", impl, ("torch", "triton"), _automatic(q, k, v, weights, chunk_size))
     indices = within(indices, first_chunk, num_chunks)
     bias = weights.to(wide).clamp_min(_LEAST_WEIGHT).log().masked_fill(indices < 0, -torch.inf)
     if name == "triton":

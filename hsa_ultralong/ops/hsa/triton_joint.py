@@ -105,8 +105,8 @@ class _Problem:
             "STAGES": stages, "num_warps": warps,
         }  # fmt: skip
         self.bias = spread_bias(indices, bias, self.chunks, self.tiles * tile)
-        # (B, Hr, C, tiles)
-        self.is_met = self.bias[:, :, :-1].unflatten(-1, (self.tiles, tile)).amax(-1) > -torch.inf
+        # (B, Hr, C, tiles); a weight that is no number is read, and seen in what comes out
+        self.is_met = self.bias[:, :, :-1].unflatten(-1, (self.tiles, tile)).amax(-1) != -torch.inf
         self.grid = (self.tiles, self.kv_heads, self.batch)
         self.read = (self.q, self.k, self.v, self.bias, self.lengths)
 
