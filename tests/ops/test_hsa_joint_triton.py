@@ -237,10 +237,11 @@ def test_a_weight_that_is_no_number_is_seen_in_its_own_token_as_without_kernels(
     inputs.weights[0, 3, 0, 0] = torch.nan
     found, expected = run(inputs, "triton"), run(inputs, "torch", dtype=torch.float64)
     assert expected[0][0, 3].isnan().all() and expected[0].isnan().any(-1).any(-1).sum() == 1
-    assert all(torch.equal(left.isnan(), right.isnan()) for left, right in zip(found[:2], expected[:2], strict=True))
+    for left, right in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(left.isnan(), right.isnan())
     for left, right in zip(found, expected, strict=True):
         # products of all tokens spread it further in gradients of plain torch
-        assert left.isnan().any() and right[left.isnan()].isnan().all()
+        assert right[left.isnan()].isnan().all()
         known = ~right.isnan()
         torch.testing.assert_close(left.double()[known], right[known], rtol=2e-5, atol=2e-5)
 
