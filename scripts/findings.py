@@ -8,7 +8,7 @@
 For every variant of the finding (hsa_ultralong/recipes/findings.py): `hsa train findings --set ...`, then `hsa eval`.
 All goes to runs/findings/VARIANT-SEED; runs without settings of their own are shared by all findings. Then everything
 measured so far, of all seeds, goes to results/findings/NAME: summary.json.xz, in the accuracy form of docs/results.md
-with `variant` and `seed`, beside the configuration of each variant. Seeds measured elsewhere that stand there are kept.
+with `variant` and `seed`, beside the configuration of each run. Seeds measured elsewhere that stand there are kept.
 scripts/report.py draws from these files alone. tests/train/test_findings.py.
 """
 
@@ -168,7 +168,7 @@ def collect(name: str, runs: Path, results: Path) -> dict[str, Any]:
                     for found in _measured(finding, folder)
                 ]
                 sources[f"{variant}-{seed}"] = _source(folder)
-                configs[variant] = read_json(folder / "run" / "config.json")
+                configs[f"{variant}-{seed}"] = read_json(folder / "run" / "config.json")
     if before := read_summary(place):
         new = {(record["variant"], record["seed"]) for record in records}
         records += [record for record in before["records"] if (record["variant"], record["seed"]) not in new]
@@ -187,7 +187,7 @@ def collect(name: str, runs: Path, results: Path) -> dict[str, Any]:
         "commits": sorted({source["commit"] for source in sources.values()}),
         "runs": sources,
     }
-    summary = {"meta": meta, "configs": {name: configs[name] for name in order if name in configs}, "records": records}
+    summary = {"meta": meta, "configs": {name: configs[name] for name in sorted(configs)}, "records": records}
     place.mkdir(parents=True, exist_ok=True)
     write_whole(place / (SUMMARY + SUFFIX), pack(as_lines(summary).encode()))
     return summary

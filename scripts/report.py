@@ -21,7 +21,6 @@ import report_targets as goals
 from findings import read_summary
 
 from hsa_ultralong.baselines.twins import rival_parameters
-from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, save, token_axis
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.strict_json import read_json
@@ -56,6 +55,8 @@ _SETTINGS = {
 _DIRECTIONS = {"fwd": "Forward", "fwd_bwd": "Forward and backward"}
 _AUTHORS = ("s_niah_authors", "mq_authors", "vt_authors")
 _CLAIMED = ("s_niah", *_AUTHORS, "ppl_last_512")
+# seeds that both runs have, of which a difference is claimed
+_LEAST_SEEDS, _HAVE = 3, {1: "no two have more than one", 2: "there are two"}
 _HOW = {"teacher": ", forced", "mentions": ", mentioned", "mentions_all": ", mentioned"}
 _LENGTH_TASKS = ("s_niah", "mk_niah", "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt")
 Records = list[dict[str, Any]]
@@ -64,25 +65,24 @@ Figures = dict[Path, Callable[[Path], None]]
 
 
 def pooled(records: Records) -> Records:
-    """Over seeds: the mean, with Wilson's interval of all samples of a share, the widest of a perplexity; `seeds` holds
-    the value of each."""
-    groups: dict[tuple[Any, ...], Records] = defaultdict(list)
+    """Over seeds: the mean, from the lowest to the highest end of the interval of any seed, as samples of one run say
+    nothing of another; `seeds` holds the value of each seed that there is, None where this one was not measured."""
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
     for record in records:
         key = tuple(record.get(field) for field in ("variant", "task", "metric", "length", "depth"))
-        groups[key].append(record)
+        groups[key][record["seed"]] = record
+    every = sorted({record["seed"] for record in records})
     found = []
-    for same in groups.values():
-        row = {**same[0], "value": sum(r["value"] for r in same) / len(same), "seeds": [r["value"] for r in same]}
+    for by_seed in groups.values():
+        same = list(by_seed.values())
+        values = [by_seed[seed]["value"] if seed in by_seed else None for seed in every]
+        row = {**same[0], "value": sum(r["value"] for r in same) / len(same), "seeds": values}
+        # a cell of depths, and one stretch of text, has no interval
+        known = [r for r in same if r.get("ci_low") is not None]
         if same[0].get("samples"):
-            if is_share(row):
-                row["samples"] = sum(r["samples"] for r in same)
-                right = sum(r["value"] * r["samples"] for r in same)
-                row["ci_low"], row["ci_high"] = wilson_interval(right, row["samples"])
-            else:
-                # one stretch of text has no interval
-                known = [r for r in same if r["ci_low"] is not None]
-                row["ci_low"] = min((r["ci_low"] for r in known), default=None)
-                row["ci_high"] = max((r["ci_high"] for r in known), default=None)
+            row["samples"] = sum(r["samples"] for r in same)
+            row["ci_low"] = min((r["ci_low"] for r in known), default=None)
+            row["ci_high"] = max((r["ci_high"] for r in known), default=None)
         found.append(row)
     return found
 
@@ -93,12 +93,15 @@ def is_share(record: dict[str, Any]) -> bool:
 
 
 def cell(record: dict[str, Any] | None) -> str:
-    """A value with its interval, and in brackets that of each seed where there are several."""
+    """A value with its interval, and in brackets that of each seed where there are several, "-" for none."""
     if record is None:
         return ""
 
-    def show(value: float) -> str:
-        return f"{100 * value:.0f}" if is_share(record) else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+    def show(value: float | None) -> str:
+        if value is None:
+            return "-"
+        # halves go up
+        return f"{100 * value + 1e-9:.0f}" if is_share(record) else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
     text = show(record["value"])
     if record.get("ci_low") is not None:
@@ -173,12 +176,12 @@ def finding_block(root: Path, figures: Figures, name: str) -> str:
         parts.append(f"Short tasks, % (wikitext2: perplexity of a word):\n\n{table(['variant', *short], rows)}")
     if begun := _begun(summary["records"], variants):
         parts.append(begun)
-    parts.append(differences(tasks, variants, len(meta["seeds"])))
-    seeds, commits = ", ".join(map(str, meta["seeds"])), ", ".join(commit[:7] for commit in meta["commits"])
+    parts.append(differences(tasks, variants))
     missing = [one for one in finding.variants if one not in {record["variant"] for record in summary["records"]}]
     parts.append(
-        f"Seeds {seeds}; {', '.join(meta['hardware'])}; commit {commits}; [numbers and configurations]"
-        f"(../{folder}/summary.json.xz)." + (f" Not run yet: {', '.join(missing)}." if missing else "")
+        f"{_origins(summary)}; {', '.join(meta['hardware'])}; "
+        f"[numbers and configurations](../{folder}/summary.json.xz)."
+        + (f" Not run yet: {', '.join(missing)}." if missing else "")
     )
     cells = [record for record in pooled(summary["records"]) if record["depth"] is not None]
     if name == "effective_length" and cells:
@@ -213,31 +216,48 @@ def _by_variant(records: Records, count: int) -> str:
     return f" 0 in {who} at every length, {shortest} to {longest}, of at least {asked} questions each."
 
 
-def differences(tasks: dict[str, Records], variants: Sequence[str], seeds: int) -> str:
-    """What may be claimed: where runs differ from the first with intervals apart and at least three seeds agreeing."""
-    if seeds < 3:
-        return f"No difference is claimed: that takes three seeds, and there {'is one' if seeds == 1 else 'are two'}."
-    found = []
+def _origins(summary: dict[str, Any]) -> str:
+    """Seeds by commit and by how they were trained; which runs, where a seed has not all."""
+    groups: dict[tuple[int, str, bool], list[str]] = defaultdict(list)
+    for run, source in summary["meta"]["runs"].items():
+        variant, _, seed = run.rpartition("-")
+        has_graphs = summary["configs"][run].get("parallel", {}).get("cuda_graphs", False)
+        groups[int(seed), source["commit"][:7], has_graphs].append(variant)
+    most = len({run.rpartition("-")[0] for run in summary["meta"]["runs"]})
+    said = []
+    for (seed, commit, has_graphs), runs in sorted(groups.items()):
+        own = "" if len(runs) == most else f" of {codes(runs)}"
+        said.append(f"Seed {seed}{own}: {commit}, {'by' if has_graphs else 'without'} CUDA graphs")
+    return "; ".join(said)
+
+
+def differences(tasks: dict[str, Records], variants: Sequence[str]) -> str:
+    """What may be claimed: where runs differ from the first with intervals apart and at least three seeds that both
+    have, all of which agree."""
+    found, most = [], 1
     for task in _CLAIMED:
         known = {(record["variant"], record["length"]): record for record in tasks.get(task, ())}
         for variant in variants[1:]:
             places: dict[str, list[str]] = {"above": [], "below": []}
             for length in sorted({record["length"] for record in tasks.get(task, ())}):
                 first, other = known.get((variants[0], length)), known.get((variant, length))
-                if first is None or other is None or len(first["seeds"]) != len(other["seeds"]):
+                if first is None or other is None or None in (first["ci_low"], other["ci_low"]):
                     continue
-                if first["ci_low"] is None or other["ci_low"] is None:
+                both = [pair for pair in zip(first["seeds"], other["seeds"], strict=True) if None not in pair]
+                most = max(most, len(both))
+                if len(both) < _LEAST_SEEDS:
                     continue
-                pairs = list(zip(first["seeds"], other["seeds"], strict=True))
-                if other["ci_low"] > first["ci_high"] and all(two > one for one, two in pairs):
+                if other["ci_low"] > first["ci_high"] and all(two > one for one, two in both):
                     places["above"].append(human_tokens(length))
-                if other["ci_high"] < first["ci_low"] and all(two < one for one, two in pairs):
+                if other["ci_high"] < first["ci_low"] and all(two < one for one, two in both):
                     places["below"].append(human_tokens(length))
             found += [
                 f"- {_TITLES[task]}: `{variant}` {side} `{variants[0]}` at {', '.join(at)}"
                 for side, at in places.items()
                 if at
             ]
+    if most < _LEAST_SEEDS:
+        return f"No difference is claimed: that takes three seeds of both runs, and {_HAVE[most]}."
     if not found:
         return "No run differs from the first one with intervals apart and all seeds agreeing."
     return "Differences, intervals apart and all seeds agreeing:\n\n" + "\n".join(found)

@@ -65,7 +65,7 @@ TARGETS = (
            (*_one("needles-nano-16m", "s_niah", M, 16 * M), *_one("needles-nano-128m", "s_niah", 128 * M),
             *_one("needles-nano-256m", "s_niah", 256 * M)), (0.99, 0.975, 0.95, 0.95)),
     Target("the same at 1G", "90% of 40", _one("needles-nano-1g", "s_niah", 1024 * M),
-           met="yes of 35: cut off before the last five"),
+           met="open: five of the 40 were not asked"),
     Target("S-NIAH, the authors' form, forced", "99% at 1M, 97.5% at 16M",
            _one("paper-nano-16m", "s_niah_authors", M, 16 * M, metric="teacher"), (0.99, 0.975)),
     Target("MQ, forced as the authors do", "90% at 1M, 80% at 16M",
@@ -92,25 +92,28 @@ TARGETS = (
 )  # fmt: skip
 # models that one can load or make -> parameters and text seen; docs/training.md and the cards say the rest
 MODELS = {
-    "nano": "9.2M parameters; 516M tokens, 70 to 78% synthetic rows; 15 card-minutes beside other runs",
+    "nano": "9.2M parameters; 516M tokens, 70 to 78% synthetic rows; 14 card-minutes beside other runs",
     "mini": "31M; 293M tokens, the same rows; 12 card-minutes beside other runs; its weights do not ship",
     "smol": "144M, SmolLM2-135M-Instruct with a memory; its card says what trained",
 }
 _KINDS = tuple(f"recall_value_{kind}" for kind in ("names", "cities", "times", "dates", "digits14", "words2"))
+_ASKED = {"nano": "recall-nano", "mini": "recall-mini", "smol": "smol-recall-64k"}
 # what is asked -> model -> where its number stands
 COMPARED: dict[str, dict[str, Place]] = {
     f"{words}, {human_tokens(length)}": {
         model: Place(study, tasks, length, metric) for model, (study, metric) in own.items()
     }
     for words, tasks, length, own in (
-        ("twelve forms never trained", _FORMS, 2**16,
-         {"nano": ("recall-nano", "exact"), "mini": ("recall-mini", "exact"), "smol": ("smol-recall-64k", "mentions")}),
-        ("twelve forms never trained", _FORMS, M,
-         {"nano": ("recall-nano-1m", "exact"), "smol": ("smol-recall-1m", "mentions")}),
-        ("six kinds of values in the trained form", _KINDS, 2**16,
-         {"nano": ("recall-nano", "exact"), "mini": ("recall-mini", "exact"), "smol": ("smol-recall-64k", "mentions")}),
-        ("one of 64 alike", ("recall_similar_64",), 2**16,
-         {"nano": ("recall-nano", "exact"), "mini": ("recall-mini", "exact"), "smol": ("smol-recall-64k", "mentions")}),
+        *(
+            (f"{what}, {how}", tasks, length, {model: (study, metric) for model, study in own.items()})
+            for what, tasks, length, own in (
+                ("twelve forms never trained", _FORMS, 2**16, _ASKED),
+                ("twelve forms never trained", _FORMS, M, {"nano": "recall-nano-1m", "smol": "smol-recall-1m"}),
+                ("six kinds of values in the trained form", _KINDS, 2**16, _ASKED),
+                ("one of 64 alike", ("recall_similar_64",), 2**16, _ASKED),
+            )
+            for metric, how in (("exact", "nothing else"), ("mentions", "mentioned"))
+        ),
         ("S-NIAH, the authors' form, forced", ("s_niah_authors",), M,
          {"nano": ("paper-nano-16m", "teacher"), "mini": ("paper-mini-16m", "teacher")}),
         ("S-NIAH, the authors' form, forced", ("s_niah_authors",), 16 * M,

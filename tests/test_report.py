@@ -51,8 +51,14 @@ def measured(tmp_path):
             ]
     folder = tmp_path / "results" / "findings" / "effective_length"
     folder.mkdir(parents=True)
-    meta = {"seeds": [0, 1], "hardware": ["H100"], "commits": ["abcdefabcdef"]}
-    (folder / "summary.json.xz").write_bytes(pack(json.dumps({"meta": meta, "records": records}).encode()))
+    sources = {
+        f"{variant}-{seed}": {"commit": "abcdefabcdef"} for variant in ("rows_4k", "rows_32k") for seed in (0, 1)
+    }
+    meta = {"seeds": [0, 1], "hardware": ["H100"], "commits": ["abcdefabcdef"], "runs": sources}
+    configs = {run: {"parallel": {"cuda_graphs": run.endswith("1")}} for run in sources}
+    (folder / "summary.json.xz").write_bytes(
+        pack(json.dumps({"meta": meta, "configs": configs, "records": records}).encode())
+    )
     return tmp_path
 
 
@@ -64,9 +70,10 @@ def page(root):
 
 def test_seeds_are_pooled_with_intervals_and_each_is_shown(report, measured):
     text, figures = report.render(page(measured), measured)
-    assert "| rows_4k | 60 (45-74) [50, 70] |" in text and "| rows_32k | 95 (83-99) [100, 90] |" in text
+    assert "| rows_4k | 60 (45-77) [50, 70] |" in text and "| rows_32k | 95 (81-110) [100, 90] |" in text
     assert "| rows_4k | 10.60 (9.45-11.77) [10.50, 10.70] |" in text
-    assert "Seeds 0, 1; H100; commit abcdefa" in text and "Not run yet: rows_8k, rows_128k." in text
+    assert "Seed 0: abcdefa, without CUDA graphs; Seed 1: abcdefa, by CUDA graphs; H100; " in text
+    assert "Not run yet: rows_8k, rows_128k." in text
     folder = measured / "results" / "findings" / "effective_length"
     for path, draw in figures.items():
         draw(path)
@@ -79,12 +86,20 @@ def test_differences_are_claimed_of_three_seeds_with_intervals_apart_only(report
         return report.shown(found + [record("b", seed, "s_niah", value, **more) for seed, value in enumerate(others)])
 
     low, high = (0.1, 0.2, 0.1), (0.9, 0.8, 0.9)
-    text = report.differences(tasks(low, high), ["a", "b"], 3)
+    text = report.differences(tasks(low, high), ["a", "b"])
     assert "answered exactly, %: `b` above `a` at 4K" in text
-    assert "`b` below `a` at 4K" in report.differences(tasks(high, low), ["a", "b"], 3)
+    assert "`b` below `a` at 4K" in report.differences(tasks(high, low), ["a", "b"])
     for one, other in ((low, (0.9, 0.05, 0.9)), (low, low)):
-        assert report.differences(tasks(one, other), ["a", "b"], 3).startswith("No run differs")
-    assert "three seeds, and there are two" in report.differences(tasks(low[:2], high[:2]), ["a", "b"], 2)
+        assert report.differences(tasks(one, other), ["a", "b"]).startswith("No run differs")
+    assert "three seeds of both runs, and there are two" in report.differences(tasks(low[:2], high[:2]), ["a", "b"])
+    assert "and there are two" in report.differences(tasks(low, high[:2]), ["a", "b"]), "a third seed of one alone"
+    assert "no two have more than one" in report.differences(tasks(low, high[:1]), ["a", "b"])
+
+
+def test_a_seed_that_was_not_measured_has_a_dash_and_halves_go_up(report):
+    records = [record("a", seed, "s_niah", value) for seed, value in ((0, 0.5), (2, 0.65))]
+    rows = report.shown([*records, record("b", 1, "s_niah", 0.125)])["s_niah"]
+    assert [report.cell(row) for row in rows] == ["58 (45-72) [50, -, 65]", "13 (11-14) [-, 13, -]"]
 
 
 def test_what_was_not_run_says_so_and_everything_says_what_would_be(report, measured):

@@ -136,7 +136,7 @@ def test_its_summary_has_records_of_every_variant_configurations_and_where_they_
     assert {r["depth"] for r in found["records"] if r["task"] == "s_niah"} == {None}
     assert found["meta"]["seeds"] == [0] and found["meta"]["settings"]["rope"] == ["model.memory_positions=rope"]
     assert set(found["meta"]["runs"]) == {"nope-0", "rope-0"} and found["meta"]["commits"] and found["meta"]["hardware"]
-    assert found["configs"]["rope"]["model"]["memory_positions"] == "rope"
+    assert found["configs"]["rope-0"]["model"]["memory_positions"] == "rope"
 
 
 def test_seeds_measured_elsewhere_are_kept(findings, quick, tmp_path):
