@@ -1,7 +1,7 @@
 """Copy runs of `hsa eval` or `hsa train` as they are published under results/: packed, without places or others' texts.
 
     python scripts/publish.py RUN -o results/NAME
-    python scripts/publish.py runs/twins/run-* runs/twins/eval* -o results/twins --together
+    python scripts/publish.py runs/twins/run-* runs/twins/speed-* runs/twins/eval* -o results/twins --together --small
     python scripts/publish.py results/twins/run-hsa-0 -o runs/hsa-0
 
 Of a suite: summary.json, summary.md, and records.jsonl.xz without the places of chunks (ranks and weights stay, with
@@ -10,8 +10,9 @@ as the records tell them. Of a training run: summary.json, config.json, log.json
 files in -o: runs.jsonl.xz, a line a run with its name as `run` and all these files but records, and records.jsonl.xz
 of all suites, each record with its `run`. A small file takes a whole block of a disk, and models that are asked the
 same take a third of the room. A run of these is named as if it were a folder there, and publishing it again makes one.
-With --small there is no summary.md. All runs are looked at before any is copied. A published run that is there is
-replaced, any other folder is not. docs/results.md says what is kept; tests/test_publish.py.
+With --small there is no summary.md; such a folder is published again with --small. All runs are looked at before any is
+copied. A published run that is there is replaced, any other folder is not. Two files that were not written whole are
+refused when they are read. docs/results.md says what is kept; tests/test_publish.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 from hsa_ultralong.eval.metadata import write_json
 from hsa_ultralong.eval.plots import read_jsonl
-from hsa_ultralong.eval.stored_runs import TOGETHER, records_together, runs_together
+from hsa_ultralong.eval.recorded_run import PACKED
+from hsa_ultralong.eval.stored_runs import TOGETHER, is_together, records_together, run_together, runs_together
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.packed import SUFFIX, pack, stored
 from hsa_ultralong.files.strict_json import read_json
@@ -60,22 +62,28 @@ def files_of(run: Path, is_small: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no run of either kind, or lacks a file.
     """
-    if not run.is_dir() and (together := runs_together(run.parent).get(run.name)):
-        records = records_together(run.parent).get(run.name)
-        return together if records is None else {**together, RECORDS: records}
+    if is_together(run):
+        files, records = run_together(run)
+        files = {name: content for name, content in files.items() if not (is_small and name == "summary.md")}
+        return files if records is None else {**files, RECORDS: records}
+    if (run / TOGETHER).is_file():
+        raise ValueError(f"{run} holds several runs published together: name one, FOLDER/RUN")
     kind = next((name for name in (RECORDS, LOG) if stored(run / name).is_file()), None)
     if kind is None:
         raise ValueError(f"{run} has neither {RECORDS} nor {LOG}: name a run of hsa eval or hsa train")
     beside = ["config.json"] if kind == LOG else [] if is_small else ["summary.md"]
     names = ["summary.json", *beside]
     if missing := [name for name in names if not (run / name).is_file()]:
-        raise ValueError(f"{run} has no {missing[0]}: let the run end first")
-    files: dict[str, Any] = {
+        advice = ", or give --small if it was published so" if missing == ["summary.md"] else ""
+        raise ValueError(f"{run} has no {missing[0]}: let the run end first{advice}")
+    files = {
         name: read_json(run / name) if name.endswith(".json") else (run / name).read_text(encoding="utf-8")
         for name in names
     }
     lines = read_jsonl(run / kind)
     if kind == RECORDS:
+        if not lines:
+            raise ValueError(f"{run} holds no sample yet: let the run end first")
         summary = files["summary.json"]
         summary["records"] = [record for record in summary["records"] if record.get("depth") is None]
         lines = [published(record) for record in lines]
@@ -108,18 +116,34 @@ def write_together(runs: Mapping[str, Mapping[str, Any]], target: Path) -> None:
     """Write runs of `files_of`, by their names, beside those that `target` has of other names.
 
     Raises:
-        ValueError: `target` is one published run.
+        ValueError: `target` is one published run, or has records of no run; what it has of other names does not fit.
     """
-    if not (target / TOGETHER).is_file() and (target / "summary.json").is_file():
-        raise ValueError(f"{target} is one published run: give another folder")
+    if not (target / TOGETHER).is_file():
+        if (target / "summary.json").is_file():
+            raise ValueError(f"{target} is one published run: give another folder")
+        if (target / PACKED).is_file():
+            raise ValueError(f"{target} has {PACKED} but no {TOGETHER}, so nothing says whose: give another folder")
+    old = runs_together(target)
+    old_records = records_together(target, old, replaced=runs)
+    suites = {name: files[RECORDS] for name, files in runs.items() if RECORDS in files}
+    records = {name: own for name, own in old_records.items() if name not in runs or name in suites} | suites
     target.mkdir(parents=True, exist_ok=True)
-    records = {**records_together(target), **{name: files[RECORDS] for name, files in runs.items() if RECORDS in files}}
-    kept = {name: {key: files[key] for key in files if key != RECORDS} for name, files in runs.items()}
-    kept = {**runs_together(target), **kept}
-    if records:
-        lines = [{"run": name, **record} for name, own in records.items() for record in own]
-        _write_lines(target / f"{RECORDS}{SUFFIX}", lines)
-    _write_lines(target / TOGETHER, [{"run": name, **files} for name, files in kept.items()])
+    if records != old_records:
+        # suites whose records change leave first and come back last: after a stop between, all is as it was or
+        # `records_together` refuses it; new records never lie beside an old summary
+        changed = [name for name in suites if name in old_records and old_records[name] != suites[name]]
+        _write_runs({name: files for name, files in old.items() if name not in changed}, target)
+        if records:
+            lines = [{"run": name, **record} for name, own in records.items() for record in own]
+            _write_lines(target / PACKED, lines)
+        else:
+            (target / PACKED).unlink()
+    new = {name: {key: files[key] for key in files if key != RECORDS} for name, files in runs.items()}
+    _write_runs({**old, **new}, target)
+
+
+def _write_runs(runs: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+    _write_lines(target / TOGETHER, [{"run": name, **files} for name, files in runs.items()])
 
 
 def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from hsa_ultralong.eval.intervals import wilson_interval
 from hsa_ultralong.eval.plots import human_tokens, plt, save
-from hsa_ultralong.eval.stored_runs import runs_together
+from hsa_ultralong.eval.stored_runs import records_together, runs_together
 from hsa_ultralong.eval.suite_summary import headlines
 from hsa_ultralong.files.durable import write_whole
 from hsa_ultralong.files.packed import pack
@@ -37,7 +37,9 @@ def collect(folder: Path) -> dict[str, Any]:
     """{"meta", "records"} of all that lies in the folder."""
     values: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     sources, hardware = {}, set()
-    contents = {name: files["summary.json"] for name, files in runs_together(folder).items()}
+    runs = runs_together(folder)
+    records_together(folder, runs)  # refused if they do not fit
+    contents = {name: files["summary.json"] for name, files in runs.items()}
     contents |= {path.parent.name: read_json(path) for path in folder.glob("*/summary.json")}
     contents = {name: contents[name] for name in sorted(contents) if _FOLDER.fullmatch(name)}
     cut_off = _cut_off({name: content["records"] for name, content in contents.items() if name.startswith("run-")})

@@ -101,12 +101,15 @@ def test_runs_that_were_published_together_are_read_as_folders(report, tmp_path)
     for name in ("recall-hsa-0", "recall-window-0", "other"):
         summary(tmp_path / "apart" / name, score(0.5))
     kept = [
-        json.dumps({"run": path.parent.name, "summary.json": json.loads(path.read_text())})
+        json.dumps({"run": path.parent.name, "summary.json": json.loads(path.read_text()), "log.jsonl": []})
         for path in (tmp_path / "apart").glob("*/summary.json")
     ]
     (tmp_path / "together").mkdir()
     (tmp_path / "together" / "runs.jsonl.xz").write_bytes(pack("".join(f"{line}\n" for line in kept).encode()))
     assert report.collect(tmp_path / "together") == report.collect(tmp_path / "apart")
+    (tmp_path / "together" / "runs.jsonl.xz").write_bytes(pack(f"{kept[0].replace('log.jsonl', 'other')}\n".encode()))
+    with pytest.raises(ValueError, match="do not fit"):
+        report.collect(tmp_path / "together")
 
 
 def test_a_folder_without_twins_is_refused(report, tmp_path):

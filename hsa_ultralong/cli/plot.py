@@ -98,7 +98,10 @@ def _find(source: Path) -> tuple[Path, str]:
             return file, BENCHMARKS.get(file.name.split("-")[0], "ops")
         if file.is_file():
             return file, "training" if file.name.startswith("log") else "needles"
+    advice = ""
+    if not source.exists() and (source.parent / "runs.jsonl.xz").is_file():
+        advice = f"; a run published together is made a folder by `python scripts/publish.py {source} -o FOLDER`"
     raise ValueError(
         f"{source} holds neither log.jsonl (a run), nor records.jsonl (a needle report), nor summary.json (a suite), "
-        "nor tuning.json (hsa tune)"
+        f"nor tuning.json (hsa tune){advice}"
     )

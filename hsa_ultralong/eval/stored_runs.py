@@ -5,7 +5,7 @@ tests/eval/test_stored_runs.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -90,26 +90,26 @@ def read_runs(found: Mapping[str, Path]) -> list[StoredRun]:
     Raises:
         ValueError: as `read_run`; a run is none of those that were published together beside it.
     """
-    places = {folder.parent for folder in found.values() if _is_together(folder)}
+    places = {folder.parent for folder in found.values() if is_together(folder)}
     files = {place: runs_together(place) for place in places}
-    records = {place: records_together(place) for place in places}
+    records = {place: records_together(place, files[place]) for place in places}
     runs = []
     for name, folder in found.items():
-        if not _is_together(folder):
+        if not is_together(folder):
             runs.append(_read_folder(folder, name))
             continue
         place = folder.parent
         suites = [one for one in files[place] if one in records[place]]
         if folder.name not in suites:
-            known = ", ".join(suites[:4]) + (" ..." if len(suites) > 4 else "")
-            raise ValueError(f"{place} has no suite {folder.name}, but {len(suites)} others: {known}")
+            raise ValueError(f"{place} has no suite {folder.name}, but {len(suites)} others: {_first(suites)}")
         content, where = files[place][folder.name]["summary.json"], f"{place / TOGETHER}, {folder.name}"
         require(_SUMMARY, content, f"{where}:")
         runs.append(_stored_run(name, where, content["meta"].get("settings"), content, records[place][folder.name]))
     return runs
 
 
-def _is_together(folder: Path) -> bool:
+def is_together(folder: Path) -> bool:
+    """Whether a path names a run by the folder of runs that were published together: there is no folder of its own."""
     return not folder.is_dir() and (folder.parent / TOGETHER).is_file()
 
 
@@ -159,13 +159,45 @@ def runs_together(folder: Path) -> dict[str, dict[str, Any]]:
     return {line["run"]: {name: content for name, content in line.items() if name != "run"} for line in lines}
 
 
-def records_together(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Of suites that were published together in a folder: name -> records. {} without any; errors as above."""
+def run_together(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """Of one run that was published together with others (`is_together`): its files, and its records if it is a suite.
+
+    Raises:
+        ValueError: there is no such run, naming some that there are; else as `records_together`.
+    """
+    runs = runs_together(run.parent)
+    if run.name not in runs:
+        raise ValueError(f"{run.parent} has no run {run.name}, but {len(runs)} others: {_first([*runs])}")
+    return runs[run.name], records_together(run.parent, runs).get(run.name)
+
+
+def records_together(
+    folder: Path, runs: Mapping[str, Mapping[str, Any]], replaced: Collection[str] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """Of suites that were published together in a folder: name -> records. {} without any.
+
+    Args:
+        runs: what `runs_together` has of the folder.
+        replaced: names that need not fit, as they are published again.
+
+    Raises:
+        ValueError: a damaged file; records without a run, or a suite without records: writing was stopped between.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     if (folder / TOGETHER).is_file() and (folder / PACKED).is_file():
         for record in read_records(folder / PACKED, _RECORD_OF_A_RUN)[0]:
             found.setdefault(record.pop("run"), []).append(record)
+    suites = {name for name, files in runs.items() if "log.jsonl" not in files}
+    if unfit := sorted((suites ^ found.keys()).difference(replaced)):
+        raise ValueError(
+            f"{folder / PACKED} and {TOGETHER} do not fit, as after a stop: publish {_first(unfit)} again, "
+            f"`python scripts/publish.py RUN... -o {folder} --together`"
+        )
     return found
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
 
 
 def find_runs(given: Sequence[str]) -> dict[str, Path]:
@@ -181,7 +213,7 @@ def find_runs(given: Sequence[str]) -> dict[str, Path]:
         name, sign, rest = entry.partition("=")
         is_named = bool(sign) and not Path(entry).exists()
         folder = Path(rest if is_named else entry)
-        if not folder.is_dir() and not _is_together(folder):
+        if not folder.is_dir() and not is_together(folder):
             raise ValueError(f"there is no folder {folder}; give the output folders of `hsa eval`")
         inner = [] if (folder / "run.json").exists() else sorted(path.parent for path in folder.glob("*/run.json"))
         for place in inner or [folder]:

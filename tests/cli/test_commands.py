@@ -170,6 +170,12 @@ def test_data_train_and_plot_run_end_to_end(tmp_path):
     assert answer.exit_code == 0, answer.output
 
 
+def test_plot_of_a_run_published_together_says_what_makes_a_folder_of_it(tmp_path):
+    (tmp_path / "runs.jsonl.xz").touch()
+    run = tmp_path / "run-hsa-0"
+    assert_one_clear_line(hsa("plot", run), f"is made a folder by `python scripts/publish.py {run} -o FOLDER`")
+
+
 def test_dry_run_prints_the_resolved_recipe():
     result = hsa(
         "train", "nano", "--set", "warmup.tokens=1000000", "--set", "model.chunk_topk=16", "--dry-run", "--json"

@@ -95,6 +95,28 @@ def test_runs_that_lie_together_are_told_apart_and_read_once(tmp_path, runs, mon
             read_run(tmp_path / name, name)
 
 
+@pytest.mark.parametrize(
+    ("suites", "trained", "recorded", "unfit"),
+    [
+        (["first"], [], ["first", "second"], "second"), (["first", "second"], [], ["first"], "second"),
+        (["first"], ["second"], ["first", "second"], "second"), (["first"], [], [], "first"),
+        (["first"], [], ["first", *"abcde"], r"a, b, c, d \.\.\."),
+    ],
+)  # fmt: skip
+def test_runs_that_lie_together_and_records_that_do_not_fit_are_refused(
+    tmp_path, runs, suites, trained, recorded, unfit
+):
+    summary = {"summary.json": {"meta": {"settings": runs.settings}}}
+    kept = [{"run": name, **summary} for name in suites]
+    kept += [{"run": name, **summary, "log.jsonl": []} for name in trained]
+    records = [{"run": name, **runs.record()} for name in recorded]
+    for name, lines in (("runs", kept), *([("records", records)] if records else [])):
+        data = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+        (tmp_path / f"{name}.jsonl.xz").write_bytes(lzma.compress(data))
+    with pytest.raises(ValueError, match=f"do not fit, as after a stop: publish {unfit} again, `python [^\n]*`$"):
+        read_runs(find_runs([f"{tmp_path}/first"]))
+
+
 def test_folders_without_a_run_are_refused_by_what_they_hold(tmp_path, runs):
     # a published study has packed records too
     with pytest.raises(ValueError, match="got a study of hidden sentences"):
