@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hsa_ultralong.cli.ask import _hide
-from hsa_ultralong.cli.common import MAX_PROMPT_TOKENS, collect_rarely, load_model
+from hsa_ultralong.cli.common import MAX_PROMPT_TOKENS, collect_as_usual, collect_rarely, load_model
+from hsa_ultralong.files.packed import pack
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.inference import as_question
 
@@ -35,6 +36,8 @@ def assert_one_clear_line(result, *words):
 
 
 def test_garbage_is_looked_for_rarely_only_until_a_model_is_loaded(checkpoint):
+    # a command that another test ran may have left it rare
+    collect_as_usual()
     usual = gc.get_threshold()
     collect_rarely()
     assert gc.get_threshold()[0] > usual[0]
@@ -174,6 +177,8 @@ def test_plot_of_a_run_published_together_says_what_makes_a_folder_of_it(tmp_pat
     (tmp_path / "runs.jsonl.xz").touch()
     run = tmp_path / "run-hsa-0"
     assert_one_clear_line(hsa("plot", run), f"is made a folder by `python scripts/publish.py {run} -o FOLDER`")
+    (tmp_path / "records.jsonl.xz").write_bytes(pack(b'{"run": "eval-hsa-0"}\n'))
+    assert_one_clear_line(hsa("plot", run.parent), "holds several runs published together: draw one from a folder")
 
 
 def test_dry_run_prints_the_resolved_recipe():
