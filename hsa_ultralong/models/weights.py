@@ -122,7 +122,8 @@ def state_key(entries: Iterable[Entry]) -> tuple[Any, ...]:
 def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """(n, 2) int64 of tensors of one device, n <= 1 + len(tensors): small ones are joined, as each would take a dozen
     launches, of which the first answer of a process waits for hundreds."""
-    small, sums, room = [], [], _JOINED_BYTES
+    small: list[torch.Tensor] = []
+    sums, room = [], _JOINED_BYTES
     for tensor in tensors:
         bits = _bits(tensor)
         if bits.numel() > _SMALL_BYTES:

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.cli.ask import _hide
 from hsa_ultralong.cli.common import MAX_PROMPT_TOKENS, collect_as_usual, collect_rarely, load_model
-from hsa_ultralong.files.packed import pack
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.files.packed import pack
 from hsa_ultralong.inference import as_question
 
 
