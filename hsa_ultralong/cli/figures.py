@@ -12,7 +12,6 @@ from hsa_ultralong.bench.serve_report import plot_serve
 from hsa_ultralong.bench.training_report import plot_training_speed
 from hsa_ultralong.eval.comparisons import compare_needles, compare_training
 from hsa_ultralong.eval.plots import plot_needles, plot_training, plot_tuning, read_jsonl, read_log, read_tuning
-from hsa_ultralong.eval.stored_runs import TOGETHER
 from hsa_ultralong.eval.suite_plots import draw_table
 from hsa_ultralong.files.packed import SUFFIX, stored
 from hsa_ultralong.files.strict_json import read_json
@@ -96,7 +95,7 @@ def draw(source: Path, figure: Path, kind: str, title: str) -> None:
     if kind == "needles":
         lines = _first_form(read_jsonl(source))
         if not all("correct" in line for line in lines):
-            if (source.parent / TOGETHER).is_file():
+            if (source.parent / "runs.jsonl.xz").is_file():
                 raise ValueError(
                     f"{source.parent} holds several runs published together: draw one from a folder made of it by "
                     f"`python scripts/publish.py {source.parent}/RUN -o FOLDER`"
