@@ -89,8 +89,21 @@ def _meet(device: torch.device) -> None:
             y = y.view(1, 4, 16, 64)
             y = torch.einsum("bhtd,bhsd->bhts", y, y).masked_fill(y[..., :16] > 0, -torch.inf)
             torch.cat((y.softmax(-1), y), dim=-1).index_select(-1, place[:4]).float().logsumexp(-1)
+            # a prompt and a step: few rows have matrix kernels of their own
+            for rows in (1, 16):
+                few = torch.ones((rows, 256), dtype=dtype, device=device)
+                for width in (128, 256, 672, 8192):
+                    functional.linear(few, torch.ones((width, 256), dtype=dtype, device=device))
+            x[place[:4], place[:4]] = x[0, :4].clone()
+            x.gather(1, place[None].expand(64, -1)).copy_(x.clone())
         _ = functional.embedding(place, x)[place % 2].argmax(-1).cumsum(0).max()
-        torch.where(place > 3, place, -1).to(torch.int32).sort()
+        for kind in (torch.int32, torch.int64):
+            numbers = torch.where(place > 3, place, -1).to(kind)
+            numbers.sort()
+            _ = (numbers.clamp_min(0) + 1)[place] * (numbers >= 2) - numbers.flip(0)
+            numbers[place[:2]] = numbers[2:4].clone()
+        _ = torch.cat((place.double().cos(), place.double().sin())).float().unique()
+        _ = torch.searchsorted(place, place), place.topk(4), (place > 9).any()
         checksums([x, place]).tolist()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
