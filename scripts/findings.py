@@ -129,22 +129,24 @@ def run(
         ValueError: a command failed.
     """
     deadline = time.monotonic() + 60 * minutes
-    for variant in [only] if only else FINDINGS[name].variants:
-        for step in steps(name, variant, seed, options):
-            if step.done.is_file():
-                continue
-            left = (deadline - time.monotonic()) / 60
-            if left < _LEAST_MINUTES:
-                return False
-            limit = ["--max-minutes", f"{left:.2f}"] if step.is_training else []
-            print(f"{name} {variant} seed {seed}: hsa {shlex.join(step.command)}", file=sys.stderr, flush=True)
-            code = perform([*step.command, *limit], 60 * left + (60 if step.is_training else 0))
-            if code == -1 or (code == 0 and step.is_training and not step.done.is_file()):
-                return False
-            if code != 0:
-                raise ValueError(f"hsa {step.command[0]} ended with exit code {code}; run it again to go on")
-            if not step.is_training:
-                step.done.touch()
+    wanted = [only] if only else [*FINDINGS[name].variants]
+    planned = [(variant, step) for variant in wanted for step in steps(name, variant, seed, options)]
+    for number, (variant, step) in enumerate(planned, 1):
+        if step.done.is_file():
+            continue
+        left = (deadline - time.monotonic()) / 60
+        if left < _LEAST_MINUTES:
+            return False
+        limit = ["--max-minutes", f"{left:.2f}"] if step.is_training else []
+        where = f"[{number}/{len(planned)}] {name} {variant} seed {seed}"
+        print(f"{where}: hsa {shlex.join(step.command)}", file=sys.stderr, flush=True)
+        code = perform([*step.command, *limit], 60 * left + (60 if step.is_training else 0))
+        if code == -1 or (code == 0 and step.is_training and not step.done.is_file()):
+            return False
+        if code != 0:
+            raise ValueError(f"hsa {step.command[0]} ended with exit code {code}; run it again to go on")
+        if not step.is_training:
+            step.done.touch()
     return True
 
 

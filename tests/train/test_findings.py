@@ -152,12 +152,13 @@ def test_seeds_measured_elsewhere_are_kept(findings, quick, tmp_path):
     assert set(joined["meta"]["runs"]) == {"nope-0", "rope-0", "nope-7"}
 
 
-def test_nothing_measured_and_failed_commands_are_one_clear_error(findings, tmp_path):
+def test_nothing_measured_and_failed_commands_are_one_clear_error(findings, tmp_path, capsys):
     with pytest.raises(ValueError, match="nothing of window was measured"):
         findings.collect("window", tmp_path, tmp_path)
     options = findings.Options(tmp_path, runs=tmp_path / "runs")
     with pytest.raises(ValueError, match="exit code 2; run it again"):
         findings.run("window", 0, options, perform=lambda *_: 2)
+    assert "[1/12] window window_128 seed 0: hsa train findings" in capsys.readouterr().err
 
 
 def test_places_are_told_apart_by_length_and_tenth(findings):
