@@ -43,13 +43,15 @@ class Place(NamedTuple):
 
 
 class Target(NamedTuple):
-    """least: what each share or AUROC must reach; where there is none, `met` says it in words."""
+    """least: what each share or AUROC must reach; where there is none, `met` says it in words. samples: asked at least,
+    or nothing is met yet."""
 
     what: str
     needed: str
     places: tuple[Place, ...]
     least: tuple[float, ...] = ()
     met: str = ""
+    samples: int = 0
 
 
 def _one(study: str, task: str, *lengths: int, metric: str | None = None) -> tuple[Place, ...]:
@@ -65,7 +67,7 @@ TARGETS = (
            (*_one("needles-nano-16m", "s_niah", M, 16 * M), *_one("needles-nano-128m", "s_niah", 128 * M),
             *_one("needles-nano-256m", "s_niah", 256 * M)), (0.99, 0.975, 0.95, 0.95)),
     Target("the same at 1G", "90% of 40", _one("needles-nano-1g", "s_niah", 1024 * M),
-           met="open: five of the 40 were not asked"),
+           (0.9,), samples=40),
     Target("S-NIAH, the authors' form, forced", "99% at 1M, 97.5% at 16M",
            _one("paper-nano-16m", "s_niah_authors", M, 16 * M, metric="teacher"), (0.99, 0.975)),
     Target("MQ, forced as the authors do", "90% at 1M, 80% at 16M",
@@ -188,6 +190,8 @@ def target_rows(root: Path) -> list[list[str]]:
         files = ", ".join(f"[{study}](../results/{study}) ({commit_of(root, study)})" for study in studies)
         reached = [record["value"] >= least for (_, record), least in zip(found, target.least, strict=False)]
         met = target.met or ("yes" if all(reached) else "no" if not any(reached) else "in part")
+        if samples[0] < target.samples:
+            met = f"open: {samples[0]} of {target.samples} asked"
         n = " to ".join(dict.fromkeys(map(str, (samples[0], samples[-1]))))
         rows.append([target.what, target.needed, "; ".join(cells), n, met, "; ".join(weights), files])
     return rows

@@ -45,6 +45,12 @@ def check_arguments(function: Callable[..., Any], given: dict[str, Any]) -> None
             raise ValueError(f"HSA-UltraLong takes no {name}: {instead}")
 
 
+def check_noise_seed(seed: int | torch.Tensor | None, has_noise: bool) -> None:
+    """Raises: ValueError: a seed of selection noise where none is drawn."""
+    if seed is not None and not has_noise:
+        raise ValueError("noise_seed is of a model in training mode with gumbel_noise=True: leave it out")
+
+
 def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
     """Refuse anything but one of input_ids (B, T) and inputs_embeds (B, T, M), with B and T of at least 1.
 

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
-from hsa_ultralong.models.arguments import check_arguments, check_tokens
+from hsa_ultralong.models.arguments import check_arguments, check_noise_seed, check_tokens
 from hsa_ultralong.models.auto_map import is_own_auto_class
 from hsa_ultralong.models.build import (
     RecomputedDecoderLayer,
@@ -174,7 +174,7 @@ class HSAModel(HSAPreTrainedModel):
             output_hidden_states: also return the embeddings and the output of every decoder layer, the last one normed.
             output_retrieval: also return what every upper group retrieved (models/outputs.py).
             retrieval_to_keep: number of last tokens (or index tensor) whose retrieval is wanted; all without it.
-            noise_seed: of the selection noise (gumbel_noise), in place of a draw; see chunk_topk.
+            noise_seed: of the selection noise (gumbel_noise, in training mode), in place of a draw; see chunk_topk.
             kwargs: return_dict=False for a tuple; names that change nothing here (models/arguments.py).
 
         Raises:
@@ -182,6 +182,7 @@ class HSAModel(HSAPreTrainedModel):
         """
         check_arguments(type(self).forward, {"output_attentions": self.config.output_attentions, **kwargs})
         check_tokens(input_ids, inputs_embeds)
+        check_noise_seed(noise_seed, self.training and self.config.gumbel_noise)
         if pool_memory not in POOLS:
             raise ValueError(f"pool_memory must be one of {POOLS}, got {pool_memory!r}")
         if pool_memory and not self.config.is_composable:

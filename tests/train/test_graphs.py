@@ -347,7 +347,14 @@ def test_noise_of_a_seed_on_the_device_reads_nothing_back(nothing_on_the_host, m
     model = tiny_model(dtype=torch.float32, **NOISE)
     recompute_activations(model, mode)
     isolated, seed = torch.zeros(2, dtype=torch.bool, device="meta"), torch.zeros((), device="meta").long()
-    nothing_on_the_host(model, isolate_documents=isolated, pool_memory=pool or False, noise_seed=seed)
+    options = {"isolate_documents": isolated, "pool_memory": pool or False}
+    learning = nothing_on_the_host(model, **options, noise_seed=seed)
+    assert any("query_proj" in name for name in learning) and any("landmark_proj" in name for name in learning)
+    with pytest.raises(ValueError, match="training mode with gumbel_noise"):
+        model.eval()(torch.zeros(1, 64, dtype=torch.int64, device="meta"), noise_seed=seed)
+    # the host's number is drawn where none is given, and changes nothing of what learns
+    model.zero_grad(set_to_none=True)
+    assert nothing_on_the_host(model, **options) == learning
 
 
 @pytest.mark.parametrize("name", TWINS)
