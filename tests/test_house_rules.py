@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": {"models", "memory", "nn", "ops", "distributed", "files"},
     "baselines": {"models", "nn", "ops"},
     "data": {"files"},
-    "distributed": set(),
+    "distributed": {"ops"},
     "train": {"models", "baselines", "data", "distributed", "nn", "ops", "files"},
     "eval": {"inference", "memory", "models", "data", "files"},
     "bench": {"eval", "inference", "memory", "models", "baselines", "files"},

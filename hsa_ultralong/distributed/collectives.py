@@ -1,4 +1,4 @@
-"""Two exchanges between processes through which gradients flow back, and the ranks of a group that use them.
+"""Exchanges between processes through which gradients flow back, and the ranks of a group that use them.
 
 Made of collectives that every backend and torch release has under one name. Gradients are summed in the order of the
 ranks, in fp32 if they are 16-bit, so a run repeats bit for bit. Used by context.py and pool.py; tests/distributed/.
@@ -31,6 +31,64 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+class Travel:
+    """Rows under way between the ranks of a group: `rows` has them after `arrive`.
+
+    What is computed between start and arrival runs meanwhile, and so does its gradient: autograd takes the nodes of a
+    backward last made first, so those in between lie between the return's start and its end.
+    """
+
+    def __init__(
+        self, rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
+    ) -> None:
+        self.send, self.receive, self.group = send, receive, group
+        self.work: Any = None
+        self.returning: torch.Tensor | None = None
+        self.rows: torch.Tensor = _Depart.apply(rows, self)
+
+    def start(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        self.work = dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group, async_op=True)
+        return out
+
+    def arrive(self) -> torch.Tensor:
+        """The rows (sum of receive, ...), by rank."""
+        out: torch.Tensor = _Arrive.apply(self.rows, self)
+        return out
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, travel: Travel) -> torch.Tensor:
+        ctx.travel = travel
+        return travel.start(rows, travel.send, travel.receive)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        # `grad` is where it started from: see _Arrive
+        travel = ctx.travel
+        travel.work.wait()
+        returned, travel.returning, travel.work = travel.returning, None, None
+        return returned, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, travel: Travel) -> torch.Tensor:
+        ctx.travel = travel
+        travel.work.wait()
+        travel.work = None
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        travel = ctx.travel
+        travel.returning = travel.start(grad, travel.receive, travel.send)
+        return grad, None
 
 
 class _Gather(torch.autograd.Function):
@@ -72,6 +130,11 @@ class Ranks:
         Gradients travel the other way.
         """
         return _Exchange.apply(rows, send, receive, self.group)
+
+    @torch.compiler.disable
+    def depart(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> Travel:
+        """`exchange` that goes on by itself; its `arrive` gives the rows. Gradients travel back as unhurriedly."""
+        return Travel(rows, send, receive, self.group)
 
     @torch.no_grad()
     def total(self, part: torch.Tensor) -> torch.Tensor:

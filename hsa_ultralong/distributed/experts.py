@@ -1,6 +1,7 @@
 """Experts spread over ranks: rows travel to the rank that holds their expert, and back (dropless, exact).
 
-Two exchanges a layer forward, two backward, sizes known after one small exchange of counts. Given to every
+Two exchanges a layer forward, two backward, sizes known after one small exchange of counts. The shared expert runs
+while the first is under way, in the backward too. Given to every
 nn.moe.MixtureOfExperts by train/parallelize.py; tests/distributed/test_parallelize.py.
 """
 
@@ -10,10 +11,12 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from hsa_ultralong.distributed.collectives import Ranks
+from hsa_ultralong.ops._permute import inverse, take_rows
 
 Experts = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -29,23 +32,28 @@ class ExpertRanks(Ranks):
         return weight.to_local(grad_placements=partial)
 
     @torch.compiler.disable
-    def run(self, rows: torch.Tensor, load: torch.Tensor, experts: Experts) -> torch.Tensor:
-        """Apply `experts` where they are.
+    def run(
+        self, rows: torch.Tensor, load: torch.Tensor, experts: Experts, shared: nn.Module | None, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Apply `experts` where they are, and `shared` to x while rows travel.
 
         Args:
             rows: (N, M) sorted by expert, `load` (E,) int64 rows each.
             experts: (rows sorted by own expert, their numbers (E/n,)) -> rows of the same shape.
+            shared: what every token of x passes, None for nothing.
         """
         load = load.view(self.size, -1)  # (n, E/n)
         arriving = torch.empty_like(load)
         dist.all_to_all_single(arriving, load, group=self.group)
-        send, receive = load.sum(1).tolist(), arriving.sum(1).tolist()
-        rows = self.exchange(rows, send, receive)
+        send, receive = torch.stack((load.sum(1), arriving.sum(1))).tolist()
+        travel = self.depart(rows, send, receive)
+        beside = None if shared is None else shared(x)
         # they arrive by rank, then expert
         expert = torch.arange(arriving.numel(), device=rows.device) % arriving.shape[1]
-        order = expert.repeat_interleave(arriving.flatten(), output_size=rows.shape[0]).argsort(stable=True)
-        out = experts(rows[order], arriving.sum(0))
-        return self.exchange(out[order.argsort()], receive, send)
+        order = expert.repeat_interleave(arriving.flatten(), output_size=sum(receive)).argsort(stable=True)
+        places = inverse(order)
+        out = experts(take_rows(travel.arrive(), order, places), arriving.sum(0))
+        return self.exchange(take_rows(out, places, order), receive, send), beside
 
 
 def spread(weight: torch.Tensor, mesh: DeviceMesh) -> DTensor:

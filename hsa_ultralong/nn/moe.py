@@ -18,6 +18,7 @@ from torch import nn
 
 from hsa_ultralong.nn.mlp import SwiGLU
 from hsa_ultralong.nn.plain_linear import is_plain_linear
+from hsa_ultralong.ops._permute import inverse, take_rows
 
 # of spread choices: radians per unit of a router's normed logit; tokens that nearly agree still lie some turns apart
 _WAVES = 40.0
@@ -31,9 +32,17 @@ class ExpertExchange(Protocol):
         ...
 
     def run(
-        self, rows: torch.Tensor, load: torch.Tensor, experts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        """Apply `experts` to every row where its expert is; rows and load as in MixtureOfExperts._experts."""
+        self,
+        rows: torch.Tensor,
+        load: torch.Tensor,
+        experts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        shared: nn.Module | None,
+        x: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Apply `experts` to every row where its expert is, and `shared` to x while rows travel.
+
+        rows and load as in MixtureOfExperts._experts; returns the rows in their order, and what `shared` gave.
+        """
         ...
 
 
@@ -107,20 +116,21 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, -2)  # (N, M)
         chosen, weights = self.route(tokens)
         order = chosen.flatten().argsort(stable=True)  # (N*k,) pairs grouped by expert
+        places = inverse(order)
         # bincount would wait for the device
         load = torch.zeros_like(self.expert_load).index_add_(0, chosen.flatten(), torch.ones_like(order))  # (E,)
         if self.training:
             self.expert_load += load
-        source = order // self.num_experts_per_token
-        rows = tokens[source]  # (N*k, M)
-        rows = rows.bfloat16() if self._is_grouped(rows) else rows
+        k = self.num_experts_per_token
+        dtype = torch.bfloat16 if self._is_grouped(tokens) else tokens.dtype
+        rows = take_rows(tokens, order // k, places, copies=k, dtype=dtype)  # (N*k, M)
         if self.expert_ranks is None:
-            inner = self._experts(rows, load)
+            inner, beside = self._experts(rows, load), None if self.shared is None else self.shared(x)
         else:
-            inner = self.expert_ranks.run(rows, load, self._experts)
-        inner = inner * weights.flatten()[order, None].to(inner.dtype)
-        out = torch.zeros(tokens.shape, dtype=inner.dtype, device=x.device).index_add(0, source, inner).view(x.shape)
-        return out if self.shared is None else out + self.shared(x)
+            inner, beside = self.expert_ranks.run(rows, load, self._experts, self.shared, x)
+        parts = take_rows(inner, places, order).unflatten(0, (-1, k))  # (N, k, M)
+        out = (parts * weights[..., None].to(parts.dtype)).sum(1).view(x.shape)
+        return out if beside is None else out + beside
 
     @staticmethod
     def _is_grouped(rows: torch.Tensor) -> bool:
@@ -136,14 +146,18 @@ class MixtureOfExperts(nn.Module):
         # a rank may get no rows at all
         if self._is_grouped(rows) and len(rows):
             ends = load.cumsum(0).to(torch.int32)
-            gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
-            return F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+            return F.grouped_mm(self.activate(F.grouped_mm(rows, gate_up, offs=ends)), down, offs=ends)
         parts = []
         # unbind, as the gradient of an index is as large as all experts together
         for part, into, back in zip(rows.split(load.tolist()), gate_up.unbind(), down.unbind(), strict=True):
-            gate, up = (part @ into).chunk(2, dim=-1)
-            parts.append((F.silu(gate) * up) @ back)
+            parts.append(self.activate(part @ into) @ back)
         return torch.cat(parts)
+
+    @staticmethod
+    def activate(gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of rows (N, 2 * intermediate_size)."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
     @torch.no_grad()
     def update_router_bias(self, rate: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from hsa_ultralong.baselines import FullAttentionLM, RivalForCausalLM
 from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.nn.moe import MixtureOfExperts
 
 
 def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -> None:
@@ -27,6 +28,11 @@ def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -
                 part.compile(dynamic=False)
         model.model.norm.compile(dynamic=False)
         return
+    for mixture in (part for part in model.modules() if isinstance(part, MixtureOfExperts)):
+        # where rows travel to experts the layers' graphs end; how many arrive differs
+        mixture.activate = torch.compile(mixture.activate, dynamic=True)  # type: ignore[method-assign]
+        if mixture.shared is not None:
+            mixture.shared.compile(dynamic=False)
     for layer in model.model.lower_layers:
         layer.compile(dynamic=False)
     for layer in model.model.chunk_encoder.layers:

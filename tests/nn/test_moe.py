@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hsa_ultralong.nn.moe import MixtureOfExperts
+from hsa_ultralong.ops._permute import inverse, take_rows
 from hsa_ultralong.testing.factories import random_tensor, randomize
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -207,3 +208,31 @@ def test_grouped_products_equal_the_loop_also_for_experts_without_tokens(monkeyp
         monkeypatch.setattr(MixtureOfExperts, "_is_grouped", staticmethod(lambda rows: False))
     for grouped, looped in zip(*found, strict=True):
         assert (grouped.float() - looped.float()).norm() <= 0.02 * looped.float().norm()
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_rows_are_taken_and_their_gradients_gathered(copies):
+    order = torch.randperm(5 * copies, generator=torch.Generator().manual_seed(0))
+    rows = random_tensor(5, 4).requires_grad_()
+    taken = take_rows(rows, order // copies, inverse(order), copies=copies)
+    assert torch.equal(taken, rows[order // copies])
+    upstream = random_tensor(5 * copies, 4)
+    (found,) = torch.autograd.grad(taken, rows, upstream)
+    (expected,) = torch.autograd.grad(rows[order // copies], rows, upstream)
+    torch.testing.assert_close(found, expected, **EXACT)
+    # sums of 16-bit gradients are those of the rows' own precision
+    short = take_rows(rows, order // copies, inverse(order), copies=copies, dtype=torch.bfloat16)
+    (found,) = torch.autograd.grad(short, rows, upstream.bfloat16())
+    (expected,) = torch.autograd.grad(rows[order // copies], rows, upstream.bfloat16().double())
+    assert short.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+def test_a_mixture_repeats_bit_for_bit_and_its_gradient_is_that_of_the_formula():
+    module, x = mixture(), random_tensor(2, 7, 8).requires_grad_()
+    upstream = random_tensor(2, 7, 8)
+    found = torch.autograd.grad(module(x), [x, *module.parameters()], upstream)
+    again = torch.autograd.grad(module(x), [x, *module.parameters()], upstream)
+    assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
+    expected = torch.autograd.grad(by_formula(module, x), [x, *module.parameters()], upstream)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, **EXACT)
