@@ -40,22 +40,25 @@ class Travel:
     backward last made first, so those in between lie between the return's start and its end.
     """
 
-    def __init__(
-        self, rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
-    ) -> None:
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> None:
         self.send, self.receive, self.group = send, receive, group
         self.work: Any = None
         self.returning: torch.Tensor | None = None
-        self.rows: torch.Tensor = _Depart.apply(rows, self)
+        # the rows' graph holds this object: kept here they would hold each other, and never be freed
 
     def start(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
         self.work = dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group, async_op=True)
         return out
 
-    def arrive(self) -> torch.Tensor:
-        """The rows (sum of receive, ...), by rank."""
-        out: torch.Tensor = _Arrive.apply(self.rows, self)
+    def depart(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (sum of send, ...) leave; the result is for `arrive` alone."""
+        out: torch.Tensor = _Depart.apply(rows, self)
+        return out
+
+    def arrive(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (sum of receive, ...), by rank; of what `depart` gave."""
+        out: torch.Tensor = _Arrive.apply(rows, self)
         return out
 
 
@@ -132,9 +135,9 @@ class Ranks:
         return _Exchange.apply(rows, send, receive, self.group)
 
     @torch.compiler.disable
-    def depart(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> Travel:
-        """`exchange` that goes on by itself; its `arrive` gives the rows. Gradients travel back as unhurriedly."""
-        return Travel(rows, send, receive, self.group)
+    def travel(self, send: list[int], receive: list[int]) -> Travel:
+        """`exchange` in two halves, with time for other work between them."""
+        return Travel(send, receive, self.group)
 
     @torch.no_grad()
     def total(self, part: torch.Tensor) -> torch.Tensor:

@@ -46,13 +46,14 @@ class ExpertRanks(Ranks):
         arriving = torch.empty_like(load)
         dist.all_to_all_single(arriving, load, group=self.group)
         send, receive = torch.stack((load.sum(1), arriving.sum(1))).tolist()
-        travel = self.depart(rows, send, receive)
+        travel = self.travel(send, receive)
+        rows = travel.depart(rows)
         beside = None if shared is None else shared(x)
         # they arrive by rank, then expert
         expert = torch.arange(arriving.numel(), device=rows.device) % arriving.shape[1]
         order = expert.repeat_interleave(arriving.flatten(), output_size=sum(receive)).argsort(stable=True)
         places = inverse(order)
-        out = experts(take_rows(travel.arrive(), order, places), arriving.sum(0))
+        out = experts(take_rows(travel.arrive(rows), order, places), arriving.sum(0))
         return self.exchange(take_rows(out, places, order), receive, send), beside
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from hsa_ultralong.distributed.collectives import Travel
 from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, data_world, init_distributed, total
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.testing.processes import HANG_SECONDS, launch
@@ -96,14 +98,14 @@ def trained_alone(options, inputs):
     return ALONE[key]
 
 
-def check(options, parallel, **inputs):
+def check(options, parallel, *, use_compile=False, **inputs):
     """Two steps of a model spread as `parallel` says leave what they leave in one process."""
     many = tiny_model(**options)
     expected, num_parameters = trained_alone(options, inputs)
     config = ParallelConfig(**parallel)
     mesh = build_mesh(config, "cpu")
     names = list(many.state_dict())
-    parallelize(many, mesh, config)
+    parallelize(many, mesh, config, use_compile=use_compile)
     assert list(many.state_dict()) == names
     found = train(many, mesh, **inputs)
     assert found.keys() == expected.keys()
@@ -167,6 +169,31 @@ def check_segments(rank, world):
         torch.testing.assert_close(*centers, **EXACT)
 
 
+def check_compiled(rank, world):
+    """Graphs of the layers end where rows travel to experts; traced by the compiler, run as they are."""
+    real = torch.compile
+    torch.compile = lambda function=None, **options: real(function, **{**options, "backend": "eager"})
+    try:
+        check(EXPERTS, {"expert": 2}, use_compile=True)
+    finally:
+        torch.compile = real
+
+
+def check_nothing_stays(rank, world):
+    """What a step kept for its backward is freed by it, without a search for cycles."""
+    config = ParallelConfig(expert=2)
+    mesh = build_mesh(config, "cpu")
+    model = tiny_model(**EXPERTS).train()
+    parallelize(model, mesh, config)
+    gc.collect()
+    gc.disable()
+    try:
+        model(**micro_batches(0, mesh)[0][0]).loss.backward()
+        assert not [one for one in gc.get_objects() if isinstance(one, Travel)]
+    finally:
+        gc.enable()
+
+
 def check_refusals(rank, world):
     config = ParallelConfig()
     mesh = build_mesh(config, "cpu")
@@ -186,6 +213,8 @@ def check_two_processes(rank, world):
     check_refusals(rank, world)
     check_direct_calls(rank, world)
     check_segments(rank, world)
+    check_nothing_stays(rank, world)
+    check_compiled(rank, world)
     check(DENSE, {"replicate": 2})
     check(DENSE, {"shard": 2, "activation_checkpointing": "selective"})
     check(EXPERTS, {"replicate": 2, "activation_checkpointing": "full"})
