@@ -20,7 +20,7 @@ from hsa_ultralong.models.wrapped import device_of
 from hsa_ultralong.nn.views import ChunkTensors
 
 _PIECE_TOKENS = {"cpu": 2048, "cuda": 65_536}
-# compiled reading: the pieces' length, and the tokens from which it wins back the 10 to 20 seconds of compiling
+# compiled reading: the least length of pieces, and the tokens from which it wins back 10 to 20 seconds of compiling
 _COMPILED_PIECE, _COMPILED_FROM = 2**17, 2**26
 _TOKEN_TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
 Progress = Callable[[int, int | None], None]
@@ -78,7 +78,7 @@ def read_document(
         reader.resume(state)
     for part, is_last in _in_steps(text.pieces, step):
         check_range(part, model.config.vocab_size)
-        chunks = reader.complete_chunks(part.to(device), sink.num_tokens, sink.num_chunks, number)
+        chunks = reader.complete_chunks(_sent(part, device), sink.num_tokens, sink.num_chunks, number)
         sink.take(part, chunks, reader, is_last=is_last)
         report(sink.num_tokens, None)
     reader.check.require(label)
@@ -86,7 +86,12 @@ def read_document(
 
 
 def _is_compiled(device: torch.device, step: int) -> bool:
-    return device.type == "cuda" and step == _COMPILED_PIECE
+    return device.type == "cuda" and step >= _COMPILED_PIECE
+
+
+def _sent(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Token ids on the device. From pinned memory, as the host would wait for all work before a copy from any other."""
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
 
 
 def _in_steps(pieces: Iterable[torch.Tensor], step: int) -> Iterator[tuple[torch.Tensor, bool]]:
@@ -98,7 +103,7 @@ def _in_steps(pieces: Iterable[torch.Tensor], step: int) -> Iterator[tuple[torch
         count += len(piece)
         # what is read is not the last only if more is there
         if count > step:
-            joined = torch.cat(waiting)
+            joined = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
             stop = (count - 1) // step * step
             for start in range(0, stop, step):
                 yield joined[start : start + step], False
@@ -120,22 +125,26 @@ def piece_length(model: HSAForCausalLM, piece_tokens: int | None, num_tokens: in
 
 
 def as_tokens(tokens: Any) -> torch.Tensor:
-    """(n,) int32 on the host.
+    """(n,) int32 on the host; an int32 tensor that lies there is not copied.
 
     Raises:
         ValueError: if it is no one-dimensional sequence of token ids.
     """
     result: Any = tokens if isinstance(tokens, torch.Tensor) else np.asarray(tokens)
     if isinstance(result, np.ndarray) and (result.dtype.kind in "iu" or result.size == 0):
-        result = torch.from_numpy(result.astype(np.int64))
+        fits = np.can_cast(result.dtype, np.int32)
+        result = torch.from_numpy(result.astype(np.int32 if fits else np.int64))
     if result.ndim == 2 and result.shape[0] == 1:
         result = result[0]
     if result.ndim != 1 or result.dtype not in _TOKEN_TYPES:
         raise ValueError(
             f"a document must be a 1-D sequence of token ids, got shape {tuple(result.shape)} {result.dtype}"
         )
-    # what does not fit into 32 bits must not wrap around to a valid id
-    return result.to(device="cpu", dtype=torch.int64).clamp(-1, 2**31 - 1).to(torch.int32)
+    result = result.to("cpu")
+    if result.dtype in (torch.int64, torch.uint32):
+        # what does not fit into 32 bits must not wrap around to a valid id
+        result = result.to(torch.int64).clamp(-1, 2**31 - 1)
+    return result.to(torch.int32)
 
 
 def as_text(tokens: Any, vocab_size: int) -> Text:

@@ -2,10 +2,12 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from hsa_ultralong.inference import Library, append, reading_loop
+from hsa_ultralong.inference.reading_loop import as_tokens
 from hsa_ultralong.memory import MemoryFile, MemoryFileError, MemoryWriter
 from hsa_ultralong.models import pieces, reading
 from hsa_ultralong.testing.factories import tiny_model
@@ -62,6 +64,29 @@ def test_every_sink_reads_compiled_where_that_pays(model, tmp_path, monkeypatch,
     # layers once the windows are full; the last piece is shorter
     assert calls.count("run_encoder") == 9 and calls.count("run_layer") >= model.config.num_lower_layers
     torch.testing.assert_close(memory.landmarks, model.memorize(text).landmarks)
+
+
+def test_ids_of_any_integer_type_are_read_and_none_wraps_around():
+    for kind in (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.uint32, np.int64, np.uint64, np.dtype(">i4")):
+        ids = np.array([3, 1, 4], dtype=kind)
+        found = as_tokens(ids)
+        assert found.dtype == torch.int32 and found.tolist() == [3, 1, 4]
+    large = torch.tensor([2**32 + 3, -(2**33)])
+    assert as_tokens(large).tolist() == as_tokens(large.numpy()).tolist() == [2**31 - 1, -1]
+    assert as_tokens(np.array([2**63 + 5], dtype=np.uint64)).tolist() == [-1]
+
+
+def test_a_memory_keeps_tokens_of_its_own(model):
+    for text in (TEXT.long(), TEXT.int().clone(), TEXT.int().clone().numpy()):
+        memory = model.memorize(text, piece_tokens=64)
+        text[:] = 0
+        assert memory.documents[0].tokens.tolist() == TEXT.tolist()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_pieces_of_the_length_that_compiles_and_longer_ones_are_compiled_on_a_gpu(kind):
+    found = [reading_loop._is_compiled(torch.device(kind), step) for step in (2**16, 2**17, 2**18)]
+    assert found == ([False, True, True] if kind == "cuda" else [False] * 3)
 
 
 @pytest.mark.parametrize("sink", SINKS)
