@@ -152,7 +152,7 @@ def main(text: str) -> int:
     from hsa_ultralong.models import HSAForCausalLM
 
     device = torch.device(settings.device)
-    prepare_kernels(device)
+    prepare_kernels(device, None if task == "write" else Path(settings.model), getattr(torch, settings.dtype))
     model = HSAForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype), local_files_only=True)
     model = model.to(device).eval()
 

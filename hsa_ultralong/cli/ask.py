@@ -119,7 +119,7 @@ def ask(
     # one snapshot for all that follows
     file = None if memory is None else filled(memory)
     named = _read_texts(text or [], hide, depth, text_field, encoding)
-    network, tokenizer = load_model(model, device, dtype)
+    network, tokenizer = load_model(model, device, dtype, answers=True)
     from hsa_ultralong.inference import as_question
     from hsa_ultralong.inference import ask as ask_memory
 

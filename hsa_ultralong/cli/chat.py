@@ -154,7 +154,7 @@ def _here(
     files = [filled(Path(path)) for path in memories]
     if remember is not None:
         require_output(Path(remember), may_exist=True)
-    network, tokenizer = load_model(here["model"], here["device"] or "auto", here["dtype"] or "auto")
+    network, tokenizer = load_model(here["model"], here["device"] or "auto", here["dtype"] or "auto", answers=True)
     from hsa_ultralong.cli.chat_partners import MOST_SOURCES, Here
     from hsa_ultralong.inference.conversation import Conversation
     from hsa_ultralong.inference.prompts import has_chat_template

@@ -80,11 +80,14 @@ def bench_results(
     return output / f"{suite}-{name}.json", run_metadata(command_line(), seed, hardware_name=name, device=device)
 
 
-def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+def load_model(
+    folder: Path | None, device: str = "auto", dtype: str = "auto", *, answers: bool = False
+) -> tuple[Any, Any]:
     """Model in eval mode and tokenizer of a checkpoint folder, all of whose files are checked first.
 
     Args:
         folder: or the name of one, see `model_folder`; None: the shipped model.
+        answers: it is loaded for an answer that someone waits for; on a GPU a small model answers beside the loading.
 
     Raises:
         ValueError: if the folder is no checkpoint, is damaged, or its files do not fit one another.
@@ -97,7 +100,7 @@ def load_model(folder: Path | None, device: str = "auto", dtype: str = "auto") -
     if place == "cuda":
         from hsa_ultralong.inference.warming import prepare_kernels
 
-        prepare_kernels(place)
+        prepare_kernels(place, folder if answers else None, choose_dtype(dtype, place))
     model = load_checkpoint(folder, choose_dtype(dtype, place))
     return model.to(place), load_tokenizer(folder)
 

@@ -8,15 +8,16 @@ this did not.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from hsa_ultralong.inference import rehearsal
 from hsa_ultralong.inference.prefixes import Prefixes
 from hsa_ultralong.inference.reader import memorize
 from hsa_ultralong.memory.chunk_memory import Memory
@@ -64,9 +65,15 @@ def warm(
         engine.prefixes = prefixes
 
 
-def prepare_kernels(device: str | torch.device) -> None:
-    """To be called before weights are loaded: what the first answer of a process would wait for, whatever the model, is
-    done beside that, on a GPU. Returns at once."""
+def prepare_kernels(
+    device: str | torch.device, folder: Path | None = None, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """To be called before weights are loaded: what the first answer of a process would wait for is done beside that, on
+    a GPU. Returns at once; engines wait for it.
+
+    Args:
+        folder: of a model that is going to answer, in `dtype`: a small one of its forms answers first (rehearsal.py).
+    """
     place = torch.device(device)
     if place.type == "cuda":
         hash_triton_early()
@@ -74,8 +81,14 @@ def prepare_kernels(device: str | torch.device) -> None:
             # the current one is a thread's own, and of a new thread the first
             is_set = torch.cuda.is_initialized() or (dist.is_available() and dist.is_initialized())
             place = torch.device("cuda", torch.cuda.current_device() if is_set else 0)
-        # no daemon: a process that ends meanwhile must not leave the driver half way
-        threading.Thread(target=_meet, args=(place,), name="meet-device").start()
+        small = None if folder is None else rehearsal.small_model(folder, dtype)
+
+        def work() -> None:
+            _meet(place)
+            if small is not None:
+                rehearsal.rehearse(small, place)
+
+        rehearsal.run_beside(work)
 
 
 def _meet(device: torch.device) -> None:
