@@ -148,7 +148,7 @@ def main(text: str) -> int:
     settings = FirstTokenSettings(**work)
     import torch
 
-    from hsa_ultralong.inference.warming import prepare_kernels
+    from hsa_ultralong.inference.rehearsal import prepare_kernels
     from hsa_ultralong.models import HSAForCausalLM
 
     device = torch.device(settings.device)

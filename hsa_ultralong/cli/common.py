@@ -98,7 +98,7 @@ def load_model(
     place, folder = choose_device(device), default_checkpoint() if folder is None else model_folder(folder)
     require_model_folder(folder)
     if place == "cuda":
-        from hsa_ultralong.inference.warming import prepare_kernels
+        from hsa_ultralong.inference.rehearsal import prepare_kernels
 
         prepare_kernels(place, folder if answers else None, choose_dtype(dtype, place))
     model = load_checkpoint(folder, choose_dtype(dtype, place))

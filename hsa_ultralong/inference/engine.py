@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hsa_ultralong.inference import rehearsal
+from hsa_ultralong.inference import beside
 from hsa_ultralong.inference.decoding_state import DecodingState, StepGraphs
 from hsa_ultralong.inference.late_reader import LateReader
 from hsa_ultralong.inference.own_chunks import RowChunks
@@ -81,7 +81,7 @@ class DecodingEngine:
             ValueError: another model's memory, a number of memories other than `batch`, sampling out of range, hooks on
                 parts that a step does not call, or adapters and quantised layers that are to be compiled or captured.
         """
-        rehearsal.wait()
+        beside.wait()
         model = unwrapped(model)
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")

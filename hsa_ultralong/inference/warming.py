@@ -9,22 +9,16 @@ this did not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.nn import functional
 
-from hsa_ultralong.inference import rehearsal
 from hsa_ultralong.inference.prefixes import Prefixes
 from hsa_ultralong.inference.reader import memorize
 from hsa_ultralong.memory.chunk_memory import Memory
-from hsa_ultralong.models.weights import checksums
 from hsa_ultralong.nn.views import ChunkTensors, GraphView, Search
 from hsa_ultralong.ops import ChunkVisibility, ScoredChunks, combine_topk
-from hsa_ultralong.ops._triton import hash_triton_early, next_power_of_two, shared_memory, triton_runs_on
+from hsa_ultralong.ops._triton import next_power_of_two, shared_memory, triton_runs_on
 from hsa_ultralong.ops.chunk_topk.lists import MOST_ENTRIES, MOST_LISTS
 from hsa_ultralong.ops.chunk_topk.visibility import READABLE_BY_ALL
 
@@ -63,63 +57,6 @@ def warm(
                 engine.capture(count)
     finally:
         engine.prefixes = prefixes
-
-
-def prepare_kernels(
-    device: str | torch.device, folder: Path | None = None, dtype: torch.dtype = torch.bfloat16
-) -> None:
-    """To be called before weights are loaded: what the first answer of a process would wait for is done beside that, on
-    a GPU. Returns at once; engines wait for it.
-
-    Args:
-        folder: of a model that is going to answer, in `dtype`: a small one of its forms answers first (rehearsal.py).
-    """
-    place = torch.device(device)
-    if place.type == "cuda":
-        hash_triton_early()
-        if place.index is None:
-            # the current one is a thread's own, and of a new thread the first
-            is_set = torch.cuda.is_initialized() or (dist.is_available() and dist.is_initialized())
-            place = torch.device("cuda", torch.cuda.current_device() if is_set else 0)
-        small = None if folder is None else rehearsal.small_model(folder, dtype)
-
-        def work() -> None:
-            _meet(place)
-            if small is not None:
-                rehearsal.rehearse(small, place)
-
-        rehearsal.run_beside(work)
-
-
-def _meet(device: torch.device) -> None:
-    """Use a device for the first time: its context, cuBLAS, and torch's own kernels, which the driver loads one by one
-    when they are first called. Errors are left to who needs the device."""
-    with suppress(Exception), torch.no_grad():
-        place = torch.arange(64, device=device)
-        for dtype in (torch.bfloat16, torch.float32):
-            x = torch.ones((64, 64), dtype=dtype, device=device)
-            y = functional.linear(x, x) * functional.silu(x) + functional.rms_norm(x, (64,), x[0])
-            y = y.view(1, 4, 16, 64)
-            y = torch.einsum("bhtd,bhsd->bhts", y, y).masked_fill(y[..., :16] > 0, -torch.inf)
-            torch.cat((y.softmax(-1), y), dim=-1).index_select(-1, place[:4]).float().logsumexp(-1)
-            # a prompt and a step: few rows have matrix kernels of their own
-            for rows in (1, 16):
-                few = torch.ones((rows, 256), dtype=dtype, device=device)
-                for width in (128, 256, 672, 8192):
-                    functional.linear(few, torch.ones((width, 256), dtype=dtype, device=device))
-            x[place[:4], place[:4]] = x[0, :4].clone()
-            x.gather(1, place[None].expand(64, -1)).copy_(x.clone())
-        _ = functional.embedding(place, x)[place % 2].argmax(-1).cumsum(0).max()
-        for kind in (torch.int32, torch.int64):
-            numbers = torch.where(place > 3, place, -1).to(kind)
-            numbers.sort()
-            _ = (numbers.clamp_min(0) + 1)[place] * (numbers >= 2) - numbers.flip(0)
-            numbers[place[:2]] = numbers[2:4].clone()
-        _ = torch.cat((place.double().cos(), place.double().sin())).float().unique()
-        _ = torch.searchsorted(place, place), place.topk(4), (place > 9).any()
-        checksums([x, place]).tolist()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
 
 def _pieces(engine: Any, piece: int) -> Iterator[int]:

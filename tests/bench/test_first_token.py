@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hsa_ultralong.bench import first_token
 from hsa_ultralong.bench.first_token import METRICS, FirstTokenSettings, answer_once, main, measure_first_tokens
 from hsa_ultralong.cli.main import app
-from hsa_ultralong.inference import DecodingEngine, memorize, warming
+from hsa_ultralong.inference import DecodingEngine, memorize, rehearsal
 from hsa_ultralong.inference import engine as engine_module
 from hsa_ultralong.ops._triton import hash_triton_early
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
@@ -110,28 +110,28 @@ def test_a_device_is_met_beside_the_loading_of_weights(monkeypatch):
         met.append((str(device), threading.current_thread().name))
         alive.set()
 
-    monkeypatch.setattr(warming, "_meet", meet)
-    monkeypatch.setattr(warming, "hash_triton_early", lambda: None)
-    warming.prepare_kernels("cpu")
+    monkeypatch.setattr(rehearsal, "_meet", meet)
+    monkeypatch.setattr(rehearsal, "hash_triton_early", lambda: None)
+    rehearsal.prepare_kernels("cpu")
     assert not met
-    warming.prepare_kernels("cuda")
+    rehearsal.prepare_kernels("cuda")
     assert alive.wait(10) and met == [("cuda:0", "meet-device")]
     # of several processes each meets its own, which a new thread does not know
     alive.clear()
-    monkeypatch.setattr(warming.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(rehearsal.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    warming.prepare_kernels("cuda")
+    rehearsal.prepare_kernels("cuda")
     assert alive.wait(10) and met[1] == ("cuda:3", "meet-device")
 
 
 def test_what_is_used_of_a_device_runs_and_a_device_that_is_not_there_is_left_to_others(monkeypatch):
     used = []
-    monkeypatch.setattr(warming.functional, "embedding", lambda *operands: used.append(1) or operands[1])
+    monkeypatch.setattr(rehearsal.functional, "embedding", lambda *operands: used.append(1) or operands[1])
     monkeypatch.setattr(torch.Tensor, "sort", lambda self: used.append(2))
-    monkeypatch.setattr(warming, "checksums", lambda tensors: used.append(3) or torch.stack(tensors[1:]))
-    warming._meet(torch.device("cpu"))
+    monkeypatch.setattr(rehearsal, "checksums", lambda tensors: used.append(3) or torch.stack(tensors[1:]))
+    rehearsal._meet(torch.device("cpu"))
     assert used == [1, 2, 2, 3], "all of it runs: errors are kept quiet"
-    warming._meet(torch.device("cuda", 99))
+    rehearsal._meet(torch.device("cuda", 99))
 
 
 def test_the_first_token_does_not_wait_for_a_graph_and_the_others_are_the_same(monkeypatch):

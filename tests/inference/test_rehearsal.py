@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from hsa_ultralong.inference import DecodingEngine, rehearsal, warming
+from hsa_ultralong.inference import DecodingEngine, beside, rehearsal
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, tiny_model
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_beside(monkeypatch):
-    monkeypatch.setattr(rehearsal, "_beside", None)
+    monkeypatch.setattr(beside, "_beside", None)
 
 
 def saved(folder, config):
@@ -59,10 +59,10 @@ def test_engines_wait_for_it_and_it_does_not_wait_for_itself():
 
     def work():
         goes_on.wait(10)
-        rehearsal.wait()
+        beside.wait()
         order.append("rehearsed")
 
-    rehearsal.run_beside(work)
+    beside.run_beside(work)
     threading.Timer(0.05, goes_on.set).start()
     DecodingEngine(tiny_model(), None, max_tokens=8)
     order.append("engine")
@@ -71,13 +71,13 @@ def test_engines_wait_for_it_and_it_does_not_wait_for_itself():
 
 def test_it_follows_the_meeting_where_a_model_is_going_to_answer(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(warming, "_meet", lambda place: calls.append(str(place)))
-    monkeypatch.setattr(warming, "hash_triton_early", lambda: None)
+    monkeypatch.setattr(rehearsal, "_meet", lambda place: calls.append(str(place)))
+    monkeypatch.setattr(rehearsal, "hash_triton_early", lambda: None)
     monkeypatch.setattr(rehearsal, "rehearse", lambda model, place: calls.append((model.config.vocab_size, place)))
     config = tiny_model().config
     for folder in (None, tmp_path / "nowhere", saved(tmp_path, config)):
-        warming.prepare_kernels("cuda", folder, torch.float32)
-        rehearsal.wait()
+        rehearsal.prepare_kernels("cuda", folder, torch.float32)
+        beside.wait()
     assert calls == ["cuda:0", "cuda:0", "cuda:0", (config.vocab_size, torch.device("cuda", 0))]
 
 
