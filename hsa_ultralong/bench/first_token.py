@@ -2,7 +2,8 @@
 
 A process of its own writes a memory; then, for every way of asking, two processes answer from it one after the other.
 The first finds empty caches of compiled kernels (Triton's and inductor's, in a folder of their own), the second those
-that the first has left. The clock starts when the weights are on the device. Called by `hsa bench first`;
+that the first has left. The clock starts when the weights are on the device and what runs beside their loading is over;
+kernels are counted from the start. Called by `hsa bench first`;
 tests/bench/test_first_token.py.
 """
 
@@ -105,7 +106,9 @@ def write_memory(model: Any, path: Path, settings: FirstTokenSettings) -> None:
     memorize(model, _random_tokens(model, settings.tokens, settings.seed)).save(path)
 
 
-def answer_once(model: Any, path: Path, settings: FirstTokenSettings, now: Callable[[], float]) -> dict[str, Any]:
+def answer_once(
+    model: Any, path: Path, settings: FirstTokenSettings, now: Callable[[], float], counts: _Compilations
+) -> dict[str, Any]:
     """Ask once as `hsa ask -m` does, after warming up where that is wanted; METRICS but loaded_s."""
     from hsa_ultralong.inference.engine import DecodingEngine
     from hsa_ultralong.inference.warming import small_memories
@@ -114,8 +117,6 @@ def answer_once(model: Any, path: Path, settings: FirstTokenSettings, now: Calla
     from hsa_ultralong.memory.opening import open_memory
     from hsa_ultralong.models.fingerprint import memory_fingerprint
 
-    counts = _Compilations()
-    counts.listen()
     ids = _random_tokens(model, settings.prompt_tokens, settings.seed + 1)
 
     def ask(memory: Any) -> list[float]:
@@ -148,12 +149,17 @@ def main(text: str) -> int:
     settings = FirstTokenSettings(**work)
     import torch
 
+    from hsa_ultralong.inference import beside
     from hsa_ultralong.inference.rehearsal import prepare_kernels
     from hsa_ultralong.models import HSAForCausalLM
 
     device = torch.device(settings.device)
+    counts = _Compilations()
+    counts.listen()
     prepare_kernels(device, None if task == "write" else Path(settings.model), getattr(torch, settings.dtype))
     model = HSAForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype), local_files_only=True)
+    # as load_model of the command line does
+    beside.wait()
     model = model.to(device).eval()
 
     def now() -> float:
@@ -167,7 +173,7 @@ def main(text: str) -> int:
     if task == "write":
         write_memory(model, path, settings)
     else:
-        found |= answer_once(model, path, settings, now)
+        found |= answer_once(model, path, settings, now, counts)
     sys.stdout.write(json.dumps(found) + "\n")
     return 0
 

@@ -149,7 +149,8 @@ def memory(
     lookups: Annotated[str, typer.Option(help="For --file: some of exact, sketch, lists.")] = "exact",
     steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Tokens decoded and timed.")] = 32,
     piece: Annotated[
-        str | None, typer.Option("--piece", "--segment", help="Tokens per forward of reading; 128K compiles.")
+        str | None,
+        typer.Option("--piece", "--segment", help="Tokens per forward of reading; 128K and its multiples compile."),
     ] = None,
     tune: Annotated[bool, typer.Option(help="Let the compiler measure its choices for decoding (GPU).")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",

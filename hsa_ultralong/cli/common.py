@@ -102,6 +102,11 @@ def load_model(
 
         prepare_kernels(place, folder if answers else None, choose_dtype(dtype, place))
     model = load_checkpoint(folder, choose_dtype(dtype, place))
+    if place == "cuda" and answers:
+        from hsa_ultralong.inference import beside
+
+        # its kernels and its room on the card are free then
+        beside.wait()
     return model.to(place), load_tokenizer(folder)
 
 

@@ -55,7 +55,8 @@ def needles(
         ),
     ] = False,
     piece: Annotated[
-        str | None, typer.Option("--piece", "--segment", help="Tokens per forward of reading; 128K compiles.")
+        str | None,
+        typer.Option("--piece", "--segment", help="Tokens per forward of reading; 128K and its multiples compile."),
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Model folder, or its name in models/.", show_default="checkpoints/nano")

@@ -1,7 +1,8 @@
 """Exchanges between processes through which gradients flow back, and the ranks of a group that use them.
 
 Made of collectives that every backend and torch release has under one name. Gradients are summed in the order of the
-ranks, in fp32 if they are 16-bit, so a run repeats bit for bit. Used by context.py and pool.py; tests/distributed/.
+ranks, in fp32 if they are 16-bit, so a run repeats bit for bit. Used by context.py, pool.py and experts.py;
+tests/distributed/.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
+
+
+def _refuse_second() -> None:
+    """In a backward: refuse one that is to be differentiated itself; its result would lack what crosses processes."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("gradients across processes have no gradients of their own: leave create_graph out")
 
 
 def _exchange(rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -28,13 +34,13 @@ class _Exchange(torch.autograd.Function):
         return _exchange(rows, send, receive, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        _refuse_second()
         return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
 
 
 class Travel:
-    """Rows under way between the ranks of a group: `rows` has them after `arrive`.
+    """Rows under way between the ranks of a group, from `depart` to `arrive`.
 
     What is computed between start and arrival runs meanwhile, and so does its gradient: autograd takes the nodes of a
     backward last made first, so those in between lie between the return's start and its end.
@@ -50,6 +56,12 @@ class Travel:
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
         self.work = dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group, async_op=True)
         return out
+
+    def wait(self) -> None:
+        """Until what is under way is here; nothing is held any more."""
+        work, self.work = self.work, None
+        if work is not None:
+            work.wait()
 
     def depart(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows (sum of send, ...) leave; the result is for `arrive` alone."""
@@ -69,12 +81,12 @@ class _Depart(torch.autograd.Function):
         return travel.start(rows, travel.send, travel.receive)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         # `grad` is where it started from: see _Arrive
+        _refuse_second()
         travel = ctx.travel
-        travel.work.wait()
-        returned, travel.returning, travel.work = travel.returning, None, None
+        returned, travel.returning = travel.returning, None
+        travel.wait()
         return returned, None
 
 
@@ -82,13 +94,12 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, travel: Travel) -> torch.Tensor:
         ctx.travel = travel
-        travel.work.wait()
-        travel.work = None
+        travel.wait()
         return rows.view_as(rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        _refuse_second()
         travel = ctx.travel
         travel.returning = travel.start(grad, travel.receive, travel.send)
         return grad, None
@@ -103,8 +114,8 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        _refuse_second()
         ones = [1] * grad.shape[0]
         parts = _exchange(grad, ones, ones, ctx.group)  # what every rank has for this one's part
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32

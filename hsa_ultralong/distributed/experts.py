@@ -48,7 +48,11 @@ class ExpertRanks(Ranks):
         send, receive = torch.stack((load.sum(1), arriving.sum(1))).tolist()
         travel = self.travel(send, receive)
         rows = travel.depart(rows)
-        beside = None if shared is None else shared(x)
+        try:
+            beside = None if shared is None else shared(x)
+        except BaseException:
+            travel.wait()
+            raise
         # they arrive by rank, then expert
         expert = torch.arange(arriving.numel(), device=rows.device) % arriving.shape[1]
         order = expert.repeat_interleave(arriving.flatten(), output_size=sum(receive)).argsort(stable=True)

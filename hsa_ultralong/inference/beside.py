@@ -5,19 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-_beside: threading.Thread | None = None
+_threads: list[threading.Thread] = []
 
 
 def run_beside(work: Callable[[], None]) -> None:
     """Run `work` on a thread that `wait` waits for."""
-    global _beside
     # no daemon: a process that ends meanwhile must not leave the driver half way
-    _beside = threading.Thread(target=work, name="meet-device")
-    _beside.start()
+    thread = threading.Thread(target=work, name="meet-device")
+    _threads.append(thread)
+    thread.start()
 
 
 def wait() -> None:
-    """Return when what runs beside is done: what it prepares is prepared once, not twice at the same time."""
-    thread = _beside
-    if thread is not None and thread is not threading.current_thread():
-        thread.join()
+    """Return when all that runs beside is done: what it prepares is prepared once, not twice at the same time."""
+    for thread in tuple(_threads):
+        if thread is not threading.current_thread():
+            thread.join()
+            _threads[:] = [one for one in _threads if one is not thread]
+
+
+def is_wanted() -> bool:
+    """Whether anybody may still wait: the main thread has not ended."""
+    return threading.main_thread().is_alive()

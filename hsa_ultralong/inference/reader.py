@@ -73,7 +73,7 @@ def memorize(
         close: close the last document (its tail becomes a short chunk); False leaves it open for `append`,
             `last_logits` and `generate(continue_document=True)`.
         piece_tokens: tokens per forward; default 2,048 on a CPU, 65,536 on a GPU. On a GPU layers are
-            compiled for 131,072 and more, 1.5 to 3 times as fast after 10 to 20 seconds; 131,072 from 64M tokens on.
+            compiled for 131,072 and its multiples, 1.5 to 3 times as fast after 10 to 20 seconds; 131,072 from 64M on.
         store: "device", "host" (keys and values in host memory), "tiered" (on the device as far as they fit, the rest
             in host memory), or the path of a new memory file NAME.hsa, which is returned open, keys and values on disk.
         key_values, landmarks: their form, "int8" for example; default the model's dtype.

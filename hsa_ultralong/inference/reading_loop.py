@@ -20,7 +20,7 @@ from hsa_ultralong.models.wrapped import device_of
 from hsa_ultralong.nn.views import ChunkTensors
 
 _PIECE_TOKENS = {"cpu": 2048, "cuda": 65_536}
-# compiled reading: the least length of pieces, and the tokens from which it wins back 10 to 20 seconds of compiling
+# compiled reading: pieces of this length and its multiples, and from how many tokens on 10 to 20 s of it are won back
 _COMPILED_PIECE, _COMPILED_FROM = 2**17, 2**26
 _TOKEN_TYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64)
 Progress = Callable[[int, int | None], None]
@@ -86,7 +86,8 @@ def read_document(
 
 
 def _is_compiled(device: torch.device, step: int) -> bool:
-    return device.type == "cuda" and step >= _COMPILED_PIECE
+    # a form is compiled for every length
+    return device.type == "cuda" and step % _COMPILED_PIECE == 0
 
 
 def _sent(part: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -124,8 +125,8 @@ def piece_length(model: HSAForCausalLM, piece_tokens: int | None, num_tokens: in
     return piece_tokens
 
 
-def as_tokens(tokens: Any) -> torch.Tensor:
-    """(n,) int32 on the host; an int32 tensor that lies there is not copied.
+def as_tokens(tokens: Any, *, copy: bool = False) -> torch.Tensor:
+    """(n,) int32 on the host; without `copy` an int32 tensor that lies there is what is returned.
 
     Raises:
         ValueError: if it is no one-dimensional sequence of token ids.
@@ -140,11 +141,10 @@ def as_tokens(tokens: Any) -> torch.Tensor:
         raise ValueError(
             f"a document must be a 1-D sequence of token ids, got shape {tuple(result.shape)} {result.dtype}"
         )
-    result = result.to("cpu")
     if result.dtype in (torch.int64, torch.uint32):
         # what does not fit into 32 bits must not wrap around to a valid id
         result = result.to(torch.int64).clamp(-1, 2**31 - 1)
-    return result.to(torch.int32)
+    return result.to(device="cpu", dtype=torch.int32, copy=copy)
 
 
 def as_text(tokens: Any, vocab_size: int) -> Text:
@@ -154,7 +154,8 @@ def as_text(tokens: Any, vocab_size: int) -> Text:
         ValueError: for anything else, or ids outside the vocabulary.
     """
     if isinstance(tokens, Iterable) and not isinstance(tokens, torch.Tensor | np.ndarray | Sequence):
-        return Text((as_tokens(piece) for piece in tokens), None)
+        # pieces wait for one another, and who gives them may fill one buffer again and again
+        return Text((as_tokens(piece, copy=True) for piece in tokens), None)
     whole = as_tokens(tokens)
     check_range(whole, vocab_size)
     return Text(iter([whole]), len(whole))

@@ -6,7 +6,6 @@ is done. Called by cli/common.py; engines wait for it (beside.py). tests/inferen
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from hsa_ultralong.inference.beside import run_beside
+from hsa_ultralong.inference.beside import is_wanted, run_beside
 from hsa_ultralong.inference.engine import DecodingEngine
-from hsa_ultralong.inference.warming import small_memories
+from hsa_ultralong.inference.reader import memorize
+from hsa_ultralong.inference.warming import small_texts
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM
 from hsa_ultralong.models.presets import replace_options
 from hsa_ultralong.models.weights import checksums
@@ -32,7 +32,7 @@ def prepare_kernels(
     device: str | torch.device, folder: Path | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """To be called before weights are loaded: what the first answer of a process would wait for is done beside that, on
-    a GPU. Returns at once; engines wait for it.
+    a GPU. Returns at once; commands and engines wait for it (beside.py).
 
     Args:
         folder: of a model that is going to answer, in `dtype`: a small one of its forms answers first.
@@ -48,7 +48,7 @@ def prepare_kernels(
 
         def work() -> None:
             _meet(place)
-            if small is not None:
+            if small is not None and is_wanted():
                 rehearse(small, place)
 
         run_beside(work)
@@ -118,10 +118,9 @@ def answer(model: HSAForCausalLM, device: torch.device) -> list[int]:
         part.fill_(0.01 if part.is_floating_point() else 0)
     prompt = torch.arange(_PROMPT_TOKENS) % model.config.vocab_size
     found = []
-    for memory in small_memories(model):
-        # the main thread has ended: nobody will ask
-        if not threading.main_thread().is_alive():
+    for text in small_texts(model.config):
+        if not is_wanted():
             break
-        engine = DecodingEngine(model, memory, max_tokens=_PROMPT_TOKENS + 2, use_graph=False)
+        engine = DecodingEngine(model, memorize(model, text), max_tokens=_PROMPT_TOKENS + 2, use_graph=False)
         found += [step.tokens[0] for step in engine.stream([prompt], 2)]
     return [token for token in found if token is not None]

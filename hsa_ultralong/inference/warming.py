@@ -150,7 +150,10 @@ def _combine(engine: Any) -> None:
 
 def small_memories(model: Any, **options: Any) -> list[Memory]:
     """What to warm up with: memories of the kind that `memorize` makes with these options."""
-    config = model.config
+    return [memorize(model, tokens, **options) for tokens in small_texts(model.config)]
+
+
+def small_texts(config: Any) -> list[torch.Tensor]:
+    """Token ids (n,) of fewer chunks than a token retrieves, and of twice as many."""
     counts = (min(3, config.chunk_topk), 2 * config.chunk_topk + 2)
-    texts = (torch.arange(count * config.chunk_size) % config.vocab_size for count in counts)
-    return [memorize(model, tokens, **options) for tokens in texts]
+    return [torch.arange(count * config.chunk_size) % config.vocab_size for count in counts]

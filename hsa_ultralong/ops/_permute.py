@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
 class _TakenRows(torch.autograd.Function):
@@ -22,7 +21,6 @@ class _TakenRows(torch.autograd.Function):
         return rows.to(dtype).index_select(0, index)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (places,) = ctx.saved_tensors
         grad = grad.index_select(0, places)

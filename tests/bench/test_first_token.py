@@ -90,7 +90,9 @@ def test_kernels_are_counted_as_triton_tells_them(folder, tmp_path, monkeypatch)
         return float(len(told))
 
     told = []
-    found = answer_once(model, path, small(folder), now)
+    counts = first_token._Compilations()
+    counts.listen()
+    found = answer_once(model, path, small(folder), now, counts)
     assert (found["kernels_compiled"], found["kernels_from_cache"], found["compile_s"]) == (2, 1, 1.5)
 
 

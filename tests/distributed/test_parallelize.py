@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from hsa_ultralong.distributed.collectives import Travel
+from hsa_ultralong.distributed.collectives import Ranks, Travel
 from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, data_world, init_distributed, total
-from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
+from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tensor, random_tokens, tiny_model
 from hsa_ultralong.testing.processes import HANG_SECONDS, launch
 from hsa_ultralong.train.parallelize import alone, clip_gradients, gathered, parallelize, synchronize_buffers
 from hsa_ultralong.train.segmented import segmented_loss_backward
@@ -194,6 +194,17 @@ def check_nothing_stays(rank, world):
         gc.enable()
 
 
+def check_second_gradients(rank, world):
+    """Where rows cross processes a gradient has none of its own, and says so."""
+    rows = random_tensor(2 * world, 3).requires_grad_()
+    ranks, even = Ranks(), [2] * world
+    travel = ranks.travel(even, even)
+    for moved in (ranks.exchange(rows, even, even), travel.arrive(travel.depart(rows)), ranks.gather(rows[:, None])):
+        with pytest.raises(RuntimeError, match="leave create_graph out"):
+            torch.autograd.grad(moved.square().sum(), rows, create_graph=True)
+        torch.autograd.grad(moved.square().sum(), rows)
+
+
 def check_refusals(rank, world):
     config = ParallelConfig()
     mesh = build_mesh(config, "cpu")
@@ -214,6 +225,7 @@ def check_two_processes(rank, world):
     check_direct_calls(rank, world)
     check_segments(rank, world)
     check_nothing_stays(rank, world)
+    check_second_gradients(rank, world)
     check_compiled(rank, world)
     check(DENSE, {"replicate": 2})
     check(DENSE, {"shard": 2, "activation_checkpointing": "selective"})

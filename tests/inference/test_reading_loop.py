@@ -83,10 +83,23 @@ def test_a_memory_keeps_tokens_of_its_own(model):
         assert memory.documents[0].tokens.tolist() == TEXT.tolist()
 
 
+@pytest.mark.parametrize("sink", SINKS)
+@pytest.mark.parametrize("piece", [64, 16])
+def test_a_stream_may_fill_one_buffer_again_and_again(model, tmp_path, sink, piece):
+    def stream():
+        buffer = torch.empty(10, dtype=torch.int32)
+        for part in TEXT.split(10):
+            yield buffer.copy_(part)
+
+    memory = model.memorize(stream(), store=place(sink, tmp_path), piece_tokens=piece)
+    assert memory.documents[0].tokens.tolist() == TEXT.tolist()
+    assert torch.equal(memory.landmarks, model.memorize(TEXT, piece_tokens=piece).landmarks)
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_pieces_of_the_length_that_compiles_and_longer_ones_are_compiled_on_a_gpu(kind):
-    found = [reading_loop._is_compiled(torch.device(kind), step) for step in (2**16, 2**17, 2**18)]
-    assert found == ([False, True, True] if kind == "cuda" else [False] * 3)
+def test_pieces_of_the_length_that_compiles_and_its_multiples_are_compiled_on_a_gpu(kind):
+    found = [reading_loop._is_compiled(torch.device(kind), step) for step in (2**16, 2**17, 2**17 + 64, 2**18)]
+    assert found == ([False, True, False, True] if kind == "cuda" else [False] * 4)
 
 
 @pytest.mark.parametrize("sink", SINKS)

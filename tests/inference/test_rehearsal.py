@@ -1,6 +1,7 @@
 """A first answer beside the loading: every kind of model runs, nothing of the process is touched, engines wait."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_beside(monkeypatch):
-    monkeypatch.setattr(beside, "_beside", None)
+    monkeypatch.setattr(beside, "_threads", [])
 
 
 def saved(folder, config):
@@ -69,6 +70,14 @@ def test_engines_wait_for_it_and_it_does_not_wait_for_itself():
     assert order == ["rehearsed", "engine"]
 
 
+def test_all_that_runs_beside_is_waited_for():
+    ended = []
+    for pause in (0.2, 0.0):
+        beside.run_beside(lambda pause=pause: (time.sleep(pause), ended.append(pause)))
+    beside.wait()
+    assert sorted(ended) == [0.0, 0.2] and beside._threads == []
+
+
 def test_it_follows_the_meeting_where_a_model_is_going_to_answer(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(rehearsal, "_meet", lambda place: calls.append(str(place)))
@@ -83,5 +92,13 @@ def test_it_follows_the_meeting_where_a_model_is_going_to_answer(monkeypatch, tm
 
 def test_it_stops_where_the_process_has_ended(monkeypatch, tmp_path):
     model = rehearsal.small_model(saved(tmp_path, tiny_model().config), torch.float32)
+    read = []
+    monkeypatch.setattr(rehearsal, "memorize", lambda *arguments: read.append(1))
     monkeypatch.setattr(threading, "main_thread", lambda: threading.Thread())
-    assert rehearsal.answer(model, CPU) == []
+    assert rehearsal.answer(model, CPU) == [] and not read
+    monkeypatch.setattr(rehearsal, "_meet", lambda place: None)
+    monkeypatch.setattr(rehearsal, "hash_triton_early", lambda: None)
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *arguments: read.append(2))
+    rehearsal.prepare_kernels("cuda", tmp_path, torch.float32)
+    beside.wait()
+    assert not read

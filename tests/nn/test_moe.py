@@ -227,6 +227,12 @@ def test_rows_are_taken_and_their_gradients_gathered(copies):
     assert short.dtype == torch.bfloat16 and torch.equal(found, expected)
 
 
+def test_second_derivatives_of_a_mixture_are_those_of_small_steps():
+    module, x = mixture(), random_tensor(3, 8).requires_grad_()
+    # the steps are too small to change a choice
+    assert torch.autograd.gradgradcheck(module, x)
+
+
 def test_a_mixture_repeats_bit_for_bit_and_its_gradient_is_that_of_the_formula():
     module, x = mixture(), random_tensor(2, 7, 8).requires_grad_()
     upstream = random_tensor(2, 7, 8)
