@@ -22,6 +22,7 @@ from hsa_ultralong.bench.attention import full_points, hsa_points, window_points
 from hsa_ultralong.bench.guard import Guard
 from hsa_ultralong.bench.points import Point, Settings, one_line
 from hsa_ultralong.bench.retrieval import decode_points, topk_points
+from hsa_ultralong.bench.rival_calls import is_left_out
 from hsa_ultralong.bench.rivals import RIVAL_OPS, rival_points
 from hsa_ultralong.bench.selections import mean_union, random_lists, shared_lists
 from hsa_ultralong.bench.timing import time_call
@@ -159,8 +160,8 @@ def run_ops(
 
     Args:
         operators: hsa_attention, chunk_topk, sliding_window_attention, ChunkVisibility: `hsa_ultralong.ops`.
-        meta: of eval/metadata.py; "failures" and "unions" are added to it, "graphs" if points are timed by graphs, and
-            "stopped_before" if time was over.
+        meta: of eval/metadata.py; "failures" and "unions" are added to it, "graphs" if points are timed by graphs,
+            "left_out" of what needs a GPU where there is none, and "stopped_before" if time was over.
         ops: entries of OPS in the order wanted, or OP:IMPL for one implementation alone.
         recorder: gives recorded lists; without one that selection is left out.
         progress: called with every record and failure.
@@ -194,6 +195,9 @@ def run_ops(
             if impl not in (None, point.impl):
                 continue
             is_known = True
+            if impl is None and is_left_out(point.impl, settings):
+                meta.setdefault("left_out", []).append(f"{op}:{point.impl}")
+                continue
             if time.monotonic() > deadline:
                 meta["stopped_before"] = f"{op} {point.impl} {point.direction} T={point.T}, after {minutes:g} minutes"
                 break

@@ -37,11 +37,16 @@ def implementations(op: str, settings: Settings) -> tuple[str, ...]:
     }[op]  # fmt: skip
 
 
+def is_left_out(impl: str, settings: Settings) -> bool:
+    """Whether it runs on a GPU only, and there is none: it is measured where it is asked for by name, which says so."""
+    return impl in ("fla", "flex", "flash_attn") and settings.device != "cuda"
+
+
 def missing(op: str, impl: str, settings: Settings) -> str | None:
     """Why an implementation cannot run here, in one line; None if it can."""
     if impl in ("triton", "torch"):
         return None
-    if settings.device != "cuda":
+    if is_left_out(impl, settings):
         return f"{impl} is measured on a GPU only"
     if impl == "flex":
         return None

@@ -310,6 +310,8 @@ def _print_tables(result: dict[str, Any], path: Path) -> None:
     screen = console()
     for table in tables(result):
         screen.print(table)
+    if left_out := result["meta"].get("left_out"):
+        echo(f"Left out without a GPU: {', '.join(left_out)}.")
     if stopped := result["meta"].get("stopped_before"):
         echo(f"Stopped before {stopped}.")
     if failures := result["meta"]["failures"]:

@@ -160,7 +160,8 @@ def test_the_unfused_baseline_selects_what_chunk_topk_selects():
 
 def test_every_record_has_the_fields_of_the_results_page(result):
     records = result["records"]
-    assert all(failure["error"].endswith("is measured on a GPU only") for failure in result["meta"]["failures"])
+    assert result["meta"]["failures"] == []
+    assert {"full_attention:flash_attn", "nsa:fla", "window:flex"} <= set(result["meta"]["left_out"])
     for record in records:
         assert set(record) >= FIELDS
         assert record["ms"] > 0 and record["ms_low"] <= record["ms"] <= record["ms_high"]
@@ -180,7 +181,7 @@ def test_a_failing_operator_is_noted_and_the_run_goes_on(tmp_path):
     broken = SimpleNamespace(**{**vars(operators), "hsa_attention": fail})
     path = tmp_path / "ops-test.json"
     result = run_ops(broken, tiny_settings(lengths=(16,)), run_metadata("test", 0), ops=("hsa", "window"), path=path)
-    assert {failure["op"] for failure in result["meta"]["failures"]} == {"hsa", "window"}
+    assert {failure["op"] for failure in result["meta"]["failures"]} == {"hsa"}
     assert result["meta"]["failures"][0]["error"] == "RuntimeError: out of memory"
     assert {(record["op"], record["impl"]) for record in result["records"]} == {("window", "torch")}
     assert json.loads(path.read_text()) == result
