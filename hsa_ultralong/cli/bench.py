@@ -45,6 +45,9 @@ def bench_ops(
     lengths: Annotated[str | None, typer.Option(help="Tokens.", show_default="4K to 256K by doubling")] = None,
     longest: Annotated[bool, typer.Option("--max", help="Also 1M tokens, where they fit.")] = False,
     topk: Annotated[str | None, typer.Option(help="Chunks kept per token.", show_default="32,16,64")] = None,
+    retrieval_dim: Annotated[
+        int | None, typer.Option(min=16, max=8192, help="Width R of landmarks.", show_default="256")
+    ] = None,
     ops: Annotated[
         str | None,
         typer.Option(
@@ -80,8 +83,6 @@ def bench_ops(
 
       hsa bench ops --quick
 
-      hsa bench ops --max
-
       hsa bench ops --ops hsa,full_attention --lengths 32K,64K --topk 32 -o /tmp/bench
 
       hsa bench ops --ops hsa,chunk_topk,selected,nsa,moba,full_attention --lengths 8K,32K --topk 32
@@ -89,6 +90,8 @@ def bench_ops(
       hsa bench ops --ops hsa:triton,nsa:fla,selected:flex,full_attention --lengths 4K,64K --topk 32 --max-minutes 5
 
       hsa bench ops --graphs --ops hsa:triton,chunk_topk,full_attention:cudnn --lengths 4K,8K,16K --topk 32
+
+      hsa bench ops --ops decode --topk 32 --retrieval-dim 512 -o /tmp/bench
 
       hsa bench ops --device cpu --lengths 256,512 --topk 4
     """
@@ -101,7 +104,7 @@ def bench_ops(
     place = choose_device(device)
     if graphs and place != "cuda":
         raise ValueError(f"--graphs needs a CUDA device, got {place}: leave it out")
-    settings = _settings(place, lengths, topk, full_max, quick, longest, seed)
+    settings = _settings(place, lengths, topk, full_max, quick, longest, seed, retrieval_dim)
     if graphs:
         from hsa_ultralong.train.graphs import CudaCapture
 
@@ -250,8 +253,9 @@ def _report_memory(result: dict[str, Any], path: Path, as_json: bool) -> None:
 
 
 def _settings(
-    device: str, lengths: str | None, topk: str | None, full_max: str, quick: bool, longest: bool, seed: int
-) -> Settings:
+    device: str, lengths: str | None, topk: str | None, full_max: str, quick: bool, longest: bool, seed: int,
+    retrieval_dim: int | None,
+) -> Settings:  # fmt: skip
     import torch
 
     from hsa_ultralong.bench.points import Settings
@@ -267,6 +271,8 @@ def _settings(
         fields["topks"] = tuple(parse_counts(topk, "--topk", MAX_TOPK))
     if quick:
         fields["budget_s"] = _QUICK["budget_s"]
+    if retrieval_dim is not None:
+        fields["R"] = retrieval_dim
     if longest:
         fields["lengths"] = (*fields.get("lengths", Settings.lengths), _MILLION)
     fields |= {key: tuple(dict.fromkeys(fields[key])) for key in ("lengths", "topks") if key in fields}

@@ -40,6 +40,14 @@ def test_bench_ops_prints_only_json_on_request(tmp_path):
     assert len(list(tmp_path.glob("ops-cpu*.json"))) == 1
 
 
+def test_bench_ops_takes_landmarks_of_any_width(tmp_path):
+    result = hsa(*SMALL, "--ops", "decode", "--retrieval-dim", 48, "-o", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["records"]
+    assert {one["R"] for one in found} == {48} and any(one["op"] == "decode_topk" for one in found)
+    assert hsa(*SMALL, "--retrieval-dim", 8, "-o", tmp_path / "no").exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
