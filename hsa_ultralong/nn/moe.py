@@ -22,6 +22,8 @@ from hsa_ultralong.ops._permute import inverse, take_rows
 
 # of spread choices: radians per unit of a router's normed logit; tokens that nearly agree still lie some turns apart
 _WAVES = 40.0
+# their numbers are sorted as 16-bit keys
+_MOST_EXPERTS = 2**15 - 2
 
 
 class ExpertExchange(Protocol):
@@ -66,6 +68,8 @@ class MixtureOfExperts(nn.Module):
         num_shared_experts: int,
     ) -> None:
         super().__init__()
+        if num_experts > _MOST_EXPERTS:
+            raise ValueError(f"num_experts must be at most {_MOST_EXPERTS:,}, got {num_experts:,}")
         self.num_experts, self.num_experts_per_token = num_experts, num_experts_per_token
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * intermediate_size))
@@ -115,10 +119,12 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, -2)  # (N, M)
         chosen, weights = self.route(tokens)
-        order = chosen.flatten().argsort(stable=True)  # (N*k,) pairs grouped by expert
+        # (N*k,) pairs grouped by expert; keys of 16 bits sort in a quarter of the passes
+        experts, order = chosen.flatten().to(torch.int16).sort(stable=True)
         places = inverse(order)
         # bincount would wait for the device
-        load = torch.zeros_like(self.expert_load).index_add_(0, chosen.flatten(), torch.ones_like(order))  # (E,)
+        numbers = torch.arange(self.num_experts + 1, dtype=torch.int16, device=x.device)
+        load = torch.searchsorted(experts, numbers).diff()  # (E,)
         if self.training:
             self.expert_load += load
         k = self.num_experts_per_token

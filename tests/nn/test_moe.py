@@ -242,3 +242,10 @@ def test_a_mixture_repeats_bit_for_bit_and_its_gradient_is_that_of_the_formula()
     expected = torch.autograd.grad(by_formula(module, x), [x, *module.parameters()], upstream)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, **EXACT)
+
+
+def test_no_tokens_give_none_and_too_many_experts_are_refused():
+    module = mixture().train()
+    assert module(random_tensor(0, 8)).shape == (0, 8) and int(module.expert_load.sum()) == 0
+    with pytest.raises(ValueError, match="num_experts must be at most 32,766, got 40,000"):
+        mixture(num_experts=40_000, hidden_size=1, intermediate_size=1)
