@@ -25,20 +25,6 @@ def _exchange(rows: torch.Tensor, send: list[int], receive: list[int], group: di
     return out
 
 
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows, send, receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        _refuse_second()
-        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
-
-
 class Travel:
     """Rows under way between the ranks of a group, from `depart` to `arrive`.
 
@@ -143,9 +129,9 @@ class Ranks:
 
         Gradients travel the other way.
         """
-        return _Exchange.apply(rows, send, receive, self.group)
+        travel = self.travel(send, receive)
+        return travel.arrive(travel.depart(rows))
 
-    @torch.compiler.disable
     def travel(self, send: list[int], receive: list[int]) -> Travel:
         """`exchange` in two halves, with time for other work between them."""
         return Travel(send, receive, self.group)
