@@ -402,9 +402,12 @@ def _assign(target: Any, name: str, path: str, text: str) -> None:
     value = _parse(text)
     if float in types and type(value) is int:
         value = float(value)
+    if tuple in types and type(value) is list:
+        value = tuple(value)
     if type(value) not in types:
         kinds = " or ".join(kind.__name__ for kind in types)
-        raise ValueError(f"{path} must be of type {kinds}, got {text!r}")
+        advice = f"; write '{path}=[1, 2]'" if tuple in types else ""
+        raise ValueError(f"{path} must be of type {kinds}, got {text!r}{advice}")
     setattr(target, name, value)
 
 

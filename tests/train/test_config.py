@@ -44,7 +44,7 @@ def test_overrides_reach_the_run_its_model_its_stages_and_its_processes(tiny_run
         ("seed=1.5", "must be of type int"),
         ("warmup.tokens=1.5", "must be of type int"),
         ("compile=1", "must be of type bool"),
-        ("betas=0.9", "must be of type tuple"),
+        ("betas=0.9", r"must be of type tuple, got '0.9'; write 'betas=\[1, 2\]'"),
         ("betas=(0.9,)", "two numbers"),
         ("betas=(0.9, 1.0)", "two numbers"),
         ("seed=-1", "seed must be >= 0"),
@@ -85,3 +85,8 @@ def test_rows_of_a_step_are_shared_out_evenly_or_refused(tiny_runs):
     for world, rows in ((5, 0), (24, 0), (4, 6)):
         with pytest.raises(ValueError, match=f"12 rows a step cannot be shared out over {world} processes"):
             tiny_runs.stage(batch_tokens=128 * 12, micro_batch_rows=rows).forward_rows(world)
+
+
+def test_several_values_are_written_in_either_brackets(tiny_runs):
+    for text in ("[64, 128]", "(64, 128)"):
+        assert apply_overrides(tiny_runs.config(), [f"probe_lengths={text}"]).probe_lengths == (64, 128)
