@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,36 +84,104 @@ def needles(
       hsa eval needles --lengths 1G --store tiered --forms int8 --shards .data/shards -o results/needles-1g
 
       hsa eval needles --lengths 256K --needles 40 --notes -o results/needles-notes
+
+      torchrun --standalone --nproc-per-node=4 --no-python hsa eval needles --lengths 4G --store tiered --forms int8
+      --shards .data/shards -o results/needles-4g
+
+    Started by torchrun every process memorises a part of the text, a document of its own, and all answer together.
     """
-    from hsa_ultralong.cli.common import load_model
+    import torch.distributed as dist
+
+    from hsa_ultralong.cli.common import choose_device, load_model
     from hsa_ultralong.cli.places import require_folder
-    from hsa_ultralong.eval.haystack import recombined
-    from hsa_ultralong.eval.needle_run import NeedleRun
-    from hsa_ultralong.eval.needles import run_forms
+    from hsa_ultralong.distributed.mesh import init_distributed
 
     if notes and together:
         raise ValueError("give --notes or --together, not both: notes lie behind the text, not in it")
     require_folder(output)
     wanted, kinds = [*dict.fromkeys(parse_sizes(lengths, "--lengths"))], _forms(forms, store)
     piece_tokens = None if piece is None else parse_size(piece, "--piece")
+    init_distributed(choose_device(device))
+    if dist.is_initialized() and (notes or together or len(kinds) > 1 or kinds == ["merged"]):
+        raise ValueError(
+            "processes share one form of a text whose sentences are hidden one at a time: leave --notes, --together "
+            "and merged out, and give --forms one name; or start it without torchrun"
+        )
     network, tokenizer = load_model(model, device, dtype)
     if topk is not None:
         network.config.chunk_topk = topk
     source = haystack(tokenizer, text, text_field, encoding, shards, max(wanted)).to(network.device)
     name, task = "nano" if model is None else model.name, "notes" if notes else "mk_niah" if together else "s_niah"
+    settings: dict[str, Any] = {"samples": samples, "seed": seed}
+    if dist.is_initialized():
+        _over_processes(network, tokenizer, source, name, output, wanted, kinds[0], store, piece_tokens, settings)
+        dist.destroy_process_group()
+        return
+    how = {"store": store, "together": together, "notes": notes, "piece_tokens": piece_tokens}
+    _alone(network, tokenizer, source, name, output, wanted, kinds, task, how, settings)
+
+
+def _alone(
+    network: Any, tokenizer: Any, source: Any, name: str, output: Path, lengths: list[int], kinds: list[str], task: str,
+    how: dict[str, Any], settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """Every text in every form; `how`: of run_forms."""
+    from hsa_ultralong.eval.haystack import recombined
+    from hsa_ultralong.eval.needle_run import NeedleRun
+    from hsa_ultralong.eval.needles import run_forms
+
     with NeedleRun(
-        output, network, name, forms=kinds, store=store, task=task, samples=samples, seed=seed
+        output, network, name, forms=kinds, store=how["store"], task=task, **settings
     ) as run, ends_by_term(), _written(run, len(source)) as keep:  # fmt: skip
-        for length in wanted:
+        for length in lengths:
             echo(f"{length:,} tokens from a text of {len(source):,}", err=True)
-            passage = recombined(source, length, tokenizer, seed)
+            passage = recombined(source, length, tokenizer, settings["seed"])
             known = run.known(passage)
-            with _Bars(length, samples) as bars:
+            with _Bars(length, settings["samples"]) as bars:
                 run_forms(
-                    network, tokenizer, passage, samples=samples, forms=kinds, store=store, together=together,
-                    notes=notes, seed=seed, progress=bars.show, piece_tokens=piece_tokens, known=known, keep=keep,
+                    network, tokenizer, passage, forms=kinds, progress=bars.show, known=known, keep=keep,
+                    **how, **settings,
                 )  # fmt: skip
     _print(run.study(), output)
+
+
+def _over_processes(
+    network: Any, tokenizer: Any, source: Any, name: str, output: Path, lengths: list[int], form: str, store: str,
+    piece_tokens: int | None, settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """A part of every text for every process; the first writes the study and tells the others what it holds."""
+    import torch.distributed as dist
+
+    from hsa_ultralong.eval.haystack import recombined
+    from hsa_ultralong.eval.needle_run import NeedleRun
+    from hsa_ultralong.eval.needles_over_ranks import part_of_text, run_over_ranks, store_label
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with ExitStack() as opened:
+        run, keep = None, None
+        if rank == 0:
+            place = store_label(store, world)
+            run = opened.enter_context(
+                NeedleRun(output, network, name, forms=[form], store=place, task="s_niah", **settings)
+            )
+            opened.enter_context(ends_by_term())
+            keep = opened.enter_context(_written(run, len(source)))
+        for length in lengths:
+            first, stop = part_of_text(length, rank, world)
+            part = recombined(source, stop - first, tokenizer, settings["seed"], first=first)
+            known = [run.known(part, length) if run is not None else None]
+            dist.broadcast_object_list(known)
+            with ExitStack() as shown:
+                progress = None
+                if run is not None:
+                    echo(f"{length:,} tokens from a text of {len(source):,}, read by {world} processes", err=True)
+                    progress = shown.enter_context(_Bars(length, settings["samples"])).show
+                run_over_ranks(
+                    network, tokenizer, part, length=length, form=form, store=store, piece_tokens=piece_tokens,
+                    progress=progress, known=known[0] or (), keep=keep, **settings,
+                )  # fmt: skip
+        if run is not None:
+            _print(run.study(), output)
 
 
 @contextmanager

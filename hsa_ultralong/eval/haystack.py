@@ -25,13 +25,13 @@ def line_starts(tokens: torch.Tensor, tokenizer: Any) -> torch.Tensor:
     return starts
 
 
-def recombined(tokens: torch.Tensor, length: int, tokenizer: Any, seed: int = 0) -> torch.Tensor:
+def recombined(tokens: torch.Tensor, length: int, tokenizer: Any, seed: int = 0, *, first: int = 0) -> torch.Tensor:
     """A haystack of any length from a text: the text as it is, then its lines in a new random order, again and again.
 
     A plain repetition would bring no new chunk; shuffled lines fall into other chunks (`count_distinct` says how many).
 
     Args:
-        tokens: (n,) int32, on the device that shall do the shuffling.
+        tokens: (n,) int32, on the device that shall do the shuffling. first: of the haystack, the tokens from there on.
 
     Returns:
         (length,) int32 on the host.
@@ -40,21 +40,30 @@ def recombined(tokens: torch.Tensor, length: int, tokenizer: Any, seed: int = 0)
     sizes = torch.diff(starts, append=starts.new_tensor([len(tokens)]))
     out = torch.empty(length, dtype=torch.int32)
     generator = torch.Generator().manual_seed(seed)
-    for begin in range(0, length, len(tokens)):
-        part = tokens
-        if begin:
-            order = torch.randperm(len(starts), generator=generator).to(tokens.device)
+    for begin in range(0, first + length, len(tokens)):
+        part, stop = tokens, min(begin + len(tokens), first + length)
+        # the orders follow from one another
+        order = torch.randperm(len(starts), generator=generator) if begin else None
+        if stop <= first:
+            continue
+        if order is not None:
+            order = order.to(tokens.device)
             moved = sizes[order]
-            first = moved.cumsum(0) - moved
-            shift = torch.repeat_interleave(starts[order] - first, moved)
+            shift = torch.repeat_interleave(starts[order] - (moved.cumsum(0) - moved), moved)
             part = tokens[torch.arange(len(tokens), device=tokens.device) + shift]
-        stop = min(begin + len(tokens), length)
-        out[begin:stop] = part[: stop - begin].cpu()
+        wanted = part[max(first - begin, 0) : stop - begin]
+        out[stop - first - len(wanted) : stop - first] = wanted.cpu()
     return out
 
 
 def count_distinct(tokens: torch.Tensor, chunk_size: int, device: torch.device | str = "cpu") -> int:
     """Number of different chunks of a text (n,), by a 64-bit hash."""
+    hashes = chunk_hashes(tokens, chunk_size, device)
+    return len(hashes.unique()) + (1 if len(tokens) % chunk_size else 0)
+
+
+def chunk_hashes(tokens: torch.Tensor, chunk_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A hash of every full chunk of a text (n,), (n // S,) int64 on the device."""
     whole = len(tokens) // chunk_size * chunk_size
     generator = torch.Generator().manual_seed(1)
     factors = torch.randint(-(2**62), 2**62, (chunk_size,), generator=generator).to(device) | 1
@@ -62,5 +71,4 @@ def count_distinct(tokens: torch.Tensor, chunk_size: int, device: torch.device |
         (part.to(device).long().view(-1, chunk_size) * factors).sum(1)
         for part in tokens[:whole].split(chunk_size * (1 << 16))
     ]
-    count = len(torch.cat(hashes).unique()) if hashes else 0
-    return count + (1 if whole < len(tokens) else 0)
+    return torch.cat(hashes) if hashes else torch.empty(0, dtype=torch.int64, device=device)

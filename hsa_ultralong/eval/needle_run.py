@@ -43,17 +43,20 @@ class NeedleRun(RecordedRun):
         super().__init__(folder, {**settings, "seed": seed})
         self.name = name
 
-    def known(self, text: torch.Tensor) -> list[LengthResult]:
+    def known(self, text: torch.Tensor, length: int | None = None) -> list[LengthResult]:
         """What was found in a text (n,) of this length so far, a result for each form.
+
+        Args:
+            length: of the whole text, if `text` is its first part.
 
         Raises:
             ValueError: it was another text.
         """
-        self.haystack = tokens_digest(text)
-        here = [record for record in self.records if record["length"] == len(text)]
+        self.haystack, length = tokens_digest(text), len(text) if length is None else length
+        here = [record for record in self.records if record["length"] == length]
         if any(record["haystack"] != self.haystack for record in here):
-            raise ValueError(f"{self.folder} holds {len(text):,} tokens of another text; give another folder")
-        return [result for result in self.results() if result.length == len(text)]
+            raise ValueError(f"{self.folder} holds {length:,} tokens of another text; give another folder")
+        return [result for result in self.results() if result.length == length]
 
     def keep(self, result: LengthResult) -> None:
         """Keep the last sample of a result, which is of the text that `known` was last asked about."""

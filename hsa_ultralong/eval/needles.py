@@ -146,7 +146,7 @@ def _one_length(
     read_seconds = time.monotonic() - started
     needles = evaluation_needles(seed + length, samples + controls)
     result = LengthResult(length, [], read_seconds, count_distinct(text, memory.chunk_size), memory.num_bytes)
-    hidden = _Hidden(tokenizer, text, needles[:samples])
+    hidden = Hidden(tokenizer, text, needles[:samples])
     for number in range(samples):
         with hidden.written(model, memory, number):
             result.samples.append(hidden.answer(model, memory, number))
@@ -257,7 +257,7 @@ def run_forms(
         raise ValueError("a merged memory is measured on the device and without notes")
     report, keep = progress or (lambda *_: None), keep or (lambda _: None)
     length, device = len(text), model.model.embed_tokens.weight.device
-    hidden = _Hidden(tokenizer, text, evaluation_needles(seed + length, samples), together=together, notes=notes)
+    hidden = Hidden(tokenizer, text, evaluation_needles(seed + length, samples), together=together, notes=notes)
     if MERGED in forms:
         _ = hidden.borders  # a text too short is refused before work
     distinct = count_distinct(text, model.config.chunk_size, device)
@@ -299,7 +299,7 @@ def run_forms(
     return NeedleStudy(results, model.config.chunk_topk, seed, peak_host_bytes())
 
 
-class _Hidden:
+class Hidden:
     """The sentences of a text, where they lie, and how they are asked for: the same for every form."""
 
     def __init__(
@@ -307,6 +307,7 @@ class _Hidden:
         notes: bool = False,
     ) -> None:  # fmt: skip
         self.tokenizer, self.text, self.is_edited = tokenizer, text, not (together or notes)
+        self.length = len(text)
         self.task = "notes" if notes else "mk_niah" if together else "s_niah"
         self.prompts = [needle.completion if notes else needle.question for needle in needles]
         self.values = [needle.value for needle in needles]
@@ -363,7 +364,7 @@ class _Hidden:
         found = any(place.overlaps(source) for source in answer.sources[:1])
         depth, correct = (index + 0.5) / len(self.prompts), is_right(answer.text, value)
         told = (prompt, value, answer.text)
-        return NeedleSample(len(self.text), depth, *told, correct, answer.weight, found, index=index)
+        return NeedleSample(self.length, depth, *told, correct, answer.weight, found, index=index)
 
     @contextmanager
     def written(self, model: HSAForCausalLM, memory: Memory, index: int, form: str = "") -> Iterator[Place]:

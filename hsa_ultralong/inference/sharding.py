@@ -1,4 +1,4 @@
-"""Share one memory out over the ranks of a process group: contiguous ranges of chunks, equal up to one.
+"""One memory over the ranks of a process group: contiguous ranges of the chunks of one, or what every rank has read.
 
 tests/distributed/test_memory_ranks.py.
 """
@@ -6,13 +6,14 @@ tests/distributed/test_memory_ranks.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from hsa_ultralong.distributed import RankedMemory
 from hsa_ultralong.memory import MemoryFile, open_memory
-from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.chunk_memory import Document, Memory
 from hsa_ultralong.memory.stored_memory import SharedMemory
 
 
@@ -41,8 +42,85 @@ def open_shared(path: str | Path, group: dist.ProcessGroup | None = None, **opti
     return SharedMemory(open_memory(path, part=(first, stop), **options), RankedMemory(first, total, group))
 
 
-def _range(total: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
+class _Held(NamedTuple):
+    """What a rank tells the others of the memory it has read: (name, tokens, chunks) of every document, and what all
+    must agree in."""
+
+    documents: list[tuple[str, int, int]]
+    num_chunks: int
+    must_agree: tuple[str, int, bool]
+    is_closed: bool
+
+
+class _RankDocument(Document):
+    """A document of one rank's memory, as all ranks list it; its token ids are known there alone."""
+
+    def __init__(self, told: tuple[str, int, int], first_chunk: int, rank: int, own: Document | None) -> None:
+        self.name, self._num_tokens, self.num_chunks = told
+        self.first_chunk, self._rank, self._own = first_chunk, rank, own
+        self.is_open, self.continuation = False, None
+
+    @property
+    def tokens(self) -> torch.Tensor:  # type: ignore[override]
+        if self._own is None:
+            raise ValueError(
+                f"the text of document {self.name!r} lies in process {self._rank} alone, which has read it: passages "
+                "of a memory that several processes have read cannot stand in a prompt; ask without reread"
+            )
+        return self._own.tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
+
+def join(memory: Memory, group: dist.ProcessGroup | None = None) -> SharedMemory:
+    """One memory of what every rank has memorised for itself: the documents of all, in the order of the ranks.
+
+    Nothing of the memories moves, so that as many processes read as many parts of a library at once, each on its own
+    card or tiers. `generate`, `ask` and the cache take the result like any memory; every rank must make the same calls.
+    The answers are those of one memory of all documents. A rank may have read nothing. An edit of a rank's own memory
+    that keeps its number of chunks is seen.
+
+    Raises:
+        ValueError: without a process group, for a document that is still open, memories of different models, one whose
+            model's fusion depends on the order of chunks, or a memory that is shared out already.
+    """
+    if isinstance(memory, SharedMemory):
+        memory.refuse("joined")
+    rank, world = _place(group)
+    own = _Held(
+        [(document.name, document.num_tokens, document.num_chunks) for document in memory.documents],
+        memory.num_chunks, (memory.fingerprint, memory.chunk_size, memory.is_composable),
+        all(not document.is_open for document in memory.documents),
+    )  # fmt: skip
+    every: list[Any] = [None] * world
+    dist.all_gather_object(every, own, group=group)
+    # all ranks see the same, so all refuse
+    if len({held.must_agree for held in every}) > 1:
+        raise ValueError("these processes have read with different models; memorise with the same weights in all")
+    if not memory.is_composable:
+        raise ValueError("this model's fusion depends on the order of chunks, so its memories cannot be joined")
+    if not all(held.is_closed for held in every):
+        raise ValueError("a document of one of the processes is still open; close it (close_document) before joining")
+    documents: list[Document] = []
+    first = 0
+    for number, held in enumerate(every):
+        for inside, told in enumerate(held.documents):
+            here = memory.documents[inside] if number == rank else None
+            documents.append(_RankDocument(told, first, number, here))
+            first += told[2]
+    before = sum(held.num_chunks for held in every[:rank])
+    total = sum(held.num_chunks for held in every)
+    return SharedMemory(memory, RankedMemory(before, total, group), documents)
+
+
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
     if not dist.is_initialized():
         raise ValueError("sharing a memory needs a process group: start with torchrun and call init_process_group")
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _range(total: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
+    rank, world = _place(group)
     return total * rank // world, total * (rank + 1) // world

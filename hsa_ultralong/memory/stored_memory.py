@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from hsa_ultralong.memory.chunk_memory import ChunkMemory, Memory
+from hsa_ultralong.memory.chunk_memory import ChunkMemory, Document, Memory
 from hsa_ultralong.nn.views import (
     ChunkTensors,
     KeyValueStore,
@@ -91,10 +91,12 @@ class StoredMemory(Memory):
 class SharedMemory(Memory):
     """What this process holds of a memory shared out over several; `documents` lists those of all."""
 
-    def __init__(self, own: Memory, ranks: MemoryRanks) -> None:
+    def __init__(self, own: Memory, ranks: MemoryRanks, documents: list[Document] | None = None) -> None:
+        """documents: of all; None: `own` lists them."""
         super().__init__(
-            own.chunk_size, own.storage, own.num_chunks, own.documents, own.fingerprint, own.is_composable, own.lookup
-        )
+            own.chunk_size, own.storage, own.num_chunks, own.documents if documents is None else documents,
+            own.fingerprint, own.is_composable, own.lookup,
+        )  # fmt: skip
         self.own, self.ranks = own, ranks
 
     @property
@@ -106,6 +108,8 @@ class SharedMemory(Memory):
         return self.own.num_bytes
 
     def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
+        if self.own.num_chunks != self.num_chunks:
+            self.refuse("used after its own part was given another number of chunks")
         return RanksView(self.own.view(visible, is_for_all=is_for_all), self.ranks)
 
     k = property(lambda self: self.own.k)
