@@ -46,7 +46,7 @@ def training(
         str | None, typer.Option("--from", help="For --longest: first row to try.", show_default="8K")
     ] = None,
     spread: Annotated[
-        str, typer.Option(help="Under torchrun: shard, replicate, context, each also with -fp32 weights.")
+        str, typer.Option(help="Under torchrun: shard, replicate, context, pool, each also with -fp32 weights.")
     ] = "shard,context",
     compile_layers: Annotated[
         bool | None,
@@ -66,8 +66,8 @@ def training(
     --longest doubles one row until it no longer trains and bisects, under every cap: plain, with activation
     checkpointing, and in pieces. Run it again to go on where it was cut off.
 
-    Started by torchrun, steps are timed once in every process alone and once spread over all, by FSDP2 or with shared
-    rows.
+    Started by torchrun, steps are timed once in every process alone and once spread over all, by FSDP2, with shared
+    rows or with a shared pool, which is compared with the same pool in one process.
 
     Writes training-HARDWARE.json after every record, keeping what earlier runs measured besides, and draws it.
 
@@ -189,7 +189,12 @@ def _measure_speed(
 
 
 def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device) -> list[Way]:
-    """One process, then the ways called `names`: shard, replicate, context, with "-fp32" for weights in fp32."""
+    """One process, the ways called `names` (SPREADS, with "-fp32" for weights in fp32), and a pool in one process.
+
+    Ways that none of them is compared with are left out.
+    """
+    from dataclasses import replace
+
     import torch.distributed as dist
 
     from hsa_ultralong.bench.training_ranks import SPREADS, Way
@@ -204,8 +209,9 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
             raise ValueError(f"--spread takes {', '.join(SPREADS)}, each also with -fp32; got {name!r}")
         sizes: dict[str, Any] = {"replicate": {"replicate": world}, "context": {"context": world}}.get(kind, {})
         config = ParallelConfig(
-            **sizes, activation_checkpointing=checkpointing, param_dtype="float32" if dtype else "bfloat16"
-        )
+            **sizes, pool_over_ranks=kind == "pool", activation_checkpointing=checkpointing,
+            param_dtype="float32" if dtype else "bfloat16",
+        )  # fmt: skip
         mesh = build_mesh(config, place.type) if name else None
         slice_of_row = mesh.get_local_rank("context") if mesh is not None else 0
         return Way(
@@ -213,12 +219,17 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
             world if name else 1, config.context,
             lambda model: parallelize(model, mesh, config, use_compile=use_compile),
             (data_rank(mesh), slice_of_row), lambda part: total(part, mesh), clip_gradients, require_all_reduce,
+            world if kind == "pool" else 0,
         )  # fmt: skip
 
     wanted = [part.strip() for part in names.split(",")]
     if not all(wanted):
         raise ValueError(f"--spread takes {', '.join(SPREADS)}, separated by commas; got {names!r}")
-    return [way(name) for name in ("", *wanted)]
+    one, ways = way(""), [way(name) for name in wanted]
+    pools = [found for found in ways if found.pool_world]
+    before = [one] if len(pools) < len(ways) else []
+    after = [replace(one, name=found.against, pool_world=world) for found in pools[:1]]
+    return [*before, *ways, *after]
 
 
 def _report_training(result: dict[str, Any], path: Path, as_json: bool) -> None:
