@@ -34,6 +34,7 @@ NEEDLES = {
         "needles-nano-128m",
         "needles-nano-256m",
         "needles-nano-1g",
+        "needles-nano-4g",
     ),
     "nano before 2026-11-28": ("needles-before-pool", "needles-1g"),
     "the same, pools, averaged": ("needles-averaged", "needles-1g-averaged"),
