@@ -35,6 +35,15 @@ def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.bmm(a.to(wide), b.to(wide))
 
 
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a @ b, (I, J) @ (J, L), to `total` (I, L) in fp32 (or fp64), in place; on a GPU within the product."""
+    with without_autocast(a.device.type):
+        if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and a.dtype == b.dtype:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:
+            total += matmul_wide(a[None], b[None])[0]
+
+
 def may_be_nonfinite(*tensors: torch.Tensor) -> bool:
     """False if all numbers are finite (true of their sum); True on other devices than a CPU, where reading the answer
     would wait for the device."""

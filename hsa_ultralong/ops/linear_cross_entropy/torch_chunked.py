@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hsa_ultralong.ops._common import accumulation_dtype, blocks, matmul_wide
+from hsa_ultralong.ops._common import accumulation_dtype, add_product, blocks, matmul_wide
 
 # logits of one slice, in elements
 _SLICE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -28,7 +28,9 @@ def _loss_and_slope(
         logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= vocab_size, -torch.inf)
     kept = labels != ignore_index
     target = labels.clamp_min(0)[:, None]
-    norm = logits.logsumexp(-1, keepdim=True)
+    # by hand: compiled it is faster than logsumexp (docs/kernels.md)
+    top = logits.amax(-1, keepdim=True)
+    norm = top + (logits - top).exp().sum(-1, keepdim=True).log()
     loss = (norm - logits.gather(-1, target)).squeeze(-1).where(kept, 0.0).sum()
     hit = torch.arange(logits.shape[-1], device=logits.device) == target
     slope = ((logits - norm).exp() - hit.to(logits.dtype)) * kept[:, None]
@@ -65,7 +67,7 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss
             if grad_hidden is not None and grad_weight is not None:
                 grad_hidden[start:stop] = slope @ head
-                grad_weight += matmul_wide(slope.T[None], rows[None])[0]
+                add_product(grad_weight, slope.T, rows)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab_size])
         ctx.weight_dtype = weight.dtype
         return total
