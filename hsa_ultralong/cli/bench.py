@@ -83,7 +83,7 @@ def bench_ops(
 
       hsa bench ops --quick
 
-      hsa bench ops --ops hsa,full_attention --lengths 32K,64K --topk 32 -o /tmp/bench
+      hsa bench ops --ops hsa,full_attention --max --full-max 64K --topk 32 -o /tmp/bench
 
       hsa bench ops --ops hsa,chunk_topk,selected,nsa,moba,full_attention --lengths 8K,32K --topk 32
 

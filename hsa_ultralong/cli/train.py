@@ -251,7 +251,7 @@ def _run(request: TrainRequest, held: RunFolder, folder: Path, tokenizer: Path, 
     # files are hashed by one process, and known to the others
     on_first(lambda: bool(TokenShards.open(folder, tokens)), patient_group())
     shards = TokenShards.open(folder, tokens)
-    with Display(config, is_first) as display:
+    with Display(config, is_first, request.until) as display:
         probe = _probe(shards, tokens, config, place)
         trainer = Trainer(
             config, run, shards, tokens, device=place, probe=probe, listener=display.show, folder=held,

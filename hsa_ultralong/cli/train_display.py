@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
 
 class Display:
-    """Progress bar over all stages with loss, tokens/s and needle accuracy; nothing unless `is_shown`."""
+    """Progress bar over the stages up to `until` (None: all) with loss, tokens/s and needle accuracy; nothing unless
+    `is_shown`."""
 
-    def __init__(self, config: TrainConfig, is_shown: bool) -> None:
+    def __init__(self, config: TrainConfig, is_shown: bool, until: str | None = None) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
         columns = (
@@ -24,7 +25,9 @@ class Display:
             "{task.fields[note]}",
         )
         self.progress = progress(*columns, err=False, disable=not is_shown)
-        self.task = self.progress.add_task("training", total=sum(stage.num_steps for stage in config.stages), note="")
+        last = len(config.stages) if until is None else config.stage(until) + 1
+        steps = sum(stage.num_steps for stage in config.stages[:last])
+        self.task = self.progress.add_task("training", total=steps, note="")
         self.needles, self.probe_kind = "", config.probe_kind
 
     def __enter__(self) -> Display:

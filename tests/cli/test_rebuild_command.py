@@ -111,7 +111,7 @@ def test_another_tokenizer_is_named_and_with_the_old_one_the_text_is_read_anew(l
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("no.hsa",), ("no.hsa", "holds no memory")),
+        (("no.hsa",), ("no.hsa", "does not exist")),
         (("lib.hsa", "-o", "a.txt"), ("a.txt is no folder",)),
         (("lib.hsa", "-o", "lib.hsa"), ("holds a memory already",)),
         (("lib.hsa", "-o", "a.txt/new.hsa"), ("is no folder",)),

@@ -100,9 +100,10 @@ def test_a_memory_of_another_model_is_refused(tmp_path):
 
 def test_a_folder_without_a_memory_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "none", tmp_path, tmp_path / "file"):
+    missing = r"holds no memory \(manifest\.json is missing\)"
+    for path, words in ((tmp_path / "none", "none does not exist"), (tmp_path, missing), (tmp_path / "file", missing)):
         for opening in (MemoryFile.open, MemoryWriter.open):
-            with pytest.raises(MemoryFileError, match=r"holds no memory \(manifest\.json is missing\)"):
+            with pytest.raises(MemoryFileError, match=words):
                 opening(path)
     assert not (tmp_path / "none").exists() and not (tmp_path / "writer.lock").exists()
 

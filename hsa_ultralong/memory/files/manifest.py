@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -216,11 +217,18 @@ def generation_on_disk(folder: Path) -> bytes:
     return _read(folder, _FRAME_BYTES - 1)
 
 
+def no_memory(folder: Path) -> str:
+    """What is said of a path where no memory lies."""
+    if not os.path.lexists(folder):
+        return f"{folder} does not exist; `hsa memorize` and `memory.save` make memories"
+    return f"{folder} holds no memory ({FILE} is missing)"
+
+
 def _read(folder: Path, largest: int) -> bytes:
     try:
         return read_file(folder, FILE, largest)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MemoryFileError(f"{folder} holds no memory ({FILE} is missing)") from error
+        raise MemoryFileError(no_memory(folder)) from error
     except OSError as error:
         verb = "" if str(error.strerror).startswith("is ") else "cannot be read: "
         raise MemoryFileError(f"{folder / FILE} {verb}{error.strerror}") from error

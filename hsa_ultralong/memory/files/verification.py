@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from hsa_ultralong.memory.files.finite import WHAT, is_finite
-from hsa_ultralong.memory.files.manifest import FILE, Manifest, read_manifest
+from hsa_ultralong.memory.files.manifest import FILE, Manifest, no_memory, read_manifest
 from hsa_ultralong.memory.files.reader import FileProgress, MemoryFile, name_documents, open_snapshot
 from hsa_ultralong.memory.files.shard import PAGE_BYTES, Shard, ShardDamage
 from hsa_ultralong.memory.files.spec import Damage, MemoryFileError, clear_errors
@@ -36,7 +36,7 @@ def verify_memory(path: str | Path, progress: FileProgress | None = None) -> lis
     """
     folder = Path(path)
     if not os.path.lexists(folder / FILE):
-        raise MemoryFileError(f"{folder} holds no memory ({FILE} is missing)")
+        raise MemoryFileError(no_memory(folder))
     found: list[Damage] = []
     try:
         with clear_errors(folder, "opening the memory"):
