@@ -170,7 +170,7 @@ def collect(name: str, runs: Path, results: Path) -> dict[str, Any]:
                     {"variant": variant, "seed": int(seed), **{name: _short(value) for name, value in found.items()}}
                     for found in _measured(finding, folder)
                 ]
-                sources[f"{variant}-{seed}"] = _source(folder)
+                sources[f"{variant}-{seed}"] = _source(finding, folder)
                 configs[f"{variant}-{seed}"] = read_json(folder / "run" / "config.json")
     if before := read_summary(place):
         new = {(record["variant"], record["seed"]) for record in records}
@@ -211,9 +211,13 @@ def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _source(folder: Path) -> dict[str, Any]:
+def _source(finding: Finding, folder: Path) -> dict[str, Any]:
+    """Where a run came from, and the commits at which it was asked where they are others."""
     meta = read_json(folder / "run" / "summary.json")["meta"]
-    return {field: meta[field] for field in _SOURCE if field in meta}
+    places = [folder / finding.folder(measure) for measure in finding.measures]
+    asked = {read_json(place / "summary.json")["meta"]["commit"] for place in places if (place / "done").is_file()}
+    others = {"asked": sorted(asked)} if asked - {meta["commit"]} else {}
+    return {**{field: meta[field] for field in _SOURCE if field in meta}, **others}
 
 
 def _measured(finding: Finding, folder: Path) -> list[dict[str, Any]]:

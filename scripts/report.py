@@ -19,6 +19,7 @@ from typing import Any
 import report_figures as shapes
 import report_targets as goals
 from findings import read_summary
+from report_seeds import LEAST_SEEDS, begun, is_share, same_sign
 
 from hsa_ultralong.baselines.twins import rival_parameters
 from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, save, token_axis
@@ -55,8 +56,8 @@ _SETTINGS = {
 _DIRECTIONS = {"fwd": "Forward", "fwd_bwd": "Forward and backward"}
 _AUTHORS = ("s_niah_authors", "mq_authors", "vt_authors")
 _CLAIMED = ("s_niah", *_AUTHORS, "ppl_last_512")
-# seeds that both runs have, of which a difference is claimed
-_LEAST_SEEDS, _HAVE = 3, {1: "no two have more than one", 2: "there are two"}
+# seeds that two runs share -> how it is said that they are too few
+_HAVE = {1: "no two have more than one", 2: "there are two"}
 _HOW = {"teacher": ", forced", "mentions": ", mentioned", "mentions_all": ", mentioned"}
 _LENGTH_TASKS = ("s_niah", "mk_niah", "s_niah_authors", "mq_authors", "vt_authors", "niah_single_2", "vt")
 Records = list[dict[str, Any]]
@@ -85,11 +86,6 @@ def pooled(records: Records) -> Records:
             row["ci_high"] = max((r["ci_high"] for r in known), default=None)
         found.append(row)
     return found
-
-
-def is_share(record: dict[str, Any]) -> bool:
-    """Whether a value is a share of samples, shown in percent."""
-    return record["metric"] != "loss" and not record["metric"].endswith("perplexity")
 
 
 def cell(record: dict[str, Any] | None) -> str:
@@ -174,9 +170,7 @@ def finding_block(root: Path, figures: Figures, name: str) -> str:
         known = {(record["variant"], task): record for task, records in short.items() for record in records}
         rows = [[one, *(cell(known.get((one, task))) for task in short)] for one in variants]
         parts.append(f"Short tasks, % (wikitext2: perplexity of a word):\n\n{table(['variant', *short], rows)}")
-    if begun := _begun(summary["records"], variants):
-        parts.append(begun)
-    parts.append(differences(tasks, variants))
+    parts += [begun(summary["records"], variants), differences(tasks, variants), same_sign(tasks, variants, _TITLES)]
     missing = [one for one in finding.variants if one not in {record["variant"] for record in summary["records"]}]
     parts.append(
         f"{_origins(summary)}; {', '.join(meta['hardware'])}; "
@@ -187,22 +181,7 @@ def finding_block(root: Path, figures: Figures, name: str) -> str:
     if name == "effective_length" and cells:
         figures[root / folder / "depths.png"] = partial(draw_depths, cells, variants)
         parts.append(f"![Depth by length](../{folder}/depths.png)")
-    return "\n\n".join(parts)
-
-
-def _begun(records: Records, variants: Sequence[str]) -> str:
-    """When recall began, by run and seed: probes tell it to some tokens."""
-    own: dict[str, Records] = defaultdict(list)
-    for record in records:
-        if record["metric"] == "half_answered_tokens":
-            own[record["variant"]].append(record)
-    if not own:
-        return ""
-    said = []
-    for one in variants:
-        if found := [f"{record['value'] / 1e6:.0f}M" for record in own[one]]:
-            said.append(f"`{one}` {', '.join(found)}")
-    return f"The first probe that answers half of the held-out questions, in tokens of training: {'; '.join(said)}."
+    return "\n\n".join(part for part in parts if part)
 
 
 def _by_variant(records: Records, count: int) -> str:
@@ -217,17 +196,19 @@ def _by_variant(records: Records, count: int) -> str:
 
 
 def _origins(summary: dict[str, Any]) -> str:
-    """Seeds by commit and by how they were trained; which runs, where a seed has not all."""
-    groups: dict[tuple[int, str, bool], list[str]] = defaultdict(list)
+    """Seeds by commit, by how they were trained, and by the commit that asked; which runs, where a seed has not all."""
+    groups: dict[tuple[int, str, bool, str], list[str]] = defaultdict(list)
     for run, source in summary["meta"]["runs"].items():
         variant, _, seed = run.rpartition("-")
         has_graphs = summary["configs"][run].get("parallel", {}).get("cuda_graphs", False)
-        groups[int(seed), source["commit"][:7], has_graphs].append(variant)
+        asked = " and ".join(commit[:7] for commit in source.get("asked", ()))
+        groups[int(seed), source["commit"][:7], has_graphs, asked].append(variant)
     most = len({run.rpartition("-")[0] for run in summary["meta"]["runs"]})
     said = []
-    for (seed, commit, has_graphs), runs in sorted(groups.items()):
+    for (seed, commit, has_graphs, asked), runs in sorted(groups.items()):
         own = "" if len(runs) == most else f" of {codes(runs)}"
-        said.append(f"Seed {seed}{own}: {commit}, {'by' if has_graphs else 'without'} CUDA graphs")
+        how = f"{commit}, {'by' if has_graphs else 'without'} CUDA graphs" + (f", asked at {asked}" if asked else "")
+        said.append(f"Seed {seed}{own}: {how}")
     return "; ".join(said)
 
 
@@ -245,7 +226,7 @@ def differences(tasks: dict[str, Records], variants: Sequence[str]) -> str:
                     continue
                 both = [pair for pair in zip(first["seeds"], other["seeds"], strict=True) if None not in pair]
                 most = max(most, len(both))
-                if len(both) < _LEAST_SEEDS:
+                if len(both) < LEAST_SEEDS:
                     continue
                 if other["ci_low"] > first["ci_high"] and all(two > one for one, two in both):
                     places["above"].append(human_tokens(length))
@@ -256,7 +237,7 @@ def differences(tasks: dict[str, Records], variants: Sequence[str]) -> str:
                 for side, at in places.items()
                 if at
             ]
-    if most < _LEAST_SEEDS:
+    if most < LEAST_SEEDS:
         return f"No difference is claimed: that takes three seeds of both runs, and {_HAVE[most]}."
     if not found:
         return "No run differs from the first one with intervals apart and all seeds agreeing."

@@ -96,6 +96,37 @@ def test_differences_are_claimed_of_three_seeds_with_intervals_apart_only(report
     assert "no two have more than one" in report.differences(tasks(low, high[:1]), ["a", "b"])
 
 
+def test_what_has_one_sign_in_three_seeds_is_listed_with_mean_and_range_and_counted(report):
+    def told(task, values, others, **more):
+        found = [record("a", seed, task, value, **more) for seed, value in enumerate(values)]
+        found += [record("b", seed, task, value, **more) for seed, value in enumerate(others)]
+        return report.same_sign(report.shown(found), ["a", "b"], {"s_niah": "needles, %"})
+
+    text = told("s_niah", (0.1, 0.5, 0.4), (0.2, 0.8, 0.45))
+    assert text.startswith("1 of 1 differences from `a` of the same seed have one sign in every seed; chance")
+    assert text.endswith("| needles, % | b | 4K: +15.0 (+5.0 to +30.0) |")
+    text = told("ppl_last_512", (9.0, 9.0, 9.0), (8.0, 8.5, 7.5), metric="perplexity")
+    assert text.endswith("| ppl_last_512 | b | 4K: -1.00 (-1.50 to -0.50) |")
+    assert told("s_niah", (0.1, 0.5, 0.4), (0.2, 0.5, 0.5)).startswith("0 of 1 differences"), "a tie is no sign"
+    assert told("s_niah", (0.1, 0.5, 0.4), (0.1, 0.5, 0.4)) == "", "nothing differs"
+    assert told("s_niah", (0.1, 0.5), (0.2, 0.8)) == told("s_niah", (0.1, 0.5, 0.4), (0.2, 0.8)) == "", "two seeds"
+
+
+def test_when_recall_began_says_which_seeds_were_not_measured_and_which_never_began(report):
+    half = {"metric": "half_answered_tokens", "samples": 0}
+    records = [record("a", seed, "training", 26e6, **half) for seed in (0, 1)]
+    records += [record("b", 0, "training", 39e6, **half)]
+    records += [record(run, 2, "training", 0.4, metric="needle_accuracy", samples=0) for run in "ab"]
+    assert report.begun(records, ["a", "b"]).endswith("`a` 26M, 26M, none; `b` 39M, -, none.")
+    assert report.begun(records[3:], ["a", "b"]) == ""
+
+
+def test_a_run_asked_at_another_commit_than_it_was_trained_at_says_so(report):
+    runs = {"a-0": {"commit": "abcdefab"}, "a-1": {"commit": "abcdefab", "asked": ["0123456789"]}}
+    text = report._origins({"meta": {"runs": runs}, "configs": {"a-0": {}, "a-1": {}}})
+    assert text == "Seed 0: abcdefa, without CUDA graphs; Seed 1: abcdefa, without CUDA graphs, asked at 0123456"
+
+
 def test_a_seed_that_was_not_measured_has_a_dash_and_halves_go_up(report):
     records = [record("a", seed, "s_niah", value) for seed, value in ((0, 0.5), (2, 0.65))]
     rows = report.shown([*records, record("b", 1, "s_niah", 0.125)])["s_niah"]

@@ -139,6 +139,17 @@ def test_its_summary_has_records_of_every_variant_configurations_and_where_they_
     assert found["configs"]["rope-0"]["model"]["memory_positions"] == "rope"
 
 
+def test_a_run_that_was_asked_at_another_commit_keeps_both(findings, quick, tmp_path):
+    shutil.copytree(quick[1] / "runs", tmp_path / "runs")
+    path = tmp_path / "runs" / "positions-rope-0" / "needles" / "summary.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    trained, found["meta"]["commit"] = found["meta"]["commit"], "0123456"
+    path.write_text(json.dumps(found), encoding="utf-8")
+    runs = findings.collect("positions", tmp_path / "runs", tmp_path / "results")["meta"]["runs"]
+    assert runs["rope-0"]["commit"] == trained and runs["rope-0"]["asked"] == sorted({trained, "0123456"})
+    assert "asked" not in runs["nope-0"]
+
+
 def test_seeds_measured_elsewhere_are_kept(findings, quick, tmp_path):
     shutil.copytree(quick[1] / "runs" / "results", tmp_path / "results")
     place = tmp_path / "results" / "positions"
