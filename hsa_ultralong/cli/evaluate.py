@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,25 +153,30 @@ def _over_processes(
     """A part of every text for every process; the first writes the study and tells the others what it holds."""
     import torch.distributed as dist
 
+    from hsa_ultralong.distributed.mesh import on_first, patient_group
     from hsa_ultralong.eval.haystack import recombined
     from hsa_ultralong.eval.needle_run import NeedleRun
     from hsa_ultralong.eval.needles_over_ranks import part_of_text, run_over_ranks, store_label
 
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world, group = dist.get_rank(), dist.get_world_size(), patient_group()
     with ExitStack() as opened:
-        run, keep = None, None
-        if rank == 0:
+        run: Any = None
+        keep: Any = None
+
+        def begin() -> None:
+            nonlocal run, keep
             place = store_label(store, world)
             run = opened.enter_context(
                 NeedleRun(output, network, name, forms=[form], store=place, task="s_niah", **settings)
             )
             opened.enter_context(ends_by_term())
             keep = opened.enter_context(_written(run, len(source)))
+
+        on_first(begin, group)
         for length in lengths:
             first, stop = part_of_text(length, rank, world)
             part = recombined(source, stop - first, tokenizer, settings["seed"], first=first)
-            known = [run.known(part, length) if run is not None else None]
-            dist.broadcast_object_list(known)
+            known = on_first(partial(_known, run, part, length), group)
             with ExitStack() as shown:
                 progress = None
                 if run is not None:
@@ -178,10 +184,14 @@ def _over_processes(
                     progress = shown.enter_context(_Bars(length, settings["samples"])).show
                 run_over_ranks(
                     network, tokenizer, part, length=length, form=form, store=store, piece_tokens=piece_tokens,
-                    progress=progress, known=known[0] or (), keep=keep, **settings,
+                    progress=progress, known=known, keep=keep, **settings,
                 )  # fmt: skip
         if run is not None:
             _print(run.study(), output)
+
+
+def _known(run: Any, part: Any, length: int) -> Any:
+    return run.known(part, length)
 
 
 @contextmanager

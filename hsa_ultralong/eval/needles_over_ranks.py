@@ -28,7 +28,7 @@ from hsa_ultralong.eval.needles import (
     Place,
     places_in,
 )
-from hsa_ultralong.inference import edit, join, memorize
+from hsa_ultralong.inference import edit, memorize_together
 from hsa_ultralong.memory.chunk_memory import Memory
 from hsa_ultralong.memory.stored_memory import SharedMemory
 from hsa_ultralong.models import HSAForCausalLM
@@ -85,16 +85,15 @@ def run_over_ranks(
         dist.barrier()
         started = time.monotonic()
         landmarks = "int8" if form == "fp8" else form
-        own = memorize(
+        memory = memorize_together(
             model, part, store=store, key_values=form or None, landmarks=landmarks or None, piece_tokens=piece_tokens,
             progress=lambda done, _: report(length, 0, samples, min(length, done * world)),
         )  # fmt: skip
-        memory = join(own)  # waits for all
         if device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
         result = LengthResult(
-            length, earlier, time.monotonic() - started, distinct, _sum_over_ranks(own.num_bytes),
+            length, earlier, time.monotonic() - started, distinct, _sum_over_ranks(memory.num_bytes),
             store=store_label(store, world), form=form, task=hidden.task,
         )  # fmt: skip
         for index in wanted:

@@ -7,7 +7,7 @@ from hsa_ultralong.inference.library import Library
 from hsa_ultralong.inference.prompts import as_question
 from hsa_ultralong.inference.reader import append, close_document, memorize
 from hsa_ultralong.inference.rebuilding import rebuild
-from hsa_ultralong.inference.sharding import join, open_shared, share_out
+from hsa_ultralong.inference.sharding import join, memorize_together, open_shared, share_out
 from hsa_ultralong.models.fingerprint import memory_fingerprint
 from hsa_ultralong.models.reading import last_logits
 from hsa_ultralong.models.remembering import generate_with_memory
@@ -25,6 +25,7 @@ __all__ = [
     "join",
     "last_logits",
     "memorize",
+    "memorize_together",
     "memory_fingerprint",
     "open_shared",
     "rebuild",

@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 
 from hsa_ultralong.distributed import RankedMemory
+from hsa_ultralong.distributed.mesh import everywhere, patient_group
+from hsa_ultralong.inference.reader import memorize
 from hsa_ultralong.memory import MemoryFile, open_memory
 from hsa_ultralong.memory.chunk_memory import Document, Memory
 from hsa_ultralong.memory.stored_memory import SharedMemory
+from hsa_ultralong.models import HSAForCausalLM
 
 
 def share_out(memory: Memory, group: dist.ProcessGroup | None = None) -> SharedMemory:
@@ -113,6 +116,22 @@ def join(memory: Memory, group: dist.ProcessGroup | None = None) -> SharedMemory
     before = sum(held.num_chunks for held in every[:rank])
     total = sum(held.num_chunks for held in every)
     return SharedMemory(memory, RankedMemory(before, total, group), documents)
+
+
+def memorize_together(
+    model: HSAForCausalLM, tokens: Any, *, group: dist.ProcessGroup | None = None, **options: Any
+) -> SharedMemory:
+    """Every rank memorises documents of its own; one memory of all (`join`). `options` are those of memorize.
+
+    Raises:
+        Exception: that of memorize here. OSError: naming the rank and its error, if reading failed elsewhere only.
+        ValueError: as in `join`.
+    """
+    _place(group)
+    read: list[Memory] = []
+    # one that has no room ends all
+    everywhere(lambda: read.append(memorize(model, tokens, **options)), patient_group() if group is None else group)
+    return join(read[0], group)
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:

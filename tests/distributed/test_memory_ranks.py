@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hsa_ultralong.inference import append, ask, edit, join, open_shared, share_out
+from hsa_ultralong.inference import append, ask, edit, join, memorize_together, open_shared, share_out
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
@@ -147,6 +147,25 @@ def refuse_to_join(rank, world):
     other = tiny_model(seed=rank)
     with pytest.raises(ValueError, match="different models"):
         join(other.memorize(document(50)))
+
+
+def read_together(rank, world):
+    model = tiny_model()
+    texts = [document(70), document(41, seed=1)]
+    shared, whole = memorize_together(model, texts[rank]), model.memorize(texts)
+    assert shared.num_chunks_of_all == whole.num_chunks
+    ids = random_tokens(1, 6, seed=3)
+    found = [model.generate(ids, memory=memory, max_new_tokens=5, do_sample=False) for memory in (shared, whole)]
+    assert torch.equal(*found)
+    # the rank that cannot read says why, the others name it
+    with pytest.raises(
+        ValueError if rank else OSError, match="nothing to memorise" if rank else "process 1: ValueError"
+    ):
+        memorize_together(model, [] if rank else texts[0])
+
+
+def test_ranks_read_together_or_none_does(tmp_path):
+    launch(2, tmp_path / "meet", read_together)
 
 
 def test_what_cannot_be_joined_is_refused_by_all(tmp_path):

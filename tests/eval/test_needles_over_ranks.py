@@ -98,6 +98,14 @@ def test_two_processes_write_one_study(tmp_path):
     assert "2/2" in done.stdout
 
 
+def test_a_folder_of_another_study_is_refused_by_all(tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/run.json").write_text('{"version": 1, "settings": {}}')
+    done = command(tmp_path / "study", "--lengths", "8K", "--needles", "2")
+    told = done.stderr + done.stdout
+    assert done.returncode != 0 and told.count("holds another run") >= 1 and "hsa_ultralong/cli" not in told
+
+
 def test_what_processes_cannot_share_is_refused(tmp_path):
     done = command(tmp_path / "study", "--lengths", "8K", "--notes", processes=1)
     assert done.returncode != 0 and "start it without torchrun" in done.stderr + done.stdout
