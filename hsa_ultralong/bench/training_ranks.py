@@ -33,7 +33,7 @@ class Way:
         spread: changes a model in place, before its optimiser is made.
         place: of this process: (part of the rows, slice of every row).
         total: the sum of a tensor over the processes. clip: (model, largest norm) -> the norm of the whole gradient.
-        sums_next: (model, whether the next backward adds the gradients of copies), as the trainer does.
+        begin: (model, whether the next forward is the last of its step), as the trainer does.
         pool_world: processes whose rows read each other's chunks in a forward, 0 if rows read their own only.
     """
 
@@ -44,7 +44,7 @@ class Way:
     place: tuple[int, int]
     total: Callable[[torch.Tensor], torch.Tensor]
     clip: Callable[[HSAForCausalLM, float], torch.Tensor]
-    sums_next: Callable[[HSAForCausalLM, bool], None]
+    begin: Callable[[HSAForCausalLM, bool], None]
     pool_world: int = 0
 
     @property
@@ -94,7 +94,7 @@ class RankedBench:
         parts = own.split(rows)
         pool = {"pool_memory": "attended"} if self.way.pool_world else {}
         for number, part in enumerate(parts):
-            self.way.sums_next(self.model, number + 1 == len(parts))
+            self.way.begin(self.model, number + 1 == len(parts))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 share = self.model(part, labels=part, num_items_in_batch=labels, **pool).loss
             share.backward()

@@ -199,7 +199,7 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
 
     from hsa_ultralong.bench.training_ranks import SPREADS, Way
     from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, total
-    from hsa_ultralong.train.parallelize import clip_gradients, parallelize, require_all_reduce
+    from hsa_ultralong.train.parallelize import begin_forward, clip_gradients, parallelize
 
     world = dist.get_world_size()
 
@@ -218,7 +218,8 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
             f"{kind} {world}" + (", fp32 weights" if dtype else "") if name else "",
             world if name else 1, config.context,
             lambda model: parallelize(model, mesh, config, use_compile=use_compile),
-            (data_rank(mesh), slice_of_row), lambda part: total(part, mesh), clip_gradients, require_all_reduce,
+            (data_rank(mesh), slice_of_row), lambda part: total(part, mesh), clip_gradients,
+            lambda model, is_last: begin_forward(model, config, is_last=is_last),
             world if kind == "pool" else 0,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 CHECKPOINTING = ("none", "selective", "full")
+GRADIENT_SYNC = ("every", "last")
 PARAM_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ class ParallelConfig:
         param_dtype: on CUDA, dtype in which weights are gathered and layers compute: "bfloat16", or "float32", which
             leaves precision to autocast, as on one device. Gradients are summed in fp32 in both.
         reshard_after_forward: free gathered weights after a layer's forward and gather them again in the backward.
+        gradient_sync: the forwards of a step after which gradients are reduce-scattered: "every", or the "last" one.
+            Until then they stay whole on every rank, and so do gathered weights unless reshard_after_forward is set.
         activation_checkpointing: "none"; "selective": recompute feed-forward blocks, norms and rotary positions, keep
             projections, attention and retrieval; "full": keep the inputs of layers and the retrieval only.
         checkpointing_tokens: forwards of fewer tokens keep everything; 0 = checkpointing acts on all of them.
@@ -51,6 +54,7 @@ class ParallelConfig:
     pool_over_ranks: bool = False
     param_dtype: str = "bfloat16"
     reshard_after_forward: bool = True
+    gradient_sync: str = "every"
     activation_checkpointing: str = "none"
     checkpointing_tokens: int = 0
     offload_activations: bool = False
@@ -62,7 +66,12 @@ class ParallelConfig:
         for name, least in {**least_sizes, "checkpointing_tokens": 0, "mlp_tile_tokens": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        for name, choices in (("activation_checkpointing", CHECKPOINTING), ("param_dtype", tuple(PARAM_DTYPES))):
+        choices_of = (
+            ("activation_checkpointing", CHECKPOINTING),
+            ("param_dtype", tuple(PARAM_DTYPES)),
+            ("gradient_sync", GRADIENT_SYNC),
+        )
+        for name, choices in choices_of:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.checkpointing_tokens and self.activation_checkpointing == "none":

@@ -133,6 +133,15 @@ def _encoder(config: HSAConfig) -> int:
     return config.num_encoder_layers * layer + 2 * width + keys_values + width * config.retrieval_dim
 
 
+def count_expert_parameters(config: HSAConfig, first_layer: int = 0) -> int:
+    """Parameters of all routed experts from a decoder layer on: what ParallelConfig.expert spreads."""
+    if config.num_experts == 0:
+        return 0
+    assert config.moe_intermediate_size is not None
+    layers = max(0, config.num_hidden_layers - max(config.num_dense_layers, first_layer))
+    return layers * config.num_experts * _swiglu(config.hidden_size, config.moe_intermediate_size)
+
+
 def count_memory_parameters(config: HSAConfig) -> int:
     """Parameters that make or read the memory (train.lora.is_memory)."""
     skip = config.hidden_size**2 if config.embedding_skip else 0

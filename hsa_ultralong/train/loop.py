@@ -36,10 +36,10 @@ from hsa_ultralong.train.metrics import Listener, Meter, SpikeGuard, open_writer
 from hsa_ultralong.train.optim import build_optimizers
 from hsa_ultralong.train.parallelize import (
     alone,
+    begin_forward,
     clip_gradients,
     gathered,
     parallelize,
-    require_all_reduce,
     synchronize_buffers,
 )
 from hsa_ultralong.train.run_folder import RunFolder, RunLog, write_settings
@@ -350,8 +350,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             self._seed_noise(stage, number)
-            # copies of the weights on other hosts hear of the gradients once a step
-            require_all_reduce(self.model, number + 1 == len(batches))
+            begin_forward(self.model, self.config.parallel, is_last=number + 1 == len(batches))
             loss += self.losses.backward(stage, batch, counts)
         norm = clip_gradients(self.model, self.config.clip_norm)
         for optimizer in self.optimizers:

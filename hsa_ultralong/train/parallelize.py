@@ -139,10 +139,20 @@ def _shard(model: HSAForCausalLM, mesh: DeviceMesh, config: ParallelConfig, apar
     register_fsdp_forward_method(model, "meet")
 
 
-def require_all_reduce(model: nn.Module, is_required: bool) -> None:
-    """Whether the next backwards add gradients over "replicate" too; without, their sum waits for one that does."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(is_required)
+def begin_forward(model: nn.Module, config: ParallelConfig, *, is_last: bool) -> None:
+    """Before every forward of a step: whether it is the last one, whose backward leaves the gradients of the step.
+
+    Before, gradients are not added over "replicate", and with gradient_sync="last" not over "shard" either.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    if config.gradient_sync == "every":
+        model.set_requires_all_reduce(is_last)
+        return
+    model.set_requires_gradient_sync(is_last)
+    model.set_reshard_after_backward(is_last or config.reshard_after_forward)
+    # the root's weights are gathered from forward to backward in any case
+    model.set_reshard_after_backward(is_last, recurse=False)
 
 
 @contextmanager
@@ -162,7 +172,10 @@ def gathered(model: Trained) -> Iterator[None]:
         yield
     finally:
         model.set_reshard_after_backward(True, recurse=False)
-        model.reshard()
+        # those below as well: with reshard_after_forward=False nothing else frees them where no backward follows
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @contextmanager

@@ -109,7 +109,8 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
     frozen = counted.embedding + counted.lower + counted.encoder if config.freeze_memory else 0
     if config.freeze_source:
         frozen = counted.total - accounting.count_memory_parameters(model)
-    trained = (counted.total - frozen) // cut
+    all_trained = counted.total - frozen
+    trained = all_trained // cut
     state = 8 * trained
     if config.optimizer == "muon":
         # one momentum instead of two
@@ -123,13 +124,26 @@ def _plan_stage(config: TrainConfig, stage: StageConfig, model: HSAConfig) -> St
         seq_len=stage.seq_len,
         forward_tokens=tokens,
         weights=_FP32 * held + _BF16 * copies,
-        gradients=_FP32 * trained,
+        gradients=_FP32 * _gradients(config, stage, model, all_trained),
         optimizer=state,
         activations=max(_activations(config, stage, model, each) for each in forwards),
         host=_FP32 * model.hidden_size * tokens if stage.piece_offload else 0,
         flops_per_token=flops,
         seconds=stage.num_steps * stage.batch_tokens * flops / (gpus * ASSUMED_PEAK_FLOPS * config.mfu),
     )
+
+
+def _gradients(config: TrainConfig, stage: StageConfig, model: HSAConfig, trained: int) -> int:
+    """Numbers of the gradients that one GPU has at once, of all `trained` ones."""
+    parallel, gpus = config.parallel, planned_gpus(config)
+    cut, data_world = gpus // parallel.replicate, gpus // parallel.context
+    forwards = max(stage.num_forwards(data_world, step) for step in range(len(stage.lengths)))
+    if parallel.gradient_sync == "every" or forwards == 1:
+        return trained // cut
+    spread = 0
+    if parallel.expert > 1 and not config.freeze_source:
+        spread = accounting.count_expert_parameters(model, model.num_lower_layers if config.freeze_memory else 0)
+    return trained - spread + spread // cut
 
 
 def _plan_twin(config: TrainConfig, stage: StageConfig, model: HSAConfig, rival: RivalConfig) -> StagePlan:

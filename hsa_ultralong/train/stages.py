@@ -50,6 +50,12 @@ def check_stage(config: TrainConfig, index: int, preset: HSAConfig, data_world: 
             f"stage {stage.name!r}: parallel.offload_activations acts on whole rows; with piece_tokens take "
             "piece_offload=true instead"
         )
+    if parallel.gradient_sync == "last" and (stage.piece_tokens or stage.needs_teacher):
+        name = "piece_tokens" if stage.piece_tokens else "divergence"
+        raise ValueError(
+            f"stage {stage.name!r}: parallel.gradient_sync=last needs one whole forward before every backward, which "
+            f"{name} does not have: set parallel.gradient_sync=every"
+        )
 
 
 def enter_stage(model: Trained, stages: Sequence[StageConfig], index: int, preset: HSAConfig) -> None:

@@ -42,6 +42,7 @@ def test_sizes_must_fit_the_processes(sizes, message):
         {"context": 0},
         {"mlp_tile_tokens": -1},
         {"param_dtype": "float16"},
+        {"gradient_sync": "first"},
         {"activation_checkpointing": "some"},
         {"checkpointing_tokens": 4096},
     ],

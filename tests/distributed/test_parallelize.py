@@ -17,7 +17,14 @@ from hsa_ultralong.distributed.collectives import Ranks, Travel
 from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, data_world, init_distributed, total
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tensor, random_tokens, tiny_model
 from hsa_ultralong.testing.processes import HANG_SECONDS, launch
-from hsa_ultralong.train.parallelize import alone, clip_gradients, gathered, parallelize, synchronize_buffers
+from hsa_ultralong.train.parallelize import (
+    alone,
+    begin_forward,
+    clip_gradients,
+    gathered,
+    parallelize,
+    synchronize_buffers,
+)
 from hsa_ultralong.train.segmented import segmented_loss_backward
 from hsa_ultralong.train.stages import spread_experts, spread_strength
 
@@ -41,8 +48,8 @@ def rows(step, count=4, length=24):
 
 
 def micro_batches(step, mesh):
-    """This rank's part of two micro-batches, and the number of labels of both on all ranks."""
-    batches = [rows(2 * step), rows(2 * step + 1)]
+    """This rank's part of three micro-batches, and the number of labels of all on all ranks."""
+    batches = [rows(3 * step), rows(3 * step + 1), rows(3 * step + 2, length=16)]
     counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     parts = []
     for batch in batches:
@@ -58,8 +65,8 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(model, mesh, **inputs):
-    """What two optimiser steps of two micro-batches each see and leave behind."""
+def train(model, mesh, config, **inputs):
+    """What two optimiser steps of three micro-batches each see and leave behind."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
     found = {}
@@ -68,7 +75,8 @@ def train(model, mesh, **inputs):
         spread_experts(model, spread_strength(1, step))
         parts, counted = micro_batches(step, mesh)
         loss = torch.zeros((), dtype=torch.float64)
-        for part in parts:
+        for number, part in enumerate(parts):
+            begin_forward(model, config, is_last=number + 1 == len(parts))
             out = model(**part, num_items_in_batch=counted, **inputs).loss
             out.backward()
             loss += out.detach()
@@ -94,7 +102,10 @@ def trained_alone(options, inputs):
     key = repr((options, inputs))
     if key not in ALONE:
         one = tiny_model(**options)
-        ALONE[key] = train(one, None, **inputs), sum(part.numel() for part in one.parameters())
+        ALONE[key] = (
+            train(one, None, ParallelConfig(gradient_sync="last"), **inputs),
+            sum(part.numel() for part in one.parameters()),
+        )
     return ALONE[key]
 
 
@@ -107,12 +118,36 @@ def check(options, parallel, *, use_compile=False, **inputs):
     names = list(many.state_dict())
     parallelize(many, mesh, config, use_compile=use_compile)
     assert list(many.state_dict()) == names
-    found = train(many, mesh, **inputs)
+    found = train(many, mesh, config, **inputs)
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
     held = sum(part.to_local().numel() for part in many.parameters())
     assert held < num_parameters or config.replicate == dist.get_world_size()
+
+
+def check_synchronizations(rank, world):
+    """Gradients that wait for the last forward are reduced once a step, and weights that stay are gathered once."""
+
+    def of_step(**parallel):
+        config = ParallelConfig(**parallel)
+        mesh = build_mesh(config, "cpu")
+        model = tiny_model(**DENSE).train()
+        parallelize(model, mesh, config)
+        parts, counted = micro_batches(0, mesh)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for number, part in enumerate(parts):
+                begin_forward(model, config, is_last=number + 1 == len(parts))
+                model(**part, num_items_in_batch=counted).loss.backward()
+        assert all(isinstance(part, DTensor) for part in model.parameters())
+        names = [event.name for event in profile.events()]
+        kinds = "FSDP::post_backward_reduce", "FSDP::all_gather"
+        return [sum(name.split(" (")[0] == kind for name in names) for kind in kinds]
+
+    every, last = of_step(), of_step(gradient_sync="last")
+    assert every[0] == 3 * last[0] > 0 and 0 < last[1] < every[1]
+    every, last = (of_step(reshard_after_forward=False, gradient_sync=sync) for sync in ("every", "last"))
+    assert every == [3 * number for number in last] and all(last)
 
 
 def probe(model, ids):
@@ -227,7 +262,12 @@ def check_two_processes(rank, world):
     check_nothing_stays(rank, world)
     check_second_gradients(rank, world)
     check_compiled(rank, world)
+    check_synchronizations(rank, world)
     check(DENSE, {"replicate": 2})
+    check(DENSE, {"replicate": 2, "gradient_sync": "last", "reshard_after_forward": False})
+    check(DENSE, {"gradient_sync": "last"})
+    check(EXPERTS, {"expert": 2, "gradient_sync": "last", "reshard_after_forward": False})
+    check(EXPERTS, {"context": 2, "gradient_sync": "last", "activation_checkpointing": "full"})
     check(DENSE, {"shard": 2, "activation_checkpointing": "selective"})
     check(EXPERTS, {"replicate": 2, "activation_checkpointing": "full"})
     check(EXPERTS, {"shard": 2, "activation_checkpointing": "full", "mlp_tile_tokens": 7})
@@ -246,6 +286,8 @@ def check_four_processes(rank, world):
         check(options, {"replicate": 2, "shard": 2})
         check(options, {"shard": 2, "context": 2, "activation_checkpointing": "selective"})
     check(EXPERTS, {"replicate": 2, "expert": 2})
+    check(EXPERTS, {"replicate": 2, "expert": 2, "gradient_sync": "last"})
+    check(EXPERTS, {"expert": 4, "gradient_sync": "last", "reshard_after_forward": False})
     check(EXPERTS, {"replicate": 2, "context": 2, "expert": 2, "activation_checkpointing": "full"})
     check(EXPERTS, {"expert": 4, "shard": 2, "context": 2, "pool_over_ranks": True}, pool_memory="compete")
 

@@ -8,6 +8,7 @@ import torch
 from hsa_ultralong.models import HSAForCausalLM, HSAModel
 from hsa_ultralong.models.accounting import (
     continuation_bytes,
+    count_expert_parameters,
     count_parameters,
     flops_per_token,
     full_attention_cache_bytes,
@@ -48,11 +49,13 @@ def check_counts(model: HSAForCausalLM) -> None:
     assert counts.norm == numel(body.norm)
     parts = (counts.embedding, counts.lower, counts.encoder, counts.upper, counts.norm, counts.head)
     assert sum(parts) == counts.total
-    idle = 0
+    idle = routed = 0
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             expert = module.gate_up[0].numel() + module.down[0].numel()
             idle += (module.num_experts - module.num_experts_per_token) * expert
+            routed += module.num_experts * expert
+    assert count_expert_parameters(model.config) == routed
     assert counts.active == counts.total - idle
     assert counts.per_token == counts.active - (counts.embedding if counts.head else 0)
 

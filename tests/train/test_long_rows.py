@@ -31,6 +31,9 @@ def test_offloading_segments_takes_the_very_same_steps(tiny_runs, tmp_path, monk
 def test_options_that_do_not_go_together_are_refused(tiny_runs, tmp_path):
     with pytest.raises(ValueError, match=r"stage 'warmup': piece_offload .* set piece_tokens too"):
         tiny_runs.stage(piece_offload=True)
+    config = tiny_runs.config(tiny_runs.stage(piece_tokens=32), parallel=ParallelConfig(gradient_sync="last"))
+    with pytest.raises(ValueError, match=r"stage 'warmup': parallel.gradient_sync=last .* piece_tokens does not have"):
+        tiny_runs.trainer(tmp_path / "x", config)
     config = tiny_runs.config(tiny_runs.stage(piece_tokens=32), parallel=ParallelConfig(offload_activations=True))
     with pytest.raises(ValueError, match="acts on whole rows; with piece_tokens take piece_offload=true"):
         tiny_runs.trainer(tmp_path, config)

@@ -1,13 +1,14 @@
 """The plan of a run: exact where it can be, near the measured peaks elsewhere."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
 from hsa_ultralong.cli.train_plan import plan_table
-from hsa_ultralong.models import HSAForCausalLM
+from hsa_ultralong.models import HSAForCausalLM, accounting
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.recipes import RECIPES, recipe
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
@@ -67,6 +68,23 @@ def test_spreading_and_recomputing_save_memory():
     assert first(context=2).activations * 2 == plain.activations
     config.stages[0].piece_tokens = 2048
     assert first().activations < plain.activations / 2
+
+
+def test_gradients_that_wait_for_the_last_forward_are_whole_on_every_gpu():
+    config = recipe("moe_8b_a1b")
+    counted = accounting.count_parameters(config.shape())
+    experts = accounting.count_expert_parameters(config.shape())
+
+    def first(**parallel):
+        config.parallel = replace(config.parallel, **parallel)
+        return plan_run(config)[0].gradients
+
+    assert first() == 4 * (counted.total // 8)
+    assert first(gradient_sync="last") == 4 * (counted.total - experts + experts // 8)
+    assert first(expert=1) == 4 * counted.total
+    # a step of one forward keeps nothing
+    config.stages[0].batch_tokens = 256 * config.stages[0].seq_len
+    assert first() == 4 * (counted.total // 8)
 
 
 def stage_plan(seq_len, preset="small_345m", model=None, **options):

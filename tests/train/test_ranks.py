@@ -121,6 +121,7 @@ def check_two(rank, world, runs, folder):
     for name, parallel in {
         "sharded": {"shard": 2, "activation_checkpointing": "selective"},
         "context": {"context": 2},
+        "last": {"shard": 2, "gradient_sync": "last", "reshard_after_forward": False},
     }.items():
         one = runs.trainer(folder / name, spread(config, **parallel), probe=probe)
         assert one.train()
