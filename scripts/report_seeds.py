@@ -40,7 +40,7 @@ def begun(records: Records, variants: Sequence[str]) -> str:
 def same_sign(tasks: dict[str, Records], variants: Sequence[str], titles: dict[str, str]) -> str:
     """Differences from the first run of the same seed that have one sign in all seeds, at least three: what a claim
     needs too, but is none. "" where no two runs have as many seeds."""
-    first, compared, agreeing = variants[0], 0, 0
+    first, compared, signed, agreeing = variants[0], 0, 0, 0
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for task, records in tasks.items():
         known = {(record["variant"], record["length"]): record for record in records}
@@ -54,6 +54,7 @@ def same_sign(tasks: dict[str, Records], variants: Sequence[str], titles: dict[s
                 if len(gaps) < LEAST_SEEDS or not any(gaps):
                     continue
                 compared += 1
+                signed += all(gaps)
                 if min(gaps) > 0 or max(gaps) < 0:
                     agreeing += 1
                     scale, form = (100, "+.1f") if is_share(one) else (1, "+.2f")
@@ -63,11 +64,15 @@ def same_sign(tasks: dict[str, Records], variants: Sequence[str], titles: dict[s
                     found[task, variant].append(f"{human_tokens(length)}: {mean} ({' to '.join(ends)})")
     if not compared:
         return ""
-    count = f"{agreeing} of {compared} differences from `{first}` of the same seed have one sign in every seed"
+    count = (
+        f"Of {compared} differences from `{first}` of the same seed {signed} are 0 with no seed, and {agreeing} of "
+        "these have one sign in every seed"
+    )
     if not found:
         return f"{count}."
     rows = [
         f"| {titles.get(task, task)} | {variant} | {'; '.join(cells)} |" for (task, variant), cells in found.items()
     ]
     head = f"| measure | run | difference from `{first}`: mean (lowest to highest of a seed) |\n|---|---|---|"
-    return f"{count}; chance gives a quarter where none is 0:\n\n" + "\n".join([head, *rows])
+    chance = "chance would give a quarter, if they did not share runs, weights and neighbouring lengths"
+    return f"{count}; {chance}:\n\n" + "\n".join([head, *rows])

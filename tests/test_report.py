@@ -103,11 +103,16 @@ def test_what_has_one_sign_in_three_seeds_is_listed_with_mean_and_range_and_coun
         return report.same_sign(report.shown(found), ["a", "b"], {"s_niah": "needles, %"})
 
     text = told("s_niah", (0.1, 0.5, 0.4), (0.2, 0.8, 0.45))
-    assert text.startswith("1 of 1 differences from `a` of the same seed have one sign in every seed; chance")
+    assert text.startswith(
+        "Of 1 differences from `a` of the same seed 1 are 0 with no seed, and 1 of these have one sign"
+    )
     assert text.endswith("| needles, % | b | 4K: +15.0 (+5.0 to +30.0) |")
     text = told("ppl_last_512", (9.0, 9.0, 9.0), (8.0, 8.5, 7.5), metric="perplexity")
     assert text.endswith("| ppl_last_512 | b | 4K: -1.00 (-1.50 to -0.50) |")
-    assert told("s_niah", (0.1, 0.5, 0.4), (0.2, 0.5, 0.5)).startswith("0 of 1 differences"), "a tie is no sign"
+    tied = told("s_niah", (0.1, 0.5, 0.4), (0.2, 0.5, 0.5))
+    assert tied.startswith("Of 1 differences from `a` of the same seed 0 are 0 with no seed, and 0 of"), (
+        "a tie is no sign"
+    )
     assert told("s_niah", (0.1, 0.5, 0.4), (0.1, 0.5, 0.4)) == "", "nothing differs"
     assert told("s_niah", (0.1, 0.5), (0.2, 0.8)) == told("s_niah", (0.1, 0.5, 0.4), (0.2, 0.8)) == "", "two seeds"
 

@@ -103,11 +103,8 @@ def needles(
     wanted, kinds = [*dict.fromkeys(parse_sizes(lengths, "--lengths"))], _forms(forms, store)
     piece_tokens = None if piece is None else parse_size(piece, "--piece")
     init_distributed(choose_device(device))
-    if dist.is_initialized() and (notes or together or len(kinds) > 1 or kinds == ["merged"]):
-        raise ValueError(
-            "processes share one form of a text whose sentences are hidden one at a time: leave --notes, --together "
-            "and merged out, and give --forms one name; or start it without torchrun"
-        )
+    if dist.is_initialized():
+        _check_shared(kinds, text, has_one_at_a_time=not (notes or together))
     network, tokenizer = load_model(model, device, dtype)
     if topk is not None:
         network.config.chunk_topk = topk
@@ -120,6 +117,17 @@ def needles(
         return
     how = {"store": store, "together": together, "notes": notes, "piece_tokens": piece_tokens}
     _alone(network, tokenizer, source, name, output, wanted, kinds, task, how, settings)
+
+
+def _check_shared(kinds: list[str], text: list[Path] | None, *, has_one_at_a_time: bool) -> None:
+    """Refuse what several processes cannot do together."""
+    if not has_one_at_a_time or len(kinds) > 1 or kinds == ["merged"]:
+        raise ValueError(
+            "processes share one form of a text whose sentences are hidden one at a time: leave --notes, --together "
+            "and merged out, and give --forms one name; or start it without torchrun"
+        )
+    if any(str(name) == "-" for name in text or ()):
+        raise ValueError("several processes cannot read one stdin: give --text FILE")
 
 
 def _alone(
@@ -153,10 +161,11 @@ def _over_processes(
     """A part of every text for every process; the first writes the study and tells the others what it holds."""
     import torch.distributed as dist
 
-    from hsa_ultralong.distributed.mesh import on_first, patient_group
+    from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
     from hsa_ultralong.eval.haystack import recombined
     from hsa_ultralong.eval.needle_run import NeedleRun
     from hsa_ultralong.eval.needles_over_ranks import part_of_text, run_over_ranks, store_label
+    from hsa_ultralong.eval.recorded_run import tokens_digest
 
     rank, world, group = dist.get_rank(), dist.get_world_size(), patient_group()
     with ExitStack() as opened:
@@ -172,11 +181,14 @@ def _over_processes(
             opened.enter_context(ends_by_term())
             keep = opened.enter_context(_written(run, len(source)))
 
+        if len(set(everywhere(partial(tokens_digest, source), group))) > 1:
+            raise ValueError("the processes have read different texts: give all the same --text FILE or --shards")
         on_first(begin, group)
         for length in lengths:
             first, stop = part_of_text(length, rank, world)
             part = recombined(source, stop - first, tokenizer, settings["seed"], first=first)
-            known = on_first(partial(_known, run, part, length), group)
+            parts = everywhere(partial(tokens_digest, part), group)
+            known = on_first(partial(_known, run, length, _together(parts)), group)
             with ExitStack() as shown:
                 progress = None
                 if run is not None:
@@ -190,8 +202,15 @@ def _over_processes(
             _print(run.study(), output)
 
 
-def _known(run: Any, part: Any, length: int) -> Any:
-    return run.known(part, length)
+def _known(run: Any, length: int, digest: str) -> Any:
+    return run.known_of(length, digest)
+
+
+def _together(parts: list[str]) -> str:
+    """What tells a text in parts, a digest each, from another; of one part its own."""
+    import hashlib
+
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 @contextmanager

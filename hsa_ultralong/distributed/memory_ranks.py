@@ -29,16 +29,29 @@ class RankedMemory:
         Args:
             indices, scores: (B, T, Hr, k), k <= topk: int32 counted from this rank's first chunk, -1 and -inf if empty.
         """
+        if self._firsts is None:
+            self._firsts = self._meet(topk, scores)
         missing = topk - indices.shape[-1]
         if missing:
             indices, scores = F.pad(indices, (0, missing), value=-1), F.pad(scores, (0, missing), value=-torch.inf)
         # one message: indices travel as scores of the same bits
         bits = {4: torch.int32, 8: torch.int64}[scores.element_size()]
         every = self._gather(torch.stack((scores, indices.to(bits).view(scores.dtype))))  # (ranks, 2, B, T, Hr, K)
-        if self._firsts is None:
-            self._firsts = self._gather(torch.tensor([self.first], device=scores.device)).flatten().tolist()
         parts = zip(every.unbind(), self._firsts, strict=True)
         return [(part[1].view(bits).to(indices.dtype), part[0], first) for part, first in parts]
+
+    def _meet(self, topk: int, scores: torch.Tensor) -> list[int]:
+        """First chunks of all ranks, which must read alike: what differs would break the exchange or its sums.
+
+        Raises:
+            ValueError: on all ranks, for another number of chunks a token, or numbers of another size.
+        """
+        own = torch.tensor([self.first, topk, scores.element_size()], device=scores.device)
+        first, *alike = self._gather(own).T.tolist()
+        for name, found in zip(("chunks a token (chunk_topk)", "bytes of a score (dtype)"), alike, strict=True):
+            if len(set(found)) > 1:
+                raise ValueError(f"processes that share a memory must read alike; {name} by rank: {found}")
+        return list(first)
 
     @torch.no_grad()
     def total(self, part: torch.Tensor) -> torch.Tensor:

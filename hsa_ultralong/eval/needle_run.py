@@ -43,16 +43,17 @@ class NeedleRun(RecordedRun):
         super().__init__(folder, {**settings, "seed": seed})
         self.name = name
 
-    def known(self, text: torch.Tensor, length: int | None = None) -> list[LengthResult]:
+    def known(self, text: torch.Tensor) -> list[LengthResult]:
         """What was found in a text (n,) of this length so far, a result for each form.
-
-        Args:
-            length: of the whole text, if `text` is its first part.
 
         Raises:
             ValueError: it was another text.
         """
-        self.haystack, length = tokens_digest(text), len(text) if length is None else length
+        return self.known_of(len(text), tokens_digest(text))
+
+    def known_of(self, length: int, digest: str) -> list[LengthResult]:
+        """As `known`, of a text of so many tokens that `digest` tells from another."""
+        self.haystack = digest
         here = [record for record in self.records if record["length"] == length]
         if any(record["haystack"] != self.haystack for record in here):
             raise ValueError(f"{self.folder} holds {length:,} tokens of another text; give another folder")

@@ -41,7 +41,7 @@ def part_of_text(length: int, rank: int, world: int) -> tuple[int, int]:
 
 def store_label(store: str, world: int) -> str:
     """How records name the store of a memory that several processes hold."""
-    return f"{store}, {world} processes"
+    return f"{store}, {world} processes" if world > 1 else store
 
 
 def run_over_ranks(

@@ -213,8 +213,10 @@ class DecodingEngine:
     def _note(state: DecodingState, rows: int | slice | torch.Tensor, retrieved: Sequence[Retrieval]) -> None:
         """Keep what the last token of the sequences retrieved in every group."""
         for (indices, weights), found in zip(state.retrieved, retrieved, strict=True):
-            kept = found.indices.shape[-1]
-            indices[rows, :, :kept], weights[rows, :, :kept] = found.indices[:, -1], found.weights[:, -1].float()
+            # the last ones are empty where more are asked for than there are chunks, as ranks do
+            kept = min(found.indices.shape[-1], indices.shape[-1])
+            indices[rows, :, :kept] = found.indices[:, -1, :, :kept]
+            weights[rows, :, :kept] = found.weights[:, -1, :, :kept].float()
             indices[rows, :, kept:] = -1
 
     def _complete(self, state: DecodingState) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from hsa_ultralong.inference.prompts import Prompt, prompt_ids, with_passages
 from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.stored_memory import SharedMemory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.models.evaluation import evaluating
 from hsa_ultralong.models.fingerprint import require_same_model
@@ -89,6 +90,8 @@ def reread_prompt(
     """
     if count < 1:
         raise ValueError(f"reread is a number of passages from 1 on, got {count}")
+    if isinstance(memory, SharedMemory) and memory.is_joined:
+        raise ValueError("no process has the texts of all that several have read: ask a joined memory without reread")
     bare = prompt_ids(tokenizer, prompt)
     weights = retrieved_weights(model, memory, torch.tensor(bare))
     best = best_chunks(weights, count)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hsa_ultralong.memory.chunk_memory import Memory
+from hsa_ultralong.memory.stored_memory import SharedMemory
 from hsa_ultralong.models import HSACache, HSAForCausalLM
 from hsa_ultralong.nn.chunk_retriever import Retrieval
 from hsa_ultralong.nn.views import ChunkTensors
@@ -139,7 +140,8 @@ def contents_of(memory: Memory | None) -> tuple[Any, ...] | None:
     """What changes with every change of a memory's contents; None where that cannot be told."""
     if memory is None:
         return ()
-    if any(part.is_inference() for part in memory.storage):
+    # other processes may have changed their part
+    if isinstance(memory, SharedMemory) or any(part.is_inference() for part in memory.storage):
         return None
     versions = [(part.data_ptr(), part._version) for part in memory.storage]
     return memory.num_chunks_of_all, id(memory.lookup), *versions

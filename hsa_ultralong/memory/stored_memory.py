@@ -89,15 +89,27 @@ class StoredMemory(Memory):
 
 
 class SharedMemory(Memory):
-    """What this process holds of a memory shared out over several; `documents` lists those of all."""
+    """What this process holds of a memory shared out over several; `documents` lists those of all.
+
+    Tensors, lookup and number of chunks are those of `own` as it is now.
+    """
 
     def __init__(self, own: Memory, ranks: MemoryRanks, documents: list[Document] | None = None) -> None:
-        """documents: of all; None: `own` lists them."""
-        super().__init__(
-            own.chunk_size, own.storage, own.num_chunks, own.documents if documents is None else documents,
-            own.fingerprint, own.is_composable, own.lookup,
-        )  # fmt: skip
+        """documents: of what all ranks have read (`join`); None: `own` lists those of all."""
         self.own, self.ranks = own, ranks
+        self.chunk_size, self.fingerprint, self.is_composable = own.chunk_size, own.fingerprint, own.is_composable
+        self.documents = own.documents if documents is None else documents
+        self.is_joined = documents is not None
+        self._lengths = self._lengths_of_own()
+
+    storage = property(lambda self: self.own.storage)
+    lookup = property(lambda self: self.own.lookup)  # type: ignore[assignment]
+    num_chunks = property(lambda self: self.own.num_chunks)
+    k = property(lambda self: self.own.k)
+    v = property(lambda self: self.own.v)
+
+    def _lengths_of_own(self) -> list[tuple[int, int]]:
+        return [(document.num_tokens, document.num_chunks) for document in self.own.documents]
 
     @property
     def num_chunks_of_all(self) -> int:
@@ -107,22 +119,36 @@ class SharedMemory(Memory):
     def num_bytes(self) -> int:
         return self.own.num_bytes
 
-    def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
-        if self.own.num_chunks != self.num_chunks:
-            self.refuse("used after its own part was given another number of chunks")
-        return RanksView(self.own.view(visible, is_for_all=is_for_all), self.ranks)
+    @property
+    def forms(self) -> tuple[str, str]:
+        return self.own.forms
 
-    k = property(lambda self: self.own.k)
-    v = property(lambda self: self.own.v)
+    def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
+        # what the other ranks know of this one's documents
+        if self._lengths_of_own() != self._lengths:
+            raise ValueError(
+                "documents of this process changed their length after its memory was shared: an edit must replace "
+                "tokens by as many; share or join the memory again"
+            )
+        return RanksView(self.own.view(visible, is_for_all=is_for_all), self.ranks)
 
     def part(self, first: int, stop: int) -> ChunkTensors:
         self.refuse("taken apart")
 
     def loaded(self) -> ChunkMemory:
-        self.refuse("loaded")
+        self.refuse("loaded or copied")
 
     def save(self, *_: Any, **__: Any) -> None:
         self.refuse("saved")
 
     def refuse(self, what: str) -> NoReturn:
-        raise ValueError(f"a memory shared out over processes cannot be {what}; do it before sharing it out")
+        raise ValueError(f"a memory shared out over processes cannot be {what}; do it with the memory of each process")
+
+    def __repr__(self) -> str:
+        held = f"{self.num_chunks:,} of {self.num_chunks_of_all:,} chunks"
+        return f"SharedMemory({held}, {len(self.documents):,} documents)"
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__

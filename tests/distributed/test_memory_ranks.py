@@ -4,7 +4,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hsa_ultralong.inference import append, ask, edit, join, memorize_together, open_shared, share_out
+from hsa_ultralong.inference import (
+    DecodingEngine,
+    append,
+    ask,
+    edit,
+    join,
+    memorize_together,
+    open_shared,
+    share_out,
+)
+from hsa_ultralong.inference.prefixes import contents_of
 from hsa_ultralong.memory.chunk_memory import ChunkMemory
 from hsa_ultralong.models import HSACache
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
@@ -74,20 +84,18 @@ def test_ranks_together_answer_like_one(tmp_path, options, world, lengths):
 
 
 def read_apart(rank, world, options, lengths, store):
-    """Every process reads documents of its own; the last one none where there are fewer."""
+    """Every process reads documents of its own, the last one none where there are fewer."""
     model = tiny_model(**options)
     texts = [[document(n, seed=10 * number + i) for i, n in enumerate(own)] for number, own in enumerate(lengths)]
     names = [[f"{number}-{i}" for i in range(len(own))] for number, own in enumerate(lengths)]
     parts = [model.memorize(own, names=called) for own, called in zip(texts, names, strict=True) if own]
     whole = ChunkMemory.concat(parts)
-    own = model.memorize(texts[rank], names=names[rank], store=store) if texts[rank] else whole.held(0, 0)
-    own.documents = own.documents if texts[rank] else []
-    joined = join(own)
+    joined = memorize_together(model, texts[rank], names=names[rank] or None, store=store)
     assert joined.num_chunks_of_all == whole.num_chunks and joined.num_tokens == whole.num_tokens
-    told = [
-        [(d.name, d.num_tokens, d.first_chunk, d.num_chunks) for d in memory.documents] for memory in (whole, joined)
-    ]
-    assert told[0] == told[1]
+    assert joined.forms == joined.own.forms and "chunks" in repr(joined) and "Document" in repr(joined.documents)
+    for one, other in zip(whole.documents, joined.documents, strict=True):
+        for told in ("name", "num_tokens", "first_chunk", "num_chunks"):
+            assert getattr(one, told) == getattr(other, told)
     ids = random_tokens(2, 6, seed=3)
 
     def compare():
@@ -109,19 +117,18 @@ def read_apart(rank, world, options, lengths, store):
     if rank == 0:
         edit(model, joined.own, 7, 12, new, document=0)
     compare()
+    assert contents_of(joined) is None
     here = sum(len(own) for own in texts[:rank])
     if texts[rank]:
         assert torch.equal(joined.documents[here].tokens, whole.documents[here].tokens)
-    with pytest.raises(ValueError, match="alone, which has read it"):
+    with pytest.raises(ValueError, match="which has read it"):
         _ = joined.documents[0 if rank else len(texts[0])].tokens
+    with pytest.raises(ValueError, match="without reread"):
+        ask(model, Words(), joined, "what is it", reread=1)
     with pytest.raises(ValueError, match="joined"):
         join(joined)
     with pytest.raises(ValueError, match="shared out over processes"):
         append(model, joined, document(5))
-    if rank == 0 and store == "device":
-        append(model, joined.own, document(5))
-        with pytest.raises(ValueError, match="another number of chunks"):
-            model(ids, past_key_values=HSACache(model.config, memory=joined))
 
 
 @pytest.mark.parametrize(
@@ -135,11 +142,67 @@ def test_what_ranks_have_read_answers_like_one_memory(tmp_path, options, lengths
     launch(len(lengths), tmp_path / "meet", read_apart, MODEL_OPTIONS[options], lengths, store)
 
 
+def change_after_joining(rank, world):
+    model = tiny_model()
+    joined = memorize_together(model, [document(90, seed=rank), document(33, seed=9 + rank)])
+    engine = DecodingEngine(model, joined, max_tokens=12)
+    size, own, ids = model.config.chunk_size, joined.own, random_tokens(1, 6, seed=3)
+    # both are refused before anything is exchanged, so on this process alone
+    edit(model, own, 0, size, [], document=0)
+    edit(model, own, 0, 0, document(size, seed=4), document=1)
+    with pytest.raises(ValueError, match="as many"):
+        model(ids, past_key_values=HSACache(model.config, memory=joined))
+    edit(model, own, 0, 0, document(400, seed=5), document=0)
+    edit(model, own, 0, 400 - size, [], document=0)
+    edit(model, own, 0, size, [], document=1)
+    with pytest.raises(ValueError, match="make a new engine"):
+        engine.start(0, ids[0])
+    fresh = ask(model, Words(), joined, "what is it", max_new_tokens=4)
+    again = ask(model, Words(), join(own), "what is it", max_new_tokens=4)
+    assert fresh.tokens == again.tokens and fresh.sources == again.sources
+    append(model, own, document(5))
+    with pytest.raises(ValueError, match="as many"):
+        model(ids, past_key_values=HSACache(model.config, memory=joined))
+
+
+def test_what_changes_lengths_after_joining_is_refused(tmp_path):
+    launch(2, tmp_path / "meet", change_after_joining)
+
+
+def ask_little(rank, world):
+    """Fewer chunks than are asked for a token: a list of every rank is longer than all of them together."""
+    model = tiny_model(chunk_topk=16)
+    texts = [document(9, seed=rank) for rank in range(world)]
+    whole = model.memorize(texts)
+    for memory in (memorize_together(model, texts[rank]), share_out(whole)):
+        one, other = (ask(model, Words(), each, "what is it", max_new_tokens=4) for each in (whole, memory))
+        assert one.tokens == other.tokens and abs(one.weight - other.weight) < 1e-9
+        assert [(s.document, s.start) for s in one.sources] == [(s.document, s.start) for s in other.sources]
+
+
+def test_a_memory_of_fewer_chunks_than_a_token_reads_is_asked(tmp_path):
+    launch(2, tmp_path / "meet", ask_little)
+
+
+def read_differently(rank, world):
+    model = tiny_model()
+    joined = memorize_together(model, document(50, seed=rank))
+    model.config.chunk_topk = 2 + rank
+    with pytest.raises(ValueError, match="chunk_topk"):
+        ask(model, Words(), joined, "what is it", max_new_tokens=2)
+
+
+def test_processes_that_read_other_numbers_of_chunks_are_refused(tmp_path):
+    launch(2, tmp_path / "meet", read_differently)
+
+
 def refuse_to_join(rank, world):
     model = tiny_model()
     is_open = model.memorize(document(50), close=rank == 0)
     with pytest.raises(ValueError, match="still open"):
         join(is_open)
+    with pytest.raises(ValueError, match="close=False"):
+        memorize_together(model, document(50), close=False)
     ordered = model.memorize(document(50))
     ordered.is_composable = False
     with pytest.raises(ValueError, match="order of chunks"):
@@ -147,6 +210,13 @@ def refuse_to_join(rank, world):
     other = tiny_model(seed=rank)
     with pytest.raises(ValueError, match="different models"):
         join(other.memorize(document(50)))
+    of_dtype = tiny_model().to(torch.float32 if rank else torch.float64)
+    with pytest.raises(ValueError, match="dtype"):
+        join(of_dtype.memorize(document(50)))
+
+
+def test_what_cannot_be_joined_is_refused_by_all(tmp_path):
+    launch(2, tmp_path / "meet", refuse_to_join)
 
 
 def read_together(rank, world):
@@ -158,18 +228,12 @@ def read_together(rank, world):
     found = [model.generate(ids, memory=memory, max_new_tokens=5, do_sample=False) for memory in (shared, whole)]
     assert torch.equal(*found)
     # the rank that cannot read says why, the others name it
-    with pytest.raises(
-        ValueError if rank else OSError, match="nothing to memorise" if rank else "process 1: ValueError"
-    ):
-        memorize_together(model, [] if rank else texts[0])
+    with pytest.raises(ValueError if rank else OSError, match="empty" if rank else "process 1: ValueError"):
+        memorize_together(model, document(0) if rank else texts[0])
 
 
 def test_ranks_read_together_or_none_does(tmp_path):
     launch(2, tmp_path / "meet", read_together)
-
-
-def test_what_cannot_be_joined_is_refused_by_all(tmp_path):
-    launch(2, tmp_path / "meet", refuse_to_join)
 
 
 def ask_in_another_dtype(rank, world, address):

@@ -106,7 +106,23 @@ def test_a_folder_of_another_study_is_refused_by_all(tmp_path):
     assert done.returncode != 0 and told.count("holds another run") >= 1 and "hsa_ultralong/cli" not in told
 
 
+def test_a_study_of_another_text_is_not_gone_on_with(tmp_path):
+    """Also where only the part of a later process differs."""
+    words, folder = opticks()[:60_000], tmp_path / "study"
+    (tmp_path / "a.txt").write_text(words)
+    (tmp_path / "b.txt").write_text(words[:20_000] + words[20_000:][::-1])
+    options = ("--lengths", "8K", "--needles", "2", "--text")
+    assert command(folder, *options, str(tmp_path / "a.txt")).returncode == 0
+    records = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+    (folder / "records.jsonl").write_text(records[0])
+    done = command(folder, *options, str(tmp_path / "b.txt"))
+    assert done.returncode != 0 and "tokens of another text" in done.stderr + done.stdout
+    assert (folder / "records.jsonl").read_text() == records[0]
+
+
 def test_what_processes_cannot_share_is_refused(tmp_path):
+    done = command(tmp_path / "study", "--lengths", "8K", "--text", "-")
+    assert done.returncode != 0 and "cannot read one stdin" in done.stderr + done.stdout
     done = command(tmp_path / "study", "--lengths", "8K", "--notes", processes=1)
     assert done.returncode != 0 and "start it without torchrun" in done.stderr + done.stdout
     assert not (tmp_path / "study").exists()
