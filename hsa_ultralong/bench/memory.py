@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from hsa_ultralong.eval.metadata import peak_host_bytes
 from hsa_ultralong.files.strict_json import read_json
-from hsa_ultralong.inference import DecodingEngine, open_shared, share_out
+from hsa_ultralong.inference import DecodingEngine, memorize_together, open_shared, share_out
 from hsa_ultralong.memory import LandmarkIndex, MemoryFile, TieredStore, open_memory
 from hsa_ultralong.memory.chunk_memory import ChunkMemory, Memory
 from hsa_ultralong.memory.stored_memory import SharedMemory
@@ -136,6 +136,24 @@ class Recorder:
         if path is None:
             found.append(self.record("bytes_per_token", memory.num_bytes / tokens, tokens, **place))
         return memory, found
+
+    @torch.no_grad()
+    def reading_together(self, tokens: int) -> list[dict[str, Any]]:
+        """Every process memorises its part of the same tokens, as a document of its own; until the last has done so."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        ids = torch.randint(3, self.model.config.vocab_size, (tokens,), generator=generator, dtype=torch.int32)
+        own = ids.tensor_split(dist.get_world_size())[dist.get_rank()]
+        dist.barrier()
+        start = time.perf_counter()
+        memorize_together(self.model, own, piece_tokens=self.settings.piece_tokens)
+        _synchronize(self.device)
+        dist.barrier()
+        seconds = time.perf_counter() - start
+        place: Any = {"store": label(self.settings.store, is_shared=True), "format": self.settings.form}
+        return [
+            self.record("read_s", seconds, tokens, **place),
+            self.record("read_tokens_per_s", tokens / seconds, tokens, **place),
+        ]
 
     def _memorize(self, ids: torch.Tensor, path: Path | None = None, format: str = "") -> Memory:
         settings = self.settings
@@ -286,11 +304,18 @@ def memory_records(
             part, place = share_out(memory), label(settings.store, is_shared=True)
             for batch in settings.batches:
                 found += recorder.decoding(part, tokens, store=place, format=settings.form, batch=batch)
+            del part
         for record in found:
             on_record(record)
-        if not dist.is_initialized() and tokens <= settings.file_max and isinstance(memory, ChunkMemory):
-            for record in _through_files(recorder, memory, tokens):
-                on_record(record)
+        more: Iterator[dict[str, Any]] = iter(())
+        if dist.is_initialized():
+            # room for what is read next
+            del memory
+            more = iter(recorder.reading_together(tokens))
+        elif tokens <= settings.file_max and isinstance(memory, ChunkMemory):
+            more = _through_files(recorder, memory, tokens)
+        for record in more:
+            on_record(record)
 
 
 def landmark_form(format: str) -> str:

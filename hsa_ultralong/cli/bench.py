@@ -181,7 +181,7 @@ def memory(
       torchrun --standalone --nproc-per-node=2 --no-python hsa bench memory --preset small_345m --lengths 8K,16M
 
     Started by torchrun, decoding is timed once with the whole memory on every GPU and once with its chunks shared out
-    over the processes.
+    over the processes; reading once whole in every process, all at once, and once a part in each.
     """
     import torch.distributed as dist
 

@@ -99,6 +99,8 @@ def work_together(rank, world, path):
     memory_records(model, "debug", MemorySettings(lengths=(600,), steps=2), found.append)
     places = {record["store"] for record in found if record["metric"] == "decode_ms"}
     assert places == {"device", "device, 2 processes"}
+    reading = {record["store"]: record["value"] for record in found if record["metric"] == "read_tokens_per_s"}
+    assert reading.keys() == places and min(reading.values()) > 0
     found.clear()
     file_records(model, "debug", path, MemorySettings(stores=("file",), steps=2), found.append)
     assert {record["store"] for record in found} == {"file, 2 processes"}
