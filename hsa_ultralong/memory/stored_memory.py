@@ -109,6 +109,9 @@ class SharedMemory(Memory):
     v = property(lambda self: self.own.v)
 
     def _lengths_of_own(self) -> list[tuple[int, int]]:
+        """What other ranks know of this one's documents; of a memory shared out each has all records, and counts."""
+        if not self.is_joined:
+            return [(len(self.own.documents), self.own.num_chunks)]
         return [(document.num_tokens, document.num_chunks) for document in self.own.documents]
 
     @property
@@ -124,7 +127,6 @@ class SharedMemory(Memory):
         return self.own.forms
 
     def view(self, visible: ChunkVisibility, *, is_for_all: bool) -> MemoryView:
-        # what the other ranks know of this one's documents
         if self._lengths_of_own() != self._lengths:
             raise ValueError(
                 "documents of this process changed their length after its memory was shared: an edit must replace "
