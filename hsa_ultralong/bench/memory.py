@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from hsa_ultralong.eval.metadata import peak_host_bytes
+from hsa_ultralong.eval.needles_over_ranks import store_label
 from hsa_ultralong.files.strict_json import read_json
 from hsa_ultralong.inference import DecodingEngine, memorize_together, open_shared, share_out
 from hsa_ultralong.memory import LandmarkIndex, MemoryFile, TieredStore, open_memory
@@ -287,8 +288,8 @@ class _Observed:
 
 def label(store: str, lookup: str = "exact", *, is_shared: bool = False) -> str:
     """How records name a store: "file", "file, sketch", "device, 2 processes"."""
-    parts = [store] if lookup == "exact" else [store, lookup]
-    return ", ".join([*parts, f"{dist.get_world_size()} processes"] if is_shared else parts)
+    place = store if lookup == "exact" else f"{store}, {lookup}"
+    return store_label(place, dist.get_world_size()) if is_shared else place
 
 
 def memory_records(
