@@ -15,7 +15,7 @@ def moe_8b_a1b() -> TrainConfig:
     Its first steps fit one H200: `--set optimizer=muon --set parallel.replicate=1 --set parallel.shard=1 --set
     parallel.expert=1 --set warmup.batch_tokens=65536`, 18,400 tokens/s, 108 GiB (docs/evidence-training.md,
     results/training-moe-8b). On two H200 with AdamW: 62,200 tokens/s, 114 GiB each (results/training-moe-8b-spread),
-    on four 145,700, 116 GiB each (results/training-moe-8b-four).
+    on four 147,500, 118 GiB each, gradients reduced once a step (results/training-moe-8b-four).
 
     From the paper: windows, contexts, 8T tokens of pre-training, 175B long, 400B annealing, 16.8M tokens a step, rate
     3.87e-4, weight decay 0.01, 1% synthetic retrieval. Not in the paper: tokens of warm-up and sft, rate warm-up, and
