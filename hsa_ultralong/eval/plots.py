@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -158,7 +159,8 @@ def plot_needles(samples: Sequence[dict[str, Any]], path: Path, title: str) -> N
     gap = "\n" if len(lengths) < 3 else " "
     axes.set_xlabel(f"tokens memorised,{gap}and exact match over all {'notes' if is_notes else 'depths'}")
     axes.set_ylabel("place in the order of the notes" if is_notes else "depth of the hidden sentence")
-    axes.set_title(title, fontsize=10)
+    # nor does a long title fit one column
+    axes.set_title(fill(title, 20 + 16 * len(lengths), break_on_hyphens=False), fontsize=10)
     figure.colorbar(image, label="exact match", shrink=0.8)
     save(figure, path, 150)
 
