@@ -118,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, required=True, action="append", help="file or folder, as of hsa eval")
     parser.add_argument("--lengths", default="8K,64K,256K,1M", help="tokens of a row, those scored included")
     parser.add_argument("--ends", type=int, default=12, help="places in the text")
+    parser.add_argument("--topk", type=int, help="chunks read per token; the model's own without it")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="after it no further end is begun")
@@ -130,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(lengths) < 2 or lengths[0] <= max(TAILS.values()):
             raise ValueError(f"--lengths: two or more of above {max(TAILS.values()):,} tokens")
         model, tokenizer = load_model(options.model, options.device, options.dtype)
+        model.config.chunk_topk = options.topk or model.config.chunk_topk
         text = Material(tokenizer, haystack(tokenizer, options.text, "text", "auto", None, _MOST_TOKENS)).text
         places(len(text), lengths[-1], options.ends)
         settings = {**model_settings(model), "setting": "likelihood", "samples": options.ends, "seed": 0,

@@ -49,7 +49,7 @@ def test_a_run_scores_the_tokens_that_the_suite_scores_and_goes_on(tmp_path, cap
     text = tmp_path / "text.txt"
     text.write_text(opticks()[:60_000])
     command = [str(default_checkpoint()), "--text", str(text), "--lengths", "5K,6K", "--ends", "2", "--device", "cpu",
-               "--dtype", "fp32", "-o", str(tmp_path / "run")]  # fmt: skip
+               "--dtype", "fp32", "--topk", "32", "-o", str(tmp_path / "run")]  # fmt: skip
     assert paired.main(command) == 0
     lines = read_jsonl(tmp_path / "run/records.jsonl.xz")
     assert len(lines) == 8 and {(one["length"], one["index"]) for one in lines} == {
