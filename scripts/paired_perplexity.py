@@ -5,9 +5,9 @@
 The suite `ppl` of `hsa eval` gives every length stretches of its own, so that its rows differ in what is scored. Here
 rows of all lengths end at the same places, evenly spaced from the longest length to the end of the text; rows of one
 place share their last tokens, and rows of different places may share tokens before those. Written: a run that
-scripts/publish.py takes, whose summary.json has, beside the records of the suite, `paired_nats`: the mean difference
-in nats per token from the shortest length of the same ends, with the bootstrap interval of `hsa compare`, and at how
-many ends it is higher. The same command goes on with a run that was cut off. tests/test_paired_perplexity.py.
+scripts/publish.py takes, whose summary.json has `pairs` beside the records of a suite: the mean difference in nats per
+token from the shortest length of the same ends, with the bootstrap interval of `hsa compare`, and at how many ends it
+is higher. The same command goes on with a run that was cut off. tests/test_paired_perplexity.py.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def write(run: SuiteRun, command: str) -> None:
     found = summary_records(run.records, {"topk": settings["topk"], "seed": settings["seed"]})
     pairs = differences(run.records)
     meta = run_metadata(command, settings["seed"], dtype=settings["dtype"], settings=settings)
-    write_json(run.folder / "summary.json", {"meta": meta, "records": [*found, *pairs], "skipped": []})
+    write_json(run.folder / "summary.json", {"meta": meta, "records": found, "skipped": [], "pairs": pairs})
     lines = ["", "The same ends, nats per token more than with the shortest length:", "",
              "| task | length | ends | difference | higher at |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [

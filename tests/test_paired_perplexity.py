@@ -64,7 +64,9 @@ def test_a_run_scores_the_tokens_that_the_suite_scores_and_goes_on(tmp_path, cap
     own = next(one for one in lines if one["task"] == "ppl_last_512" and one["length"] == 6144 and one["index"] == 0)
     assert own["nats"] == pytest.approx(float(row[-512:].sum()), rel=1e-4)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert [one["metric"] for one in summary["records"]].count("paired_nats") == 2
+    assert [(one["task"], one["length"], one["over"]) for one in summary["pairs"]] == [
+        (task, 6144, 5120) for task in paired.TAILS
+    ]
     capsys.readouterr()
     assert paired.main(command) == 0
     assert "nats, " not in capsys.readouterr().out.split("| task")[0]
