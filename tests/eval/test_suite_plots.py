@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,20 @@ def test_every_committed_figure_of_results_is_drawn_by_the_report():
     drawn.add("results/twins/recall.png")  # by scripts/twins_report.py
     found = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("results/*/*.png"), *ROOT.glob("benchmarks/**/*.png")]}
     assert found <= drawn, f"nothing draws {sorted(found - drawn)}"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_plot_all_draws_a_copy_of_the_committed_results_and_nothing_that_is_not_kept(tmp_path, monkeypatch):
+    def place(source, target):
+        # numbers are read where they lie, figures are written
+        (shutil.copyfile if source.endswith(".png") else os.symlink)(source, target)
+
+    for folder in ("results", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, copy_function=place)
+    monkeypatch.chdir(tmp_path)
+    drawn = CliRunner().invoke(app, ["plot", "--all"])
+    assert drawn.exit_code == 0, drawn.output
+    written = {line.removeprefix(f"written {tmp_path}/") for line in drawn.output.splitlines()}
+    ignored = {line.removeprefix("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    new = {name for name in written - ignored if not (ROOT / name).is_file()}
+    assert len(written) > 20 and not new, f"commit them, or name them in .gitignore: {sorted(new)}"
