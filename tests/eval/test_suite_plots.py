@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.cli import figures
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.eval import suite_plots
+from hsa_ultralong.eval.plots import save
 from hsa_ultralong.eval.suite_plots import draw_all
 from hsa_ultralong.eval.suite_summary import summary_records
 
@@ -54,9 +56,12 @@ def test_absent_facts_alone_have_no_diagnosis(tmp_path, runs):
     assert drawn(tmp_path / "absent", only_absent) == []
 
 
-def test_a_suite_is_drawn_again_from_its_summary_and_without_one_it_is_refused(tmp_path):
+def test_a_suite_is_drawn_again_from_its_summary_and_without_one_it_is_refused(tmp_path, monkeypatch):
     folder = ROOT / "results" / "ruler-nano-16m"
+    bars = []
+    monkeypatch.setattr(suite_plots, "save", lambda figure, *rest: bars.append(figure.axes[1]) or save(figure, *rest))
     drawn = CliRunner().invoke(app, ["plot", str(folder), "-o", str(tmp_path / "scores.png")])
+    assert [text.get_text() for text in bars[0].get_yticklabels()][::5] == ["0", "100"], "the bar is in percent"
     assert drawn.exit_code == 0 and (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG"), drawn.output
     assert [path.name for path in tmp_path.iterdir()] == ["scores.png"]
     (tmp_path / "records.jsonl").write_text('{"task": "vt", "length": 4096, "depth": 0.5, "score": 1.0}\n')
