@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
 
+from report_tasks import tasks_figure
+
 from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, read_jsonl, save, token_axis
 from hsa_ultralong.eval.recorded_run import PACKED, unpacked
 from hsa_ultralong.eval.suite_diagnosis import CAUSES, RIGHT, cause
@@ -447,6 +449,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "summary": _summary,
     "depths": _depths,
     "suites": _suites,
+    "protocols": tasks_figure,
     "margins": _margins,
     "diagnosis": _diagnosis,
     "memories": _memories,

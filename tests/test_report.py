@@ -185,6 +185,14 @@ def test_figures_show_every_length_that_was_measured(report):
     assert anew[2**24] > 50 * question[2**24]
 
 
+def test_the_map_of_tasks_has_every_task_of_both_protocols_at_every_length(report):
+    scores, lengths = sys.modules["report_tasks"].task_scores(ROOT), [2**power for power in (12, 14, 16, 18, 20, 24)]
+    rows = {}
+    for record in scores:
+        rows.setdefault(record["task"], []).append(record["length"])
+    assert len(rows) == 20 and all(sorted(own) == lengths for own in rows.values())
+
+
 def test_figures_are_drawn_from_what_is_there(report, tmp_path):
     for own in report.shapes.FIGURES.values():
         assert own(tmp_path) is None and own(ROOT) is not None
