@@ -125,7 +125,7 @@ def plot_training_speed(result: dict[str, Any], path: Path) -> None:
     for draw, place in zip(panels, axes[0], strict=True):
         draw(place, speeds if draw is _draw_speed else longest)
     figure.suptitle(f"Training on {result['meta']['hardware']}", fontsize=11)
-    save(figure, path, 150)
+    save(figure, path, 110)
 
 
 def _draw_speed(axes: Axes, records: list[dict[str, Any]]) -> None:
