@@ -25,8 +25,8 @@ _LAUNCH_BYTES = 1 << 27
 _KEPT_BYTES = 1 << 24
 # logsumexp and delta of every row and slot that dq leaves to dk and dv; longer rows form them again
 _NORM_BYTES = 1 << 29
-# pairs of a token and a slot beyond which one pass takes all gradients, and the largest sizes that it takes; bytes of
-# what the pairs of a part of the tokens add to dq, a part having so many pairs for every chunk at least
+# pairs of a row's tokens and slots beyond which one pass takes all gradients, and the largest sizes that it takes;
+# bytes of what the pairs of a part of the tokens add to dq, which must be so many pairs for every chunk at least
 _PARTED_PAIRS, _PARTED_SIZE = 1 << 18, 64
 _PARTS_BYTES, _PARTS_PAIRS = 1 << 29, 64
 # slots whose shares in dq are added up at a time
@@ -221,8 +221,8 @@ class HSAPlan:
 
     @cached_property
     def keeps_lists(self) -> bool:
-        """Whether the backward finds the lists of the forward: they are small and its tiles are the same."""
-        if len(self.forward) > 1 or self.forward[0].lists.num_bytes > _KEPT_BYTES:
+        """Whether the backward finds the lists of the forward: it reads them, they are small and its tiles the same."""
+        if self.parts or len(self.forward) > 1 or self.forward[0].lists.num_bytes > _KEPT_BYTES:
             return False
         return self.covers or self.tile(self._options("forward").rows) == self.tile(self._options("query").rows)
 
@@ -264,16 +264,20 @@ class HSAPlan:
 
     @cached_property
     def parts(self) -> list[PartPass]:
-        """One pass over the pairs for all gradients, in parts of the tokens; none where rows are short or large."""
-        pairs = math.prod(self.shapes.indices)
+        """One pass over the pairs for all gradients, in parts of the tokens; none where rows are short or large, or so
+        long that a part has few pairs for a chunk."""
+        pairs = self.tokens * self.list_heads * self.slots
         if self.covers or pairs <= _PARTED_PAIRS or max(self.dim, self.size) > _PARTED_SIZE:
             return []
         assert self.dtype is not None
         token_bytes = self.batch * self.kv_heads * self.slots * self.group * self.dim * self.dtype.itemsize
+        most = _PARTS_BYTES // token_bytes
         lists = self.kv_batch * self.list_heads * self.chunks
-        least = _PARTS_PAIRS * lists * self.tokens // pairs
-        count = -(-self.tokens // max(1, least, _PARTS_BYTES // token_bytes))
-        step = -(-self.tokens // count)
+        if most * self.batch * self.list_heads * self.slots < _PARTS_PAIRS * lists or not most:
+            return []
+        step = -(-self.tokens // -(-self.tokens // most))
+        # parts of one compiled kernel but for the last
+        step = min(-(-step // 16) * 16, self.tokens)
         firsts = range(0, self.tokens, step)
         return [self._part(first, min(step, self.tokens - first), first == firsts[-1]) for first in firsts]
 

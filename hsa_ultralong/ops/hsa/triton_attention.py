@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.ops._common import refuse_second_derivatives
 from hsa_ultralong.ops._launch import are_aligned
 from hsa_ultralong.ops._triton import (
     KERNEL_SIZES,
@@ -234,6 +235,7 @@ class _TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives("hsa_attention", "triton", "torch_gather")
         *saved, chunks, counts, slots = ctx.saved_tensors
         plan, weights = ctx.plan, saved[4]
         operands = _contiguous(*saved)
@@ -304,6 +306,9 @@ def hsa_attention_triton(
     if needs_gradient or not is_few:
         indices = within(indices, first_chunk, k.shape[1] // chunk_size)
     if needs_gradient:
+        if chunk_lengths is not None and chunk_lengths.shape[0] > k.shape[0]:
+            # the passes over chunks know lengths of a memory's rows alone
+            k, v = (x.expand(q.shape[0], *x.shape[1:]) for x in (k, v))
         return _TritonAttention.apply(q, k, v, indices, weights, chunk_size, chunk_lengths, scale, causal)
     operands = _contiguous(q, k, v, indices, weights, chunk_lengths)
     plan = operands.plan(chunk_size, scale, causal)
