@@ -6,6 +6,9 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TEST_WORKERS ?= 2
 CAPABILITY ?= 90
+# of `make mini`: token shards made by `hsa data`, and where the run and its answers go
+DATA ?=
+MINI ?= runs/mini
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,19 +17,20 @@ DEV := $(VENV)/.dev-installed
 DOCS := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smol test lint report docs clean kernels-aot results/needles-nano
+.PHONY: help quickstart smol mini mini-data test lint report docs clean kernels-aot results/needles-nano
 
 help:  ## show this list
 	@echo "make quickstart   install into .venv and run the guided tour; the report lands in quickstart-report/"
 	@echo "make test         install the development tools too, then ruff, mypy and the tests that need no GPU"
 	@echo "make lint         ruff and mypy only"
 	@echo "make smol         SmolLM2-135M with a memory: fetch it by pip (93 MB), apply our difference, ask a book"
+	@echo "make mini         train mini on a GPU from DATA=SHARDS, then ask it: forms of recall at 64K, sentences in 1M tokens"
 	@echo "make report       redraw every committed figure from the committed numbers, and docs/report.md with its PDF"
 	@echo "make docs         build the documentation as a site into site/, without a warning and without the net"
 	@echo "make results/needles-nano   measure the needle study again (4 minutes)"
 	@echo "make kernels-aot  compile every variant of the Triton kernels (CAPABILITY=90, or 80,89); needs no GPU, but the extra \"kernels\""
 	@echo "make clean        delete .venv, caches, build output and quickstart-report/"
-	@echo "Options: PYTHON=python3.12 (3.10 to 3.13), TORCH_INDEX=URL, TEST_WORKERS=2, CAPABILITY=90"
+	@echo "Options: PYTHON=python3.12 (3.10 to 3.13), TORCH_INDEX=URL, TEST_WORKERS=2, CAPABILITY=90, DATA=SHARDS, MINI=runs/mini"
 
 quickstart: $(CORE)
 	$(BIN)/hsa quickstart -o quickstart-report
@@ -52,6 +56,14 @@ docs: $(DOCS)
 
 smol: $(CORE)
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python scripts/make_smol.py
+
+mini-data:
+	@test -n "$(DATA)" || { echo "make mini needs DATA=SHARDS, token shards made by \`hsa data TEXT... --tokenizer checkpoints/nano -o SHARDS\`"; exit 2; }
+
+mini: mini-data $(CORE)
+	$(BIN)/hsa train mini --data $(DATA) -o $(MINI)/run --device cuda --export $(MINI)/model
+	$(BIN)/hsa eval $(MINI)/model --shards $(DATA) --device cuda --suite recall --lengths 64K --samples 50 --scoring both -o $(MINI)/recall
+	$(BIN)/hsa eval needles --model $(MINI)/model --shards $(DATA) --device cuda --lengths 1M --needles 100 -o $(MINI)/needles
 
 results/needles-nano: $(CORE)
 	$(BIN)/hsa quickstart -o $@ --needles 100 --controls 40

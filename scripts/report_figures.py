@@ -6,13 +6,15 @@ FIGURES names those that take several files. Called by report.py; tests/test_rep
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
+
+from report_memories import QUESTION_TOKENS, memory_speed
+from report_tasks import tasks_figure
 
 from hsa_ultralong.eval.plots import MARKS, human_tokens, plt, read_jsonl, save, token_axis
 from hsa_ultralong.eval.recorded_run import PACKED, unpacked
@@ -63,8 +65,7 @@ _ASKED = {
     "RULER's niah_single_2": ["niah_single_2"],
     "RULER's niah_multikey_1": ["niah_multikey_1"],
 }  # fmt: skip
-_SPEEDS = ("read_s", "read_tokens_per_s", "decode_ms")
-_QUESTION_TOKENS, _ANEW = 32, ", read anew"
+_ANEW = ", read anew"
 _INK = "0.35"
 
 
@@ -212,31 +213,6 @@ def causes(root: Path) -> dict[str, dict[int, dict[str, float]]]:
         for name, own in found.items()
         if own
     }
-
-
-def memory_speed(root: Path) -> dict[str, dict[str, Line]]:
-    """Metric -> model and hardware -> its values by tokens of the memory, one sequence on the device.
-
-    `read_tokens_per_s`, `decode_ms`, `question_s` (so many steps as _QUESTION_TOKENS) and `anew_s` (reading before it).
-    """
-    found: dict[str, dict[str, Line]] = {}
-    paths = (root / "benchmarks" / "results").glob("memory-*.json")
-    for path in sorted(path for path in paths if not re.search(r"x\d+$", path.stem)):  # several cards
-        values: dict[tuple[str, str], dict[int, float]] = {}
-        for record in read_json(path)["records"]:
-            is_plain = record.get("batch") == 1 and record["dtype"] in ("bf16", "fp32")
-            if is_plain and record["store"].split(",")[0] == "device" and record["metric"] in _SPEEDS:
-                key = record["metric"], f"{record['preset']}, {path.stem.removeprefix('memory-')}"
-                values.setdefault(key, {})[record["tokens"]] = record["value"]
-        for (metric, name), own in values.items():
-            found.setdefault(metric, {})[name] = _line(own)
-            if metric == "decode_ms":
-                question = {length: _QUESTION_TOKENS * ms / 1000 for length, ms in own.items()}
-                found.setdefault("question_s", {})[name] = _line(question)
-                read = values.get(("read_s", name), {})
-                anew = {length: read[length] + seconds for length, seconds in question.items() if length in read}
-                found.setdefault("anew_s", {})[name] = _line(anew)
-    return found
 
 
 def _line(values: dict[int, float]) -> Line:
@@ -419,15 +395,16 @@ def _diagnosis(root: Path) -> Figure:
 
 
 def _memories(root: Path) -> Figure:
-    speed = memory_speed(root)
-    if not speed:
+    values = memory_speed(root)
+    if not values:
         return None
+    speed = {metric: {name: _line(own) for name, own in curves.items()} for metric, curves in values.items()}
     question = speed.get("question_s", {})
     anew = {name + _ANEW: line for name, line in speed.get("anew_s", {}).items()}
     panels = {
         "reading, tokens/s": speed.get("read_tokens_per_s", {}),
         "one step of decoding, ms": speed.get("decode_ms", {}),
-        f"a question of {_QUESTION_TOKENS} tokens, s; dashed: its text is read first": {**question, **anew},
+        f"a question of {QUESTION_TOKENS} tokens, s; dashed: its text is read first": {**question, **anew},
     }
     draw = partial(draw_lines, panels, logarithmic=list(panels))
     return "Reading, a step of decoding, and a question on a memory or with its text read anew, by length", draw
@@ -447,6 +424,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "summary": _summary,
     "depths": _depths,
     "suites": _suites,
+    "protocols": tasks_figure,
     "margins": _margins,
     "diagnosis": _diagnosis,
     "memories": _memories,

@@ -180,9 +180,18 @@ def test_figures_show_every_length_that_was_measured(report):
     margins = report.shapes.margins(ROOT)["nano before 2026-11-28"]
     assert margins.x == [2**20, 2**24, 2**26, 2**30] and margins.y == sorted(margins.y, reverse=True)
     speed = report.shapes.memory_speed(ROOT)
-    assert all(one > 0 for lines in speed.values() for line in lines.values() for one in line.y)
-    anew, question = (dict(zip(*speed[name]["nano, h200"][:2], strict=True)) for name in ("anew_s", "question_s"))
-    assert anew[2**24] > 50 * question[2**24]
+    assert all(value > 0 for curves in speed.values() for own in curves.values() for value in own.values())
+    anew, question, step = (speed[name]["nano, H200"] for name in ("anew_s", "question_s", "decode_ms"))
+    assert list(step) == list(anew) == [2**13, 2**20, 2**24, 2**27]
+    assert anew[2**24] > 40 * question[2**24]
+
+
+def test_the_map_of_tasks_has_every_task_of_both_protocols_at_every_length(report):
+    scores, lengths = sys.modules["report_tasks"].task_scores(ROOT), [2**power for power in (12, 14, 16, 18, 20, 24)]
+    rows = {}
+    for record in scores:
+        rows.setdefault(record["task"], []).append(record["length"])
+    assert len(rows) == 20 and all(sorted(own) == lengths for own in rows.values())
 
 
 def test_figures_are_drawn_from_what_is_there(report, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.ops._common import refuse_second_derivatives
 from hsa_ultralong.ops._triton import KERNEL_DTYPES, KERNEL_SIZES, is_interpreted, shared_memory, triton_runs_on
 
 try:
@@ -129,6 +130,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upward: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives("selected_attention", "triton", "torch")
         q, k, v, chosen, out, lse = ctx.saved_tensors
         return *_Problem(q, k, v, chosen, *ctx.places).gradients(upward, out, lse), None, *[None] * len(ctx.places)
 

@@ -100,13 +100,23 @@ def _longest_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def has_points(result: dict[str, Any]) -> bool:
+    """Whether there is a point of speed or a longest row to draw."""
+    return bool(_speeds(result) or any(record["value"] for record in _longest(result)))
+
+
+def _speeds(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Points of speed; what was taken from the log of a run does not say how it was spread and is none."""
+    return [record for record in result["records"] if record["metric"] == "tokens_per_s" and "parallel" in record]
+
+
 def plot_training_speed(result: dict[str, Any], path: Path) -> None:
     """Tokens per second against the row, one line per model, attention and way to train, and bars of the longest rows.
 
     Raises:
         ValueError: without such records.
     """
-    speeds = [record for record in result["records"] if record["metric"] == "tokens_per_s"]
+    speeds = _speeds(result)
     longest = [record for record in _longest(result) if record["value"]]
     panels = [draw for draw, found in ((_draw_speed, speeds), (_draw_longest, longest)) if found]
     if not panels:
@@ -115,7 +125,7 @@ def plot_training_speed(result: dict[str, Any], path: Path) -> None:
     for draw, place in zip(panels, axes[0], strict=True):
         draw(place, speeds if draw is _draw_speed else longest)
     figure.suptitle(f"Training on {result['meta']['hardware']}", fontsize=11)
-    save(figure, path, 150)
+    save(figure, path, 110)
 
 
 def _draw_speed(axes: Axes, records: list[dict[str, Any]]) -> None:

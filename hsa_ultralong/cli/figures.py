@@ -9,7 +9,7 @@ from typing import Any
 from hsa_ultralong.bench.memory_report import plot_memory
 from hsa_ultralong.bench.ops_report import plot_ops, read_benchmark
 from hsa_ultralong.bench.serve_report import plot_serve
-from hsa_ultralong.bench.training_report import plot_training_speed
+from hsa_ultralong.bench.training_report import has_points, plot_training_speed
 from hsa_ultralong.eval.comparisons import compare_needles, compare_training
 from hsa_ultralong.eval.plots import plot_needles, plot_training, plot_tuning, read_jsonl, read_log, read_tuning
 from hsa_ultralong.eval.suite_plots import draw_table
@@ -142,11 +142,15 @@ def _short(name: str) -> str:
 
 
 def benchmark_figures(root: Path) -> list[tuple[str, str, str, str]]:
-    """One figure beside each benchmarks/results/<suite>-<hardware>.json, in the form of FIGURES; titled by its meta."""
+    """One figure beside each benchmarks/results/<suite>-<hardware>.json, in the form of FIGURES; titled by its meta.
+
+    Records taken from the log of a run of training (training-moe-*.json) are no points of a figure.
+    """
     return [
         (str(path.relative_to(root)), str(path.relative_to(root).with_suffix(".png")), kind, "")
         for suite, kind in BENCHMARKS.items()
         for path in sorted(root.glob(f"benchmarks/results/{suite}-*.json"))
+        if kind != "training_speed" or has_points(read_benchmark(path))
     ]
 
 

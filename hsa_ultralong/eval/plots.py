@@ -236,7 +236,7 @@ def plot_training(log: Sequence[dict[str, Any]], path: Path, title: str) -> None
         axes.set_xlabel("training tokens (millions)", fontsize=8)
         axes.tick_params(labelbottom=True)
     figure.suptitle(title, fontsize=11)
-    save(figure, path, 130)
+    save(figure, path, 100)
 
 
 def plot_tuning(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:

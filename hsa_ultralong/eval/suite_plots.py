@@ -51,7 +51,7 @@ def draw_table(summary: Records, path: Path, title: str) -> bool:
     labels = [task if metric != "auroc" else f"{task} (AUROC)" for task, metric in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_title(title, fontsize=9)
-    figure.colorbar(image, ax=axes, fraction=0.05, format=plt.FuncFormatter(lambda share, _: f"{100 * share:.0f}"))
+    figure.colorbar(image, ax=axes, fraction=0.05, format="{x:.0f}")
     _save(figure, path)
     return True
 

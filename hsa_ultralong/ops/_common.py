@@ -26,6 +26,19 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type=device_type, enabled=False) if is_on else nullcontext()
 
 
+def refuse_second_derivatives(op: str, impl: str, instead: str) -> None:
+    """For the first line of a backward whose own gradients nobody formed: they would be wrong without a word.
+
+    Raises:
+        RuntimeError: the backward is to be differentiated (create_graph=True); names another `impl`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f'{op}: impl="{impl}" has first derivatives only, which create_graph=True would take on from: '
+            f'use impl="{instead}"'
+        )
+
+
 def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Batched product (N, I, J) @ (N, J, L) whose result is never rounded to 16 bits: fp32 (or fp64) out."""
     wide = accumulation_dtype(a.dtype)

@@ -9,7 +9,7 @@ from hsa_ultralong.train import TrainConfig
 
 
 def mini() -> TrainConfig:
-    """`hsa train mini --data SHARDS -o runs/mini --device cuda --export models/mini`.
+    """`hsa train mini --data SHARDS -o runs/mini --device cuda --export models/mini`; `make mini` asks it too.
 
     One H200, 12 minutes beside other runs on its card, in two pieces (docs/log.md); it goes on in pieces with
     `--max-minutes 8`. 31,471,426 parameters, 60 MiB; the weights do not ship. SHARDS: text under permissive licences

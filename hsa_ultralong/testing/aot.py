@@ -35,7 +35,7 @@ from hsa_ultralong.testing.cards import CARDS, Card
 from hsa_ultralong.testing.processes import HANG_SECONDS
 
 HOPPER = CARDS[90]
-# what the largest tiles (D = S = 128) may spill; the benchmark shape spills 32 bytes at most
+# what the largest tiles (D = S = 128) may spill; the benchmark shape spills 248 bytes at most
 SPILL_LIMIT = 512
 
 

@@ -6,7 +6,7 @@ The tensors are on the CPU and hold noise; only shapes, dtypes and alignment rea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -60,6 +60,9 @@ def all_shapes() -> Iterator[Shape]:
     yield Shape(T=8192, R=1024, K=64)
     for group, dim, size, dtype in product((1, 2, 4, 8, 16), (32, 64, 128), (32, 64, 128), _DTYPES):
         yield Shape(Hq=group, D=dim, S=size, dtype=dtype)
+    # rows whose gradients come from one pass
+    for group, size, dtype in product((1, 2, 4, 8, 16), (32, 64), _DTYPES):
+        yield Shape(T=16_384, Hq=group, D=size, S=size, dtype=dtype)
 
 
 def _widest_retrieval() -> Iterator[Shape]:
@@ -171,6 +174,9 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
             (f"sliding_window_attention {shape}", _with_shape(_run_window, shape, False)),
             (f"sliding_window_attention documents {shape}", _with_shape(_run_window, shape, True)),
         ]
+    # rows so short that memories and queries have passes of their own
+    short = replace(SHAPES[0], T=8192)
+    cases.append((f"hsa_attention training {short}", _with_shape(_run_hsa, short, short.T, True)))
     seen = set()
     for shape in [*shapes, *(_widest_retrieval() if is_complete else ())]:
         retrieval = (shape.K, shape.R, shape.dtype, shape.T > 16_384)

@@ -235,6 +235,10 @@ def test_the_report_shows_every_cap_and_what_ended_the_search(monkeypatch, tmp_p
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_training_speed({"meta": {"hardware": "H"}, "records": records[:1]}, tmp_path / "none.png")
+    # taken from the log of a run, which does not say how a step was spread
+    logged = {"metric": "tokens_per_s", "preset": "debug", "attention": "hsa", "gpus": 2, "context": 64, "value": 1.0}
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_training_speed({"meta": {"hardware": "H"}, "records": [logged]}, tmp_path / "none.png")
 
 
 def test_the_command_searches_on_a_cpu_and_goes_on(tmp_path):

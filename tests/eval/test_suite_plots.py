@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.cli import figures
 from hsa_ultralong.cli.main import app
+from hsa_ultralong.eval import suite_plots
+from hsa_ultralong.eval.plots import save
 from hsa_ultralong.eval.suite_plots import draw_all
 from hsa_ultralong.eval.suite_summary import summary_records
 
@@ -52,9 +56,12 @@ def test_absent_facts_alone_have_no_diagnosis(tmp_path, runs):
     assert drawn(tmp_path / "absent", only_absent) == []
 
 
-def test_a_suite_is_drawn_again_from_its_summary_and_without_one_it_is_refused(tmp_path):
+def test_a_suite_is_drawn_again_from_its_summary_and_without_one_it_is_refused(tmp_path, monkeypatch):
     folder = ROOT / "results" / "ruler-nano-16m"
+    bars = []
+    monkeypatch.setattr(suite_plots, "save", lambda figure, *rest: bars.append(figure.axes[1]) or save(figure, *rest))
     drawn = CliRunner().invoke(app, ["plot", str(folder), "-o", str(tmp_path / "scores.png")])
+    assert [text.get_text() for text in bars[0].get_yticklabels()][::5] == ["0", "100"], "the bar is in percent"
     assert drawn.exit_code == 0 and (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG"), drawn.output
     assert [path.name for path in tmp_path.iterdir()] == ["scores.png"]
     (tmp_path / "records.jsonl").write_text('{"task": "vt", "length": 4096, "depth": 0.5, "score": 1.0}\n')
@@ -67,3 +74,20 @@ def test_every_committed_figure_of_results_is_drawn_by_the_report():
     drawn.add("results/twins/recall.png")  # by scripts/twins_report.py
     found = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("results/*/*.png"), *ROOT.glob("benchmarks/**/*.png")]}
     assert found <= drawn, f"nothing draws {sorted(found - drawn)}"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_plot_all_draws_a_copy_of_the_committed_results_and_nothing_that_is_not_kept(tmp_path, monkeypatch):
+    def place(source, target):
+        # numbers are read where they lie, figures are written
+        (shutil.copyfile if source.endswith(".png") else os.symlink)(source, target)
+
+    for folder in ("results", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, copy_function=place)
+    monkeypatch.chdir(tmp_path)
+    drawn = CliRunner().invoke(app, ["plot", "--all"])
+    assert drawn.exit_code == 0, drawn.output
+    written = {line.removeprefix(f"written {tmp_path}/") for line in drawn.output.splitlines()}
+    ignored = {line.removeprefix("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    new = {name for name in written - ignored if not (ROOT / name).is_file()}
+    assert len(written) > 20 and not new, f"commit them, or name them in .gitignore: {sorted(new)}"

@@ -51,6 +51,20 @@ def problem(**options) -> AttentionInputs:
     return AttentionInputs(*(None if x is None else x.to(DEVICE) for x in inputs))
 
 
+def take_all_gradients_in_one_pass(monkeypatch, inputs, dtype, tokens):
+    """As of long rows, in parts of so many tokens."""
+    monkeypatch.setattr(plan, "_PARTED_PAIRS", 0)
+    monkeypatch.setattr(plan, "_PARTS_PAIRS", 0)
+    # several units of a list
+    monkeypatch.setattr(plan, "pairs_of_unit", lambda *_: 16)
+    monkeypatch.setattr(
+        plan, "_PARTS_BYTES", tokens * inputs.q[:, 0].numel() * inputs.indices.shape[3] * dtype.itemsize
+    )
+    for name in ("_query_gradients", "_memory_gradients"):
+        monkeypatch.setattr(triton_attention, name, None)
+    plan.plan_of.cache_clear()
+
+
 def run(inputs, impl, dtype, *, causal=False, chunk_size=SIZE):
     """Output and the gradients of q, k, v, weights."""
     leaves = [x.detach().clone().to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.weights)]
@@ -72,6 +86,47 @@ def assert_close(actual, expected):
 def test_kernels_equal_reference_in_output_and_every_gradient(shape):
     inputs = problem(**SHAPES[shape])
     assert_close(run(inputs, "triton", torch.float32), run(inputs, "reference", torch.float64))
+
+
+@pytest.mark.parametrize("tokens", [4, 100])
+@pytest.mark.parametrize("shape", [name for name, options in SHAPES.items() if options.get("num_chunks", 7) > 3])
+def test_one_pass_for_all_gradients_of_long_rows_equals_the_reference(monkeypatch, shape, tokens):
+    inputs = problem(**SHAPES[shape])
+    take_all_gradients_in_one_pass(monkeypatch, inputs, torch.float32, tokens)
+    assert_close(run(inputs, "triton", torch.float32), run(inputs, "reference", torch.float64))
+
+
+@pytest.mark.parametrize("is_parted", [False, True])
+def test_the_error_in_16_bits_is_at_most_twice_that_of_the_reference(monkeypatch, is_parted):
+    """What a slot adds to dq is rounded in between, where one pass takes all gradients."""
+    exact = problem(group=4, kv_heads=1, num_chunks=40, slots=16, num_tokens=20)
+    exact = exact._replace(**{name: getattr(exact, name).half().double() for name in ("q", "k", "v", "weights")})
+    budget = run(exact, "reference", torch.float16)
+    if is_parted:
+        take_all_gradients_in_one_pass(monkeypatch, exact, torch.float16, 8)
+    found, truth = run(exact, "triton", torch.float16), run(exact, "reference", torch.float64)
+    for actual, allowed, right in zip(found, budget, truth, strict=True):
+        error, limit = ((x.double() - right).norm() for x in (actual, allowed))
+        assert error <= 2 * limit + 1e-6 * right.norm()
+
+
+def test_which_rows_have_one_pass_for_all_gradients(monkeypatch):
+    def parts(tokens, chunks, dim=64, heads=16, batch=1):
+        q, k = torch.Size((batch, tokens, heads, dim)), torch.Size((batch, 64 * chunks, 1, dim))
+        dtypes = (torch.bfloat16, torch.int32, torch.float32, None)
+        device = torch.device("cpu")
+        shapes = plan.HSAShapes(q, k, torch.Size((batch, tokens, 1, 32)), None, dtypes, device, 64, 1.0, True, True)
+        found = [(part.first, part.tokens) for part in plan.plan_of(shapes).parts]
+        assert not found or sum(count for _, count in found) == tokens
+        return found
+
+    monkeypatch.setattr(plan, "launch_options", lambda *_: plan.HSALaunch(128, 4, 2))
+    assert parts(8192, 128) == [] == parts(8192, 128, batch=4) == parts(32_768, 512, dim=128) == parts(32_768, 40)
+    assert parts(8193, 129) == [(0, 4112), (4112, 4081)]
+    assert parts(32_768, 512) == [(start, 8192) for start in range(0, 32_768, 8192)]
+    assert parts(32_768, 512, batch=4) == [(start, 2048) for start in range(0, 32_768, 2048)]
+    # 512 MiB hold 64 pairs of every chunk, up to 4,096 chunks
+    assert len(parts(262_144, 4096)) == 32 and parts(262_144, 4097) == []
 
 
 @pytest.mark.parametrize("slots", [2, 4])
@@ -141,8 +196,11 @@ def test_long_slot_lists_shrink_the_tile_to_what_one_program_can_sort(monkeypatc
     assert_close(run(inputs, "triton", torch.float32), expected)
 
 
-def test_repeats_are_bit_identical_and_every_element_is_written(monkeypatch):
+@pytest.mark.parametrize("is_parted", [False, True])
+def test_repeats_are_bit_identical_and_every_element_is_written(monkeypatch, is_parted):
     inputs = problem(kv_heads=1, group=4)
+    if is_parted:
+        take_all_gradients_in_one_pass(monkeypatch, inputs, torch.float32, 6)
     expected = run(inputs, "triton", torch.float32)
     empty, empty_like = torch.empty, torch.empty_like
 
@@ -153,6 +211,28 @@ def test_repeats_are_bit_identical_and_every_element_is_written(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
     for left, right in zip(expected, run(inputs, "triton", torch.float32), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("is_parted", [False, True])
+def test_rows_that_share_a_memory_may_have_lengths_of_their_own(monkeypatch, is_parted):
+    inputs = problem(kv_batch=1, kv_heads=1, group=4, num_tokens=9)
+    lengths = torch.randint(1, SIZE + 1, (2, 7), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    inputs = inputs._replace(chunk_lengths=lengths.to(DEVICE))
+    if is_parted:
+        take_all_gradients_in_one_pass(monkeypatch, inputs, torch.float32, 8)
+    assert_close(run(inputs, "triton", torch.float32), run(inputs, "reference", torch.float64))
+
+
+def test_second_derivatives_are_refused_and_another_way_is_named():
+    inputs = problem(num_tokens=5, kv_heads=1)
+    q = inputs.q.float().requires_grad_()
+    operands = (q, inputs.k.float(), inputs.v.float(), inputs.indices, inputs.weights.float())
+    out = hsa_attention(*operands, chunk_size=SIZE, chunk_lengths=inputs.chunk_lengths, impl="triton")
+    with pytest.raises(RuntimeError, match=r'first derivatives only.* use impl="torch_gather"'):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+    out = hsa_attention(*operands, chunk_size=SIZE, chunk_lengths=inputs.chunk_lengths, impl="torch_gather")
+    (slope,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
+    assert torch.autograd.grad(slope.square().sum(), q)[0].norm() > 0
 
 
 def test_chunks_that_nobody_selected_are_never_read():

@@ -36,6 +36,13 @@ def test_torch_equals_reference_with_gradients_for_every_slice_size(monkeypatch,
         torch.testing.assert_close(actual, expected, **EXACT)
 
 
+def test_second_derivatives_are_refused_and_the_reference_is_named():
+    hidden, weight, labels = inputs()
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels, impl="torch")
+    with pytest.raises(RuntimeError, match=r'first derivatives only.* use impl="reference"'):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 @given(st.integers(0, 20), st.integers(1, 6), st.integers(1, 20), st.integers(1, 50))
 def test_torch_equals_plain_cross_entropy_for_any_shape(count, width, vocab, elements):
     hidden, weight, labels = inputs(count, width, vocab)

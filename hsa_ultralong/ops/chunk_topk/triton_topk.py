@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.ops._common import refuse_second_derivatives
 from hsa_ultralong.ops._launch import are_aligned
 from hsa_ultralong.ops._triton import require_kernel_dtype, require_triton
 from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
@@ -135,6 +136,7 @@ class _KeptScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
+        refuse_second_derivatives("chunk_topk", "triton", "torch")
         query, landmarks, factor, indices, scores = ctx.saved_tensors
         grad_query = grad_landmarks = grad_factor = None
         if grad is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):

@@ -2,12 +2,15 @@
 
 A unit is a part of a chunk's list; its sums go to a workspace in fp32 and are added in order by a second kernel, so
 results repeat bit for bit. For full coverage the tokens follow from the position of the chunk and no list exists.
-Derivation: README.md of this folder.
+Long rows have all gradients from one pass: what each pair adds to dq waits in memory for slot_sum_kernel. Derivation:
+README.md of this folder.
 
-Grids: listed_memory_gradient_kernel (units, Hkv / Hr) and covered_memory_gradient_kernel (C * splits, Hkv, B), a
-program owns one place of the workspace; listed_sum_kernel (lists, Hkv / Hr) and covered_sum_kernel (C, Hkv, rows of
-the memory), one chunk of dk and dv. The sums follow on the same stream. Needed: units that cover every list in order
-(kernel_lists.inverse_lists), the sizes of kernel_tiles.py, and for CAUSAL its promise.
+Grids: listed_memory_gradient_kernel and listed_gradient_kernel (units, Hkv / Hr), covered_memory_gradient_kernel
+(C * splits, Hkv, B), a program owns one place of the workspace, and of parts and dw those of its pairs;
+slot_sum_kernel (B * tokens of a part, Hkv), the G rows of dq, and dw in empty slots; listed_sum_kernel (lists, Hkv /
+Hr) and covered_sum_kernel (C, Hkv, rows of the memory), one chunk of dk and dv. The sums follow on the same stream.
+Needed: units that cover every list in order (kernel_lists.inverse_lists), the sizes of kernel_tiles.py, and for CAUSAL
+its promise.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def _accumulate(
     q, grad_out, lengths, chunk, columns, dims, scale,
     D: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of rows (token, head) to the sums of one chunk."""
+    """Add one tile of rows (token, head) to the sums of one chunk; also dz (rows, S) and delta (rows,)."""
     operand = row_offset[:, None] * D + dims[None, :]
     queries = tl.load(q + operand, mask=is_real[:, None], other=0.0)
     upward = tl.load(grad_out + operand, mask=is_real[:, None], other=0.0)
@@ -44,11 +47,13 @@ def _accumulate(
     slope = _dot(upward, tl.trans(values), None, PRECISION)
     p, inverse, _ = chunk_softmax(logits, columns, lengths, chunk, scale, HAS_LENGTHS)
     delta = tl.sum(p * slope, 1) * inverse
-    p = p * (w * inverse)[:, None]
-    dz = p * (slope - delta[:, None])
-    grad_v = _dot(tl.trans(p.to(values.dtype)), upward, grad_v, PRECISION)
-    grad_k = _dot(tl.trans(dz.to(keys.dtype)), queries, grad_k, PRECISION)
-    return grad_k, grad_v
+    share = w * inverse
+    # one multiplication and addition for each of slope - delta times the share
+    dz = (p * (slope * share[:, None] - (delta * share)[:, None])).to(keys.dtype)
+    p = (p * share[:, None]).to(values.dtype)
+    grad_v = _dot(tl.trans(p), upward, grad_v, PRECISION)
+    grad_k = _dot(tl.trans(dz), queries, grad_k, PRECISION)
+    return grad_k, grad_v, dz, delta
 
 
 @triton.jit
@@ -112,7 +117,7 @@ def listed_memory_gradient_kernel(
         row_offset = (pair // (K * HR)).to(tl.int64) * (HKV * G) + head
         # all of these rows chose the chunk: what is not finite reaches nothing that it should not
         if norms is None:
-            grad_k, grad_v = _accumulate(
+            grad_k, grad_v, _, _ = _accumulate(
                 grad_k, grad_v, keys, values, row_offset, is_real, w,
                 q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
             )  # fmt: skip
@@ -127,6 +132,90 @@ def listed_memory_gradient_kernel(
     target = partial + place + columns[:, None] * D + dims[None, :]
     tl.store(target, grad_k)
     tl.store(target + S * D, grad_v)
+
+
+@triton.jit
+def listed_gradient_kernel(
+    q, k, v, weights, lengths, grad_out, pairs, pair_starts, unit_ends, unit_lists, partial, parts, grad_weights,
+    first_token, part_tokens, T, C, K, lists, unit_pairs, scale, logit_scale,
+    HKV, HR, LENGTH_BATCH: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """The same, and what every pair adds to dq, into parts (B, part_tokens, Hkv, K, G, D), and dw, the sum of delta
+    over the G heads, into (B, T, Hkv, K). The lists are of part_tokens tokens of every row, from first_token on."""
+    begin(OVERLAPS)
+    unit = tl.program_id(0).to(tl.int64)
+    number = tl.load(unit_lists + unit)  # (memory row, retrieval head, chunk)
+    if number >= lists:
+        return
+    chunk = number % C
+    hr = (number // C) % HR
+    row = (number // C // HR).to(tl.int64)
+    kv_head = hr + tl.program_id(1) * HR
+    first_unit = tl.load(unit_ends + number - 1, mask=number > 0, other=0)
+    first = tl.load(pair_starts + number) + (unit - first_unit) * unit_pairs
+    stop = tl.minimum(first + unit_pairs, tl.load(pair_starts + number + 1))
+    head = tl.arange(0, BT * GP) % GP
+    columns = tl.arange(0, S)
+    dims = tl.arange(0, D)
+    tile_kv = ((row * C + chunk) * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
+    if LENGTH_BATCH:
+        lengths += row * C
+    keys, values = _load_chunk(k, v, tile_kv, columns, lengths, chunk, HAS_LENGTHS)
+    grad_k = tl.zeros((S, D), tl.float32)
+    grad_v = tl.zeros((S, D), tl.float32)
+    for start in tl.range(first, stop, BT, num_stages=STAGES):
+        place = start + tl.arange(0, BT * GP) // GP
+        is_real = (place < stop) & (head < G)
+        pair = tl.load(pairs + place, mask=is_real, other=0)
+        local, slot = (pair // (K * HR)).to(tl.int64), pair % K
+        token = local // part_tokens * T + first_token + local % part_tokens
+        w = tl.load(weights + (token * HR + hr) * K + slot, mask=is_real, other=0.0).to(tl.float32)
+        grad_k, grad_v, dz, delta = _accumulate(
+            grad_k, grad_v, keys, values, (token * HKV + kv_head) * G + head, is_real, w,
+            q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
+        )  # fmt: skip
+        part = _dot(dz, keys, None, PRECISION) * logit_scale
+        own = (((local * HKV + kv_head) * K + slot) * G + head)[:, None] * D + dims[None, :]
+        tl.store(parts + own, part.to(parts.dtype.element_ty), mask=is_real[:, None])
+        place = start + tl.arange(0, BT)
+        pair = tl.load(pairs + place, mask=place < stop, other=0)
+        local = (pair // (K * HR)).to(tl.int64)
+        token = local // part_tokens * T + first_token + local % part_tokens
+        target = grad_weights + (token * HKV + kv_head) * K + pair % K
+        tl.store(target, tl.sum(tl.reshape(delta, (BT, GP)), 1), mask=place < stop)
+    place = (unit * tl.num_programs(1) + tl.program_id(1)) * (2 * S * D)
+    target = partial + place + columns[:, None] * D + dims[None, :]
+    tl.store(target, grad_k)
+    tl.store(target + S * D, grad_v)
+
+
+@triton.jit
+def slot_sum_kernel(
+    parts, indices, grad_q, grad_weights, first_token, part_tokens, T, K, HKV, HR,
+    G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, KP: tl.constexpr, STEP: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """dq of one token and memory head: the sum of what its slots add, in order. Empty slots have dw = 0."""
+    begin(OVERLAPS)
+    local = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    token = local // part_tokens * T + first_token + local % part_tokens
+    place = tl.arange(0, N)
+    slots = tl.arange(0, KP)
+    indices += (token * HR + kv_head % HR) * K
+    is_empty = tl.load(indices + slots, mask=slots < K, other=0) < 0
+    tl.store(grad_weights + (token * HKV + kv_head) * K + slots, tl.zeros((KP,), tl.float32), mask=is_empty)
+    parts += (local * HKV + kv_head) * K * (G * D) + place
+    total = tl.zeros((N,), tl.float32)
+    # STEP loads at a time are under way: one by one they take three times as long
+    for first in range(0, K, STEP):
+        for turn in tl.static_range(STEP):
+            slot = tl.minimum(first + turn, K - 1)
+            size = tl.where((tl.load(indices + slot) >= 0) & (first + turn < K), G * D, 0)
+            total += tl.load(parts + slot * (G * D), mask=place < size, other=0.0).to(tl.float32)
+    target = grad_q + (token * HKV + kv_head) * (G * D) + place
+    tl.store(target, total.to(grad_q.dtype.element_ty), mask=place < G * D)
 
 
 @triton.jit
@@ -167,7 +256,7 @@ def covered_memory_gradient_kernel(
         slot = tl.load(slot_map + token, mask=is_real, other=-1)
         w = tl.load(weights + ((b * T + token) * HR + hr) * K + slot, mask=slot >= 0, other=0.0).to(tl.float32)
         row_offset = (b * T + token) * (HKV * G) + head
-        grad_k, grad_v = _accumulate(
+        grad_k, grad_v, _, _ = _accumulate(
             grad_k, grad_v, keys, values, row_offset, is_real, w,
             q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
         )  # fmt: skip
@@ -189,10 +278,11 @@ def covered_memory_gradient_kernel(
 
 @triton.jit
 def listed_sum_kernel(
-    partial, unit_ends, grad_k, grad_v, C, logit_scale,
-    HKV, HR, D: tl.constexpr, S: tl.constexpr, OVERLAPS: tl.constexpr,
+    partial, unit_ends, sums, grad_k, grad_v, C, logit_scale,
+    HKV, HR, D: tl.constexpr, S: tl.constexpr, ADDS: tl.constexpr, IS_LAST: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one chunk: the sum of its units, in order."""
+    """dK and dV of one chunk: the sum of its units, in order. Of several parts of the tokens all but the last leave it
+    in sums (2, Bk, C * S, Hkv, D) fp32, and all but the first (ADDS) begin with what is there."""
     begin(OVERLAPS)
     number = tl.program_id(0)
     share = tl.program_id(1)
@@ -204,16 +294,25 @@ def listed_sum_kernel(
     columns = tl.arange(0, S)
     dims = tl.arange(0, D)
     tile = columns[:, None] * D + dims[None, :]
+    target = ((row * C + chunk) * S + columns[:, None]) * (HKV * D) + (hr + share * HR) * D + dims[None, :]
+    # all of the keys' gradients, (Bk, C * S, Hkv, D)
+    size = (tl.num_programs(0) // HR).to(tl.int64) * (S * HKV * D)
     sum_k = tl.zeros((S, D), tl.float32)
     sum_v = tl.zeros((S, D), tl.float32)
+    if ADDS:
+        sum_k = tl.load(sums + target)
+        sum_v = tl.load(sums + size + target)
     place = partial + (first.to(tl.int64) * tl.num_programs(1) + share) * (2 * S * D) + tile
     for _ in range(first, stop):
         sum_k += tl.load(place)
         sum_v += tl.load(place + S * D)
         place += tl.num_programs(1) * (2 * S * D)
-    target = ((row * C + chunk) * S + columns[:, None]) * (HKV * D) + (hr + share * HR) * D + dims[None, :]
-    tl.store(grad_k + target, (sum_k * logit_scale).to(grad_k.dtype.element_ty))
-    tl.store(grad_v + target, sum_v.to(grad_v.dtype.element_ty))
+    if IS_LAST:
+        tl.store(grad_k + target, (sum_k * logit_scale).to(grad_k.dtype.element_ty))
+        tl.store(grad_v + target, sum_v.to(grad_v.dtype.element_ty))
+    else:
+        tl.store(sums + target, sum_k)
+        tl.store(sums + size + target, sum_v)
 
 
 @triton.jit

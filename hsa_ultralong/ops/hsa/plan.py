@@ -25,6 +25,12 @@ _LAUNCH_BYTES = 1 << 27
 _KEPT_BYTES = 1 << 24
 # logsumexp and delta of every row and slot that dq leaves to dk and dv; longer rows form them again
 _NORM_BYTES = 1 << 29
+# pairs of a row's tokens and slots beyond which one pass takes all gradients, and the largest sizes that it takes;
+# bytes of what the pairs of a part of the tokens add to dq, which must be so many pairs for every chunk at least
+_PARTED_PAIRS, _PARTED_SIZE = 1 << 18, 64
+_PARTS_BYTES, _PARTS_PAIRS = 1 << 29, 64
+# slots whose shares in dq are added up at a time
+_SUMMED_SLOTS = 8
 # longest list that one program sorts: tokens of a tile * slots
 _SORT_LIMIT = 4096
 # tiles that one program looks at for what is not finite: few programs where there is none, enough where all are spoiled
@@ -98,6 +104,22 @@ class ListedPass(NamedTuple):
     total: PreparedLaunch
     shape: tuple[int, ...]
     sizes: tuple[int, ...]
+
+
+class PartPass(NamedTuple):
+    """All gradients that `tokens` tokens of every row from `first` on bring: shapes of the workspace and of what pairs
+    add to dq, numbers of the first kernel and of that which adds up dq."""
+
+    first: int
+    tokens: int
+    lists: InverseListPlan
+    kernel: PreparedLaunch
+    slot_sum: PreparedLaunch
+    total: PreparedLaunch
+    shape: tuple[int, ...]
+    parts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    sum_sizes: tuple[int, ...]
 
 
 class CoveredPass(NamedTuple):
@@ -199,8 +221,8 @@ class HSAPlan:
 
     @cached_property
     def keeps_lists(self) -> bool:
-        """Whether the backward finds the lists of the forward: they are small and its tiles are the same."""
-        if len(self.forward) > 1 or self.forward[0].lists.num_bytes > _KEPT_BYTES:
+        """Whether the backward finds the lists of the forward: it reads them, they are small and its tiles the same."""
+        if self.parts or len(self.forward) > 1 or self.forward[0].lists.num_bytes > _KEPT_BYTES:
             return False
         return self.covers or self.tile(self._options("forward").rows) == self.tile(self._options("query").rows)
 
@@ -234,10 +256,57 @@ class HSAPlan:
             ),
             PreparedLaunch(
                 kernel_chunks.listed_sum_kernel, (lists.lists, shares), is_kept=is_kept, D=self.dim, S=self.size,
-                num_warps=8, **self.overlap,
+                ADDS=False, IS_LAST=True, num_warps=8, **self.overlap,
             ),
             (*grid, 2, self.size, self.dim),
             (self.chunks, self.slots, lists.lists, unit_pairs),
+        )  # fmt: skip
+
+    @cached_property
+    def parts(self) -> list[PartPass]:
+        """One pass over the pairs for all gradients, in parts of the tokens; none where rows are short or large, or so
+        long that a part has few pairs for a chunk."""
+        pairs = self.tokens * self.list_heads * self.slots
+        if self.covers or pairs <= _PARTED_PAIRS or max(self.dim, self.size) > _PARTED_SIZE:
+            return []
+        assert self.dtype is not None
+        token_bytes = self.batch * self.kv_heads * self.slots * self.group * self.dim * self.dtype.itemsize
+        most = _PARTS_BYTES // token_bytes
+        lists = self.kv_batch * self.list_heads * self.chunks
+        if most * self.batch * self.list_heads * self.slots < _PARTS_PAIRS * lists or not most:
+            return []
+        step = -(-self.tokens // -(-self.tokens // most))
+        # parts of one compiled kernel but for the last
+        step = min(-(-step // 16) * 16, self.tokens)
+        firsts = range(0, self.tokens, step)
+        return [self._part(first, min(step, self.tokens - first), first == firsts[-1]) for first in firsts]
+
+    def _part(self, first: int, tokens: int, is_last: bool) -> PartPass:
+        options, is_kept = self._options("memory"), self.shapes.is_aligned
+        constants = self.constants(options.rows, options.stages)
+        shape = (self.batch, tokens, self.list_heads, self.slots)
+        unit_pairs = pairs_of_unit(math.prod(shape), constants["BT"], self.processors)
+        lists = InverseListPlan(shape, self.kv_batch, self.chunks, unit_pairs, self.overlap, is_kept=is_kept)
+        grid = (lists.units, self.kv_heads // self.list_heads)
+        place = (first, tokens, self.tokens)
+        return PartPass(
+            first, tokens, lists,
+            PreparedLaunch(
+                kernel_chunks.listed_gradient_kernel, grid, num_warps=options.warps, **constants, **self.overlap
+            ),
+            PreparedLaunch(
+                kernel_chunks.slot_sum_kernel, (self.batch * tokens, self.kv_heads), G=self.group,
+                N=next_power_of_two(self.group * self.dim), KP=next_power_of_two(self.slots), STEP=_SUMMED_SLOTS,
+                D=self.dim, num_warps=4, is_kept=is_kept, **self.overlap,
+            ),
+            PreparedLaunch(
+                kernel_chunks.listed_sum_kernel, (lists.lists, grid[1]), D=self.dim, S=self.size, ADDS=first > 0,
+                IS_LAST=is_last, num_warps=8, is_kept=is_kept, **self.overlap,
+            ),
+            (*grid, 2, self.size, self.dim),
+            (self.batch, tokens, self.kv_heads, self.slots, self.group, self.dim),
+            (*place, self.chunks, self.slots, lists.lists, unit_pairs),
+            (*place, self.slots),
         )  # fmt: skip
 
     def _covered(self, constants: dict[str, Any]) -> CoveredPass:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.ops._common import refuse_second_derivatives
 from hsa_ultralong.ops._launch import are_aligned
 from hsa_ultralong.ops._triton import (
     KERNEL_SIZES,
@@ -145,7 +146,30 @@ def _listed(
         *read, *norms, lists.pairs, lists.pair_starts, lists.unit_ends, lists.unit_lists, partial,
         *chosen.sizes, plan.scale_log2, *plan.heads,
     )  # fmt: skip
-    chosen.total(partial, lists.unit_ends, grad_k, grad_v, plan.chunks, plan.scale, *plan.heads)
+    chosen.total(partial, lists.unit_ends, None, grad_k, grad_v, plan.chunks, plan.scale, *plan.heads)
+
+
+def _all_gradients(
+    plan: HSAPlan, operands: _Operands, grad_out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dw as (B, T, Hkv, K) in fp32, dk and dv of a long row, whose tokens come part by part."""
+    q, indices, device = operands.q, operands.indices, grad_out.device
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(operands.k), torch.empty_like(operands.v)
+    shape = (plan.batch, plan.tokens, plan.kv_heads, plan.slots)
+    grad_weights = torch.empty(shape, dtype=torch.float32, device=device)
+    parts = torch.empty(plan.parts[0].parts, dtype=q.dtype, device=device)
+    is_one = len(plan.parts) == 1
+    sums = None if is_one else torch.empty((2, *grad_k.shape), dtype=torch.float32, device=device)
+    for part in plan.parts:
+        lists = part.lists(indices if is_one else indices[:, part.first : part.first + part.tokens].contiguous())
+        partial = torch.empty(part.shape, dtype=torch.float32, device=device)
+        part.kernel(
+            *operands[:5], grad_out, lists.pairs, lists.pair_starts, lists.unit_ends, lists.unit_lists, partial, parts,
+            grad_weights, *part.sizes, plan.scale_log2, plan.scale, *plan.heads,
+        )  # fmt: skip
+        part.total(partial, lists.unit_ends, sums, grad_k, grad_v, plan.chunks, plan.scale, *plan.heads)
+        part.slot_sum(parts, indices, grad_q, grad_weights, *part.sum_sizes, *plan.heads)
+    return grad_q, grad_weights, grad_k, grad_v
 
 
 def _covered(
@@ -211,6 +235,7 @@ class _TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives("hsa_attention", "triton", "torch_gather")
         *saved, chunks, counts, slots = ctx.saved_tensors
         plan, weights = ctx.plan, saved[4]
         operands = _contiguous(*saved)
@@ -221,17 +246,21 @@ class _TritonAttention(torch.autograd.Function):
         grad_q = grad_weights = grad_k = grad_v = None
         needs_query = ctx.needs_input_grad[0] or ctx.needs_input_grad[4]
         needs_memory = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        is_parted = needs_query and needs_memory and bool(plan.parts)
         norms: _Norms = (None, None)
-        if needs_query and needs_memory and plan.norms is not None:
+        if is_parted:
+            grad_q, grad_weights, grad_k, grad_v = _all_gradients(plan, operands, grad_out)
+        elif needs_query and needs_memory and plan.norms is not None:
             logsumexp = torch.empty(plan.norms, dtype=torch.float32, device=grad_out.device)
             norms = (logsumexp, torch.empty_like(logsumexp))
-        if needs_query:
+        if needs_query and not is_parted:
             grad_q, grad_weights = _query_gradients(plan, operands, grad_out, lists, norms)
+        if needs_memory and not is_parted:
+            grad_k, grad_v = _memory_gradients(plan, operands, grad_out, lists, norms)
+        if grad_weights is not None:
             if weights.shape[2] < grad_weights.shape[2]:
                 grad_weights = grad_weights.sum(2, keepdim=True)
             grad_weights = grad_weights.to(weights.dtype)
-        if needs_memory:
-            grad_k, grad_v = _memory_gradients(plan, operands, grad_out, lists, norms)
         return grad_q, grad_k, grad_v, None, grad_weights, None, None, None, None
 
 
@@ -277,6 +306,9 @@ def hsa_attention_triton(
     if needs_gradient or not is_few:
         indices = within(indices, first_chunk, k.shape[1] // chunk_size)
     if needs_gradient:
+        if chunk_lengths is not None and chunk_lengths.shape[0] > k.shape[0]:
+            # the passes over chunks know lengths of a memory's rows alone
+            k, v = (x.expand(q.shape[0], *x.shape[1:]) for x in (k, v))
         return _TritonAttention.apply(q, k, v, indices, weights, chunk_size, chunk_lengths, scale, causal)
     operands = _contiguous(q, k, v, indices, weights, chunk_lengths)
     plan = operands.plan(chunk_size, scale, causal)

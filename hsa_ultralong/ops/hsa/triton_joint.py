@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.ops._common import refuse_second_derivatives
 from hsa_ultralong.ops._triton import (
     HOPPER_MEMORY,
     KERNEL_SIZES,
@@ -186,6 +187,7 @@ class _JointAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_mass: torch.Tensor | None) -> tuple[Any, ...]:
+        refuse_second_derivatives("joint_attention", "triton", "torch")
         q, k, v, indices, bias, lengths, out, mass = ctx.saved_tensors
         if grad_out is None and grad_mass is None:
             return (None,) * 7

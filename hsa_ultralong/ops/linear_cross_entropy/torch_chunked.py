@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hsa_ultralong.ops._common import accumulation_dtype, add_product, blocks, matmul_wide
+from hsa_ultralong.ops._common import accumulation_dtype, add_product, blocks, matmul_wide, refuse_second_derivatives
 
 # logits of one slice, in elements
 _SLICE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -74,6 +74,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives("linear_cross_entropy", "torch", "reference")
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hsa_ultralong.ops._common import refuse_second_derivatives
 from hsa_ultralong.ops._triton import (
     KERNEL_SIZES,
     next_power_of_two,
@@ -144,6 +145,7 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives("sliding_window_attention", "triton", "torch")
         q, k, v, query_segments, key_segments, out, lse = ctx.saved_tensors
         problem = _Problem(q, k, v, query_segments, key_segments, *ctx.options)
         return *problem.gradients(grad_out, out, lse), None, None, None, None
