@@ -1,4 +1,4 @@
-"""A GPU session as one file: named plans of commands, shared out over cards, for scripts/queues.py.
+"""GPU work as one file: named plans of commands, shared out over cards, for scripts/queues.py.
 
     python scripts/plans.py list
     python scripts/plans.py nano --cards 4 --data SHARDS --file squad=xquad.en.json --text books > PLAN.json

@@ -34,7 +34,7 @@ def refuse_second_derivatives(op: str, impl: str, instead: str) -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f'{op}: impl="{impl}" has first derivatives only, which create_graph=True would take on from: '
+            f'{op}: impl="{impl}" has first derivatives only, and create_graph=True needs second ones: '
             f'use impl="{instead}"'
         )
 
