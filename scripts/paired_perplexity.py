@@ -130,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lengths = parse_lengths(options.lengths)
         if len(lengths) < 2 or lengths[0] <= max(TAILS.values()):
             raise ValueError(f"--lengths: two or more of above {max(TAILS.values()):,} tokens")
+        if options.topk is not None and options.topk < 1:
+            raise ValueError(f"--topk: 1 or more chunks, got {options.topk}")
         model, tokenizer = load_model(options.model, options.device, options.dtype)
         model.config.chunk_topk = options.topk or model.config.chunk_topk
         text = Material(tokenizer, haystack(tokenizer, options.text, "text", "auto", None, _MOST_TOKENS)).text

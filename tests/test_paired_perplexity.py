@@ -70,5 +70,7 @@ def test_a_run_scores_the_tokens_that_the_suite_scores_and_goes_on(tmp_path, cap
     capsys.readouterr()
     assert paired.main(command) == 0
     assert "nats, " not in capsys.readouterr().out.split("| task")[0]
+    with pytest.raises(SystemExit, match="--topk: 1 or more chunks, got 0"):
+        paired.main([*command, "--topk", "0"])
     with pytest.raises(SystemExit, match="two or more of above"):
         paired.main([*command[:3], "--lengths", "4K,8K", "-o", str(tmp_path / "other")])

@@ -145,11 +145,20 @@ def memory(
     ] = None,
     landmarks: Annotated[str | None, typer.Option(help="Form of its landmarks: bf16, int8.")] = None,
     file: Annotated[Path | None, typer.Option(help="Existing memory file to open and decode on.")] = None,
-    stores: Annotated[str, typer.Option(help="Where opened files' keys and values lie.")] = "device,host,file",
-    formats: Annotated[str, typer.Option(help="Forms of keys and values in files.")] = "bf16,int8",
-    file_max: Annotated[str, typer.Option(help="Longest memory that is also read into a file and saved.")] = "1M",
+    stores: Annotated[
+        str | None,
+        typer.Option(help="Where opened files' keys and values lie.", show_default="device,host,file"),
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Forms of keys and values in files.", show_default="bf16,int8")
+    ] = None,
+    file_max: Annotated[
+        str | None, typer.Option(help="Longest memory that is also read into a file and saved.", show_default="1M")
+    ] = None,
     batches: Annotated[str, typer.Option(help="Sequences that share the memory while decoding.")] = "1",
-    lookups: Annotated[str, typer.Option(help="For --file: some of exact, sketch, lists.")] = "exact",
+    lookups: Annotated[
+        str | None, typer.Option(help="For --file: some of exact, sketch, lists.", show_default="exact")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Tokens decoded and timed.")] = 32,
     piece: Annotated[
         str | None,
@@ -195,13 +204,10 @@ def memory(
     if dist.is_initialized() and (store != "device" or key_values or landmarks):
         raise ValueError("processes share out a memory on the device in the model's form, or --file: leave --store out")
     settings = MemorySettings(
+        **_file_options(file, stores, formats, file_max, lookups, is_alone=not dist.is_initialized()),
         lengths=() if lengths == "none" else tuple(parse_sizes(lengths, "--lengths")),
-        stores=tuple(stores.split(",")),
-        formats=tuple(formats.split(",")),
-        file_max=parse_size(file_max, "--file-max", 0),
         batches=tuple(parse_counts(batches, "--batches")),
         steps=steps,
-        lookups=tuple(lookups.split(",")),
         piece_tokens=None if piece is None else parse_size(piece, "--piece"),
         store=store, key_values=key_values, landmarks=landmarks, tune=tune, seed=seed,
     )  # fmt: skip
@@ -213,6 +219,24 @@ def memory(
         dist.destroy_process_group()
     if is_first:
         _report_memory(result, path, as_json)
+
+
+def _file_options(
+    file: Path | None, stores: str | None, formats: str | None, file_max: str | None, lookups: str | None, *,
+    is_alone: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What MemorySettings takes of files; what was given and nothing would read is refused."""
+    longest = parse_size(file_max or "1M", "--file-max", 0)
+    if lookups and file is None:
+        raise ValueError("--lookups are those of an opened file: name one by --file, or leave --lookups out")
+    if not is_alone and (formats or (file_max and longest) or (stores and file is None)):
+        raise ValueError("several processes make no files: leave out --formats, --file-max, --stores without --file")
+    return {
+        "stores": tuple((stores or "device,host,file").split(",")),
+        "formats": tuple((formats or "bf16,int8").split(",")),
+        "lookups": tuple((lookups or "exact").split(",")),
+        "file_max": longest,
+    }
 
 
 def _measure_memory(

@@ -79,6 +79,23 @@ def test_the_command_writes_results_and_figure(tmp_path):
     assert again.exit_code == 0 and (tmp_path / "x.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("options", "is_together", "said"),
+    [
+        (["--lookups", "sketch"], False, "name one by --file"),
+        (["--formats", "int8"], True, "several processes make no files"),
+        (["--file-max", "1K"], True, "several processes make no files"),
+        (["--stores", "host"], True, "several processes make no files"),
+    ],
+)
+def test_options_that_nothing_would_read_are_refused(tmp_path, monkeypatch, options, is_together, said):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: is_together)
+    arguments = ["bench", "memory", "--preset", "debug", "--lengths", "512", "--device", "cpu", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code != 0 and said in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_is_measured_with_and_without_a_lookup(tmp_path, monkeypatch):
     monkeypatch.setattr(landmark_index, "_FIT_CHUNKS", 32)
     torch.manual_seed(0)

@@ -34,6 +34,23 @@ def _load_chunk(k, v, place, columns, lengths, chunk, HAS_LENGTHS: tl.constexpr)
 
 
 @triton.jit
+def _unit_of(unit, number, pair_starts, unit_ends, C, HR, unit_pairs):
+    """Chunk, retrieval head and row of the memory of list `number`, and which pairs are those of this unit of it."""
+    first_unit = tl.load(unit_ends + number - 1, mask=number > 0, other=0)
+    first = tl.load(pair_starts + number) + (unit - first_unit) * unit_pairs
+    stop = tl.minimum(first + unit_pairs, tl.load(pair_starts + number + 1))
+    return number % C, (number // C) % HR, (number // C // HR).to(tl.int64), first, stop
+
+
+@triton.jit
+def _store_sums(partial, place, grad_k, grad_v, S: tl.constexpr, D: tl.constexpr):
+    """dK and dV of a program at its place of the workspace."""
+    target = partial + place * (2 * S * D) + tl.arange(0, S)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(target, grad_k)
+    tl.store(target + S * D, grad_v)
+
+
+@triton.jit
 def _accumulate(
     grad_k, grad_v, keys, values, row_offset, is_real, w,
     q, grad_out, lengths, chunk, columns, dims, scale,
@@ -92,13 +109,8 @@ def listed_memory_gradient_kernel(
     number = tl.load(unit_lists + unit)  # (memory row, retrieval head, chunk)
     if number >= lists:
         return
-    chunk = number % C
-    hr = (number // C) % HR
-    row = (number // C // HR).to(tl.int64)
+    chunk, hr, row, first, stop = _unit_of(unit, number, pair_starts, unit_ends, C, HR, unit_pairs)
     kv_head = hr + tl.program_id(1) * HR
-    first_unit = tl.load(unit_ends + number - 1, mask=number > 0, other=0)
-    first = tl.load(pair_starts + number) + (unit - first_unit) * unit_pairs
-    stop = tl.minimum(first + unit_pairs, tl.load(pair_starts + number + 1))
     rows = tl.arange(0, BT * GP)
     columns = tl.arange(0, S)
     dims = tl.arange(0, D)
@@ -128,10 +140,7 @@ def listed_memory_gradient_kernel(
                 tl.load(norms + own, mask=is_real, other=0.0), tl.load(deltas + own, mask=is_real, other=0.0),
                 q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
             )  # fmt: skip
-    place = (unit * tl.num_programs(1) + tl.program_id(1)) * (2 * S * D)
-    target = partial + place + columns[:, None] * D + dims[None, :]
-    tl.store(target, grad_k)
-    tl.store(target + S * D, grad_v)
+    _store_sums(partial, unit * tl.num_programs(1) + tl.program_id(1), grad_k, grad_v, S, D)
 
 
 @triton.jit
@@ -149,13 +158,8 @@ def listed_gradient_kernel(
     number = tl.load(unit_lists + unit)  # (memory row, retrieval head, chunk)
     if number >= lists:
         return
-    chunk = number % C
-    hr = (number // C) % HR
-    row = (number // C // HR).to(tl.int64)
+    chunk, hr, row, first, stop = _unit_of(unit, number, pair_starts, unit_ends, C, HR, unit_pairs)
     kv_head = hr + tl.program_id(1) * HR
-    first_unit = tl.load(unit_ends + number - 1, mask=number > 0, other=0)
-    first = tl.load(pair_starts + number) + (unit - first_unit) * unit_pairs
-    stop = tl.minimum(first + unit_pairs, tl.load(pair_starts + number + 1))
     head = tl.arange(0, BT * GP) % GP
     columns = tl.arange(0, S)
     dims = tl.arange(0, D)
@@ -185,10 +189,7 @@ def listed_gradient_kernel(
         token = local // part_tokens * T + first_token + local % part_tokens
         target = grad_weights + (token * HKV + kv_head) * K + pair % K
         tl.store(target, tl.sum(tl.reshape(delta, (BT, GP)), 1), mask=place < stop)
-    place = (unit * tl.num_programs(1) + tl.program_id(1)) * (2 * S * D)
-    target = partial + place + columns[:, None] * D + dims[None, :]
-    tl.store(target, grad_k)
-    tl.store(target + S * D, grad_v)
+    _store_sums(partial, unit * tl.num_programs(1) + tl.program_id(1), grad_k, grad_v, S, D)
 
 
 @triton.jit
@@ -270,10 +271,7 @@ def covered_memory_gradient_kernel(
             b, hr, kv_head, T, K, HKV, HR, G, D, S, HAS_LENGTHS,
         )  # fmt: skip
         grad_k, grad_v = tl.trans(grad_k), tl.trans(grad_v)
-    place = (((b * HKV + kv_head) * C + chunk) * splits + split) * (2 * S * D)
-    target = partial + place + columns[:, None] * D + dims[None, :]
-    tl.store(target, grad_k)
-    tl.store(target + S * D, grad_v)
+    _store_sums(partial, ((b * HKV + kv_head) * C + chunk) * splits + split, grad_k, grad_v, S, D)
 
 
 @triton.jit
