@@ -83,6 +83,13 @@ Scoring = Annotated[
         "authors' tests, whose score the forced answer is, else generate."
     ),
 ]
+Lengths = Annotated[
+    str,
+    typer.Option(
+        help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling); 0: facts alone (babilong). Beyond the text its "
+        "lines come again in new orders, which ppl never reads."
+    ),
+]
 Suites = Annotated[
     str,
     typer.Option("--suite", help="ruler, recall, paper, prompt, babilong, qa, ppl, short; several by commas."),
@@ -107,9 +114,7 @@ def suite(
     models: Models = None,
     suites: Suites = "",
     tasks: Annotated[str, typer.Option(help="Tasks by name instead of, or besides, a suite.")] = "",
-    lengths: Annotated[
-        str, typer.Option(help="Tokens of a whole sample: 4K,64K or 4K..1M (doubling); 0: facts alone (babilong).")
-    ] = "4K..64K",
+    lengths: Lengths = "4K..64K",
     samples: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Samples of a task and length.")] = 100,
     setting: Setting = "auto",
     reread: RereadPassages = 0,
@@ -151,6 +156,8 @@ def suite(
       hsa eval checkpoints/nano --suite ruler --lengths 4K..1M --data squad=a.json --data hotpot=b.jsonl -o runs/ruler
 
       torchrun --nproc-per-node=8 -m hsa_ultralong eval checkpoints/nano --suite recall --lengths 1M..16M -o runs/long
+
+      hsa eval checkpoints/nano --tasks s_niah_authors --lengths 128M --shards .data/shards -o runs/128m
 
       hsa eval models/smol models/mine --tasks niah_single_2,vt --chat --lengths 2K..8K -o runs/beside
 
@@ -378,9 +385,12 @@ def _measure(
     from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from hsa_ultralong.distributed.mesh import everywhere, on_first, patient_group
-    from hsa_ultralong.eval.likelihood_suite import LIKELIHOOD_TASKS, run_likelihood
+    from hsa_ultralong.eval.likelihood_suite import LIKELIHOOD_TASKS, check_lengths, run_likelihood
     from hsa_ultralong.eval.suite import FollowedRun, SampleRanks, SuiteRun, run_settings, run_suite, write_summary
+    from hsa_ultralong.eval.tasks import reads_text
 
+    text = material.text if kept is None else kept
+    check_lengths(names, lengths, len(text))
     group = patient_group()
     ranks = SampleRanks(group.rank(), group.size(), lambda work: everywhere(work, group)) if group else SampleRanks()
     is_first = ranks.rank == 0
@@ -403,6 +413,9 @@ def _measure(
     with own[0] if is_first else FollowedRun(records) as run, ends_by_term(), bar:
         if run.records and is_first:
             echo(f"{place} holds {len(run.records):,} samples; going on", err=True)
+        longer = [length for length in lengths if length > len(material.text)]
+        for length in longer if is_first and any(map(reads_text, asked)) else ():
+            echo(f"{length:,} tokens from a text of {len(material.text):,}, its lines again in new orders", err=True)
         task = bar.add_task(label, total=total)
 
         def show(name: str, length: int, done: int, wanted: int) -> None:
@@ -418,9 +431,8 @@ def _measure(
                     scoring=scoring, progress=show, ranks=ranks,
                 )  # fmt: skip
             run_likelihood(
-                model, material.tokenizer, material.text if kept is None else kept, run, tasks=names,
-                lengths=lengths, samples=samples, label=label, folder=material.files.get("short"), progress=show,
-                ranks=ranks,
+                model, material.tokenizer, text, run, tasks=names, lengths=lengths, samples=samples, label=label,
+                folder=material.files.get("short"), progress=show, ranks=ranks,
             )  # fmt: skip
         except BaseException:
             if run.records and is_first:

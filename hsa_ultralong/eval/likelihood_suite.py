@@ -109,6 +109,20 @@ def _tails(
     ]
 
 
+def check_lengths(names: Sequence[str], lengths: Sequence[int], tokens: int) -> None:
+    """Refuse perplexities of lengths of which a text of so many tokens has none: it is never recombined for them.
+
+    Raises:
+        ValueError: naming the task and the text.
+    """
+    for name in (*TAILS, "ppl_position"):
+        if name in names and min(lengths) > tokens:
+            raise ValueError(
+                f"{name} reads the text as it stands, and it has {tokens:,} tokens of {min(lengths):,}; leave the task "
+                "out, or give a shorter length or more text"
+            )
+
+
 def _misfit(name: str, length: int, tokens: int, limit: int | None) -> str | None:
     """Why a length cannot be measured."""
     if limit is not None and length > limit:

@@ -97,9 +97,12 @@ class MemoryReader:
         self._memory: Memory | None = None
         self._read: list[Contents] = []  # what the memory holds
         self._known: OrderedDict[_Key, Chunk] = OrderedDict()
+        # what was found to differ, by the numbers of two documents, which are kept so that these stay theirs
+        self._differences: dict[tuple[int, int], tuple[Tokens, Tokens, np.ndarray]] = {}
 
     def answer(self, samples: Sequence[Sample]) -> list[Reply]:
         replies: list[Reply] = []
+        self._forget(samples)
         while rest := samples[len(replies) :]:
             count = self._hold(rest)
             replies += self._generate(rest[:count])
@@ -107,6 +110,7 @@ class MemoryReader:
 
     def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
         found: list[bool | None] = []
+        self._forget(samples)
         while rest := samples[len(found) :]:
             count = self._hold(rest)
             found += self._force(rest[:count])
@@ -154,7 +158,7 @@ class MemoryReader:
             if len(held) != len(wanted):
                 continue
             changed = {
-                document: changed_chunks(old, new, self.chunk_size, self._reach)
+                document: self._changed(old, new)
                 for document, (old, new) in enumerate(zip(held, wanted, strict=True))
                 if old is not new  # the same array where samples share a document
             }
@@ -162,6 +166,18 @@ class MemoryReader:
             if total <= most and (best is None or total < best[0]):
                 best = total, number, changed
         return None if best is None else best[1:]
+
+    def _changed(self, old: Tokens, new: Tokens) -> np.ndarray:
+        """`changed_chunks`, found once for a pair of documents: comparing long ones takes longer than answering."""
+        key = id(old), id(new)
+        if key not in self._differences:
+            self._differences[key] = old, new, changed_chunks(old, new, self.chunk_size, self._reach)
+        return self._differences[key][2]
+
+    def _forget(self, samples: Sequence[Sample]) -> None:
+        """Let go of what was found of other samples."""
+        asked = {id(text) for sample in samples for text in _contents(sample)}
+        self._differences = {key: found for key, found in self._differences.items() if key[1] in asked}
 
     def _rows(self, samples: Sequence[Sample]) -> tuple[RowMemories, list[_Numbers]]:
         """The memories of some samples, and which chunks of a sample their numbers mean."""
@@ -320,7 +336,8 @@ def changed_chunks(old: Tokens, new: Tokens, size: int, reach: int) -> np.ndarra
     """Chunks of `new`, ascending, that cannot be taken from `old` as they are: a changed token stands in them or at
     most `reach` tokens before one of theirs."""
     common = min(len(old), len(new))
-    differs = np.flatnonzero(old[:common] != new[:common])
+    # by torch, which uses all cores
+    differs = (torch.from_numpy(old[:common]) != torch.from_numpy(new[:common])).nonzero()[:, 0].numpy()
     if len(old) != len(new):
         differs = np.concatenate([differs, np.arange(common, len(new) + 1)])
     count = -(-len(new) // size)

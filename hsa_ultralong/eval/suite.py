@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -148,11 +149,19 @@ def _samples(
 def _answer(
     samples: Sequence[Sample], model: str, reader: Reader, material: Material, scoring: str
 ) -> list[dict[str, Any]]:
-    replies = _replies(reader, samples, scoring) if samples else []
-    return [_record(sample, reply, model, reader, material) for sample, reply in zip(samples, replies, strict=True)]
+    if not samples:
+        return []
+    # checksums of long contexts beside the answers
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(sample_digest, samples)
+        replies = _replies(reader, samples, scoring)
+        rows = list(zip(samples, replies, digests, strict=True))
+    return [_record(sample, reply, digest, model, reader, material) for sample, reply, digest in rows]
 
 
-def _record(sample: Sample, reply: Reply, model: str, reader: Reader, material: Material) -> dict[str, Any]:
+def _record(
+    sample: Sample, reply: Reply, digest: str, model: str, reader: Reader, material: Material
+) -> dict[str, Any]:
     """One line of records.jsonl; the passages of what was answered rightly have places only.
 
     Where the teacher's verdict is the score, the first of `scores` is the task's own metric of what was generated.
@@ -169,7 +178,7 @@ def _record(sample: Sample, reply: Reply, model: str, reader: Reader, material: 
     )
     return {
         "model": model, "task": sample.task, "length": sample.length, "index": sample.index, "depth": sample.depth,
-        "sample": sample_digest(sample), "setting": reader.setting, "metric": metric, "query": sample.query,
+        "sample": digest, "setting": reader.setting, "metric": metric, "query": sample.query,
         "expected": list(sample.answers), "answered": reply.text or "", "score": value, "scores": scores,
         "teacher": teacher, "certainty": reply.certainty, "found": reply.found, "rank": reply.rank,
         "weight": reply.weight, "margin": reply.margin, **passages,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from hsa_ultralong.eval.tasks.material import Material, nearest_free
 from hsa_ultralong.eval.tasks.sample import Sample, Task, Tokens, TooShort
@@ -70,7 +71,7 @@ def finish(
     if len(context) != form.room:
         raise AssertionError(f"{task.name}: {len(context)} tokens of context for {form.room}")
     shift = len(form.head)
-    whole = np.concatenate([np.asarray(part, dtype=np.int32) for part in (form.head, context, form.end)])
+    whole = torch.cat([torch.as_tensor(part, dtype=torch.int32) for part in (form.head, context, form.end)]).numpy()
     evidence = tuple(sorted((start + shift, stop + shift) for start, stop in spans))
     return Sample(
         task.name, index, form.size, whole, form.question, tuple(answers), form.max_new_tokens, task.metric, depth,
@@ -79,7 +80,7 @@ def finish(
 
 
 def write_in(
-    context: Tokens, starts: np.ndarray, pieces: Sequence[Sequence[int]], depths: Sequence[float], task: str
+    context: Tokens, starts: np.ndarray | range, pieces: Sequence[Sequence[int]], depths: Sequence[float], task: str
 ) -> list[tuple[int, int]]:
     """Write pieces over tokens of the context, in place, each from the start (n,) that is nearest to its depth, or
     from the nearest token of all where no start has room.
@@ -94,7 +95,7 @@ def write_in(
         place = round(depth * max(0, len(context) - len(piece)))
         start = nearest_free(starts, place, len(piece), spans, len(context))
         if start is None:
-            start = nearest_free(np.arange(len(context)), place, len(piece), spans, len(context))
+            start = nearest_free(range(len(context)), place, len(piece), spans, len(context))
         if start is None:
             wanted = sum(len(each) for each in pieces)
             raise TooShort(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from hsa_ultralong.eval.tasks.babilong import BABILONG, Babilong
 from hsa_ultralong.eval.tasks.material import Material, word_list
-from hsa_ultralong.eval.tasks.paper import PAPER
+from hsa_ultralong.eval.tasks.paper import PAPER, KeyValues, Passkey
 from hsa_ultralong.eval.tasks.questions import QUESTIONS, PassageQuestions
 from hsa_ultralong.eval.tasks.recall import PROMPTS, RECALL
 from hsa_ultralong.eval.tasks.ruler_needles import RULER_NEEDLES, Needles
@@ -48,6 +48,16 @@ def check_tasks(names: Sequence[str], material: Material, number: int) -> None:
             word_list("noun")
     if material.chat:
         _ = material.turn
+
+
+def reads_text(name: str) -> bool:
+    """Whether contexts of a task are made of the haystack, whose lines come again where it is shorter than a length;
+    the others bring what fills them."""
+    task = TASKS[name]
+    if isinstance(task, Needles):
+        return task.haystack == "essay"
+    own = Passkey | KeyValues | VariableTracking | CommonWords | FrequentWords | DocumentQuestions
+    return not isinstance(task, own)
 
 
 def make_samples(name: str, material: Material, length: int, number: int, seed: int = 0) -> Iterator[Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -96,7 +97,8 @@ class Material:
             tokens = recombined(self.text, length, self.tokenizer).numpy()
             self._haystack = (length, tokens, self.sentence_starts(tokens))
         _, tokens, starts = self._haystack
-        return tokens[:room].copy(), starts[: int(np.searchsorted(starts, room))]
+        # by torch, whose copies use all cores: a sample of 128M tokens is half a gigabyte
+        return torch.from_numpy(tokens[:room]).clone().numpy(), starts[: int(np.searchsorted(starts, room))]
 
     @cached_property
     def _edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -132,14 +134,16 @@ def word_list(*names: str) -> list[str]:
     return sorted(word for word in found if word)
 
 
-def nearest_free(starts: np.ndarray, place: int, size: int, taken: Sequence[tuple[int, int]], limit: int) -> int | None:
+def nearest_free(
+    starts: np.ndarray | range, place: int, size: int, taken: Sequence[tuple[int, int]], limit: int
+) -> int | None:
     """The start (ascending) nearest to `place` whose span of `size` tokens ends by `limit` and overlaps none taken;
     None if there is none."""
 
     def fits(start: int) -> bool:
         return start + size <= limit and all(start + size <= begin or start >= end for begin, end in taken)
 
-    right = int(np.searchsorted(starts, place))
+    right = bisect_left(starts, place)
     left = right - 1
     while left >= 0 or right < len(starts):
         nearer_left = right == len(starts) or (left >= 0 and place - starts[left] <= starts[right] - place)

@@ -29,9 +29,9 @@ def _capitals(rng: np.random.Generator, number: int) -> list[str]:
     return list(found)
 
 
-def _anywhere(material: Material, form: Form, length: int) -> tuple[Tokens, np.ndarray]:
+def _anywhere(material: Material, form: Form, length: int) -> tuple[Tokens, range]:
     """A haystack whose facts may stand at any token."""
-    return material.haystack(length, form.room)[0], np.arange(form.room)
+    return material.haystack(length, form.room)[0], range(form.room)
 
 
 @dataclass(frozen=True)

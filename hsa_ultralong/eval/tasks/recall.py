@@ -131,7 +131,8 @@ class Recall:
             pieces = [material.encode(f" {fact.statement}") for fact in facts]
             # the same places whichever fact is asked for
             common = min(form.room for form in forms)
-            spans = write_in(context[:common], starts[starts < common], pieces, depths[: len(facts)], self.name)
+            usable = starts[: int(np.searchsorted(starts, common))]
+            spans = write_in(context[:common], usable, pieces, depths[: len(facts)], self.name)
         if self.stated > 1:
             place = max(range(self.stated), key=lambda i: spans[i][0])
         answers = [] if is_absent else [facts[place].value]

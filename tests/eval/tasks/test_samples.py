@@ -13,7 +13,7 @@ import torch
 
 from hsa_ultralong.data.tokenizer import load_tokenizer
 from hsa_ultralong.eval.evidence import sample_digest
-from hsa_ultralong.eval.tasks import SUITES, TASKS, Material, Sample, make_samples, ruler_words
+from hsa_ultralong.eval.tasks import SUITES, TASKS, Material, Sample, make_samples, reads_text, ruler_words
 from hsa_ultralong.eval.tasks.sample import TooShort
 from tests.eval.tasks.conftest import MAKES, make_material, write_files
 
@@ -48,6 +48,16 @@ def test_a_sample_has_exactly_the_length_asked_for(material, name):
             assert len(sample.prompt()) + sample.max_new_tokens == length == sample.length
             assert sample.task == name
             assert sample.context.dtype == np.int32
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_tasks_that_read_the_text_are_known(material, monkeypatch, name):
+    asked, haystack = [], Material.haystack
+    monkeypatch.setattr(
+        Material, "haystack", lambda self, length, room: asked.append(length) or haystack(self, length, room)
+    )
+    next(make_samples(name, material, LENGTH, 1))
+    assert bool(asked) is reads_text(name)
 
 
 @pytest.mark.parametrize("name", ["recall_form_01", "passkey", "niah_multiquery", "fwe", "qa_1", "qa_xquad"])
