@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ from hsa_ultralong.models.evaluation import evaluating
 
 # chunks that are kept beside the memory, the latest used
 _KEPT_CHUNKS = 4096
+# comparisons of two documents that are kept
+_KEPT_DIFFERENCES = 1024
 # a sample of which more than this share of chunks differs, notes included, is read as a whole
 _MOST_CHANGED = 0.5
 # so many documents of at most so many tokens are read together: one by one, each would cost a GPU's launches
@@ -97,12 +100,11 @@ class MemoryReader:
         self._memory: Memory | None = None
         self._read: list[Contents] = []  # what the memory holds
         self._known: OrderedDict[_Key, Chunk] = OrderedDict()
-        # what was found to differ, by the numbers of two documents, which are kept so that these stay theirs
-        self._differences: dict[tuple[int, int], tuple[Tokens, Tokens, np.ndarray]] = {}
+        # what was found to differ, by the identities of two documents, none of which it keeps
+        self._differences: dict[tuple[int, int], tuple[ref[Tokens], ref[Tokens], np.ndarray]] = {}
 
     def answer(self, samples: Sequence[Sample]) -> list[Reply]:
         replies: list[Reply] = []
-        self._forget(samples)
         while rest := samples[len(replies) :]:
             count = self._hold(rest)
             replies += self._generate(rest[:count])
@@ -110,7 +112,6 @@ class MemoryReader:
 
     def forced(self, samples: Sequence[Sample]) -> list[bool | None]:
         found: list[bool | None] = []
-        self._forget(samples)
         while rest := samples[len(found) :]:
             count = self._hold(rest)
             found += self._force(rest[:count])
@@ -169,15 +170,14 @@ class MemoryReader:
 
     def _changed(self, old: Tokens, new: Tokens) -> np.ndarray:
         """`changed_chunks`, found once for a pair of documents: comparing long ones takes longer than answering."""
-        key = id(old), id(new)
-        if key not in self._differences:
-            self._differences[key] = old, new, changed_chunks(old, new, self.chunk_size, self._reach)
-        return self._differences[key][2]
-
-    def _forget(self, samples: Sequence[Sample]) -> None:
-        """Let go of what was found of other samples."""
-        asked = {id(text) for sample in samples for text in _contents(sample)}
-        self._differences = {key: found for key, found in self._differences.items() if key[1] in asked}
+        known = self._differences.get((id(old), id(new)))
+        if known is not None and known[0]() is old and known[1]() is new:
+            return known[2]
+        found = changed_chunks(old, new, self.chunk_size, self._reach)
+        if len(self._differences) >= _KEPT_DIFFERENCES:
+            self._differences.clear()
+        self._differences[id(old), id(new)] = ref(old), ref(new), found
+        return found
 
     def _rows(self, samples: Sequence[Sample]) -> tuple[RowMemories, list[_Numbers]]:
         """The memories of some samples, and which chunks of a sample their numbers mean."""
@@ -336,8 +336,7 @@ def changed_chunks(old: Tokens, new: Tokens, size: int, reach: int) -> np.ndarra
     """Chunks of `new`, ascending, that cannot be taken from `old` as they are: a changed token stands in them or at
     most `reach` tokens before one of theirs."""
     common = min(len(old), len(new))
-    # by torch, which uses all cores
-    differs = (torch.from_numpy(old[:common]) != torch.from_numpy(new[:common])).nonzero()[:, 0].numpy()
+    differs = np.flatnonzero(old[:common] != new[:common])
     if len(old) != len(new):
         differs = np.concatenate([differs, np.arange(common, len(new) + 1)])
     count = -(-len(new) // size)

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hsa_ultralong.eval.answers import FORCED, Reply
@@ -26,7 +27,7 @@ from hsa_ultralong.eval.stored_runs import FIELDS, StoredRun
 from hsa_ultralong.eval.suite_plots import draw_all
 from hsa_ultralong.eval.suite_summary import is_share, latex, markdown, summary_records
 from hsa_ultralong.eval.tasks import TASKS, Material, Sample, check_tasks, make_samples, score
-from hsa_ultralong.eval.tasks.sample import TooShort
+from hsa_ultralong.eval.tasks.sample import Tokens, TooShort
 from hsa_ultralong.files.durable import write_whole
 
 # (task, length, samples done, samples wanted)
@@ -119,6 +120,7 @@ def run_suite(
                 parts = ranks.everywhere(lambda own=own: _answer(own, model, reader, material, scoring))  # type: ignore[misc]
                 run.add(sorted((record for part in parts for record in part), key=lambda record: record["index"]))
                 done |= {sample.index for sample in batch}
+                del batch, own  # before the next ones are made: contexts are long
                 report(task, length, len(done), samples)
             if scoring == "teacher" and not any(r["score"] is not None for r in run.of(task, length)):
                 run.skipped.setdefault((task, length), f"no sample of {task} has a single answer to force")
@@ -173,6 +175,7 @@ def _record(
         metric, value, teacher = "teacher", None if teacher is None else float(teacher), None
     else:
         value = scores.pop(metric, None)
+    device = getattr(getattr(reader, "model", None), "device", "cpu")
     passages = passage_records(
         sample, reply.retrieved, reader.chunk_size, material.tokenizer, with_text=value is None or value < 1
     )
@@ -183,7 +186,7 @@ def _record(
         "teacher": teacher, "certainty": reply.certainty, "found": reply.found, "rank": reply.rank,
         "weight": reply.weight, "margin": reply.margin, **passages,
         # the contexts of a task are alike, so the first one says how much it repeats
-        **({"distinct_chunks": distinct_chunks(sample, reader.chunk_size)} if sample.index == 0 else {}),
+        **({"distinct_chunks": distinct_chunks(sample, reader.chunk_size, device)} if sample.index == 0 else {}),
     }  # fmt: skip
 
 
@@ -191,12 +194,13 @@ def _score(sample: Sample, metric: str, text: str) -> float:
     return score(metric, text, sample.answers, sample.query)
 
 
-def distinct_chunks(sample: Sample, chunk_size: int) -> int:
-    """Different chunks among those of the context and of the notes."""
-    texts = [torch.as_tensor(text, dtype=torch.int32) for text in (sample.context, *sample.notes)]
-    # each ends in a chunk of its own
-    whole = [torch.nn.functional.pad(text, (0, -len(text) % chunk_size), value=-1) for text in texts]
-    return count_distinct(torch.cat(whole), chunk_size)
+def distinct_chunks(sample: Sample, chunk_size: int, device: torch.device | str = "cpu") -> int:
+    """Different chunks among those of the context and of the notes, counted on a device."""
+    whole: list[Tokens] = []
+    for text in (sample.context, *sample.notes):
+        # each ends in a chunk of its own
+        whole += [np.asarray(text, dtype=np.int32), np.full(-len(text) % chunk_size, -1, dtype=np.int32)]
+    return count_distinct(torch.from_numpy(np.concatenate(whole)), chunk_size, device)
 
 
 def run_settings(

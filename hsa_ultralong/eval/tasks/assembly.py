@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from hsa_ultralong.eval.tasks.material import Material, nearest_free
 from hsa_ultralong.eval.tasks.sample import Sample, Task, Tokens, TooShort
@@ -71,7 +70,7 @@ def finish(
     if len(context) != form.room:
         raise AssertionError(f"{task.name}: {len(context)} tokens of context for {form.room}")
     shift = len(form.head)
-    whole = torch.cat([torch.as_tensor(part, dtype=torch.int32) for part in (form.head, context, form.end)]).numpy()
+    whole = np.concatenate([np.asarray(part, dtype=np.int32) for part in (form.head, context, form.end)])
     evidence = tuple(sorted((start + shift, stop + shift) for start, stop in spans))
     return Sample(
         task.name, index, form.size, whole, form.question, tuple(answers), form.max_new_tokens, task.metric, depth,

@@ -97,8 +97,7 @@ class Material:
             tokens = recombined(self.text, length, self.tokenizer).numpy()
             self._haystack = (length, tokens, self.sentence_starts(tokens))
         _, tokens, starts = self._haystack
-        # by torch, whose copies use all cores: a sample of 128M tokens is half a gigabyte
-        return torch.from_numpy(tokens[:room]).clone().numpy(), starts[: int(np.searchsorted(starts, room))]
+        return tokens[:room].copy(), starts[: int(np.searchsorted(starts, room))]
 
     @cached_property
     def _edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
