@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hsa_ultralong.memory.landmark_index import LandmarkIndex, best_of
+from hsa_ultralong.memory.landmark_index import _SCORED_PER_KEPT, LandmarkIndex, best_of
 from hsa_ultralong.ops._common import blocks, matmul_wide
 
 # with fewer chunks lists save no time
@@ -60,24 +60,32 @@ class LandmarkLists(LandmarkIndex):
         members: (Hr, C) int32 chunk numbers, odd ones first, then list after list.
         num_odd: odd chunks of each head.
         lists, groups: spans of the chunks behind the odd ones; a group is _GROUP lists.
+        spread: (Hr, d) fp32, of the sketches in each direction, by which distances are measured.
+        odd_from: (Hr,) fp32, the least squared distance from the 4th nearest chunk that an odd one had.
         num_read: chunks in lists that a query reads, or None for 6 * sqrt(K * C).
     """
 
     members: torch.Tensor = field(kw_only=True)
     num_odd: int = field(kw_only=True)
+    spread: torch.Tensor = field(kw_only=True)
+    odd_from: torch.Tensor = field(kw_only=True)
     lists: Spans = field(kw_only=True)
     groups: Spans = field(kw_only=True)
     num_read: int | None = field(kw_only=True, default=None)
 
     @staticmethod
-    def build(landmarks: torch.Tensor, *, num_dims: int | None = None, num_read: int | None = None) -> LandmarkIndex:
+    def build(
+        landmarks: torch.Tensor, *, num_dims: int | None = None, num_read: int | None = None,
+        least_chunks: int | None = None,
+    ) -> LandmarkIndex:  # fmt: skip
         """Lists over landmarks (C, Hr, R), which are kept, not copied; nothing is random.
 
         Args:
             num_dims: as in LandmarkIndex.build. num_read: chunks in lists that a query reads; C or more reads all.
+            least_chunks: with fewer, no lists; default 65,536, below which they save no time.
 
         Returns:
-            LandmarkLists; of fewer than 65,536 chunks, and of landmarks that fill all dimensions, the LandmarkIndex,
+            LandmarkLists; of fewer than `least_chunks`, and of landmarks that fill all dimensions, the LandmarkIndex,
             which reads more.
 
         Raises:
@@ -86,7 +94,7 @@ class LandmarkLists(LandmarkIndex):
         if num_read is not None and num_read < 1:
             raise ValueError(f"num_read must be >= 1, got {num_read}")
         plain = LandmarkIndex.build(landmarks, num_dims=num_dims)
-        if plain.basis is None or plain.num_chunks < _LEAST_CHUNKS:
+        if plain.basis is None or plain.num_chunks < (_LEAST_CHUNKS if least_chunks is None else least_chunks):
             return plain
         num_chunks, heads, _ = landmarks.shape
         num_odd = num_chunks // _ODD
@@ -96,9 +104,12 @@ class LandmarkLists(LandmarkIndex):
         depth = max(_GROUP.bit_length() - 1, math.ceil(math.log2(rest / _LIST_CHUNKS)))
         bounds = _halves(rest, depth, landmarks.device)
         spans: tuple[list[Spans], list[Spans]] = [], []
+        spread = torch.empty((heads, sketches.shape[-1]), device=landmarks.device)
+        odd_from = torch.empty(heads, device=landmarks.device)
         for head in range(heads):
             points = plain.sketches[:, head].float().nan_to_num(0.0, 0.0, 0.0)  # (C, d)
-            odd, others = _set_apart(points, num_odd)
+            spread[head] = points.std(0, correction=0).clamp_min(1e-30)
+            odd, others, odd_from[head] = _set_apart(points, points / spread[head], num_odd)
             order = _split(points[others], depth)
             members[head] = torch.cat((odd, others[order]))
             points = points[others[order]]
@@ -111,7 +122,7 @@ class LandmarkLists(LandmarkIndex):
         )
         return LandmarkLists(
             plain.landmarks, plain.num_dims, plain.basis, plain.center, sketches, members=members, num_odd=num_odd,
-            lists=lists, groups=groups, num_read=num_read,
+            spread=spread, odd_from=odd_from, lists=lists, groups=groups, num_read=num_read,
         )  # fmt: skip
 
     @property
@@ -119,6 +130,37 @@ class LandmarkLists(LandmarkIndex):
         """Bytes beside the landmarks."""
         spans = [part for span in (self.lists, self.groups) for part in (span.mean, span.variance)]
         return sum(part.nbytes for part in (self.sketches, self.members, *spans))
+
+    def num_scanned(self, topk: int) -> int:
+        """Sketches that a query looks at: of odd chunks, of the lists read, and two, mean and variance, for every group
+        and for every list of the groups looked at."""
+        read, looked = self._num_spans(topk, min(self.num_chunks, _SCORED_PER_KEPT * topk))
+        return self.num_odd + read * self._width + 2 * (self.groups.mean.shape[1] + looked * _GROUP)
+
+    @torch.no_grad()
+    def distances(self, landmarks: torch.Tensor, near: torch.Tensor | None = None) -> torch.Tensor:
+        """How far other landmarks (n, Hr, R) are from the chunks: squared, from the 4th nearest, (n, Hr) fp32.
+
+        A landmark farther than `odd_from` would be odd were it one of the chunks, as `build` looks for neighbours in a
+        part of them only; a nearer one may be odd or not.
+
+        Args:
+            near: (n, n) bool, which of them stand beside each other and count as neighbours too.
+        """
+        assert self.basis is not None
+        rows = (landmarks.float().transpose(0, 1) @ self.basis).to(self.sketches.dtype).float()  # (Hr, n, d)
+        rows = rows / self.spread[:, None]
+        nearest = rows.new_full((*rows.shape[:2], _NEAREST), torch.inf)
+        if near is not None:
+            beside = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+            beside = beside.masked_fill(~near | torch.eye(len(near), dtype=torch.bool, device=near.device), torch.inf)
+            nearest = torch.cat((nearest, beside), -1).topk(_NEAREST, largest=False).values
+        length = rows.square().sum(-1, keepdim=True)
+        for start, stop in blocks(self.num_chunks, max(_NEAREST, _BLOCK_ELEMENTS // (rows.shape[1] + rows.shape[2]))):
+            others = self.sketches[:, start:stop].float().nan_to_num(0.0, 0.0, 0.0) / self.spread[:, None]  # (Hr, m, d)
+            squares = length + others.square().sum(-1)[:, None] - 2 * rows @ others.mT  # (Hr, n, m)
+            nearest = torch.cat((nearest, squares), -1).topk(_NEAREST, largest=False).values
+        return nearest[..., -1].T
 
     @property
     def _width(self) -> int:
@@ -177,16 +219,19 @@ def _halves(count: int, depth: int, device: torch.device) -> torch.Tensor:
     return (torch.arange((1 << depth) + 1, device=device) * count) >> depth
 
 
-def _set_apart(points: torch.Tensor, num_odd: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers of the points (C, d) that are farthest from all others, and of the rest."""
+def _set_apart(
+    points: torch.Tensor, white: torch.Tensor, num_odd: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The numbers of the points (C, d) that are farthest from all others, of the rest, and the least squared distance
+    (), among the same points in units of their spread, `white`, of the first."""
     depth = max(0, math.ceil(math.log2(len(points) / _NEIGHBOURS)))
-    white = points / points.std(0, correction=0).clamp_min(1e-30)
     bounds = _halves(len(points), depth, points.device)
     # too far where the nearest lies in another run: an odd point never passes for another, only the reverse
     apart = torch.minimum(*(_apart(white, bounds, _split(found, depth)) for found in (white, points)))
     is_odd = torch.zeros_like(apart, dtype=torch.bool)
-    is_odd[apart.topk(num_odd).indices] = True
-    return is_odd.nonzero()[:, 0], (~is_odd).nonzero()[:, 0]
+    farthest = apart.topk(num_odd)
+    is_odd[farthest.indices] = True
+    return is_odd.nonzero()[:, 0], (~is_odd).nonzero()[:, 0], farthest.values[-1]
 
 
 def _apart(points: torch.Tensor, bounds: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,42 @@ def test_a_chunk_like_no_other_is_found_however_little_is_read():
     assert index.search(query, 1)[0].item() == exact(query, landmarks, 1)[0].item() == 1234
 
 
+def test_what_is_farther_than_the_least_odd_chunk_is_odd_once_it_is_a_chunk():
+    landmarks = topics(4000, heads=2)
+    index = listed(landmarks)
+    others = 0.6 * torch.randn(24, 2, 64) + landmarks[:24]
+    others = torch.cat((others, landmarks[100:108], landmarks[100:108] + 1e-4))
+    is_far = index.distances(others) > index.odd_from
+    assert int(is_far[:24].sum()) > 8 and not is_far[24:].all(0).any()
+    for number in range(0, 24, 6):
+        changed = landmarks.clone()
+        changed[1000] = others[number]
+        anew = listed(changed)
+        for head in is_far[number].nonzero()[:, 0].tolist():
+            assert 1000 in anew.members[head, : anew.num_odd]
+
+
+def test_distances_are_from_the_fourth_nearest_in_units_of_the_spread():
+    landmarks = topics(1200)
+    index = listed(landmarks)
+    others = torch.cat((landmarks[5:6], landmarks[7:8] + 0.1 * torch.randn(6, 1, 64)))
+    white = (landmarks[:, 0] @ index.basis[0]) / index.spread[0]
+    rows = (others[:, 0] @ index.basis[0]) / index.spread[0]
+    squares = torch.cdist(rows, white).square()
+    expected = squares.sort().values[:, 3]
+    torch.testing.assert_close(index.distances(others)[:, 0], expected, rtol=1e-3, atol=1e-3)
+    near = torch.zeros(7, 7, dtype=torch.bool)
+    near[1:, 1:] = True
+    beside = torch.cdist(rows, rows).square().masked_fill(~near | torch.eye(7, dtype=torch.bool), torch.inf)
+    expected = torch.cat((squares, beside), 1).sort().values[:, 3]
+    torch.testing.assert_close(index.distances(others, near)[:, 0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_share_that_is_scanned_falls_with_the_number_of_chunks():
+    shares = [listed(topics(n)).num_scanned(4) / n for n in (1000, 4000, 16000)]
+    assert shares == sorted(shares, reverse=True) and shares[2] > 1 / landmark_lists._ODD
+
+
 def test_reading_more_finds_more():
     landmarks, query = topics(6000), torch.randn(1, 64, 1, 64)
     expected, _ = exact(query, landmarks, 16)
@@ -111,6 +147,8 @@ def test_few_chunks_and_landmarks_that_fill_all_dimensions_make_no_lists():
         query = torch.randn(1, 4, 1, landmarks.shape[-1])
         assert type(index) is LandmarkIndex
         assert torch.equal(index.search(query, 8)[0], exact(query, landmarks, 8)[0])
+    assert type(LandmarkLists.build(topics(511), least_chunks=511)) is LandmarkLists
+    assert type(LandmarkLists.build(topics(600), least_chunks=601)) is LandmarkIndex
 
 
 def test_scale_padding_order_and_ties_are_those_of_chunk_topk():
