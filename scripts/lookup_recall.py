@@ -1,15 +1,15 @@
 """What a lookup that reads a part of a memory loses and gains at several sizes, with real text and real weights.
 
     python scripts/lookup_recall.py checkpoints/nano --shards SHARDS --chunks 65536,262144,1048576 -o runs/lookup
-    python scripts/lookup_recall.py checkpoints/nano --chunks 2048,4096 --least 1024 --sentences 20 -o runs/lookup-small
+    python scripts/lookup_recall.py checkpoints/nano --chunks 4096 --least 4096 --sentences 20 -o runs/small
 
 One document is read on and on; at each size the exact lookup, the sketch and the lists (docs/memory.md) answer the same
 queries of all retrieval layers:
 - of plain text: which of the exact K are found, in passages of a text apart (Opticks without --queries);
 - of the question about a hidden sentence, one in the text at a time, its chunks written by an exact edit: is its chunk
   found, where the exact K hold it. Lists are not made anew for each: a chunk farther from all others than the least odd
-  one would be odd, and takes that one's place; other sentences count as lost unless they are among the --builds nearest
-  to that limit, for which the lists are made anew with the sentence in place. These also check the shortcut.
+  one would be odd, and is put among them. The --builds sentences that are least far have the lists made anew with them
+  in place, which also checks this; the others that are not far enough are undecided and count as lost.
 Then the time of one query, the share of sketches looked at, and the time to make sketch and lists.
 
 A text too short for the largest size is followed by its lines in new orders. Written: records.jsonl, a line a size,

@@ -159,11 +159,14 @@ def placed(index: LandmarkIndex, sentence: Sentence, is_odd: torch.Tensor) -> It
 
 
 class Hit(NamedTuple):
-    """Of a sentence and a layer: is it among the exact K, and is it found by the others; built: lists made anew."""
+    """Of a sentence and a layer: is it among the exact K, and is it found by the others.
+
+    lists: None if none of its chunks among the exact K is surely odd. built: by lists made anew; None: they were not.
+    """
 
     exact: bool
     sketch: bool
-    lists: bool
+    lists: bool | None
     built: bool | None
 
 
@@ -209,7 +212,7 @@ def sentence_recall(
 
 
 def hit(sentence: Sentence, is_odd: torch.Tensor, found: dict[str, torch.Tensor]) -> Hit:
-    """found: chunks (1, 1, Hr, K) of each lookup; lists count where the chunk is surely odd."""
+    """Of the chunks (1, 1, Hr, K) that each lookup found, where those of is_odd (n, Hr) are surely odd."""
 
     def holds(name: str) -> torch.Tensor:
         chunks = torch.tensor(sentence.chunks, device=is_odd.device)
@@ -217,16 +220,18 @@ def hit(sentence: Sentence, is_odd: torch.Tensor, found: dict[str, torch.Tensor]
 
     exact = holds("exact")
     by = {name: bool((exact & holds(name)).any()) for name in ("sketch", "built") if name in found}
-    lists = bool((exact & is_odd & holds("lists")).any()) if "lists" in found else False
+    sure = exact & is_odd
+    lists = bool((sure & holds("lists")).any()) if "lists" in found and bool(sure.any()) else None
     return Hit(bool(exact.any()), by.get("sketch", False), lists, by.get("built"))
 
 
 def summed(layer: int, hits: Sequence[Hit]) -> dict[str, Any]:
     counted = [one for one in hits if one.exact]
     built = [one for one in counted if one.built is not None]
-    lists = sum(one.lists if one.built is None else one.built for one in counted)
+    lists = sum(bool(one.lists if one.built is None else one.built) for one in counted)
     low, high = wilson_interval(lists, len(counted))
     return {"layer": layer, "exact": len(counted), "sketch": sum(one.sketch for one in counted), "lists": lists,
             "share": lists / max(1, len(counted)), "ci_low": low, "ci_high": high, "built_anew": len(built),
             "built_found": sum(bool(one.built) for one in built),
-            "shortcut_differs": sum(one.built != one.lists for one in built)}  # fmt: skip
+            "undecided": sum(one.lists is None and one.built is None for one in counted),
+            "shortcut_differs": sum(one.built != one.lists for one in built if one.lists is not None)}  # fmt: skip

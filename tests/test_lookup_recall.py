@@ -66,12 +66,21 @@ def test_a_sentence_counts_by_the_chunks_that_the_exact_lookup_finds():
     found = {"exact": [5, 11], "sketch": [11, 12], "lists": [12, 3]}
     found = {name: torch.tensor([[[numbers]]]) for name, numbers in found.items()}
     assert lookup_sentences.hit(one, odd, found) == (True, True, False, None)
-    # one that may not be odd is lost, unless lists made anew find it
-    found["exact"], found["built"] = found["sketch"], found["lists"]
-    assert lookup_sentences.hit(one, odd, found) == (True, True, False, True)
-    hits = [lookup_sentences.Hit(True, True, False, True), lookup_sentences.Hit(False, True, True, None)]
+    # one that may not be odd is not decided, unless lists are made anew
+    found["exact"] = torch.tensor([[[[4, 12]]]])
+    assert lookup_sentences.hit(one, odd, found) == (True, True, None, None)
+    found["built"] = found["lists"]
+    assert lookup_sentences.hit(one, odd, found) == (True, True, None, True)
+
+
+def test_sentences_that_are_not_decided_count_as_lost():
+    hits = [lookup_sentences.Hit(*one) for one in (
+        (True, True, None, True), (True, True, False, True), (True, True, None, None), (True, False, True, None),
+        (False, True, True, None),
+    )]  # fmt: skip
     record = lookup_sentences.summed(0, hits)
-    assert (record["exact"], record["lists"], record["built_anew"], record["shortcut_differs"]) == (1, 1, 1, 1)
+    assert [record[key] for key in ("exact", "sketch", "lists", "undecided")] == [4, 3, 3, 1]
+    assert [record[key] for key in ("built_anew", "built_found", "shortcut_differs")] == [2, 2, 1]
 
 
 def test_the_plain_scan_finds_the_best_products(monkeypatch):
