@@ -161,11 +161,18 @@ def empty_memory(model: Any, chunks: int) -> Memory:
     return tiered_memory(model, chunks, store="tiered", key_values="int8", device_bytes=max(0, room))
 
 
+def write(run: RecordedRun, command: str) -> None:
+    """summary.json of the sizes so far."""
+    meta = run_metadata(command, run.settings["seed"], settings=run.settings)
+    records = sorted(run.records, key=lambda record: record["chunks"])
+    write_json(run.folder / "summary.json", {"meta": meta, "records": records})
+
+
 def measure(
     model: Any, tokenizer: Any, base: torch.Tensor, run: RecordedRun, passages: Sequence[Sequence[int]],
-    options: argparse.Namespace,
+    options: argparse.Namespace, command: str,
 ) -> None:  # fmt: skip
-    """Add the sizes that are missing."""
+    """Add the sizes that are missing, and write summary.json after each."""
     done = {record["chunks"] for record in run.records}
     sizes = [chunks for chunks in sorted(set(options.chunks)) if chunks not in done]
     if not sizes:
@@ -188,6 +195,7 @@ def measure(
                    "commit": meta["commit"], "hardware": meta["hardware"], "date": meta["date"],
                    "peak_host_bytes": peak_host_bytes(), "peak_device_bytes": peak_device_bytes(device)}  # fmt: skip
         run.add([record])
+        write(run, command)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -226,10 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "queries": tokens_digest(asked), "shards": options.shards is not None,
                     "text": [path.name for path in options.text or []]}  # fmt: skip
         with RecordedRun(options.output, settings) as run:
-            measure(model, tokenizer, base, run, passages, options)
-            meta = run_metadata("python scripts/lookup_recall.py " + shlex.join(given), options.seed, settings=settings)
-            records = sorted(run.records, key=lambda record: record["chunks"])
-            write_json(options.output / "summary.json", {"meta": meta, "records": records})
+            command = "python scripts/lookup_recall.py " + shlex.join(given)
+            measure(model, tokenizer, base, run, passages, options, command)
+            write(run, command)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     return 0
