@@ -12,7 +12,10 @@ from hsa_ultralong.files.strict_json import read_json
 QUESTION_TOKENS = 32
 # curve -> its preset and files; of a length twice the first counts
 _CURVES = {
-    "nano, H200": ("nano", ("results/nano-speed/memory-h200.json", "results/nano-speed/memory-h200x4.json")),
+    "nano, H200": (
+        "nano",
+        ("benchmarks/results/nano-speed/memory-h200.json", "benchmarks/results/nano-speed/memory-h200x4.json"),
+    ),
     "small_345m, H200": ("small_345m", ("benchmarks/results/memory-h200.json",)),
     "nano, earlier weights, 2 CPU cores": ("nano", ("benchmarks/results/memory-cpu2.json",)),
 }

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.ops._common import refuse_second_derivatives
-from hsa_ultralong.ops._triton import KERNEL_DTYPES, KERNEL_SIZES, is_interpreted, shared_memory, triton_runs_on
+from hsa_ultralong.ops._triton import (
+    KERNEL_DTYPES,
+    KERNEL_SIZES,
+    check_compiled,
+    is_interpreted,
+    shared_memory,
+    triton_runs_on,
+)
 
 try:
     from hsa_ultralong.baselines import kernel_selected
@@ -159,6 +166,7 @@ def _attend(
             f'sparse_impl="triton" in fp32 with head_dim and chunk_size 128 takes {_LARGEST_BYTES_FP32:,} bytes of '
             f'shared memory, this card has {memory:,}: use bf16 or sparse_impl="torch"'
         )
+    check_compiled()
     return _Attention.apply(q, k, v, chosen, *places)
 
 

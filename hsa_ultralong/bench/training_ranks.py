@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ class Way:
         total: the sum of a tensor over the processes. clip: (model, largest norm) -> the norm of the whole gradient.
         begin: (model, whether the next forward is the last of its step), as the trainer does.
         pool_world: processes whose rows read each other's chunks in a forward, 0 if rows read their own only.
+        saving: how it saves memory, besides checkpointing, for the records: ", tiles of 64K".
+        around: entered around every forward.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Way:
     clip: Callable[[HSAForCausalLM, float], torch.Tensor]
     begin: Callable[[HSAForCausalLM, bool], None]
     pool_world: int = 0
+    saving: str = ""
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def data_world(self) -> int:
@@ -95,7 +100,8 @@ class RankedBench:
         pool = {"pool_memory": "attended"} if self.way.pool_world else {}
         for number, part in enumerate(parts):
             self.way.begin(self.model, number + 1 == len(parts))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+            with self.way.around(), autocast:
                 share = self.model(part, labels=part, num_items_in_batch=labels, **pool).loss
             share.backward()
             loss += share.detach()
@@ -168,7 +174,7 @@ def ranks_records(
     pools: dict[int, int] = {}
 
     def keep(way: Way, context: int, metric: str, value: float) -> None:
-        kept = f"checkpointing {settings.checkpointing}"
+        kept = f"checkpointing {settings.checkpointing}{way.saving}"
         on_record({
             "metric": metric, "preset": name, "attention": "hsa", "context": context, "gpus": way.gpus,
             "parallel": f"{way.name}, {kept}" if way.name else kept,

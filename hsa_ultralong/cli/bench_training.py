@@ -48,6 +48,8 @@ def training(
     spread: Annotated[
         str, typer.Option(help="Under torchrun: shard, replicate, context, pool, each also with -fp32 weights.")
     ] = "shard,context",
+    tile_tokens: Annotated[str, typer.Option(help="Of --spread: tokens of a feed-forward tile; 0: whole.")] = "0",
+    offload: Annotated[bool, typer.Option("--offload", help="Of --spread: activations wait on the host.")] = False,
     compile_layers: Annotated[
         bool | None,
         typer.Option(
@@ -98,8 +100,7 @@ def training(
     model, kinds = preset(preset_name), [kind.strip() for kind in attention.split(",")]
     if graphs:
         _require_graphs(model, place == "cuda" and not longest and not results.is_shared)
-    if longest and results.is_shared:
-        raise ValueError("--longest searches on one card: start it without torchrun")
+    saving = _saving(tile_tokens, offload, place, longest, results.is_shared)
     if longest:
         rows = _longest_settings(
             methods, caps, max_tokens, piece_tokens, max_minutes, start, use_compile, seed, place
@@ -107,7 +108,7 @@ def training(
         _search_longest(model, preset_name, kinds, rows, place, results)
     else:
         settings = _speed_settings(contexts, batch_tokens, micro_tokens, steps, checkpointing, seed)
-        _measure_speed(model, preset_name, kinds, settings, spread, use_compile, graphs, here, results)
+        _measure_speed(model, preset_name, kinds, settings, spread, saving, use_compile, graphs, here, results)
     if results.is_first:
         _report_training(results.found, results.path, as_json)
 
@@ -119,6 +120,18 @@ def _require_graphs(model: HSAConfig, has_place: bool) -> None:
         raise ValueError(
             "--graphs cannot hold a mixture of experts, which reads counts: leave it out, or name another --preset"
         )
+
+
+def _saving(tile_tokens: str, offload: bool, place: str, longest: bool, is_shared: bool) -> dict[str, Any]:
+    """Options of ParallelConfig by which a spread step saves memory; refuses those that nothing would read."""
+    if longest and is_shared:
+        raise ValueError("--longest searches on one card: start it without torchrun")
+    tiles = parse_size(tile_tokens, "--tile-tokens", 0)
+    if not is_shared and (tiles or offload):
+        raise ValueError("--tile-tokens and --offload are for steps that torchrun spreads: leave them out")
+    if offload and place != "cuda":
+        raise ValueError("--offload needs a GPU: leave it out")
+    return {"mlp_tile_tokens": tiles, "offload_activations": offload}
 
 
 def _speed_settings(
@@ -164,8 +177,8 @@ class _Results:
 
 
 def _measure_speed(
-    model: HSAConfig, name: str, kinds: list[str], settings: TrainingSettings, spread: str, use_compile: bool,
-    has_graphs: bool, device: torch.device, results: _Results,
+    model: HSAConfig, name: str, kinds: list[str], settings: TrainingSettings, spread: str, saving: dict[str, Any],
+    use_compile: bool, has_graphs: bool, device: torch.device, results: _Results,
 ) -> None:  # fmt: skip
     """Steps of the model and its twin; under torchrun of the model alone, in one process and over all."""
     import torch.distributed as dist
@@ -177,7 +190,7 @@ def _measure_speed(
     if dist.is_initialized():
         if "hsa" not in kinds:
             raise ValueError("under torchrun the model alone is measured: leave --attention out")
-        ways = _ways(spread, settings.checkpointing, use_compile, device)
+        ways = _ways(spread, settings.checkpointing, saving, use_compile, device)
         ranks_records(model, name, ways, settings, device, results.keep, results.say)
         dist.destroy_process_group()
         return
@@ -188,7 +201,7 @@ def _measure_speed(
         )  # fmt: skip
 
 
-def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device) -> list[Way]:
+def _ways(names: str, checkpointing: str, saving: dict[str, Any], use_compile: bool, place: torch.device) -> list[Way]:
     """One process, the ways called `names` (SPREADS, with "-fp32" for weights in fp32), and a pool in one process.
 
     Ways that none of them is compared with are left out.
@@ -199,6 +212,7 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
 
     from hsa_ultralong.bench.training_ranks import SPREADS, Way
     from hsa_ultralong.distributed.mesh import ParallelConfig, build_mesh, data_rank, total
+    from hsa_ultralong.train.activations import activation_context
     from hsa_ultralong.train.parallelize import begin_forward, clip_gradients, parallelize
 
     world = dist.get_world_size()
@@ -210,8 +224,9 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
         sizes: dict[str, Any] = {"replicate": {"replicate": world}, "context": {"context": world}}.get(kind, {})
         config = ParallelConfig(
             **sizes, pool_over_ranks=kind == "pool", activation_checkpointing=checkpointing,
-            param_dtype="float32" if dtype else "bfloat16",
+            param_dtype="float32" if dtype else "bfloat16", **(saving if name else {}),
         )  # fmt: skip
+        tiles, offloads = config.mlp_tile_tokens, config.offload_activations
         mesh = build_mesh(config, place.type) if name else None
         slice_of_row = mesh.get_local_rank("context") if mesh is not None else 0
         return Way(
@@ -221,6 +236,8 @@ def _ways(names: str, checkpointing: str, use_compile: bool, place: torch.device
             (data_rank(mesh), slice_of_row), lambda part: total(part, mesh), clip_gradients,
             lambda model, is_last: begin_forward(model, config, is_last=is_last),
             world if kind == "pool" else 0,
+            (f", tiles of {tiles:,}" if tiles else "") + (", offloaded" if offloads else ""),
+            lambda: activation_context(config),
         )  # fmt: skip
 
     wanted = [part.strip() for part in names.split(",")]

@@ -34,7 +34,7 @@ FIGURES = (
         "tuning",
         "SmolLM2-135M-Instruct with full attention, tuned on the questions",
     ),
-    ("results/rivals/ops-h200.json", "docs/images/rivals.png", "ops", ""),
+    ("benchmarks/results/rivals/ops-h200.json", "docs/images/rivals.png", "ops", ""),
 )
 
 # sources, figure, title: drawn beside one another

@@ -78,6 +78,14 @@ def hash_triton_early() -> threading.Thread | None:
     return thread
 
 
+@lru_cache(maxsize=1)
+def check_compiled() -> None:
+    """Let kernels that Triton finds on disk be checked before they are used (ops/_compiled.py)."""
+    from hsa_ultralong.ops import _compiled  # imports triton
+
+    _compiled.check_compiled()
+
+
 def triton_runs_on(tensor: torch.Tensor) -> bool:
     """Whether impl="auto" may choose a Triton kernel for this tensor: an NVIDIA GPU from Ampere on."""
     return tensor.is_cuda and _is_installed() and torch.version.hip is None and _capability(tensor.device.index)[0] >= 8
@@ -94,6 +102,7 @@ def require_triton(op: str, tensor: torch.Tensor) -> None:
         )
     if tensor.is_cuda and _capability(tensor.device.index)[0] < 8:
         raise RuntimeError(f'{op}: impl="triton" needs compute capability 8.0 or newer; use impl="auto"')
+    check_compiled()
 
 
 def require_kernel_dtype(op: str, tensor: torch.Tensor) -> None:

@@ -275,6 +275,9 @@ def _compiled(launch: Launch) -> Any:
     import triton
     from triton.compiler import ASTSource
 
+    from hsa_ultralong.ops._triton import check_compiled
+
+    check_compiled()
     source = ASTSource(launch.function, launch.signature, launch.constexprs, launch.attrs)
     return triton.compile(source, target=_target(launch.card), options=dict(launch.options))
 

@@ -309,7 +309,7 @@ def test_what_chooses_has_hsa_with_its_retrieval_beside_it():
 
 def test_the_page_shows_the_times_of_the_published_run():
     """The rows of docs/kernels.md whose ratios are told: forward (forward and backward)."""
-    records = read_benchmark(ROOT / "results" / "rivals" / "ops-h200.json")["records"]
+    records = read_benchmark(ROOT / "benchmarks" / "results" / "rivals" / "ops-h200.json")["records"]
     records += with_retrieval(records)
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split("## Rivals on the same card")[1]
     rows = {

@@ -53,6 +53,15 @@ def test_one_process_beside_two_by_every_way(tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_shared_in_tiles_have_the_loss_of_those_without(tmp_path):
+    found, _ = measured(tmp_path, "--spread context --checkpointing full --tile-tokens 48")
+    one, way = "checkpointing full", "context 2, checkpointing full, tiles of 48"
+    assert {parallel for parallel, _ in found} == {one, way}
+    for metric in ("loss", "grad_norm"):
+        assert found[way, metric]["value"] == pytest.approx(found[one, metric]["value"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_pool_beside_the_same_pool_in_one_process(tmp_path):
     # 2,048 tokens: two forwards or more of every process, each with a pool of its own
     found, _ = measured(tmp_path, "--spread pool,shard,pool-fp32 --batch-tokens 2048")
@@ -123,7 +132,7 @@ def test_searches_and_unknown_ways_are_refused_under_torchrun(tmp_path, monkeypa
         ways = "--spread takes shard, replicate, context, pool,"
         for more, words in (
             ("--longest --max-tokens 512", "without torchrun"), ("--spread tensor", ways), ("--spread pool,", ways),
-            ("--spread pool-bf16", ways),
+            ("--spread pool-bf16", ways), ("--offload", "needs a GPU"), ("--tile-tokens none", "expected a size"),
         ):  # fmt: skip
             result = CliRunner().invoke(app, [*ARGUMENTS.split(), *more.split(), "-o", str(tmp_path)])
             assert result.exit_code == 2 and words in " ".join(result.stderr.split())

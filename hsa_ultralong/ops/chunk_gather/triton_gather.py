@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hsa_ultralong.ops._triton import next_power_of_two
+from hsa_ultralong.ops._triton import check_compiled, next_power_of_two
 from hsa_ultralong.ops.chunk_gather.blocks import ChunkBlocks
 
 _PIECE = 2048
@@ -53,6 +53,7 @@ def gather_chunks_triton(blocks: ChunkBlocks, chunks: torch.Tensor, dtype: torch
     out = torch.empty((len(chunks), *first.shape[1:]), dtype=dtype, device=chunks.device)
     if not len(chunks):
         return out
+    check_compiled()
     piece = min(_PIECE, next_power_of_two(row))
     assert blocks.addresses is not None
     # only the types of these two arguments are used
