@@ -98,8 +98,7 @@ def training(
     results = _Results(output, hardware, place, seed)
     collect_as_usual()
     model, kinds = preset(preset_name), [kind.strip() for kind in attention.split(",")]
-    if graphs:
-        _require_graphs(model, place == "cuda" and not longest and not results.is_shared)
+    _require_graphs(graphs, model, place == "cuda" and not longest and not results.is_shared)
     saving = _saving(tile_tokens, offload, place, longest, results.is_shared)
     if longest:
         rows = _longest_settings(
@@ -113,10 +112,10 @@ def training(
         _report_training(results.found, results.path, as_json)
 
 
-def _require_graphs(model: HSAConfig, has_place: bool) -> None:
-    if not has_place:
+def _require_graphs(graphs: bool, model: HSAConfig, has_place: bool) -> None:
+    if graphs and not has_place:
         raise ValueError("--graphs is for timed steps of one process on a GPU: leave it out")
-    if model.num_experts:
+    if graphs and model.num_experts:
         raise ValueError(
             "--graphs cannot hold a mixture of experts, which reads counts: leave it out, or name another --preset"
         )

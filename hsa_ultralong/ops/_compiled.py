@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -28,9 +29,9 @@ _LIBRARY = ".so"
 
 def versions() -> dict[str, str]:
     """What a stamp must say besides checksums."""
-    from hsa_ultralong import __version__
-
-    return {"hsa_ultralong": __version__, "torch": torch.__version__, "triton": triton.__version__}
+    # not imported: the package stands above this part
+    package = sys.modules[__name__.partition(".")[0]]
+    return {package.__name__: package.__version__, "torch": torch.__version__, "triton": triton.__version__}
 
 
 def _checksums(group: dict[str, str]) -> dict[str, str]:
