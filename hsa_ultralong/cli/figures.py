@@ -117,7 +117,7 @@ def compare(sources: Sequence[Path], figure: Path, title: str, *, is_short: bool
     """One figure of several needle studies (records.jsonl), or of several runs (log.jsonl), named by their folders.
 
     Args:
-        is_short: of runs, loss and needles only.
+        is_short: loss and needles only.
 
     Raises:
         ValueError: for a mixture of both, for files of another kind, or for two of one name.
@@ -155,7 +155,7 @@ def benchmark_figures(root: Path) -> list[tuple[str, str, str, str]]:
 
 
 def study_figures(root: Path) -> list[tuple[str, str, str, str]]:
-    """needles.png in every results/needles-* that has one, in the form of FIGURES."""
+    """needles.png in every results/needles-* that has one."""
     folders = sorted(path.parent.relative_to(root) for path in root.glob("results/needles-*/needles.png"))
     return [
         (
@@ -175,7 +175,7 @@ def suite_figures(root: Path) -> list[tuple[str, str, str, str]]:
 
 
 def all_figures(root: Path) -> list[tuple[str, str, str, str]]:
-    """Every figure with one source, in the form of FIGURES."""
+    """Every figure with one source."""
     return [*FIGURES, *study_figures(root), *suite_figures(root), *benchmark_figures(root)]
 
 

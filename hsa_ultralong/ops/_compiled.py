@@ -1,11 +1,11 @@
-"""Compiled kernels on disk, checked before they are used: Triton's files, with versions and checksums beside them.
+"""Compiled kernels on disk, checked before they are used: Triton's files with versions and checksums.
 
 Triton finds a kernel by a hash of its own files, of the kernel's source with all that it calls, of the options, of the
 card's capability and of the assembler's version, and loads unchecked what lies there. Here every kernel, and every
 library of Triton's launcher, has a stamp beside it, `__checked__NAME`: the versions of torch, Triton and this library,
 and the SHA-256 of its files. What a stamp does not fit is compiled again, so are kernels without one; damage is told by
-a warning. Kernels of torch's compiler come out of bundles of its own, which may hold no stamps. Imports triton: for
-backends only. Tests: tests/ops/test_compiled.py.
+a warning. Kernels of torch's compiler come out of bundles, which may hold no stamps. Imports triton: for backends.
+Tests: tests/ops/test_compiled.py.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class CheckedFiles(FileCacheManager):  # type: ignore[misc]
         super().put(json.dumps({"versions": versions(), "sha256": _checksums(group)}), _MARK + filename, binary=False)
 
     def _is_whole(self, filename: str, group: dict[str, str], without_stamp: bool) -> bool:
-        """Whether versions and files are those of the stamp; `without_stamp` where there is none."""
+        """Whether versions and files are the stamp's; `without_stamp` where there is none."""
         wrong = [_MARK + filename]
         try:
             stamp = json.loads(Path(self._make_path(wrong[0])).read_bytes())
@@ -78,13 +78,13 @@ class CheckedFiles(FileCacheManager):  # type: ignore[misc]
         except (OSError, ValueError, TypeError, KeyError):
             pass
         if wrong:
-            text = f"{self.cache_dir}: {', '.join(wrong)} is damaged; what lies there is compiled again"
+            text = f"{self.cache_dir}: {', '.join(wrong)} is damaged; it is compiled again"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
         return not wrong
 
 
 def check_compiled() -> None:
-    """Let Triton use CheckedFiles in this process, unless another class was chosen."""
+    """Let Triton use CheckedFiles here, unless another class was chosen."""
     if knobs.cache.manager_class is None:
         # by assignment it would become a variable of the environment, of other programs too
         vars(knobs.cache)["manager_class"] = CheckedFiles
