@@ -60,6 +60,21 @@ def starts_early(index: int | None) -> bool:
     return torch.version.hip is None and _capability(index)[0] >= 9
 
 
+@lru_cache(maxsize=8)
+def runs_hopper_kernels(index: int | None) -> bool:
+    """Whether kernels in Gluon for compute capability 9.0 run on a CUDA device: ops/hsa/kernel_hopper.py. Triton has
+    what they need from 3.6 on."""
+    if index is None or is_interpreted() or not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    if _capability(index) != (9, 0):
+        return False
+    try:
+        from hsa_ultralong.ops.hsa import kernel_hopper  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
 def hash_triton_early() -> threading.Thread | None:
     """Let a thread do what the first kernel of a process waits for: Triton hashes all its files (500 MB, 0.6 s) before
     it looks for compiled kernels on disk, and remembers the result. None where Triton is not installed."""

@@ -144,55 +144,6 @@ def listed_memory_gradient_kernel(
 
 
 @triton.jit
-def listed_gradient_kernel(
-    q, k, v, weights, lengths, grad_out, pairs, pair_starts, unit_ends, unit_lists, partial, parts, grad_weights,
-    first_token, part_tokens, T, C, K, lists, unit_pairs, scale, logit_scale,
-    HKV, HR, LENGTH_BATCH: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BT: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    """The same, and what every pair adds to dq, into parts (B, part_tokens, Hkv, K, G, D), and dw, the sum of delta
-    over the G heads, into (B, T, Hkv, K). The lists are of part_tokens tokens of every row, from first_token on."""
-    begin(OVERLAPS)
-    unit = tl.program_id(0).to(tl.int64)
-    number = tl.load(unit_lists + unit)  # (memory row, retrieval head, chunk)
-    if number >= lists:
-        return
-    chunk, hr, row, first, stop = _unit_of(unit, number, pair_starts, unit_ends, C, HR, unit_pairs)
-    kv_head = hr + tl.program_id(1) * HR
-    head = tl.arange(0, BT * GP) % GP
-    columns = tl.arange(0, S)
-    dims = tl.arange(0, D)
-    tile_kv = ((row * C + chunk) * S + columns[:, None]) * (HKV * D) + kv_head * D + dims[None, :]
-    if LENGTH_BATCH:
-        lengths += row * C
-    keys, values = _load_chunk(k, v, tile_kv, columns, lengths, chunk, HAS_LENGTHS)
-    grad_k = tl.zeros((S, D), tl.float32)
-    grad_v = tl.zeros((S, D), tl.float32)
-    for start in tl.range(first, stop, BT, num_stages=STAGES):
-        place = start + tl.arange(0, BT * GP) // GP
-        is_real = (place < stop) & (head < G)
-        pair = tl.load(pairs + place, mask=is_real, other=0)
-        local, slot = (pair // (K * HR)).to(tl.int64), pair % K
-        token = local // part_tokens * T + first_token + local % part_tokens
-        w = tl.load(weights + (token * HR + hr) * K + slot, mask=is_real, other=0.0).to(tl.float32)
-        grad_k, grad_v, dz, delta = _accumulate(
-            grad_k, grad_v, keys, values, (token * HKV + kv_head) * G + head, is_real, w,
-            q, grad_out, lengths, chunk, columns, dims, scale, D, HAS_LENGTHS, PRECISION,
-        )  # fmt: skip
-        part = _dot(dz, keys, None, PRECISION) * logit_scale
-        own = (((local * HKV + kv_head) * K + slot) * G + head)[:, None] * D + dims[None, :]
-        tl.store(parts + own, part.to(parts.dtype.element_ty), mask=is_real[:, None])
-        place = start + tl.arange(0, BT)
-        pair = tl.load(pairs + place, mask=place < stop, other=0)
-        local = (pair // (K * HR)).to(tl.int64)
-        token = local // part_tokens * T + first_token + local % part_tokens
-        target = grad_weights + (token * HKV + kv_head) * K + pair % K
-        tl.store(target, tl.sum(tl.reshape(delta, (BT, GP)), 1), mask=place < stop)
-    _store_sums(partial, unit * tl.num_programs(1) + tl.program_id(1), grad_k, grad_v, S, D)
-
-
-@triton.jit
 def slot_sum_kernel(
     parts, indices, grad_q, grad_weights, first_token, part_tokens, T, K, HKV, HR,
     G: tl.constexpr, D: tl.constexpr, N: tl.constexpr, KP: tl.constexpr, STEP: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -276,19 +227,23 @@ def covered_memory_gradient_kernel(
 
 @triton.jit
 def listed_sum_kernel(
-    partial, unit_ends, sums, grad_k, grad_v, C, logit_scale,
-    HKV, HR, D: tl.constexpr, S: tl.constexpr, ADDS: tl.constexpr, IS_LAST: tl.constexpr, OVERLAPS: tl.constexpr,
+    partial, unit_ends, sums, grad_k, grad_v, part, lists, C, logit_scale,
+    HKV, HR, D: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, ADDS: tl.constexpr, IS_LAST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one chunk: the sum of its units, in order. Of several parts of the tokens all but the last leave it
-    in sums (2, Bk, C * S, Hkv, D) fp32, and all but the first (ADDS) begin with what is there."""
+    """dK and dV of one chunk: the sum of its units, each of GROUPS places, in order. Of several parts of the tokens, each
+    of `lists` lists, all but the last leave it in sums (2, Bk, C * S, Hkv, D) fp32, and all but the first (ADDS) begin
+    with what is there."""
     begin(OVERLAPS)
     number = tl.program_id(0)
     share = tl.program_id(1)
     chunk = number % C
     hr = (number // C) % HR
     row = (number // C // HR).to(tl.int64)
-    first = tl.load(unit_ends + number - 1, mask=number > 0, other=0)
-    stop = tl.load(unit_ends + number)
+    own = part * lists + number
+    before = tl.load(unit_ends + part * lists - 1, mask=part > 0, other=0)
+    first = tl.load(unit_ends + own - 1, mask=own > 0, other=0) - before
+    stop = tl.load(unit_ends + own) - before
     columns = tl.arange(0, S)
     dims = tl.arange(0, D)
     tile = columns[:, None] * D + dims[None, :]
@@ -300,11 +255,12 @@ def listed_sum_kernel(
     if ADDS:
         sum_k = tl.load(sums + target)
         sum_v = tl.load(sums + size + target)
-    place = partial + (first.to(tl.int64) * tl.num_programs(1) + share) * (2 * S * D) + tile
+    place = partial + (first.to(tl.int64) * tl.num_programs(1) + share) * (GROUPS * 2 * S * D) + tile
     for _ in range(first, stop):
-        sum_k += tl.load(place)
-        sum_v += tl.load(place + S * D)
-        place += tl.num_programs(1) * (2 * S * D)
+        for group in tl.static_range(GROUPS):
+            sum_k += tl.load(place + group * (2 * S * D))
+            sum_v += tl.load(place + group * (2 * S * D) + S * D)
+        place += tl.num_programs(1) * (GROUPS * 2 * S * D)
     if IS_LAST:
         tl.store(grad_k + target, (sum_k * logit_scale).to(grad_k.dtype.element_ty))
         tl.store(grad_v + target, sum_v.to(grad_v.dtype.element_ty))

@@ -54,7 +54,7 @@ class TileLists(NamedTuple):
 
 
 class InverseLists(NamedTuple):
-    """Pairs by chunk. N = Bk * Hr * C lists; a unit is a part of one list.
+    """Pairs by chunk. N = Bk * Hr * C lists, so many for every part of the tokens; a unit is a piece of one list.
 
     pairs: (B*T*Hr*K,) int32 or int64, flat positions in `indices`, grouped by list.
     unit_ends: (N,) int32, number of units of the lists up to and including this one.
@@ -107,13 +107,24 @@ def _ranks(key, N: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
+def _group_of(block, b, hr, HR, part_blocks, MEMORY_ROWS: tl.constexpr):
+    """Whose C lists a block of tokens adds to, (part, memory row, retrieval head), and its number among their blocks."""
+    group, number = b * 0 + block // part_blocks, b * 0 + block % part_blocks
+    if MEMORY_ROWS:
+        group = group * tl.num_programs(2) + b
+    else:
+        number += b * part_blocks
+    return group * HR + hr, number
+
+
+@triton.jit
 def _count_kernel(
     indices, keys, counts,
-    T, K, HR, C, blocks, row_blocks,
+    T, K, HR, C, blocks, row_blocks, part_blocks,
     MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Counting sort of the pairs by list, in blocks of BT tokens. First how many pairs of a block each list gets, into
-    counts (memory rows * HR, blocks, C), and the block's sorted pairs, into keys (B, HR, row blocks, BT * KP)."""
+    counts (parts * memory rows * HR, blocks, C), and the block's sorted pairs, into keys (B, HR, row blocks, BT * KP)."""
     begin(OVERLAPS)
     block = tl.program_id(0)
     hr = tl.program_id(1)
@@ -124,8 +135,8 @@ def _count_kernel(
     rank, is_last, found = _ranks(key, N, LAST)
     order = tl.arange(0, N)
     tl.store(keys + ((b * HR + hr) * row_blocks + block) * N + order, key)
-    group = (b if MEMORY_ROWS else b * 0) * HR + hr
-    counts += (group * blocks + (block if MEMORY_ROWS else b * row_blocks + block)) * C
+    group, number = _group_of(block, b, hr, HR, part_blocks, MEMORY_ROWS)
+    counts += (group * blocks + number) * C
     for first in range(0, C, N):
         tl.store(counts + first + order, tl.zeros((N,), tl.int32), mask=first + order < C)
     # other threads of this program wrote the zeros
@@ -136,7 +147,7 @@ def _count_kernel(
 @triton.jit
 def _fill_kernel(
     keys, counts, starts, pairs,
-    T, K, HR, C, blocks, row_blocks,
+    T, K, HR, C, blocks, row_blocks, part_blocks,
     MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Then, with what _offsets_kernel made of the counts, the pairs to their places."""
@@ -149,8 +160,8 @@ def _fill_kernel(
     key = tl.load(keys + ((b * HR + hr) * row_blocks + block) * N + tl.arange(0, N))
     rank, _, found = _ranks(key, N, LAST)
     chunk, position = key // N, (key % N).to(tl.int32)
-    group = (b if MEMORY_ROWS else b * 0) * HR + hr
-    counts += (group * blocks + (block if MEMORY_ROWS else b * row_blocks + block)) * C
+    group, number = _group_of(block, b, hr, HR, part_blocks, MEMORY_ROWS)
+    counts += (group * blocks + number) * C
     start = tl.load(starts + group * C + chunk, mask=found, other=0)
     start += tl.load(counts + chunk, mask=found, other=0)
     pair = ((b * T + block * BT + position // KP) * HR + hr) * K + position % KP
@@ -321,7 +332,8 @@ class CoverageMapPlan:
 
 class InverseListPlan:
     """Makes the inverse lists of indices of `shape` (B, T, Hr, K) in a memory of `memory_batch` rows (1 or B) and
-    num_chunks = C, cut into units of `unit_pairs`; is_kept as in ops/_launch.py."""
+    num_chunks = C, cut into units of `unit_pairs`; with part_tokens, those of so many tokens of every row apart from
+    those of the next, part by part. is_kept as in ops/_launch.py."""
 
     def __init__(
         self,
@@ -331,26 +343,31 @@ class InverseListPlan:
         unit_pairs: int,
         overlap: Mapping[str, bool],
         *,
+        part_tokens: int | None = None,
         is_kept: bool = False,
     ) -> None:
         self.batch, num_tokens, self.heads, slots = shape
         self.memory_batch, self.num_chunks, self.unit_pairs = memory_batch, num_chunks, unit_pairs
         self.num_pairs = math.prod(shape)
-        self.lists = memory_batch * self.heads * num_chunks
+        self.part_tokens = num_tokens if part_tokens is None else part_tokens
+        self.parts = -(-num_tokens // self.part_tokens)
+        self.lists = self.parts * memory_batch * self.heads * num_chunks
         self.units = self.lists + -(-self.num_pairs // unit_pairs)
         padded = triton.next_power_of_2(slots)
         least, most = _COUNTED_KEYS
         tile = min(most, max(least, triton.next_power_of_2(num_chunks))) // padded
-        row_blocks = -(-num_tokens // max(1, tile))
+        part_blocks = -(-self.part_tokens // max(1, tile))
+        row_blocks = self.parts * part_blocks
         is_shared = memory_batch < self.batch
-        self.blocks = row_blocks * (self.batch if is_shared else 1)
+        self.blocks = part_blocks * (self.batch if is_shared else 1)
         is_short = self.num_pairs < 2**31
         is_dense = self.lists * self.blocks <= _COUNTED_SHARE * self.num_pairs
-        self.by_counting = tile >= 1 and is_dense and self.num_pairs <= _COUNTED_PAIRS
+        is_whole = self.parts == 1 or (tile >= 1 and self.part_tokens % tile == 0)
+        self.by_counting = tile >= 1 and is_whole and is_dense and self.num_pairs <= _COUNTED_PAIRS
         self.dtype = torch.int32 if is_short else torch.int64
         self.cut = PreparedLaunch(_units_kernel, (1,), is_kept=is_kept, BL=_UNIT_LISTS, num_warps=8, **overlap)
         if self.by_counting:
-            self.sizes = (num_tokens, slots, self.heads, num_chunks, self.blocks, row_blocks)
+            self.sizes = (num_tokens, slots, self.heads, num_chunks, self.blocks, row_blocks, part_blocks)
             is_wide = num_chunks * tile * padded >= 2**31
             constants = {
                 "MEMORY_ROWS": not is_shared, "BT": tile, "KP": padded, "WIDE": is_wide,
@@ -360,7 +377,7 @@ class InverseListPlan:
             self.num_keys, self.key_dtype = math.prod(grid) * tile * padded, torch.int64 if is_wide else torch.int32
             self.count = PreparedLaunch(_count_kernel, grid, **constants)
             self.fill = PreparedLaunch(_fill_kernel, grid, **constants)
-            programs = (triton.cdiv(num_chunks, _OFFSET_LISTS), memory_batch * self.heads)
+            programs = (triton.cdiv(num_chunks, _OFFSET_LISTS), self.parts * memory_batch * self.heads)
             step = min(_OFFSET_BLOCKS, triton.next_power_of_2(self.blocks))
             self.offset = PreparedLaunch(
                 _offsets_kernel, programs, BB=step, BL=_OFFSET_LISTS, num_warps=4, is_kept=is_kept, **overlap
@@ -391,6 +408,9 @@ class InverseListPlan:
         device, dtype = indices.device, torch.int32
         head = torch.arange(self.heads, device=device, dtype=dtype).view(1, 1, -1, 1)
         row = torch.arange(self.batch, device=device, dtype=dtype).view(-1, 1, 1, 1) * (self.memory_batch > 1)
+        if self.parts > 1:
+            part = torch.arange(indices.shape[1], device=device, dtype=dtype).view(1, -1, 1, 1) // self.part_tokens
+            row = row + part * self.memory_batch
         # empty slots behind all lists
         key = torch.where(indices >= 0, indices + (row * self.heads + head) * self.num_chunks, self.lists).flatten()
         ordered, pairs = torch.sort(key.to(torch.int16) if self.lists < 2**15 else key, stable=True)

@@ -15,7 +15,13 @@ import torch
 
 from hsa_ultralong.ops._launch import PreparedLaunch
 from hsa_ultralong.ops._overlap import overlap
-from hsa_ultralong.ops._triton import HOPPER_MEMORY, next_power_of_two, num_processors, shared_memory
+from hsa_ultralong.ops._triton import (
+    HOPPER_MEMORY,
+    next_power_of_two,
+    num_processors,
+    runs_hopper_kernels,
+    shared_memory,
+)
 from hsa_ultralong.ops.hsa import kernel_chunks, kernel_exact, kernel_tiles
 from hsa_ultralong.ops.hsa.kernel_lists import FEWEST_SLOTS, CoverageMapPlan, InverseListPlan, TileListPlan
 
@@ -25,10 +31,12 @@ _LAUNCH_BYTES = 1 << 27
 _KEPT_BYTES = 1 << 24
 # logsumexp and delta of every row and slot that dq leaves to dk and dv; longer rows form them again
 _NORM_BYTES = 1 << 29
-# pairs of a row's tokens and slots beyond which one pass takes all gradients, and the largest sizes that it takes;
-# bytes of what the pairs of a part of the tokens add to dq, which must be so many pairs for every chunk at least
-_PARTED_PAIRS, _PARTED_SIZE = 1 << 18, 64
-_PARTS_BYTES, _PARTS_PAIRS = 1 << 29, 64
+# pairs of a row's tokens and slots from which on one pass takes all gradients on Hopper; bytes of what the pairs of a
+# part of the tokens add to dq, which must be so many pairs for every chunk at least; a part is a multiple of so many
+# tokens
+_PARTED_PAIRS, _PARTS_BYTES, _PARTS_PAIRS, _PART_STEP = 1 << 16, 1 << 29, 64, 64
+# groups of warps of a program on Hopper, places of each for rows under way, registers of a thread of theirs
+_HOPPER = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
 # slots whose shares in dq are added up at a time
 _SUMMED_SLOTS = 8
 # longest list that one program sorts: tokens of a tile * slots
@@ -104,22 +112,23 @@ class ListedPass(NamedTuple):
     total: PreparedLaunch
     shape: tuple[int, ...]
     sizes: tuple[int, ...]
+    total_sizes: tuple[int, ...]
 
 
 class PartPass(NamedTuple):
     """All gradients that `tokens` tokens of every row from `first` on bring: shapes of the workspace and of what pairs
-    add to dq, numbers of the first kernel and of that which adds up dq."""
+    add to dq (one more, which nobody reads), numbers of the three kernels."""
 
     first: int
     tokens: int
-    lists: InverseListPlan
     kernel: PreparedLaunch
     slot_sum: PreparedLaunch
     total: PreparedLaunch
     shape: tuple[int, ...]
-    parts: tuple[int, ...]
+    shares: tuple[int, ...]
     sizes: tuple[int, ...]
     sum_sizes: tuple[int, ...]
+    total_sizes: tuple[int, ...]
 
 
 class CoveredPass(NamedTuple):
@@ -222,7 +231,7 @@ class HSAPlan:
     @cached_property
     def keeps_lists(self) -> bool:
         """Whether the backward finds the lists of the forward: it reads them, they are small and its tiles the same."""
-        if self.parts or len(self.forward) > 1 or self.forward[0].lists.num_bytes > _KEPT_BYTES:
+        if self.part_tokens or len(self.forward) > 1 or self.forward[0].lists.num_bytes > _KEPT_BYTES:
             return False
         return self.covers or self.tile(self._options("forward").rows) == self.tile(self._options("query").rows)
 
@@ -256,43 +265,59 @@ class HSAPlan:
             ),
             PreparedLaunch(
                 kernel_chunks.listed_sum_kernel, (lists.lists, shares), is_kept=is_kept, D=self.dim, S=self.size,
-                ADDS=False, IS_LAST=True, num_warps=8, **self.overlap,
+                GROUPS=1, ADDS=False, IS_LAST=True, num_warps=8, **self.overlap,
             ),
             (*grid, 2, self.size, self.dim),
             (self.chunks, self.slots, lists.lists, unit_pairs),
+            (0, lists.lists, self.chunks),
         )  # fmt: skip
 
     @cached_property
-    def parts(self) -> list[PartPass]:
-        """One pass over the pairs for all gradients, in parts of the tokens; none where rows are short or large, or so
-        long that a part has few pairs for a chunk."""
+    def part_tokens(self) -> int:
+        """Tokens of every row whose gradients come from one pass over their pairs; 0 where two passes take less, where
+        the one is not there, and where rows are so long that a part has few pairs for a chunk."""
         pairs = self.tokens * self.list_heads * self.slots
-        if self.covers or pairs <= _PARTED_PAIRS or max(self.dim, self.size) > _PARTED_SIZE:
-            return []
+        if self.covers or pairs < _PARTED_PAIRS or not self.takes_hopper:
+            return 0
         assert self.dtype is not None
         token_bytes = self.batch * self.kv_heads * self.slots * self.group * self.dim * self.dtype.itemsize
         most = _PARTS_BYTES // token_bytes
         lists = self.kv_batch * self.list_heads * self.chunks
         if most * self.batch * self.list_heads * self.slots < _PARTS_PAIRS * lists or not most:
-            return []
+            return 0
         step = -(-self.tokens // -(-self.tokens // most))
-        # parts of one compiled kernel but for the last
-        step = min(-(-step // 16) * 16, self.tokens)
-        firsts = range(0, self.tokens, step)
-        return [self._part(first, min(step, self.tokens - first), first == firsts[-1]) for first in firsts]
+        # blocks of tokens that are counted for lists lie in one part
+        return min(-(-step // _PART_STEP) * _PART_STEP, self.tokens)
 
-    def _part(self, first: int, tokens: int, is_last: bool) -> PartPass:
-        options, is_kept = self._options("memory"), self.shapes.is_aligned
-        constants = self.constants(options.rows, options.stages)
-        shape = (self.batch, tokens, self.list_heads, self.slots)
-        unit_pairs = pairs_of_unit(math.prod(shape), constants["BT"], self.processors)
-        lists = InverseListPlan(shape, self.kv_batch, self.chunks, unit_pairs, self.overlap, is_kept=is_kept)
-        grid = (lists.units, self.kv_heads // self.list_heads)
+    @cached_property
+    def part_lists(self) -> InverseListPlan:
+        """Of all parts, one after the other."""
+        batch, _, heads, slots = self.shapes.indices
+        pairs = batch * self.part_tokens * heads * slots
+        unit_pairs = pairs_of_unit(pairs, self.tile(self._options("memory").rows)[0], self.processors)
+        return InverseListPlan(
+            self.shapes.indices, self.kv_batch, self.chunks, unit_pairs, self.overlap, part_tokens=self.part_tokens,
+            is_kept=self.shapes.is_aligned,
+        )  # fmt: skip
+
+    @cached_property
+    def parts(self) -> list[PartPass]:
+        step = self.part_tokens
+        return [self._part(number, min(step, self.tokens - number * step)) for number in range(self.part_lists.parts)]
+
+    def _part(self, number: int, tokens: int) -> PartPass:
+        from hsa_ultralong.ops.hsa.kernel_hopper import listed_gradient_kernel
+
+        lists, is_kept, first = self.part_lists, self.shapes.is_aligned, number * self.part_tokens
+        of_part, shares = lists.lists // lists.parts, self.kv_heads // self.list_heads
+        units = of_part + -(-self.batch * tokens * self.list_heads * self.slots // lists.unit_pairs)
+        pairs = self.batch * tokens * self.kv_heads * self.slots
         place = (first, tokens, self.tokens)
         return PartPass(
-            first, tokens, lists,
+            first, tokens,
             PreparedLaunch(
-                kernel_chunks.listed_gradient_kernel, grid, num_warps=options.warps, **constants, **self.overlap
+                listed_gradient_kernel, (units, shares), num_warps=4, K=self.slots, HAS_ROWS=self.batch > 1,
+                is_kept=is_kept, **_HOPPER,
             ),
             PreparedLaunch(
                 kernel_chunks.slot_sum_kernel, (self.batch * tokens, self.kv_heads), G=self.group,
@@ -300,14 +325,24 @@ class HSAPlan:
                 D=self.dim, num_warps=4, is_kept=is_kept, **self.overlap,
             ),
             PreparedLaunch(
-                kernel_chunks.listed_sum_kernel, (lists.lists, grid[1]), D=self.dim, S=self.size, ADDS=first > 0,
-                IS_LAST=is_last, num_warps=8, is_kept=is_kept, **self.overlap,
+                kernel_chunks.listed_sum_kernel, (of_part, shares), D=self.dim, S=self.size, GROUPS=_HOPPER["GROUPS"],
+                ADDS=number > 0, IS_LAST=number == lists.parts - 1, num_warps=8, is_kept=is_kept, **self.overlap,
             ),
-            (*grid, 2, self.size, self.dim),
-            (self.batch, tokens, self.kv_heads, self.slots, self.group, self.dim),
-            (*place, self.chunks, self.slots, lists.lists, unit_pairs),
+            (units, shares, _HOPPER["GROUPS"], 2, self.size, self.dim),
+            (pairs + 1, self.group, self.dim),
+            (number, *place, self.chunks, of_part, lists.unit_pairs, pairs),
             (*place, self.slots),
+            (number, of_part, self.chunks),
         )  # fmt: skip
+
+    @cached_property
+    def takes_hopper(self) -> bool:
+        """Whether the kernels of kernel_hopper.py take these shapes, and run here."""
+        shapes = self.shapes
+        is_fit = self.dim == self.size == 64 and self.group == 16 and shapes.lengths is None and shapes.is_aligned
+        is_narrow = self.dtype in (torch.bfloat16, torch.float16)
+        is_short = max(math.prod(shapes.q), self.batch * self.tokens * self.kv_heads * self.slots) < 2**31
+        return is_fit and is_narrow and is_short and runs_hopper_kernels(shapes.device.index)
 
     def _covered(self, constants: dict[str, Any]) -> CoveredPass:
         tile_tokens = constants["BT"]

@@ -146,7 +146,7 @@ def _listed(
         *read, *norms, lists.pairs, lists.pair_starts, lists.unit_ends, lists.unit_lists, partial,
         *chosen.sizes, plan.scale_log2, *plan.heads,
     )  # fmt: skip
-    chosen.total(partial, lists.unit_ends, None, grad_k, grad_v, plan.chunks, plan.scale, *plan.heads)
+    chosen.total(partial, lists.unit_ends, None, grad_k, grad_v, *chosen.total_sizes, plan.scale, *plan.heads)
 
 
 def _all_gradients(
@@ -157,19 +157,34 @@ def _all_gradients(
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(operands.k), torch.empty_like(operands.v)
     shape = (plan.batch, plan.tokens, plan.kv_heads, plan.slots)
     grad_weights = torch.empty(shape, dtype=torch.float32, device=device)
-    parts = torch.empty(plan.parts[0].parts, dtype=q.dtype, device=device)
+    shares = torch.empty(plan.parts[0].shares, dtype=q.dtype, device=device)
     is_one = len(plan.parts) == 1
     sums = None if is_one else torch.empty((2, *grad_k.shape), dtype=torch.float32, device=device)
+    lists = plan.part_lists(indices)
+    found = (lists.pairs, lists.pair_starts, lists.unit_ends, lists.unit_lists)
+    *read, tiles = _described(plan, operands, grad_out, shares)
     for part in plan.parts:
-        lists = part.lists(indices if is_one else indices[:, part.first : part.first + part.tokens].contiguous())
         partial = torch.empty(part.shape, dtype=torch.float32, device=device)
         part.kernel(
-            *operands[:5], grad_out, lists.pairs, lists.pair_starts, lists.unit_ends, lists.unit_lists, partial, parts,
-            grad_weights, *part.sizes, plan.scale_log2, plan.scale, *plan.heads,
-        )  # fmt: skip
-        part.total(partial, lists.unit_ends, sums, grad_k, grad_v, plan.chunks, plan.scale, *plan.heads)
-        part.slot_sum(parts, indices, grad_q, grad_weights, *part.sum_sizes, *plan.heads)
+            *read, *found, partial, tiles, grad_weights, *part.sizes, plan.scale_log2, plan.scale, *plan.heads
+        )
+        part.total(partial, lists.unit_ends, sums, grad_k, grad_v, *part.total_sizes, plan.scale, *plan.heads)
+        part.slot_sum(shares, indices, grad_q, grad_weights, *part.sum_sizes, *plan.heads)
     return grad_q, grad_weights, grad_k, grad_v
+
+
+def _described(plan: HSAPlan, operands: _Operands, grad_out: torch.Tensor, shares: torch.Tensor) -> tuple[Any, ...]:
+    """q, k, v, weights, dO and what pairs add to dq, as kernel_hopper.listed_gradient_kernel takes them."""
+    from hsa_ultralong.ops.hsa.kernel_hopper import described
+
+    q, k, v, weights, *_ = operands
+    rows = (plan.group, plan.dim)
+    chunk = (plan.size, plan.dim)
+    return (
+        described(q, plan.dim, rows), described(k, plan.kv_heads * plan.dim, chunk),
+        described(v, plan.kv_heads * plan.dim, chunk), weights, described(grad_out, plan.dim, rows),
+        described(shares, plan.dim, rows),
+    )  # fmt: skip
 
 
 def _covered(
@@ -246,7 +261,7 @@ class _TritonAttention(torch.autograd.Function):
         grad_q = grad_weights = grad_k = grad_v = None
         needs_query = ctx.needs_input_grad[0] or ctx.needs_input_grad[4]
         needs_memory = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        is_parted = needs_query and needs_memory and bool(plan.parts)
+        is_parted = needs_query and needs_memory and plan.part_tokens > 0
         norms: _Norms = (None, None)
         if is_parted:
             grad_q, grad_weights, grad_k, grad_v = _all_gradients(plan, operands, grad_out)
