@@ -34,14 +34,16 @@ def memory_view(
 
 
 def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: ContextExchange = ALONE) -> MemoryView:
-    """The past chunks of the token's own row and group; `is_causal`: the call's first token is the row's."""
+    """The past chunks of the token's own row and group; `is_causal`: the call's first token is the row's, so without
+    packed documents all its chunks are full."""
     if context.rank + 1 < context.size:
         # later slices hold nothing but future
         past = own.landmarks.shape[1] // context.size * (context.rank + 1)
         slots = own.k.shape[1] // context.size * (context.rank + 1)
         own = ChunkTensors(own.k[:, :slots], own.v[:, :slots], *(part[:, :past] for part in own[2:]))
     visible = ChunkVisibility(layout.groups, layout.positions, own.segments, own.ends)
-    return GraphView(own, visible, is_causal=is_causal and context.rank == 0)
+    is_full = is_causal and not layout.is_packed
+    return GraphView(own, visible, is_causal=is_causal and context.rank == 0, is_full=is_full)
 
 
 def pooled_view(

@@ -34,7 +34,8 @@ class ReadingVariant(NamedTuple):
         """
         outputs, masses = [], []
         for view, offset in zip(views, retrieval.offsets, strict=True):
-            memory, visible, is_causal = _on_device(view)
+            memory, visible, is_causal, is_full = _on_device(view)
+            lengths = None if is_full else memory.lengths
             queries, keys = q.to(memory.v.dtype), memory.k
             if self.rope_theta is not None:
                 slots = torch.arange(chunk_size, device=q.device) - chunk_size
@@ -43,12 +44,12 @@ class ReadingVariant(NamedTuple):
             operands = queries, keys, memory.v, retrieval.indices, retrieval.weights
             if self.is_joint:
                 output, mass = joint_attention(
-                    *operands, chunk_size=chunk_size, chunk_lengths=memory.lengths, first_chunk=offset, causal=is_causal
+                    *operands, chunk_size=chunk_size, chunk_lengths=lengths, first_chunk=offset, causal=is_causal
                 )
                 masses.append(mass)
             else:
                 output = hsa_attention(
-                    *operands, chunk_size=chunk_size, chunk_lengths=memory.lengths, first_chunk=offset, causal=is_causal
+                    *operands, chunk_size=chunk_size, chunk_lengths=lengths, first_chunk=offset, causal=is_causal
                 )
             outputs.append(output)
         if not outputs:

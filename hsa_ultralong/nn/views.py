@@ -165,11 +165,13 @@ class MemoryView(Protocol):
 
 
 class GraphView(NamedTuple):
-    """Chunks with all their tensors at hand, in the autograd graph or not."""
+    """Chunks with all their tensors at hand, in the autograd graph or not; is_full: none is short, so the operators
+    need not look (on Hopper gradients are faster without lengths)."""
 
     memory: ChunkTensors
     visible: ChunkVisibility
     is_causal: bool = False
+    is_full: bool = False
 
     def num_chunks(self) -> int:
         return self.memory.landmarks.shape[1]
@@ -187,7 +189,7 @@ class GraphView(NamedTuple):
         memory = self.memory
         return hsa_attention(
             q.to(memory.v.dtype), memory.k, memory.v, indices, weights, chunk_size=chunk_size,
-            chunk_lengths=memory.lengths, first_chunk=first, causal=self.is_causal,
+            chunk_lengths=None if self.is_full else memory.lengths, first_chunk=first, causal=self.is_causal,
         )  # fmt: skip
 
     def is_capturable(self) -> bool:

@@ -1,4 +1,4 @@
-"""When the Triton backends can run, and the small helpers that their host code shares. Imports no triton itself."""
+"""When the Triton backends can run, and the small helpers that their host code shares. Imports no triton at its top."""
 
 from __future__ import annotations
 
@@ -60,19 +60,26 @@ def starts_early(index: int | None) -> bool:
     return torch.version.hip is None and _capability(index)[0] >= 9
 
 
+# the Triton whose Gluon, an experimental dialect, ops/hsa/kernel_hopper.py is written in and was measured with
+_GLUON = (3, 6)
+
+
+@lru_cache(maxsize=1)
+def has_gluon() -> bool:
+    """Whether the installed Triton compiles ops/hsa/kernel_hopper.py."""
+    if not _is_installed():
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) == _GLUON
+
+
 @lru_cache(maxsize=8)
 def runs_hopper_kernels(index: int | None) -> bool:
-    """Whether kernels in Gluon for compute capability 9.0 run on a CUDA device: ops/hsa/kernel_hopper.py. Triton has
-    what they need from 3.6 on."""
+    """Whether kernels in Gluon run on a CUDA device: capability 9.0, and the Triton that they are written for."""
     if index is None or is_interpreted() or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
-    if _capability(index) != (9, 0):
-        return False
-    try:
-        from hsa_ultralong.ops.hsa import kernel_hopper  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
+    return _capability(index) == (9, 0) and has_gluon()
 
 
 def hash_triton_early() -> threading.Thread | None:

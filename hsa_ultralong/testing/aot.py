@@ -163,6 +163,7 @@ def replaced_functions(card: Card) -> Iterator[None]:
         ("num_processors", lambda index=None: card.num_processors),
         ("shared_memory", lambda index=None: card.shared_bytes),
         ("starts_early", lambda index=None: card.capability >= 90),
+        ("runs_hopper_kernels", lambda index=None: card.capability == 90 and _triton.has_gluon()),
     ):
         if hasattr(_triton, name):
             replacements[getattr(_triton, name)] = new
@@ -274,11 +275,13 @@ def record_launches(card: Card = HOPPER) -> Iterator[list[Launch]]:
 def _compiled(launch: Launch) -> Any:
     import triton
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     from hsa_ultralong.ops._triton import check_compiled
 
     check_compiled()
-    source = ASTSource(launch.function, launch.signature, launch.constexprs, launch.attrs)
+    kind = GluonASTSource if isinstance(launch.function, GluonJITFunction) else ASTSource
+    source = kind(launch.function, launch.signature, launch.constexprs, launch.attrs)
     return triton.compile(source, target=_target(launch.card), options=dict(launch.options))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hsa_ultralong.models import HSACache
+from hsa_ultralong.nn import views
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, encode_documents, random_tokens, tiny_model
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -179,3 +180,18 @@ def test_pooled_gradients_reach_the_other_rows_chunks():
     labels[1] = -100
     model(inputs_embeds=embedded, labels=labels, pool_memory=True).loss.backward()
     assert float(embedded.grad[1].abs().amax(-1).min()) > 0
+
+
+def test_chunks_have_lengths_where_documents_may_leave_them_short_and_only_there(monkeypatch):
+    model, seen = tiny_model(), []
+    attention = views.hsa_attention
+    monkeypatch.setattr(
+        views, "hsa_attention", lambda *a, **k: (seen.append(k["chunk_lengths"] is None), attention(*a, **k))[1]
+    )
+    tokens, segments = pack(documents())
+    for options in ({"segment_ids": segments}, {}):
+        model(tokens, use_cache=False, **options)
+        assert seen and all(is_full == (not options) for is_full in seen)
+        seen.clear()
+    model(tokens, use_cache=True)
+    assert seen and not any(seen)

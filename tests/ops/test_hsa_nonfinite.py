@@ -136,17 +136,6 @@ def test_nor_does_it_where_a_chunk_is_gathered_once_for_many_tokens(shape, monke
     test_what_is_not_finite_stays_in_the_rows_that_read_it("torch_gather", shape, float("nan"))
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("shape", ["sparse", "shared"])
-def test_nor_does_it_where_one_pass_takes_all_gradients(shape, monkeypatch):
-    from hsa_ultralong.ops.hsa import plan
-
-    # parts of three tokens
-    for name, value in {"_PARTED_PAIRS": 0, "_PARTS_PAIRS": 0, "_PARTS_BYTES": 3 * 4 * TOKENS * 16 * SIZE}.items():
-        monkeypatch.setattr(plan, name, value)
-    test_what_is_not_finite_stays_in_the_rows_that_read_it("triton", shape, float("nan"))
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_query_that_is_not_finite_touches_only_the_chunks_that_it_reads(impl):
     inputs = problem("sparse")

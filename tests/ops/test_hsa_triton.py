@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +36,8 @@ SHAPES = {
     "coverage_per_head": {"num_chunks": 3, "slots": 2, "kv_heads": 2, "heads": 2, "num_tokens": 9},
     "coverage_shared_memory": {"num_chunks": 3, "slots": 5, "kv_batch": 1, "kv_heads": 2, "num_tokens": 9},
 }
+# what one pass for all gradients takes: lists, no lengths
+PARTED = [name for name, x in SHAPES.items() if x.get("num_chunks", 7) > 3 and not x.get("is_short")]
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +58,55 @@ def problem(**options) -> AttentionInputs:
     return AttentionInputs(*(None if x is None else x.to(DEVICE) for x in inputs))
 
 
+class HopperStandIn:
+    """Does in torch, pair by pair, what kernel_hopper.listed_gradient_kernel does; that runs on a card alone
+    (test_gpu.py)."""
+
+    def __getitem__(self, grid):
+        return lambda *operands, **constants: self.run(grid, operands, constants)
+
+    def run(self, grid, operands, constants):
+        q, k, v, weights, grad_out, pairs, pair_starts, unit_ends, unit_lists, partial, shares = operands[:11]
+        grad_weights, part, first_token, part_tokens, tokens, chunks, lists, unit_pairs, none = operands[11:20]
+        _, scale, kv_heads, heads = operands[20:]
+        slots, groups, dim = constants["K"], constants["GROUPS"], q.shape[-1]
+        q, grad_out = (x.view(-1, kv_heads, q.shape[2] // kv_heads, dim).float() for x in (q, grad_out))
+        k, v = (x.view(-1, chunks, SIZE, kv_heads, dim).float() for x in (k, v))
+        before = int(unit_ends[part * lists - 1]) if part else 0
+        for unit in range(before, int(unit_ends[(part + 1) * lists - 1])):
+            number = int(unit_lists[unit])
+            first = int(pair_starts[number]) + (unit - (int(unit_ends[number - 1]) if number else 0)) * unit_pairs
+            row, hr, chunk = np.unravel_index(number - part * lists, (lists // heads // chunks, heads, chunks))
+            for share in range(grid[1]):
+                kv_head, sums = hr + share * heads, partial[unit - before, share].zero_()
+                keys, values = k[row, chunk, :, kv_head], v[row, chunk, :, kv_head]
+                for place in range(first, min(first + unit_pairs, int(pair_starts[number + 1]))):
+                    pair = int(pairs[place])
+                    token, slot = pair // (slots * heads), pair % slots
+                    query, upward = q[token, kv_head], grad_out[token, kv_head]
+                    p, slope = (query @ keys.T * scale).softmax(-1), upward @ values.T
+                    delta, w = (p * slope).sum(-1, keepdim=True), float(weights.flatten()[pair])
+                    dz = w * p * (slope - delta)
+                    group = (place - first) // 4 % groups
+                    sums[group, 0] += dz.T @ query
+                    sums[group, 1] += w * p.T @ upward
+                    local = token // tokens * part_tokens + token % tokens - first_token
+                    shares[(local * kv_heads + kv_head) * slots + slot] = dz @ keys * scale
+                    grad_weights.view(-1)[(token * kv_heads + kv_head) * slots + slot] = delta.sum()
+        assert none < shares.shape[0]
+
+
 def take_all_gradients_in_one_pass(monkeypatch, inputs, dtype, tokens):
-    """As of long rows, in parts of so many tokens."""
-    monkeypatch.setattr(plan, "_PARTED_PAIRS", 0)
-    monkeypatch.setattr(plan, "_PARTS_PAIRS", 0)
+    """As on Hopper, in parts of so many tokens."""
+    token_bytes = inputs.q[:, 0].numel() * inputs.indices.shape[3] * dtype.itemsize
+    sizes = {"_PARTED_PAIRS": 0, "_PARTS_PAIRS": 0, "_PART_STEP": 1, "_PARTS_BYTES": tokens * token_bytes}
+    for name, value in sizes.items():
+        monkeypatch.setattr(plan, name, value)
+    kernels = SimpleNamespace(listed_gradient_kernel=HopperStandIn(), described=lambda tensor, width, box: tensor)
+    monkeypatch.setitem(sys.modules, "hsa_ultralong.ops.hsa.kernel_hopper", kernels)
+    monkeypatch.setattr(plan.HSAPlan, "takes_hopper", True)
     # several units of a list
     monkeypatch.setattr(plan, "pairs_of_unit", lambda *_: 16)
-    monkeypatch.setattr(
-        plan, "_PARTS_BYTES", tokens * inputs.q[:, 0].numel() * inputs.indices.shape[3] * dtype.itemsize
-    )
     for name in ("_query_gradients", "_memory_gradients"):
         monkeypatch.setattr(triton_attention, name, None)
     plan.plan_of.cache_clear()
@@ -88,15 +135,16 @@ def test_kernels_equal_reference_in_output_and_every_gradient(shape):
     assert_close(run(inputs, "triton", torch.float32), run(inputs, "reference", torch.float64))
 
 
-@pytest.mark.parametrize("tokens", [4, 100])
-@pytest.mark.parametrize("shape", [name for name, options in SHAPES.items() if options.get("num_chunks", 7) > 3])
+@pytest.mark.skipif(DEVICE != "cpu", reason="a stand-in for a kernel")
+@pytest.mark.parametrize("tokens", [8, 100])
+@pytest.mark.parametrize("shape", PARTED)
 def test_one_pass_for_all_gradients_of_long_rows_equals_the_reference(monkeypatch, shape, tokens):
     inputs = problem(**SHAPES[shape])
     take_all_gradients_in_one_pass(monkeypatch, inputs, torch.float32, tokens)
     assert_close(run(inputs, "triton", torch.float32), run(inputs, "reference", torch.float64))
 
 
-@pytest.mark.parametrize("is_parted", [False, True])
+@pytest.mark.parametrize("is_parted", [False, True] if DEVICE == "cpu" else [False])
 def test_the_error_in_16_bits_is_at_most_twice_that_of_the_reference(monkeypatch, is_parted):
     """What a slot adds to dq is rounded in between, where one pass takes all gradients."""
     exact = problem(group=4, kv_heads=1, num_chunks=40, slots=16, num_tokens=20)
@@ -111,22 +159,25 @@ def test_the_error_in_16_bits_is_at_most_twice_that_of_the_reference(monkeypatch
 
 
 def test_which_rows_have_one_pass_for_all_gradients(monkeypatch):
-    def parts(tokens, chunks, dim=64, heads=16, batch=1):
+    def part(tokens, chunks, dim=64, heads=16, batch=1, lengths=None, dtype=torch.bfloat16):
         q, k = torch.Size((batch, tokens, heads, dim)), torch.Size((batch, 64 * chunks, 1, dim))
-        dtypes = (torch.bfloat16, torch.int32, torch.float32, None)
+        dtypes = (dtype, torch.int32, torch.float32, None)
         device = torch.device("cpu")
-        shapes = plan.HSAShapes(q, k, torch.Size((batch, tokens, 1, 32)), None, dtypes, device, 64, 1.0, True, True)
-        found = [(part.first, part.tokens) for part in plan.plan_of(shapes).parts]
-        assert not found or sum(count for _, count in found) == tokens
-        return found
+        shapes = plan.HSAShapes(q, k, torch.Size((batch, tokens, 1, 32)), lengths, dtypes, device, 64, 1.0, True, True)
+        found = plan.plan_of(shapes)
+        assert not found.part_tokens or found.part_lists.parts == -(-tokens // found.part_tokens)
+        return found.part_tokens
 
     monkeypatch.setattr(plan, "launch_options", lambda *_: plan.HSALaunch(128, 4, 2))
-    assert parts(8192, 128) == [] == parts(8192, 128, batch=4) == parts(32_768, 512, dim=128) == parts(32_768, 40)
-    assert parts(8193, 129) == [(0, 4112), (4112, 4081)]
-    assert parts(32_768, 512) == [(start, 8192) for start in range(0, 32_768, 8192)]
-    assert parts(32_768, 512, batch=4) == [(start, 2048) for start in range(0, 32_768, 2048)]
-    # 512 MiB hold 64 pairs of every chunk, up to 4,096 chunks
-    assert len(parts(262_144, 4096)) == 32 and parts(262_144, 4097) == []
+    assert part(32_768, 512) == 0  # not on this machine
+    plan.plan_of.cache_clear()
+    monkeypatch.setattr(plan, "runs_hopper_kernels", lambda index: True)
+    assert part(1024, 64) == 0 == part(32_768, 512, dim=128) == part(32_768, 40) == part(32_768, 512, heads=8)
+    assert part(32_768, 512, lengths=torch.Size((1, 512))) == 0 == part(32_768, 512, dtype=torch.float32)
+    assert part(2048, 64) == 2048 and part(16_385, 257) == 8256 and part(8192, 128, batch=4) == 4096
+    assert part(32_768, 512) == 16_384 and part(32_768, 512, batch=4) == 4096
+    # 1 GiB holds 64 pairs of every chunk, up to 8,192 chunks
+    assert part(524_288, 8192) == 16_384 and part(524_288, 8193) == 0
 
 
 @pytest.mark.parametrize("slots", [2, 4])
@@ -213,13 +264,10 @@ def test_repeats_are_bit_identical_and_every_element_is_written(monkeypatch, is_
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("is_parted", [False, True])
-def test_rows_that_share_a_memory_may_have_lengths_of_their_own(monkeypatch, is_parted):
+def test_rows_that_share_a_memory_may_have_lengths_of_their_own():
     inputs = problem(kv_batch=1, kv_heads=1, group=4, num_tokens=9)
     lengths = torch.randint(1, SIZE + 1, (2, 7), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     inputs = inputs._replace(chunk_lengths=lengths.to(DEVICE))
-    if is_parted:
-        take_all_gradients_in_one_pass(monkeypatch, inputs, torch.float32, 8)
     assert_close(run(inputs, "triton", torch.float32), run(inputs, "reference", torch.float64))
 
 
@@ -262,36 +310,40 @@ def test_tile_lists_hold_the_union_of_their_tokens_and_every_slot():
                 assert found == expected
 
 
+@pytest.mark.parametrize("part_tokens", [None, 4, 8])
 @pytest.mark.parametrize("by_counting", [True, False])
 @pytest.mark.parametrize(("memory_batch", "heads"), [(1, 1), (2, 1), (2, 2)])
-def test_inverse_lists_hold_every_pair_once_in_order(monkeypatch, memory_batch, heads, by_counting):
-    # several steps of every loop over lists and blocks
+def test_inverse_lists_hold_every_pair_once_in_order(monkeypatch, memory_batch, heads, by_counting, part_tokens):
+    # several steps of every loop over lists and blocks, blocks of four tokens
     monkeypatch.setattr(kernel_lists, "_OFFSET_LISTS", 2)
     monkeypatch.setattr(kernel_lists, "_OFFSET_BLOCKS", 2)
     monkeypatch.setattr(kernel_lists, "_UNIT_LISTS", 4)
     monkeypatch.setattr(kernel_lists, "_COUNTED_KEYS", (16, 16))
     monkeypatch.setattr(kernel_lists, "_COUNTED_SHARE", 1000 if by_counting else 0)
-    indices = problem(kv_heads=heads, heads=heads, num_chunks=5, num_tokens=13).indices
-    lists = InverseListPlan(indices.shape, memory_batch, 5, 4, overlap(None))(indices)
-    flat = indices.flatten().tolist()
+    tokens = 13
+    indices = problem(kv_heads=heads, heads=heads, num_chunks=5, num_tokens=tokens).indices
+    planned = InverseListPlan(indices.shape, memory_batch, 5, 4, overlap(None), part_tokens=part_tokens)
+    assert planned.by_counting == by_counting
+    lists = planned(indices)
+    slots, flat = indices.shape[3], indices.flatten().tolist()
     number = ended = 0
-    for row in range(memory_batch):
-        for head in range(heads):
-            for chunk in range(5):
-                mine = [
-                    i for i, found in enumerate(flat)
-                    if found == chunk
-                    and (i // indices.shape[3]) % heads == head
-                    and (memory_batch == 1 or i // (indices[0].numel()) == row)
-                ]  # fmt: skip
-                start, stop = lists.pair_starts[number : number + 2].tolist()
-                assert lists.pairs[start:stop].tolist() == mine
-                units = (lists.unit_lists == number).nonzero().flatten().tolist()
-                assert units == list(range(ended, ended + -(-len(mine) // 4)))
-                ended = int(lists.unit_ends[number])
-                assert ended == (units[-1] + 1 if units else ended)
-                number += 1
-    assert (lists.unit_lists[ended:] == number).all()
+    for first in range(0, tokens, part_tokens or tokens):
+        for row, head, chunk in itertools.product(range(memory_batch), range(heads), range(5)):
+            mine = [
+                i for i, found in enumerate(flat)
+                if found == chunk
+                and (i // slots) % heads == head
+                and first <= i // (slots * heads) % tokens < first + (part_tokens or tokens)
+                and (memory_batch == 1 or i // indices[0].numel() == row)
+            ]  # fmt: skip
+            start, stop = lists.pair_starts[number : number + 2].tolist()
+            assert lists.pairs[start:stop].tolist() == mine
+            units = (lists.unit_lists == number).nonzero().flatten().tolist()
+            assert units == list(range(ended, ended + -(-len(mine) // 4)))
+            ended = int(lists.unit_ends[number])
+            assert ended == (units[-1] + 1 if units else ended)
+            number += 1
+    assert (lists.unit_lists[ended:] == number).all() and number == planned.lists
 
 
 def test_long_rows_are_sorted_and_short_ones_counted():

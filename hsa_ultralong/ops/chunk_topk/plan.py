@@ -97,7 +97,7 @@ def decode_options(kept: int, dim: int, width: int, memory: int) -> DecodeOption
         stages -= 1
     while tile > 16 and _scan_bytes(tile, stages, dim, width) > memory:
         tile //= 2
-    return DecodeOptions(tile=tile, stages=stages)
+    return DecodeOptions(tile=tile, stages=stages, last_warps=32 if (dim, width) == (512, 2) else 16)
 
 
 def _share(chunks: int, options: DecodeOptions) -> int:

@@ -231,9 +231,9 @@ def listed_sum_kernel(
     HKV, HR, D: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, ADDS: tl.constexpr, IS_LAST: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one chunk: the sum of its units, each of GROUPS places, in order. Of several parts of the tokens, each
-    of `lists` lists, all but the last leave it in sums (2, Bk, C * S, Hkv, D) fp32, and all but the first (ADDS) begin
-    with what is there."""
+    """dK and dV of one chunk: the sum of its units, each of GROUPS places, in order. Of several parts of the tokens,
+    each of `lists` lists, all but the last leave it in sums (2, Bk, C * S, Hkv, D) fp32, and all but the first (ADDS)
+    begin with what is there."""
     begin(OVERLAPS)
     number = tl.program_id(0)
     share = tl.program_id(1)

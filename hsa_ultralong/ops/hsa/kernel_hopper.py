@@ -1,14 +1,15 @@
-"""Gluon kernels for Hopper (compute capability 9.0): the pass of kernel_chunks.listed_gradient_kernel over pairs with
-bulk tensor copies, asynchronous products and groups of warps with work of their own.
+"""A Gluon kernel for Hopper (compute capability 9.0): all gradients in one pass over the pairs of inverse lists, with
+bulk tensor copies, asynchronous products and groups of warps that have work of their own.
 
 A program is a unit: one chunk, whose keys and values stay in shared memory. GROUPS groups of four warps take every
 GROUPS-th tile of four pairs times 16 heads = 64 rows; beside each a producer warp copies the rows of q and dO of its
-tiles into a ring of STAGES places, and sends out what the pairs add to dq. P and dZ go through shared memory as operands
-of dV and dK, dZ is in registers for dQ. Rows behind the last pair of a unit repeat it with weight 0; their share of dq
-goes to the place behind all pairs. How much faster that is: docs/kernels.md. Imports gluon, so only where it runs
-(plan.py). tests/ops/test_gpu.py.
+tiles into a ring of STAGES places, and sends out what the pairs add to dq. P and dZ go through shared memory as
+operands of dV and dK, dZ is in registers for dQ. Rows behind the last pair of a unit repeat it with weight 0; their
+share of dq goes to the place behind all pairs. How much faster that is: docs/kernels.md. Imports gluon, so it is
+imported only where it runs (plan.py). tests/ops/test_hopper.py; the host's part, with a stand-in, test_hsa_triton.py.
 
-Grid: (units, Hkv / Hr); owners are those of listed_gradient_kernel, but a unit has GROUPS places of the workspace.
+Grid: (units of a part, Hkv / Hr); a program owns GROUPS places of the workspace, and of shares and dw those of its
+pairs. The sums follow on the same stream: listed_sum_kernel and slot_sum_kernel of kernel_chunks.py.
 Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 pairs, addresses at multiples of 16 bytes.
 """
 
@@ -54,16 +55,15 @@ def _begin_block(zero):
     """A branch that is never taken, so that what follows is not moved before: the assembler would wait for products at
     the front of a block, before what runs beside them."""
     gl.inline_asm_elementwise(
-        "{ .reg .pred again; here: setp.ne.u32 again, $1, 0; @again nanosleep.u32 20; @again bra here; mov.u32 $0, $1; }",
+        "{ .reg .pred again; here: setp.ne.u32 again, $1, 0; @again nanosleep.u32 20; @again bra here; "
+        "mov.u32 $0, $1; }",
         "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
 def _reciprocal(x):
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -145,9 +145,7 @@ def _produce(
                 row2 = next2
                 row3 = next3
             if i >= STAGES - 1:
-                own0 = _share_row(
-                    pairs, behind, stop, none, kv_head, first_token, part_tokens, T, HKV, HR, K, HAS_ROWS
-                )
+                own0 = _share_row(pairs, behind, stop, none, kv_head, first_token, part_tokens, T, HKV, HR, K, HAS_ROWS)
                 own1 = _share_row(
                     pairs, behind + 1, stop, none, kv_head, first_token, part_tokens, T, HKV, HR, K, HAS_ROWS
                 )
@@ -286,10 +284,26 @@ def listed_gradient_kernel(
     gl.thread_barrier()
     gl.warp_specialize(
         [
-            (_consume, (weights, pairs, pair_starts, unit_ends, unit_lists, partial, grad_weights, keys, values, queries, upwards, chances, slopes, loaded, full, empty, ready, free, part, C, lists, unit_pairs, none, scale, logit_scale, HKV, HR, 0, GROUPS, STAGES, K)),
-            (_consume, (weights, pairs, pair_starts, unit_ends, unit_lists, partial, grad_weights, keys, values, queries, upwards, chances, slopes, loaded, full, empty, ready, free, part, C, lists, unit_pairs, none, scale, logit_scale, HKV, HR, 1, GROUPS, STAGES, K)),
-            (_produce, (q, grad_out, k, v, shares, pairs, pair_starts, unit_ends, unit_lists, keys, values, queries, upwards, slopes, loaded, full, empty, ready, free, part, first_token, part_tokens, T, C, lists, unit_pairs, none, HKV, HR, 0, GROUPS, STAGES, K, HAS_ROWS)),
-            (_produce, (q, grad_out, k, v, shares, pairs, pair_starts, unit_ends, unit_lists, keys, values, queries, upwards, slopes, loaded, full, empty, ready, free, part, first_token, part_tokens, T, C, lists, unit_pairs, none, HKV, HR, 1, GROUPS, STAGES, K, HAS_ROWS)),
+            (_consume, (
+                weights, pairs, pair_starts, unit_ends, unit_lists, partial, grad_weights, keys, values, queries,
+                upwards, chances, slopes, loaded, full, empty, ready, free, part, C, lists, unit_pairs, none, scale,
+                logit_scale, HKV, HR, 0, GROUPS, STAGES, K,
+            )),
+            (_consume, (
+                weights, pairs, pair_starts, unit_ends, unit_lists, partial, grad_weights, keys, values, queries,
+                upwards, chances, slopes, loaded, full, empty, ready, free, part, C, lists, unit_pairs, none, scale,
+                logit_scale, HKV, HR, 1, GROUPS, STAGES, K,
+            )),
+            (_produce, (
+                q, grad_out, k, v, shares, pairs, pair_starts, unit_ends, unit_lists, keys, values, queries, upwards,
+                slopes, loaded, full, empty, ready, free, part, first_token, part_tokens, T, C, lists, unit_pairs, none,
+                HKV, HR, 0, GROUPS, STAGES, K, HAS_ROWS,
+            )),
+            (_produce, (
+                q, grad_out, k, v, shares, pairs, pair_starts, unit_ends, unit_lists, keys, values, queries, upwards,
+                slopes, loaded, full, empty, ready, free, part, first_token, part_tokens, T, C, lists, unit_pairs, none,
+                HKV, HR, 1, GROUPS, STAGES, K, HAS_ROWS,
+            )),
         ],
         [4, 1, 1],
         [REGISTERS, 24, 24],

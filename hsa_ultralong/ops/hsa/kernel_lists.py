@@ -108,7 +108,7 @@ def _ranks(key, N: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def _group_of(block, b, hr, HR, part_blocks, MEMORY_ROWS: tl.constexpr):
-    """Whose C lists a block of tokens adds to, (part, memory row, retrieval head), and its number among their blocks."""
+    """Whose C lists a block of tokens adds to, (part, memory row, retrieval head), and its number among theirs."""
     group, number = b * 0 + block // part_blocks, b * 0 + block % part_blocks
     if MEMORY_ROWS:
         group = group * tl.num_programs(2) + b
@@ -124,7 +124,7 @@ def _count_kernel(
     MEMORY_ROWS: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Counting sort of the pairs by list, in blocks of BT tokens. First how many pairs of a block each list gets, into
-    counts (parts * memory rows * HR, blocks, C), and the block's sorted pairs, into keys (B, HR, row blocks, BT * KP)."""
+    counts (parts * memory rows * HR, blocks, C), and its sorted pairs, into keys (B, HR, row blocks, BT * KP)."""
     begin(OVERLAPS)
     block = tl.program_id(0)
     hr = tl.program_id(1)

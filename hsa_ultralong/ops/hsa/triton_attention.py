@@ -165,9 +165,7 @@ def _all_gradients(
     *read, tiles = _described(plan, operands, grad_out, shares)
     for part in plan.parts:
         partial = torch.empty(part.shape, dtype=torch.float32, device=device)
-        part.kernel(
-            *read, *found, partial, tiles, grad_weights, *part.sizes, plan.scale_log2, plan.scale, *plan.heads
-        )
+        part.kernel(*read, *found, partial, tiles, grad_weights, *part.sizes, plan.scale_log2, plan.scale, *plan.heads)
         part.total(partial, lists.unit_ends, sums, grad_k, grad_v, *part.total_sizes, plan.scale, *plan.heads)
         part.slot_sum(shares, indices, grad_q, grad_weights, *part.sum_sizes, *plan.heads)
     return grad_q, grad_weights, grad_k, grad_v
