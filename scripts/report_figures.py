@@ -32,7 +32,9 @@ NEEDLES = {
     "nano": (
         "needles-nano",
         "needles-nano-card",
+        "needles-nano-1m-depths",
         "needles-nano-16m",
+        "needles-nano-64m",
         "needles-nano-128m",
         "needles-nano-256m",
         "needles-nano-1g",
@@ -282,7 +284,9 @@ def _map(axes: Any, own: Map) -> Any:
     lengths = list(own)
     share = [[100 * own[length].get(tenth, float("nan")) for length in lengths] for tenth in range(10)]
     image = axes.imshow(share, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [human_tokens(length) for length in lengths], fontsize=7)
+    # of many lengths every second is named, the last among them
+    named = range(len(lengths))[:: -2 if len(lengths) > 7 else -1]
+    axes.set_xticks(named, [human_tokens(lengths[place]) for place in named], fontsize=7)
     axes.set_yticks((0, 4.5, 9), ("start", "depth", "end"), fontsize=7, rotation=90, va="center")
     return image
 

@@ -12,12 +12,9 @@ from hsa_ultralong.files.strict_json import read_json
 QUESTION_TOKENS = 32
 # curve -> its preset and files; of a length twice the first counts
 _CURVES = {
-    "nano, H200": (
-        "nano",
-        ("benchmarks/results/nano-speed/memory-h200.json", "benchmarks/results/nano-speed/memory-h200x4.json"),
-    ),
+    "nano, H200": ("nano", ("benchmarks/results/memory-h200.json",)),
     "small_345m, H200": ("small_345m", ("benchmarks/results/memory-h200.json",)),
-    "nano, earlier weights, 2 CPU cores": ("nano", ("benchmarks/results/memory-cpu2.json",)),
+    "nano, 2 CPU cores": ("nano", ("benchmarks/results/memory-cpu2.json",)),
 }
 _SPEEDS = ("read_s", "read_tokens_per_s", "decode_ms")
 Values = dict[str, dict[int, float]]

@@ -169,12 +169,14 @@ def test_the_committed_page_is_what_the_committed_files_say(report):
 
 def test_figures_show_every_length_that_was_measured(report):
     maps = report.shapes.hidden_sentences(ROOT)
-    assert list(maps["nano"]) == [4096, 32_768, 262_144, 2**23, 2**28, 2**30, 2**32]
+    assert list(maps["nano"]) == [4096, 32_768, *(2**power for power in (18, 20, 23, 24, 26, 28, 30, 32))]
     before = maps["nano before 2026-11-28"]
     assert list(before) == [2**20, 2**24, 2**26, 2**30]
     assert {len(own) for own in (*maps["nano"].values(), *before.values())} == {10}
     shares = report.shapes.recalled(ROOT)
-    assert len(shares) == 4 and all(line.x[-1] == 2**24 and max(line.y) <= 100 for line in shares.values())
+    ends = dict.fromkeys(shares, 2**24) | dict.fromkeys(("twelve forms never trained", "the authors' needle"), 2**27)
+    assert len(shares) == 4 and {name: line.x[-1] for name, line in shares.items()} == ends
+    assert all(max(line.y) <= 100 for line in shares.values())
     now = report.shapes.margins(ROOT)["nano"]
     assert now.x[0] == 4096 and now.x[-1] == 2**32 and min(now.y) > 0 and now.low[-1] > 0
     margins = report.shapes.margins(ROOT)["nano before 2026-11-28"]
@@ -183,7 +185,7 @@ def test_figures_show_every_length_that_was_measured(report):
     assert all(value > 0 for curves in speed.values() for own in curves.values() for value in own.values())
     anew, question, step = (speed[name]["nano, H200"] for name in ("anew_s", "question_s", "decode_ms"))
     assert list(step) == list(anew) == [2**13, 2**20, 2**24, 2**27]
-    assert anew[2**24] > 40 * question[2**24]
+    assert anew[2**24] > 30 * question[2**24]
 
 
 def test_the_map_of_tasks_has_every_task_of_both_protocols_at_every_length(report):
@@ -191,7 +193,8 @@ def test_the_map_of_tasks_has_every_task_of_both_protocols_at_every_length(repor
     rows = {}
     for record in scores:
         rows.setdefault(record["task"], []).append(record["length"])
-    assert len(rows) == 20 and all(sorted(own) == lengths for own in rows.values())
+    assert sorted(rows.pop("authors: S-NIAH, forced")) == [*lengths, 2**27]
+    assert len(rows) == 19 and all(sorted(own) == lengths for own in rows.values())
 
 
 def test_figures_are_drawn_from_what_is_there(report, tmp_path):

@@ -20,7 +20,7 @@ from hsa_ultralong.files.packed import unpacked
 from hsa_ultralong.inference.ask import unsure_weight
 
 ROOT = Path(__file__).resolve().parents[2]
-LENGTHS = {"4K": 2**12, "16K": 2**14, "64K": 2**16, "256K": 2**18, "1M": 2**20, "16M": 2**24}
+LENGTHS = {"4K": 2**12, "16K": 2**14, "64K": 2**16, "256K": 2**18, "1M": 2**20, "16M": 2**24, "128M": 2**27}
 FORMS = [f"recall_form_{number:02}" for number in range(1, 13)]
 VALUES = [f"recall_value_{kind}" for kind in ("names", "cities", "times", "dates", "digits14", "words2")]
 READ = {
