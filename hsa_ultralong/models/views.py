@@ -35,7 +35,7 @@ def memory_view(
 
 def own_view(own: ChunkTensors, layout: Layout, *, is_causal: bool, context: ContextExchange = ALONE) -> MemoryView:
     """The past chunks of the token's own row and group; `is_causal`: the call's first token is the row's, so without
-    packed documents all its chunks are full."""
+    packed documents all chunks that are read are full."""
     if context.rank + 1 < context.size:
         # later slices hold nothing but future
         past = own.landmarks.shape[1] // context.size * (context.rank + 1)

@@ -27,13 +27,15 @@ SHAPES = {
     "shared_memory": (2, 1, 1, 1, 700, 15, 8, 320),
     "two_memory_heads": (1, 1, 2, 1, 512, 20, 8, 192),
     "retrieval_per_head": (1, 1, 2, 2, 512, 20, 7, 192),
+    "all_at_once": (2, 2, 2, 2, 512, 20, 7, 192),
     "few_tokens": (1, 1, 1, 1, 65, 40, 3, 64),
 }
 
 
 @pytest.fixture(autouse=True)
-def short_rows_too(monkeypatch):
+def one_pass_alone(monkeypatch):
     """Rows of any length take the one pass, and none the other two."""
+    monkeypatch.setattr(triton_attention, "_query_gradients", None)
     monkeypatch.setattr(plan, "_PARTED_PAIRS", 0)
     monkeypatch.setattr(plan, "_PARTS_PAIRS", 0)
     plan.plan_of.cache_clear()
@@ -71,7 +73,6 @@ def gradients(monkeypatch, shape, dtype, inputs, impl="triton"):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_error_of_one_pass_is_at_most_twice_that_of_the_reference_and_repeats(monkeypatch, shape, dtype):
-    monkeypatch.setattr(triton_attention, "_query_gradients", None)
     inputs = operands(shape, dtype)
     found, again = (gradients(monkeypatch, shape, dtype, inputs) for _ in range(2))
     budget = gradients(monkeypatch, shape, dtype, inputs, "reference")

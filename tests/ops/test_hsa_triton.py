@@ -60,7 +60,7 @@ def problem(**options) -> AttentionInputs:
 
 class HopperStandIn:
     """Does in torch, pair by pair, what kernel_hopper.listed_gradient_kernel does; that runs on a card alone
-    (test_gpu.py)."""
+    (test_hopper.py)."""
 
     def __getitem__(self, grid):
         return lambda *operands, **constants: self.run(grid, operands, constants)
@@ -176,8 +176,8 @@ def test_which_rows_have_one_pass_for_all_gradients(monkeypatch):
     assert part(32_768, 512, lengths=torch.Size((1, 512))) == 0 == part(32_768, 512, dtype=torch.float32)
     assert part(2048, 64) == 2048 and part(16_385, 257) == 8256 and part(8192, 128, batch=4) == 4096
     assert part(32_768, 512) == 16_384 and part(32_768, 512, batch=4) == 4096
-    # 1 GiB holds 64 pairs of every chunk, up to 8,192 chunks
-    assert part(524_288, 8192) == 16_384 and part(524_288, 8193) == 0
+    # 1 GiB holds 128 pairs of every chunk, up to 4,096 chunks; of so wide a batch not one step of tokens
+    assert part(262_144, 4096) == 16_384 and part(262_144, 4097) == 0 == part(4096, 64, batch=300)
 
 
 @pytest.mark.parametrize("slots", [2, 4])

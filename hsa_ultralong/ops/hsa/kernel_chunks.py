@@ -2,13 +2,13 @@
 
 A unit is a part of a chunk's list; its sums go to a workspace in fp32 and are added in order by a second kernel, so
 results repeat bit for bit. For full coverage the tokens follow from the position of the chunk and no list exists.
-Long rows have all gradients from one pass: what each pair adds to dq waits in memory for slot_sum_kernel. Derivation:
-README.md of this folder.
+After kernel_hopper.py, which takes all gradients in one pass, slot_sum_kernel adds up what pairs add to dq.
+Derivation: README.md of this folder.
 
-Grids: listed_memory_gradient_kernel and listed_gradient_kernel (units, Hkv / Hr), covered_memory_gradient_kernel
-(C * splits, Hkv, B), a program owns one place of the workspace, and of parts and dw those of its pairs;
-slot_sum_kernel (B * tokens of a part, Hkv), the G rows of dq, and dw in empty slots; listed_sum_kernel (lists, Hkv /
-Hr) and covered_sum_kernel (C, Hkv, rows of the memory), one chunk of dk and dv. The sums follow on the same stream.
+Grids: listed_memory_gradient_kernel (units, Hkv / Hr) and covered_memory_gradient_kernel (C * splits, Hkv, B), a
+program owns one place of the workspace; slot_sum_kernel (B * tokens of a part, Hkv), the G rows of dq, and dw in empty
+slots; listed_sum_kernel (lists of a part, Hkv / Hr) and covered_sum_kernel (C, Hkv, rows of the memory), one chunk of
+dk and dv. The sums follow on the same stream.
 Needed: units that cover every list in order (kernel_lists.inverse_lists), the sizes of kernel_tiles.py, and for CAUSAL
 its promise.
 """

@@ -281,6 +281,8 @@ def listed_gradient_kernel(
     for i in gl.static_range(GROUPS * STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
+    # bulk copies signal these barriers
+    fence_async_shared()
     gl.thread_barrier()
     gl.warp_specialize(
         [

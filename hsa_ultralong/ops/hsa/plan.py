@@ -34,7 +34,7 @@ _NORM_BYTES = 1 << 29
 # pairs of a row's tokens and slots from which on one pass takes all gradients on Hopper; bytes of what the pairs of a
 # part of the tokens add to dq, which must be so many pairs for every chunk at least; a part is a multiple of so many
 # tokens
-_PARTED_PAIRS, _PARTS_BYTES, _PARTS_PAIRS, _PART_STEP = 1 << 16, 1 << 30, 64, 64
+_PARTED_PAIRS, _PARTS_BYTES, _PARTS_PAIRS, _PART_STEP = 1 << 16, 1 << 30, 128, 64
 # groups of warps of a program on Hopper, places of each for rows under way, registers of a thread of theirs
 _HOPPER = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
 # slots whose shares in dq are added up at a time
@@ -281,12 +281,12 @@ class HSAPlan:
             return 0
         assert self.dtype is not None
         token_bytes = self.batch * self.kv_heads * self.slots * self.group * self.dim * self.dtype.itemsize
-        most = _PARTS_BYTES // token_bytes
+        # blocks of tokens that are counted for lists lie in one part
+        most = _PARTS_BYTES // token_bytes // _PART_STEP * _PART_STEP
         lists = self.kv_batch * self.list_heads * self.chunks
-        if most * self.batch * self.list_heads * self.slots < _PARTS_PAIRS * lists or not most:
+        if not most or most * self.batch * self.list_heads * self.slots < _PARTS_PAIRS * lists:
             return 0
         step = -(-self.tokens // -(-self.tokens // most))
-        # blocks of tokens that are counted for lists lie in one part
         return min(-(-step // _PART_STEP) * _PART_STEP, self.tokens)
 
     @cached_property
