@@ -55,6 +55,9 @@ def needles(
             "beginning ('The secret code of the calm ferry is'), not by a question.",
         ),
     ] = False,
+    wording: Annotated[
+        str, typer.Option(help="Sentences: own, or authors, those of the authors' S-NIAH, answered without forcing.")
+    ] = "own",
     piece: Annotated[
         str | None,
         typer.Option("--piece", "--segment", help="Tokens per forward of reading; 128K and its multiples compile."),
@@ -86,6 +89,8 @@ def needles(
 
       hsa eval needles --lengths 256K --needles 40 --notes -o results/needles-notes
 
+      hsa eval needles --lengths 1G --wording authors --store tiered --forms int8 --shards .data/shards -o results/mine
+
       torchrun --standalone --nproc-per-node=4 --no-python hsa eval needles --lengths 4G --store tiered --forms int8
       --shards .data/shards -o results/needles-4g
 
@@ -96,9 +101,14 @@ def needles(
     from hsa_ultralong.cli.common import choose_device, load_model
     from hsa_ultralong.cli.places import require_folder
     from hsa_ultralong.distributed.mesh import init_distributed
+    from hsa_ultralong.eval.needles import WORDINGS, task_of
 
     if notes and together:
         raise ValueError("give --notes or --together, not both: notes lie behind the text, not in it")
+    if wording not in WORDINGS:
+        raise ValueError(f"--wording must be one of {', '.join(WORDINGS)}, got {wording!r}")
+    if wording != "own" and (notes or together):
+        raise ValueError("--wording authors asks for one key: leave --notes and --together out")
     require_folder(output)
     wanted, kinds = [*dict.fromkeys(parse_sizes(lengths, "--lengths"))], _forms(forms, store)
     piece_tokens = None if piece is None else parse_size(piece, "--piece")
@@ -109,13 +119,17 @@ def needles(
     if topk is not None:
         network.config.chunk_topk = topk
     source = haystack(tokenizer, text, text_field, encoding, shards, max(wanted)).to(network.device)
-    name, task = "nano" if model is None else model.name, "notes" if notes else "mk_niah" if together else "s_niah"
+    name = "nano" if model is None else model.name
+    task = "notes" if notes else "mk_niah" if together else task_of(wording)
     settings: dict[str, Any] = {"samples": samples, "seed": seed}
     if dist.is_initialized():
-        _over_processes(network, tokenizer, source, name, output, wanted, kinds[0], store, piece_tokens, settings)
+        how = {"store": store, "wording": wording, "piece_tokens": piece_tokens}
+        _over_processes(network, tokenizer, source, name, output, wanted, kinds[0], task, how, settings)
         dist.destroy_process_group()
         return
-    how = {"store": store, "together": together, "notes": notes, "piece_tokens": piece_tokens}
+    how = {
+        "store": store, "together": together, "notes": notes, "wording": wording, "piece_tokens": piece_tokens,
+    }  # fmt: skip
     _alone(network, tokenizer, source, name, output, wanted, kinds, task, how, settings)
 
 
@@ -155,8 +169,8 @@ def _alone(
 
 
 def _over_processes(
-    network: Any, tokenizer: Any, source: Any, name: str, output: Path, lengths: list[int], form: str, store: str,
-    piece_tokens: int | None, settings: dict[str, Any],
+    network: Any, tokenizer: Any, source: Any, name: str, output: Path, lengths: list[int], form: str, task: str,
+    how: dict[str, Any], settings: dict[str, Any],
 ) -> None:  # fmt: skip
     """A part of every text for every process; the first writes the study and tells the others what it holds."""
     import torch.distributed as dist
@@ -174,9 +188,9 @@ def _over_processes(
 
         def begin() -> None:
             nonlocal run, keep
-            place = store_label(store, world)
+            place = store_label(how["store"], world)
             run = opened.enter_context(
-                NeedleRun(output, network, name, forms=[form], store=place, task="s_niah", **settings)
+                NeedleRun(output, network, name, forms=[form], store=place, task=task, **settings)
             )
             opened.enter_context(ends_by_term())
             keep = opened.enter_context(_written(run, len(source)))
@@ -195,8 +209,8 @@ def _over_processes(
                     echo(f"{length:,} tokens from a text of {len(source):,}, read by {world} processes", err=True)
                     progress = shown.enter_context(_Bars(length, settings["samples"])).show
                 run_over_ranks(
-                    network, tokenizer, part, length=length, form=form, store=store, piece_tokens=piece_tokens,
-                    progress=progress, known=known, keep=keep, **settings,
+                    network, tokenizer, part, length=length, form=form, progress=progress, known=known, keep=keep,
+                    **how, **settings,
                 )  # fmt: skip
         if run is not None:
             _print(run.study(), output)

@@ -34,7 +34,8 @@ class NeedleRun(RecordedRun):
     ) -> None:
         """
         Args:
-            name: of the model, for the records. task: "s_niah", "mk_niah" or "notes". The rest as in `run_forms`.
+            name: of the model, for the records. task: "s_niah", "s_niah_authors", "mk_niah" or "notes". The rest as in
+                `run_forms`.
 
         Raises:
             ValueError: as `RecordedRun`.

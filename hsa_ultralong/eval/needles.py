@@ -31,6 +31,8 @@ from hsa_ultralong.models import HSACache, HSAForCausalLM
 NeedleProgress = Callable[[int, int, int, int], None]
 # a form of the memory: the text in so many parts, memorised apart and merged
 MERGED, NUM_PARTS = "merged", 8
+# the project's own sentences, and those of the authors' S-NIAH
+WORDINGS = ("own", "authors")
 # after every question, with what there is so far of its length and form
 Keep = Callable[["LengthResult"], None]
 
@@ -226,6 +228,7 @@ def run_forms(
     store: str = "device",
     together: bool = False,
     notes: bool = False,
+    wording: str = "own",
     piece_tokens: int | None = None,
     seed: int = 0,
     progress: NeedleProgress | None = None,
@@ -244,20 +247,24 @@ def run_forms(
             at a time, by exact edits.
         notes: all needles are documents of their own behind the text, as `hsa memory append` makes them, and are asked
             for by the beginning of their sentence instead of by a question. Depths are their places in this order.
+        wording: one of WORDINGS; the authors' sentences are hidden one at a time.
         known: what an earlier run that was cut off found in this text; only the rest is asked.
         keep: called after every question with what there is of its form.
 
     Raises:
-        ValueError: notes that are in the text together, a merged memory with notes or on another tier, a text too
-            short, or a memory that does not fit.
+        ValueError: notes that are in the text together, the authors' sentences as either, a merged memory with notes or
+            on another tier, a text too short, or a memory that does not fit.
     """
     if together and notes:
         raise ValueError("give notes or together, not both: notes lie behind the text, not in it")
+    if wording != "own" and (together or notes):
+        raise ValueError("the authors' sentences ask for one key: hide them one at a time, or take wording='own'")
     if MERGED in forms and (notes or store != "device"):
         raise ValueError("a merged memory is measured on the device and without notes")
     report, keep = progress or (lambda *_: None), keep or (lambda _: None)
     length, device = len(text), model.model.embed_tokens.weight.device
-    hidden = Hidden(tokenizer, text, evaluation_needles(seed + length, samples), together=together, notes=notes)
+    hidden = Hidden(tokenizer, text, worded(wording, seed + length, samples), together=together, notes=notes)
+    hidden.task = task_of(wording, hidden.task)
     if MERGED in forms:
         _ = hidden.borders  # a text too short is refused before work
     distinct = count_distinct(text, model.config.chunk_size, device)
@@ -297,6 +304,26 @@ def run_forms(
         results.append(result)
         del memory
     return NeedleStudy(results, model.config.chunk_topk, seed, peak_host_bytes())
+
+
+def worded(wording: str, seed: int, number: int) -> Sequence[Needle]:
+    """Evaluation needles in one of WORDINGS.
+
+    Raises:
+        ValueError: for another.
+    """
+    if wording not in WORDINGS:
+        raise ValueError(f"wording must be one of {', '.join(WORDINGS)}, got {wording!r}")
+    if wording == "own":
+        return evaluation_needles(seed, number)
+    from hsa_ultralong.eval.tasks.paper import authors_needles
+
+    return authors_needles(seed, number)
+
+
+def task_of(wording: str, task: str = "s_niah") -> str:
+    """What records call the task of a wording."""
+    return task if wording == "own" else f"{task}_{wording}"
 
 
 class Hidden:

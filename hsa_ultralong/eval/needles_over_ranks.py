@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hsa_ultralong.data import evaluation_needles
 from hsa_ultralong.data.needles import Needle
 from hsa_ultralong.eval.haystack import chunk_hashes
 from hsa_ultralong.eval.metadata import peak_host_bytes
@@ -27,6 +26,8 @@ from hsa_ultralong.eval.needles import (
     NeedleStudy,
     Place,
     places_in,
+    task_of,
+    worded,
 )
 from hsa_ultralong.inference import edit, memorize_together
 from hsa_ultralong.memory.chunk_memory import Memory
@@ -53,6 +54,7 @@ def run_over_ranks(
     samples: int,
     form: str = "",
     store: str = "device",
+    wording: str = "own",
     piece_tokens: int | None = None,
     seed: int = 0,
     progress: NeedleProgress | None = None,
@@ -76,7 +78,8 @@ def run_over_ranks(
     first, stop = part_of_text(length, rank, world)
     if len(part) != stop - first:
         raise ValueError(f"process {rank} of {world} reads {stop - first:,} of {length:,} tokens, got {len(part):,}")
-    hidden = _HiddenOverRanks(tokenizer, part, length, evaluation_needles(seed + length, samples))
+    hidden = _HiddenOverRanks(tokenizer, part, length, worded(wording, seed + length, samples))
+    hidden.task = task_of(wording)
     earlier = [sample for result in known if result.form == form for sample in result.samples]
     wanted = sorted({*range(samples)} - {sample.index for sample in earlier})
     results = [result for result in known if result.form == form]

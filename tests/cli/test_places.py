@@ -117,6 +117,8 @@ def test_every_command_checks_its_output_before_the_work(text, checkpoint, tmp_p
         ["data", "{text}", "--tokenizer", "{new}", "-o", "{new}/shards"],
         ["eval", "needles", "--forms", "own,klingon", "-o", "{new}/study"],
         ["eval", "needles", "--store", "cloud", "-o", "{new}/study"],
+        ["eval", "needles", "--wording", "mine", "-o", "{new}/study"],
+        ["eval", "needles", "--wording", "authors", "--notes", "-o", "{new}/study"],
         ["eval", "needles", "--lengths", "64K", "--model", "{new}", "-o", "{new}/study"],
         ["eval", "needles", "--lengths", "4", "--model", "{model}", "--device", "cpu", "-o", "{new}/study"],
         ["quickstart", "--lengths", "16M", "--model", "{model}", "--device", "cpu", "-o", "{new}/report"],

@@ -13,6 +13,8 @@ from hsa_ultralong.eval.metadata import run_metadata, write_json
 from hsa_ultralong.eval.needles import is_right, run_needles, score_margin
 from hsa_ultralong.eval.plots import human_tokens, plot_needles, plot_training, read_jsonl
 from hsa_ultralong.eval.report import study_records, write_study
+from hsa_ultralong.eval.tasks import Material
+from hsa_ultralong.eval.tasks.paper import AuthorsNeedle
 
 
 def test_wilson_interval_has_its_known_values():
@@ -75,6 +77,25 @@ def test_every_needle_is_taken_out_again(nano, monkeypatch):
     run_needles(model, tokenizer, text, lengths=[1024], samples=3)
     torch.testing.assert_close(seen["memory"].landmarks, seen["before"], rtol=0, atol=1e-4)
     assert torch.equal(seen["memory"].documents[0].tokens, text)
+
+
+def test_the_authors_sentence_is_hidden_and_asked_for_as_in_their_suite(nano):
+    model, tokenizer = nano
+    text = torch.tensor(tokenizer(opticks()[:6000])["input_ids"], dtype=torch.int32)[:1024]
+    (result,) = study_module.run_forms(model, tokenizer, text.clone(), samples=2, wording="authors").results
+    assert result.task == "s_niah_authors" and [sample.index for sample in result.samples] == [0, 1]
+    (sample,) = AuthorsNeedle().samples(Material(tokenizer, text), 1024, 1, 0)
+    needles = study_module.worded("authors", 0, 2)
+    assert needles == study_module.worded("authors", 0, 3)[:2] and needles[0].value != needles[1].value
+    for needle, found in zip(needles, result.samples, strict=True):
+        assert found.prompt == needle.question and found.expected.isdigit() and len(found.expected) == 8
+        assert tokenizer.decode(sample.question) == needle.question
+        assert needle.statement.replace(needle.value, sample.answers[0]) in tokenizer.decode(sample.context.tolist())
+    for options in ({"together": True}, {"notes": True}):
+        with pytest.raises(ValueError, match="hide them one at a time"):
+            study_module.run_forms(model, tokenizer, text, samples=2, wording="authors", **options)
+    with pytest.raises(ValueError, match="wording must be one of own, authors, got 'mine'"):
+        study_module.run_forms(model, tokenizer, text, samples=2, wording="mine")
 
 
 def test_too_short_a_haystack_is_refused(nano):

@@ -15,11 +15,27 @@ from itertools import pairwise
 
 import numpy as np
 
+from hsa_ultralong.data.needles import Needle
 from hsa_ultralong.data.seeds import namespaced_rng
 from hsa_ultralong.eval.tasks.assembly import Form, filled, finish, make_form, middle_depth, write_in
 from hsa_ultralong.eval.tasks.material import Material
 from hsa_ultralong.eval.tasks.ruler_needles import NOISE
 from hsa_ultralong.eval.tasks.sample import Sample, Tokens
+
+# S-NIAH: what is hidden, and what is asked
+_HIDDEN = " |One of the special magic numbers for long-context is:{value}|"
+_ASKED = " What is the special magic number for long-context mentioned in the provided text? Answer: "
+
+
+def authors_needles(seed: int, number: int) -> list[Needle]:
+    """The authors' sentences with numbers of their own, for eval/needles.py, which reaches lengths and forms of a
+    memory that suites do not. They share one key, so one at a time may be in a text."""
+    found = []
+    for index in range(number):
+        value = str(namespaced_rng("eval/s_niah_authors/needles", seed, index).integers(10**7, 10**8))
+        hidden = _HIDDEN.format(value=value)
+        found.append(Needle("long-context", value, hidden, _ASKED, value, hidden[: -len(value) - 1]))
+    return found
 
 
 def _capitals(rng: np.random.Generator, number: int) -> list[str]:
@@ -44,15 +60,13 @@ class AuthorsNeedle:
     is_editable: bool = True
 
     def samples(self, material: Material, length: int, number: int, seed: int) -> Iterator[Sample]:
-        asked = " What is the special magic number for long-context mentioned in the provided text? Answer: "
-        form = make_form(material, self, length, "", asked, "")
+        form = make_form(material, self, length, "", _ASKED, "")
         form.require(64, self.name)
         for index in range(number):
             rng, depth = namespaced_rng("eval/s_niah_authors", seed, length, index), middle_depth(index, number)
             value = str(rng.integers(10**7, 10**8))
-            needle = f" |One of the special magic numbers for long-context is:{value}|"
             context, starts = _anywhere(material, form, length)
-            spans = write_in(context, starts, [material.encode(needle)], [depth], self.name)
+            spans = write_in(context, starts, [material.encode(_HIDDEN.format(value=value))], [depth], self.name)
             yield finish(self, form, context, index, [value], "long-context", depth, spans, value)
 
 
