@@ -90,4 +90,4 @@ def test_plot_all_draws_a_copy_of_the_committed_results_and_nothing_that_is_not_
     written = {line.removeprefix(f"written {tmp_path}/") for line in drawn.output.splitlines()}
     ignored = {line.removeprefix("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
     new = {name for name in written - ignored if not (ROOT / name).is_file()}
-    assert len(written) > 20 and not new, f"commit them, or name them in .gitignore: {sorted(new)}"
+    assert len(written) > 15 and not new, f"commit them, or name them in .gitignore: {sorted(new)}"
