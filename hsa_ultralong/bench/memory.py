@@ -375,7 +375,7 @@ def file_records(
         for batch in settings.batches:
             found += recorder.decoding(memory, tokens, store=place, format=format, batch=batch)
         found.append(recorder.record("peak_host_bytes", peak_host_bytes(), tokens, store=place, format=format))
-        if memory.lookup is not None:
+        if lookup != "exact":
             found += recorder.lookup_quality(memory, lookup, format=format)
         for record in found:
             on_record(record)

@@ -160,7 +160,7 @@ class LandmarkIndex:
             raise ValueError(f"scale must be positive, got {scale}")
         wanted = min(self.num_chunks, max(topk, num_scored or _SCORED_PER_KEPT * topk))
         if self.basis is None or wanted == self.num_chunks:
-            everyone = _see_all(query, self.num_chunks)
+            everyone = see_all(query, self.num_chunks)
             if visible is not None:
                 everyone = replace(everyone, query_segment=visible.query_segment)
             return chunk_topk(query, self.landmarks[None], everyone, topk=topk, scale=scale)
@@ -172,17 +172,8 @@ class LandmarkIndex:
         for start, stop in blocks(batch * num_tokens, max(1, _BLOCK_ELEMENTS // work)):
             candidates = self._candidates(rows[:, start:stop], topk, wanted)
             exact = self._products(rows[:, start:stop], candidates)
-            indices[:, start:stop], products[:, start:stop] = _best(candidates, exact, topk)
-        shape = (heads, batch, num_tokens, topk)
-        factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
-        if isinstance(factor, torch.Tensor):
-            factor = factor.float().reshape(-1, 1)  # (Hr or 1, 1)
-        scores = products.view(shape).permute(1, 2, 0, 3) * factor  # (B, T, Hr, K)
-        indices = indices.view(shape).permute(1, 2, 0, 3)
-        if visible is not None:
-            is_padding = (visible.query_segment < 0)[:, :, None, None]
-            indices, scores = indices.masked_fill(is_padding, -1), scores.masked_fill(is_padding, -torch.inf)
-        return indices.contiguous(), scores.contiguous()
+            indices[:, start:stop], products[:, start:stop] = best_chunks(candidates, exact, topk)
+        return scored(indices, products, (batch, num_tokens), dim, scale, visible)
 
     def _row_elements(self, topk: int, wanted: int) -> int:
         """Numbers that a row of queries needs room for while its candidates are found, per head."""
@@ -208,6 +199,22 @@ class LandmarkIndex:
         return exact.view(candidates.shape).float()  # (Hr, m, n)
 
 
+def scored(
+    indices: torch.Tensor, products: torch.Tensor, shape: tuple[int, int], dim: int,
+    scale: torch.Tensor | float | None, visible: ChunkVisibility | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """indices and products (Hr, B*T, K) in the format of chunk_topk, (B, T, Hr, K) with scores; shape: (B, T)."""
+    factor: torch.Tensor | float = dim**-0.5 if scale is None else scale
+    if isinstance(factor, torch.Tensor):
+        factor = factor.float().reshape(-1, 1)  # (Hr or 1, 1)
+    indices, products = (x.unflatten(1, shape).permute(1, 2, 0, 3) for x in (indices, products))  # (B, T, Hr, K)
+    scores = products * factor
+    if visible is not None:
+        is_padding = (visible.query_segment < 0)[:, :, None, None]
+        indices, scores = indices.masked_fill(is_padding, -1), scores.masked_fill(is_padding, -torch.inf)
+    return indices.contiguous(), scores.contiguous()
+
+
 def best_of(products: torch.Tensor, count: int) -> torch.Tensor:
     """Places of the `count` best along the last dimension, in any order; what is not finite comes last, as in
     chunk_topk. Overwrites the products."""
@@ -215,13 +222,13 @@ def best_of(products: torch.Tensor, count: int) -> torch.Tensor:
     return products.topk(count, dim=-1, sorted=False).indices
 
 
-def _see_all(query: torch.Tensor, num_chunks: int) -> ChunkVisibility:
+def see_all(query: torch.Tensor, num_chunks: int) -> ChunkVisibility:
     nobody = torch.zeros(query.shape[:2], dtype=torch.int32, device=query.device)
     chunks = torch.full((1, num_chunks), READABLE_BY_ALL, dtype=torch.int32, device=query.device)
     return ChunkVisibility(nobody, nobody, chunks, torch.zeros_like(chunks))
 
 
-def _best(candidates: torch.Tensor, products: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+def best_chunks(candidates: torch.Tensor, products: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `keep` best of ascending candidates, ties to the lower chunk; in descending index; -1 and -inf where the
     product is not finite."""
     products = products.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)

@@ -20,6 +20,7 @@ from hsa_ultralong.memory.files.reader import require_fingerprint
 from hsa_ultralong.memory.half_read import half_read, way_on
 from hsa_ultralong.memory.landmark_index import LandmarkIndex
 from hsa_ultralong.memory.landmark_lists import LandmarkLists
+from hsa_ultralong.memory.landmark_scan import FEWEST_CHUNKS, LandmarkScan, has_native_products
 from hsa_ultralong.memory.stored_memory import StoredMemory
 from hsa_ultralong.memory.stores import CachedStore, FileStore
 from hsa_ultralong.memory.tiers import BLOCK_CHUNKS, QuantizedLandmarks, TieredStore
@@ -112,7 +113,8 @@ def open_memory(
             "host" keeps keys and values in host memory (pinned beside a GPU, which reads them there), "tiered" the
             first `device_bytes` of them (default 0) on the device, "file" all on disk. Landmarks are on the device.
         dtype: that the model reads; default the file's, bf16 for 8-bit formats.
-        lookup: "exact" scans all landmarks (int8 ones as they are on a GPU), "sketch" a projection of them first
+        lookup: "exact" scans all landmarks (int8 ones as they are on a GPU, bf16 ones on a CPU that multiplies them,
+            landmark_scan.py), "sketch" a projection of them first
             (landmark_index.py), "lists" a part of these projections (landmark_lists.py). Made anew at every opening.
         cache_bytes: of hot chunks kept ready on the device ("file" only); default 256 MiB.
         fingerprint: refuse another model's memory.
@@ -165,7 +167,15 @@ def open_memory(
     if store == "device":
         memory = memory.loaded()
     builds = {"sketch": LandmarkIndex.build, "lists": LandmarkLists.build}
-    memory.lookup = builds[lookup](memory.landmarks[0]) if lookup in builds else scan
+    if lookup in builds:
+        memory.lookup = builds[lookup](memory.landmarks[0])
+    elif (
+        scan is None and store != "device" and stop - first >= FEWEST_CHUNKS and has_native_products(tensors.landmarks)
+    ):
+        # of a memory that does not change
+        memory.lookup = LandmarkScan(tensors.landmarks[0])
+    else:
+        memory.lookup = scan
     return memory
 
 
