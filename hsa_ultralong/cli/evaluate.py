@@ -85,8 +85,6 @@ def needles(
 
       hsa eval needles --lengths 1M --needles 100 --forms own,int8 --shards .data/shards -o results/needles-forms
 
-      hsa eval needles --lengths 1G --store tiered --forms int8 --shards .data/shards -o results/needles-1g
-
       hsa eval needles --lengths 256K --needles 40 --notes -o results/needles-notes
 
       hsa eval needles --lengths 1G --wording authors --store tiered --forms int8 --shards .data/shards -o results/mine
@@ -101,14 +99,8 @@ def needles(
     from hsa_ultralong.cli.common import choose_device, load_model
     from hsa_ultralong.cli.places import require_folder
     from hsa_ultralong.distributed.mesh import init_distributed
-    from hsa_ultralong.eval.needles import WORDINGS, task_of
 
-    if notes and together:
-        raise ValueError("give --notes or --together, not both: notes lie behind the text, not in it")
-    if wording not in WORDINGS:
-        raise ValueError(f"--wording must be one of {', '.join(WORDINGS)}, got {wording!r}")
-    if wording != "own" and (notes or together):
-        raise ValueError("--wording authors asks for one key: leave --notes and --together out")
+    task = _task(wording, notes=notes, together=together)
     require_folder(output)
     wanted, kinds = [*dict.fromkeys(parse_sizes(lengths, "--lengths"))], _forms(forms, store)
     piece_tokens = None if piece is None else parse_size(piece, "--piece")
@@ -120,17 +112,27 @@ def needles(
         network.config.chunk_topk = topk
     source = haystack(tokenizer, text, text_field, encoding, shards, max(wanted)).to(network.device)
     name = "nano" if model is None else model.name
-    task = "notes" if notes else "mk_niah" if together else task_of(wording)
     settings: dict[str, Any] = {"samples": samples, "seed": seed}
+    how: dict[str, Any] = {"store": store, "wording": wording, "piece_tokens": piece_tokens}
     if dist.is_initialized():
-        how = {"store": store, "wording": wording, "piece_tokens": piece_tokens}
         _over_processes(network, tokenizer, source, name, output, wanted, kinds[0], task, how, settings)
         dist.destroy_process_group()
         return
-    how = {
-        "store": store, "together": together, "notes": notes, "wording": wording, "piece_tokens": piece_tokens,
-    }  # fmt: skip
+    how |= {"together": together, "notes": notes}
     _alone(network, tokenizer, source, name, output, wanted, kinds, task, how, settings)
+
+
+def _task(wording: str, *, notes: bool, together: bool) -> str:
+    """What records call the task; words and options that do not go together are refused."""
+    from hsa_ultralong.eval.needles import WORDINGS, task_of
+
+    if notes and together:
+        raise ValueError("give --notes or --together, not both: notes lie behind the text, not in it")
+    if wording not in WORDINGS:
+        raise ValueError(f"--wording must be one of {', '.join(WORDINGS)}, got {wording!r}")
+    if wording != "own" and (notes or together):
+        raise ValueError("--wording authors asks for one key: leave --notes and --together out")
+    return "notes" if notes else "mk_niah" if together else task_of(wording)
 
 
 def _check_shared(kinds: list[str], text: list[Path] | None, *, has_one_at_a_time: bool) -> None:
