@@ -1,7 +1,7 @@
 """The exact lookup on a CPU that multiplies 16-bit numbers: it finds what chunk_topk finds, several times as fast.
 
 chunk_topk turns 16-bit landmarks into fp32, which takes ten times as long as the product itself. Here the product is in
-16 bits, with sums in fp32 and results rounded to 8 digits. How far these can be from the exact ones is bounded, so
+16 bits, with sums in fp32 and results rounded to 8 bits. How far these can be from the exact ones is bounded, so
 every chunk that may be among the K best is known; those are scored exactly. Only what is exact decides: the bound is
 never too small, and where it leaves many chunks the work grows. Called by opening.py for memories that are read from
 files; tests/memory/test_landmark_scan.py.
@@ -17,9 +17,9 @@ from hsa_ultralong.memory.landmark_index import best_chunks, scored, see_all
 from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 from hsa_ultralong.ops._common import matmul_wide, require_shape
 
-# chunks from which on a search gains
-FEWEST_CHUNKS = 16_384
-# of a number that is rounded to bf16, and of an addition in fp32, at most half of it is lost
+# chunks from which on a search gains; queries at once up to which it does, and one of how many chunks it may score
+FEWEST_CHUNKS, _FEW_QUERIES, _MANY = 16_384, 16, 8
+# a number rounded to bf16 loses at most this share of itself, an addition in fp32 half of that one
 _ROUNDING, _ADDING = 2.0**-8, 2.0**-23
 
 
@@ -29,7 +29,7 @@ def has_native_products(landmarks: torch.Tensor) -> bool:
 
 
 class LandmarkScan:
-    """C landmarks in bf16, all of them visible to every query; no gradients.
+    """C landmarks in bf16, all of them visible to every query.
 
     Args:
         landmarks: (C, Hr, R) bf16, kept, not copied, and not to be changed.
@@ -46,15 +46,18 @@ class LandmarkScan:
         if landmarks.dtype != torch.bfloat16:
             raise ValueError(f"landmarks must be bf16, got {landmarks.dtype}")
         self._landmarks = landmarks.detach()
-        # (Hr, 1), what is not finite aside: no product with it is one of the best; rounded to bf16, so a little more
-        norms = torch.linalg.vector_norm(self._landmarks, dim=-1).nan_to_num(0.0, 0.0, 0.0)
-        self._norm = norms.amax(0)[:, None].float() * (1 + _ROUNDING) if len(norms) else norms.new_zeros(1, 1).float()
+        norms = torch.linalg.vector_norm(self._landmarks, dim=-1).float()  # (C, Hr), rounded to bf16
+        for chunk, head in (~norms.isfinite()).nonzero().tolist():
+            # its square is too large, or it is not finite: no product with it is one of the best, and it is scored
+            own = self._landmarks[chunk, head].float()
+            norms[chunk, head] = own.abs().max() * len(own) ** 0.5 if own.isfinite().all() else 0.0
+        self._norm = norms.amax(0)[:, None] * (1 + 2 * _ROUNDING) if len(norms) else norms.new_zeros(1, 1)
 
-    @torch.no_grad()
     def search(
         self, query: torch.Tensor, topk: int, *, visible: ChunkVisibility, scale: torch.Tensor | float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As LandmarkIndex.search, of all chunks.
+        """As LandmarkIndex.search, of all chunks; scores have gradients where the query has. Many queries at once, and
+        those for which many chunks may be among the best, are left to chunk_topk.
 
         Raises:
             ValueError: on shapes that do not fit, topk < 1, or a scale <= 0.
@@ -65,20 +68,30 @@ class LandmarkScan:
             raise ValueError(f"topk must be >= 1, got {topk}")
         if isinstance(scale, float | int) and scale <= 0:
             raise ValueError(f"scale must be positive, got {scale}")
-        batch, num_tokens = query.shape[:2]
-        if num_chunks <= 2 * topk or batch * num_tokens > 16:
+        shape = (query.shape[0], query.shape[1])
+        has_gradient = torch.is_grad_enabled() and query.requires_grad
+        is_small = num_chunks <= _MANY * topk or shape[0] * shape[1] > _FEW_QUERIES
+        found = None if has_gradient or is_small else self._search(query, topk)
+        if found is None:
             everyone = replace(see_all(query, num_chunks), query_segment=visible.query_segment)
             return chunk_topk(query, self._landmarks[None], everyone, topk=topk, scale=scale)
-        rows = query.permute(2, 0, 1, 3).reshape(heads, batch * num_tokens, dim)  # (Hr, m, R)
-        indices = torch.empty((heads, batch * num_tokens, topk), dtype=torch.int32, device=query.device)
-        products = torch.empty(indices.shape, device=query.device)
+        return scored(*found, shape, dim, scale, visible)
+
+    @torch.no_grad()
+    def _search(self, query: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Indices and products (Hr, B*T, K); None where more than one of _MANY chunks would be scored."""
+        num_chunks, heads, dim = self._landmarks.shape
+        rows = query.permute(2, 0, 1, 3).reshape(heads, -1, dim)  # (Hr, m, R)
+        indices = torch.empty((*rows.shape[:2], topk), dtype=torch.int32)
+        products = torch.empty(indices.shape)
         for head in range(heads):
-            for row in range(batch * num_tokens):
-                own = rows[head, row]
+            for row, own in enumerate(rows[head]):
                 found = self._candidates(own, head, topk)
+                if len(found) * _MANY > num_chunks:
+                    return None
                 exact = matmul_wide(self._landmarks[found, head].to(own.dtype)[None], own[None, :, None])[0, :, 0]
                 indices[head, row], products[head, row] = best_chunks(found, exact.float(), topk)
-        return scored(indices, products, (batch, num_tokens), dim, scale, visible)
+        return indices, products
 
     def _candidates(self, query: torch.Tensor, head: int, topk: int) -> torch.Tensor:
         """Chunks (n,) int64, ascending, that hold all those whose products with a query (R,) are the K best."""

@@ -114,8 +114,8 @@ def open_memory(
             first `device_bytes` of them (default 0) on the device, "file" all on disk. Landmarks are on the device.
         dtype: that the model reads; default the file's, bf16 for 8-bit formats.
         lookup: "exact" scans all landmarks (int8 ones as they are on a GPU, bf16 ones on a CPU that multiplies them,
-            landmark_scan.py), "sketch" a projection of them first
-            (landmark_index.py), "lists" a part of these projections (landmark_lists.py). Made anew at every opening.
+            landmark_scan.py), "sketch" a projection of them first (landmark_index.py), "lists" a part of these
+            projections (landmark_lists.py). Made anew at every opening.
         cache_bytes: of hot chunks kept ready on the device ("file" only); default 256 MiB.
         fingerprint: refuse another model's memory.
         part: first and last + 1 of the chunks to open; the documents are those of the whole (inference/sharding.py).

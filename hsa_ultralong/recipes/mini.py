@@ -11,9 +11,9 @@ from hsa_ultralong.train import TrainConfig
 def mini() -> TrainConfig:
     """`hsa train mini --data SHARDS -o runs/mini --device cuda --export models/mini`; `make mini` asks it too.
 
-    One H200, 12 minutes beside other runs on its card, in two pieces (docs/log.md); it goes on in pieces with
-    `--max-minutes 8`. 31,471,426 parameters, 60 MiB; the weights do not ship. SHARDS: text under permissive licences
-    and passages of Wikipedia, `hsa data corpus.txt passages.jsonl --tokenizer checkpoints/nano -o SHARDS`.
+    One H200, 8.4 minutes alone, 11.4 with the questions of `make mini` (results/training-mini); it goes on in pieces
+    with `--max-minutes 8`. 31,471,426 parameters, 60 MiB; the weights do not ship. SHARDS: text under permissive
+    licences and passages of Wikipedia, `hsa data corpus.txt passages.jsonl --tokenizer checkpoints/nano -o SHARDS`.
 
     The stages of `nano_facts` with lower rates and fewer tokens, and pools of at most 262,144 tokens, whose chunks fit
     beside the wider activations.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hsa_ultralong.memory import landmark_scan
 from hsa_ultralong.memory.landmark_scan import LandmarkScan
 from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 
@@ -61,9 +62,23 @@ def test_few_chunks_are_scored_exactly_where_products_are_apart():
     assert 8 <= len(seen[0]) < 64
 
 
+def test_many_chunks_alike_are_left_to_the_scan_and_gradients_too(monkeypatch):
+    scan, seen = LandmarkScan(landmarks_of("zero", 1)), []
+    plain = landmark_scan.chunk_topk
+    monkeypatch.setattr(landmark_scan, "chunk_topk", lambda *a, **k: (seen.append(1), plain(*a, **k))[1])
+    query = torch.randn(1, 1, 1, DIM).bfloat16()
+    found, _ = scan.search(query, 8, visible=visibility(query, CHUNKS))
+    assert found.flatten().tolist() == [*range(7, -1, -1)] and seen == [1]
+    query = query.float().requires_grad_()
+    LandmarkScan(landmarks_of("random", 1)).search(query, 8, visible=visibility(query, CHUNKS))[1].sum().backward()
+    assert query.grad.norm() > 0 and seen == [1, 1]
+
+
 def test_the_norm_is_not_too_small_and_tokens_that_read_nothing_find_nothing():
     landmarks = landmarks_of("one is huge", 2)
+    landmarks[3] *= 1e20
     scan = LandmarkScan(landmarks)
+    assert scan._norm.isfinite().all()
     assert (scan._norm[:, 0].double() >= landmarks.double().norm(dim=-1).amax(0)).all()
     query = torch.randn(1, 2, 2, DIM)
     found, scores = scan.search(query, 8, visible=visibility(query, CHUNKS, -1))
