@@ -98,6 +98,7 @@ def test_two_processes_write_one_study(tmp_path):
     assert "2/2" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_study_is_refused_by_all(tmp_path):
     (tmp_path / "study").mkdir()
     (tmp_path / "study/run.json").write_text('{"version": 1, "settings": {}}')
@@ -106,6 +107,7 @@ def test_a_folder_of_another_study_is_refused_by_all(tmp_path):
     assert done.returncode != 0 and told.count("holds another run") >= 1 and "hsa_ultralong/cli" not in told
 
 
+@pytest.mark.slow
 def test_a_study_of_another_text_is_not_gone_on_with(tmp_path):
     """Also where only the part of a later process differs."""
     words, folder = opticks()[:60_000], tmp_path / "study"

@@ -69,6 +69,7 @@ def test_an_answer_has_the_room_that_is_asked_for_within_the_same_length(materia
     assert len(sample.prompt()) + sample.max_new_tokens == LENGTH
 
 
+@pytest.mark.slow
 def test_a_list_too_long_for_single_words_and_too_short_for_as_many_pairs_has_fewer_pairs(material, monkeypatch):
     few, lists = ruler_words._single_words()[:80], []
     monkeypatch.setattr(ruler_words, "_single_words", lambda: few)
