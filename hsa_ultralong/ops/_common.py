@@ -76,12 +76,17 @@ def blocks(length: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, length)
 
 
+@torch.compiler.assume_constant_result
+def _announce(op: str, auto: str) -> None:
+    if op not in _announced:
+        _announced.add(op)
+        logger.info("%s: impl='auto' uses %r", op, auto)
+
+
 def choose_impl(op: str, impl: str, supported: Sequence[str], auto: str) -> str:
     """Resolve `impl`: "auto" picks and logs its choice once; anything else must be supported, no silent fallback."""
     if impl == "auto":
-        if op not in _announced:
-            _announced.add(op)
-            logger.info("%s: impl='auto' uses %r", op, auto)
+        _announce(op, auto)
         return auto
     if impl not in supported:
         raise ValueError(f"{op}: impl={impl!r} is not available; choose one of {['auto', *supported]}")

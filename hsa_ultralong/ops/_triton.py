@@ -14,20 +14,35 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # head dimensions, and sizes of a chunk, that the attention kernels take
 KERNEL_SIZES = (16, 32, 64, 128)
 
+# what torch.compile calls while it traces and keeps: these answers hold as long as the process
+_constant = torch.compiler.assume_constant_result
 
+
+@_constant
 def is_interpreted() -> bool:
     """True under TRITON_INTERPRET=1: kernels then run on the CPU, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @lru_cache(maxsize=1)
-def _is_installed() -> bool:
+def _finds_triton() -> bool:
     return find_spec("triton") is not None
 
 
+# not the cached function itself, whose cache torch.compile would pass by, with a warning
+@_constant
+def _is_installed() -> bool:
+    return _finds_triton()
+
+
 @lru_cache(maxsize=8)
-def _capability(index: int) -> tuple[int, int]:
+def _read_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+@_constant
+def _capability(index: int) -> tuple[int, int]:
+    return _read_capability(index)
 
 
 @lru_cache(maxsize=8)
@@ -124,7 +139,8 @@ def require_triton(op: str, tensor: torch.Tensor) -> None:
         )
     if tensor.is_cuda and _capability(tensor.device.index)[0] < 8:
         raise RuntimeError(f'{op}: impl="triton" needs compute capability 8.0 or newer; use impl="auto"')
-    check_compiled()
+    if not torch.compiler.is_compiling():
+        check_compiled()
 
 
 def require_kernel_dtype(op: str, tensor: torch.Tensor) -> None:

@@ -64,6 +64,43 @@ def test_what_the_kernels_do_not_take_is_refused_in_one_line():
         sliding_window_attention(q, q, q, window=2, impl="triton")
 
 
+@pytest.mark.filterwarnings("error:Dynamo")
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_a_compiled_graph_holds_the_kernels_whole(has_documents):
+    """fullgraph: nothing breaks the graph; output and gradients are those of the plain call."""
+    leaves = [random_tensor(1, 40, heads, 16, seed=heads).float().to(DEVICE).requires_grad_() for heads in (4, 2)]
+    segments = (torch.arange(40, device=DEVICE) // 17).to(torch.int32)[None] if has_documents else None
+
+    def attend(q, k):
+        parts = {"query_segments": segments, "key_segments": segments}
+        return sliding_window_attention(q * 2, k, k + 1, window=9, **parts, impl="triton").square()
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=False)
+    expected, found = attend(*leaves), compiled(*leaves)
+    torch.testing.assert_close(found, expected)
+    for left, right in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(left, right)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*leaves), expected)
+
+
+def test_the_operators_say_truly_what_they_return():
+    q, k = (random_tensor(2, 30, heads, 16, seed=heads).float().to(DEVICE).requires_grad_() for heads in (4, 2))
+    out, lse = triton_window._operator(q, k, k, None, None, 7, 0.25)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(triton_window._operator, (q, k, k, None, None, 7, 0.25), test_utils=checks)
+    leaves = [x.detach() for x in (q, k, k)]
+    arguments = (*leaves, None, None, out.detach(), lse.detach(), torch.ones_like(out), 7, 0.25)
+    torch.library.opcheck(triton_window._gradient_operator, arguments, test_utils=checks)
+
+
+def test_second_derivatives_are_refused_and_another_way_is_named():
+    q = random_tensor(1, 20, 2, 16, seed=0).float().to(DEVICE).requires_grad_()
+    out = sliding_window_attention(q, q, q, window=5, impl="triton")
+    with pytest.raises(RuntimeError, match='create_graph=True needs second ones: use impl="torch"'):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("has_documents", [False, True])

@@ -14,6 +14,7 @@ import torch
 from hsa_ultralong.ops._common import refuse_second_derivatives
 from hsa_ultralong.ops._triton import (
     KERNEL_SIZES,
+    check_compiled,
     next_power_of_two,
     num_processors,
     require_kernel_dtype,
@@ -53,6 +54,8 @@ class _Problem:
         window: int,
         scale: float,
     ) -> None:
+        # a compiled graph does not pass require_triton
+        check_compiled()
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
         self.batch, self.num_queries, self.heads, self.dim = q.shape
         self.num_keys, self.kv_heads = k.shape[1:3]
@@ -129,29 +132,61 @@ def _forward(
     return _Problem(q, k, v, query_segments, key_segments, window, scale).forward()
 
 
-# an operator that selective checkpointing sees and keeps (train/activations.py)
-_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? qs, Tensor? ks, int window, float scale) -> (Tensor, Tensor)"
+def _gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    return _Problem(q, k, v, query_segments, key_segments, window, scale).gradients(grad_out, out, lse)
+
+
+# Operators: selective checkpointing sees the first and keeps it (train/activations.py), and torch.compile takes both
+# into the graph of a layer, which does not end at the kernels then.
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? qs, Tensor? ks, SymInt window, float scale) -> (Tensor, Tensor)"
+_GRADIENT_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? qs, Tensor? ks, Tensor out, Tensor lse, Tensor grad_out, SymInt window, "
+    "float scale) -> (Tensor, Tensor, Tensor)"
+)
 _operator = torch.library.custom_op("hsa_ultralong::sliding_window", _forward, mutates_args=(), schema=_SCHEMA)
+_gradient_operator = torch.library.custom_op(
+    "hsa_ultralong::sliding_window_gradients", _gradients, mutates_args=(), schema=_GRADIENT_SCHEMA
+)
 
 
-class _WindowAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
-        q, k, v, query_segments, key_segments, window, scale = arguments
-        out, lse = _operator(q, k, v, query_segments, key_segments, window, scale)
-        ctx.save_for_backward(q, k, v, query_segments, key_segments, out, lse)
-        ctx.options = (window, scale)
-        return out
+@_operator.register_fake
+def _shapes(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of out and lse; strides are those of contiguous tensors, as kernels write them."""
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+
+@_gradient_operator.register_fake
+def _gradient_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, window, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = (window, scale)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor, *grad_lse: Any) -> tuple[Any, ...]:
+    if not torch.compiler.is_compiling():
         refuse_second_derivatives("sliding_window_attention", "triton", "torch")
-        q, k, v, query_segments, key_segments, out, lse = ctx.saved_tensors
-        problem = _Problem(q, k, v, query_segments, key_segments, *ctx.options)
-        return *problem.gradients(grad_out, out, lse), None, None, None, None
+    gradients = _gradient_operator(*ctx.saved_tensors, grad_out, *ctx.options)
+    return *gradients, None, None, None, None
 
 
-@torch.compiler.disable
+_operator.register_autograd(_backward, setup_context=_keep)
+
+
 def sliding_window_triton(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -171,6 +206,6 @@ def sliding_window_triton(
             f"and a positive scale; got D={q.shape[-1]}, {q.dtype}, {k.dtype}, {v.dtype}, scale={scale}"
         )
     window = min(window, k.shape[1])
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v)):
-        return _WindowAttention.apply(q, k, v, query_segments, key_segments, window, scale)
-    return _forward(q, k, v, query_segments, key_segments, window, scale)[0]
+    is_taught = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v))
+    run = _operator if is_taught or torch.compiler.is_compiling() else _forward
+    return run(q, k, v, query_segments, key_segments, window, scale)[0]
