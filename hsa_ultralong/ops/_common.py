@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 logger = logging.getLogger(__name__)
 _announced: set[str] = set()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def answered_once(function: _Function) -> _Function:
+    """torch.compile calls such a function while it traces and keeps the answer, which holds as long as the process."""
+    marked: _Function = torch.compiler.assume_constant_result(function)
+    return marked
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,7 +83,7 @@ def blocks(length: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, length)
 
 
-@torch.compiler.assume_constant_result
+@answered_once
 def _announce(op: str, auto: str) -> None:
     if op not in _announced:
         _announced.add(op)

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
+from hsa_ultralong.ops._common import answered_once
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # head dimensions, and sizes of a chunk, that the attention kernels take
 KERNEL_SIZES = (16, 32, 64, 128)
 
-# what torch.compile calls while it traces and keeps: these answers hold as long as the process
-_constant = torch.compiler.assume_constant_result
 
-
-@_constant
+@answered_once
 def is_interpreted() -> bool:
     """True under TRITON_INTERPRET=1: kernels then run on the CPU, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -30,7 +29,7 @@ def _finds_triton() -> bool:
 
 
 # not the cached function itself, whose cache torch.compile would pass by, with a warning
-@_constant
+@answered_once
 def _is_installed() -> bool:
     return _finds_triton()
 
@@ -40,7 +39,7 @@ def _read_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-@_constant
+@answered_once
 def _capability(index: int) -> tuple[int, int]:
     return _read_capability(index)
 
