@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from hsa_ultralong.baselines import FullAttentionLM
+from hsa_ultralong.baselines.twins import twin_config
 from hsa_ultralong.bench.timing import MakeCapture
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM, accounting
 
 PEAK_FLOPS = 989e12  # H200 and H100, dense bf16 (docs/results.md)
 CHECKPOINTING = ("none", "full")
-ATTENTIONS = ("hsa", "full")
+# the model; a transformer of its window layers with full attention; one with as many layers and parameters as the model
+ATTENTIONS = ("hsa", "full", "full_rope")
 TimedModel = HSAForCausalLM | FullAttentionLM
 # what the trainer does to a model before its first step, given the kind of checkpointing
 Prepare = Callable[[TimedModel, str], None]
@@ -43,14 +45,20 @@ class TrainingSettings:
     seed: int = 0
 
 
-def full_attention_twin(config: HSAConfig) -> FullAttentionLM:
-    """A transformer of the config's width whose layers are its window layers, each with full attention."""
+def full_attention_twin(config: HSAConfig, attention: str = "full") -> FullAttentionLM:
+    """A transformer of the config's width with full attention: "full" has its window layers alone, "full_rope" as many
+    layers as decoder and encoder together and as many parameters within 2%, as the twin that `hsa train` calls so."""
     assert config.head_dim is not None
+    layers, intermediate = config.num_hidden_layers - config.num_upper_groups, config.intermediate_size
+    if attention == "full_rope":
+        twin = twin_config(config, attention)
+        assert twin.layers is not None
+        layers, intermediate = len(twin.layers), twin.intermediate_size
     return FullAttentionLM(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers - config.num_upper_groups,
+        intermediate_size=intermediate,
+        num_layers=layers,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -61,7 +69,7 @@ def full_attention_twin(config: HSAConfig) -> FullAttentionLM:
 
 
 def build(attention: str, config: HSAConfig, device: torch.device, checkpointing: str) -> TimedModel:
-    """The model ("hsa") or its twin ("full"), random weights in fp32, in training mode.
+    """The model ("hsa") or a twin ("full", "full_rope"), random weights in fp32, in training mode.
 
     Checkpointing is set on the twin only; on the model it is the trainer's (Prepare).
 
@@ -69,12 +77,17 @@ def build(attention: str, config: HSAConfig, device: torch.device, checkpointing
         ValueError: for another attention or kind of checkpointing.
     """
     if attention not in ATTENTIONS or checkpointing not in CHECKPOINTING:
-        raise ValueError(f"attention is hsa or full, checkpointing one of {CHECKPOINTING}; got {attention!r}")
+        raise ValueError(f"attention is hsa, full or full_rope, checkpointing {CHECKPOINTING}; got {attention!r}")
     with torch.device(device):
-        model = HSAForCausalLM(config) if attention == "hsa" else full_attention_twin(config)
+        model = HSAForCausalLM(config) if attention == "hsa" else full_attention_twin(config, attention)
     if isinstance(model, FullAttentionLM):
         model.gradient_checkpointing = checkpointing == "full"
     return model.train()
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """Numbers that train; tied embeddings count once."""
+    return sum(part.numel() for part in model.parameters())
 
 
 def loss_of(model: TimedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -195,8 +208,8 @@ def training_records(
             continue
         flops = (
             accounting.flops_per_token(config, context, training=True)
-            if attention == "hsa"
-            else accounting.full_attention_training_flops(config, context)
+            if isinstance(model, HSAForCausalLM)
+            else accounting.full_attention_training_flops(config, context, parameters(model), len(model.layers))
         )
         shared = {
             "preset": name, "attention": attention, "context": context, "gpus": 1,

@@ -29,7 +29,7 @@ _SHORT = 8192
 # a step that takes longer is not repeated: what was compiled or tuned on the way is a small part of it
 _REPEATED_BELOW_S = 30.0
 # the seconds of a step grow with this power of the row, about, where the attention over it all decides
-_GROWTH = {"hsa": 1.5, "full": 2.0}
+_GROWTH = {"hsa": 1.5, "full": 2.0, "full_rope": 2.0}
 LengthRecord = dict[str, Any]
 # (model, {"input_ids", "labels"}, tokens of a piece, offload=...) -> loss; adds the gradients
 SegmentedBackward = Callable[..., torch.Tensor]
@@ -245,7 +245,7 @@ class LongestSearch:
     """The longest row of every method and cap for one preset; what an earlier run tried is not tried again.
 
     Args:
-        name: of the preset, in the records. attention: "hsa", or "full" for the twin, which has no pieces.
+        name: of the preset, in the records. attention: "hsa", or "full" or "full_rope" for a twin, which has no pieces.
         segmented: train.segmented.segmented_loss_backward. prepare: what the trainer does to a model.
         known: trials to start from, records of an earlier run.
         on_record: gets every trial and, per method and cap, the result. say: gets lines of progress.
@@ -287,7 +287,7 @@ class LongestSearch:
 
     def run(self) -> None:
         for method in self.settings.methods:
-            if self.attention == "full" and method.piece_tokens:
+            if self.attention != "hsa" and method.piece_tokens:
                 continue
             trainer: RowTrainer | None = None
             for cap in self.settings.caps:

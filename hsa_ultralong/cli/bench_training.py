@@ -25,7 +25,7 @@ def training(
     preset_name: Annotated[str, typer.Option("--preset", help="Preset, with random weights.")] = "small_345m",
     contexts: Annotated[str, typer.Option(help="Tokens a row: 8K,16K,32K,128K.")] = "8K,16K,32K,128K",
     attention: Annotated[
-        str, typer.Option(help="hsa, and full for its full-attention twin (one process).")
+        str, typer.Option(help="hsa, and twins in one process: full (its window layers alone), full_rope (its size).")
     ] = "hsa,full",
     batch_tokens: Annotated[str, typer.Option(help="Tokens of an optimiser step.")] = "128K",
     micro_tokens: Annotated[str, typer.Option(help="Tokens of a forward to try; the fastest counts.")] = "16K,32K",

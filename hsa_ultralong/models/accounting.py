@@ -230,20 +230,12 @@ def flops_per_token(config: HSAConfig, context: int, training: bool = False, ave
     return (3 if training else 1) * (2 * count_parameters(config).per_token + attention)
 
 
-def full_attention_parameters(config: HSAConfig) -> int:
-    """Parameters of the transformer whose layers are the window layers, without encoder and HSA layers (baselines/)."""
-    width = config.hidden_size
-    layer = 2 * width + _attention(config) + _swiglu(width, config.intermediate_size)
-    return config.vocab_size * width + width + (config.num_hidden_layers - config.num_upper_groups) * layer
-
-
-def full_attention_training_flops(config: HSAConfig, context: int) -> float:
-    """FLOP of training that transformer on one token: 6 * parameters (tied embedding once, as the head) + 3 * attention
-    on the visible keys, (T + 1) / 2 on average."""
+def full_attention_training_flops(config: HSAConfig, context: int, parameters: int, layers: int) -> float:
+    """FLOP of training a transformer of the config's heads with full attention (baselines/) on one token: 6 *
+    parameters (tied embedding once, as the head) + 3 * attention on the visible keys, (T + 1) / 2 on average."""
     _check_context(context)
-    layers = config.num_hidden_layers - config.num_upper_groups
     per_key = 4 * config.num_attention_heads * _head_dim(config)
-    return 6 * full_attention_parameters(config) + 3 * layers * per_key * (context + 1) / 2
+    return 6 * parameters + 3 * layers * per_key * (context + 1) / 2
 
 
 def reading_flops_per_token(config: HSAConfig) -> float:

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from hsa_ultralong.bench import training as training_module
-from hsa_ultralong.bench.training import TrainingSettings, build, training_records
+from hsa_ultralong.bench.training import TrainingSettings, build, parameters, training_records
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.models import accounting
 from hsa_ultralong.models.presets import preset
@@ -36,14 +36,22 @@ def test_the_command_writes_results_and_figure_and_adds_to_them(tmp_path):
 
 def test_full_attention_costs_more_the_longer_the_row():
     config = preset("small_345m")
+    twin = build("full", config, torch.device("meta"), "none")
     hsa, full = (
         [count(length) for length in (8192, 131_072)]
         for count in (
             lambda length: accounting.flops_per_token(config, length, training=True),
-            lambda length: accounting.full_attention_training_flops(config, length),
+            lambda length: accounting.full_attention_training_flops(config, length, parameters(twin), 16),
         )
     )
     assert full[0] < hsa[0] * 1.2 and full[1] > 3 * hsa[1]
+
+
+def test_the_second_twin_has_the_layers_and_the_parameters_of_the_model():
+    config = preset("small_345m")
+    model, less, same = (build(kind, config, torch.device("meta"), "none") for kind in training_module.ATTENTIONS)
+    assert len(less.layers) == 16 and len(same.layers) == 19
+    assert parameters(less) < 0.9 * parameters(model) and 0.98 < parameters(same) / parameters(model) < 1.02
 
 
 def test_out_of_memory_ends_a_point_and_not_the_run():
@@ -64,7 +72,7 @@ def test_out_of_memory_ends_a_point_and_not_the_run():
 
 
 def test_an_unknown_attention_is_refused():
-    with pytest.raises(ValueError, match="attention is hsa or full"):
+    with pytest.raises(ValueError, match="attention is hsa, full or full_rope"):
         build("none", preset("debug"), torch.device("cpu"), "none")
 
 
