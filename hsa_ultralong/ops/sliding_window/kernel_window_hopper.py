@@ -1,0 +1,387 @@
+"""A Gluon kernel for Hopper (compute capability 9.0): the sliding window's forward, with bulk tensor copies,
+asynchronous products and groups of warps that have work of their own.
+
+A program takes tiles of GROUPS * 64 rows (neighbouring tokens times the G heads of one key head) in turn. Each of its
+GROUPS groups of four warps owns 64 rows of a tile, whose queries stay in registers; a producer warp copies the blocks
+of 64 keys and values that any row of the tile sees into a ring of STAGES places that all groups read, and the queries
+of the next tile. Blocks begin at the first key of the tile's first row, so that of 64 neighbouring tokens only the
+first block and the last one or two are masked. What lies outside of a row of the batch arrives as zeros and is masked.
+
+A row whose sum is not finite gets NaN as lse; mend_kernel, which follows, forms such rows again from the keys of their
+own window alone (kernel_window.py). No two programs write one place: no atomics, and results repeat bit for bit.
+
+forward_kernel: grid (programs,), any number of them; mend_kernel: grid (blocks of ROWS rows of lse,).
+Needed: D = 64, G of 1, 2, 4, 8 or 16, 16-bit numbers, fewer than 2**31 rows, addresses at multiples of 16 bytes.
+Imports gluon, so it is imported only where it runs (triton_window.py). Tests: tests/ops/test_window_hopper.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hsa_ultralong.ops._overlap import begin, overlap
+from hsa_ultralong.ops._triton import num_processors
+from hsa_ultralong.ops.sliding_window.kernel_window import _exact_row
+
+_ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+_BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+# groups of warps of a program, places of the ring, whether a group multiplies the next block's logits before its own
+# values, registers of a thread
+OPTIONS = {"GROUPS": 3, "STAGES": 8, "AHEAD": True, "REGISTERS": 160}
+# rows of lse that a program of mend_kernel looks at
+_MENDED_ROWS = 4096
+# a document that no token is in
+_NOWHERE = gl.constexpr(-3)
+
+
+@gluon.jit
+def _begin_block(zero):
+    """A branch that is never taken, so that what follows is not moved before: the assembler would wait for products at
+    the front of a block, before what runs beside them."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred again; here: setp.ne.u32 again, $1, 0; @again nanosleep.u32 20; @again bra here; "
+        "mov.u32 $0, $1; }",
+        "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _tile(tile, sizes, TOKENS: gl.constexpr):
+    """Row of the batch, key head and first token of a tile of TOKENS tokens; the key at which its block 0 begins, and
+    from which block to which it has keys (at least one)."""
+    num_queries, num_keys, window, heads, _ = sizes
+    steps = gl.cdiv(num_queries, TOKENS)
+    first = tile % steps * TOKENS
+    offset = num_keys - num_queries
+    low = first + offset - window + 1
+    last = gl.minimum(first + TOKENS, num_queries) - 1 + offset
+    return tile // steps // heads, tile // steps % heads, first, low, gl.maximum(-low, 0) // 64, (last - low) // 64 + 1
+
+
+@gluon.jit
+def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+    """One warp: the queries of every group and the blocks of keys and values that any of them sees, tile after tile."""
+    q, k, v = sources
+    queries, _, keys, values = shared
+    loaded, taken, full, empty = bars
+    tokens: gl.constexpr = 64 // G
+    count = 0
+    turn = 0
+    for tile in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
+        b, head, first, low, start, stop = _tile(tile, sizes, GROUPS * tokens)
+        for group in gl.static_range(GROUPS):
+            bar = loaded.index(group)
+            mbarrier.wait(taken.index(group), (turn & 1) ^ 1)
+            mbarrier.expect(bar, 64 * 64 * 2)
+            to_q = queries.index(group)._reinterpret(q.dtype, q.block_shape, q.layout)
+            tma.async_copy_global_to_shared(q, [b, first + group * tokens, head * G, 0], bar, to_q)
+        for block in range(start, stop):
+            place = count % STAGES
+            bar = full.index(place)
+            mbarrier.wait(empty.index(place), ((count // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, 2 * 64 * 64 * 2)
+            to_k = keys.index(place)._reinterpret(k.dtype, k.block_shape, k.layout)
+            to_v = values.index(place)._reinterpret(v.dtype, v.block_shape, v.layout)
+            tma.async_copy_global_to_shared(k, [b, low + block * 64, head, 0], bar, to_k)
+            tma.async_copy_global_to_shared(v, [b, low + block * 64, head, 0], bar, to_v)
+            count += 1
+        turn += 1
+
+
+@gluon.jit
+def _weigh(
+    logits, top, total, scale, key, owner, low_key, place, segment, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr
+):
+    """Weights of a block relative to the highest logit so far; that, the running sum, and by what sums so far shrink.
+    A row sees the keys low_key .. place of its segment."""
+    if MASKED:
+        key = gl.expand_dims(key, 0)
+        seen = (key >= gl.expand_dims(low_key, 1)) & (key <= gl.expand_dims(place, 1))
+        if HAS_SEGMENTS:
+            seen = seen & (gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0))
+        logits = gl.where(seen, logits, float("-inf"))
+    highest = gl.maximum(top, gl.max(logits, 1) * scale)
+    base = highest
+    if MASKED:
+        base = gl.where(highest == float("-inf"), 0.0, highest)
+    p = _exp2(logits * scale - gl.expand_dims(base, 1))
+    shrink = _exp2(top - base)
+    return p, highest, total * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def _owners(key_segments, key, num_keys, HAS_SEGMENTS: gl.constexpr):
+    if HAS_SEGMENTS:
+        return gl.load(key_segments + key, mask=(key >= 0) & (key < num_keys), other=_NOWHERE)
+    return key
+
+
+@gluon.jit
+def _attend(
+    acc, p, top, total, count, query, nothing, shared, bars, start, stop, low, columns, low_key, place, segment,
+    key_segments, num_keys, scale, zero, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Running sums over blocks start .. stop. The products of the values of the last block are under way at the
+    beginning and the end; if AHEAD, they are still to be begun, and `p` are its weights."""
+    _, _, keys, values = shared
+    _, _, full, empty = bars
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=nothing.type.layout, k_width=2)
+    dtype: gl.constexpr = keys.dtype
+    for block in range(start, stop):
+        before = (count - 1) % STAGES
+        stage = count % STAGES
+        key = low + block * 64 + columns
+        owner = key
+        if MASKED:
+            owner = _owners(key_segments, key, num_keys, HAS_SEGMENTS)
+        mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+        logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if AHEAD:
+            acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(before), acc, is_async=True)
+            logits = warpgroup_mma_wait(1, deps=(logits,))
+        else:
+            logits, acc = warpgroup_mma_wait(0, deps=(logits, acc))
+            mbarrier.arrive(empty.index(before))
+        chances, top, total, shrink = _weigh(
+            logits, top, total, scale, key, owner, low_key, place, segment, MASKED, HAS_SEGMENTS
+        )
+        p = chances.to(dtype)
+        if AHEAD:
+            _begin_block(zero)
+            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+            mbarrier.arrive(empty.index(before))
+        acc = acc * gl.expand_dims(shrink, 1)
+        if not AHEAD:
+            acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(stage), acc, is_async=True)
+        count += 1
+    return acc, p, top, total, count
+
+
+@gluon.jit
+def _pass_by(bars, count, number, STAGES: gl.constexpr):
+    """Blocks that others see: let them go."""
+    _, _, full, empty = bars
+    for _ in range(number):
+        mbarrier.wait(full.index(count % STAGES), (count // STAGES) & 1)
+        mbarrier.arrive(empty.index(count % STAGES))
+        count += 1
+    return count
+
+
+@gluon.jit
+def _consume(
+    places, shared, bars, sizes, GROUP: gl.constexpr, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """Four warps: out and lse of the GROUP-th 64 rows of every tile."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
+    out, lse, query_segments, key_segments, scale, zero = places
+    queries, results, keys, values = shared
+    loaded, taken, full, empty = bars
+    num_queries, num_keys, window, heads, tiles = sizes
+    tokens: gl.constexpr = 64 // G
+    dtype: gl.constexpr = keys.dtype
+    rows = gl.arange(0, 64, gl.SliceLayout(1, mma))
+    columns = gl.arange(0, 64, gl.SliceLayout(0, mma))
+    nothing = gl.zeros((64, 64), gl.float32, mma)
+    never = gl.full((64,), float("-inf"), gl.float32, gl.SliceLayout(1, mma))
+    offset = num_keys - num_queries
+    count = 0
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        b, head, first, low, start, stop = _tile(tile, sizes, GROUPS * tokens)
+        first += GROUP * tokens
+        token = first + rows // G
+        place = token + offset
+        low_key = gl.maximum(place - window + 1, 0)
+        row = (b.to(gl.int64) * num_queries + token) * (heads * G) + head * G + rows % G
+        segment = token
+        owners = key_segments
+        if HAS_SEGMENTS:
+            segment = gl.load(
+                query_segments + b.to(gl.int64) * num_queries + token, mask=token < num_queries, other=-2
+            )
+            owners += b.to(gl.int64) * num_keys
+        # the blocks that these rows see, of which the first is masked, and behind `whole` the others; at least one,
+        # also where no row is real
+        mine = gl.maximum(start, gl.minimum(GROUP * tokens // 64, stop - 1))
+        last = gl.minimum(first + tokens, num_queries) - 1 + offset
+        end = gl.minimum(gl.maximum((last - low) // 64, mine) + 1, stop)
+        whole = mine + 1
+        if not HAS_SEGMENTS:
+            whole = gl.minimum(gl.maximum((first + offset + 1 - low) // 64, whole), end)
+        if GROUP * tokens >= 64:
+            count = _pass_by(bars, count, mine - start, STAGES)
+        mbarrier.wait(loaded.index(GROUP), turn & 1)
+        query = queries.index(GROUP).load(operand)
+        gl.thread_barrier()
+        mbarrier.arrive(taken.index(GROUP))
+        stage = count % STAGES
+        key = low + mine * 64 + columns
+        owner = _owners(owners, key, num_keys, HAS_SEGMENTS)
+        mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+        logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        logits = warpgroup_mma_wait(0, deps=(logits,))
+        chances, top, total, _ = _weigh(
+            logits, never, gl.zeros_like(never), scale, key, owner, low_key, place, segment, True, HAS_SEGMENTS
+        )
+        p = chances.to(dtype)
+        acc = nothing
+        if not AHEAD:
+            acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(stage), acc, is_async=True)
+        count += 1
+        if not HAS_SEGMENTS:
+            acc, p, top, total, count = _attend(
+                acc, p, top, total, count, query, nothing, shared, bars, mine + 1, whole, low, columns, low_key, place,
+                segment, owners, num_keys, scale, zero, False, HAS_SEGMENTS, AHEAD, STAGES,
+            )  # fmt: skip
+        acc, p, top, total, count = _attend(
+            acc, p, top, total, count, query, nothing, shared, bars, whole, end, low, columns, low_key, place, segment,
+            owners, num_keys, scale, zero, True, HAS_SEGMENTS, AHEAD, STAGES,
+        )  # fmt: skip
+        if AHEAD:
+            acc = warpgroup_mma(
+                gl.convert_layout(p, operand), values.index((count - 1) % STAGES), acc, is_async=True
+            )
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((count - 1) % STAGES))
+        count = _pass_by(bars, count, stop - end, STAGES)
+        spoil = gl.sum(acc * 0.0, 1)
+        total = gl.where(total == 0.0, 1.0, total)
+        gl.store(lse + row, top + gl.log2(total) + spoil, mask=token < num_queries)
+        # the last tile has left
+        result = results.index(GROUP)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        result.store((acc * gl.expand_dims(1.0 / total, 1)).to(dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        source = result._reinterpret(dtype, out.block_shape, out.layout)
+        tma.async_copy_shared_to_global(out, [b, first, head * G, 0], source)
+        turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_queries", "num_keys", "window", "HKV", "tiles"])
+def forward_kernel(
+    q, k, v, out, lse, query_segments, key_segments, num_queries, num_keys, window, HKV, tiles, scale,
+    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """out and lse as kernel_window.forward_kernel; q, k, v and out are descriptors of boxes of 64 rows."""
+    queries = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], _ROWS)
+    results = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], _ROWS)
+    keys = gl.allocate_shared_memory(q.dtype, [STAGES, 64, 64], _ROWS)
+    values = gl.allocate_shared_memory(q.dtype, [STAGES, 64, 64], _ROWS)
+    loaded = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(loaded.index(i), count=1)
+        mbarrier.init(taken.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS)
+    # bulk copies signal these barriers
+    fence_async_shared()
+    gl.thread_barrier()
+    shared = (queries, results, keys, values)
+    bars = (loaded, taken, full, empty)
+    sizes = (num_queries, num_keys, window, HKV, tiles)
+    zero = tiles >> 31
+    places = (out, lse, query_segments, key_segments, scale, zero)
+    gl.warp_specialize(
+        [
+            (_consume, (places, shared, bars, sizes, 0, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD)),
+            (_consume, (places, shared, bars, sizes, 1, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD)),
+            (_consume, (places, shared, bars, sizes, 2, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD)),
+            (_produce, ((q, k, v), shared, bars, sizes, G, GROUPS, STAGES)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 24],
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_queries", "num_keys", "window"])
+def mend_kernel(
+    q, k, v, query_segments, key_segments, out, lse, num_rows, num_queries, num_keys, window, scale, HKV,
+    G: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """Form again every row of out and lse whose lse is NaN."""
+    begin(OVERLAPS)
+    first = tl.program_id(0) * ROWS
+    places = tl.arange(0, ROWS)
+    logsums = tl.load(lse + first + places, mask=first + places < num_rows, other=0.0)
+    spoiled = (logsums != logsums).to(tl.int32)
+    if tl.max(spoiled, 0) != 0:
+        dims = tl.arange(0, D)
+        step = HKV * D
+        for place in range(ROWS):
+            if tl.max(tl.where(places == place, spoiled, 0), 0) != 0:
+                row = (first + place).to(tl.int64)
+                token = row // (HKV * G)
+                b = token // num_queries
+                keys = b * num_keys * step + row % (HKV * G) // G * D
+                segment = token
+                if HAS_SEGMENTS:
+                    segment = tl.load(query_segments + token)
+                _exact_row(
+                    q, k + keys, v + keys, out, lse, row, (token % num_queries + num_keys - num_queries).to(tl.int32),
+                    segment, key_segments + b * num_keys, num_keys, window, step, dims, scale, D, BN, HAS_SEGMENTS,
+                )  # fmt: skip
+
+
+def run_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sizes: tuple[int, int, int, float],
+    has_segments: bool,
+) -> None:
+    """Fill out (B, Tq, Hq, D) and lse (B, Tq, Hq) of contiguous operands; `sizes` as kernel_window's kernels take
+    them: Tq, Tk, window, scale times log2(e)."""
+    batch, num_queries, num_heads, dim = q.shape
+    kv_heads = k.shape[2]
+    group = num_heads // kv_heads
+    box = [1, 64 // group, group, dim]
+
+    def described(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(tensor, box, _BOX)
+
+    options: dict[str, Any] = dict(OPTIONS)
+    tiles = batch * kv_heads * -(-num_queries // (options["GROUPS"] * 64 // group))
+    blocks = [described(tensor, [1, 64, 1, dim]) for tensor in (k, v)]
+    forward_kernel[(min(tiles, num_processors(q.device.index)),)](
+        described(q, box), *blocks, described(out, box), lse, *segments, *sizes[:3], kv_heads, tiles, sizes[3],
+        G=group, HAS_SEGMENTS=has_segments, num_warps=4, **options,
+    )  # fmt: skip
+    mend_kernel[(-(-lse.numel() // _MENDED_ROWS),)](
+        q, k, v, *segments, out, lse, lse.numel(), *sizes, kv_heads, G=group, D=dim, BN=64, ROWS=_MENDED_ROWS,
+        HAS_SEGMENTS=has_segments, num_warps=4, **overlap(q.device.index),
+    )  # fmt: skip
