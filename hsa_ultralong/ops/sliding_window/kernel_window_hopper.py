@@ -61,7 +61,40 @@ def _begin_block(zero):
 
 @gluon.jit
 def _exp2(x):
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _raise(top, local, scale):
+    """Reference of a row's weights, and by what sums so far shrink: the highest logit where a thread of the warp found
+    one that is 2**8 times as heavy as the reference so far, else that. (64, 4): the columns are threads of a row."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .pred p, q; .reg .f32 a, b, c, d, x, y;
+        mul.f32 a, $6, $8; mul.f32 b, $7, $9; add.f32 x, $4, 0f41000000; add.f32 y, $5, 0f41000000;
+        setp.gt.f32 p, a, x; setp.gt.or.f32 p, b, y, p; vote.sync.any.pred p, p, 0xffffffff;
+        mov.f32 $0, $4; mov.f32 $1, $5; mov.f32 $2, 0f3F800000; mov.f32 $3, 0f3F800000;
+        @!p bra.uni same;
+        shfl.sync.bfly.b32 c, a, 1, 31, 0xffffffff; shfl.sync.bfly.b32 d, b, 1, 31, 0xffffffff;
+        max.f32 a, a, c; max.f32 b, b, d;
+        shfl.sync.bfly.b32 c, a, 2, 31, 0xffffffff; shfl.sync.bfly.b32 d, b, 2, 31, 0xffffffff;
+        max.f32 a, a, c; max.f32 b, b, d;
+        setp.gt.f32 p, a, x; setp.gt.f32 q, b, y;
+        selp.f32 $0, a, $0, p; selp.f32 $1, b, $1, q;
+        sub.f32 c, $4, $0; sub.f32 d, $5, $1; ex2.approx.ftz.f32 $2, c; ex2.approx.ftz.f32 $3, d;
+        same: }""",
+        "=&f,=&f,=&f,=&f,f,f,f,f,f,f", [top, local, scale], dtype=(gl.float32, gl.float32), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+# multiplies 32 sums of a thread, unless all of the warp would be multiplied by 1; which of them are of its second row
+# follows from the layout of a product
+_SHRINK = gl.constexpr(
+    "{ .reg .pred p; setp.neu.f32 p, $64, 0f3F800000; setp.neu.or.f32 p, $66, 0f3F800000, p; "
+    "vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni same; "
+    + " ".join(f"mul.f32 ${i}, ${i}, ${64 + i};" for i in range(32))
+    + " same: }"
+)
+_SHRINK_OPERANDS = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32))
 
 
 @gluon.jit
@@ -111,21 +144,30 @@ def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr
 def _weigh(
     logits, top, total, scale, key, owner, low_key, place, segment, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr
 ):
-    """Weights of a block relative to the highest logit so far; that, the running sum, and by what sums so far shrink.
-    A row sees the keys low_key .. place of its segment."""
+    """Weights of a block relative to a reference; that, the running sums of each thread (64, 4), and by what sums so
+    far shrink (64, 64). A row sees the keys low_key .. place of its segment."""
+    layout: gl.constexpr = logits.type.layout
     if MASKED:
         key = gl.expand_dims(key, 0)
         seen = (key >= gl.expand_dims(low_key, 1)) & (key <= gl.expand_dims(place, 1))
         if HAS_SEGMENTS:
             seen = seen & (gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0))
         logits = gl.where(seen, logits, float("-inf"))
-    highest = gl.maximum(top, gl.max(logits, 1) * scale)
-    base = highest
-    if MASKED:
-        base = gl.where(highest == float("-inf"), 0.0, highest)
-    p = _exp2(logits * scale - gl.expand_dims(base, 1))
-    shrink = _exp2(top - base)
-    return p, highest, total * shrink + gl.sum(p, 1), shrink
+    # a thread has two rows, and of each pairs of neighbouring columns
+    parts = logits.reshape([64, 8, 4, 2])
+    top, shrink = _raise(top, gl.max(gl.max(parts, 3), 1), scale)
+    p = _exp2(parts * scale - gl.expand_dims(gl.expand_dims(top, 1), 3))
+    total = total * shrink + gl.sum(gl.sum(p, 3), 1)
+    wide = gl.expand_dims(gl.expand_dims(shrink, 1), 3).broadcast_to([64, 8, 4, 2]).reshape([64, 64])
+    p = gl.convert_layout(p.reshape([64, 64]), layout, assert_trivial=True)
+    return p, top, total, gl.convert_layout(wide, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _shrink(acc, shrink):
+    return gl.inline_asm_elementwise(
+        _SHRINK, _SHRINK_OPERANDS, [acc, shrink], dtype=gl.float32, is_pure=True, pack=32
+    )
 
 
 @gluon.jit
@@ -170,7 +212,7 @@ def _attend(
             _begin_block(zero)
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
             mbarrier.arrive(empty.index(before))
-        acc = acc * gl.expand_dims(shrink, 1)
+        acc = _shrink(acc, shrink)
         if not AHEAD:
             acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(stage), acc, is_async=True)
         count += 1
@@ -205,7 +247,9 @@ def _consume(
     rows = gl.arange(0, 64, gl.SliceLayout(1, mma))
     columns = gl.arange(0, 64, gl.SliceLayout(0, mma))
     nothing = gl.zeros((64, 64), gl.float32, mma)
-    never = gl.full((64,), float("-inf"), gl.float32, gl.SliceLayout(1, mma))
+    parts: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, nothing.reshape([64, 8, 4, 2]).type.layout))
+    # the lowest number stands for what no row has seen: less would make zeros times infinity
+    lowest = gl.full((64, 4), -3.4028234663852886e38, gl.float32, parts)
     offset = num_keys - num_queries
     count = 0
     turn = 0
@@ -244,7 +288,7 @@ def _consume(
         logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(logits,))
         chances, top, total, _ = _weigh(
-            logits, never, gl.zeros_like(never), scale, key, owner, low_key, place, segment, True, HAS_SEGMENTS
+            logits, lowest, gl.zeros_like(lowest), scale, key, owner, low_key, place, segment, True, HAS_SEGMENTS
         )
         p = chances.to(dtype)
         acc = nothing
@@ -268,13 +312,16 @@ def _consume(
         mbarrier.arrive(empty.index((count - 1) % STAGES))
         count = _pass_by(bars, count, stop - end, STAGES)
         spoil = gl.sum(acc * 0.0, 1)
-        total = gl.where(total == 0.0, 1.0, total)
-        gl.store(lse + row, top + gl.log2(total) + spoil, mask=token < num_queries)
+        sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, mma), assert_trivial=True)
+        highest = gl.convert_layout(gl.max(top, 1), gl.SliceLayout(1, mma), assert_trivial=True)
+        logsum = gl.where(sums == 0.0, float("-inf"), highest + gl.log2(sums)) + spoil
+        gl.store(lse + row, logsum, mask=token < num_queries)
+        inverse = 1.0 / gl.where(sums == 0.0, 1.0, sums)
         # the last tile has left
         result = results.index(GROUP)
         tma.store_wait(0)
         gl.thread_barrier()
-        result.store((acc * gl.expand_dims(1.0 / total, 1)).to(dtype))
+        result.store((acc * gl.expand_dims(inverse, 1)).to(dtype))
         fence_async_shared()
         gl.thread_barrier()
         source = result._reinterpret(dtype, out.block_shape, out.layout)
