@@ -41,7 +41,7 @@ _ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2
 _BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 # groups of warps of a program, places of the ring, whether a group multiplies the next block's logits before its own
 # values, registers of a thread
-OPTIONS = {"GROUPS": 3, "STAGES": 8, "AHEAD": True, "REGISTERS": 160}
+OPTIONS = {"GROUPS": 3, "STAGES": 8, "AHEAD": True, "UNROLL": True, "REGISTERS": 160}
 # rows of lse that a program of mend_kernel looks at
 _MENDED_ROWS = 4096
 # a document that no token is in
@@ -98,16 +98,29 @@ _SHRINK_OPERANDS = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32
 
 
 @gluon.jit
-def _tile(tile, sizes, TOKENS: gl.constexpr):
-    """Row of the batch, key head and first token of a tile of TOKENS tokens; the key at which its block 0 begins, and
-    from which block to which it has keys (at least one)."""
-    num_queries, num_keys, window, heads, _ = sizes
-    steps = gl.cdiv(num_queries, TOKENS)
-    first = tile % steps * TOKENS
-    offset = num_keys - num_queries
-    low = first + offset - window + 1
-    last = gl.minimum(first + TOKENS, num_queries) - 1 + offset
-    return tile // steps // heads, tile // steps % heads, first, low, gl.maximum(-low, 0) // 64, (last - low) // 64 + 1
+def _split(tile, steps, heads):
+    """Number of a tile among those of its row and key head, key head, row of the batch."""
+    return tile % steps, tile // steps % heads, tile // steps // heads
+
+
+@gluon.jit
+def _advance(step, head, b, by_step, by_head, by_b, steps, heads):
+    """_split of the sum of two tiles from that of each, without divisions."""
+    step += by_step
+    head += by_head + (step >= steps).to(gl.int32)
+    b += by_b + (head >= heads).to(gl.int32)
+    return gl.where(step >= steps, step - steps, step), gl.where(head >= heads, head - heads, head), b
+
+
+@gluon.jit
+def _blocks(step, sizes, TOKENS: gl.constexpr):
+    """First of TOKENS tokens, the key at which block 0 begins, and from which block to which there are keys (at least
+    one)."""
+    num_queries, num_keys, window, _, _ = sizes
+    first = step * TOKENS
+    low = first + num_keys - num_queries - window + 1
+    last = gl.minimum(first + TOKENS, num_queries) - 1 + num_keys - num_queries
+    return first, low, gl.maximum(-low, 0) // 64, (last - low) // 64 + 1
 
 
 @gluon.jit
@@ -119,8 +132,11 @@ def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr
     tokens: gl.constexpr = 64 // G
     count = 0
     turn = 0
-    for tile in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
-        b, head, first, low, start, stop = _tile(tile, sizes, GROUPS * tokens)
+    steps = gl.cdiv(sizes[0], GROUPS * tokens)
+    step, head, b = _split(gl.program_id(0), steps, sizes[3])
+    by_step, by_head, by_b = _split(gl.num_programs(0), steps, sizes[3])
+    for _ in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
+        first, low, start, stop = _blocks(step, sizes, GROUPS * tokens)
         for group in gl.static_range(GROUPS):
             bar = loaded.index(group)
             mbarrier.wait(taken.index(group), (turn & 1) ^ 1)
@@ -128,9 +144,9 @@ def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr
             to_q = queries.index(group)._reinterpret(q.dtype, q.block_shape, q.layout)
             tma.async_copy_global_to_shared(q, [b, first + group * tokens, head * G, 0], bar, to_q)
         for block in range(start, stop):
-            place = count % STAGES
+            place = count & (STAGES - 1)
             bar = full.index(place)
-            mbarrier.wait(empty.index(place), ((count // STAGES) & 1) ^ 1)
+            mbarrier.wait(empty.index(place), (count & STAGES) // STAGES ^ 1)
             mbarrier.expect(bar, 2 * 64 * 64 * 2)
             to_k = keys.index(place)._reinterpret(k.dtype, k.block_shape, k.layout)
             to_v = values.index(place)._reinterpret(v.dtype, v.block_shape, v.layout)
@@ -138,21 +154,14 @@ def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr
             tma.async_copy_global_to_shared(v, [b, low + block * 64, head, 0], bar, to_v)
             count += 1
         turn += 1
+        step, head, b = _advance(step, head, b, by_step, by_head, by_b, steps, sizes[3])
 
 
 @gluon.jit
-def _weigh(
-    logits, top, total, scale, key, owner, low_key, place, segment, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr
-):
+def _weigh(logits, top, total, scale):
     """Weights of a block relative to a reference; that, the running sums of each thread (64, 4), and by what sums so
-    far shrink (64, 64). A row sees the keys low_key .. place of its segment."""
+    far shrink (64, 64)."""
     layout: gl.constexpr = logits.type.layout
-    if MASKED:
-        key = gl.expand_dims(key, 0)
-        seen = (key >= gl.expand_dims(low_key, 1)) & (key <= gl.expand_dims(place, 1))
-        if HAS_SEGMENTS:
-            seen = seen & (gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0))
-        logits = gl.where(seen, logits, float("-inf"))
     # a thread has two rows, and of each pairs of neighbouring columns
     parts = logits.reshape([64, 8, 4, 2])
     top, shrink = _raise(top, gl.max(gl.max(parts, 3), 1), scale)
@@ -178,43 +187,71 @@ def _owners(key_segments, key, num_keys, HAS_SEGMENTS: gl.constexpr):
 
 
 @gluon.jit
-def _attend(
-    acc, p, top, total, count, query, nothing, shared, bars, start, stop, low, columns, low_key, place, segment,
-    key_segments, num_keys, scale, zero, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr,
-    STAGES: gl.constexpr,
+def _step(
+    acc, p, top, total, count, query, nothing, shared, bars, key, place, segment, key_segments, num_keys,
+    scale, zero, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Running sums over blocks start .. stop. The products of the values of the last block are under way at the
-    beginning and the end; if AHEAD, they are still to be begun, and `p` are its weights."""
+    """Add the block of keys `key`, the count-th of the ring. The products of the values of the block before are under
+    way at the beginning, those of this one at the end; if AHEAD, they are still to be begun, with the weights p."""
     _, _, keys, values = shared
     _, _, full, empty = bars
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=nothing.type.layout, k_width=2)
     dtype: gl.constexpr = keys.dtype
-    for block in range(start, stop):
-        before = (count - 1) % STAGES
-        stage = count % STAGES
-        key = low + block * 64 + columns
-        owner = key
-        if MASKED:
-            owner = _owners(key_segments, key, num_keys, HAS_SEGMENTS)
-        mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-        logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if AHEAD:
-            acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(before), acc, is_async=True)
-            logits = warpgroup_mma_wait(1, deps=(logits,))
-        else:
-            logits, acc = warpgroup_mma_wait(0, deps=(logits, acc))
-            mbarrier.arrive(empty.index(before))
-        chances, top, total, shrink = _weigh(
-            logits, top, total, scale, key, owner, low_key, place, segment, MASKED, HAS_SEGMENTS
-        )
-        p = chances.to(dtype)
-        if AHEAD:
-            _begin_block(zero)
-            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-            mbarrier.arrive(empty.index(before))
-        acc = _shrink(acc, shrink)
-        if not AHEAD:
-            acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(stage), acc, is_async=True)
+    before = (count + (STAGES - 1)) & (STAGES - 1)
+    stage = count & (STAGES - 1)
+    owner = key
+    if MASKED:
+        owner = _owners(key_segments, key, num_keys, HAS_SEGMENTS)
+    mbarrier.wait(full.index(stage), (count & STAGES) // STAGES)
+    logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if AHEAD:
+        acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(before), acc, is_async=True)
+        logits = warpgroup_mma_wait(1, deps=(logits,))
+    else:
+        logits, acc = warpgroup_mma_wait(0, deps=(logits, acc))
+        mbarrier.arrive(empty.index(before))
+    if MASKED:
+        seen = gl.expand_dims(key, 0) <= gl.expand_dims(place, 1)
+        if HAS_SEGMENTS:
+            seen = seen & (gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0))
+        logits = gl.where(seen, logits, float("-inf"))
+    chances, top, total, shrink = _weigh(logits, top, total, scale)
+    p = chances.to(dtype)
+    if AHEAD:
+        _begin_block(zero)
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        mbarrier.arrive(empty.index(before))
+    acc = _shrink(acc, shrink)
+    if not AHEAD:
+        acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(stage), acc, is_async=True)
+    return acc, p, top, total
+
+
+@gluon.jit
+def _attend(
+    acc, p, top, total, count, query, nothing, shared, bars, start, stop, key, place, segment, key_segments,
+    num_keys, scale, zero, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr, STAGES: gl.constexpr,
+    UNROLL: gl.constexpr,
+):  # fmt: skip
+    """Blocks start .. stop; `key` are the keys of block 0. Two at a time, weights need not be moved."""
+    pairs = start
+    if not MASKED and UNROLL:
+        pairs = start + ((stop - start) & -2)
+        for block in range(start, pairs, 2):
+            acc, p, top, total = _step(
+                acc, p, top, total, count, query, nothing, shared, bars, key + block * 64, place, segment,
+                key_segments, num_keys, scale, zero, MASKED, HAS_SEGMENTS, AHEAD, STAGES,
+            )  # fmt: skip
+            acc, p, top, total = _step(
+                acc, p, top, total, count + 1, query, nothing, shared, bars, key + (block + 1) * 64, place,
+                segment, key_segments, num_keys, scale, zero, MASKED, HAS_SEGMENTS, AHEAD, STAGES,
+            )  # fmt: skip
+            count += 2
+    for block in range(pairs, stop):
+        acc, p, top, total = _step(
+            acc, p, top, total, count, query, nothing, shared, bars, key + block * 64, place, segment,
+            key_segments, num_keys, scale, zero, MASKED, HAS_SEGMENTS, AHEAD, STAGES,
+        )  # fmt: skip
         count += 1
     return acc, p, top, total, count
 
@@ -224,8 +261,8 @@ def _pass_by(bars, count, number, STAGES: gl.constexpr):
     """Blocks that others see: let them go."""
     _, _, full, empty = bars
     for _ in range(number):
-        mbarrier.wait(full.index(count % STAGES), (count // STAGES) & 1)
-        mbarrier.arrive(empty.index(count % STAGES))
+        mbarrier.wait(full.index(count & (STAGES - 1)), (count & STAGES) // STAGES)
+        mbarrier.arrive(empty.index(count & (STAGES - 1)))
         count += 1
     return count
 
@@ -233,7 +270,7 @@ def _pass_by(bars, count, number, STAGES: gl.constexpr):
 @gluon.jit
 def _consume(
     places, shared, bars, sizes, GROUP: gl.constexpr, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr,
+    HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     """Four warps: out and lse of the GROUP-th 64 rows of every tile."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -253,12 +290,14 @@ def _consume(
     offset = num_keys - num_queries
     count = 0
     turn = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, head, first, low, start, stop = _tile(tile, sizes, GROUPS * tokens)
+    steps = gl.cdiv(sizes[0], GROUPS * tokens)
+    step, head, b = _split(gl.program_id(0), steps, sizes[3])
+    by_step, by_head, by_b = _split(gl.num_programs(0), steps, sizes[3])
+    for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        first, low, start, stop = _blocks(step, sizes, GROUPS * tokens)
         first += GROUP * tokens
         token = first + rows // G
         place = token + offset
-        low_key = gl.maximum(place - window + 1, 0)
         row = (b.to(gl.int64) * num_queries + token) * (heads * G) + head * G + rows % G
         segment = token
         owners = key_segments
@@ -281,15 +320,20 @@ def _consume(
         query = queries.index(GROUP).load(operand)
         gl.thread_barrier()
         mbarrier.arrive(taken.index(GROUP))
-        stage = count % STAGES
-        key = low + mine * 64 + columns
+        stage = count & (STAGES - 1)
+        keys_of_0 = low + columns
+        key = keys_of_0 + mine * 64
         owner = _owners(owners, key, num_keys, HAS_SEGMENTS)
-        mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+        mbarrier.wait(full.index(stage), (count & STAGES) // STAGES)
         logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(logits,))
-        chances, top, total, _ = _weigh(
-            logits, lowest, gl.zeros_like(lowest), scale, key, owner, low_key, place, segment, True, HAS_SEGMENTS
-        )
+        seen = gl.expand_dims(key, 0) >= gl.expand_dims(gl.maximum(place - window + 1, 0), 1)
+        if HAS_SEGMENTS:
+            seen = seen & (gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0))
+        logits = gl.where(seen, logits, float("-inf"))
+        if first + offset < low + mine * 64 + 63:
+            logits = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(place, 1), logits, float("-inf"))
+        chances, top, total, _ = _weigh(logits, lowest, gl.zeros_like(lowest), scale)
         p = chances.to(dtype)
         acc = nothing
         if not AHEAD:
@@ -297,21 +341,21 @@ def _consume(
         count += 1
         if not HAS_SEGMENTS:
             acc, p, top, total, count = _attend(
-                acc, p, top, total, count, query, nothing, shared, bars, mine + 1, whole, low, columns, low_key, place,
-                segment, owners, num_keys, scale, zero, False, HAS_SEGMENTS, AHEAD, STAGES,
+                acc, p, top, total, count, query, nothing, shared, bars, mine + 1, whole, keys_of_0, place,
+                segment, owners, num_keys, scale, zero, False, HAS_SEGMENTS, AHEAD, STAGES, UNROLL,
             )  # fmt: skip
         acc, p, top, total, count = _attend(
-            acc, p, top, total, count, query, nothing, shared, bars, whole, end, low, columns, low_key, place, segment,
-            owners, num_keys, scale, zero, True, HAS_SEGMENTS, AHEAD, STAGES,
+            acc, p, top, total, count, query, nothing, shared, bars, whole, end, keys_of_0, place, segment,
+            owners, num_keys, scale, zero, True, HAS_SEGMENTS, AHEAD, STAGES, UNROLL,
         )  # fmt: skip
         if AHEAD:
             acc = warpgroup_mma(
-                gl.convert_layout(p, operand), values.index((count - 1) % STAGES), acc, is_async=True
+                gl.convert_layout(p, operand), values.index((count + (STAGES - 1)) & (STAGES - 1)), acc, is_async=True
             )
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((count - 1) % STAGES))
+        mbarrier.arrive(empty.index((count + (STAGES - 1)) & (STAGES - 1)))
         count = _pass_by(bars, count, stop - end, STAGES)
-        spoil = gl.sum(acc * 0.0, 1)
+        spoil = gl.sum(acc, 1) * 0.0
         sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, mma), assert_trivial=True)
         highest = gl.convert_layout(gl.max(top, 1), gl.SliceLayout(1, mma), assert_trivial=True)
         logsum = gl.where(sums == 0.0, float("-inf"), highest + gl.log2(sums)) + spoil
@@ -327,6 +371,7 @@ def _consume(
         source = result._reinterpret(dtype, out.block_shape, out.layout)
         tma.async_copy_shared_to_global(out, [b, first, head * G, 0], source)
         turn += 1
+        step, head, b = _advance(step, head, b, by_step, by_head, by_b, steps, sizes[3])
     tma.store_wait(0)
 
 
@@ -334,7 +379,7 @@ def _consume(
 def forward_kernel(
     q, k, v, out, lse, query_segments, key_segments, num_queries, num_keys, window, HKV, tiles, scale,
     G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    UNROLL: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out and lse as kernel_window.forward_kernel; q, k, v and out are descriptors of boxes of 64 rows."""
     queries = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], _ROWS)
@@ -361,9 +406,9 @@ def forward_kernel(
     places = (out, lse, query_segments, key_segments, scale, zero)
     gl.warp_specialize(
         [
-            (_consume, (places, shared, bars, sizes, 0, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD)),
-            (_consume, (places, shared, bars, sizes, 1, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD)),
-            (_consume, (places, shared, bars, sizes, 2, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD)),
+            (_consume, (places, shared, bars, sizes, 0, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD, UNROLL)),
+            (_consume, (places, shared, bars, sizes, 1, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD, UNROLL)),
+            (_consume, (places, shared, bars, sizes, 2, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD, UNROLL)),
             (_produce, ((q, k, v), shared, bars, sizes, G, GROUPS, STAGES)),
         ],
         [4, 4, 1],
