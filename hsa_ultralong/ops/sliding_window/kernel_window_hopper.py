@@ -60,8 +60,27 @@ def _begin_block(zero):
 
 
 @gluon.jit
+def _where_ordered(logits, low, high):
+    """logits where low <= high, else -inf: as one instruction, for the compiler would keep all answers first."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r,r", [logits, low, high],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _exp2(x):
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _log2(x):
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -211,10 +230,10 @@ def _step(
         logits, acc = warpgroup_mma_wait(0, deps=(logits, acc))
         mbarrier.arrive(empty.index(before))
     if MASKED:
-        seen = gl.expand_dims(key, 0) <= gl.expand_dims(place, 1)
+        logits = _where_ordered(logits, gl.expand_dims(key, 0), gl.expand_dims(place, 1))
         if HAS_SEGMENTS:
-            seen = seen & (gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0))
-        logits = gl.where(seen, logits, float("-inf"))
+            same = gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0)
+            logits = gl.where(same, logits, float("-inf"))
     chances, top, total, shrink = _weigh(logits, top, total, scale)
     p = chances.to(dtype)
     if AHEAD:
@@ -327,12 +346,13 @@ def _consume(
         mbarrier.wait(full.index(stage), (count & STAGES) // STAGES)
         logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(logits,))
-        seen = gl.expand_dims(key, 0) >= gl.expand_dims(gl.maximum(place - window + 1, 0), 1)
+        low_key = gl.maximum(place - window + 1, 0)
+        logits = _where_ordered(logits, gl.expand_dims(low_key, 1), gl.expand_dims(key, 0))
         if HAS_SEGMENTS:
-            seen = seen & (gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0))
-        logits = gl.where(seen, logits, float("-inf"))
+            same = gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0)
+            logits = gl.where(same, logits, float("-inf"))
         if first + offset < low + mine * 64 + 63:
-            logits = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(place, 1), logits, float("-inf"))
+            logits = _where_ordered(logits, gl.expand_dims(key, 0), gl.expand_dims(place, 1))
         chances, top, total, _ = _weigh(logits, lowest, gl.zeros_like(lowest), scale)
         p = chances.to(dtype)
         acc = nothing
@@ -358,9 +378,9 @@ def _consume(
         spoil = gl.sum(acc, 1) * 0.0
         sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, mma), assert_trivial=True)
         highest = gl.convert_layout(gl.max(top, 1), gl.SliceLayout(1, mma), assert_trivial=True)
-        logsum = gl.where(sums == 0.0, float("-inf"), highest + gl.log2(sums)) + spoil
+        logsum = gl.where(sums == 0.0, float("-inf"), highest + _log2(sums)) + spoil
         gl.store(lse + row, logsum, mask=token < num_queries)
-        inverse = 1.0 / gl.where(sums == 0.0, 1.0, sums)
+        inverse = _reciprocal(gl.where(sums == 0.0, 1.0, sums))
         # the last tile has left
         result = results.index(GROUP)
         tma.store_wait(0)
