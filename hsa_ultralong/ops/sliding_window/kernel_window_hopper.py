@@ -43,7 +43,7 @@ _BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 # values, registers of a thread
 OPTIONS = {"GROUPS": 3, "STAGES": 8, "AHEAD": True, "UNROLL": True, "REGISTERS": 160}
 # rows of lse that a program of mend_kernel looks at
-_MENDED_ROWS = 4096
+_MENDED_ROWS = 1024
 # a document that no token is in
 _NOWHERE = gl.constexpr(-3)
 
@@ -64,6 +64,14 @@ def _where_ordered(logits, low, high):
     """logits where low <= high, else -inf: as one instruction, for the compiler would keep all answers first."""
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r,r", [logits, low, high],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _where_equal(logits, left, right):
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.eq.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,r,r", [logits, left, right],
         dtype=gl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
@@ -218,9 +226,7 @@ def _step(
     dtype: gl.constexpr = keys.dtype
     before = (count + (STAGES - 1)) & (STAGES - 1)
     stage = count & (STAGES - 1)
-    owner = key
-    if MASKED:
-        owner = _owners(key_segments, key, num_keys, HAS_SEGMENTS)
+    owner = _owners(key_segments, key, num_keys, HAS_SEGMENTS)
     mbarrier.wait(full.index(stage), (count & STAGES) // STAGES)
     logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if AHEAD:
@@ -231,9 +237,8 @@ def _step(
         mbarrier.arrive(empty.index(before))
     if MASKED:
         logits = _where_ordered(logits, gl.expand_dims(key, 0), gl.expand_dims(place, 1))
-        if HAS_SEGMENTS:
-            same = gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0)
-            logits = gl.where(same, logits, float("-inf"))
+    if HAS_SEGMENTS:
+        logits = _where_equal(logits, gl.expand_dims(segment, 1), gl.expand_dims(owner, 0))
     chances, top, total, shrink = _weigh(logits, top, total, scale)
     p = chances.to(dtype)
     if AHEAD:
@@ -330,9 +335,7 @@ def _consume(
         mine = gl.maximum(start, gl.minimum(GROUP * tokens // 64, stop - 1))
         last = gl.minimum(first + tokens, num_queries) - 1 + offset
         end = gl.minimum(gl.maximum((last - low) // 64, mine) + 1, stop)
-        whole = mine + 1
-        if not HAS_SEGMENTS:
-            whole = gl.minimum(gl.maximum((first + offset + 1 - low) // 64, whole), end)
+        whole = gl.minimum(gl.maximum((first + offset + 1 - low) // 64, mine + 1), end)
         if GROUP * tokens >= 64:
             count = _pass_by(bars, count, mine - start, STAGES)
         mbarrier.wait(loaded.index(GROUP), turn & 1)
@@ -349,8 +352,7 @@ def _consume(
         low_key = gl.maximum(place - window + 1, 0)
         logits = _where_ordered(logits, gl.expand_dims(low_key, 1), gl.expand_dims(key, 0))
         if HAS_SEGMENTS:
-            same = gl.expand_dims(segment, 1) == gl.expand_dims(owner, 0)
-            logits = gl.where(same, logits, float("-inf"))
+            logits = _where_equal(logits, gl.expand_dims(segment, 1), gl.expand_dims(owner, 0))
         if first + offset < low + mine * 64 + 63:
             logits = _where_ordered(logits, gl.expand_dims(key, 0), gl.expand_dims(place, 1))
         chances, top, total, _ = _weigh(logits, lowest, gl.zeros_like(lowest), scale)
@@ -359,11 +361,10 @@ def _consume(
         if not AHEAD:
             acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(stage), acc, is_async=True)
         count += 1
-        if not HAS_SEGMENTS:
-            acc, p, top, total, count = _attend(
-                acc, p, top, total, count, query, nothing, shared, bars, mine + 1, whole, keys_of_0, place,
-                segment, owners, num_keys, scale, zero, False, HAS_SEGMENTS, AHEAD, STAGES, UNROLL,
-            )  # fmt: skip
+        acc, p, top, total, count = _attend(
+            acc, p, top, total, count, query, nothing, shared, bars, mine + 1, whole, keys_of_0, place, segment,
+            owners, num_keys, scale, zero, False, HAS_SEGMENTS, AHEAD, STAGES, UNROLL,
+        )  # fmt: skip
         acc, p, top, total, count = _attend(
             acc, p, top, total, count, query, nothing, shared, bars, whole, end, keys_of_0, place, segment,
             owners, num_keys, scale, zero, True, HAS_SEGMENTS, AHEAD, STAGES, UNROLL,
