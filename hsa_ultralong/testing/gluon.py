@@ -1,5 +1,5 @@
-"""Run a file of kernels in Gluon on the CPU, in torch, of any Triton: a thread for each group of warps, bulk copies that
-arrive late, asynchronous products that are formed when they are waited for.
+"""Run a file of kernels in Gluon on the CPU, in torch, with any Triton: a thread for each group of warps, bulk copies
+that arrive late, asynchronous products that are formed when they are waited for.
 
 It finds wrong indices, masks and phases of barriers, waits that miss and waits without end; not what a card alone does:
 layouts, fences, registers. Functions of inline assembly must be replaced by the caller (`functions`). It knows what

@@ -1,8 +1,10 @@
-"""The sliding window's forward in Gluon (kernel_window_hopper.py): on the CPU in a stand-in for the language, which knows
-no layouts and no assembly, and on a Hopper card against fp64, repeated bit for bit, with numbers that are not finite."""
+"""The sliding window's forward in Gluon (kernel_window_hopper.py): on the CPU in a stand-in for the language, which
+knows no layouts and no assembly; on a Hopper card against fp64, repeated bit for bit, with numbers that are not finite.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,8 @@ from hsa_ultralong.ops.sliding_window import triton_window
 HAS_HOPPER = torch.cuda.is_available() and runs_hopper_kernels(torch.cuda.current_device())
 DEVICE = "cuda" if HAS_HOPPER else "cpu"
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="needs Hopper")]
-MODULE = "hsa_ultralong.ops.sliding_window.kernel_window_hopper"
+NAMES = ("window", "query_segments", "key_segments")
+FOLDER, PACKAGE = Path(triton_window.__file__).parent, "hsa_ultralong.ops.sliding_window"
 # rows, queries, keys, group, key heads, window
 SHAPES = {
     "a_part_of_a_tile": (1, 5, 60, 8, 1, 20),
@@ -63,12 +66,17 @@ ASSEMBLY = {
 @pytest.fixture
 def stand_in(monkeypatch):
     """The kernel takes all calls on the CPU, by two programs."""
-    names = GluonStandIn(Path(triton_window.__file__).with_name("kernel_window_hopper.py"), ASSEMBLY).names
-    names.update(num_processors=lambda index: 2, _MENDED_ROWS=64)
-    monkeypatch.setitem(sys.modules, MODULE, SimpleNamespace(**names))
+    names = GluonStandIn(FOLDER / "kernel_window_hopper.py", ASSEMBLY).names
+    monkeypatch.setitem(sys.modules, f"{PACKAGE}.kernel_window_hopper", SimpleNamespace(**names))
+    spec = importlib.util.spec_from_file_location(f"{PACKAGE}.hopper_window", FOLDER / "hopper_window.py")
+    host = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(host)
+    monkeypatch.setitem(sys.modules, spec.name, host)
+    monkeypatch.setattr(host, "num_processors", lambda index: 2)
+    monkeypatch.setattr(host, "_MENDED_ROWS", 64)
     monkeypatch.setattr(triton_window, "runs_hopper_kernels", lambda index: True)
     monkeypatch.setattr(triton_window, "_HOPPER_ROWS", 0)
-    return names
+    return host
 
 
 def operands(shape, dtype, *, documents, sharpness=1.0):
@@ -116,7 +124,7 @@ def test_in_a_stand_in_it_is_the_windows_attention(stand_in, shape, documents):
 @pytest.mark.parametrize("options", [{"AHEAD": False}, {"UNROLL": False}, {"STAGES": 2}])
 def test_with_any_option_it_is_the_same(stand_in, monkeypatch, options):
     # logits so far apart that references of weights are raised again and again
-    monkeypatch.setitem(stand_in, "OPTIONS", {**stand_in["OPTIONS"], **options})
+    monkeypatch.setattr(stand_in, "OPTIONS", {**stand_in.OPTIONS, **options})
     check((1, 130, 300, 8, 1, 200), torch.float16, documents=False, sharpness=10.0)
 
 
@@ -130,7 +138,7 @@ def contain(shape, dtype):
     k[0, middle, 0, 5] = v[0, middle + 9, 0, 3] = float("nan")
     v[0, middle - 30, 0, 7] = float("inf")
     bad[0, [middle, middle + 9, middle - 30]] = True
-    mask = window_mask(q.shape[1], k.shape[1], places["window"], places["query_segments"], places["key_segments"], DEVICE)
+    mask = window_mask(q.shape[1], k.shape[1], *(places[name] for name in NAMES), DEVICE)
     met = (mask & bad[:, None]).any(-1)
     q[0, -1] = float("inf")
     met[0, -1] = True

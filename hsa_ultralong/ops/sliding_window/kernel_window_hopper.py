@@ -7,21 +7,17 @@ of 64 keys and values that any row of the tile sees into a ring of STAGES places
 of the next tile. Blocks begin at the first key of the tile's first row, so that of 64 neighbouring tokens only the
 first block and the last one or two are masked. What lies outside of a row of the batch arrives as zeros and is masked.
 
-A row whose sum is not finite gets NaN as lse; mend_kernel, which follows, forms such rows again from the keys of their
-own window alone (kernel_window.py). No two programs write one place: no atomics, and results repeat bit for bit.
+A row whose sum is not finite gets NaN as lse, and is formed again by kernel_window_mend.py, which follows. No two
+programs write one place: no atomics, and results repeat bit for bit.
 
-forward_kernel: grid (programs,), any number of them; mend_kernel: grid (blocks of ROWS rows of lse,).
-Needed: D = 64, G of 1, 2, 4, 8 or 16, 16-bit numbers, fewer than 2**31 rows, addresses at multiples of 16 bytes.
-Imports gluon, so it is imported only where it runs (triton_window.py). Tests: tests/ops/test_window_hopper.py.
+Grid: (programs,), any number of them. Needed: D = 64, G of 1, 2, 4, 8 or 16, 16-bit numbers, int32 documents, fewer
+than 2**31 rows, STAGES a power of two, addresses at multiples of 16 bytes. Imports gluon, so it is imported only where
+it runs (hopper_window.py). Tests: tests/ops/test_window_hopper.py, on a CPU in a stand-in for the language.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -33,19 +29,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hsa_ultralong.ops._overlap import begin, overlap
-from hsa_ultralong.ops._triton import num_processors
-from hsa_ultralong.ops.sliding_window.kernel_window import _exact_row
-
 _ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 _BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-# groups of warps of a program, places of the ring, whether a group multiplies the next block's logits before its own
-# values, registers of a thread
-OPTIONS = {"GROUPS": 3, "STAGES": 8, "AHEAD": True, "UNROLL": True, "REGISTERS": 160}
-# rows of lse that a program of mend_kernel looks at
-_MENDED_ROWS = 1024
 # a document that no token is in
 _NOWHERE = gl.constexpr(-3)
+
+
+def described(tensor: torch.Tensor, tokens: int, heads: int) -> TensorDescriptor:
+    """A contiguous tensor (B, T, H, 64) of 16-bit numbers, of which boxes of tokens * heads = 64 rows are copied."""
+    return TensorDescriptor.from_tensor(tensor, [1, tokens, heads, 64], _BOX)
 
 
 @gluon.jit
@@ -166,7 +158,7 @@ def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr
         first, low, start, stop = _blocks(step, sizes, GROUPS * tokens)
         for group in gl.static_range(GROUPS):
             bar = loaded.index(group)
-            mbarrier.wait(taken.index(group), (turn & 1) ^ 1)
+            mbarrier.wait(taken.index(group), turn ^ 1)
             mbarrier.expect(bar, 64 * 64 * 2)
             to_q = queries.index(group)._reinterpret(q.dtype, q.block_shape, q.layout)
             tma.async_copy_global_to_shared(q, [b, first + group * tokens, head * G, 0], bar, to_q)
@@ -180,7 +172,7 @@ def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr
             tma.async_copy_global_to_shared(k, [b, low + block * 64, head, 0], bar, to_k)
             tma.async_copy_global_to_shared(v, [b, low + block * 64, head, 0], bar, to_v)
             count += 1
-        turn += 1
+        turn ^= 1
         step, head, b = _advance(step, head, b, by_step, by_head, by_b, steps, sizes[3])
 
 
@@ -201,9 +193,7 @@ def _weigh(logits, top, total, scale):
 
 @gluon.jit
 def _shrink(acc, shrink):
-    return gl.inline_asm_elementwise(
-        _SHRINK, _SHRINK_OPERANDS, [acc, shrink], dtype=gl.float32, is_pure=True, pack=32
-    )
+    return gl.inline_asm_elementwise(_SHRINK, _SHRINK_OPERANDS, [acc, shrink], dtype=gl.float32, is_pure=True, pack=32)
 
 
 @gluon.jit
@@ -326,9 +316,7 @@ def _consume(
         segment = token
         owners = key_segments
         if HAS_SEGMENTS:
-            segment = gl.load(
-                query_segments + b.to(gl.int64) * num_queries + token, mask=token < num_queries, other=-2
-            )
+            segment = gl.load(query_segments + b.to(gl.int64) * num_queries + token, mask=token < num_queries, other=-2)
             owners += b.to(gl.int64) * num_keys
         # the blocks that these rows see, of which the first is masked, and behind `whole` the others; at least one,
         # also where no row is real
@@ -338,7 +326,7 @@ def _consume(
         whole = gl.minimum(gl.maximum((first + offset + 1 - low) // 64, mine + 1), end)
         if GROUP * tokens >= 64:
             count = _pass_by(bars, count, mine - start, STAGES)
-        mbarrier.wait(loaded.index(GROUP), turn & 1)
+        mbarrier.wait(loaded.index(GROUP), turn)
         query = queries.index(GROUP).load(operand)
         gl.thread_barrier()
         mbarrier.arrive(taken.index(GROUP))
@@ -391,7 +379,7 @@ def _consume(
         gl.thread_barrier()
         source = result._reinterpret(dtype, out.block_shape, out.layout)
         tma.async_copy_shared_to_global(out, [b, first, head * G, 0], source)
-        turn += 1
+        turn ^= 1
         step, head, b = _advance(step, head, b, by_step, by_head, by_b, steps, sizes[3])
     tma.store_wait(0)
 
@@ -435,66 +423,3 @@ def forward_kernel(
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],
     )
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_queries", "num_keys", "window"])
-def mend_kernel(
-    q, k, v, query_segments, key_segments, out, lse, num_rows, num_queries, num_keys, window, scale, HKV,
-    G: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):  # fmt: skip
-    """Form again every row of out and lse whose lse is NaN."""
-    begin(OVERLAPS)
-    first = tl.program_id(0) * ROWS
-    places = tl.arange(0, ROWS)
-    logsums = tl.load(lse + first + places, mask=first + places < num_rows, other=0.0)
-    spoiled = (logsums != logsums).to(tl.int32)
-    if tl.max(spoiled, 0) != 0:
-        dims = tl.arange(0, D)
-        step = HKV * D
-        for place in range(ROWS):
-            if tl.max(tl.where(places == place, spoiled, 0), 0) != 0:
-                row = (first + place).to(tl.int64)
-                token = row // (HKV * G)
-                b = token // num_queries
-                keys = b * num_keys * step + row % (HKV * G) // G * D
-                segment = token
-                if HAS_SEGMENTS:
-                    segment = tl.load(query_segments + token)
-                _exact_row(
-                    q, k + keys, v + keys, out, lse, row, (token % num_queries + num_keys - num_queries).to(tl.int32),
-                    segment, key_segments + b * num_keys, num_keys, window, step, dims, scale, D, BN, HAS_SEGMENTS,
-                )  # fmt: skip
-
-
-def run_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    segments: tuple[torch.Tensor, ...],
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sizes: tuple[int, int, int, float],
-    has_segments: bool,
-) -> None:
-    """Fill out (B, Tq, Hq, D) and lse (B, Tq, Hq) of contiguous operands; `sizes` as kernel_window's kernels take
-    them: Tq, Tk, window, scale times log2(e)."""
-    batch, num_queries, num_heads, dim = q.shape
-    kv_heads = k.shape[2]
-    group = num_heads // kv_heads
-    box = [1, 64 // group, group, dim]
-
-    def described(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, box, _BOX)
-
-    options: dict[str, Any] = dict(OPTIONS)
-    tiles = batch * kv_heads * -(-num_queries // (options["GROUPS"] * 64 // group))
-    blocks = [described(tensor, [1, 64, 1, dim]) for tensor in (k, v)]
-    forward_kernel[(min(tiles, num_processors(q.device.index)),)](
-        described(q, box), *blocks, described(out, box), lse, *segments, *sizes[:3], kv_heads, tiles, sizes[3],
-        G=group, HAS_SEGMENTS=has_segments, num_warps=4, **options,
-    )  # fmt: skip
-    mend_kernel[(-(-lse.numel() // _MENDED_ROWS),)](
-        q, k, v, *segments, out, lse, lse.numel(), *sizes, kv_heads, G=group, D=dim, BN=64, ROWS=_MENDED_ROWS,
-        HAS_SEGMENTS=has_segments, num_warps=4, **overlap(q.device.index),
-    )  # fmt: skip

@@ -23,7 +23,6 @@ from hsa_ultralong.ops._triton import (
 )
 from hsa_ultralong.ops.sliding_window import kernel_window
 
-
 # rows (B * Tq * Hq) from which on kernel_window_hopper.py takes the forward where it runs; None: never
 _HOPPER_ROWS: int | None = 65_536
 
@@ -87,6 +86,7 @@ class _Problem:
         if _HOPPER_ROWS is None or not _HOPPER_ROWS <= rows < 2**31 or self.q.dtype == torch.float32:
             return False
         is_fit = self.dim == 64 and self.group in (1, 2, 4, 8, 16) and are_aligned(self.q, self.k, self.v)
+        is_fit &= not self.has_segments or all(part.dtype == torch.int32 for part in self.segments)
         return is_fit and runs_hopper_kernels(self.q.device.index)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +94,7 @@ class _Problem:
         out = torch.empty_like(self.q)
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
         if self.takes_hopper_forward():
-            from hsa_ultralong.ops.sliding_window.kernel_window_hopper import run_forward
+            from hsa_ultralong.ops.sliding_window.hopper_window import run_forward
 
             run_forward(self.q, self.k, self.v, self.segments, out, lse, self.sizes(), self.has_segments)
             return out, lse
