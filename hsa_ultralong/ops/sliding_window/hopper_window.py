@@ -13,7 +13,7 @@ import torch
 from hsa_ultralong.ops._launch import PreparedLaunch, are_aligned
 from hsa_ultralong.ops._overlap import overlap
 from hsa_ultralong.ops._triton import num_processors
-from hsa_ultralong.ops.sliding_window.kernel_window_hopper import described, forward_kernel
+from hsa_ultralong.ops.sliding_window.kernel_window_hopper import described, window_forward_kernel
 from hsa_ultralong.ops.sliding_window.kernel_window_mend import mend_kernel
 
 # groups of warps of a program (three), places of its ring, whether a group begins the next logits before it multiplies
@@ -42,7 +42,7 @@ def plan_of(
     constants: dict[str, Any] = {"G": group, "HAS_SEGMENTS": has_segments, "num_warps": 4, "is_kept": is_aligned}
     rows = batch * num_queries * num_heads
     return _Plan(
-        PreparedLaunch(forward_kernel, (min(tiles, num_processors(index)),), **constants, **OPTIONS),
+        PreparedLaunch(window_forward_kernel, (min(tiles, num_processors(index)),), **constants, **OPTIONS),
         PreparedLaunch(
             mend_kernel, (-(-rows // _MENDED_ROWS),), D=dim, BN=64, ROWS=_MENDED_ROWS, **constants, **overlap(index)
         ),

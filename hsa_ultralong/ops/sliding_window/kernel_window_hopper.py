@@ -37,7 +37,9 @@ _NOWHERE = gl.constexpr(-3)
 
 def described(tensor: torch.Tensor, tokens: int, heads: int) -> TensorDescriptor:
     """A contiguous tensor (B, T, H, 64) of 16-bit numbers, of which boxes of tokens * heads = 64 rows are copied."""
-    return TensorDescriptor.from_tensor(tensor, [1, tokens, heads, 64], _BOX)
+    # a dimension of one place may have any stride
+    plain = tensor.view(-1).view(tensor.shape)
+    return TensorDescriptor.from_tensor(plain, [1, tokens, heads, 64], _BOX)
 
 
 @gluon.jit
@@ -282,6 +284,27 @@ def _pass_by(bars, count, number, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _finish(acc, top, total, out, places, is_real, result, b, first, head):
+    """Write 64 rows of lse, to `places`, and of out, by way of `result` in shared memory."""
+    mma: gl.constexpr = acc.type.layout
+    dtype: gl.constexpr = result.dtype
+    spoil = gl.sum(acc, 1) * 0.0
+    sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, mma), assert_trivial=True)
+    highest = gl.convert_layout(gl.max(top, 1), gl.SliceLayout(1, mma), assert_trivial=True)
+    logsum = gl.where(sums == 0.0, float("-inf"), highest + _log2(sums)) + spoil
+    gl.store(places, logsum, mask=is_real)
+    inverse = _reciprocal(gl.where(sums == 0.0, 1.0, sums))
+    # the last tile has left
+    tma.store_wait(0)
+    gl.thread_barrier()
+    result.store((acc * gl.expand_dims(inverse, 1)).to(dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    source = result._reinterpret(dtype, out.block_shape, out.layout)
+    tma.async_copy_shared_to_global(out, [b, first, head, 0], source)
+
+
+@gluon.jit
 def _consume(
     places, shared, bars, sizes, GROUP: gl.constexpr, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr,
@@ -364,28 +387,14 @@ def _consume(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((count + (STAGES - 1)) & (STAGES - 1)))
         count = _pass_by(bars, count, stop - end, STAGES)
-        spoil = gl.sum(acc, 1) * 0.0
-        sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, mma), assert_trivial=True)
-        highest = gl.convert_layout(gl.max(top, 1), gl.SliceLayout(1, mma), assert_trivial=True)
-        logsum = gl.where(sums == 0.0, float("-inf"), highest + _log2(sums)) + spoil
-        gl.store(lse + row, logsum, mask=token < num_queries)
-        inverse = _reciprocal(gl.where(sums == 0.0, 1.0, sums))
-        # the last tile has left
-        result = results.index(GROUP)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        result.store((acc * gl.expand_dims(inverse, 1)).to(dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        source = result._reinterpret(dtype, out.block_shape, out.layout)
-        tma.async_copy_shared_to_global(out, [b, first, head * G, 0], source)
+        _finish(acc, top, total, out, lse + row, token < num_queries, results.index(GROUP), b, first, head * G)
         turn ^= 1
         step, head, b = _advance(step, head, b, by_step, by_head, by_b, steps, sizes[3])
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_queries", "num_keys", "window", "HKV", "tiles"])
-def forward_kernel(
+def window_forward_kernel(
     q, k, v, out, lse, query_segments, key_segments, num_queries, num_keys, window, HKV, tiles, scale,
     G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr,
     UNROLL: gl.constexpr, REGISTERS: gl.constexpr,
