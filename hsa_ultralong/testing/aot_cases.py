@@ -174,6 +174,9 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
             (f"sliding_window_attention {shape}", _with_shape(_run_window, shape, False)),
             (f"sliding_window_attention documents {shape}", _with_shape(_run_window, shape, True)),
         ]
+    # of training small_345m
+    rows = Shape(T=8192, Hkv=2)
+    cases.append((f"sliding_window_attention {rows}", _with_shape(_run_window, rows, False)))
     # rows so short that memories and queries have passes of their own
     short = replace(SHAPES[0], T=8192)
     cases.append((f"hsa_attention training {short}", _with_shape(_run_hsa, short, short.T, True)))

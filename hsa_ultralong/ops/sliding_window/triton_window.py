@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.ops._common import refuse_second_derivatives
+from hsa_ultralong.ops._launch import are_aligned
 from hsa_ultralong.ops._triton import (
     KERNEL_SIZES,
     check_compiled,
@@ -19,8 +20,12 @@ from hsa_ultralong.ops._triton import (
     num_processors,
     require_kernel_dtype,
     require_triton,
+    runs_hopper_kernels,
 )
 from hsa_ultralong.ops.sliding_window import kernel_window
+
+# rows (B * Tq * Hq) from which on kernel_window_hopper.py takes the forward where it runs; None: never
+_HOPPER_ROWS: int | None = 65_536
 
 
 class WindowLaunch(NamedTuple):
@@ -78,10 +83,24 @@ class _Problem:
             "STAGES": options.stages, "num_warps": options.warps,
         }  # fmt: skip
 
+    def takes_hopper_forward(self) -> bool:
+        """Whether kernel_window_hopper.py takes the forward of these operands, and runs here."""
+        rows = self.batch * self.num_queries * self.heads
+        if _HOPPER_ROWS is None or not _HOPPER_ROWS <= rows < 2**31 or self.q.dtype == torch.float32:
+            return False
+        is_fit = self.dim == 64 and self.group in (1, 2, 4, 8, 16) and are_aligned(self.q, self.k, self.v)
+        is_fit &= not self.has_segments or all(part.dtype == torch.int32 for part in self.segments)
+        return is_fit and runs_hopper_kernels(self.q.device.index)
+
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """out, and lse (B, Tq, Hq) fp32."""
         out = torch.empty_like(self.q)
         lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
+        if self.takes_hopper_forward():
+            from hsa_ultralong.ops.sliding_window.hopper_window import run_forward
+
+            run_forward(self.q, self.k, self.v, self.segments, out, lse, self.sizes(), self.has_segments)
+            return out, lse
         constants = self.constants(launch_options("forward", self.dim, self.q.dtype), self.group)
         kernel_window.forward_kernel[(-(-self.num_queries // constants["BT"]), self.kv_heads, self.batch)](
             self.q, self.k, self.v, *self.segments, out, lse, *self.sizes(), self.kv_heads, **constants
