@@ -151,7 +151,7 @@ def contain(shape, dtype):
 
 
 def test_in_a_stand_in_what_is_not_finite_stays_in_its_rows(stand_in):
-    contain((2, 60, 90, 4, 1, 20), torch.float16)
+    contain((2, 40, 64, 2, 1, 12), torch.float16)
 
 
 def test_only_a_hopper_card_and_what_fits_take_it(monkeypatch):
