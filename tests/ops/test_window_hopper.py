@@ -145,7 +145,7 @@ def contain(shape, dtype):
     assert met.any() and not met.all()
     group = q.shape[2] // k.shape[2]
     for found, clean in zip(forward(q, k, v, **places), expected, strict=True):
-        torch.testing.assert_close(found[~met], clean[~met], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(found[~met], clean[~met], rtol=1.6e-2, atol=1e-2)
     found = forward(q, k, v, **places)[0][:, :, :group]
     assert (~found[met].isfinite()).flatten(1).any(1).all()
 
