@@ -145,13 +145,13 @@ def contain(shape, dtype):
     assert met.any() and not met.all()
     group = q.shape[2] // k.shape[2]
     for found, clean in zip(forward(q, k, v, **places), expected, strict=True):
-        torch.testing.assert_close(found[~met], clean[~met], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(found[~met], clean[~met], rtol=1.6e-2, atol=1e-2)
     found = forward(q, k, v, **places)[0][:, :, :group]
     assert (~found[met].isfinite()).flatten(1).any(1).all()
 
 
 def test_in_a_stand_in_what_is_not_finite_stays_in_its_rows(stand_in):
-    contain((2, 60, 90, 4, 1, 20), torch.float16)
+    contain((2, 40, 64, 2, 1, 12), torch.float16)
 
 
 def test_only_a_hopper_card_and_what_fits_take_it(monkeypatch):
