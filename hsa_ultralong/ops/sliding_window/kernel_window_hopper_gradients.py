@@ -80,7 +80,7 @@ def _query_produce(
         first, kv_head, b = _tiles_of(number, num_queries, HKV, GROUPS * BT)
         for group in gl.static_range(GROUPS):
             bar = loaded.index(group)
-            mbarrier.wait(taken.index(group), (turn & 1) ^ 1)
+            mbarrier.wait(taken.index(group), turn ^ 1)
             mbarrier.expect(bar, 3 * ROWS * 64 * 2)
             at = [b, first + group * BT, kv_head * G, 0]
             tma.async_copy_global_to_shared(q, at, bar, queries.index(group)._reinterpret(dtype, shape, q.layout))
@@ -101,7 +101,7 @@ def _query_produce(
                 v, [b, key, kv_head, 0], bar, values.index(stage)._reinterpret(dtype, block, k.layout)
             )
             place += 1
-        turn += 1
+        turn ^= 1
 
 
 @gluon.jit
@@ -176,6 +176,15 @@ def flag(flags, sums):
 
 
 @gluon.jit
+def _highest(lse, number, total, rows, num_queries, HKV, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr):
+    """lse of a tile's rows, infinite where there is no token."""
+    start, kv_head, b = _tiles_of(number, num_queries, HKV, GROUPS * (ROWS // G))
+    token = start + GROUP * (ROWS // G) + rows // G
+    row = (b * num_queries + token) * (HKV * G) + kv_head * G + rows % G
+    return gl.load(lse + row, mask=(token < num_queries) & (number < total), other=float("inf"))
+
+
+@gluon.jit
 def _query_consume(
     shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
     HAS_SEGMENTS: gl.constexpr,
@@ -194,6 +203,7 @@ def _query_consume(
     offset = num_keys - num_queries
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     nothing = gl.zeros((ROWS, 64), gl.float32, mma)
+    highest = _highest(lse, gl.program_id(0), total, rows, num_queries, HKV, GROUP, GROUPS, G)
     turn = 0
     base = 0
     for number in range(gl.program_id(0), total, gl.num_programs(0)):
@@ -202,7 +212,6 @@ def _query_consume(
         token = first + rows // G
         row = (b * num_queries + token) * (HKV * G) + kv_head * G + rows % G
         is_real = token < num_queries
-        highest = gl.load(lse + row, mask=is_real, other=float("inf"))
         segment = token
         if HAS_SEGMENTS:
             segment = gl.load(query_segments + b * num_queries + token, mask=is_real, other=-2)
@@ -213,11 +222,12 @@ def _query_consume(
         begin = gl.minimum((own_low - low) // ROWS, blocks - 1)
         stop = gl.maximum((own_stop - low + ROWS - 1) // ROWS, begin + 1)
 
-        mbarrier.wait(loaded.index(GROUP), turn & 1)
+        mbarrier.wait(loaded.index(GROUP), turn)
         query = queries.index(GROUP).load(operand)
         upward = upwards.index(GROUP).load(operand)
         result = results.index(GROUP).load(operand)
         mbarrier.arrive(taken.index(GROUP))
+        following_highest = _highest(lse, number + gl.num_programs(0), total, rows, num_queries, HKV, GROUP, GROUPS, G)
         delta = gl.sum(upward.to(gl.float32) * result.to(gl.float32), 1)
         delta = gl.convert_layout(delta, gl.SliceLayout(1, mma), assert_trivial=True)
         skip(full, empty, base, base + begin, STAGES)
@@ -259,8 +269,9 @@ def _query_consume(
         send(grad_q, [b, first, kv_head * G, 0], sent.index(GROUP), (grad * logit_scale).to(dtype), shape)
         if exists:
             flag(flags + tile * 4, grad)
+        highest = following_highest
         base += blocks
-        turn += 1
+        turn ^= 1
     tma.store_wait(0)
 
 

@@ -2,7 +2,7 @@
 
 Grid (GROUPS blocks of 64 keys, Hkv, B). A group of four warps owns a block; products are transposed, so that its keys
 are rows and P and dZ are first operands as they come. One warp copies the tiles of q, dO, lse and delta that see any of
-the blocks, which the groups share; lse and delta of a tile lie one behind the other, as query_gradient_kernel left them.
+the blocks, which the groups share; lse and delta of a tile lie one behind the other, as query_gradient_kernel wrote.
 Needed and tested: as there.
 """
 
