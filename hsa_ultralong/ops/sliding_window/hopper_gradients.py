@@ -24,9 +24,9 @@ IS_USED = True
 # GROUPS of neighbouring tiles, or of blocks of keys, from which on these kernels take less time
 QUERY_UNITS = 128
 KEY_UNITS = 96
-# constants of the two kernels
-QUERY_OPTIONS = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
-KEY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240}
+# constants of the two kernels; ORDERED: the two groups start their products in turn
+QUERY_OPTIONS = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240, "ORDERED": False}
+KEY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240, "ORDERED": False}
 # rows of a tile, keys of a block, head dimension
 _SIZE = 64
 # tiles and blocks that one program looks at for what is not finite

@@ -105,12 +105,27 @@ def _query_produce(
 
 
 @gluon.jit
-def skip(full, empty, first, stop, STAGES: gl.constexpr):
-    """Places of a ring that other groups read."""
+def take_turn(turns, place, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    """Wait until the other of two groups has started its products of the place before, or of this one."""
+    if ORDERED:
+        mbarrier.wait(turns.index(GROUP), (place & 1) ^ (1 - GROUP))
+
+
+@gluon.jit
+def pass_turn(turns, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    if ORDERED:
+        mbarrier.arrive(turns.index(1 - GROUP))
+
+
+@gluon.jit
+def skip(full, empty, turns, first, stop, STAGES: gl.constexpr, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+    """Places of a ring that the other group alone reads."""
     for place in range(first, stop):
         stage = place % STAGES
         mbarrier.wait(full.index(stage), (place // STAGES) & 1)
         mbarrier.arrive(empty.index(stage))
+        take_turn(turns, place, GROUP, ORDERED)
+        pass_turn(turns, GROUP, ORDERED)
 
 
 @gluon.jit
@@ -187,12 +202,12 @@ def _highest(lse, number, total, rows, num_queries, HKV, GROUP: gl.constexpr, GR
 @gluon.jit
 def _query_consume(
     shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
-    HAS_SEGMENTS: gl.constexpr,
+    HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """Four warps: dq of tile GROUP of every GROUPS neighbouring tiles."""
     (
         grad_q, query_segments, key_segments, lse, deltas, norms, flags,
-        queries, upwards, results, keys, values, sent, loaded, taken, full, empty,
+        queries, upwards, results, keys, values, sent, loaded, taken, full, empty, turns,
         num_queries, num_keys, window, scale, logit_scale, HKV, total, zero,
     ) = shared  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -230,12 +245,14 @@ def _query_consume(
         following_highest = _highest(lse, number + gl.num_programs(0), total, rows, num_queries, HKV, GROUP, GROUPS, G)
         delta = gl.sum(upward.to(gl.float32) * result.to(gl.float32), 1)
         delta = gl.convert_layout(delta, gl.SliceLayout(1, mma), assert_trivial=True)
-        skip(full, empty, base, base + begin, STAGES)
+        skip(full, empty, turns, base, base + begin, STAGES, GROUP, ORDERED)
         place = base + begin
         stage = place % STAGES
         mbarrier.wait(full.index(stage), (place // STAGES) & 1)
+        take_turn(turns, place, GROUP, ORDERED)
         logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         slope = warpgroup_mma(upward, values.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        pass_turn(turns, GROUP, ORDERED)
         gl.store(deltas + row, delta, mask=is_real)
         tiles = (num_queries + BT - 1) // BT
         tile = (b * HKV + kv_head) * tiles + first // BT
@@ -251,11 +268,13 @@ def _query_consume(
             place += 1
             following = place % STAGES
             mbarrier.wait(full.index(following), (place // STAGES) & 1)
+            take_turn(turns, place, GROUP, ORDERED)
             added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
             logits = warpgroup_mma(query, keys.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True)
             slope = warpgroup_mma(
                 upward, values.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
+            pass_turn(turns, GROUP, ORDERED)
             dz, grad = _slopes(
                 logits, slope, added, empty, stage, True, low + (i + 1) * ROWS, first + offset, highest, delta,
                 token + offset, segment, key_segments + b * num_keys, num_keys, window, scale, zero, BT, HAS_SEGMENTS,
@@ -265,7 +284,7 @@ def _query_consume(
         added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
         grad = warpgroup_mma_wait(0, deps=(added,))
         mbarrier.arrive(empty.index(stage))
-        skip(full, empty, base + stop, base + blocks, STAGES)
+        skip(full, empty, turns, base + stop, base + blocks, STAGES, GROUP, ORDERED)
         send(grad_q, [b, first, kv_head * G, 0], sent.index(GROUP), (grad * logit_scale).to(dtype), shape)
         if exists:
             flag(flags + tile * 4, grad)
@@ -279,7 +298,8 @@ def _query_consume(
 def query_gradient_kernel(
     q, k, v, query_segments, key_segments, grad_out, out, lse, grad_q, deltas, norms, flags,
     num_queries, num_keys, window, total, scale, logit_scale, HKV,
-    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, REGISTERS: gl.constexpr,
+    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq, deltas, norms and flags of tiles; q, k, v, grad_out, out and grad_q are descriptors."""
     dtype: gl.constexpr = q.dtype
@@ -293,9 +313,11 @@ def query_gradient_kernel(
     taken = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(GROUPS):
         mbarrier.init(loaded.index(i), count=1)
         mbarrier.init(taken.index(i), count=1)
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=GROUPS)
@@ -305,13 +327,13 @@ def query_gradient_kernel(
     zero = num_queries >> 31
     shared = (
         grad_q, query_segments, key_segments, lse, deltas, norms, flags,
-        queries, upwards, results, keys, values, sent, loaded, taken, full, empty,
+        queries, upwards, results, keys, values, sent, loaded, taken, full, empty, turns,
         num_queries, num_keys, window, scale, logit_scale, HKV, total, zero,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_query_consume, (shared, 0, GROUPS, G, STAGES, HAS_SEGMENTS)),
-            (_query_consume, (shared, 1, GROUPS, G, STAGES, HAS_SEGMENTS)),
+            (_query_consume, (shared, 0, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED)),
+            (_query_consume, (shared, 1, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED)),
             (_query_produce, (
                 q, grad_out, out, k, v, queries, upwards, results, keys, values, loaded, taken, full, empty,
                 num_queries, num_keys, window, HKV, total, GROUPS, G, STAGES,
