@@ -27,6 +27,8 @@ KEY_UNITS = 96
 # constants of the two kernels; ORDERED: the two groups start their products in turn
 QUERY_OPTIONS = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240, "ORDERED": False}
 KEY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240, "ORDERED": False}
+# sizes that the last block of keys of a tile of dq may have besides a whole block's
+TAILS = (16, 32)
 # rows of a tile, keys of a block, head dimension
 _SIZE = 64
 # tiles and blocks that one program looks at for what is not finite
@@ -46,6 +48,12 @@ def takes(problem: _Problem, grad_out: torch.Tensor, out: torch.Tensor) -> bool:
 def query_units(problem: _Problem) -> int:
     tokens = QUERY_OPTIONS["GROUPS"] * _SIZE // problem.group
     return problem.batch * problem.kv_heads * -(-problem.num_queries // tokens)
+
+
+def tail_of(window: int, group: int) -> int:
+    """Keys of the last block that a unit's tiles see, rounded up, where these are few; else 0: a block as others."""
+    rest = (window + QUERY_OPTIONS["GROUPS"] * _SIZE // group - 1) % _SIZE
+    return next((size for size in TAILS if 0 < rest <= size), 0)
 
 
 def _described(tensor: torch.Tensor, box: list[int]) -> Any:
@@ -92,7 +100,7 @@ class HopperGradients:
         query_gradient_kernel[(min(total, num_processors(problem.q.device.index)),)](
             query, *self._columns(problem.k, problem.v), *problem.segments, upward, result, self.lse, grad_q,
             self.deltas, self.norms, self.flags, num_queries, num_keys, window, total, scale, problem.scale,
-            problem.kv_heads, **self.constants, **QUERY_OPTIONS,
+            problem.kv_heads, TAIL=tail_of(window, problem.group), **self.constants, **QUERY_OPTIONS,
         )  # fmt: skip
         return self.grad_q, self.deltas
 

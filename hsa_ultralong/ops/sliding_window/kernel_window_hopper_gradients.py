@@ -140,12 +140,16 @@ def sees(place, key, segment, owner, window, HAS_SEGMENTS: gl.constexpr):
 @gluon.jit
 def _slopes(
     logits, slope, grad, empty, before, is_later: gl.constexpr, key, first, highest, delta, place, segment,
-    key_segments, num_keys, window, scale, zero, BT: gl.constexpr, HAS_SEGMENTS: gl.constexpr, dtype: gl.constexpr,
+    key_segments, num_keys, window, scale, zero, KEYS: gl.constexpr, BT: gl.constexpr, HAS_SEGMENTS: gl.constexpr,
+    dtype: gl.constexpr,
 ):  # fmt: skip
-    """dz of a block as an operand, from its products underway; grad is that of the block before, underway too."""
+    """dz of KEYS keys as an operand, from its products underway; grad is that of the block before, underway too."""
     mma: gl.constexpr = logits.type.tensor_type.layout
     columns: gl.constexpr = gl.SliceLayout(0, mma)
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
+    across: gl.constexpr = gl.SliceLayout(1, mma)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=grad.type.tensor_type.layout, k_width=2)
+    highest = gl.convert_layout(highest, across, assert_trivial=True)
+    delta = gl.convert_layout(delta, across, assert_trivial=True)
     logits, grad = warpgroup_mma_wait(1, deps=(logits, grad))
     if is_later:
         mbarrier.arrive(empty.index(before))
@@ -153,18 +157,47 @@ def _slopes(
     begin_block(zero)
     slope, p = warpgroup_mma_wait(0, deps=(slope, p))
     dz = p * (slope - gl.expand_dims(delta, 1))
-    is_whole = (key + ROWS - 1 <= first) & (first + BT - window <= key)
+    is_whole = (key + KEYS - 1 <= first) & (first + BT - window <= key)
     if HAS_SEGMENTS or not is_whole:
-        column = key + gl.arange(0, ROWS, columns)
+        column = key + gl.arange(0, KEYS, columns)
         owner = column
         if HAS_SEGMENTS:
             owner = gl.load(key_segments + column, mask=column < num_keys, other=-3)
         seen = sees(
-            gl.expand_dims(place, 1), gl.expand_dims(column, 0), gl.expand_dims(segment, 1), gl.expand_dims(owner, 0),
+            gl.expand_dims(gl.convert_layout(place, across, assert_trivial=True), 1), gl.expand_dims(column, 0),
+            gl.expand_dims(gl.convert_layout(segment, across, assert_trivial=True), 1), gl.expand_dims(owner, 0),
             window, HAS_SEGMENTS,
         )  # fmt: skip
         dz = gl.where(seen, dz, 0.0)
-    return gl.convert_layout(dz.to(dtype), operand), grad
+    return gl.convert_layout(dz.to(dtype), operand, assert_trivial=True), grad
+
+
+@gluon.jit
+def _tail(
+    dz, grad, query, upward, keys, values, full, empty, turns, stage, place, key, first, highest, delta, own, segment,
+    key_segments, num_keys, window, scale, zero, GROUP: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
+    BT: gl.constexpr, HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """grad with dz of the block before, and dz and place of a last block of which TAIL keys are seen."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TAIL, 16])
+    nothing = gl.zeros((ROWS, TAIL), gl.float32, mma)
+    last = place % STAGES
+    mbarrier.wait(full.index(last), (place // STAGES) & 1)
+    take_turn(turns, place, GROUP, ORDERED)
+    added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
+    few_keys = keys.index(last).slice(0, TAIL).permute((1, 0))
+    few_values = values.index(last).slice(0, TAIL).permute((1, 0))
+    logits = warpgroup_mma(query, few_keys, nothing, use_acc=False, is_async=True)
+    slope = warpgroup_mma(upward, few_values, nothing, use_acc=False, is_async=True)
+    pass_turn(turns, GROUP, ORDERED)
+    dz, grad = _slopes(
+        logits, slope, added, empty, stage, True, key, first, highest, delta, own, segment, key_segments, num_keys,
+        window, scale, zero, TAIL, BT, HAS_SEGMENTS, dtype,
+    )  # fmt: skip
+    added = warpgroup_mma(dz, keys.index(last).slice(0, TAIL), grad, is_async=True)
+    grad = warpgroup_mma_wait(0, deps=(added,))
+    mbarrier.arrive(empty.index(last))
+    return grad
 
 
 @gluon.jit
@@ -202,7 +235,7 @@ def _highest(lse, number, total, rows, num_queries, HKV, GROUP: gl.constexpr, GR
 @gluon.jit
 def _query_consume(
     shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
-    HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr,
+    HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """Four warps: dq of tile GROUP of every GROUPS neighbouring tiles."""
     (
@@ -261,10 +294,11 @@ def _query_consume(
         gl.store(norms + tile * (2 * ROWS) + ROWS + rows, delta, mask=exists)
         dz, grad = _slopes(
             logits, slope, warpgroup_mma_init(nothing), empty, stage, False, low + begin * ROWS, first + offset,
-            highest, delta, token + offset, segment, key_segments + b * num_keys, num_keys, window, scale, zero, BT,
-            HAS_SEGMENTS, dtype,
+            highest, delta, token + offset, segment, key_segments + b * num_keys, num_keys, window, scale, zero, ROWS,
+            BT, HAS_SEGMENTS, dtype,
         )  # fmt: skip
-        for i in range(begin, stop - 1):
+        is_short = (TAIL > 0) & (stop == blocks) & (begin < stop - 1) & (union_stop - low <= (blocks - 1) * ROWS + TAIL)
+        for i in range(begin, gl.where(is_short, stop - 2, stop - 1)):
             place += 1
             following = place % STAGES
             mbarrier.wait(full.index(following), (place // STAGES) & 1)
@@ -277,13 +311,20 @@ def _query_consume(
             pass_turn(turns, GROUP, ORDERED)
             dz, grad = _slopes(
                 logits, slope, added, empty, stage, True, low + (i + 1) * ROWS, first + offset, highest, delta,
-                token + offset, segment, key_segments + b * num_keys, num_keys, window, scale, zero, BT, HAS_SEGMENTS,
-                dtype,
+                token + offset, segment, key_segments + b * num_keys, num_keys, window, scale, zero, ROWS, BT,
+                HAS_SEGMENTS, dtype,
             )  # fmt: skip
             stage = following
-        added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
-        grad = warpgroup_mma_wait(0, deps=(added,))
-        mbarrier.arrive(empty.index(stage))
+        if is_short:
+            grad = _tail(
+                dz, grad, query, upward, keys, values, full, empty, turns, stage, place + 1, low + (stop - 1) * ROWS,
+                first + offset, highest, delta, token + offset, segment, key_segments + b * num_keys, num_keys, window,
+                scale, zero, GROUP, STAGES, TAIL if TAIL > 0 else 16, BT, HAS_SEGMENTS, ORDERED, dtype,
+            )  # fmt: skip
+        else:
+            added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
+            grad = warpgroup_mma_wait(0, deps=(added,))
+            mbarrier.arrive(empty.index(stage))
         skip(full, empty, turns, base + stop, base + blocks, STAGES, GROUP, ORDERED)
         send(grad_q, [b, first, kv_head * G, 0], sent.index(GROUP), (grad * logit_scale).to(dtype), shape)
         if exists:
@@ -299,7 +340,7 @@ def query_gradient_kernel(
     q, k, v, query_segments, key_segments, grad_out, out, lse, grad_q, deltas, norms, flags,
     num_queries, num_keys, window, total, scale, logit_scale, HKV,
     G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """dq, deltas, norms and flags of tiles; q, k, v, grad_out, out and grad_q are descriptors."""
     dtype: gl.constexpr = q.dtype
@@ -332,8 +373,8 @@ def query_gradient_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_query_consume, (shared, 0, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED)),
-            (_query_consume, (shared, 1, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED)),
+            (_query_consume, (shared, 0, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED, TAIL)),
+            (_query_consume, (shared, 1, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED, TAIL)),
             (_query_produce, (
                 q, grad_out, out, k, v, queries, upwards, results, keys, values, loaded, taken, full, empty,
                 num_queries, num_keys, window, HKV, total, GROUPS, G, STAGES,
