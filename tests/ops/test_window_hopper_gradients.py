@@ -126,6 +126,17 @@ class TestOnHopper:
             assert bool(left[~met].isfinite().all())
             torch.testing.assert_close(left[~met], right[~met], rtol=2e-2, atol=2e-2)
 
+    def test_turns_of_the_two_groups_change_no_bit(self, every_size, monkeypatch):
+        for shape in ("group_8", "group_1", "keys_that_no_query_sees"):
+            tensors, places = operands(shape)
+            first = gradients(shape, tensors, places, torch.bfloat16)
+            with monkeypatch.context() as patch:
+                patch.setitem(hopper_gradients.QUERY_OPTIONS, "ORDERED", True)
+                patch.setitem(hopper_gradients.KEY_OPTIONS, "ORDERED", True)
+                again = gradients(shape, tensors, places, torch.bfloat16)
+            for left, right in zip(first, again, strict=True):
+                assert torch.equal(left, right)
+
     def test_few_keys_take_the_other_kernel_for_keys(self, monkeypatch):
         monkeypatch.setattr(hopper_gradients, "QUERY_UNITS", 0)
         monkeypatch.setattr(hopper_gradients, "KEY_UNITS", 10**9)

@@ -233,6 +233,17 @@ def _highest(lse, number, total, rows, num_queries, HKV, GROUP: gl.constexpr, GR
 
 
 @gluon.jit
+def _blocks_of(start, first, GROUPS: gl.constexpr, BT: gl.constexpr, num_queries, offset, window):
+    """Keys and number of blocks of a unit's tiles, and which of the blocks the tile from `first` on sees; one without
+    tokens takes the last, and writes nothing."""
+    low, union_stop = _keys_of(start, GROUPS * BT, num_queries, offset, window)
+    own_low, own_stop = _keys_of(first, BT, num_queries, offset, window)
+    blocks = (union_stop - low + ROWS - 1) // ROWS
+    begin = gl.minimum((own_low - low) // ROWS, blocks - 1)
+    return low, union_stop, blocks, begin, gl.maximum((own_stop - low + ROWS - 1) // ROWS, begin + 1)
+
+
+@gluon.jit
 def _query_consume(
     shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
     HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr, TAIL: gl.constexpr,
@@ -259,17 +270,12 @@ def _query_consume(
         first = start + GROUP * BT
         token = first + rows // G
         row = (b * num_queries + token) * (HKV * G) + kv_head * G + rows % G
+        own, segment = token + offset, token
         is_real = token < num_queries
-        segment = token
+        owners = key_segments + b * num_keys
         if HAS_SEGMENTS:
             segment = gl.load(query_segments + b * num_queries + token, mask=is_real, other=-2)
-        # blocks of the union, and of these the tile's own; a tile without tokens takes the last, and writes nothing
-        low, union_stop = _keys_of(start, GROUPS * BT, num_queries, offset, window)
-        own_low, own_stop = _keys_of(first, BT, num_queries, offset, window)
-        blocks = (union_stop - low + ROWS - 1) // ROWS
-        begin = gl.minimum((own_low - low) // ROWS, blocks - 1)
-        stop = gl.maximum((own_stop - low + ROWS - 1) // ROWS, begin + 1)
-
+        low, union_stop, blocks, begin, stop = _blocks_of(start, first, GROUPS, BT, num_queries, offset, window)
         mbarrier.wait(loaded.index(GROUP), turn)
         query = queries.index(GROUP).load(operand)
         upward = upwards.index(GROUP).load(operand)
@@ -286,16 +292,13 @@ def _query_consume(
         logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         slope = warpgroup_mma(upward, values.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         pass_turn(turns, GROUP, ORDERED)
+        tile = (b * HKV + kv_head) * ((num_queries + BT - 1) // BT) + first // BT
         gl.store(deltas + row, delta, mask=is_real)
-        tiles = (num_queries + BT - 1) // BT
-        tile = (b * HKV + kv_head) * tiles + first // BT
-        exists = first < num_queries
-        gl.store(norms + tile * (2 * ROWS) + rows, highest, mask=exists)
-        gl.store(norms + tile * (2 * ROWS) + ROWS + rows, delta, mask=exists)
+        gl.store(norms + 2 * ROWS * tile + rows, highest, mask=first < num_queries)
+        gl.store(norms + 2 * ROWS * tile + ROWS + rows, delta, mask=first < num_queries)
         dz, grad = _slopes(
             logits, slope, warpgroup_mma_init(nothing), empty, stage, False, low + begin * ROWS, first + offset,
-            highest, delta, token + offset, segment, key_segments + b * num_keys, num_keys, window, scale, zero, ROWS,
-            BT, HAS_SEGMENTS, dtype,
+            highest, delta, own, segment, owners, num_keys, window, scale, zero, ROWS, BT, HAS_SEGMENTS, dtype,
         )  # fmt: skip
         is_short = (TAIL > 0) & (stop == blocks) & (begin < stop - 1) & (union_stop - low <= (blocks - 1) * ROWS + TAIL)
         for i in range(begin, gl.where(is_short, stop - 2, stop - 1)):
@@ -305,21 +308,19 @@ def _query_consume(
             take_turn(turns, place, GROUP, ORDERED)
             added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
             logits = warpgroup_mma(query, keys.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            slope = warpgroup_mma(
-                upward, values.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True
-            )
+            value = values.index(following).permute((1, 0))
+            slope = warpgroup_mma(upward, value, nothing, use_acc=False, is_async=True)
             pass_turn(turns, GROUP, ORDERED)
             dz, grad = _slopes(
-                logits, slope, added, empty, stage, True, low + (i + 1) * ROWS, first + offset, highest, delta,
-                token + offset, segment, key_segments + b * num_keys, num_keys, window, scale, zero, ROWS, BT,
-                HAS_SEGMENTS, dtype,
+                logits, slope, added, empty, stage, True, low + (i + 1) * ROWS, first + offset, highest, delta, own,
+                segment, owners, num_keys, window, scale, zero, ROWS, BT, HAS_SEGMENTS, dtype,
             )  # fmt: skip
             stage = following
         if is_short:
             grad = _tail(
                 dz, grad, query, upward, keys, values, full, empty, turns, stage, place + 1, low + (stop - 1) * ROWS,
-                first + offset, highest, delta, token + offset, segment, key_segments + b * num_keys, num_keys, window,
-                scale, zero, GROUP, STAGES, TAIL if TAIL > 0 else 16, BT, HAS_SEGMENTS, ORDERED, dtype,
+                first + offset, highest, delta, own, segment, owners, num_keys, window, scale, zero, GROUP, STAGES,
+                TAIL if TAIL > 0 else 16, BT, HAS_SEGMENTS, ORDERED, dtype,
             )  # fmt: skip
         else:
             added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
@@ -327,7 +328,7 @@ def _query_consume(
             mbarrier.arrive(empty.index(stage))
         skip(full, empty, turns, base + stop, base + blocks, STAGES, GROUP, ORDERED)
         send(grad_q, [b, first, kv_head * G, 0], sent.index(GROUP), (grad * logit_scale).to(dtype), shape)
-        if exists:
+        if first < num_queries:
             flag(flags + tile * 4, grad)
         highest = following_highest
         base += blocks
