@@ -14,7 +14,7 @@ from hsa_ultralong.ops._launch import PreparedLaunch, are_aligned
 from hsa_ultralong.ops._overlap import overlap
 from hsa_ultralong.ops._triton import num_processors
 from hsa_ultralong.ops.sliding_window.kernel_window_hopper import described, window_forward_kernel
-from hsa_ultralong.ops.sliding_window.kernel_window_mend import mend_kernel
+from hsa_ultralong.ops.sliding_window.kernel_window_mend import mend_forward_kernel
 
 # groups of warps of a program (three), places of its ring, whether a group begins the next logits before it multiplies
 # its own values, whether its loop takes two blocks at once, registers of a thread
@@ -44,7 +44,7 @@ def plan_of(
     return _Plan(
         PreparedLaunch(window_forward_kernel, (min(tiles, num_processors(index)),), **constants, **OPTIONS),
         PreparedLaunch(
-            mend_kernel, (-(-rows // _MENDED_ROWS),), D=dim, BN=64, ROWS=_MENDED_ROWS, **constants, **overlap(index)
+            mend_forward_kernel, (-(-rows // _MENDED_ROWS),), D=dim, BN=64, ROWS=_MENDED_ROWS, **constants, **overlap(index)
         ),
         tiles,
         (64 // group, group),

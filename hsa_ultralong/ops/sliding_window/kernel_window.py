@@ -109,7 +109,7 @@ def _attend(
 
 
 @triton.jit
-def _exact_row(
+def exact_row(
     q, k, v, out, lse, row, place, segment, key_segments, num_keys, window, step, dims, scale,
     D: tl.constexpr, BN: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +190,7 @@ def forward_kernel(
             if HAS_SEGMENTS:
                 mine = tl.load(query_segments + one)
             for head in range(0, G):
-                _exact_row(
+                exact_row(
                     q, k, v, out, lse, (b * num_queries + one) * (HKV * G) + kv_head * G + head, one + offset, mine,
                     key_segments, num_keys, window, step, dims, scale, D, BN, HAS_SEGMENTS,
                 )  # fmt: skip
@@ -225,7 +225,7 @@ def _query_gradient(
 
 
 @triton.jit
-def _exact_query_gradient(
+def exact_query_gradient(
     q, k, v, grad_out, out, lse, grad_q, row, place, segment, key_segments, num_keys, window, step, dims, scale,
     logit_scale, D: tl.constexpr, BN: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -301,11 +301,39 @@ def query_gradient_kernel(
             if HAS_SEGMENTS:
                 mine = tl.load(query_segments + one)
             for head in range(0, G):
-                _exact_query_gradient(
+                exact_query_gradient(
                     q, k, v, grad_out, out, lse, grad_q, (b * num_queries + one) * (HKV * G) + kv_head * G + head,
                     one + offset, mine, key_segments, num_keys, window, step, dims, scale, logit_scale, D, BN,
                     HAS_SEGMENTS,
                 )  # fmt: skip
+
+
+@triton.jit
+def exact_key_gradient(
+    q, k, v, query_segments, grad_out, lse, deltas, place, key, exists, owner, first, stop, b, kv_head, split,
+    num_queries, num_keys, window, scale, HKV, SPLITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    BN: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Sums of dk and dv (BN, D) over the tokens first .. stop, of keys at `place`, from the rows that see them."""
+    dims = tl.arange(0, D)
+    sum_k, sum_v = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
+    for one in range(first, stop):
+        mine = one
+        if HAS_SEGMENTS:
+            mine = tl.load(query_segments + one)
+        seen = _sees(one + num_keys - num_queries, key, mine, owner, window, HAS_SEGMENTS)
+        for head in range(0, G):
+            row = (b * num_queries + one) * (HKV * SPLITS * G) + (kv_head * SPLITS + split) * G + head
+            queries = tl.load(q + row * D + dims).to(tl.float32)
+            upward = tl.load(grad_out + row * D + dims).to(tl.float32)
+            wide = tl.load(v + place, mask=exists, other=0.0).to(tl.float32)
+            slope = tl.sum(wide * upward[None, :], 1)
+            wide = tl.load(k + place, mask=exists, other=0.0).to(tl.float32)
+            p = tl.exp2(tl.sum(wide * queries[None, :], 1) * scale - tl.load(lse + row))
+            dz = p * (slope - tl.load(deltas + row))
+            sum_v += tl.where(seen[:, None], p[:, None] * upward[None, :], 0.0)
+            sum_k += tl.where(seen[:, None], dz[:, None] * queries[None, :], 0.0)
+    return sum_k, sum_v
 
 
 @triton.jit
@@ -353,23 +381,10 @@ def key_gradient_kernel(
     spoil = spoil_of(sum_k + sum_v)
     if spoil != 0.0:
         first += hidden_zero(spoil)
-        sum_k, sum_v = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
-        for one in range(first, stop):
-            mine = one
-            if HAS_SEGMENTS:
-                mine = tl.load(query_segments + one)
-            seen = _sees(one + offset, key, mine, owner, window, HAS_SEGMENTS)
-            for head in range(0, G):
-                row = (b * num_queries + one) * (HKV * SPLITS * G) + (kv_head * SPLITS + split) * G + head
-                queries = tl.load(q + row * D + dims).to(tl.float32)
-                upward = tl.load(grad_out + row * D + dims).to(tl.float32)
-                wide = tl.load(v + place, mask=exists, other=0.0).to(tl.float32)
-                slope = tl.sum(wide * upward[None, :], 1)
-                wide = tl.load(k + place, mask=exists, other=0.0).to(tl.float32)
-                p = tl.exp2(tl.sum(wide * queries[None, :], 1) * scale - tl.load(lse + row))
-                dz = p * (slope - tl.load(deltas + row))
-                sum_v += tl.where(seen[:, None], p[:, None] * upward[None, :], 0.0)
-                sum_k += tl.where(seen[:, None], dz[:, None] * queries[None, :], 0.0)
+        sum_k, sum_v = exact_key_gradient(
+            q, k, v, query_segments, grad_out, lse, deltas, place, key, exists, owner, first, stop, b, kv_head, split,
+            num_queries, num_keys, window, scale, HKV, SPLITS, G, D, BN, HAS_SEGMENTS,
+        )  # fmt: skip
     place += split * tl.num_programs(2).to(tl.int64) * num_keys * HKV * D
     tl.store(grad_k + place, (sum_k * logit_scale).to(grad_k.dtype.element_ty), mask=exists)
     tl.store(grad_v + place, sum_v.to(grad_v.dtype.element_ty), mask=exists)

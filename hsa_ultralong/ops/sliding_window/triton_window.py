@@ -22,7 +22,7 @@ from hsa_ultralong.ops._triton import (
     require_triton,
     runs_hopper_kernels,
 )
-from hsa_ultralong.ops.sliding_window import kernel_window
+from hsa_ultralong.ops.sliding_window import hopper_gradients, kernel_window
 
 # rows (B * Tq * Hq) from which on kernel_window_hopper.py takes the forward where it runs; None: never
 _HOPPER_ROWS: int | None = 65_536
@@ -110,12 +110,31 @@ class _Problem:
     def gradients(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """dq, dk, dv."""
         grad_out = grad_out.contiguous()
+        if not hopper_gradients.takes(self, grad_out, out):
+            grad_q, deltas = self._query_gradient(grad_out, out, lse)
+            return grad_q, *self._key_gradients(grad_out, lse, deltas)
+        hopper = hopper_gradients.HopperGradients(self, grad_out, out, lse)
+        grad_q, deltas = hopper.queries()
+        grad_k, grad_v = hopper.keys() if hopper.takes_keys else self._key_gradients(grad_out, lse, deltas)
+        hopper.mend()
+        return grad_q, grad_k, grad_v
+
+    def _query_gradient(
+        self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dq, and delta (B, Tq, Hq)."""
         grad_q, deltas = torch.empty_like(self.q), torch.empty_like(lse)
         constants = self.constants(launch_options("query", self.dim, self.q.dtype), self.group)
         kernel_window.query_gradient_kernel[(-(-self.num_queries // constants["BT"]), self.kv_heads, self.batch)](
             self.q, self.k, self.v, *self.segments, grad_out, out, lse, grad_q, deltas, *self.sizes(), self.scale,
             self.kv_heads, **constants,
         )  # fmt: skip
+        return grad_q, deltas
+
+    def _key_gradients(
+        self, grad_out: torch.Tensor, lse: torch.Tensor, deltas: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dk, dv."""
         options = launch_options("key", self.dim, self.q.dtype)
         blocks = -(-self.num_keys // options.keys)
         splits = self._splits(blocks * self.kv_heads * self.batch)
@@ -128,8 +147,8 @@ class _Problem:
             self.kv_heads, SPLITS=splits, **constants,
         )  # fmt: skip
         if splits == 1:
-            return grad_q, grad_k[0], grad_v[0]
-        return grad_q, grad_k.sum(0).to(self.k.dtype), grad_v.sum(0).to(self.k.dtype)
+            return grad_k[0], grad_v[0]
+        return grad_k.sum(0).to(self.k.dtype), grad_v.sum(0).to(self.k.dtype)
 
     def _splits(self, programs: int) -> int:
         """Shares of the heads, so that few keys still fill the device."""
