@@ -1,14 +1,16 @@
 """A Gluon kernel for Hopper (compute capability 9.0): the forward of hsa_attention over lists, with bulk tensor copies,
 asynchronous products and groups of warps that share what is copied.
 
-A program is a tile of 4 * GROUPS neighbouring tokens times the 16 heads of one memory head. A producer warp copies
-keys and values of the chunks in the tile's union (kernel_lists.py), and every token's weight, into a ring of STAGES
-places. Each group of four warps has four tokens, 64 rows, and leaves out chunks that none of them chose; a warp's 16
-rows are the heads of one token, so a warp forms no exponentials of a chunk that its token did not choose.
+A tile is 4 * GROUPS neighbouring tokens times the 16 heads of one memory head; a program takes every so many-th tile.
+Its producer warp copies keys and values of the chunks in a tile's union (kernel_lists.py), and every token's weight,
+into a ring of STAGES places, two at least. Each group of four warps has four tokens, 64 rows, and leaves out chunks
+that none of them chose; a warp's 16 rows are the heads of one token, so a warp forms no exponentials of a chunk that
+its token did not choose.
 
 Barriers: `full` of a place, one arrival of the producer and the bytes that it copies; `empty`, one arrival of every
 group, after its last product that reads the place. Every group waits for every place in order, also those that it
-leaves out, so that neither barrier is ever two phases ahead of anybody.
+leaves out, so neither barrier is ever two phases ahead of anybody. It waits for a place before it has left the one
+before, while that one's last product runs.
 
 Without USES_MAX the exponent of a row counts from the largest logit of the union's first chunk, not from that of each
 chunk. A sum that is not between 2**-100 and 2**64 makes its row NaN, and so marks it in `spoiled`; kernel_exact.py
@@ -16,8 +18,8 @@ forms such tiles again, and all that are not finite. How much faster that is: do
 imported only where it runs (plan.py). tests/ops/test_hopper_forward.py; the host's part, with a stand-in,
 test_hsa_triton.py.
 
-Grid: (tiles of a launch, Hkv, B); a program owns the rows of out and of spoiled (B, Hkv, tiles, 64 * GROUPS) of its
-tile. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q, addresses at multiples of
+Grid: (programs,), any number of them; a program owns the rows of out and of spoiled (B, Hkv, tiles, 64 * GROUPS) of
+its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q, addresses at multiples of
 16 bytes; every chunk once in a tile.
 """
 
@@ -206,6 +208,15 @@ def _queries(q, first_token, kv_head, b, T, HKV, layout: gl.constexpr):
 
 
 @gluon.jit
+def _is_chosen(own):
+    """Whether one of a group's four tokens chose a chunk; every thread has the weights of all four."""
+    all_four: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[1], [2]], lane_bases=[[0], [0], [0], [0], [0]], warp_bases=[[0], [0]], block_bases=[], shape=[4]
+    )
+    return gl.max((own.load(all_four) != _UNCHOSEN).to(gl.int32), 0) != 0
+
+
+@gluon.jit
 def _consume(
     q, counts, spoiled, out, keys, values, waiting, ring, full, empty,
     T, first_tile, num_tiles, tiles, scale, HKV, HR,
@@ -220,10 +231,6 @@ def _consume(
         reg_bases=[[0, 8]], lane_bases=[[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], warp_bases=[[1, 0], [2, 0]],
         block_bases=[], shape=[4, 16],
     )  # fmt: skip
-    # every thread has the weights of all four tokens
-    all_four: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[1], [2]], lane_bases=[[0], [0], [0], [0], [0]], warp_bases=[[0], [0]], block_bases=[], shape=[4]
-    )
     narrow: gl.constexpr = keys.dtype
     nothing = gl.zeros((64, 64), gl.float32, mma)
     place = 0
@@ -243,33 +250,41 @@ def _consume(
             gl.thread_barrier()
         acc = gl.zeros((64, 64), gl.float32, mma)
         bounds = gl.zeros((64,), gl.float32, row_layout)
-        if not USES_MAX:  # noqa: SIM102 (known when compiled, the other is not)
-            if count > 0:
-                mbarrier.wait(full.index(place), phase)
+        is_own = False
+        if count > 0:
+            mbarrier.wait(full.index(place), phase)
+            if not USES_MAX:
                 logits = warpgroup_mma(
                     queries, keys.index(place).permute((1, 0)), nothing, use_acc=False, is_async=True
                 )
                 logits = warpgroup_mma_wait(0, deps=(logits,))
                 bounds = -gl.max(logits, 1) * scale
-        for _ in range(count):
-            mbarrier.wait(full.index(place), phase)
-            own = ring.index(place).slice(GROUP * _TOKENS, _TOKENS)
-            if gl.max((own.load(all_four) != _UNCHOSEN).to(gl.int32), 0) != 0:
+            is_own = _is_chosen(ring.index(place).slice(GROUP * _TOKENS, _TOKENS))
+        for u in range(count):
+            # while a product runs: does the next place hold a chunk of ours?
+            next_place, next_phase = _next(place, phase, STAGES)
+            if is_own:
                 logits = warpgroup_mma(
                     queries, keys.index(place).permute((1, 0)), nothing, use_acc=False, is_async=True
                 )
-                bits = own.load(gl.SliceLayout(1, spread))
+                bits = ring.index(place).slice(GROUP * _TOKENS, _TOKENS).load(gl.SliceLayout(1, spread))
                 bits = gl.convert_layout(
                     gl.expand_dims(bits, 1).broadcast_to([4, 16]).reshape([64]), row_layout, assert_trivial=True
                 )
                 logits = warpgroup_mma_wait(0, deps=(logits,))
                 p = _shares(logits, bounds, bits, scale, narrow, USES_MAX)
                 acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(place), acc, is_async=True)
+                mbarrier.wait(full.index(next_place), next_phase, pred=u + 1 < count)
+                is_own = _is_chosen(ring.index(next_place).slice(GROUP * _TOKENS, _TOKENS))
                 acc = warpgroup_mma_wait(0, deps=(acc,))
+            else:
+                mbarrier.wait(full.index(next_place), next_phase, pred=u + 1 < count)
+                is_own = _is_chosen(ring.index(next_place).slice(GROUP * _TOKENS, _TOKENS))
             # all four warps are done with the place before one of them arrives
             gl.thread_barrier()
             mbarrier.arrive(empty.index(place))
-            place, phase = _next(place, phase, STAGES)
+            place = next_place
+            phase = next_phase
         start, exists = _rows(first_token, kv_head, b, T, HKV, row_layout)
         dims = gl.arange(0, 64, gl.SliceLayout(0, mma))
         gl.store(
