@@ -19,8 +19,8 @@ imported only where it runs (plan.py). tests/ops/test_hopper_forward.py; the hos
 test_hsa_triton.py.
 
 Grid: (programs,), any number of them; a program owns the rows of out and of spoiled (B, Hkv, tiles, 64 * GROUPS) of
-its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q, addresses at multiples of
-16 bytes; every chunk once in a tile.
+its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q, addresses at multiples
+of 16 bytes; every chunk once in a tile.
 """
 
 from __future__ import annotations
