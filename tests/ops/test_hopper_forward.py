@@ -37,7 +37,6 @@ FORMS = {
     "default": None,
     "with_maximum": ({**plan._HOPPER_FORWARD, "USES_MAX": True}, plan._HOPPER_PROGRAMS, plan._HOPPER_START),
     "two_groups": ({"GROUPS": 2, "STAGES": 6, "REGISTERS": 104, "USES_MAX": False, "HOLDS": False}, 2, 80),
-    "one_group": ({"GROUPS": 1, "STAGES": 3, "REGISTERS": 136, "USES_MAX": False, "HOLDS": True}, 3, 80),
 }
 
 

@@ -1,26 +1,22 @@
-"""A Gluon kernel for Hopper (compute capability 9.0): the forward of hsa_attention over lists, with bulk tensor copies,
-asynchronous products and groups of warps that share what is copied.
+"""A Gluon kernel for Hopper (compute capability 9.0): the forward of hsa_attention over lists.
 
-A tile is 4 * GROUPS neighbouring tokens times the 16 heads of one memory head; a program takes every so many-th tile.
-Its producer warp copies keys and values of the chunks in a tile's union (kernel_lists.py), and every token's weight,
-into a ring of STAGES places, two at least. Each group of four warps has four tokens, 64 rows, and leaves out chunks
-that none of them chose; a warp's 16 rows are the heads of one token, so a warp forms no exponentials of a chunk that
-its token did not choose.
+A tile is 4 * GROUPS tokens, 8 or 16, times the 16 heads of one memory head. A producer warp copies keys, values and all
+tokens' weights of the chunks in a tile's union (kernel_lists.py) into a ring of STAGES places, two at least. Each group
+of four warps has four tokens, 64 rows, and leaves out chunks that none of them chose. A warp's 16 rows are the heads of
+one token, so it forms no exponentials of a chunk that this did not choose.
 
 Barriers: `full` of a place, one arrival of the producer and the bytes that it copies; `empty`, one arrival of every
 group, after its last product that reads the place. Every group waits for every place in order, also those that it
-leaves out, so neither barrier is ever two phases ahead of anybody. It waits for a place before it has left the one
+leaves out, so neither barrier is ever two phases ahead of anybody. It waits for a place before it leaves the one
 before, while that one's last product runs.
 
-Without USES_MAX the exponent of a row counts from the largest logit of the union's first chunk, not from that of each
-chunk. A sum that is not between 2**-100 and 2**64 makes its row NaN, and so marks it in `spoiled`; kernel_exact.py
-forms such tiles again, and all that are not finite. How much faster that is: docs/kernels.md. Imports gluon, so it is
-imported only where it runs (plan.py). tests/ops/test_hopper_forward.py; the host's part, with a stand-in,
-test_hsa_triton.py.
+Without USES_MAX a row's exponents count from its largest logit in the union's first chunk, not in each chunk. A sum not
+between 2**-100 and 2**64 makes its row NaN and `spoiled`; kernel_exact.py forms such tiles again. Measured:
+docs/kernels.md. Imported only where it runs (plan.py). tests/ops/test_hopper_forward.py; host: test_hsa_triton.py.
 
-Grid: (programs,), any number of them; a program owns the rows of out and of spoiled (B, Hkv, tiles, 64 * GROUPS) of
-its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q, addresses at multiples
-of 16 bytes; every chunk once in a tile.
+Grid: any number of programs, which take tiles in turn; a program owns the rows of out and of spoiled (B, Hkv, tiles,
+64 * GROUPS) of its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q,
+addresses at multiples of 16 bytes; every chunk once in a tile.
 """
 
 from __future__ import annotations
@@ -35,9 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# what stands for the weight of a chunk that a token did not choose: a NaN that no weight is
+# the weight of a chunk that a token did not choose: a NaN that no weight is
 _UNCHOSEN = gl.constexpr(-1)
-# tokens of a group, one for each warp, and rows of each
+# tokens of a group, rows of each
 _TOKENS = gl.constexpr(4)
 _HEADS = gl.constexpr(16)
 # numbers of a 64 x 64 product that a thread holds; number e is of its row (e // 2) % 2
@@ -45,11 +41,10 @@ _HELD = 32
 
 
 def _shares_of(narrow: str, uses_max: bool) -> str:
-    """Assembly: 16 registers of two 16-bit shares each, of 32 logits, bounds, weights' bits and scales (a thread's
-    bounds are two numbers, the others one). Zeros, and nothing formed, where the token did not choose the chunk."""
+    """Assembly: 16 registers of two 16-bit shares each, of 32 logits, bounds, weights' bits and scales (bounds are two
+    numbers, the others one). Zeros, and nothing formed, where the token did not choose the chunk."""
     half = _HELD // 2
-    logits, bounds, bits, scale = (f"${half + _HELD * i}" for i in range(4))
-    del logits
+    bounds, bits, scale = half + _HELD, f"${half + 2 * _HELD}", f"${half + 3 * _HELD}"
     of_row = [[e for e in range(_HELD) if e // 2 % 2 == row] for row in (0, 1)]
     lines = [
         ".reg .pred chosen, fits; .reg .f32 p<32>; .reg .f32 a<16>; .reg .f32 t, s0, s1, m0, m1, w;",
@@ -58,45 +53,38 @@ def _shares_of(narrow: str, uses_max: bool) -> str:
         f"mov.b32 w, {bits};",
     ]
 
-    def combine(operation: str, row: int, names: list[str]) -> str:
-        """One number of a row in all lanes, by halves."""
+    add = lines.append
+
+    def combine(operation: str, names: list[str]) -> str:
         while len(names) > 1:
             middle = len(names) // 2
-            for i in range(middle):
-                lines.append(f"{operation}.f32 a{i}, {names[i]}, {names[middle + i]};")
+            lines.extend(f"{operation}.f32 a{i}, {names[i]}, {names[middle + i]};" for i in range(middle))
             names = [f"a{i}" for i in range(middle)]
         for lane in (1, 2):
-            lines.append(f"shfl.sync.bfly.b32 t, a0, {lane}, 31, -1;")
-            lines.append(f"{operation}.f32 a0, a0, t;")
+            add(f"shfl.sync.bfly.b32 t, a0, {lane}, 31, -1; {operation}.f32 a0, a0, t;")
         return "a0"
 
     for row in (0, 1):
         if uses_max:
-            top = combine("max", row, [f"${half + e}" for e in of_row[row]])
-            lines.append(f"mul.f32 m{row}, {top}, {scale};")
-            lines.append(f"neg.f32 m{row}, m{row};")
+            top = combine("max", [f"${half + e}" for e in of_row[row]])
+            add(f"mul.f32 m{row}, {top}, {scale}; neg.f32 m{row}, m{row};")
         else:
-            lines.append(f"mov.b32 m{row}, ${half + _HELD + of_row[row][0]};")
+            add(f"mov.b32 m{row}, ${bounds + of_row[row][0]};")
     for e in range(_HELD):
-        lines.append(f"fma.rn.f32 p{e}, ${half + e}, {scale}, m{e // 2 % 2};")
-        lines.append(f"ex2.approx.ftz.f32 p{e}, p{e};")
+        add(f"fma.rn.f32 p{e}, ${half + e}, {scale}, m{e // 2 % 2}; ex2.approx.ftz.f32 p{e}, p{e};")
     for row in (0, 1):
-        total = combine("add", row, [f"p{e}" for e in of_row[row]])
-        lines.append(f"rcp.approx.ftz.f32 s{row}, {total};")
-        lines.append(f"mul.f32 s{row}, s{row}, w;")
+        total = combine("add", [f"p{e}" for e in of_row[row]])
+        add(f"rcp.approx.ftz.f32 s{row}, {total}; mul.f32 s{row}, s{row}, w;")
         if not uses_max:
-            lines.append(f"setp.gt.f32 fits, {total}, 0f0D800000;")  # 2**-100
-            lines.append(f"setp.lt.and.f32 fits, {total}, 0f5F800000, fits;")  # 2**64
-            lines.append(f"selp.f32 s{row}, s{row}, 0f7FC00000, fits;")
+            add(f"setp.gt.f32 fits, {total}, 0f0D800000;")  # 2**-100
+            add(f"setp.lt.and.f32 fits, {total}, 0f5F800000, fits;")  # 2**64
+            add(f"selp.f32 s{row}, s{row}, 0f7FC00000, fits;")
     for pair in range(half):
         row = pair % 2
         for e in (2 * pair, 2 * pair + 1):
-            lines.append(f"mul.f32 p{e}, p{e}, s{row};")
-        lines.append(f"cvt.rn.{narrow}x2.f32 ${pair}, p{2 * pair + 1}, p{2 * pair};")
-    lines.append("bra.uni done;")
-    lines.append("none:")
-    lines.extend(f"mov.b32 ${pair}, 0;" for pair in range(half))
-    lines.append("done:")
+            add(f"mul.f32 p{e}, p{e}, s{row};")
+        add(f"cvt.rn.{narrow}x2.f32 ${pair}, p{2 * pair + 1}, p{2 * pair};")
+    lines += ["bra.uni done;", "none:", *(f"mov.b32 ${pair}, 0;" for pair in range(half)), "done:"]
     return "{ " + " ".join(lines) + " }"
 
 
@@ -110,17 +98,13 @@ _FP16_MAX = gl.constexpr(_shares_of("f16", True))
 @gluon.jit
 def _shares(logits, bounds, bits, scale, narrow: gl.constexpr, USES_MAX: gl.constexpr):
     """w * softmax of (64, 64) logits as 16-bit numbers; bounds and bits (64,) by rows."""
-    bounds, bits = gl.expand_dims(bounds, 1), gl.expand_dims(bits, 1)
+    given = [logits, gl.expand_dims(bounds, 1), gl.expand_dims(bits, 1), scale]
     if narrow == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            _BF16_MAX if USES_MAX else _BF16, _CONSTRAINTS, [logits, bounds, bits, scale], dtype=gl.bfloat16,
-            is_pure=False, pack=32,
-        )  # fmt: skip
+        bf16: gl.constexpr = _BF16_MAX if USES_MAX else _BF16
+        return gl.inline_asm_elementwise(bf16, _CONSTRAINTS, given, dtype=gl.bfloat16, is_pure=False, pack=32)
     else:
-        return gl.inline_asm_elementwise(
-            _FP16_MAX if USES_MAX else _FP16, _CONSTRAINTS, [logits, bounds, bits, scale], dtype=gl.float16,
-            is_pure=False, pack=32,
-        )  # fmt: skip
+        fp16: gl.constexpr = _FP16_MAX if USES_MAX else _FP16
+        return gl.inline_asm_elementwise(fp16, _CONSTRAINTS, given, dtype=gl.float16, is_pure=False, pack=32)
 
 
 @gluon.jit
@@ -134,7 +118,7 @@ def _tile(number, num_tiles, HKV, HR):
 
 @gluon.jit
 def _next(place, phase, STAGES: gl.constexpr):
-    """The place after this one, and in which of its two phases it is used then."""
+    """The place after this one, and the phase of its use."""
     is_last = place == STAGES - 1
     return gl.where(is_last, 0, place + 1), gl.where(is_last, phase ^ 1, phase)
 
@@ -148,12 +132,11 @@ def _bits_of(weights, slot, is_real):
 
 
 @gluon.jit
-def _produce(
-    k, v, weights, chunks, counts, slots, keys, values, ring, full, empty,
-    T, C, K, U, first_tile, num_tiles, tiles, HKV, HR,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, KV_BATCH: gl.constexpr,
-):  # fmt: skip
-    """One warp: keys, values and weights of the chunks of all tiles, one after the other, into place after place."""
+def _produce(given, HKV, HR, GROUPS: gl.constexpr, STAGES: gl.constexpr, KV_BATCH: gl.constexpr):
+    """One warp: keys, values and weights of all tiles' chunks into place after place."""
+    k, v, weights, chunks, counts, slots, keys, values, ring, full, empty, T, C, K, U, first_tile, num_tiles, tiles = (
+        given
+    )
     TOKENS: gl.constexpr = _TOKENS * GROUPS
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     member = gl.arange(0, TOKENS, lanes)
@@ -180,7 +163,7 @@ def _produce(
                 bar = full.index(place)
                 mbarrier.wait(empty.index(place), phase ^ 1)
                 ring.index(place).store(bits)
-                # all lanes' weights are there before one of them arrives
+                # all lanes have stored before one arrives
                 gl.thread_barrier()
                 mbarrier.expect(bar, 2 * 64 * 64 * 2)
                 row = (first_row + chunk) * 64
@@ -218,11 +201,11 @@ def _is_chosen(own):
 
 @gluon.jit
 def _consume(
-    q, counts, spoiled, out, keys, values, waiting, ring, full, empty,
-    T, first_tile, num_tiles, tiles, scale, HKV, HR,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, USES_MAX: gl.constexpr, HOLDS: gl.constexpr,
+    given, HKV, HR, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, USES_MAX: gl.constexpr,
+    HOLDS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the rows of four tokens of every tile."""
+    q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles, scale = given
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
@@ -243,9 +226,8 @@ def _consume(
             queries = _queries(q, first_token, kv_head, b, T, HKV, operand)
         else:
             queries = waiting.index(GROUP)
-            queries.store(
-                _queries(q, first_token, kv_head, b, T, HKV, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-            )
+            blocked: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            queries.store(_queries(q, first_token, kv_head, b, T, HKV, blocked))
             fence_async_shared()
             gl.thread_barrier()
         acc = gl.zeros((64, 64), gl.float32, mma)
@@ -254,9 +236,8 @@ def _consume(
         if count > 0:
             mbarrier.wait(full.index(place), phase)
             if not USES_MAX:
-                logits = warpgroup_mma(
-                    queries, keys.index(place).permute((1, 0)), nothing, use_acc=False, is_async=True
-                )
+                key = keys.index(place).permute((1, 0))
+                logits = warpgroup_mma(queries, key, nothing, use_acc=False, is_async=True)
                 logits = warpgroup_mma_wait(0, deps=(logits,))
                 bounds = -gl.max(logits, 1) * scale
             is_own = _is_chosen(ring.index(place).slice(GROUP * _TOKENS, _TOKENS))
@@ -264,9 +245,8 @@ def _consume(
             # while a product runs: does the next place hold a chunk of ours?
             next_place, next_phase = _next(place, phase, STAGES)
             if is_own:
-                logits = warpgroup_mma(
-                    queries, keys.index(place).permute((1, 0)), nothing, use_acc=False, is_async=True
-                )
+                key = keys.index(place).permute((1, 0))
+                logits = warpgroup_mma(queries, key, nothing, use_acc=False, is_async=True)
                 bits = ring.index(place).slice(GROUP * _TOKENS, _TOKENS).load(gl.SliceLayout(1, spread))
                 bits = gl.convert_layout(
                     gl.expand_dims(bits, 1).broadcast_to([4, 16]).reshape([64]), row_layout, assert_trivial=True
@@ -280,16 +260,14 @@ def _consume(
             else:
                 mbarrier.wait(full.index(next_place), next_phase, pred=u + 1 < count)
                 is_own = _is_chosen(ring.index(next_place).slice(GROUP * _TOKENS, _TOKENS))
-            # all four warps are done with the place before one of them arrives
+            # all four warps are done with the place before one arrives
             gl.thread_barrier()
             mbarrier.arrive(empty.index(place))
             place = next_place
             phase = next_phase
         start, exists = _rows(first_token, kv_head, b, T, HKV, row_layout)
-        dims = gl.arange(0, 64, gl.SliceLayout(0, mma))
-        gl.store(
-            out + gl.expand_dims(start, 1) + gl.expand_dims(dims, 0), acc.to(narrow), mask=gl.expand_dims(exists, 1)
-        )
+        dims = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, mma)), 0)
+        gl.store(out + gl.expand_dims(start, 1) + dims, acc.to(narrow), mask=gl.expand_dims(exists, 1))
         of_tile = spoiled + (((b * HKV + kv_head) * num_tiles + local) * GROUPS + GROUP) * 64
         gl.store(of_tile + gl.arange(0, 64, row_layout), gl.sum(acc * 0.0, 1) != 0.0)
 
@@ -316,64 +294,29 @@ def hopper_forward_kernel(
     # bulk copies signal these barriers
     fence_async_shared()
     gl.thread_barrier()
-    if GROUPS == 1:
+    copied = (
+        k, v, weights, chunks, counts, slots, keys, values, ring, full, empty, T, C, K, U, first_tile, num_tiles, tiles,
+    )  # fmt: skip
+    read = (q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles, scale)
+    if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (
-                    q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles,
-                    scale, HKV, HR, 0, GROUPS, STAGES, USES_MAX, HOLDS,
-                )),
-                (_produce, (
-                    k, v, weights, chunks, counts, slots, keys, values, ring, full, empty, T, C, K, U, first_tile,
-                    num_tiles, tiles, HKV, HR, GROUPS, STAGES, KV_BATCH,
-                )),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles,
-                    scale, HKV, HR, 0, GROUPS, STAGES, USES_MAX, HOLDS,
-                )),
-                (_consume, (
-                    q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles,
-                    scale, HKV, HR, 1, GROUPS, STAGES, USES_MAX, HOLDS,
-                )),
-                (_produce, (
-                    k, v, weights, chunks, counts, slots, keys, values, ring, full, empty, T, C, K, U, first_tile,
-                    num_tiles, tiles, HKV, HR, GROUPS, STAGES, KV_BATCH,
-                )),
+                (_consume, (read, HKV, HR, 0, GROUPS, STAGES, USES_MAX, HOLDS)),
+                (_consume, (read, HKV, HR, 1, GROUPS, STAGES, USES_MAX, HOLDS)),
+                (_produce, (copied, HKV, HR, GROUPS, STAGES, KV_BATCH)),
             ],
             [4, 1],
             [REGISTERS, 24],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (_consume, (
-                    q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles,
-                    scale, HKV, HR, 0, GROUPS, STAGES, USES_MAX, HOLDS,
-                )),
-                (_consume, (
-                    q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles,
-                    scale, HKV, HR, 1, GROUPS, STAGES, USES_MAX, HOLDS,
-                )),
-                (_consume, (
-                    q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles,
-                    scale, HKV, HR, 2, GROUPS, STAGES, USES_MAX, HOLDS,
-                )),
-                (_consume, (
-                    q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles,
-                    scale, HKV, HR, 3, GROUPS, STAGES, USES_MAX, HOLDS,
-                )),
-                (_produce, (
-                    k, v, weights, chunks, counts, slots, keys, values, ring, full, empty, T, C, K, U, first_tile,
-                    num_tiles, tiles, HKV, HR, GROUPS, STAGES, KV_BATCH,
-                )),
+                (_consume, (read, HKV, HR, 0, GROUPS, STAGES, USES_MAX, HOLDS)),
+                (_consume, (read, HKV, HR, 1, GROUPS, STAGES, USES_MAX, HOLDS)),
+                (_consume, (read, HKV, HR, 2, GROUPS, STAGES, USES_MAX, HOLDS)),
+                (_consume, (read, HKV, HR, 3, GROUPS, STAGES, USES_MAX, HOLDS)),
+                (_produce, (copied, HKV, HR, GROUPS, STAGES, KV_BATCH)),
             ],
             [4, 4, 4, 1],
             [REGISTERS, REGISTERS, REGISTERS, 24],
-        )  # fmt: skip
+        )

@@ -37,10 +37,9 @@ _NORM_BYTES = 1 << 29
 _PARTED_PAIRS, _PARTS_BYTES, _PARTS_PAIRS, _PART_STEP = 1 << 16, 1 << 30, 128, 64
 # groups of warps of a program on Hopper, places of each for rows under way, registers of a thread of theirs
 _HOPPER = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
-# whether the forward over lists has a kernel of its own on Hopper, from as many pairs on, and the constants of that
-# kernel: groups of four tokens that share a ring of so many places, registers of a thread of theirs, whether it looks
-# for the largest logit and holds queries in registers; then programs of a processor, and registers of a thread with
-# which so many start (None: as many as one program can have)
+# whether the forward over lists has a kernel of its own on Hopper, from as many pairs on: groups of four tokens, places
+# of the ring that they share, registers of a thread of theirs, whether it looks for the largest logit, whether queries
+# stay in registers; programs of a processor, and registers of a thread with which so many start (None: any)
 HOPPER_FORWARD = True
 _HOPPER_FORWARD = {"GROUPS": 4, "STAGES": 12, "REGISTERS": 112, "USES_MAX": False, "HOLDS": True}
 _HOPPER_PROGRAMS = 1
@@ -101,8 +100,8 @@ class HSAShapes(NamedTuple):
 
 class TilePass(NamedTuple):
     """One launch of a kernel of kernel_tiles.py over some of the tiles, with what makes their lists and what mends
-    spoiled tiles; `sizes` are the numbers that both take, num_spoiled the rows of all tiles. `hopper_tiles`: how many
-    tiles of all rows and memory heads there are, where the kernel is that of kernel_hopper_forward.py, else 0."""
+    spoiled tiles; `sizes` are the numbers that both take, num_spoiled the rows of all tiles, hopper_tiles their number
+    in a launch of kernel_hopper_forward.py."""
 
     lists: TileListPlan | CoverageMapPlan
     kernel: PreparedLaunch
@@ -230,21 +229,19 @@ class HSAPlan:
         started: dict[str, Any] = {} if _HOPPER_START is None else {"maxnreg": _HOPPER_START}
         constants = self.constants(rows, 1)
         mending = {name: value for name, value in constants.items() if name not in ("GP", "PRECISION", "STAGES")}
-        mending |= {"COVERAGE": False, "CAUSAL": self.causal, **flags, **self.overlap}
+        mending |= {"COVERAGE": False, "CAUSAL": self.causal, "M": rows, **flags, **self.overlap}
         share = max(1, _SPOILED_SHARE * 64 // rows)
         passes = []
         for first, count in self._launches(tokens):
             lists = self._tile_lists(tokens, first, count)
             tiles = count * self.kv_heads * self.batch
-            programs = min(tiles, _HOPPER_PROGRAMS * self.processors)
+            grid = (min(tiles, _HOPPER_PROGRAMS * self.processors),)
             launch = PreparedLaunch(
-                hopper_forward_kernel, (programs,), num_warps=4, is_kept=self.shapes.is_aligned, **flags,
-                **_HOPPER_FORWARD, **started,
+                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **_HOPPER_FORWARD,
+                **started,
             )  # fmt: skip
-            mend = PreparedLaunch(
-                kernel_exact.spoiled_tiles_kernel, (-(-count // share), self.kv_heads, self.batch), M=rows,
-                SHARE=share, **mending,
-            )  # fmt: skip
+            shares = (-(-count // share), self.kv_heads, self.batch)
+            mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, shares, SHARE=share, **mending)
             sizes = (self.tokens, self.chunks, self.slots, lists.most, first, count)
             passes.append(TilePass(lists, launch, mend, sizes, tiles * rows, tiles))
         return passes
@@ -387,12 +384,11 @@ class HSAPlan:
 
     @property
     def _hopper_tokens(self) -> int:
-        """Of a tile of the forward on Hopper."""
         return 4 * int(_HOPPER_FORWARD["GROUPS"])
 
     @cached_property
     def takes_hopper_forward(self) -> bool:
-        """Whether kernel_hopper_forward.py takes the forward: a list of a tile must be sorted by one program."""
+        """Whether kernel_hopper_forward.py takes the forward; one program sorts a tile's list."""
         pairs = self.tokens * self.list_heads * self.slots
         if not HOPPER_FORWARD or self.covers or pairs < _PARTED_PAIRS or not self.takes_hopper:
             return False
