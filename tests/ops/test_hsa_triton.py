@@ -172,7 +172,7 @@ def test_one_pass_for_all_gradients_of_long_rows_equals_the_reference(monkeypatc
 @pytest.mark.skipif(DEVICE != "cpu", reason="a stand-in for a kernel")
 @pytest.mark.parametrize("shape", [name for name in PARTED if name != "group_3"])
 def test_the_forward_by_a_kernel_of_its_own_equals_the_reference(monkeypatch, shape):
-    # or one for every tile
+    # one a tile
     monkeypatch.setattr(plan, "_LAUNCH_BYTES", 1 if shape == "two_memory_heads" else 1 << 27)
     monkeypatch.setattr(plan, "_HOPPER_FORWARD", {**plan._HOPPER_FORWARD, "GROUPS": 2})
     memory = SimpleNamespace(described=lambda tensor, width, box: tensor)

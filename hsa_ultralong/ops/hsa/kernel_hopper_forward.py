@@ -125,7 +125,7 @@ def _next(place, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _bits_of(weights, slot, is_real):
-    """Of a weight as fp32; every NaN is the same, and none is _UNCHOSEN."""
+    """Of a weight in fp32; no NaN is _UNCHOSEN."""
     w = gl.load(weights + slot, mask=is_real & (slot >= 0), other=0.0).to(gl.float32)
     bits = gl.where(w == w, w.to(gl.int32, bitcast=True), 0x7FC00000)
     return gl.where(is_real & (slot >= 0), bits, _UNCHOSEN)
@@ -192,7 +192,7 @@ def _queries(q, first_token, kv_head, b, T, HKV, layout: gl.constexpr):
 
 @gluon.jit
 def _is_chosen(own):
-    """Whether one of a group's four tokens chose a chunk; every thread has the weights of all four."""
+    """Whether one of a group's four tokens chose a chunk; every thread has all four weights."""
     all_four: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[1], [2]], lane_bases=[[0], [0], [0], [0], [0]], warp_bases=[[0], [0]], block_bases=[], shape=[4]
     )
@@ -242,7 +242,7 @@ def _consume(
                 bounds = -gl.max(logits, 1) * scale
             is_own = _is_chosen(ring.index(place).slice(GROUP * _TOKENS, _TOKENS))
         for u in range(count):
-            # while a product runs: does the next place hold a chunk of ours?
+            # is the next place ours? asked while a product runs
             next_place, next_phase = _next(place, phase, STAGES)
             if is_own:
                 key = keys.index(place).permute((1, 0))
@@ -260,7 +260,7 @@ def _consume(
             else:
                 mbarrier.wait(full.index(next_place), next_phase, pred=u + 1 < count)
                 is_own = _is_chosen(ring.index(next_place).slice(GROUP * _TOKENS, _TOKENS))
-            # all four warps are done with the place before one arrives
+            # all four warps are done before one arrives
             gl.thread_barrier()
             mbarrier.arrive(empty.index(place))
             place = next_place
