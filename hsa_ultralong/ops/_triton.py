@@ -74,7 +74,7 @@ def starts_early(index: int | None) -> bool:
     return torch.version.hip is None and _capability(index)[0] >= 9
 
 
-# the Triton whose Gluon, an experimental dialect, ops/hsa/kernel_hopper.py is written in and was measured with
+# the Triton whose Gluon, an experimental dialect, ops/hsa/kernel_hopper*.py are written in and were measured with
 _GLUON = (3, 6)
 
 

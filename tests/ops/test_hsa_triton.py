@@ -96,6 +96,30 @@ class HopperStandIn:
         assert none < shares.shape[0]
 
 
+class HopperForwardStandIn(HopperStandIn):
+    """The same for kernel_hopper_forward.py, chunk by chunk; every third tile is spoiled."""
+
+    def run(self, grid, operands, constants):
+        q, k, v, weights, chunks, counts, slots, spoiled, out, tokens, num_chunks, _, _, first = operands[:14]
+        num_tiles, tiles, scale, kv_heads, heads = operands[14:]
+        dim, group, size = q.shape[3], q.shape[2] // kv_heads, 4 * constants["GROUPS"]
+        k, v = (x.view(-1, num_chunks, SIZE, kv_heads, dim).float() for x in (k, v))
+        assert constants["KV_BATCH"] == (len(k) > 1) and 0 < grid[0] <= tiles == len(q) * kv_heads * num_tiles
+        of_tile = spoiled.view(len(q), kv_heads, num_tiles, -1)
+        of_tile.copy_((torch.arange(num_tiles) % 3 == 0)[:, None].expand_as(of_tile))
+        for row, kv_head, local in itertools.product(range(len(q)), range(kv_heads), range(num_tiles)):
+            first_token, hr, memory = (first + local) * size, kv_head % heads, row % len(k)
+            for place in range(min(size, tokens - first_token)):
+                sums, own = 0, range(kv_head * group, kv_head * group + group)
+                for u in range(int(counts[row, hr, local])):
+                    chunk, slot = int(chunks[row, hr, local, u]), int(slots[row, hr, local, u, place])
+                    if slot >= 0:
+                        query = q[row, first_token + place, own].float()
+                        p = (query @ k[memory, chunk, :, kv_head].T * scale * np.log(2)).softmax(-1)
+                        sums += float(weights[row, first_token + place, hr, slot]) * p @ v[memory, chunk, :, kv_head]
+                out[row, first_token + place, own] = sums if local % 3 else float("nan")
+
+
 def take_all_gradients_in_one_pass(monkeypatch, inputs, dtype, tokens):
     """As on Hopper, in parts of so many tokens."""
     token_bytes = inputs.q[:, 0].numel() * inputs.indices.shape[3] * dtype.itemsize
@@ -105,6 +129,7 @@ def take_all_gradients_in_one_pass(monkeypatch, inputs, dtype, tokens):
     kernels = SimpleNamespace(listed_gradient_kernel=HopperStandIn(), described=lambda tensor, width, box: tensor)
     monkeypatch.setitem(sys.modules, "hsa_ultralong.ops.hsa.kernel_hopper", kernels)
     monkeypatch.setattr(plan.HSAPlan, "takes_hopper", True)
+    monkeypatch.setattr(plan, "HOPPER_FORWARD", False)
     # several units of a list
     monkeypatch.setattr(plan, "pairs_of_unit", lambda *_: 16)
     for name in ("_query_gradients", "_memory_gradients"):
@@ -142,6 +167,42 @@ def test_one_pass_for_all_gradients_of_long_rows_equals_the_reference(monkeypatc
     inputs = problem(**SHAPES[shape])
     take_all_gradients_in_one_pass(monkeypatch, inputs, torch.float32, tokens)
     assert_close(run(inputs, "triton", torch.float32), run(inputs, "reference", torch.float64))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a stand-in for a kernel")
+@pytest.mark.parametrize("shape", [name for name in PARTED if name != "group_3"])
+def test_the_forward_by_a_kernel_of_its_own_equals_the_reference(monkeypatch, shape):
+    # one a tile
+    monkeypatch.setattr(plan, "_LAUNCH_BYTES", 1 if shape == "two_memory_heads" else 1 << 27)
+    monkeypatch.setattr(plan, "_HOPPER_FORWARD", {**plan._HOPPER_FORWARD, "GROUPS": 2})
+    memory = SimpleNamespace(described=lambda tensor, width, box: tensor)
+    monkeypatch.setitem(sys.modules, "hsa_ultralong.ops.hsa.kernel_hopper", memory)
+    kernel = SimpleNamespace(hopper_forward_kernel=HopperForwardStandIn())
+    monkeypatch.setitem(sys.modules, "hsa_ultralong.ops.hsa.kernel_hopper_forward", kernel)
+    monkeypatch.setattr(plan.HSAPlan, "takes_hopper_forward", True)
+    inputs = problem(**SHAPES[shape])
+    found, right = (
+        hsa_attention(*(x.to(dtype) for x in inputs[:3]), inputs.indices, inputs.weights, chunk_size=SIZE, impl=impl)
+        for dtype, impl in ((torch.float32, "triton"), (torch.float64, "reference"))
+    )
+    torch.testing.assert_close(found.double(), right.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_which_rows_have_a_forward_of_their_own(monkeypatch):
+    def takes(tokens, slots, chunks=512, dim=64, lengths=None):
+        q, k = torch.Size((1, tokens, 16, dim)), torch.Size((1, 64 * chunks, 1, dim))
+        dtypes, indices = (torch.bfloat16, torch.int32, torch.float32, None), torch.Size((1, tokens, 1, slots))
+        shapes = plan.HSAShapes(q, k, indices, lengths, dtypes, torch.device("cpu"), 64, 1.0, True, True)
+        plan.plan_of.cache_clear()
+        found = plan.plan_of(shapes)
+        assert not (found.takes_hopper_forward and found.keeps_lists)
+        return found.takes_hopper_forward
+
+    monkeypatch.setattr(plan, "launch_options", lambda *_: plan.HSALaunch(64, 4, 2))
+    monkeypatch.setattr(plan, "runs_hopper_kernels", lambda index: True)
+    assert takes(32_768, 32) and takes(2048, 32) and takes(4096, 256)
+    assert not takes(2047, 32) and not takes(4096, 257) and not takes(32_768, 32, chunks=53)
+    assert not takes(32_768, 32, dim=128) and not takes(32_768, 32, lengths=torch.Size((1, 512)))
 
 
 @pytest.mark.parametrize("is_parted", [False, True] if DEVICE == "cpu" else [False])

@@ -37,6 +37,13 @@ _NORM_BYTES = 1 << 29
 _PARTED_PAIRS, _PARTS_BYTES, _PARTS_PAIRS, _PART_STEP = 1 << 16, 1 << 30, 128, 64
 # groups of warps of a program on Hopper, places of each for rows under way, registers of a thread of theirs
 _HOPPER = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
+# whether the forward over lists has a kernel of its own on Hopper, from as many pairs on: groups of four tokens, places
+# of the ring that they share, registers of a thread of theirs, whether it looks for the largest logit, whether queries
+# stay in registers; programs of a processor, and registers of a thread with which so many start (None: any)
+HOPPER_FORWARD = True
+_HOPPER_FORWARD = {"GROUPS": 4, "STAGES": 12, "REGISTERS": 112, "USES_MAX": False, "HOLDS": True}
+_HOPPER_PROGRAMS = 1
+_HOPPER_START: int | None = None
 # slots whose shares in dq are added up at a time
 _SUMMED_SLOTS = 8
 # longest list that one program sorts: tokens of a tile * slots
@@ -93,13 +100,15 @@ class HSAShapes(NamedTuple):
 
 class TilePass(NamedTuple):
     """One launch of a kernel of kernel_tiles.py over some of the tiles, with what makes their lists and what mends
-    spoiled tiles; `sizes` are the numbers that both take, num_spoiled the rows of all tiles."""
+    spoiled tiles; `sizes` are the numbers that both take, num_spoiled the rows of all tiles, hopper_tiles their number
+    in a launch of kernel_hopper_forward.py."""
 
     lists: TileListPlan | CoverageMapPlan
     kernel: PreparedLaunch
     mend: PreparedLaunch
     sizes: tuple[int, ...]
     num_spoiled: int
+    hopper_tiles: int = 0
 
 
 class ListedPass(NamedTuple):
@@ -212,6 +221,31 @@ class HSAPlan:
             passes.append(TilePass(lists, launch, mend, sizes, self.batch * self.kv_heads * count * rows))
         return passes
 
+    def _hopper_passes(self) -> list[TilePass]:
+        from hsa_ultralong.ops.hsa.kernel_hopper_forward import hopper_forward_kernel
+
+        tokens, rows = self._hopper_tokens, self._hopper_tokens * self.group
+        flags = {"KV_BATCH": self.kv_batch > 1}
+        started: dict[str, Any] = {} if _HOPPER_START is None else {"maxnreg": _HOPPER_START}
+        constants = self.constants(rows, 1)
+        mending = {name: value for name, value in constants.items() if name not in ("GP", "PRECISION", "STAGES")}
+        mending |= {"COVERAGE": False, "CAUSAL": self.causal, "M": rows, **flags, **self.overlap}
+        share = max(1, _SPOILED_SHARE * 64 // rows)
+        passes = []
+        for first, count in self._launches(tokens):
+            lists = self._tile_lists(tokens, first, count)
+            tiles = count * self.kv_heads * self.batch
+            grid = (min(tiles, _HOPPER_PROGRAMS * self.processors),)
+            launch = PreparedLaunch(
+                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **_HOPPER_FORWARD,
+                **started,
+            )  # fmt: skip
+            shares = (-(-count // share), self.kv_heads, self.batch)
+            mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, shares, SHARE=share, **mending)
+            sizes = (self.tokens, self.chunks, self.slots, lists.most, first, count)
+            passes.append(TilePass(lists, launch, mend, sizes, tiles * rows, tiles))
+        return passes
+
     def _tile_lists(self, tile_tokens: int, first: int, count: int) -> TileListPlan:
         shape, is_kept = self.shapes.indices, self.shapes.is_aligned
         return TileListPlan(shape, tile_tokens, self.chunks, first, count, self.overlap, is_kept=is_kept)
@@ -222,6 +256,8 @@ class HSAPlan:
 
     @cached_property
     def forward(self) -> list[TilePass]:
+        if self.takes_hopper_forward:
+            return self._hopper_passes()
         return self._passes("forward", kernel_tiles.forward_kernel)
 
     @cached_property
@@ -231,7 +267,9 @@ class HSAPlan:
     @cached_property
     def keeps_lists(self) -> bool:
         """Whether the backward finds the lists of the forward: it reads them, they are small and its tiles the same."""
-        if self.part_tokens or len(self.forward) > 1 or self.forward[0].lists.num_bytes > _KEPT_BYTES:
+        if self.part_tokens or self.takes_hopper_forward:
+            return False
+        if len(self.forward) > 1 or self.forward[0].lists.num_bytes > _KEPT_BYTES:
             return False
         return self.covers or self.tile(self._options("forward").rows) == self.tile(self._options("query").rows)
 
@@ -343,6 +381,18 @@ class HSAPlan:
         is_narrow = self.dtype in (torch.bfloat16, torch.float16)
         is_short = max(math.prod(shapes.q), self.batch * self.tokens * self.kv_heads * self.slots) < 2**31
         return is_fit and is_narrow and is_short and runs_hopper_kernels(shapes.device.index)
+
+    @property
+    def _hopper_tokens(self) -> int:
+        return 4 * int(_HOPPER_FORWARD["GROUPS"])
+
+    @cached_property
+    def takes_hopper_forward(self) -> bool:
+        """Whether kernel_hopper_forward.py takes the forward; one program sorts a tile's list."""
+        pairs = self.tokens * self.list_heads * self.slots
+        if not HOPPER_FORWARD or self.covers or pairs < _PARTED_PAIRS or not self.takes_hopper:
+            return False
+        return self._hopper_tokens * max(FEWEST_SLOTS, next_power_of_two(self.slots)) <= _SORT_LIMIT
 
     def _covered(self, constants: dict[str, Any]) -> CoveredPass:
         tile_tokens = constants["BT"]

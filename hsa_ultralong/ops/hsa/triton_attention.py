@@ -88,13 +88,28 @@ def _run_tiles(
         found = tile_pass.lists(operands.indices) if lists is None else lists
         spoiled = torch.empty(tile_pass.num_spoiled, dtype=torch.bool, device=out.device)
         read = (*operands[:5], *found, spoiled)
-        tile_pass.kernel(*read, *written, *tile_pass.sizes, *scales, *plan.heads)
+        if tile_pass.hopper_tiles:
+            _run_hopper_forward(plan, tile_pass, operands, (*found, spoiled, out))
+        else:
+            tile_pass.kernel(*read, *written, *tile_pass.sizes, *scales, *plan.heads)
         tile_pass.mend(
             *read, out, grad_out, grad_weights, *tile_pass.sizes, plan.scale_log2, plan.scale, *plan.heads
         )  # fmt: skip
         if lists is None and len(passes) == 1:
             lists = found
     return lists
+
+
+def _run_hopper_forward(
+    plan: HSAPlan, tile_pass: TilePass, operands: _Operands, rest: tuple[torch.Tensor | None, ...]
+) -> None:
+    """kernel_hopper_forward; `rest`: the lists, what says which rows are spoiled, and the output."""
+    from hsa_ultralong.ops.hsa.kernel_hopper import described
+
+    width, chunk = plan.kv_heads * plan.dim, (plan.size, plan.dim)
+    memory = (described(x, width, chunk) for x in (operands.k, operands.v))
+    sizes = (*tile_pass.sizes, tile_pass.hopper_tiles)
+    tile_pass.kernel(operands.q, *memory, operands.weights, *rest, *sizes, plan.scale_log2, *plan.heads)
 
 
 def _forward(plan: HSAPlan, operands: _Operands) -> tuple[torch.Tensor, TileLists | None]:
