@@ -44,7 +44,13 @@ def plan_of(
     return _Plan(
         PreparedLaunch(window_forward_kernel, (min(tiles, num_processors(index)),), **constants, **OPTIONS),
         PreparedLaunch(
-            mend_forward_kernel, (-(-rows // _MENDED_ROWS),), D=dim, BN=64, ROWS=_MENDED_ROWS, **constants, **overlap(index)
+            mend_forward_kernel,
+            (-(-rows // _MENDED_ROWS),),
+            D=dim,
+            BN=64,
+            ROWS=_MENDED_ROWS,
+            **constants,
+            **overlap(index),
         ),
         tiles,
         (64 // group, group),
