@@ -102,7 +102,7 @@ class HopperForwardStandIn(HopperStandIn):
     def run(self, grid, operands, constants):
         q, k, v, weights, chunks, counts, slots, spoiled, out, tokens, num_chunks, _, _, first = operands[:14]
         num_tiles, tiles, scale, kv_heads, heads = operands[14:]
-        dim, group, size = q.shape[3], q.shape[2] // kv_heads, 4 * constants["GROUPS"]
+        dim, group, size = q.shape[3], q.shape[2] // kv_heads, plan._HOPPER_TOKENS
         k, v = (x.view(-1, num_chunks, SIZE, kv_heads, dim).float() for x in (k, v))
         assert constants["KV_BATCH"] == (len(k) > 1) and 0 < grid[0] <= tiles == len(q) * kv_heads * num_tiles
         of_tile = spoiled.view(len(q), kv_heads, num_tiles, -1)
@@ -174,7 +174,7 @@ def test_one_pass_for_all_gradients_of_long_rows_equals_the_reference(monkeypatc
 def test_the_forward_by_a_kernel_of_its_own_equals_the_reference(monkeypatch, shape):
     # one a tile
     monkeypatch.setattr(plan, "_LAUNCH_BYTES", 1 if shape == "two_memory_heads" else 1 << 27)
-    monkeypatch.setattr(plan, "_HOPPER_FORWARD", {**plan._HOPPER_FORWARD, "GROUPS": 2})
+    monkeypatch.setattr(plan, "_HOPPER_TOKENS", 8)
     memory = SimpleNamespace(described=lambda tensor, width, box: tensor)
     monkeypatch.setitem(sys.modules, "hsa_ultralong.ops.hsa.kernel_hopper", memory)
     kernel = SimpleNamespace(hopper_forward_kernel=HopperForwardStandIn())

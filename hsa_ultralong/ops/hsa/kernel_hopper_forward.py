@@ -1,8 +1,8 @@
 """A Gluon kernel for Hopper (compute capability 9.0): the forward of hsa_attention over lists.
 
-A tile is 4 * GROUPS tokens, 8 or 16, times the 16 heads of one memory head. A producer warp copies keys, values and all
-tokens' weights of the chunks in a tile's union (kernel_lists.py) into a ring of STAGES places, two at least. Each group
-of four warps has four tokens, 64 rows, and leaves out chunks that none of them chose. A warp's 16 rows are the heads of
+A tile is 16 tokens times the 16 heads of one memory head. A producer warp copies keys, values and all tokens' weights
+of the chunks in a tile's union (kernel_lists.py) into a ring of STAGES places, two at least. Each of four groups of
+four warps has four tokens, 64 rows, and leaves out chunks that none of them chose. A warp's 16 rows are the heads of
 one token, so it forms no exponentials of a chunk that this did not choose.
 
 Barriers: `full` of a place, one arrival of the producer and the bytes that it copies; `empty`, one arrival of every
@@ -10,12 +10,12 @@ group, after its last product that reads the place. Every group waits for every 
 leaves out, so neither barrier is ever two phases ahead of anybody. It waits for a place before it leaves the one
 before, while that one's last product runs.
 
-Without USES_MAX a row's exponents count from its largest logit in the union's first chunk, not in each chunk. A sum not
-between 2**-100 and 2**64 makes its row NaN and `spoiled`; kernel_exact.py forms such tiles again. Measured:
-docs/kernels.md. Imported only where it runs (plan.py). tests/ops/test_hopper_forward.py; host: test_hsa_triton.py.
+A row's exponents count from its largest logit in the union's first chunk, not in each chunk. A sum not between 2**-100
+and 2**120 makes its row NaN and `spoiled`; kernel_exact.py forms such tiles again. Measured: docs/kernels.md. Imported
+only where it runs (plan.py). tests/ops/test_hopper_forward.py; host: test_hsa_triton.py.
 
 Grid: any number of programs, which take tiles in turn; a program owns the rows of out and of spoiled (B, Hkv, tiles,
-64 * GROUPS) of its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q,
+256) of its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q,
 addresses at multiples of 16 bytes; every chunk once in a tile.
 """
 
@@ -33,14 +33,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 # the weight of a chunk that a token did not choose: a NaN that no weight is
 _UNCHOSEN = gl.constexpr(-1)
-# tokens of a group, rows of each
+# groups of a program, tokens of each, rows of a token
+_GROUPS = gl.constexpr(4)
 _TOKENS = gl.constexpr(4)
 _HEADS = gl.constexpr(16)
 # numbers of a 64 x 64 product that a thread holds; number e is of its row (e // 2) % 2
 _HELD = 32
 
 
-def _shares_of(narrow: str, uses_max: bool) -> str:
+def _shares_of(narrow: str) -> str:
     """Assembly: 16 registers of two 16-bit shares each, of 32 logits, bounds, weights' bits and scales (bounds are two
     numbers, the others one). Zeros, and nothing formed, where the token did not choose the chunk."""
     half = _HELD // 2
@@ -52,33 +53,23 @@ def _shares_of(narrow: str, uses_max: bool) -> str:
         "@!chosen bra.uni none;",
         f"mov.b32 w, {bits};",
     ]
-
     add = lines.append
-
-    def combine(operation: str, names: list[str]) -> str:
-        while len(names) > 1:
-            middle = len(names) // 2
-            lines.extend(f"{operation}.f32 a{i}, {names[i]}, {names[middle + i]};" for i in range(middle))
-            names = [f"a{i}" for i in range(middle)]
-        for lane in (1, 2):
-            add(f"shfl.sync.bfly.b32 t, a0, {lane}, 31, -1; {operation}.f32 a0, a0, t;")
-        return "a0"
-
     for row in (0, 1):
-        if uses_max:
-            top = combine("max", [f"${half + e}" for e in of_row[row]])
-            add(f"mul.f32 m{row}, {top}, {scale}; neg.f32 m{row}, m{row};")
-        else:
-            add(f"mov.b32 m{row}, ${bounds + of_row[row][0]};")
+        add(f"mov.b32 m{row}, ${bounds + of_row[row][0]};")
     for e in range(_HELD):
         add(f"fma.rn.f32 p{e}, ${half + e}, {scale}, m{e // 2 % 2}; ex2.approx.ftz.f32 p{e}, p{e};")
     for row in (0, 1):
-        total = combine("add", [f"p{e}" for e in of_row[row]])
-        add(f"rcp.approx.ftz.f32 s{row}, {total}; mul.f32 s{row}, s{row}, w;")
-        if not uses_max:
-            add(f"setp.gt.f32 fits, {total}, 0f0D800000;")  # 2**-100
-            add(f"setp.lt.and.f32 fits, {total}, 0f5F800000, fits;")  # 2**64
-            add(f"selp.f32 s{row}, s{row}, 0f7FC00000, fits;")
+        names = [f"p{e}" for e in of_row[row]]
+        while len(names) > 1:
+            middle = len(names) // 2
+            lines.extend(f"add.f32 a{i}, {names[i]}, {names[middle + i]};" for i in range(middle))
+            names = [f"a{i}" for i in range(middle)]
+        for lane in (1, 2):
+            add(f"shfl.sync.bfly.b32 t, a0, {lane}, 31, -1; add.f32 a0, a0, t;")
+        add(f"rcp.approx.ftz.f32 s{row}, a0; mul.f32 s{row}, s{row}, w;")
+        add("setp.gt.f32 fits, a0, 0f0D800000;")  # 2**-100
+        add("setp.lt.and.f32 fits, a0, 0f7B800000, fits;")  # 2**120
+        add(f"selp.f32 s{row}, s{row}, 0f7FC00000, fits;")
     for pair in range(half):
         row = pair % 2
         for e in (2 * pair, 2 * pair + 1):
@@ -89,22 +80,18 @@ def _shares_of(narrow: str, uses_max: bool) -> str:
 
 
 _CONSTRAINTS = gl.constexpr(",".join(["=r"] * (_HELD // 2) + ["f"] * (2 * _HELD) + ["r"] * _HELD + ["f"] * _HELD))
-_BF16 = gl.constexpr(_shares_of("bf16", False))
-_FP16 = gl.constexpr(_shares_of("f16", False))
-_BF16_MAX = gl.constexpr(_shares_of("bf16", True))
-_FP16_MAX = gl.constexpr(_shares_of("f16", True))
+_BF16 = gl.constexpr(_shares_of("bf16"))
+_FP16 = gl.constexpr(_shares_of("f16"))
 
 
 @gluon.jit
-def _shares(logits, bounds, bits, scale, narrow: gl.constexpr, USES_MAX: gl.constexpr):
+def _shares(logits, bounds, bits, scale, narrow: gl.constexpr):
     """w * softmax of (64, 64) logits as 16-bit numbers; bounds and bits (64,) by rows."""
     given = [logits, gl.expand_dims(bounds, 1), gl.expand_dims(bits, 1), scale]
     if narrow == gl.bfloat16:
-        bf16: gl.constexpr = _BF16_MAX if USES_MAX else _BF16
-        return gl.inline_asm_elementwise(bf16, _CONSTRAINTS, given, dtype=gl.bfloat16, is_pure=False, pack=32)
+        return gl.inline_asm_elementwise(_BF16, _CONSTRAINTS, given, dtype=gl.bfloat16, is_pure=False, pack=32)
     else:
-        fp16: gl.constexpr = _FP16_MAX if USES_MAX else _FP16
-        return gl.inline_asm_elementwise(fp16, _CONSTRAINTS, given, dtype=gl.float16, is_pure=False, pack=32)
+        return gl.inline_asm_elementwise(_FP16, _CONSTRAINTS, given, dtype=gl.float16, is_pure=False, pack=32)
 
 
 @gluon.jit
@@ -132,12 +119,12 @@ def _bits_of(weights, slot, is_real):
 
 
 @gluon.jit
-def _produce(given, HKV, HR, GROUPS: gl.constexpr, STAGES: gl.constexpr, KV_BATCH: gl.constexpr):
+def _produce(given, HKV, HR, STAGES: gl.constexpr, KV_BATCH: gl.constexpr):
     """One warp: keys, values and weights of all tiles' chunks into place after place."""
     k, v, weights, chunks, counts, slots, keys, values, ring, full, empty, T, C, K, U, first_tile, num_tiles, tiles = (
         given
     )
-    TOKENS: gl.constexpr = _TOKENS * GROUPS
+    TOKENS: gl.constexpr = _TOKENS * _GROUPS
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     member = gl.arange(0, TOKENS, lanes)
     place = 0
@@ -200,12 +187,9 @@ def _is_chosen(own):
 
 
 @gluon.jit
-def _consume(
-    given, HKV, HR, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, USES_MAX: gl.constexpr,
-    HOLDS: gl.constexpr,
-):  # fmt: skip
+def _consume(given, HKV, HR, GROUP: gl.constexpr, STAGES: gl.constexpr):
     """Four warps: the rows of four tokens of every tile."""
-    q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles, scale = given
+    q, counts, spoiled, out, keys, values, ring, full, empty, T, first_tile, num_tiles, tiles, scale = given
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
@@ -220,26 +204,18 @@ def _consume(
     phase = 0
     for number in range(gl.program_id(0), tiles, gl.num_programs(0)):
         local, kv_head, b, entry = _tile(number, num_tiles, HKV, HR)
-        first_token = ((first_tile + local) * GROUPS + GROUP) * _TOKENS
+        first_token = ((first_tile + local) * _GROUPS + GROUP) * _TOKENS
         count = gl.load(counts + entry)
-        if HOLDS:
-            queries = _queries(q, first_token, kv_head, b, T, HKV, operand)
-        else:
-            queries = waiting.index(GROUP)
-            blocked: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-            queries.store(_queries(q, first_token, kv_head, b, T, HKV, blocked))
-            fence_async_shared()
-            gl.thread_barrier()
+        queries = _queries(q, first_token, kv_head, b, T, HKV, operand)
         acc = gl.zeros((64, 64), gl.float32, mma)
         bounds = gl.zeros((64,), gl.float32, row_layout)
         is_own = False
         if count > 0:
             mbarrier.wait(full.index(place), phase)
-            if not USES_MAX:
-                key = keys.index(place).permute((1, 0))
-                logits = warpgroup_mma(queries, key, nothing, use_acc=False, is_async=True)
-                logits = warpgroup_mma_wait(0, deps=(logits,))
-                bounds = -gl.max(logits, 1) * scale
+            key = keys.index(place).permute((1, 0))
+            logits = warpgroup_mma(queries, key, nothing, use_acc=False, is_async=True)
+            logits = warpgroup_mma_wait(0, deps=(logits,))
+            bounds = -gl.max(logits, 1) * scale
             is_own = _is_chosen(ring.index(place).slice(GROUP * _TOKENS, _TOKENS))
         for u in range(count):
             # is the next place ours? asked while a product runs
@@ -252,7 +228,7 @@ def _consume(
                     gl.expand_dims(bits, 1).broadcast_to([4, 16]).reshape([64]), row_layout, assert_trivial=True
                 )
                 logits = warpgroup_mma_wait(0, deps=(logits,))
-                p = _shares(logits, bounds, bits, scale, narrow, USES_MAX)
+                p = _shares(logits, bounds, bits, scale, narrow)
                 acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(place), acc, is_async=True)
                 mbarrier.wait(full.index(next_place), next_phase, pred=u + 1 < count)
                 is_own = _is_chosen(ring.index(next_place).slice(GROUP * _TOKENS, _TOKENS))
@@ -268,7 +244,7 @@ def _consume(
         start, exists = _rows(first_token, kv_head, b, T, HKV, row_layout)
         dims = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, mma)), 0)
         gl.store(out + gl.expand_dims(start, 1) + dims, acc.to(narrow), mask=gl.expand_dims(exists, 1))
-        of_tile = spoiled + (((b * HKV + kv_head) * num_tiles + local) * GROUPS + GROUP) * 64
+        of_tile = spoiled + (((b * HKV + kv_head) * num_tiles + local) * _GROUPS + GROUP) * 64
         gl.store(of_tile + gl.arange(0, 64, row_layout), gl.sum(acc * 0.0, 1) != 0.0)
 
 
@@ -276,47 +252,34 @@ def _consume(
 def hopper_forward_kernel(
     q, k, v, weights, chunks, counts, slots, spoiled, out,
     T, C, K, U, first_tile, num_tiles, tiles, scale, HKV, HR,
-    KV_BATCH: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    USES_MAX: gl.constexpr, HOLDS: gl.constexpr,
+    KV_BATCH: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out of `tiles` tiles, num_tiles of every row and memory head; k and v are descriptors of boxes of one chunk,
-    `scale` holds log2(e). HOLDS: queries stay in registers, not in shared memory."""
+    `scale` holds log2(e)."""
     narrow: gl.constexpr = k.dtype
     keys = gl.allocate_shared_memory(narrow, [STAGES, 64, 64], k.layout)
     values = gl.allocate_shared_memory(narrow, [STAGES, 64, 64], v.layout)
-    waiting = keys if HOLDS else gl.allocate_shared_memory(narrow, [GROUPS, 64, 64], k.layout)
-    ring = gl.allocate_shared_memory(gl.int32, [STAGES, _TOKENS * GROUPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ring = gl.allocate_shared_memory(gl.int32, [STAGES, _TOKENS * _GROUPS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=GROUPS)
+        mbarrier.init(empty.index(i), count=_GROUPS)
     # bulk copies signal these barriers
     fence_async_shared()
     gl.thread_barrier()
     copied = (
         k, v, weights, chunks, counts, slots, keys, values, ring, full, empty, T, C, K, U, first_tile, num_tiles, tiles,
     )  # fmt: skip
-    read = (q, counts, spoiled, out, keys, values, waiting, ring, full, empty, T, first_tile, num_tiles, tiles, scale)
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (read, HKV, HR, 0, GROUPS, STAGES, USES_MAX, HOLDS)),
-                (_consume, (read, HKV, HR, 1, GROUPS, STAGES, USES_MAX, HOLDS)),
-                (_produce, (copied, HKV, HR, GROUPS, STAGES, KV_BATCH)),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (read, HKV, HR, 0, GROUPS, STAGES, USES_MAX, HOLDS)),
-                (_consume, (read, HKV, HR, 1, GROUPS, STAGES, USES_MAX, HOLDS)),
-                (_consume, (read, HKV, HR, 2, GROUPS, STAGES, USES_MAX, HOLDS)),
-                (_consume, (read, HKV, HR, 3, GROUPS, STAGES, USES_MAX, HOLDS)),
-                (_produce, (copied, HKV, HR, GROUPS, STAGES, KV_BATCH)),
-            ],
-            [4, 4, 4, 1],
-            [REGISTERS, REGISTERS, REGISTERS, 24],
-        )
+    read = (q, counts, spoiled, out, keys, values, ring, full, empty, T, first_tile, num_tiles, tiles, scale)
+    gl.warp_specialize(
+        [
+            (_consume, (read, HKV, HR, 0, STAGES)),
+            (_consume, (read, HKV, HR, 1, STAGES)),
+            (_consume, (read, HKV, HR, 2, STAGES)),
+            (_consume, (read, HKV, HR, 3, STAGES)),
+            (_produce, (copied, HKV, HR, STAGES, KV_BATCH)),
+        ],
+        [4, 4, 4, 1],
+        [REGISTERS, REGISTERS, REGISTERS, 24],
+    )

@@ -37,13 +37,11 @@ _NORM_BYTES = 1 << 29
 _PARTED_PAIRS, _PARTS_BYTES, _PARTS_PAIRS, _PART_STEP = 1 << 16, 1 << 30, 128, 64
 # groups of warps of a program on Hopper, places of each for rows under way, registers of a thread of theirs
 _HOPPER = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
-# whether the forward over lists has a kernel of its own on Hopper, from as many pairs on: groups of four tokens, places
-# of the ring that they share, registers of a thread of theirs, whether it looks for the largest logit, whether queries
-# stay in registers; programs of a processor, and registers of a thread with which so many start (None: any)
+# whether the forward over lists has a kernel of its own on Hopper, from as many pairs on; tokens of its tiles, places
+# of its ring, registers of a thread
 HOPPER_FORWARD = True
-_HOPPER_FORWARD = {"GROUPS": 4, "STAGES": 12, "REGISTERS": 112, "USES_MAX": False, "HOLDS": True}
-_HOPPER_PROGRAMS = 1
-_HOPPER_START: int | None = None
+_HOPPER_TOKENS = 16
+_HOPPER_FORWARD = {"STAGES": 12, "REGISTERS": 112}
 # slots whose shares in dq are added up at a time
 _SUMMED_SLOTS = 8
 # longest list that one program sorts: tokens of a tile * slots
@@ -224,9 +222,8 @@ class HSAPlan:
     def _hopper_passes(self) -> list[TilePass]:
         from hsa_ultralong.ops.hsa.kernel_hopper_forward import hopper_forward_kernel
 
-        tokens, rows = self._hopper_tokens, self._hopper_tokens * self.group
+        tokens, rows = _HOPPER_TOKENS, _HOPPER_TOKENS * self.group
         flags = {"KV_BATCH": self.kv_batch > 1}
-        started: dict[str, Any] = {} if _HOPPER_START is None else {"maxnreg": _HOPPER_START}
         constants = self.constants(rows, 1)
         mending = {name: value for name, value in constants.items() if name not in ("GP", "PRECISION", "STAGES")}
         mending |= {"COVERAGE": False, "CAUSAL": self.causal, "M": rows, **flags, **self.overlap}
@@ -235,11 +232,10 @@ class HSAPlan:
         for first, count in self._launches(tokens):
             lists = self._tile_lists(tokens, first, count)
             tiles = count * self.kv_heads * self.batch
-            grid = (min(tiles, _HOPPER_PROGRAMS * self.processors),)
+            grid = (min(tiles, self.processors),)
             launch = PreparedLaunch(
-                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **_HOPPER_FORWARD,
-                **started,
-            )  # fmt: skip
+                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **_HOPPER_FORWARD
+            )
             shares = (-(-count // share), self.kv_heads, self.batch)
             mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, shares, SHARE=share, **mending)
             sizes = (self.tokens, self.chunks, self.slots, lists.most, first, count)
@@ -382,17 +378,13 @@ class HSAPlan:
         is_short = max(math.prod(shapes.q), self.batch * self.tokens * self.kv_heads * self.slots) < 2**31
         return is_fit and is_narrow and is_short and runs_hopper_kernels(shapes.device.index)
 
-    @property
-    def _hopper_tokens(self) -> int:
-        return 4 * int(_HOPPER_FORWARD["GROUPS"])
-
     @cached_property
     def takes_hopper_forward(self) -> bool:
         """Whether kernel_hopper_forward.py takes the forward; one program sorts a tile's list."""
         pairs = self.tokens * self.list_heads * self.slots
         if not HOPPER_FORWARD or self.covers or pairs < _PARTED_PAIRS or not self.takes_hopper:
             return False
-        return self._hopper_tokens * max(FEWEST_SLOTS, next_power_of_two(self.slots)) <= _SORT_LIMIT
+        return _HOPPER_TOKENS * max(FEWEST_SLOTS, next_power_of_two(self.slots)) <= _SORT_LIMIT
 
     def _covered(self, constants: dict[str, Any]) -> CoveredPass:
         tile_tokens = constants["BT"]
