@@ -20,9 +20,13 @@ def stored(path: Path) -> Path:
     return beside if not path.exists() and beside.exists() else path
 
 
+# of text: what follows a byte depends on all of the byte before it, and not on places modulo four
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0, "nice_len": 273}]
+
+
 def pack(data: bytes) -> bytes:
     """Content of a .xz file, as small as xz makes it."""
-    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    return lzma.compress(data, filters=_FILTERS)
 
 
 def unpacked(path: Path) -> bytes:
