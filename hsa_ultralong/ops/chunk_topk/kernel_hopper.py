@@ -32,13 +32,15 @@ _PLACES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1
 
 
 def described(
-    landmarks: torch.Tensor, chunk_segment: torch.Tensor, chunk_end: torch.Tensor, tile: int, box: int
+    landmarks: torch.Tensor, chunk_segment: torch.Tensor, chunk_end: torch.Tensor, tile: tuple[int, int]
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
     """Contiguous landmarks (rows, C, Hr, R) of 16-bit numbers as one row of Hr * R a chunk, of which a copy takes a
-    slab of `box` chunks; segments and ends (rows, C) int32 as one row, of which it takes a tile."""
+    slab of a box of chunks; segments and ends (rows, C) int32 as one row, of which it takes a tile.
+
+    tile: chunks of a tile and of a box."""
     rows, chunks, heads, dim = landmarks.shape
-    places = (TensorDescriptor.from_tensor(x.view(-1), [tile], _PLACES) for x in (chunk_segment, chunk_end))
-    return TensorDescriptor.from_tensor(landmarks.view(rows * chunks, heads * dim), [box, SLAB], _ROWS), *places
+    places = (TensorDescriptor.from_tensor(x.view(-1), [tile[0]], _PLACES) for x in (chunk_segment, chunk_end))
+    return TensorDescriptor.from_tensor(landmarks.view(rows * chunks, heads * dim), [tile[1], SLAB], _ROWS), *places
 
 
 @gluon.jit

@@ -27,7 +27,7 @@ _SLAB = 256
 _MOST_AHEAD = 512
 # whether kernel_hopper.py scans many landmarks on Hopper; its shares, which are programs, one a multiprocessor; chunks
 # of a tile, of a copy, bytes of all tiles of a ring; dimensions of the landmarks and most K that it is meant for
-_STREAMS, _STREAM_SHARES, _STREAM_TILE, _STREAM_BOX, _STREAM_RING = True, 128, 64, 16, 192 * 1024
+_STREAMS, _STREAM_SHARES, _STREAM_TILE, _STREAM_BOX, _STREAM_RING = True, 128, 64, 32, 192 * 1024
 _STREAM_DIMS, _STREAM_KEPT = (256, 512, 1024), 64
 # warps of its programs and of choose_kernel; the best candidates of a share that the first lists for the second
 _STREAM_WARPS, _CHOOSE_WARPS, _STREAM_LISTED = 4, 8, 4
@@ -241,7 +241,7 @@ class TopkPlan:
     @property
     def stream_tile(self) -> tuple[int, int]:
         """Chunks of a tile of kernel_hopper.py, and of a copy."""
-        tile = min(_STREAM_TILE, _STREAM_RING // 3 // (2 * self.dim))
+        tile = min(_STREAM_TILE, 32_768 // self.dim)
         return tile, min(tile, _STREAM_BOX)
 
     @cached_property

@@ -124,8 +124,8 @@ def _decode_stream(plan: TopkPlan, operands: _Operands) -> tuple[torch.Tensor, t
     device, chosen = operands.query.device, plan.streamed
     results = _results(plan, device)
     *left, spare = (torch.empty((plan.queries, width), dtype=torch.int64, device=device) for width in chosen.widths)
-    query, landmarks, segment, position, *chunks, factor = operands
-    read = described(landmarks, *chunks, *plan.stream_tile)
+    query, landmarks, segment, position, chunk_segment, chunk_end, factor = operands
+    read = described(landmarks, chunk_segment, chunk_end, plan.stream_tile)
     chosen.scan(*read, query, segment, position, factor, *left, *chosen.scan_sizes)
     chosen.finish(*left, spare, *results, *chosen.finish_sizes)
     return results
