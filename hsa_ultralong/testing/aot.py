@@ -74,7 +74,8 @@ class Launch:
 
     def is_for_speed(self) -> bool:
         """Whether it works on 16-bit numbers; in fp32 the large tiles of matrix kernels spill, and serve tests only."""
-        return any(kind in ("*bf16", "*fp16") for kind in self.signature.values())
+        kinds = map(str, self.signature.values())
+        return any(kind.startswith(("*bf16", "*fp16", "tensordesc<bf16", "tensordesc<fp16")) for kind in kinds)
 
     def describe(self) -> str:
         """Pointer types once, then the constexprs: "bf16,fp32 BLOCK_T=64 D=64"."""

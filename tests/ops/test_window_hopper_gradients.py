@@ -1,5 +1,6 @@
 """The sliding window's gradients on Hopper (kernel_window_hopper_gradients.py, kernel_window_hopper_keys.py), on such a
-card alone: against fp64, repeated bit for bit, with numbers that are not finite; and the kernel that mends these."""
+card alone: against fp64, repeated bit for bit, with numbers that are not finite; the kernel that mends these; and that
+rows with segments take the other kernels."""
 
 from __future__ import annotations
 
@@ -45,29 +46,21 @@ def every_size(monkeypatch):
     monkeypatch.setattr(triton_window._Problem, "_key_gradients", None)
 
 
-def operands(shape, *, has_documents=False, seed=0):
-    """q, k, v, gradient in fp64, numbers of bf16; and segments."""
+def operands(shape):
+    """q, k, v, gradient in fp64, numbers of bf16."""
     batch, num_queries, num_keys, heads, kv_heads, _ = SHAPES[shape]
-    generator = torch.Generator(DEVICE).manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def draw(tokens, count):
         made = torch.randn(batch, tokens, count, 64, generator=generator, device=DEVICE)
         return made.bfloat16().double()
 
-    tensors = (draw(num_queries, heads), draw(num_keys, kv_heads), draw(num_keys, kv_heads), draw(num_queries, heads))
-    segments = None
-    if has_documents:
-        segments = (torch.arange(num_keys, device=DEVICE) // 47 - 1).to(torch.int32).expand(batch, -1).contiguous()
-    places = {
-        "query_segments": None if segments is None else segments[:, num_keys - num_queries :],
-        "key_segments": segments,
-    }
-    return tensors, places
+    return draw(num_queries, heads), draw(num_keys, kv_heads), draw(num_keys, kv_heads), draw(num_queries, heads)
 
 
-def gradients(shape, tensors, places, dtype, impl="triton"):
+def gradients(shape, tensors, dtype, impl="triton"):
     leaves = [x.to(dtype).requires_grad_() for x in tensors[:3]]
-    out = sliding_window_attention(*leaves, window=SHAPES[shape][-1], **places, impl=impl)
+    out = sliding_window_attention(*leaves, window=SHAPES[shape][-1], impl=impl)
     return torch.autograd.grad(out, leaves, tensors[3].to(dtype))
 
 
@@ -75,17 +68,12 @@ class TestOnHopper:
     pytestmark = on_hopper
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("has_documents", [False, True])
     @pytest.mark.parametrize("shape", SHAPES)
-    def test_the_error_is_at_most_twice_that_of_the_reference_and_repeats(
-        self, every_size, shape, has_documents, dtype
-    ):
-        if shape == "many_tiles" and has_documents:
-            pytest.skip("the reference takes long")
-        tensors, places = operands(shape, has_documents=has_documents)
-        found, again = (gradients(shape, tensors, places, dtype) for _ in range(2))
-        budget = gradients(shape, tensors, places, dtype, "reference")
-        truth = gradients(shape, tensors, places, torch.float64, "reference")
+    def test_the_error_is_at_most_twice_that_of_the_reference_and_repeats(self, every_size, shape, dtype):
+        tensors = operands(shape)
+        found, again = (gradients(shape, tensors, dtype) for _ in range(2))
+        budget = gradients(shape, tensors, dtype, "reference")
+        truth = gradients(shape, tensors, torch.float64, "reference")
         for left, twin, allowed, right in zip(found, again, budget, truth, strict=True):
             assert torch.equal(left, twin)
             error, limit = ((x.double() - right).norm() for x in (left, allowed))
@@ -93,10 +81,10 @@ class TestOnHopper:
             assert error <= 2 * limit + 1e-5 * (1 + tensors[3].norm())
 
     def test_many_repeats_are_equal_bit_for_bit(self, every_size):
-        tensors, places = operands("group_8")
-        first = gradients("group_8", tensors, places, torch.bfloat16)
+        tensors = operands("group_8")
+        first = gradients("group_8", tensors, torch.bfloat16)
         for _ in range(50):
-            for left, right in zip(first, gradients("group_8", tensors, places, torch.bfloat16), strict=True):
+            for left, right in zip(first, gradients("group_8", tensors, torch.bfloat16), strict=True):
                 assert torch.equal(left, right)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -104,7 +92,7 @@ class TestOnHopper:
     @pytest.mark.parametrize("shape", ["group_1", "group_4", "cache", "all_keys"])
     def test_what_is_not_finite_stays_with_the_rows_and_keys_that_meet_it(self, every_size, shape, where, bad):
         """One number of a key or of a query; who meets it follows from the mask."""
-        tensors, places = operands(shape)
+        tensors = operands(shape)
         batch, num_queries, num_keys, heads, kv_heads, window = SHAPES[shape]
         spoiled = [x.clone() for x in tensors]
         place = num_queries // 2 if where == "q" else num_keys - num_queries // 2 - 1
@@ -118,37 +106,35 @@ class TestOnHopper:
         # keys that a bad row sees; a key that is itself bad is seen by such rows alone
         keys = torch.zeros(num_keys, kv_heads, dtype=torch.bool, device=DEVICE)
         keys[:, 0] = (mask & rows[:, :1]).any(0)
-        found = gradients(shape, spoiled, places, torch.bfloat16)
-        expected = gradients(shape, tensors, places, torch.bfloat16)
+        found = gradients(shape, spoiled, torch.bfloat16)
+        expected = gradients(shape, tensors, torch.bfloat16)
         bad_rows, bad_keys = (torch.cat([x[None], x[None].new_zeros(batch - 1, *x.shape)]) for x in (rows, keys))
         assert not found[0][bad_rows].isfinite().all()
         for left, right, met in zip(found, expected, (bad_rows, bad_keys, bad_keys), strict=True):
             assert bool(left[~met].isfinite().all())
             torch.testing.assert_close(left[~met], right[~met], rtol=2e-2, atol=2e-2)
 
-    def test_turns_of_the_two_groups_change_no_bit(self, every_size, monkeypatch):
-        for shape in ("group_8", "group_1", "keys_that_no_query_sees"):
-            tensors, places = operands(shape)
-            first = gradients(shape, tensors, places, torch.bfloat16)
-            with monkeypatch.context() as patch:
-                patch.setitem(hopper_gradients.QUERY_OPTIONS, "ORDERED", True)
-                patch.setitem(hopper_gradients.KEY_OPTIONS, "ORDERED", True)
-                again = gradients(shape, tensors, places, torch.bfloat16)
-            for left, right in zip(first, again, strict=True):
-                assert torch.equal(left, right)
-
     def test_few_keys_take_the_other_kernel_for_keys(self, monkeypatch):
         monkeypatch.setattr(hopper_gradients, "QUERY_UNITS", 0)
         monkeypatch.setattr(hopper_gradients, "KEY_UNITS", 10**9)
-        tensors, places = operands("group_8")
-        found = gradients("group_8", tensors, places, torch.bfloat16)
-        truth = gradients("group_8", tensors, places, torch.float64, "reference")
+        tensors = operands("group_8")
+        found = gradients("group_8", tensors, torch.bfloat16)
+        truth = gradients("group_8", tensors, torch.float64, "reference")
         for left, right in zip(found, truth, strict=True):
             assert (left.double() - right).norm() <= 1e-2 * right.norm()
 
 
 @pytest.mark.parametrize("has_documents", [False, True])
-def test_flagged_tiles_and_blocks_are_formed_again(has_documents):
+def test_rows_with_segments_take_the_other_kernels(monkeypatch, has_documents):
+    monkeypatch.setattr(hopper_gradients, "QUERY_UNITS", 0)
+    monkeypatch.setattr(hopper_gradients, "runs_hopper_kernels", lambda index: True)
+    q, k, v = (torch.zeros(1, 200, heads, 64, dtype=torch.bfloat16) for heads in (8, 1, 1))
+    segments = torch.zeros(1, 200, dtype=torch.int32) if has_documents else None
+    problem = triton_window._Problem(q, k, v, segments, segments, 100, 0.125)
+    assert hopper_gradients.takes(problem, q, q) is not has_documents
+
+
+def test_flagged_tiles_and_blocks_are_formed_again():
     """The mending kernel alone, of fp32, interpreted where there is no GPU."""
     batch, num_queries, num_keys, heads, kv_heads, window = 2, 12, 70, 16, 2, 30
     generator = torch.Generator().manual_seed(0)
@@ -156,16 +142,12 @@ def test_flagged_tiles_and_blocks_are_formed_again(has_documents):
         torch.randn(batch, tokens, count, 64, generator=generator).to(DEVICE)
         for tokens, count in ((num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads), (num_queries, heads))
     )
-    segments = mine = None
-    if has_documents:
-        segments = (torch.arange(num_keys, device=DEVICE) // 40).to(torch.int32).expand(batch, -1).contiguous()
-        mine = segments[:, num_keys - num_queries :]
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = sliding_window_attention(*leaves, window=window, query_segments=mine, key_segments=segments, impl="reference")
+    out = sliding_window_attention(*leaves, window=window, impl="reference")
     expected = torch.autograd.grad(out, leaves, up)
-    problem = triton_window._Problem(q, k, v, mine, segments, window, 0.125)
+    problem = triton_window._Problem(q, k, v, None, None, window, 0.125)
     logits = torch.einsum("bthd,bshd->bths", q, k.repeat_interleave(heads // kv_heads, 2)) * 0.125
-    mask = window_mask(num_queries, num_keys, window, mine, segments, DEVICE)
+    mask = window_mask(num_queries, num_keys, window, None, None, DEVICE)
     lse = logits.masked_fill(~mask[:, :, None], float("-inf")).logsumexp(-1).contiguous() * 1.4426950408889634
     launches = hopper_gradients.HopperGradients(problem, up, out.detach().contiguous(), lse)
     launches.blocks, launches.deltas = 8, (out.detach() * up).sum(-1)

@@ -24,9 +24,9 @@ IS_USED = True
 # GROUPS of neighbouring tiles, or of blocks of keys, from which on these kernels take less time
 QUERY_UNITS = 128
 KEY_UNITS = 96
-# constants of the two kernels; ORDERED: the two groups start their products in turn
-QUERY_OPTIONS = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240, "ORDERED": False}
-KEY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240, "ORDERED": False}
+# constants of the two kernels
+QUERY_OPTIONS = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
+KEY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240}
 # sizes that the last block of keys of a tile of dq may have besides a whole block's
 TAILS = (16, 32)
 # rows of a tile, keys of a block, head dimension
@@ -36,10 +36,10 @@ _SHARE = 16
 
 
 def takes(problem: _Problem, grad_out: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether dq comes from these kernels."""
+    """Whether dq comes from these kernels: not with segments, with which Triton 3.6 failed to compile them there."""
     q, k = problem.q, problem.k
     is_fit = problem.dim == _SIZE and problem.group in (1, 2, 4, 8, 16) and q.dtype in (torch.bfloat16, torch.float16)
-    if not (IS_USED and is_fit and runs_hopper_kernels(q.device.index)):
+    if problem.has_segments or not (IS_USED and is_fit and runs_hopper_kernels(q.device.index)):
         return False
     is_short = max(q.numel(), k.numel()) < 2**31
     return is_short and are_aligned(q, k, problem.v, grad_out, out) and query_units(problem) >= QUERY_UNITS
@@ -81,7 +81,7 @@ class HopperGradients:
         self.grad_k, self.grad_v = (torch.empty_like(k) for _ in range(2))
         self.norms = torch.empty(self.tiles, 2 * _SIZE, dtype=torch.float32, device=q.device)
         self.flags = torch.empty(self.tiles + self.blocks, 4, dtype=torch.int32, device=q.device)
-        self.constants = {"G": problem.group, "HAS_SEGMENTS": problem.has_segments, "num_warps": 4}
+        self.constants = {"G": problem.group, "num_warps": 4}
 
     def _rows(self, *tensors: torch.Tensor) -> list[Any]:
         group = self.problem.group
@@ -98,9 +98,9 @@ class HopperGradients:
         num_queries, num_keys, window, scale = problem.sizes()
         query, upward, result, grad_q = self._rows(problem.q, self.grad_out, self.out, self.grad_q)
         query_gradient_kernel[(min(total, num_processors(problem.q.device.index)),)](
-            query, *self._columns(problem.k, problem.v), *problem.segments, upward, result, self.lse, grad_q,
-            self.deltas, self.norms, self.flags, num_queries, num_keys, window, total, scale, problem.scale,
-            problem.kv_heads, TAIL=tail_of(window, problem.group), **self.constants, **QUERY_OPTIONS,
+            query, *self._columns(problem.k, problem.v), upward, result, self.lse, grad_q, self.deltas, self.norms,
+            self.flags, num_queries, num_keys, window, total, scale, problem.scale, problem.kv_heads,
+            TAIL=tail_of(window, problem.group), **self.constants, **QUERY_OPTIONS,
         )  # fmt: skip
         return self.grad_q, self.deltas
 
@@ -117,9 +117,9 @@ class HopperGradients:
         units = -(-problem.num_keys // (KEY_OPTIONS["GROUPS"] * _SIZE))
         query, upward = self._rows(problem.q, self.grad_out)
         key_gradient_kernel[(units, problem.kv_heads, problem.batch)](
-            query, *self._columns(problem.k, problem.v), *problem.segments, upward, norms,
-            *self._columns(self.grad_k, self.grad_v), self.flags[self.tiles :], *problem.sizes(), problem.scale,
-            problem.kv_heads, **self.constants, **KEY_OPTIONS,
+            query, *self._columns(problem.k, problem.v), upward, norms, *self._columns(self.grad_k, self.grad_v),
+            self.flags[self.tiles :], *problem.sizes(), problem.scale, problem.kv_heads, **self.constants,
+            **KEY_OPTIONS,
         )  # fmt: skip
         return self.grad_k, self.grad_v
 
@@ -127,8 +127,8 @@ class HopperGradients:
         """Form again what is not finite, after all other kernels."""
         problem = self.problem
         mend_gradients_kernel[(-(-(self.tiles + self.blocks) // _SHARE),)](
-            problem.q, problem.k, problem.v, *problem.segments, self.grad_out, self.out, self.lse, self.deltas,
-            self.grad_q, self.grad_k, self.grad_v, self.flags, *problem.sizes(), problem.scale, self.tiles, self.blocks,
-            problem.kv_heads, D=_SIZE, BT=_SIZE // problem.group, BN=_SIZE, SHARE=_SHARE, **self.constants,
+            problem.q, problem.k, problem.v, self.grad_out, self.out, self.lse, self.deltas, self.grad_q, self.grad_k,
+            self.grad_v, self.flags, *problem.sizes(), problem.scale, self.tiles, self.blocks, problem.kv_heads,
+            D=_SIZE, BT=_SIZE // problem.group, BN=_SIZE, SHARE=_SHARE, **self.constants,
             **overlap(problem.q.device.index),
         )  # fmt: skip

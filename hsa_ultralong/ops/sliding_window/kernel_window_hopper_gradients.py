@@ -9,8 +9,8 @@ group starts the next two products behind that of this block, and the other grou
 Grid (at most one program a processor); a program takes every so manieth GROUPS neighbouring tiles. It owns their rows
 of dq and delta, lse and delta of a tile one behind the other for the other kernel, and flags of 16 rows each that tell
 sums that are not finite, which hopper_gradients.py forms again.
-Needed: D = 64, G a divisor of 64, 16-bit numbers, contiguous, addresses at multiples of 16 bytes, 32-bit offsets.
-Tested on a card alone: tests/ops/test_window_hopper_gradients.py.
+Needed: no segments, D = 64, G a divisor of 64, 16-bit numbers, contiguous, addresses at multiples of 16 bytes, 32-bit
+offsets. Tested on a card alone: tests/ops/test_window_hopper_gradients.py.
 """
 
 from __future__ import annotations
@@ -105,43 +105,24 @@ def _query_produce(
 
 
 @gluon.jit
-def take_turn(turns, place, GROUP: gl.constexpr, ORDERED: gl.constexpr):
-    """Wait until the other of two groups has started its products of the place before, or of this one."""
-    if ORDERED:
-        mbarrier.wait(turns.index(GROUP), (place & 1) ^ (1 - GROUP))
-
-
-@gluon.jit
-def pass_turn(turns, GROUP: gl.constexpr, ORDERED: gl.constexpr):
-    if ORDERED:
-        mbarrier.arrive(turns.index(1 - GROUP))
-
-
-@gluon.jit
-def skip(full, empty, turns, first, stop, STAGES: gl.constexpr, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+def skip(full, empty, first, stop, STAGES: gl.constexpr):
     """Places of a ring that the other group alone reads."""
     for place in range(first, stop):
         stage = place % STAGES
         mbarrier.wait(full.index(stage), (place // STAGES) & 1)
         mbarrier.arrive(empty.index(stage))
-        take_turn(turns, place, GROUP, ORDERED)
-        pass_turn(turns, GROUP, ORDERED)
 
 
 @gluon.jit
-def sees(place, key, segment, owner, window, HAS_SEGMENTS: gl.constexpr):
-    """mask.window_mask, broadcast."""
-    seen = (place - key).to(gl.uint32) < window.to(gl.uint32)
-    if HAS_SEGMENTS:
-        seen = seen & (segment == owner)
-    return seen
+def sees(place, key, window):
+    """mask.window_mask without segments, broadcast."""
+    return (place - key).to(gl.uint32) < window.to(gl.uint32)
 
 
 @gluon.jit
 def _slopes(
-    logits, slope, grad, empty, before, is_later: gl.constexpr, key, first, highest, delta, place, segment,
-    key_segments, num_keys, window, scale, zero, KEYS: gl.constexpr, BT: gl.constexpr, HAS_SEGMENTS: gl.constexpr,
-    dtype: gl.constexpr,
+    logits, slope, grad, empty, before, is_later: gl.constexpr, key, first, highest, delta, place, window, scale, zero,
+    KEYS: gl.constexpr, BT: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """dz of KEYS keys as an operand, from its products underway; grad is that of the block before, underway too."""
     mma: gl.constexpr = logits.type.tensor_type.layout
@@ -158,41 +139,31 @@ def _slopes(
     slope, p = warpgroup_mma_wait(0, deps=(slope, p))
     dz = p * (slope - gl.expand_dims(delta, 1))
     is_whole = (key + KEYS - 1 <= first) & (first + BT - window <= key)
-    if HAS_SEGMENTS or not is_whole:
+    if not is_whole:
         column = key + gl.arange(0, KEYS, columns)
-        owner = column
-        if HAS_SEGMENTS:
-            owner = gl.load(key_segments + column, mask=column < num_keys, other=-3)
-        seen = sees(
-            gl.expand_dims(gl.convert_layout(place, across, assert_trivial=True), 1), gl.expand_dims(column, 0),
-            gl.expand_dims(gl.convert_layout(segment, across, assert_trivial=True), 1), gl.expand_dims(owner, 0),
-            window, HAS_SEGMENTS,
-        )  # fmt: skip
-        dz = gl.where(seen, dz, 0.0)
+        own = gl.convert_layout(place, across, assert_trivial=True)
+        dz = gl.where(sees(gl.expand_dims(own, 1), gl.expand_dims(column, 0), window), dz, 0.0)
     return gl.convert_layout(dz.to(dtype), operand, assert_trivial=True), grad
 
 
 @gluon.jit
 def _tail(
-    dz, grad, query, upward, keys, values, full, empty, turns, stage, place, key, first, highest, delta, own, segment,
-    key_segments, num_keys, window, scale, zero, GROUP: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
-    BT: gl.constexpr, HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr, dtype: gl.constexpr,
+    dz, grad, query, upward, keys, values, full, empty, stage, place, key, first, highest, delta, own, window, scale,
+    zero, STAGES: gl.constexpr, TAIL: gl.constexpr, BT: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """grad with dz of the block before, and dz and place of a last block of which TAIL keys are seen."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TAIL, 16])
     nothing = gl.zeros((ROWS, TAIL), gl.float32, mma)
     last = place % STAGES
     mbarrier.wait(full.index(last), (place // STAGES) & 1)
-    take_turn(turns, place, GROUP, ORDERED)
     added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
     few_keys = keys.index(last).slice(0, TAIL).permute((1, 0))
     few_values = values.index(last).slice(0, TAIL).permute((1, 0))
     logits = warpgroup_mma(query, few_keys, nothing, use_acc=False, is_async=True)
     slope = warpgroup_mma(upward, few_values, nothing, use_acc=False, is_async=True)
-    pass_turn(turns, GROUP, ORDERED)
     dz, grad = _slopes(
-        logits, slope, added, empty, stage, True, key, first, highest, delta, own, segment, key_segments, num_keys,
-        window, scale, zero, TAIL, BT, HAS_SEGMENTS, dtype,
+        logits, slope, added, empty, stage, True, key, first, highest, delta, own, window, scale, zero, TAIL, BT,
+        dtype,
     )  # fmt: skip
     added = warpgroup_mma(dz, keys.index(last).slice(0, TAIL), grad, is_async=True)
     grad = warpgroup_mma_wait(0, deps=(added,))
@@ -245,13 +216,11 @@ def _blocks_of(start, first, GROUPS: gl.constexpr, BT: gl.constexpr, num_queries
 
 @gluon.jit
 def _query_consume(
-    shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
-    HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr, TAIL: gl.constexpr,
+    shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr
 ):  # fmt: skip
     """Four warps: dq of tile GROUP of every GROUPS neighbouring tiles."""
     (
-        grad_q, query_segments, key_segments, lse, deltas, norms, flags,
-        queries, upwards, results, keys, values, sent, loaded, taken, full, empty, turns,
+        grad_q, lse, deltas, norms, flags, queries, upwards, results, keys, values, sent, loaded, taken, full, empty,
         num_queries, num_keys, window, scale, logit_scale, HKV, total, zero,
     ) = shared  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -270,11 +239,7 @@ def _query_consume(
         first = start + GROUP * BT
         token = first + rows // G
         row = (b * num_queries + token) * (HKV * G) + kv_head * G + rows % G
-        own, segment = token + offset, token
-        is_real = token < num_queries
-        owners = key_segments + b * num_keys
-        if HAS_SEGMENTS:
-            segment = gl.load(query_segments + b * num_queries + token, mask=is_real, other=-2)
+        own = token + offset
         low, union_stop, blocks, begin, stop = _blocks_of(start, first, GROUPS, BT, num_queries, offset, window)
         mbarrier.wait(loaded.index(GROUP), turn)
         query = queries.index(GROUP).load(operand)
@@ -284,49 +249,44 @@ def _query_consume(
         following_highest = _highest(lse, number + gl.num_programs(0), total, rows, num_queries, HKV, GROUP, GROUPS, G)
         delta = gl.sum(upward.to(gl.float32) * result.to(gl.float32), 1)
         delta = gl.convert_layout(delta, gl.SliceLayout(1, mma), assert_trivial=True)
-        skip(full, empty, turns, base, base + begin, STAGES, GROUP, ORDERED)
+        skip(full, empty, base, base + begin, STAGES)
         place = base + begin
         stage = place % STAGES
         mbarrier.wait(full.index(stage), (place // STAGES) & 1)
-        take_turn(turns, place, GROUP, ORDERED)
         logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         slope = warpgroup_mma(upward, values.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        pass_turn(turns, GROUP, ORDERED)
         tile = (b * HKV + kv_head) * ((num_queries + BT - 1) // BT) + first // BT
-        gl.store(deltas + row, delta, mask=is_real)
+        gl.store(deltas + row, delta, mask=token < num_queries)
         gl.store(norms + 2 * ROWS * tile + rows, highest, mask=first < num_queries)
         gl.store(norms + 2 * ROWS * tile + ROWS + rows, delta, mask=first < num_queries)
         dz, grad = _slopes(
             logits, slope, warpgroup_mma_init(nothing), empty, stage, False, low + begin * ROWS, first + offset,
-            highest, delta, own, segment, owners, num_keys, window, scale, zero, ROWS, BT, HAS_SEGMENTS, dtype,
+            highest, delta, own, window, scale, zero, ROWS, BT, dtype,
         )  # fmt: skip
         is_short = (TAIL > 0) & (stop == blocks) & (begin < stop - 1) & (union_stop - low <= (blocks - 1) * ROWS + TAIL)
         for i in range(begin, gl.where(is_short, stop - 2, stop - 1)):
             place += 1
             following = place % STAGES
             mbarrier.wait(full.index(following), (place // STAGES) & 1)
-            take_turn(turns, place, GROUP, ORDERED)
             added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
             logits = warpgroup_mma(query, keys.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True)
             value = values.index(following).permute((1, 0))
             slope = warpgroup_mma(upward, value, nothing, use_acc=False, is_async=True)
-            pass_turn(turns, GROUP, ORDERED)
             dz, grad = _slopes(
                 logits, slope, added, empty, stage, True, low + (i + 1) * ROWS, first + offset, highest, delta, own,
-                segment, owners, num_keys, window, scale, zero, ROWS, BT, HAS_SEGMENTS, dtype,
+                window, scale, zero, ROWS, BT, dtype,
             )  # fmt: skip
             stage = following
         if is_short:
             grad = _tail(
-                dz, grad, query, upward, keys, values, full, empty, turns, stage, place + 1, low + (stop - 1) * ROWS,
-                first + offset, highest, delta, own, segment, owners, num_keys, window, scale, zero, GROUP, STAGES,
-                TAIL if TAIL > 0 else 16, BT, HAS_SEGMENTS, ORDERED, dtype,
+                dz, grad, query, upward, keys, values, full, empty, stage, place + 1, low + (stop - 1) * ROWS,
+                first + offset, highest, delta, own, window, scale, zero, STAGES, TAIL if TAIL > 0 else 16, BT, dtype,
             )  # fmt: skip
         else:
             added = warpgroup_mma(dz, keys.index(stage), grad, is_async=True)
             grad = warpgroup_mma_wait(0, deps=(added,))
             mbarrier.arrive(empty.index(stage))
-        skip(full, empty, turns, base + stop, base + blocks, STAGES, GROUP, ORDERED)
+        skip(full, empty, base + stop, base + blocks, STAGES)
         send(grad_q, [b, first, kv_head * G, 0], sent.index(GROUP), (grad * logit_scale).to(dtype), shape)
         if first < num_queries:
             flag(flags + tile * 4, grad)
@@ -338,10 +298,9 @@ def _query_consume(
 
 @gluon.jit(do_not_specialize=["num_queries", "num_keys", "window", "total"])
 def query_gradient_kernel(
-    q, k, v, query_segments, key_segments, grad_out, out, lse, grad_q, deltas, norms, flags,
+    q, k, v, grad_out, out, lse, grad_q, deltas, norms, flags,
     num_queries, num_keys, window, total, scale, logit_scale, HKV,
-    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr,
-    REGISTERS: gl.constexpr, TAIL: gl.constexpr,
+    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """dq, deltas, norms and flags of tiles; q, k, v, grad_out, out and grad_q are descriptors."""
     dtype: gl.constexpr = q.dtype
@@ -355,11 +314,9 @@ def query_gradient_kernel(
     taken = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(GROUPS):
         mbarrier.init(loaded.index(i), count=1)
         mbarrier.init(taken.index(i), count=1)
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=GROUPS)
@@ -368,14 +325,13 @@ def query_gradient_kernel(
     gl.thread_barrier()
     zero = num_queries >> 31
     shared = (
-        grad_q, query_segments, key_segments, lse, deltas, norms, flags,
-        queries, upwards, results, keys, values, sent, loaded, taken, full, empty, turns,
+        grad_q, lse, deltas, norms, flags, queries, upwards, results, keys, values, sent, loaded, taken, full, empty,
         num_queries, num_keys, window, scale, logit_scale, HKV, total, zero,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_query_consume, (shared, 0, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED, TAIL)),
-            (_query_consume, (shared, 1, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED, TAIL)),
+            (_query_consume, (shared, 0, GROUPS, G, STAGES, TAIL)),
+            (_query_consume, (shared, 1, GROUPS, G, STAGES, TAIL)),
             (_query_produce, (
                 q, grad_out, out, k, v, queries, upwards, results, keys, values, loaded, taken, full, empty,
                 num_queries, num_keys, window, HKV, total, GROUPS, G, STAGES,

@@ -25,11 +25,9 @@ from hsa_ultralong.ops.sliding_window.kernel_window_hopper_gradients import (
     begin_block,
     exp2,
     flag,
-    pass_turn,
     sees,
     send,
     skip,
-    take_turn,
 )
 
 
@@ -76,8 +74,8 @@ def _key_produce(
 
 @gluon.jit
 def _chances(
-    logits, slope, grad_k, grad_v, row, empty, before, is_later: gl.constexpr, first, key, query_segments, owner,
-    num_queries, offset, window, scale, zero, G: gl.constexpr, HAS_SEGMENTS: gl.constexpr, dtype: gl.constexpr,
+    logits, slope, grad_k, grad_v, row, empty, before, is_later: gl.constexpr, first, key, offset, window, scale, zero,
+    G: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """P and dz of a tile, transposed, as operands, from its products underway; grad_k and grad_v as in _slopes."""
     mma: gl.constexpr = logits.type.tensor_type.layout
@@ -92,17 +90,10 @@ def _chances(
         mbarrier.arrive(empty.index(before))
     p = exp2(logits * scale - gl.expand_dims(highest, 0))
     is_whole = (key + ROWS - 1 <= first + offset) & (first + BT + offset - window <= key)
-    if HAS_SEGMENTS or not is_whole:
+    if not is_whole:
         token = first + gl.arange(0, ROWS, columns) // G
-        segment = token
-        if HAS_SEGMENTS:
-            segment = gl.load(query_segments + token, mask=token < num_queries, other=-2)
         own = key + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
-        seen = sees(
-            gl.expand_dims(token + offset, 0), gl.expand_dims(own, 1), gl.expand_dims(segment, 0),
-            gl.expand_dims(owner, 1), window, HAS_SEGMENTS,
-        )  # fmt: skip
-        p = gl.where(seen, p, 0.0)
+        p = gl.where(sees(gl.expand_dims(token + offset, 0), gl.expand_dims(own, 1), window), p, 0.0)
     delta = norm.slice(ROWS, ROWS).load(columns)
     begin_block(zero)
     slope, p = warpgroup_mma_wait(0, deps=(slope, p))
@@ -111,14 +102,11 @@ def _chances(
 
 
 @gluon.jit
-def _key_consume(
-    shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
-    HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr,
-):  # fmt: skip
+def _key_consume(shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """Four warps: dk and dv of block GROUP of every GROUPS neighbouring ones."""
     (
-        grad_k, grad_v, query_segments, key_segments, flags, queries, upwards, rows, keys, values, loaded, full, empty,
-        turns, num_queries, num_keys, window, scale, logit_scale, HKV, zero,
+        grad_k, grad_v, flags, queries, upwards, rows, keys, values, loaded, full, empty,
+        num_queries, num_keys, window, scale, logit_scale, HKV, zero,
     ) = shared  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
@@ -130,10 +118,6 @@ def _key_consume(
     kv_head = gl.program_id(1)
     b = gl.program_id(2)
     key = start + GROUP * ROWS
-    query_segments += b * num_queries
-    owner = key + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
-    if HAS_SEGMENTS:
-        owner = gl.load(key_segments + b * num_keys + owner, mask=owner < num_keys, other=-3)
     first, union_stop = _tokens_of(start, GROUPS * ROWS, num_queries, offset, window, BT)
     begin, stop = _tokens_of(key, ROWS, num_queries, offset, window, BT)
     begin = gl.minimum(begin, union_stop)
@@ -144,42 +128,37 @@ def _key_consume(
     mbarrier.wait(loaded.index(GROUP), 0)
     own_key = keys.index(GROUP).load(operand)
     own_value = values.index(GROUP).load(operand)
-    skip(full, empty, turns, 0, begin - first, STAGES, GROUP, ORDERED)
+    skip(full, empty, 0, begin - first, STAGES)
     if begin < stop:
         place = begin - first
         stage = place % STAGES
         mbarrier.wait(full.index(stage), (place // STAGES) & 1)
-        take_turn(turns, place, GROUP, ORDERED)
         logits = warpgroup_mma(own_key, queries.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         slope = warpgroup_mma(own_value, upwards.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        pass_turn(turns, GROUP, ORDERED)
         p, dz, sum_k, sum_v = _chances(
             logits, slope, warpgroup_mma_init(nothing), warpgroup_mma_init(nothing), rows.index(stage), empty, stage,
-            False, begin * BT, key, query_segments, owner, num_queries, offset, window, scale, zero, G, HAS_SEGMENTS,
-            dtype,
+            False, begin * BT, key, offset, window, scale, zero, G, dtype,
         )  # fmt: skip
         for i in range(begin + 1, stop):
             place += 1
             following = place % STAGES
             mbarrier.wait(full.index(following), (place // STAGES) & 1)
-            take_turn(turns, place, GROUP, ORDERED)
             added_v = warpgroup_mma(p, upwards.index(stage), sum_v, is_async=True)
             added_k = warpgroup_mma(dz, queries.index(stage), sum_k, is_async=True)
             query = queries.index(following).permute((1, 0))
             upward = upwards.index(following).permute((1, 0))
             logits = warpgroup_mma(own_key, query, nothing, use_acc=False, is_async=True)
             slope = warpgroup_mma(own_value, upward, nothing, use_acc=False, is_async=True)
-            pass_turn(turns, GROUP, ORDERED)
             p, dz, sum_k, sum_v = _chances(
-                logits, slope, added_k, added_v, rows.index(following), empty, stage, True, i * BT, key,
-                query_segments, owner, num_queries, offset, window, scale, zero, G, HAS_SEGMENTS, dtype,
+                logits, slope, added_k, added_v, rows.index(following), empty, stage, True, i * BT, key, offset, window,
+                scale, zero, G, dtype,
             )  # fmt: skip
             stage = following
         added_v = warpgroup_mma(p, upwards.index(stage), sum_v, is_async=True)
         added_k = warpgroup_mma(dz, queries.index(stage), sum_k, is_async=True)
         sum_k, sum_v = warpgroup_mma_wait(0, deps=(added_k, added_v))
         mbarrier.arrive(empty.index(stage))
-    skip(full, empty, turns, stop - first, union_stop - first, STAGES, GROUP, ORDERED)
+    skip(full, empty, stop - first, union_stop - first, STAGES)
     at = [b, key, kv_head, 0]
     send(grad_k, at, keys.index(GROUP), (sum_k * logit_scale).to(dtype), block)
     send(grad_v, at, values.index(GROUP), sum_v.to(dtype), block)
@@ -191,10 +170,8 @@ def _key_consume(
 
 @gluon.jit(do_not_specialize=["num_queries", "num_keys", "window"])
 def key_gradient_kernel(
-    q, k, v, query_segments, key_segments, grad_out, norms, grad_k, grad_v, flags,
-    num_queries, num_keys, window, scale, logit_scale, HKV,
-    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, ORDERED: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    q, k, v, grad_out, norms, grad_k, grad_v, flags, num_queries, num_keys, window, scale, logit_scale, HKV,
+    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk, dv and flags of blocks of 64 keys; q, k, v, grad_out, norms, grad_k and grad_v are descriptors."""
     dtype: gl.constexpr = q.dtype
@@ -206,10 +183,8 @@ def key_gradient_kernel(
     loaded = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(GROUPS):
         mbarrier.init(loaded.index(i), count=1)
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=GROUPS)
@@ -218,13 +193,13 @@ def key_gradient_kernel(
     gl.thread_barrier()
     zero = num_queries >> 31
     shared = (
-        grad_k, grad_v, query_segments, key_segments, flags, queries, upwards, rows, keys, values, loaded, full, empty,
-        turns, num_queries, num_keys, window, scale, logit_scale, HKV, zero,
+        grad_k, grad_v, flags, queries, upwards, rows, keys, values, loaded, full, empty,
+        num_queries, num_keys, window, scale, logit_scale, HKV, zero,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_key_consume, (shared, 0, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED)),
-            (_key_consume, (shared, 1, GROUPS, G, STAGES, HAS_SEGMENTS, ORDERED)),
+            (_key_consume, (shared, 0, GROUPS, G, STAGES)),
+            (_key_consume, (shared, 1, GROUPS, G, STAGES)),
             (_key_produce, (
                 q, grad_out, norms, k, v, queries, upwards, rows, keys, values, loaded, full, empty,
                 num_queries, num_keys, window, HKV, GROUPS, G, STAGES,

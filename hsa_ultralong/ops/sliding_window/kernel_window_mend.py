@@ -1,8 +1,8 @@
 """Triton kernels that form again, row by row, what kernels for Hopper found not finite in the sliding window.
 
 The forward leaves NaN in lse. The gradients leave four flags for every tile of 64 rows of dq and, behind these, for
-every block of 64 keys. Where nothing is marked each costs a launch and a look. Tests: tests/ops/test_window_hopper.py
-and test_window_hopper_gradients.py.
+every block of 64 keys; they have no segments. Where nothing is marked each costs a launch and a look.
+Tests: tests/ops/test_window_hopper.py and test_window_hopper_gradients.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from hsa_ultralong.ops.sliding_window.kernel_window import exact_key_gradient, e
 
 @triton.jit
 def _mend_tile(
-    q, k, v, query_segments, key_segments, grad_out, out, lse, grad_q, number, num_queries, num_keys, window, scale,
-    logit_scale, HKV, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
+    q, k, v, grad_out, out, lse, grad_q, number, num_queries, num_keys, window, scale, logit_scale, HKV,
+    G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile's rows."""
     tiles = tl.cdiv(num_queries, BT)
@@ -29,21 +28,17 @@ def _mend_tile(
     k += b * num_keys * (HKV * D) + kv_head * D
     v += b * num_keys * (HKV * D) + kv_head * D
     for one in range(first, tl.minimum(first + BT, num_queries)):
-        mine = one
-        if HAS_SEGMENTS:
-            mine = tl.load(query_segments + b * num_queries + one)
         for head in range(0, G):
             exact_query_gradient(
                 q, k, v, grad_out, out, lse, grad_q, (b * num_queries + one) * (HKV * G) + kv_head * G + head,
-                one + num_keys - num_queries, mine, key_segments + b * num_keys, num_keys, window, HKV * D, dims, scale,
-                logit_scale, D, BN, HAS_SEGMENTS,
+                one + num_keys - num_queries, one, k, num_keys, window, HKV * D, dims, scale, logit_scale, D, BN, False,
             )  # fmt: skip
 
 
 @triton.jit
 def _mend_block(
-    q, k, v, query_segments, key_segments, grad_out, lse, deltas, grad_k, grad_v, number, num_queries, num_keys, window,
-    scale, logit_scale, HKV, G: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    q, k, v, grad_out, lse, deltas, grad_k, grad_v, number, num_queries, num_keys, window, scale, logit_scale, HKV,
+    G: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys."""
     blocks = tl.cdiv(num_keys, BN)
@@ -52,15 +47,12 @@ def _mend_block(
     start = number % blocks * BN
     key = start + tl.arange(0, BN)
     exists = (key < num_keys)[:, None]
-    owner = key
-    if HAS_SEGMENTS:
-        owner = tl.load(key_segments + b * num_keys + key, mask=key < num_keys, other=-3)
     place = ((b * num_keys + key) * HKV + kv_head)[:, None] * D + tl.arange(0, D)[None, :]
     first = tl.maximum(start + num_queries - num_keys, 0)
     stop = tl.minimum(start + BN - 1 + num_queries - num_keys + window, num_queries)
     sum_k, sum_v = exact_key_gradient(
-        q, k, v, query_segments + b * num_queries, grad_out, lse, deltas, place, key, exists, owner, first, stop, b,
-        kv_head, 0, num_queries, num_keys, window, scale, HKV, 1, G, D, BN, HAS_SEGMENTS,
+        q, k, v, q, grad_out, lse, deltas, place, key, exists, key, first, stop, b, kv_head, 0,
+        num_queries, num_keys, window, scale, HKV, 1, G, D, BN, False,
     )  # fmt: skip
     tl.store(grad_k + place, (sum_k * logit_scale).to(grad_k.dtype.element_ty), mask=exists)
     tl.store(grad_v + place, sum_v.to(grad_v.dtype.element_ty), mask=exists)
@@ -68,9 +60,9 @@ def _mend_block(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "window", "tiles", "blocks"])
 def mend_gradients_kernel(
-    q, k, v, query_segments, key_segments, grad_out, out, lse, deltas, grad_q, grad_k, grad_v, flags,
-    num_queries, num_keys, window, scale, logit_scale, tiles, blocks, HKV, G: tl.constexpr, D: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, HAS_SEGMENTS: tl.constexpr, SHARE: tl.constexpr, OVERLAPS: tl.constexpr,
+    q, k, v, grad_out, out, lse, deltas, grad_q, grad_k, grad_v, flags, num_queries, num_keys, window, scale,
+    logit_scale, tiles, blocks, HKV, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    SHARE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of dq, then blocks of dk and dv, of whose four flags one is set; a program looks at SHARE of both."""
     begin(OVERLAPS)
@@ -84,13 +76,13 @@ def mend_gradients_kernel(
             if tl.max(tl.load(flags + number * 4 + four), 0) > 0:
                 if number < tiles:
                     _mend_tile(
-                        q, k, v, query_segments, key_segments, grad_out, out, lse, grad_q, number, num_queries,
-                        num_keys, window, scale, logit_scale, HKV, G, D, BT, BN, HAS_SEGMENTS,
+                        q, k, v, grad_out, out, lse, grad_q, number, num_queries, num_keys, window, scale, logit_scale,
+                        HKV, G, D, BT, BN,
                     )  # fmt: skip
                 else:
                     _mend_block(
-                        q, k, v, query_segments, key_segments, grad_out, lse, deltas, grad_k, grad_v, number - tiles,
-                        num_queries, num_keys, window, scale, logit_scale, HKV, G, D, BN, HAS_SEGMENTS,
+                        q, k, v, grad_out, lse, deltas, grad_k, grad_v, number - tiles, num_queries, num_keys, window,
+                        scale, logit_scale, HKV, G, D, BN,
                     )  # fmt: skip
 
 
