@@ -16,9 +16,8 @@ from hsa_ultralong.ops._triton import num_processors
 from hsa_ultralong.ops.sliding_window.kernel_window_hopper import described, window_forward_kernel
 from hsa_ultralong.ops.sliding_window.kernel_window_mend import mend_forward_kernel
 
-# groups of warps of a program (three), places of its ring, whether a group begins the next logits before it multiplies
-# its own values, whether its loop takes two blocks at once, registers of a thread
-OPTIONS: dict[str, Any] = {"GROUPS": 3, "STAGES": 8, "AHEAD": True, "UNROLL": True, "REGISTERS": 160}
+# groups of warps of a program (three), places of its ring, registers of a thread
+OPTIONS: dict[str, Any] = {"GROUPS": 3, "STAGES": 8, "REGISTERS": 160}
 # rows of lse that a program of the mending kernel looks at
 _MENDED_ROWS = 1024
 

@@ -43,17 +43,6 @@ def described(tensor: torch.Tensor, tokens: int, heads: int) -> TensorDescriptor
 
 
 @gluon.jit
-def _begin_block(zero):
-    """A branch that is never taken, so that what follows is not moved before: the assembler would wait for products at
-    the front of a block, before what runs beside them."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred again; here: setp.ne.u32 again, $1, 0; @again nanosleep.u32 20; @again bra here; "
-        "mov.u32 $0, $1; }",
-        "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _where_ordered(logits, low, high):
     """logits where low <= high, else -inf: as one instruction, for the compiler would keep all answers first."""
     return gl.inline_asm_elementwise(
@@ -179,7 +168,7 @@ def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr
 
 
 @gluon.jit
-def _weigh(logits, top, total, scale):
+def _weigh(logits, top, total, scale, DTYPE: gl.constexpr):
     """Weights of a block relative to a reference; that, the running sums of each thread (64, 4), and by what sums so
     far shrink (64, 64)."""
     layout: gl.constexpr = logits.type.layout
@@ -190,7 +179,7 @@ def _weigh(logits, top, total, scale):
     total = total * shrink + gl.sum(gl.sum(p, 3), 1)
     wide = gl.expand_dims(gl.expand_dims(shrink, 1), 3).broadcast_to([64, 8, 4, 2]).reshape([64, 64])
     p = gl.convert_layout(p.reshape([64, 64]), layout, assert_trivial=True)
-    return p, top, total, gl.convert_layout(wide, layout, assert_trivial=True)
+    return p.to(DTYPE), top, total, gl.convert_layout(wide, layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -206,79 +195,56 @@ def _owners(key_segments, key, num_keys, HAS_SEGMENTS: gl.constexpr):
 
 
 @gluon.jit
-def _step(
-    acc, p, top, total, count, query, nothing, shared, bars, key, place, segment, key_segments, num_keys,
-    scale, zero, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Add the block of keys `key`, the count-th of the ring. The products of the values of the block before are under
-    way at the beginning, those of this one at the end; if AHEAD, they are still to be begun, with the weights p."""
-    _, _, keys, values = shared
-    _, _, full, empty = bars
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=nothing.type.layout, k_width=2)
-    dtype: gl.constexpr = keys.dtype
-    before = (count + (STAGES - 1)) & (STAGES - 1)
+def _wait_full(bars, count, STAGES: gl.constexpr):
+    """Wait for the count-th block of the ring; its place."""
     stage = count & (STAGES - 1)
-    owner = _owners(key_segments, key, num_keys, HAS_SEGMENTS)
-    mbarrier.wait(full.index(stage), (count & STAGES) // STAGES)
-    logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if AHEAD:
-        acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(before), acc, is_async=True)
-        logits = warpgroup_mma_wait(1, deps=(logits,))
-    else:
-        logits, acc = warpgroup_mma_wait(0, deps=(logits, acc))
-        mbarrier.arrive(empty.index(before))
-    if MASKED:
-        logits = _where_ordered(logits, gl.expand_dims(key, 0), gl.expand_dims(place, 1))
-    if HAS_SEGMENTS:
-        logits = _where_equal(logits, gl.expand_dims(segment, 1), gl.expand_dims(owner, 0))
-    chances, top, total, shrink = _weigh(logits, top, total, scale)
-    p = chances.to(dtype)
-    if AHEAD:
-        _begin_block(zero)
-        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-        mbarrier.arrive(empty.index(before))
-    acc = _shrink(acc, shrink)
-    if not AHEAD:
-        acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(stage), acc, is_async=True)
-    return acc, p, top, total
+    mbarrier.wait(bars[2].index(stage), (count & STAGES) // STAGES)
+    return stage
+
+
+@gluon.jit
+def _release(bars, count, STAGES: gl.constexpr):
+    mbarrier.arrive(bars[3].index(count & (STAGES - 1)))
+
+
+@gluon.jit
+def _add(acc, p, values):
+    """acc and the weights p times the values of a block, under way."""
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
+    return warpgroup_mma(gl.convert_layout(p, operand), values, acc, is_async=True)
 
 
 @gluon.jit
 def _attend(
-    acc, p, top, total, count, query, nothing, shared, bars, start, stop, key, place, segment, key_segments,
-    num_keys, scale, zero, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr, STAGES: gl.constexpr,
-    UNROLL: gl.constexpr,
+    acc, top, total, count, query, nothing, shared, bars, start, stop, keys_of_0, place, segment, key_segments,
+    num_keys, scale, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Blocks start .. stop; `key` are the keys of block 0. Two at a time, weights need not be moved."""
-    pairs = start
-    if not MASKED and UNROLL:
-        pairs = start + ((stop - start) & -2)
-        for block in range(start, pairs, 2):
-            acc, p, top, total = _step(
-                acc, p, top, total, count, query, nothing, shared, bars, key + block * 64, place, segment,
-                key_segments, num_keys, scale, zero, MASKED, HAS_SEGMENTS, AHEAD, STAGES,
-            )  # fmt: skip
-            acc, p, top, total = _step(
-                acc, p, top, total, count + 1, query, nothing, shared, bars, key + (block + 1) * 64, place,
-                segment, key_segments, num_keys, scale, zero, MASKED, HAS_SEGMENTS, AHEAD, STAGES,
-            )  # fmt: skip
-            count += 2
-    for block in range(pairs, stop):
-        acc, p, top, total = _step(
-            acc, p, top, total, count, query, nothing, shared, bars, key + block * 64, place, segment,
-            key_segments, num_keys, scale, zero, MASKED, HAS_SEGMENTS, AHEAD, STAGES,
-        )  # fmt: skip
+    """Add blocks start .. stop, of which the first is the count-th of the ring. The product of a block's values is
+    under way until the logits of the next are there, and at the end."""
+    _, _, keys, values = shared
+    for block in range(start, stop):
+        key = keys_of_0 + block * 64
+        owner = _owners(key_segments, key, num_keys, HAS_SEGMENTS)
+        stage = _wait_full(bars, count, STAGES)
+        logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        logits, acc = warpgroup_mma_wait(0, deps=(logits, acc))
+        _release(bars, count - 1, STAGES)
+        if MASKED:
+            logits = _where_ordered(logits, gl.expand_dims(key, 0), gl.expand_dims(place, 1))
+        if HAS_SEGMENTS:
+            logits = _where_equal(logits, gl.expand_dims(segment, 1), gl.expand_dims(owner, 0))
+        p, top, total, shrink = _weigh(logits, top, total, scale, values.dtype)
+        acc = _add(_shrink(acc, shrink), p, values.index(stage))
         count += 1
-    return acc, p, top, total, count
+    return acc, top, total, count
 
 
 @gluon.jit
 def _pass_by(bars, count, number, STAGES: gl.constexpr):
     """Blocks that others see: let them go."""
-    _, _, full, empty = bars
     for _ in range(number):
-        mbarrier.wait(full.index(count & (STAGES - 1)), (count & STAGES) // STAGES)
-        mbarrier.arrive(empty.index(count & (STAGES - 1)))
+        _wait_full(bars, count, STAGES)
+        _release(bars, count, STAGES)
         count += 1
     return count
 
@@ -307,17 +273,16 @@ def _finish(acc, top, total, out, places, is_real, result, b, first, head):
 @gluon.jit
 def _consume(
     places, shared, bars, sizes, GROUP: gl.constexpr, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr,
+    HAS_SEGMENTS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: out and lse of the GROUP-th 64 rows of every tile."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
-    out, lse, query_segments, key_segments, scale, zero = places
+    out, lse, query_segments, key_segments, scale = places
     queries, results, keys, values = shared
-    loaded, taken, full, empty = bars
+    loaded, taken, _, _ = bars
     num_queries, num_keys, window, heads, tiles = sizes
     tokens: gl.constexpr = 64 // G
-    dtype: gl.constexpr = keys.dtype
     rows = gl.arange(0, 64, gl.SliceLayout(1, mma))
     columns = gl.arange(0, 64, gl.SliceLayout(0, mma))
     nothing = gl.zeros((64, 64), gl.float32, mma)
@@ -353,11 +318,10 @@ def _consume(
         query = queries.index(GROUP).load(operand)
         gl.thread_barrier()
         mbarrier.arrive(taken.index(GROUP))
-        stage = count & (STAGES - 1)
         keys_of_0 = low + columns
         key = keys_of_0 + mine * 64
         owner = _owners(owners, key, num_keys, HAS_SEGMENTS)
-        mbarrier.wait(full.index(stage), (count & STAGES) // STAGES)
+        stage = _wait_full(bars, count, STAGES)
         logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(logits,))
         low_key = gl.maximum(place - window + 1, 0)
@@ -366,26 +330,18 @@ def _consume(
             logits = _where_equal(logits, gl.expand_dims(segment, 1), gl.expand_dims(owner, 0))
         if first + offset < low + mine * 64 + 63:
             logits = _where_ordered(logits, gl.expand_dims(key, 0), gl.expand_dims(place, 1))
-        chances, top, total, _ = _weigh(logits, lowest, gl.zeros_like(lowest), scale)
-        p = chances.to(dtype)
-        acc = nothing
-        if not AHEAD:
-            acc = warpgroup_mma(gl.convert_layout(p, operand), values.index(stage), acc, is_async=True)
-        count += 1
-        acc, p, top, total, count = _attend(
-            acc, p, top, total, count, query, nothing, shared, bars, mine + 1, whole, keys_of_0, place, segment,
-            owners, num_keys, scale, zero, False, HAS_SEGMENTS, AHEAD, STAGES, UNROLL,
+        p, top, total, _ = _weigh(logits, lowest, gl.zeros_like(lowest), scale, values.dtype)
+        acc = _add(nothing, p, values.index(stage))
+        acc, top, total, count = _attend(
+            acc, top, total, count + 1, query, nothing, shared, bars, mine + 1, whole, keys_of_0, place, segment,
+            owners, num_keys, scale, False, HAS_SEGMENTS, STAGES,
         )  # fmt: skip
-        acc, p, top, total, count = _attend(
-            acc, p, top, total, count, query, nothing, shared, bars, whole, end, keys_of_0, place, segment,
-            owners, num_keys, scale, zero, True, HAS_SEGMENTS, AHEAD, STAGES, UNROLL,
+        acc, top, total, count = _attend(
+            acc, top, total, count, query, nothing, shared, bars, whole, end, keys_of_0, place, segment,
+            owners, num_keys, scale, True, HAS_SEGMENTS, STAGES,
         )  # fmt: skip
-        if AHEAD:
-            acc = warpgroup_mma(
-                gl.convert_layout(p, operand), values.index((count + (STAGES - 1)) & (STAGES - 1)), acc, is_async=True
-            )
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index((count + (STAGES - 1)) & (STAGES - 1)))
+        _release(bars, count - 1, STAGES)
         count = _pass_by(bars, count, stop - end, STAGES)
         _finish(acc, top, total, out, lse + row, token < num_queries, results.index(GROUP), b, first, head * G)
         turn ^= 1
@@ -396,8 +352,7 @@ def _consume(
 @gluon.jit(do_not_specialize=["num_queries", "num_keys", "window", "HKV", "tiles"])
 def window_forward_kernel(
     q, k, v, out, lse, query_segments, key_segments, num_queries, num_keys, window, HKV, tiles, scale,
-    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, AHEAD: gl.constexpr,
-    UNROLL: gl.constexpr, REGISTERS: gl.constexpr,
+    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out and lse as kernel_window.forward_kernel; q, k, v and out are descriptors of boxes of 64 rows."""
     queries = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], _ROWS)
@@ -420,13 +375,12 @@ def window_forward_kernel(
     shared = (queries, results, keys, values)
     bars = (loaded, taken, full, empty)
     sizes = (num_queries, num_keys, window, HKV, tiles)
-    zero = tiles >> 31
-    places = (out, lse, query_segments, key_segments, scale, zero)
+    places = (out, lse, query_segments, key_segments, scale)
     gl.warp_specialize(
         [
-            (_consume, (places, shared, bars, sizes, 0, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD, UNROLL)),
-            (_consume, (places, shared, bars, sizes, 1, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD, UNROLL)),
-            (_consume, (places, shared, bars, sizes, 2, G, GROUPS, STAGES, HAS_SEGMENTS, AHEAD, UNROLL)),
+            (_consume, (places, shared, bars, sizes, 0, G, GROUPS, STAGES, HAS_SEGMENTS)),
+            (_consume, (places, shared, bars, sizes, 1, G, GROUPS, STAGES, HAS_SEGMENTS)),
+            (_consume, (places, shared, bars, sizes, 2, G, GROUPS, STAGES, HAS_SEGMENTS)),
             (_produce, ((q, k, v), shared, bars, sizes, G, GROUPS, STAGES)),
         ],
         [4, 4, 1],
