@@ -37,7 +37,7 @@ SHAPES = {
 def own_kernel_alone(monkeypatch):
     """Rows of any length take it."""
     monkeypatch.setattr(plan, "HOPPER_FORWARD", True)
-    monkeypatch.setattr(plan, "_PARTED_PAIRS", 0)
+    monkeypatch.setattr(plan, "_HOPPER_PAIRS", 0)
     plan.plan_of.cache_clear()
     yield
     plan.plan_of.cache_clear()

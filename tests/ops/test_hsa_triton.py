@@ -200,8 +200,8 @@ def test_which_rows_have_a_forward_of_their_own(monkeypatch):
 
     monkeypatch.setattr(plan, "launch_options", lambda *_: plan.HSALaunch(64, 4, 2))
     monkeypatch.setattr(plan, "runs_hopper_kernels", lambda index: True)
-    assert takes(32_768, 32) and takes(2048, 32) and takes(4096, 256)
-    assert not takes(2047, 32) and not takes(4096, 257) and not takes(32_768, 32, chunks=53)
+    assert takes(32_768, 32) and takes(8192, 32) and takes(4096, 256)
+    assert not takes(8191, 32) and not takes(4096, 257) and not takes(32_768, 32, chunks=53)
     assert not takes(32_768, 32, dim=128) and not takes(32_768, 32, lengths=torch.Size((1, 512)))
 
 

@@ -37,9 +37,10 @@ _NORM_BYTES = 1 << 29
 _PARTED_PAIRS, _PARTS_BYTES, _PARTS_PAIRS, _PART_STEP = 1 << 16, 1 << 30, 128, 64
 # groups of warps of a program on Hopper, places of each for rows under way, registers of a thread of theirs
 _HOPPER = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
-# whether the forward over lists has a kernel of its own on Hopper, from as many pairs on; tokens of its tiles, places
-# of its ring, registers of a thread
+# whether the forward over lists has a kernel of its own on Hopper; pairs of a row from which on it is faster, tokens of
+# its tiles, places of its ring, registers of a thread
 HOPPER_FORWARD = True
+_HOPPER_PAIRS = 1 << 18
 _HOPPER_TOKENS = 16
 _HOPPER_FORWARD = {"STAGES": 12, "REGISTERS": 112}
 # slots whose shares in dq are added up at a time
@@ -382,7 +383,7 @@ class HSAPlan:
     def takes_hopper_forward(self) -> bool:
         """Whether kernel_hopper_forward.py takes the forward; one program sorts a tile's list."""
         pairs = self.tokens * self.list_heads * self.slots
-        if not HOPPER_FORWARD or self.covers or pairs < _PARTED_PAIRS or not self.takes_hopper:
+        if not HOPPER_FORWARD or self.covers or pairs < _HOPPER_PAIRS or not self.takes_hopper:
             return False
         return _HOPPER_TOKENS * max(FEWEST_SLOTS, next_power_of_two(self.slots)) <= _SORT_LIMIT
 
