@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from hsa_ultralong.ops._common import answered_once
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # head dimensions, and sizes of a chunk, that the attention kernels take
 KERNEL_SIZES = (16, 32, 64, 128)
@@ -120,6 +122,20 @@ def check_compiled() -> None:
     from hsa_ultralong.ops import _compiled  # imports triton
 
     _compiled.check_compiled()
+
+
+def on_own_device(function: _Function) -> _Function:
+    """Let it run with the device of its first argument, a tensor, as the current one: Triton launches on the current
+    device's stream, which for tensors elsewhere would be another device, out of order."""
+
+    @wraps(function)
+    def run(first: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return function(first, *args, **options)
+        return function(first, *args, **options)
+
+    return cast(_Function, run)
 
 
 def triton_runs_on(tensor: torch.Tensor) -> bool:

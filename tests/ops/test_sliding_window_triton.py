@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hsa_ultralong.ops import sliding_window_attention
+from hsa_ultralong.ops._triton import on_own_device
 from hsa_ultralong.testing.factories import random_tensor
 
 pytest.importorskip("triton")
@@ -92,6 +96,23 @@ def test_the_operators_say_truly_what_they_return():
     leaves = [x.detach() for x in (q, k, k)]
     arguments = (*leaves, None, None, out.detach(), lse.detach(), torch.ones_like(out), 7, 0.25)
     torch.library.opcheck(triton_window._gradient_operator, arguments, test_utils=checks)
+
+
+def test_kernels_run_with_the_device_of_their_operands_as_the_current_one(monkeypatch):
+    """A stand-in for a tensor on a second card."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    run = on_own_device(lambda first, number, scale: number * scale)
+    for index, found in ((0, []), (1, [torch.device("cuda", 1)])):
+        first = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+        assert run(first, 3, scale=2) == 6 and entered == found
+
+
+def test_logsumexp_has_no_gradient_to_lose():
+    q = random_tensor(1, 20, 2, 16, seed=0).float().to(DEVICE).requires_grad_()
+    out, lse = triton_window._operator(q, q, q, None, None, 5, 0.25)
+    assert out.requires_grad and not lse.requires_grad
 
 
 def test_second_derivatives_are_refused_and_another_way_is_named():

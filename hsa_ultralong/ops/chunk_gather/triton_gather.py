@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hsa_ultralong.ops._triton import check_compiled, next_power_of_two
+from hsa_ultralong.ops._triton import check_compiled, next_power_of_two, on_own_device
 from hsa_ultralong.ops.chunk_gather.blocks import ChunkBlocks
 
 _PIECE = 2048
@@ -48,6 +48,11 @@ def gather_kernel(
 
 def gather_chunks_triton(blocks: ChunkBlocks, chunks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """See api.gather_chunks."""
+    return _gather(chunks, blocks, dtype)
+
+
+@on_own_device
+def _gather(chunks: torch.Tensor, blocks: ChunkBlocks, dtype: torch.dtype) -> torch.Tensor:
     first = blocks.payloads[0]
     row, dim = first[0].numel(), first.shape[-1]
     out = torch.empty((len(chunks), *first.shape[1:]), dtype=dtype, device=chunks.device)

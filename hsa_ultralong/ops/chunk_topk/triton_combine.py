@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hsa_ultralong.ops._triton import next_power_of_two, require_triton
+from hsa_ultralong.ops._triton import next_power_of_two, on_own_device, require_triton
 from hsa_ultralong.ops.chunk_topk import kernel_combine
 from hsa_ultralong.ops.chunk_topk.lists import MOST_LISTS, ScoredChunks
 
@@ -20,9 +20,16 @@ _FEWEST_ENTRIES = 32
 def combine_lists(lists: Sequence[ScoredChunks], topk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """combine_topk of at most MOST_LISTS lists in one launch."""
     require_triton("combine_topk", lists[0].scores)
+    return _combine(lists[0].scores, lists, topk)
+
+
+@on_own_device
+def _combine(
+    first: torch.Tensor, lists: Sequence[ScoredChunks], topk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     widths = [one.scores.shape[-1] for one in lists]
-    kept, device = min(topk, sum(widths)), lists[0].scores.device
-    shape = (*lists[0].scores.shape[:-1], kept)
+    kept, device = min(topk, sum(widths)), first.device
+    shape = (*first.shape[:-1], kept)
     indices = torch.empty(shape, dtype=torch.int32, device=device)
     scores, weights = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     if indices.numel() == 0:

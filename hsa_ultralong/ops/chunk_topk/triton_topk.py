@@ -15,7 +15,7 @@ import torch
 
 from hsa_ultralong.ops._common import refuse_second_derivatives
 from hsa_ultralong.ops._launch import are_aligned
-from hsa_ultralong.ops._triton import require_kernel_dtype, require_triton
+from hsa_ultralong.ops._triton import on_own_device, require_kernel_dtype, require_triton
 from hsa_ultralong.ops.chunk_topk.gradients import product_gradients
 from hsa_ultralong.ops.chunk_topk.kernel_gradients import spread_gradients
 from hsa_ultralong.ops.chunk_topk.plan import TopkPlan, TopkShapes, plan_of
@@ -161,6 +161,7 @@ def _constant(number: float, heads: int, device: torch.device) -> torch.Tensor:
 
 
 @torch.compiler.disable
+@on_own_device
 def chunk_topk_triton(
     query: torch.Tensor,
     landmarks: torch.Tensor,
@@ -201,6 +202,7 @@ def chunk_topk_triton(
     return _solve(plan, operands, noise_seed, noise_start)
 
 
+@on_own_device
 def scan_quantized(
     query: torch.Tensor,
     payload: torch.Tensor,

@@ -16,6 +16,7 @@ from hsa_ultralong.ops._launch import are_aligned
 from hsa_ultralong.ops._triton import (
     KERNEL_SIZES,
     next_power_of_two,
+    on_own_device,
     require_kernel_dtype,
     require_triton,
     shared_memory,
@@ -299,6 +300,7 @@ def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_size: int
 
 
 @torch.compiler.disable
+@on_own_device
 def hsa_attention_triton(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -17,6 +17,7 @@ from hsa_ultralong.ops._triton import (
     KERNEL_SIZES,
     next_power_of_two,
     num_processors,
+    on_own_device,
     require_kernel_dtype,
     require_triton,
     shared_memory,
@@ -202,6 +203,7 @@ class _JointAttention(torch.autograd.Function):
 
 
 @torch.compiler.disable
+@on_own_device
 def joint_attention_triton(
     q: torch.Tensor,
     k: torch.Tensor,

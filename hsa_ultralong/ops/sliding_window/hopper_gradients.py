@@ -38,10 +38,13 @@ _SHARE = 16
 def takes(problem: _Problem, grad_out: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether dq comes from these kernels: not with segments, with which Triton 3.6 failed to compile them there."""
     q, k = problem.q, problem.k
+    if not q.dtype == k.dtype == problem.v.dtype == grad_out.dtype:
+        return False
     is_fit = problem.dim == _SIZE and problem.group in (1, 2, 4, 8, 16) and q.dtype in (torch.bfloat16, torch.float16)
     if problem.has_segments or not (IS_USED and is_fit and runs_hopper_kernels(q.device.index)):
         return False
-    is_short = max(q.numel(), k.numel()) < 2**31
+    tiles = problem.batch * problem.kv_heads * -(-problem.num_queries * problem.group // _SIZE)
+    is_short = max(q.numel(), k.numel(), tiles * 2 * _SIZE) < 2**31
     return is_short and are_aligned(q, k, problem.v, grad_out, out) and query_units(problem) >= QUERY_UNITS
 
 

@@ -18,6 +18,7 @@ from hsa_ultralong.ops._triton import (
     check_compiled,
     next_power_of_two,
     num_processors,
+    on_own_device,
     require_kernel_dtype,
     require_triton,
     runs_hopper_kernels,
@@ -67,7 +68,7 @@ class _Problem:
         self.group, self.window, self.scale = self.heads // self.kv_heads, window, scale
         self.has_segments = query_segments is not None
         # without segments some tensor of integers, which is not read
-        parts = (q if part is None else part for part in (query_segments, key_segments))
+        parts = (self.q if part is None else part for part in (query_segments, key_segments))
         self.segments = tuple(part.contiguous() for part in parts)
 
     def sizes(self) -> tuple[int, int, int, float]:
@@ -89,6 +90,7 @@ class _Problem:
         if _HOPPER_ROWS is None or not _HOPPER_ROWS <= rows < 2**31 or self.q.dtype == torch.float32:
             return False
         is_fit = self.dim == 64 and self.group in (1, 2, 4, 8, 16) and are_aligned(self.q, self.k, self.v)
+        is_fit &= self.q.dtype == self.k.dtype == self.v.dtype
         is_fit &= not self.has_segments or all(part.dtype == torch.int32 for part in self.segments)
         return is_fit and runs_hopper_kernels(self.q.device.index)
 
@@ -109,7 +111,7 @@ class _Problem:
 
     def gradients(self, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """dq, dk, dv."""
-        grad_out = grad_out.contiguous()
+        grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
         if not hopper_gradients.takes(self, grad_out, out):
             grad_q, deltas = self._query_gradient(grad_out, out, lse)
             return grad_q, *self._key_gradients(grad_out, lse, deltas)
@@ -158,6 +160,7 @@ class _Problem:
         return splits
 
 
+@on_own_device
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -170,6 +173,7 @@ def _forward(
     return _Problem(q, k, v, query_segments, key_segments, window, scale).forward()
 
 
+@on_own_device
 def _gradients(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -213,6 +217,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     *tensors, window, scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.options = (window, scale)
+    # no zeros for lse, which nothing reads further on
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, *grad_lse: Any) -> tuple[Any, ...]:
