@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,6 +68,19 @@ def full_attention_twin(config: HSAConfig, attention: str = "full") -> FullAtten
     )
 
 
+def require_attentions(kinds: Sequence[str], config: HSAConfig) -> None:
+    """Every kind is one of ATTENTIONS, and the config has such a twin; called before anything is measured.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    for kind in kinds:
+        if kind not in ATTENTIONS:
+            raise ValueError(f"attention is one of {', '.join(ATTENTIONS)}; got {kind!r}")
+    if "full_rope" in kinds:
+        twin_config(config, "full_rope")
+
+
 def build(attention: str, config: HSAConfig, device: torch.device, checkpointing: str) -> TimedModel:
     """The model ("hsa") or a twin ("full", "full_rope"), random weights in fp32, in training mode.
 
@@ -76,8 +89,9 @@ def build(attention: str, config: HSAConfig, device: torch.device, checkpointing
     Raises:
         ValueError: for another attention or kind of checkpointing.
     """
-    if attention not in ATTENTIONS or checkpointing not in CHECKPOINTING:
-        raise ValueError(f"attention is hsa, full or full_rope, checkpointing {CHECKPOINTING}; got {attention!r}")
+    require_attentions([attention], config)
+    if checkpointing not in CHECKPOINTING:
+        raise ValueError(f"checkpointing is one of {', '.join(CHECKPOINTING)}; got {checkpointing!r}")
     with torch.device(device):
         model = HSAForCausalLM(config) if attention == "hsa" else full_attention_twin(config, attention)
     if isinstance(model, FullAttentionLM):

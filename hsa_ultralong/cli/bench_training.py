@@ -182,10 +182,11 @@ def _measure_speed(
     """Steps of the model and its twin; under torchrun of the model alone, in one process and over all."""
     import torch.distributed as dist
 
-    from hsa_ultralong.bench.training import training_records
+    from hsa_ultralong.bench.training import require_attentions, training_records
     from hsa_ultralong.bench.training_ranks import ranks_records
     from hsa_ultralong.train.graphs import CudaCapture
 
+    require_attentions(kinds, model)
     if dist.is_initialized():
         if "hsa" not in kinds:
             raise ValueError("under torchrun the model alone is measured: leave --attention out")
@@ -309,9 +310,11 @@ def _search_longest(
     """The longest rows of the model and its twin, from the trials in `results` on."""
     import torch
 
+    from hsa_ultralong.bench.training import require_attentions
     from hsa_ultralong.bench.training_longest import LongestSearch, usable_trials
     from hsa_ultralong.train.segmented import segmented_loss_backward
 
+    require_attentions(kinds, model)
     known = usable_trials(results.found, name)
     searches = [
         LongestSearch(

@@ -71,8 +71,18 @@ def test_out_of_memory_ends_a_point_and_not_the_run():
     assert [record["micro_batch_rows"] for record in found] == [1, 1, 1] and len(failures) == 1
 
 
+@pytest.mark.parametrize(
+    ("kinds", "name", "words"),
+    [("hsa,all", "debug", "attention is one of"), ("hsa,full_rope", "moe_8b_a1b", "a twin has dense layers")],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_measured(tmp_path, kinds, name, words):
+    command = f"bench training --preset {name} --contexts 64 --attention {kinds} --device cpu -o {tmp_path}"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code != 0 and words in f"{result.output}{result.exception}" and not [*tmp_path.iterdir()]
+
+
 def test_an_unknown_attention_is_refused():
-    with pytest.raises(ValueError, match="attention is hsa, full or full_rope"):
+    with pytest.raises(ValueError, match="attention is one of hsa, full, full_rope; got 'none'"):
         build("none", preset("debug"), torch.device("cpu"), "none")
 
 

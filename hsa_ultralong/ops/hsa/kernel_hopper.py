@@ -27,6 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hsa_ultralong.ops._gluon import begin_block
+
 _TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
@@ -47,17 +49,6 @@ def _opaque(x, zero):
     return gl.inline_asm_elementwise(
         "{ .reg .u32 lane; mov.u32 lane, %laneid; mad.lo.u32 $0, lane, $2, $1; }", "=r,r,r", [x, zero],
         dtype=gl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _begin_block(zero):
-    """A branch that is never taken, so that what follows is not moved before: the assembler would wait for products at
-    the front of a block, before what runs beside them."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred again; here: setp.ne.u32 again, $1, 0; @again nanosleep.u32 20; @again bra here; "
-        "mov.u32 $0, $1; }",
-        "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -219,7 +210,7 @@ def _consume(
             top = gl.max(logits, 1) * scale
             p = gl.exp2(logits * scale - gl.expand_dims(top, 1))
             inverse = _reciprocal(gl.sum(p, 1))
-            _begin_block(zero)
+            begin_block(zero)
             slope, p = warpgroup_mma_wait(0, deps=(slope, p))
             delta = gl.sum(p * slope, 1) * inverse
             real = gl.where(start + pair4 < stop, w, 0.0)

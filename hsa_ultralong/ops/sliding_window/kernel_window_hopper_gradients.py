@@ -26,20 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from hsa_ultralong.ops._gluon import begin_block
+
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 # rows of a tile, keys of a block
 ROWS = gl.constexpr(64)
-
-
-@gluon.jit
-def begin_block(zero):
-    """A branch that is never taken, so that what follows is not moved before: the assembler would wait for products at
-    the front of a block, before what runs beside them."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred again; here: setp.ne.u32 again, $1, 0; @again nanosleep.u32 20; @again bra here; "
-        "mov.u32 $0, $1; }",
-        "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit

@@ -19,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from hsa_ultralong.ops._gluon import begin_block
 from hsa_ultralong.ops.sliding_window.kernel_window_hopper_gradients import (
     ROWS,
     TILE,
-    begin_block,
     exp2,
     flag,
     sees,
