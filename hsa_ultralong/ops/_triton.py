@@ -76,13 +76,13 @@ def starts_early(index: int | None) -> bool:
     return torch.version.hip is None and _capability(index)[0] >= 9
 
 
-# the Triton whose Gluon, an experimental dialect, ops/hsa/kernel_hopper*.py are written in and were measured with
+# the Triton whose Gluon, an experimental dialect, all kernel_*hopper*.py are written in and were measured with
 _GLUON = (3, 6)
 
 
 @lru_cache(maxsize=1)
 def has_gluon() -> bool:
-    """Whether the installed Triton compiles ops/hsa/kernel_hopper.py."""
+    """Whether the installed Triton compiles the files kernel_hopper.py."""
     if not _is_installed():
         return False
     import triton

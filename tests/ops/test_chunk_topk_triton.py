@@ -6,6 +6,8 @@ Inputs are small integers where index sets must be equal: their scores are exact
 from __future__ import annotations
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +140,96 @@ def test_the_decoding_scan_equals_the_reference(monkeypatch, rows, heads, topk, 
     actual = chunk_topk(query, landmarks, visible, topk=topk, impl="triton")
     assert torch.equal(actual[0], expected[0])
     torch.testing.assert_close(actual[1], expected[1])
+
+
+class StreamStandIn:
+    """Does in torch what kernel_hopper.stream_scan_kernel does; that runs on a card alone (test_decode_hopper.py)."""
+
+    def __getitem__(self, grid):
+        return lambda *operands, **constants: self.run(operands, constants)
+
+    def run(self, operands, constants):
+        landmarks, segments, ends, query, segment, position, factor, keys, lane_tops, share_tops, chunks = operands[:11]
+        heads, queries, padded, tiles = operands[11:]
+        shares, lanes, listed = (constants[name] for name in ("SHARES", "TILE", "LISTED"))
+        rows = keys.shape[0] // (heads * queries)
+        query = query.view(rows, queries, heads, -1)
+        scores = torch.einsum("bqhr,bchr->bhqc", query, landmarks.expand(rows, -1, -1, -1)) * factor[:, None, None]
+        foreign = "past" if constants["FOREIGN"] else "hidden"
+        seen = ChunkVisibility(segment.view(rows, -1), position.view(rows, -1), segments, ends, foreign).mask()[:, None]
+        bits = scores.view(torch.int32)
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 0x00800000
+        ordered = torch.where(seen, ordered, -(2**31)).long()
+        found = (ordered << 32) | (torch.arange(chunks, device=DEVICE) ^ 0x7FFFFFFF)
+        keys.fill_(2**62)  # behind the last chunk lies what was there before
+        keys.view(rows, heads, queries, padded)[..., :chunks] = found
+        steps = -(-tiles // shares)
+        wide = torch.full((keys.shape[0], (steps + 1) * shares * lanes), -(2**63), device=DEVICE)
+        wide[:, :chunks] = found.flatten(0, 2)
+        best, second = wide.view(-1, steps + 1, shares, lanes).topk(2, 1).values.unbind(1)
+        lane_tops.copy_(best.flatten(1))
+        places, taken, others = (
+            share_tops.view(-1, listed + 1, shares),
+            torch.zeros_like(best, dtype=torch.bool),
+            second,
+        )
+        others = torch.full_like(second, -(2**63))
+        for place in range(listed):
+            places[:, place] = best.amax(-1)
+            is_top = best == best.amax(-1, keepdim=True)
+            others = torch.where(is_top & taken, best, others)
+            best = torch.where(is_top, torch.where(taken, -(2**63), second), best)
+            taken = taken | is_top
+        places[:, listed] = torch.maximum(best, others).amax(-1)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a stand-in for a kernel")
+@pytest.mark.parametrize("place", ["everywhere", "one_share", "one_lane", "few_shares", "one"])
+@pytest.mark.parametrize(("rows", "heads", "topk", "chunks"), [(1, 1, 5, 515), (2, 2, 32, 1300)])
+def test_the_last_kernel_after_a_stream_equals_the_reference(monkeypatch, rows, heads, topk, chunks, place):
+    """Wherever the best candidates lie: with many in one share or lane the lanes are looked through, and where too few
+    shares have one, all of the few are ranked from the shares down."""
+    kernels = SimpleNamespace(stream_scan_kernel=StreamStandIn(), described=lambda *tensors: tensors[:3])
+    monkeypatch.setitem(sys.modules, "hsa_ultralong.ops.chunk_topk.kernel_hopper", kernels)
+    for name, value in {"_STREAM_SHARES": 32, "_STREAM_TILE": 16}.items():
+        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr(plan.TopkPlan, "takes_stream", True)
+    monkeypatch.setattr(triton_topk, "_DECODE_QUERIES", 64)
+    monkeypatch.setattr(triton_topk, "_solve", None)
+    visible = places(2, 2, chunks, "past")
+    chunk = torch.arange(chunks)
+    favoured = {
+        "everywhere": chunk >= 0,
+        "one_share": chunk // 16 % 32 == 3,
+        "one_lane": chunk % 512 == 77,
+        "few_shares": chunk // 16 % 32 < 5,
+        "one": chunk == chunks - 1,
+    }[place]
+    query, landmarks = integers(2, 2, heads, 8), integers(rows, chunks, heads, 8, seed=1)
+    if place in ("few_shares", "one"):
+        visible.chunk_segment[:, ~favoured] = -2
+    query[..., 0] = 1
+    landmarks[..., 0] += 40 * favoured[:, None]
+    expected = chunk_topk(query, landmarks, visible, topk=topk, impl="reference")
+    actual = chunk_topk(query, landmarks, visible, topk=topk, impl="triton")
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
+
+
+def test_which_scans_are_streams(monkeypatch):
+    def streams(chunks=16_384, dim=256, keep=32, dtype=torch.bfloat16, scales=None, kind=torch.int32, is_aligned=True):
+        sizes = torch.Size((1, 1, 1, dim)), torch.Size((1, chunks, 1, dim))
+        dtypes = (torch.bfloat16, dtype, scales, *[kind] * 4)
+        return plan.TopkPlan(
+            plan.TopkShapes(*sizes, 1, "past", dtypes, keep, torch.device("cpu"), is_aligned)
+        ).takes_stream  # fmt: skip
+
+    assert not streams()  # not on this machine
+    monkeypatch.setattr(plan, "runs_hopper_kernels", lambda index: True)
+    assert streams() and streams(8192) and streams(4096, 1024, 64, torch.float16) and streams(1 << 21)
+    assert not streams(8191) and not streams(dim=128) and not streams(dim=384) and not streams(keep=65)
+    assert not streams(dtype=torch.float32) and not streams(dtype=torch.int8, scales=torch.bfloat16)
+    assert not streams(kind=torch.int64) and not streams(is_aligned=False)
 
 
 @pytest.mark.parametrize("memory", [101_376, 166_912, 232_448])

@@ -64,15 +64,20 @@ def _pack(ranking, chunk, mask):
 
 
 @triton.jit
+def _ranking(ordered):
+    """The ranking that _pack mapped to these int32."""
+    ordered -= _TURN
+    bits = tl.where(ordered < 0, ordered ^ _INDEX_MASK, ordered)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _newest_first(best, slot, K):
     """The first K candidates (sorted) in descending chunk index: (index, ranking, whether there is one)."""
     chunk = (best & _INDEX_MASK) ^ _INDEX_MASK
     is_real = (slot < K) & (best >= _REAL)
     by_index = tl.sort(tl.where(is_real, (chunk << 32) | ((best >> 32) & 0xFFFFFFFF), _WORST), descending=True)
-    found = by_index != _WORST
-    ordered = by_index.to(tl.int32) - _TURN
-    bits = tl.where(ordered < 0, ordered ^ _INDEX_MASK, ordered)
-    return (by_index >> 32).to(tl.int32), bits.to(tl.float32, bitcast=True), found
+    return (by_index >> 32).to(tl.int32), _ranking(by_index.to(tl.int32)), by_index != _WORST
 
 
 @triton.jit

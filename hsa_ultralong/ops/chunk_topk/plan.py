@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hsa_ultralong.ops._launch import PreparedLaunch
-from hsa_ultralong.ops._triton import HOPPER_MEMORY, next_power_of_two, shared_memory
+from hsa_ultralong.ops._triton import HOPPER_MEMORY, next_power_of_two, runs_hopper_kernels, shared_memory, starts_early
 from hsa_ultralong.ops.chunk_topk import kernel_decode, kernel_merge, kernel_select
 
 # K up to which blocks merge into sorted lists, and new candidates of a block that are inserted one by one
@@ -25,6 +25,12 @@ _FORMS_OF_SHARES = (16, 512, _MOST_SHARES)
 _SLAB = 256
 # dimensions up to which the streaming kernel loads landmarks ahead
 _MOST_AHEAD = 512
+# whether kernel_hopper.py scans many landmarks on Hopper; its shares, which are programs, one a multiprocessor; chunks
+# of a tile, of a copy, bytes of all tiles of a ring; dimensions of the landmarks and most K that it is meant for
+_STREAMS, _STREAM_SHARES, _STREAM_TILE, _STREAM_BOX, _STREAM_RING = True, 128, 64, 32, 192 * 1024
+_STREAM_DIMS, _STREAM_KEPT = (256, 512, 1024), 64
+# warps of its programs and of choose_kernel; the best candidates of a share that the first lists for the second
+_STREAM_WARPS, _CHOOSE_WARPS, _STREAM_LISTED = 4, 8, 4
 
 
 class TileOptions(NamedTuple):
@@ -145,11 +151,12 @@ class TopkShapes(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """The two launches of decoding: widths of the candidates that the first leaves, and both kernels' numbers."""
+    """The two launches of decoding: widths of the candidates that the first leaves, and of room for the second, and
+    both kernels' numbers."""
 
     scan: PreparedLaunch
     finish: PreparedLaunch
-    widths: tuple[int, int, int]
+    widths: tuple[int, ...]
     scan_sizes: tuple[int, ...]
     finish_sizes: tuple[int, ...]
 
@@ -225,6 +232,53 @@ class TopkPlan:
             **self.rows, **self.dims,
         )  # fmt: skip
 
+    @property
+    def _readers(self) -> tuple[int, int]:
+        """Queries that read the same landmarks are scored together: rows of the landmarks, queries of each."""
+        is_shared = not (self.rows["LANDMARK_ROWS"] or self.constants["CHUNK_ROWS"])
+        return (1, self.batch * self.tokens) if is_shared else (self.batch, self.tokens)
+
+    @property
+    def stream_tile(self) -> tuple[int, int]:
+        """Chunks of a tile of kernel_hopper.py, and of a copy."""
+        tile = min(_STREAM_TILE, 32_768 // self.dim)
+        return tile, min(tile, _STREAM_BOX)
+
+    @cached_property
+    def takes_stream(self) -> bool:
+        """Whether the scan of kernel_hopper.py takes these shapes, and runs here."""
+        shapes = self.shapes
+        is_narrow = shapes.dtypes[1] in (torch.bfloat16, torch.float16) and shapes.dtypes[2] is None
+        if not (_STREAMS and is_narrow and self.dim in _STREAM_DIMS and self.keep <= _STREAM_KEPT):
+            return False
+        is_long = _STREAM_SHARES * self.stream_tile[0] <= self.chunks < (2**31 - 2**20) // shapes.landmarks[0]
+        is_plain = set(shapes.dtypes[3:]) == {torch.int32} and shapes.is_aligned
+        return is_long and is_plain and runs_hopper_kernels(shapes.device.index)
+
+    @cached_property
+    def streamed(self) -> Scan:
+        """Decoding where takes_stream says so."""
+        from hsa_ultralong.ops.chunk_topk.kernel_hopper import stream_scan_kernel
+
+        (tile, box), shares, kept = self.stream_tile, _STREAM_SHARES, max(16, next_power_of_two(self.keep))
+        rows, queries = self._readers
+        tiles, limit, is_early = -(-self.chunks // tile), max(128, 4 * kept), starts_early(self.shapes.device.index)
+        scan = PreparedLaunch(
+            stream_scan_kernel, (shares, rows * self.heads, -(-queries // 16)), R=self.dim, BQ=16, TILE=tile,
+            BOX=box, SHARES=shares, STAGES=_STREAM_RING // (2 * self.dim * tile), LISTED=_STREAM_LISTED,
+            FOREIGN=self.constants["FOREIGN"], CHUNK_ROWS=self.constants["CHUNK_ROWS"], **self.rows,
+            num_warps=_STREAM_WARPS, OVERLAPS=is_early, launch_pdl=is_early,
+        )  # fmt: skip
+        finish = PreparedLaunch(
+            kernel_decode.choose_kernel, (self.queries,), KP=kept, SHARES=shares, TILE=tile, LISTED=_STREAM_LISTED,
+            LIMIT=limit, num_warps=_CHOOSE_WARPS, OVERLAPS=is_early, launch_pdl=is_early,
+        )  # fmt: skip
+        return Scan(
+            scan, finish, (tiles * tile, shares * tile, (_STREAM_LISTED + 1) * shares, 2 * limit),
+            (self.chunks, self.heads, queries, tiles * tile, tiles),
+            (self.chunks, self.keep, -(-tiles // shares), tiles * tile, queries, self.heads),
+        )  # fmt: skip
+
     @cached_property
     def decode(self) -> Scan:
         shapes, kept = self.shapes, next_power_of_two(self.keep)
@@ -239,9 +293,7 @@ class TopkPlan:
                 f'chunk_topk: impl="triton" for few queries of R={self.dim} in {shapes.dtypes[1]} takes {needed:,} '
                 f'bytes of shared memory, this card has {memory:,}; use bf16, fp16 or impl="auto"'
             )
-        # queries that read the same landmarks are scored together
-        is_shared = not (self.rows["LANDMARK_ROWS"] or self.constants["CHUNK_ROWS"])
-        rows, queries = (1, self.batch * self.tokens) if is_shared else (self.batch, self.tokens)
+        rows, queries = self._readers
         share = _share(self.chunks, options)
         shares = -(-self.chunks // share)
         padded = shares * share

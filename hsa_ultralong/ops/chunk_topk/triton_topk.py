@@ -103,6 +103,8 @@ def _decode(
     plan: TopkPlan, operands: _Operands, scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices and scores of few queries; scales of 8-bit landmarks."""
+    if plan.takes_stream:
+        return _decode_stream(plan, operands)
     device, chosen = operands.query.device, plan.decode
     results = _results(plan, device)
     keys, lane_tops, share_tops = (
@@ -112,6 +114,20 @@ def _decode(
     row_scales = operands.factor if scales is None else scales
     chosen.scan(*operands, row_scales, keys, lane_tops, share_tops, *chosen.scan_sizes)
     chosen.finish(keys, lane_tops, share_tops, *results, *chosen.finish_sizes)
+    return results
+
+
+def _decode_stream(plan: TopkPlan, operands: _Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same over many landmarks on Hopper."""
+    from hsa_ultralong.ops.chunk_topk.kernel_hopper import described
+
+    device, chosen = operands.query.device, plan.streamed
+    results = _results(plan, device)
+    *left, spare = (torch.empty((plan.queries, width), dtype=torch.int64, device=device) for width in chosen.widths)
+    query, landmarks, segment, position, chunk_segment, chunk_end, factor = operands
+    read = described(landmarks, chunk_segment, chunk_end, plan.stream_tile)
+    chosen.scan(*read, query, segment, position, factor, *left, *chosen.scan_sizes)
+    chosen.finish(*left, spare, *results, *chosen.finish_sizes)
     return results
 
 
