@@ -125,7 +125,7 @@ def chunks_of_all_forms(topk: int, dim: int, width: int, memory: int) -> list[in
         dim: of a landmark, padded to a power of two; width: bytes of a number.
         memory: bytes of shared memory that a program may use on the card.
     """
-    options = decode_options(next_power_of_two(topk), dim, width, memory)
+    options = decode_options(max(2, next_power_of_two(topk)), dim, width, memory)
     found: dict[tuple[int, int], int] = {}
     count = topk + 1
     while count <= options.share * _MOST_SHARES:
@@ -253,6 +253,8 @@ class TopkPlan:
             return False
         is_long = _STREAM_SHARES * self.stream_tile[0] <= self.chunks < (2**31 - 2**20) // shapes.landmarks[0]
         is_plain = set(shapes.dtypes[3:]) == {torch.int32} and shapes.is_aligned
+        # a bulk copy begins at a multiple of 16 bytes, also of the places of a later row
+        is_plain = is_plain and (not self.constants["CHUNK_ROWS"] or self.chunks % 4 == 0)
         return is_long and is_plain and runs_hopper_kernels(shapes.device.index)
 
     @cached_property
@@ -281,7 +283,8 @@ class TopkPlan:
 
     @cached_property
     def decode(self) -> Scan:
-        shapes, kept = self.shapes, next_power_of_two(self.keep)
+        # one best candidate alone is none of tl.topk's forms
+        shapes, kept = self.shapes, max(2, next_power_of_two(self.keep))
         assert shapes.dtypes[1] is not None
         has_scales = shapes.dtypes[2] is not None
         width, memory = shapes.dtypes[1].itemsize, shared_memory(shapes.device.index)
