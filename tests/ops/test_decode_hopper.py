@@ -11,7 +11,7 @@ from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 from hsa_ultralong.ops._triton import runs_hopper_kernels
 
 pytest.importorskip("triton")
-from hsa_ultralong.ops.chunk_topk import plan
+from hsa_ultralong.ops.chunk_topk import plan, triton_topk
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,11 +41,14 @@ def places(batch, tokens, rows, chunks, foreign):
 
 def both(monkeypatch, query, landmarks, visible, topk, **options):
     """By the stream and by the scan of other cards."""
-    found = []
+    found, streamed = [], []
+    decode = triton_topk._decode_stream
+    monkeypatch.setattr(triton_topk, "_decode_stream", lambda *given: streamed.append(1) or decode(*given))
     for is_stream in (True, False):
         monkeypatch.setattr(plan, "_STREAMS", is_stream)
         plan.plan_of.cache_clear()
         found.append(chunk_topk(query, landmarks, visible, topk=topk, impl="triton", **options))
+        assert len(streamed) == 1
     plan.plan_of.cache_clear()
     return found
 
@@ -89,11 +92,9 @@ def test_wherever_the_best_candidates_lie(monkeypatch, place):
     chunks, dim = 40_000, 256
     query, landmarks = draw(1, 1, 1, dim), draw(1, chunks, 1, dim, seed=1)
     chunk = torch.arange(chunks, device="cuda")
-    everyone = ChunkVisibility(
-        *torch.zeros(2, 1, 1, dtype=torch.int32, device="cuda"),
-        torch.full((1, chunks), -1, dtype=torch.int32, device="cuda"),
-        torch.zeros(1, chunks, dtype=torch.int32, device="cuda"),
-    )
+    reader = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+    owners = torch.full((1, chunks), -1, dtype=torch.int32, device="cuda")
+    everyone = ChunkVisibility(reader, reader, owners, torch.zeros_like(owners))
     favoured = {
         "one_share": chunk // 64 % 128 == 3,
         "one_lane": chunk % 8192 == 77,
