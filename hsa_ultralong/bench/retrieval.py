@@ -1,4 +1,5 @@
-"""Points of retrieval and decoding: chunk_topk, its unfused baseline, one query over millions of tokens, a copy.
+"""Points of retrieval and decoding: chunk_topk, its unfused baseline, one query over millions of tokens, one reading
+and a copy of as many bytes.
 
 The unfused baseline stores all scores, as one would write it with torch: matmul, mask, topk; its scores are rounded to
 the inputs' dtype, which ours never are. tests/bench/test_benchmarks.py.
@@ -74,10 +75,11 @@ def topk_points(operators: Any, settings: Settings) -> Iterator[Point]:
 
 
 def decode_points(operators: Any, settings: Settings) -> Iterator[Point]:
-    """One query over C chunks, captured in a CUDA graph on a GPU: retrieval, attention, and a copy of the landmarks."""
+    """One query over C chunks, captured in a CUDA graph on a GPU: retrieval, attention; landmarks read, and copied."""
     is_gpu = settings.device == "cuda"
     for C in settings.decode_chunks:
         yield _copy_point(settings, C)
+        yield _read_point(settings, C)
         if is_gpu:
             yield _decode_topk_point(operators, settings, "triton", C)
             yield _decode_hsa_point(operators, settings, "triton", C)
@@ -100,6 +102,16 @@ def _copy_point(settings: Settings, C: int) -> Point:
     # every byte is read and written
     size = 2 * _landmark_bytes(settings, C)
     return Point("copy", "torch", "fwd", 1, prepare, C=C, bytes=size, use_graph=True)
+
+
+def _read_point(settings: Settings, C: int) -> Point:
+    """torch's sum of all landmarks: what reading them once takes."""
+
+    def prepare() -> Call:
+        source = noise(settings, C, settings.R)
+        return lambda: source.sum(dtype=torch.float32)
+
+    return Point("read", "torch", "fwd", 1, prepare, C=C, bytes=_landmark_bytes(settings, C), use_graph=True)
 
 
 def _decode_topk_point(operators: Any, settings: Settings, impl: str, C: int) -> Point:

@@ -117,7 +117,7 @@ def bench_ops(
         operators, settings, meta, ops=wanted, recorder=_recorder(settings, model, text), path=path,
         progress=_show, minutes=float("inf") if max_minutes is None else max_minutes,
     )  # fmt: skip
-    if any(record["op"] not in ("chunk_topk", "copy", "decode_topk", "decode_hsa") for record in result["records"]):
+    if {record["op"] for record in result["records"]} - {"chunk_topk", "copy", "read", "decode_topk", "decode_hsa"}:
         plot_ops(result, path.with_suffix(".png"))
     if as_json:
         echo_json(result)

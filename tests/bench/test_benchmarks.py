@@ -166,7 +166,8 @@ def test_every_record_has_the_fields_of_the_results_page(result):
         assert set(record) >= FIELDS
         assert record["ms"] > 0 and record["ms_low"] <= record["ms"] <= record["ms_high"]
     assert {record["op"] for record in records} == {
-        "hsa", "full_attention", "window", "selected", "nsa", "moba", "chunk_topk", "decode_topk", "decode_hsa", "copy"
+        "hsa", "full_attention", "window", "selected", "nsa", "moba", "chunk_topk", "decode_topk", "decode_hsa", "copy",
+        "read",
     }  # fmt: skip
     (hsa,) = [r for r in records if (r["op"], r["impl"], r["direction"], r["T"]) == ("hsa", "torch_gather", "fwd", 16)]
     # K = 2, S = 4: tokens 4..7 see one chunk, 8..15 two
