@@ -4,9 +4,9 @@
     python scripts/publish.py runs/twins/run-* runs/twins/speed-* runs/twins/eval* -o results/twins --together --small
     python scripts/publish.py results/twins/run-hsa-0 -o runs/hsa-0
 
-Of a suite: summary.json, summary.md, and records.jsonl.xz without the places of chunks (ranks and weights stay, with
-six digits) and without questions and answers whose files are share-alike; scores by depth are left out of summary.json,
-as the records tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --together all runs go to two
+Of a suite: summary.json (numbers with six digits), summary.md, and records.jsonl.xz without the places of chunks (ranks
+and weights stay, with six digits) and without questions and answers whose files are share-alike; scores by depth are
+left out of summary.json, as the records tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --together all runs go to two
 files in -o: runs.jsonl.xz, a line a run with its name as `run` and all these files but records, and records.jsonl.xz
 of all suites, each record with its `run`. A small file takes a whole block of a disk, and models that are asked the
 same take a third of the room. A run of these is named as if it were a folder there, and publishing it again makes one.
@@ -85,7 +85,11 @@ def files_of(run: Path, is_small: bool = False) -> dict[str, Any]:
         if not lines:
             raise ValueError(f"{run} holds no sample yet: let the run end first")
         summary = files["summary.json"]
-        summary["records"] = [record for record in summary["records"] if record.get("depth") is None]
+        summary["records"] = [
+            {key: _short(value) for key, value in record.items()}
+            for record in summary["records"]
+            if record.get("depth") is None
+        ]
         lines = [published(record) for record in lines]
     return {**files, kind: lines}
 
