@@ -150,14 +150,14 @@ def test_a_row_that_is_not_finite_spoils_of_the_hidden_gradient_its_own_row_only
     assert hidden.grad[[0, 1, 3, 4]].isfinite().all()
 
 
-@pytest.mark.parametrize("parts", [(0, 0), (64, 64), (128, 32)])
+@pytest.mark.parametrize("block", [(1, 32), (4, 64), (2, 256)])
 @pytest.mark.parametrize("vocab", [300, 320])
-def test_the_kernel_of_a_gpu_equals_the_plain_step(monkeypatch, parts, vocab):
+def test_the_kernel_of_a_gpu_equals_the_plain_step(monkeypatch, block, vocab):
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not is_interpreted():
         pytest.skip("needs a GPU or TRITON_INTERPRET=1")
-    for name, value in {"_HELD": parts[0], "_KEPT": parts[1], "_BLOCK": 32, "_WARPS": 4}.items():
+    for name, value in {"_STEPS": block[0], "_LANES": block[1], "_WARPS": 4}.items():
         monkeypatch.setattr(torch_chunked, name, value)
     logits = (random_tensor(9, 320, dtype=torch.float32) * 5).to(device)
     labels = random_tokens(1, 9, vocab_size=vocab)[0].to(device)

@@ -44,8 +44,8 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(_loss_and_slope)
 
 
-# first columns of a row that stay in registers, columns that stay in the L2 cache, of a block; warps
-_HELD, _KEPT, _BLOCK, _WARPS = 32_768, 32_768, 4096, 32
+# numbers of a thread that follow each other in its block, columns of each; warps
+_STEPS, _LANES, _WARPS = 4, 4096, 32
 
 
 @on_own_device
@@ -58,9 +58,8 @@ def _by_kernel(
     rows, padded = logits.shape
     slope = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    held, kept = (_HELD, _KEPT) if vocab_size >= _HELD + _KEPT else (0, 0)
     slope_kernel[(min(rows, num_processors(logits.device.index)),)](
-        logits, labels, slope, losses, rows, vocab_size, padded, ignore_index, HELD=held, KEPT=kept, BLOCK=_BLOCK,
+        logits, labels, slope, losses, rows, vocab_size, padded, ignore_index, STEPS=_STEPS, LANES=_LANES,
         num_warps=_WARPS,
     )  # fmt: skip
     return losses.sum(), slope
