@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsa_ultralong.ops import linear_cross_entropy
-from hsa_ultralong.ops._triton import is_interpreted
 from hsa_ultralong.ops.linear_cross_entropy import torch_chunked
 from hsa_ultralong.testing.factories import random_tensor, random_tokens
 from hsa_ultralong.testing.oracles import max_error
@@ -148,27 +147,3 @@ def test_a_row_that_is_not_finite_spoils_of_the_hidden_gradient_its_own_row_only
     loss.backward()
     assert loss.isnan() and hidden.grad[2].isnan().any()
     assert hidden.grad[[0, 1, 3, 4]].isfinite().all()
-
-
-@pytest.mark.parametrize("block", [(1, 32), (4, 64), (2, 256)])
-@pytest.mark.parametrize("vocab", [300, 320])
-def test_the_kernel_of_a_gpu_equals_the_plain_step(monkeypatch, block, vocab):
-    pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not is_interpreted():
-        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
-    for name, value in {"_STEPS": block[0], "_LANES": block[1], "_WARPS": 4}.items():
-        monkeypatch.setattr(torch_chunked, name, value)
-    logits = (random_tensor(9, 320, dtype=torch.float32) * 5).to(device)
-    labels = random_tokens(1, 9, vocab_size=vocab)[0].to(device)
-    labels[1::3] = -100
-    logits[2, 7] = float("-inf")
-    expected = torch_chunked._loss_and_slope(logits.double(), labels, -100, vocab, torch.float64)
-    loss, slope = torch_chunked._by_kernel(logits, labels, -100, vocab, torch.float32)
-    torch.testing.assert_close(loss.double(), expected[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(slope.double(), expected[1], rtol=1e-5, atol=1e-7)
-    assert (slope[:, vocab:] == 0).all() and (slope[1::3] == 0).all()
-    logits[3, 5], labels[5] = float("nan"), vocab
-    loss, spoiled = torch_chunked._by_kernel(logits, labels, -100, vocab, torch.float32)
-    assert loss.isnan() and spoiled[3].isnan()[:vocab].all()
-    assert torch.equal(spoiled[[0, 1, 2, 4, 6, 7, 8]], slope[[0, 1, 2, 4, 6, 7, 8]])

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from hsa_ultralong.ops._common import accumulation_dtype, add_product, blocks, matmul_wide, refuse_second_derivatives
-from hsa_ultralong.ops._triton import num_processors, on_own_device, triton_runs_on
 
 # logits of one slice, in elements
 _SLICE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -44,36 +43,13 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(_loss_and_slope)
 
 
-# numbers of a thread that follow each other in its block, columns of each; warps
-_STEPS, _LANES, _WARPS = 4, 4096, 32
-
-
-@on_own_device
-def _by_kernel(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, vocab_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """_loss_and_slope of contiguous fp32 logits by kernel_slope.py."""
-    from hsa_ultralong.ops.linear_cross_entropy.kernel_slope import slope_kernel
-
-    rows, padded = logits.shape
-    slope = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    slope_kernel[(min(rows, num_processors(logits.device.index)),)](
-        logits, labels, slope, losses, rows, vocab_size, padded, ignore_index, STEPS=_STEPS, LANES=_LANES,
-        num_warps=_WARPS,
-    )  # fmt: skip
-    return losses.sum(), slope
-
-
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int
     ) -> torch.Tensor:
         wide = accumulation_dtype(hidden.dtype)
-        step = _loss_and_slope
-        if hidden.is_cuda:
-            step = _by_kernel if wide == torch.float32 and triton_runs_on(hidden) else _compiled()
+        step = _compiled() if hidden.is_cuda else _loss_and_slope
         needs_gradient = any(ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
