@@ -151,9 +151,15 @@ class ChunkEncoder(nn.Module):
         rotary = rotary_table(size + 1, self.head_dim, self.rope_theta, x.device, x.dtype, self.rope_scaling)
         for layer in self.layers:
             x = layer(x, rotary, None if present is None else present[:, None, None])
+        return self.outputs(x, present, batch, num_chunks)
+
+    def outputs(
+        self, x: torch.Tensor, present: torch.Tensor | None, batch: int, num_chunks: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `project` returns, from what its layers give, (B*C, S + 1, M)."""
         x = self.norm(x)
-        tokens = x[:, :size]  # (N, S, M)
-        heads = (batch, num_chunks * size, -1, self.head_dim)
+        tokens = x[:, :-1]  # (N, S, M)
+        heads = (batch, num_chunks * tokens.shape[1], -1, self.head_dim)
         k, v = self.k_norm(self.k_proj(tokens).view(heads)), self.v_proj(tokens).view(heads)
         landmarks = self._landmarks(x, present).view(batch, num_chunks, self.num_retrieval_heads, -1)
         return k.to(v.dtype), v, landmarks

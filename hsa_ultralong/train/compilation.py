@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from hsa_ultralong.baselines import FullAttentionLM, RivalForCausalLM
 from hsa_ultralong.models import HSAForCausalLM
@@ -19,14 +22,16 @@ def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -
     if isinstance(model, FullAttentionLM):
         for layer in model.layers:
             layer.compile(dynamic=False)
+        _compile_norm(model.norm)
         return
     if isinstance(model, RivalForCausalLM):
         # what all rivals share; their attentions loop over pieces of a row
         for layer in model.model.layers:
             parts: Any = layer
-            for part in (parts.input_norm, parts.mlp_norm, parts.mlp):
-                part.compile(dynamic=False)
-        model.model.norm.compile(dynamic=False)
+            for norm in (parts.input_norm, parts.mlp_norm):
+                _compile_norm(norm)
+            parts.mlp.compile(dynamic=False)
+        _compile_norm(model.model.norm)
         return
     for mixture in (part for part in model.modules() if isinstance(part, MixtureOfExperts)):
         # where rows travel to experts the layers' graphs end; how many arrive differs
@@ -37,19 +42,30 @@ def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -
         layer.compile(dynamic=False)
     for layer in model.model.chunk_encoder.layers:
         layer.compile(dynamic=False)
-    model.model.norm.compile(dynamic=False)
+    _compile_methods(model.model.chunk_encoder, "outputs")
+    _compile_norm(model.model.norm)
     for group in model.model.upper_groups():
         hsa_layer: Any = group.hsa_layer
-        hsa_layer.hsa_norm.compile(dynamic=False)
-        for part, names in (
-            (hsa_layer, ("attend_window", "feed_forward")),
-            (hsa_layer.hsa, ("queries",)),
-            (group.retriever, ("queries",)),
-        ):
-            for name in names:
-                setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+        _compile_norm(hsa_layer.hsa_norm)
+        _compile_methods(hsa_layer, "attend_window", "feed_forward")
+        _compile_methods(hsa_layer.hsa, "queries", "output")
+        _compile_methods(group.retriever, "queries")
         for layer in group.layers:
             layer.compile(dynamic=False)
+
+
+def _compile_methods(part: nn.Module, *names: str) -> None:
+    for name in names:
+        setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+
+
+def _normalize(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
+
+
+def _compile_norm(norm: nn.RMSNorm) -> None:
+    """A norm that stands alone: torch.compile leaves out modules of torch itself, without a word."""
+    norm.forward = torch.compile(partial(_normalize, norm), dynamic=False)  # type: ignore[method-assign]
 
 
 def uncompiled() -> AbstractContextManager[Any]:
