@@ -31,6 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from hsa_ultralong.ops._gluon import begin
+
 # the weight of a chunk that a token did not choose: a NaN that no weight is
 _UNCHOSEN = gl.constexpr(-1)
 # groups of a program, tokens of each, rows of a token
@@ -180,7 +182,7 @@ def _produce(given, HKV, HR, STAGES: gl.constexpr, ORDER: gl.constexpr, KV_BATCH
     """One warp: keys, values and weights of all tiles' chunks into place after place, a place at least for every tile,
     and one that says that there are no more. It leaves places for the groups that pass by."""
     (
-        k, v, weights, chunks, counts, slots, tickets, keys, values, ring, full, empty,
+        k, v, weights, chunks, counts, slots, keys, values, ring, full, empty,
         T, C, K, U, first_tile, num_tiles, tiles,
     ) = given  # fmt: skip
     TOKENS: gl.constexpr = _TOKENS * _GROUPS
@@ -240,7 +242,7 @@ def _produce(given, HKV, HR, STAGES: gl.constexpr, ORDER: gl.constexpr, KV_BATCH
             weight = weight1
             is_chosen = is_chosen1
             bar, phase = _after(bar, phase, 1, STAGES)
-        number = _following(number, round, tickets, ORDER)
+        number = _following(number, round, counts + tiles // HKV * HR, ORDER)
         round += 1
     place = _place(bar, STAGES)
     mbarrier.wait(empty.index(place), gl.where(bar >= STAGES, 0, 1))
@@ -374,12 +376,14 @@ def _consume(given, HKV, HR, GROUP: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "C", "K", "U", "first_tile", "num_tiles", "tiles"])
 def hopper_forward_kernel(
-    q, k, v, weights, chunks, counts, slots, tickets, spoiled, out,
+    q, k, v, weights, chunks, counts, slots, spoiled, out,
     T, C, K, U, first_tile, num_tiles, tiles, scale, HKV, HR,
     KV_BATCH: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ORDER: gl.constexpr,
+    OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """out of `tiles` tiles, num_tiles of every row and memory head; k and v are descriptors of boxes of one chunk,
     `scale` holds log2(e)."""
+    begin(OVERLAPS)
     narrow: gl.constexpr = k.dtype
     keys = gl.allocate_shared_memory(narrow, [STAGES, 64, 64], k.layout)
     values = gl.allocate_shared_memory(narrow, [STAGES, 64, 64], v.layout)
@@ -395,7 +399,7 @@ def hopper_forward_kernel(
     fence_async_shared()
     gl.thread_barrier()
     copied = (
-        k, v, weights, chunks, counts, slots, tickets, keys, values, ring, full, empty,
+        k, v, weights, chunks, counts, slots, keys, values, ring, full, empty,
         T, C, K, U, first_tile, num_tiles, tiles,
     )  # fmt: skip
     read = (q, spoiled, out, queries, keys, values, ring, full, empty, T, first_tile, num_tiles, scale)

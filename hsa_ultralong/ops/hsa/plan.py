@@ -38,11 +38,11 @@ _PARTED_PAIRS, _PARTS_BYTES, _PARTS_PAIRS, _PART_STEP = 1 << 16, 1 << 30, 128, 6
 # groups of warps of a program on Hopper, places of each for rows under way, registers of a thread of theirs
 _HOPPER = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
 # whether the forward over lists has a kernel of its own on Hopper; pairs of a row from which on it is faster, tokens of
-# its tiles, places of its ring, registers of a thread
+# its tiles, places of its ring, registers of a thread, how programs take tiles
 HOPPER_FORWARD = True
 _HOPPER_PAIRS = 1 << 18
 _HOPPER_TOKENS = 16
-_HOPPER_FORWARD = {"STAGES": 12, "REGISTERS": 112}
+_HOPPER_FORWARD = {"STAGES": 12, "REGISTERS": 112, "ORDER": 2}
 # slots whose shares in dq are added up at a time
 _SUMMED_SLOTS = 8
 # longest list that one program sorts: tokens of a tile * slots
@@ -235,7 +235,8 @@ class HSAPlan:
             tiles = count * self.kv_heads * self.batch
             grid = (min(tiles, self.processors),)
             launch = PreparedLaunch(
-                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **_HOPPER_FORWARD
+                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **_HOPPER_FORWARD,
+                **self.overlap,
             )
             shares = (-(-count // share), self.kv_heads, self.batch)
             mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, shares, SHARE=share, **mending)
