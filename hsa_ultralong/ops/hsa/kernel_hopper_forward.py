@@ -1,20 +1,22 @@
 """A Gluon kernel for Hopper (compute capability 9.0): the forward of hsa_attention over lists.
 
 A tile is 16 tokens times the 16 heads of one memory head. A producer warp copies keys, values and all tokens' weights
-of the chunks in a tile's union (kernel_lists.py) into a ring of STAGES places, two at least. Each of four groups of
-four warps has four tokens, 64 rows, and leaves out chunks that none of them chose. A warp's 16 rows are the heads of
-one token, so it forms no exponentials of a chunk that this did not choose.
+of the chunks in a tile's union (kernel_lists.py) into a ring of STAGES places, three at least. Each of four groups of
+four warps has four tokens, 64 rows. A warp's 16 rows are the heads of one token, so it forms no exponentials of a
+chunk that this did not choose. A group issues the logits of its next chunk right behind the values of this one.
 
-Barriers: `full` of a place, one arrival of the producer and the bytes that it copies; `empty`, one arrival of every
-group, after its last product that reads the place. Every group waits for every place in order, also those that it
-leaves out, so neither barrier is ever two phases ahead of anybody. It waits for a place before it leaves the one
-before, while that one's last product runs.
+A group passes by chunks that none of its tokens chose. Every place says how far on the group's next stop is: the next
+chunk that it chose, or at most FARTHEST = (STAGES - 1) // 2 on; the first chunk of a tile is a stop of all. So the place
+after the next, which a group waits for while it holds one, is in the ring. Barriers: `full`, one arrival of the producer
+and the bytes that it copies; there are two for every place, taken by turns, as a group that passed by may wait for one
+whose last but one use is not over. `empty` of a place, one arrival of every group, after its last product that reads
+the place; the producer arrives for the groups that pass by.
 
 A row's exponents count from its largest logit in the union's first chunk, not in each chunk. A sum not between 2**-100
 and 2**120 makes its row NaN and `spoiled`; kernel_exact.py forms such tiles again. Measured: docs/kernels.md. Imported
 only where it runs (plan.py). tests/ops/test_hopper_forward.py; host: test_hsa_triton.py.
 
-Grid: any number of programs, which take tiles in turn; a program owns the rows of out and of spoiled (B, Hkv, tiles,
+Grid: any number of programs, which share out the tiles; a program owns the rows of out and of spoiled (B, Hkv, tiles,
 256) of its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q,
 addresses at multiples of 16 bytes; every chunk once in a tile.
 """
@@ -270,9 +272,7 @@ def _queries(q, first_token, kv_head, b, T, HKV, layout: gl.constexpr):
 @gluon.jit
 def _again(number):
     """The same, but what follows from it is formed anew: less is held during the loop between."""
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
-    )
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -337,10 +337,11 @@ def _consume(given, HKV, HR, GROUP: gl.constexpr, STAGES: gl.constexpr):
         next_bar, next_phase, is_last = _stop(ring, full, bar, phase, GROUP, STAGES)
         logits = warpgroup_mma_wait(0, deps=(logits,))
         bounds = -gl.max(logits, 1) * scale
-        # nothing has arrived since: no need of a barrier before the next wait
+        # or the first wait of the loop would get one, at every turn
         gl.thread_barrier()
         while not is_last:
             p = gl.convert_layout(_shares(logits, bounds, bits, scale, narrow), operand)
+            # after the arrival below; here the warps meet anyway
             gl.thread_barrier()
             place = _place(bar, STAGES)
             next_place = _place(next_bar, STAGES)

@@ -235,9 +235,9 @@ class HSAPlan:
             tiles = count * self.kv_heads * self.batch
             grid = (min(tiles, self.processors),)
             launch = PreparedLaunch(
-                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **_HOPPER_FORWARD,
-                **self.overlap,
-            )
+                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **self.overlap,
+                **_HOPPER_FORWARD,
+            )  # fmt: skip
             shares = (-(-count // share), self.kv_heads, self.batch)
             mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, shares, SHARE=share, **mending)
             sizes = (self.tokens, self.chunks, self.slots, lists.most, first, count)
