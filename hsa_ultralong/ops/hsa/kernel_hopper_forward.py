@@ -6,11 +6,11 @@ four warps has four tokens, 64 rows. A warp's 16 rows are the heads of one token
 chunk that this did not choose. A group issues the logits of its next chunk right behind the values of this one.
 
 A group passes by chunks that none of its tokens chose. Every place says how far on the group's next stop is: the next
-chunk that it chose, or at most FARTHEST = (STAGES - 1) // 2 on; the first chunk of a tile is a stop of all. So the place
-after the next, which a group waits for while it holds one, is in the ring. Barriers: `full`, one arrival of the producer
-and the bytes that it copies; there are two for every place, taken by turns, as a group that passed by may wait for one
-whose last but one use is not over. `empty` of a place, one arrival of every group, after its last product that reads
-the place; the producer arrives for the groups that pass by.
+chunk that it chose, or at most (STAGES - 1) // 2 on; a tile's first chunk is a stop of all. So the place after the
+next, which a group waits for while it holds one, fits the ring. Barriers: `full`, one arrival of the producer and the
+bytes that it copies, two for every place, by turns, or one that passed by would take the use before for the one that it
+waits for; `empty` of a place, one arrival for every group: of the producer where it passes by, or its own after its
+last product that reads the place.
 
 A row's exponents count from its largest logit in the union's first chunk, not in each chunk. A sum not between 2**-100
 and 2**120 makes its row NaN and `spoiled`; kernel_exact.py forms such tiles again. Measured: docs/kernels.md. Imported

@@ -43,7 +43,7 @@ class TileLists(NamedTuple):
     """Chunks of every tile. For full coverage `chunks` and `counts` are None: chunk u of a tile is chunk u itself.
 
     chunks: (B, Hr, tiles, Umax) int32, the first counts[b, hr, tile] are set.
-    counts: (B + 1, Hr, tiles) int32; of the last row one number is set, for kernel_hopper_forward.py: 0.
+    counts: (B + 1, Hr, tiles) int32; the last row begins with 0 (kernel_hopper_forward.py).
     slots: (B, Hr, tiles, Umax, BT) int16 or int32, slot of chunk u in the list of a token, -1 = not selected;
         for full coverage (B, Hr, C, T).
     """
@@ -236,7 +236,6 @@ def _tile_lists_kernel(
     count = tl.sum(is_first, 0)
     row = (b * HR + hr) * num_tiles + tile
     tl.store(counts + row, count)
-    # tiles that programs have taken after their first
     tl.store(counts + tl.num_programs(2) * HR * num_tiles, 0, mask=row == 0)
     tl.store(chunks + row * U + rank, chunk.to(tl.int32), mask=is_first == 1)
     slot_map += row * U * BT
