@@ -16,9 +16,9 @@ A row's exponents count from its largest logit in the union's first chunk, not i
 and 2**120 makes its row NaN and `spoiled`; kernel_exact.py forms such tiles again. Measured: docs/kernels.md. Imported
 only where it runs (plan.py). tests/ops/test_hopper_forward.py; host: test_hsa_triton.py.
 
-Grid: any number of programs, which share out the tiles; a program owns the rows of out and of spoiled (B, Hkv, tiles,
-256) of its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31 numbers in q,
-addresses at multiples of 16 bytes; every chunk once in a tile.
+Grid: any number of programs, which take tiles by tickets (TileLists.counts); a program owns the rows of out and of
+spoiled (B, Hkv, tiles, 256) of its tiles. Needed: D = S = 64, G = 16, 16-bit numbers, no lengths, fewer than 2**31
+numbers in q, addresses at multiples of 16 bytes; every chunk once in a tile.
 """
 
 from __future__ import annotations
@@ -112,20 +112,14 @@ def _tile(number, num_tiles, HKV, HR):
 
 
 @gluon.jit
-def _following(number, round, tickets, ORDER: gl.constexpr):
-    """The tile that a program takes after tile `number`, its `round`-th: the next that no program has taken (2), or one
-    of every num_programs, backwards in odd rounds (1) or not (0). One warp asks."""
-    programs = gl.num_programs(0)
-    if ORDER == 2:
-        taken = gl.inline_asm_elementwise(
-            "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.u32 $0, 0; "
-            "@first atom.relaxed.gpu.global.add.u32 $0, [$1], 1; shfl.sync.idx.b32 $0, $0, 0, 31, -1; }",
-            "=r,l", [tickets.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-        return programs + taken
-    if ORDER == 1:
-        return (round + 1) * programs + gl.where(round % 2 == 0, programs - 1 - gl.program_id(0), gl.program_id(0))
-    return number + programs
+def _ticket(tickets):
+    """The next tile that no program has taken, beyond those that they began with. One warp asks."""
+    taken = gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.u32 $0, 0; "
+        "@first atom.relaxed.gpu.global.add.u32 $0, [$1], 1; shfl.sync.idx.b32 $0, $0, 0, 31, -1; }",
+        "=r,l", [tickets.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    return gl.num_programs(0) + taken
 
 
 @gluon.jit
@@ -180,7 +174,7 @@ def _distance(choices, position):
 
 
 @gluon.jit
-def _produce(given, HKV, HR, STAGES: gl.constexpr, ORDER: gl.constexpr, KV_BATCH: gl.constexpr):
+def _produce(given, HKV, HR, STAGES: gl.constexpr, KV_BATCH: gl.constexpr):
     """One warp: keys, values and weights of all tiles' chunks into place after place, a place at least for every tile,
     and one that says that there are no more. It leaves places for the groups that pass by."""
     (
@@ -194,7 +188,6 @@ def _produce(given, HKV, HR, STAGES: gl.constexpr, ORDER: gl.constexpr, KV_BATCH
     member = lane % TOKENS
     bar = 0
     phase = 0
-    round = 0
     number = gl.program_id(0)
     while number < tiles:
         local, kv_head, b, entry = _tile(number, num_tiles, HKV, HR)
@@ -244,8 +237,7 @@ def _produce(given, HKV, HR, STAGES: gl.constexpr, ORDER: gl.constexpr, KV_BATCH
             weight = weight1
             is_chosen = is_chosen1
             bar, phase = _after(bar, phase, 1, STAGES)
-        number = _following(number, round, counts + tiles // HKV * HR, ORDER)
-        round += 1
+        number = _ticket(counts + tiles // HKV * HR)
     place = _place(bar, STAGES)
     mbarrier.wait(empty.index(place), gl.where(bar >= STAGES, 0, 1))
     ring.index(place).store(gl.full((2 * TOKENS,), -1, gl.int32, lanes))
@@ -379,8 +371,7 @@ def _consume(given, HKV, HR, GROUP: gl.constexpr, STAGES: gl.constexpr):
 def hopper_forward_kernel(
     q, k, v, weights, chunks, counts, slots, spoiled, out,
     T, C, K, U, first_tile, num_tiles, tiles, scale, HKV, HR,
-    KV_BATCH: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, ORDER: gl.constexpr,
-    OVERLAPS: gl.constexpr,
+    KV_BATCH: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """out of `tiles` tiles, num_tiles of every row and memory head; k and v are descriptors of boxes of one chunk,
     `scale` holds log2(e)."""
@@ -410,7 +401,7 @@ def hopper_forward_kernel(
             (_consume, (read, HKV, HR, 1, STAGES)),
             (_consume, (read, HKV, HR, 2, STAGES)),
             (_consume, (read, HKV, HR, 3, STAGES)),
-            (_produce, (copied, HKV, HR, STAGES, ORDER, KV_BATCH)),
+            (_produce, (copied, HKV, HR, STAGES, KV_BATCH)),
         ],
         [4, 4, 4, 1],
         [REGISTERS, REGISTERS, REGISTERS, 32],

@@ -266,7 +266,8 @@ def _slot_map_kernel(
 
 class TileListPlan:
     """Makes the lists of `num_tiles` tiles from `first_tile` on from indices of `shape` (B, T, Hr, K), below
-    num_chunks = C; overlap as in ops/_overlap.py, is_kept as in ops/_launch.py."""
+    num_chunks = C; overlap as in ops/_overlap.py, is_kept as in ops/_launch.py. sorted_by_warp: numbers of a tile for
+    every warp that sorts them."""
 
     def __init__(
         self,
@@ -278,6 +279,7 @@ class TileListPlan:
         overlap: Mapping[str, bool],
         *,
         is_kept: bool = False,
+        sorted_by_warp: int = 256,
     ) -> None:
         batch, num_tokens, heads, slots = shape
         self.most = min(tile_tokens * slots, num_chunks)
@@ -289,8 +291,8 @@ class TileListPlan:
         padded = max(FEWEST_SLOTS, triton.next_power_of_2(slots))
         self.launch = PreparedLaunch(
             _tile_lists_kernel, (num_tiles, heads, batch), is_kept=is_kept, BT=tile_tokens, KP=padded,
-            WIDE=num_chunks * tile_tokens * padded >= 2**31, num_warps=max(1, min(8, tile_tokens * padded // 256)),
-            **overlap,
+            WIDE=num_chunks * tile_tokens * padded >= 2**31, **overlap,
+            num_warps=max(1, min(8, tile_tokens * padded // sorted_by_warp)),
         )  # fmt: skip
 
     @property
