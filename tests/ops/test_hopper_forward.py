@@ -30,6 +30,8 @@ SHAPES = {
     "retrieval_per_head": (1, 1, 2, 2, 512, 20, 7),
     "all_at_once": (2, 2, 2, 2, 515, 20, 7),
     "few_tokens": (1, 1, 1, 1, 65, 40, 3),
+    # groups pass by many chunks of others
+    "far_apart": (1, 1, 1, 1, 515, 300, 2),
 }
 
 

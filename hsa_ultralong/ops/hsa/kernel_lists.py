@@ -43,7 +43,7 @@ class TileLists(NamedTuple):
     """Chunks of every tile. For full coverage `chunks` and `counts` are None: chunk u of a tile is chunk u itself.
 
     chunks: (B, Hr, tiles, Umax) int32, the first counts[b, hr, tile] are set.
-    counts: (B, Hr, tiles) int32.
+    counts: (B + 1, Hr, tiles) int32; the last row begins with 0 (kernel_hopper_forward.py).
     slots: (B, Hr, tiles, Umax, BT) int16 or int32, slot of chunk u in the list of a token, -1 = not selected;
         for full coverage (B, Hr, C, T).
     """
@@ -236,6 +236,7 @@ def _tile_lists_kernel(
     count = tl.sum(is_first, 0)
     row = (b * HR + hr) * num_tiles + tile
     tl.store(counts + row, count)
+    tl.store(counts + tl.num_programs(2) * HR * num_tiles, 0, mask=row == 0)
     tl.store(chunks + row * U + rank, chunk.to(tl.int32), mask=is_first == 1)
     slot_map += row * U * BT
     for start in range(0, count * BT, N):
@@ -265,7 +266,8 @@ def _slot_map_kernel(
 
 class TileListPlan:
     """Makes the lists of `num_tiles` tiles from `first_tile` on from indices of `shape` (B, T, Hr, K), below
-    num_chunks = C; overlap as in ops/_overlap.py, is_kept as in ops/_launch.py."""
+    num_chunks = C; overlap as in ops/_overlap.py, is_kept as in ops/_launch.py. sorted_by_warp: numbers of a tile for
+    every warp that sorts them."""
 
     def __init__(
         self,
@@ -277,18 +279,20 @@ class TileListPlan:
         overlap: Mapping[str, bool],
         *,
         is_kept: bool = False,
+        sorted_by_warp: int = 256,
     ) -> None:
         batch, num_tokens, heads, slots = shape
         self.most = min(tile_tokens * slots, num_chunks)
-        self.counts = (batch, heads, num_tiles)
-        self.chunks, self.slots = (*self.counts, self.most), (*self.counts, self.most, tile_tokens)
+        self.counts = (batch + 1, heads, num_tiles)
+        self.chunks = (batch, heads, num_tiles, self.most)
+        self.slots = (*self.chunks, tile_tokens)
         self.dtype = slot_dtype(slots)
         self.sizes = (num_tokens, slots, heads, self.most, first_tile, num_tiles)
         padded = max(FEWEST_SLOTS, triton.next_power_of_2(slots))
         self.launch = PreparedLaunch(
             _tile_lists_kernel, (num_tiles, heads, batch), is_kept=is_kept, BT=tile_tokens, KP=padded,
-            WIDE=num_chunks * tile_tokens * padded >= 2**31, num_warps=max(1, min(8, tile_tokens * padded // 256)),
-            **overlap,
+            WIDE=num_chunks * tile_tokens * padded >= 2**31, **overlap,
+            num_warps=max(1, min(8, tile_tokens * padded // sorted_by_warp)),
         )  # fmt: skip
 
     @property

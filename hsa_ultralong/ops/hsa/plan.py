@@ -38,11 +38,12 @@ _PARTED_PAIRS, _PARTS_BYTES, _PARTS_PAIRS, _PART_STEP = 1 << 16, 1 << 30, 128, 6
 # groups of warps of a program on Hopper, places of each for rows under way, registers of a thread of theirs
 _HOPPER = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
 # whether the forward over lists has a kernel of its own on Hopper; pairs of a row from which on it is faster, tokens of
-# its tiles, places of its ring, registers of a thread
+# its tiles, places of its ring, registers of a thread; numbers that a warp sorts in its lists
 HOPPER_FORWARD = True
 _HOPPER_PAIRS = 1 << 18
 _HOPPER_TOKENS = 16
 _HOPPER_FORWARD = {"STAGES": 12, "REGISTERS": 112}
+_HOPPER_SORTED = 128
 # slots whose shares in dq are added up at a time
 _SUMMED_SLOTS = 8
 # longest list that one program sorts: tokens of a tile * slots
@@ -231,21 +232,22 @@ class HSAPlan:
         share = max(1, _SPOILED_SHARE * 64 // rows)
         passes = []
         for first, count in self._launches(tokens):
-            lists = self._tile_lists(tokens, first, count)
+            lists = self._tile_lists(tokens, first, count, sorted_by_warp=_HOPPER_SORTED)
             tiles = count * self.kv_heads * self.batch
             grid = (min(tiles, self.processors),)
             launch = PreparedLaunch(
-                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **_HOPPER_FORWARD
-            )
+                hopper_forward_kernel, grid, num_warps=4, is_kept=self.shapes.is_aligned, **flags, **self.overlap,
+                **_HOPPER_FORWARD,
+            )  # fmt: skip
             shares = (-(-count // share), self.kv_heads, self.batch)
             mend = PreparedLaunch(kernel_exact.spoiled_tiles_kernel, shares, SHARE=share, **mending)
             sizes = (self.tokens, self.chunks, self.slots, lists.most, first, count)
             passes.append(TilePass(lists, launch, mend, sizes, tiles * rows, tiles))
         return passes
 
-    def _tile_lists(self, tile_tokens: int, first: int, count: int) -> TileListPlan:
+    def _tile_lists(self, tile_tokens: int, first: int, count: int, **options: int) -> TileListPlan:
         shape, is_kept = self.shapes.indices, self.shapes.is_aligned
-        return TileListPlan(shape, tile_tokens, self.chunks, first, count, self.overlap, is_kept=is_kept)
+        return TileListPlan(shape, tile_tokens, self.chunks, first, count, self.overlap, is_kept=is_kept, **options)
 
     @cached_property
     def _coverage(self) -> CoverageMapPlan:
