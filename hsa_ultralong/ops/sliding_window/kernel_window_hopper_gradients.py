@@ -40,7 +40,7 @@ def exp2(x):
 
 
 @gluon.jit
-def _tiles_of(number, num_queries, HKV, TOKENS: gl.constexpr):
+def tiles_of(number, num_queries, HKV, TOKENS: gl.constexpr):
     """First of TOKENS tokens, key head and row of the batch of a program's work."""
     count = (num_queries + TOKENS - 1) // TOKENS
     other = number // count
@@ -68,7 +68,7 @@ def _query_produce(
     turn = 0
     place = 0
     for number in range(gl.program_id(0), total, gl.num_programs(0)):
-        first, kv_head, b = _tiles_of(number, num_queries, HKV, GROUPS * BT)
+        first, kv_head, b = tiles_of(number, num_queries, HKV, GROUPS * BT)
         for group in gl.static_range(GROUPS):
             bar = loaded.index(group)
             mbarrier.wait(taken.index(group), turn ^ 1)
@@ -96,11 +96,18 @@ def _query_produce(
 
 
 @gluon.jit
+def wait_full(full, place, STAGES: gl.constexpr):
+    """Wait for the place-th tile of a ring; where it lies."""
+    stage = place & (STAGES - 1)
+    mbarrier.wait(full.index(stage), (place & STAGES) // STAGES)
+    return stage
+
+
+@gluon.jit
 def skip(full, empty, first, stop, STAGES: gl.constexpr):
     """Places of a ring that the other group alone reads."""
     for place in range(first, stop):
-        stage = place % STAGES
-        mbarrier.wait(full.index(stage), (place // STAGES) & 1)
+        stage = wait_full(full, place, STAGES)
         mbarrier.arrive(empty.index(stage))
 
 
@@ -188,7 +195,7 @@ def flag(flags, sums):
 @gluon.jit
 def _highest(lse, number, total, rows, num_queries, HKV, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr):
     """lse of a tile's rows, infinite where there is no token."""
-    start, kv_head, b = _tiles_of(number, num_queries, HKV, GROUPS * (ROWS // G))
+    start, kv_head, b = tiles_of(number, num_queries, HKV, GROUPS * (ROWS // G))
     token = start + GROUP * (ROWS // G) + rows // G
     row = (b * num_queries + token) * (HKV * G) + kv_head * G + rows % G
     return gl.load(lse + row, mask=(token < num_queries) & (number < total), other=float("inf"))
@@ -226,7 +233,7 @@ def _query_consume(
     turn = 0
     base = 0
     for number in range(gl.program_id(0), total, gl.num_programs(0)):
-        start, kv_head, b = _tiles_of(number, num_queries, HKV, GROUPS * BT)
+        start, kv_head, b = tiles_of(number, num_queries, HKV, GROUPS * BT)
         first = start + GROUP * BT
         token = first + rows // G
         row = (b * num_queries + token) * (HKV * G) + kv_head * G + rows % G
