@@ -25,7 +25,7 @@ IS_USED = True
 QUERY_UNITS = 128
 KEY_UNITS = 96
 # constants of the two kernels
-QUERY_OPTIONS = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
+QUERY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240, "SPLIT": False}
 KEY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240, "EARLY": True, "AHEAD": True}
 # sizes that the last block of keys of a tile of dq may have besides a whole block's
 TAILS = (16, 32)

@@ -26,11 +26,12 @@ from hsa_ultralong.ops._gluon import begin_block
 from hsa_ultralong.ops.sliding_window.kernel_window_hopper_gradients import (
     ROWS,
     TILE,
+    advance,
     exp2,
     flag,
     sees,
     skip,
-    tiles_of,
+    split,
     wait_full,
 )
 
@@ -55,8 +56,11 @@ def _key_produce(
     dtype: gl.constexpr = q.dtype
     turn = 0
     place = 0
-    for number in range(gl.program_id(0), total, gl.num_programs(0)):
-        start, kv_head, b = tiles_of(number, num_keys, HKV, GROUPS * ROWS)
+    steps = gl.cdiv(num_keys, GROUPS * ROWS)
+    step, kv_head, b = split(gl.program_id(0), steps, HKV)
+    by_step, by_head, by_b = split(gl.num_programs(0), steps, HKV)
+    for _ in range(gl.program_id(0), total, gl.num_programs(0)):
+        start = step * (GROUPS * ROWS)
         for group in gl.static_range(GROUPS):
             bar = loaded.index(group)
             mbarrier.wait(taken.index(group), turn ^ 1)
@@ -79,6 +83,7 @@ def _key_produce(
             tma.async_copy_global_to_shared(norms, [first_row + i, 0], bar, rows.index(stage))
             place += 1
         turn ^= 1
+        step, kv_head, b = advance(step, kv_head, b, by_step, by_head, by_b, steps, HKV)
 
 
 @gluon.jit
@@ -193,8 +198,11 @@ def _key_consume(
     nothing = gl.zeros((ROWS, 64), gl.float32, mma)
     turn = 0
     base = 0
-    for number in range(gl.program_id(0), total, gl.num_programs(0)):
-        start, kv_head, b = tiles_of(number, num_keys, HKV, GROUPS * ROWS)
+    steps = gl.cdiv(num_keys, GROUPS * ROWS)
+    step, kv_head, b = split(gl.program_id(0), steps, HKV)
+    by_step, by_head, by_b = split(gl.num_programs(0), steps, HKV)
+    for _ in range(gl.program_id(0), total, gl.num_programs(0)):
+        start = step * (GROUPS * ROWS)
         key = start + GROUP * ROWS
         first, union_stop = _tokens_of(start, GROUPS * ROWS, num_queries, offset, window, BT)
         begin, stop = _tokens_of(key, ROWS, num_queries, offset, window, BT)
@@ -230,6 +238,7 @@ def _key_consume(
             flag(flags + ((b * HKV + kv_head) * blocks + key // ROWS) * 4, sum_k + sum_v)
         base += union_stop - first
         turn ^= 1
+        step, kv_head, b = advance(step, kv_head, b, by_step, by_head, by_b, steps, HKV)
     tma.store_wait(0)
 
 
