@@ -3,14 +3,15 @@ products and groups of warps that have work of their own; and what kernel_window
 
 A tile is 64 / G neighbouring tokens times the G heads of one key head = 64 rows, row r token r // G and head r % G.
 GROUPS groups of four warps work beside one warp that copies into a ring of STAGES places, which the groups share. What
-stays is in registers as the first operand of a product, and so is dZ: a product reads one tile of shared memory. A
-group starts the next two products behind that of this block, and the other group's arithmetic runs beside them.
+stays is in registers as the first operand of a product, and so is dZ: a product reads one tile of shared memory. What
+a block adds to dq, dP of the next block and the logits of the one behind it are formed beside the exponentials of the
+next block, and beside the other group's arithmetic.
 
 Grid (at most one program a processor); a program takes every so manieth GROUPS neighbouring tiles. It owns their rows
 of dq and delta, lse and delta of a tile one behind the other for the other kernel, and flags of 16 rows each that tell
 sums that are not finite, which hopper_gradients.py forms again.
 Needed: no segments, D = 64, G a divisor of 64, 16-bit numbers, contiguous, addresses at multiples of 16 bytes, 32-bit
-offsets. Tested on a card alone: tests/ops/test_window_hopper_gradients.py.
+offsets, STAGES a power of two from 4 on. Tested on a card alone: tests/ops/test_window_hopper_gradients.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hsa_ultralong.ops._gluon import begin_block
+from hsa_ultralong.ops._gluon import advance, begin_block, split
 
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 # rows of a tile, keys of a block
@@ -36,22 +37,6 @@ ROWS = gl.constexpr(64)
 def exp2(x):
     """Without the care for what is smaller than any number of 16 bits."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def split(number, steps, heads):
-    """Number of a program's work among that of its row and key head, key head and row of the batch."""
-    other = number // steps
-    return number - other * steps, other % heads, other // heads
-
-
-@gluon.jit
-def advance(step, head, b, by_step, by_head, by_b, steps, heads):
-    """split of the sum of two numbers from that of each, without divisions."""
-    step += by_step
-    head += by_head + (step >= steps).to(gl.int32)
-    b += by_b + (head >= heads).to(gl.int32)
-    return gl.where(step >= steps, step - steps, step), gl.where(head >= heads, head - heads, head), b
 
 
 @gluon.jit
@@ -201,7 +186,7 @@ def _tail(
     dz, grad, query, upward, shared, sizes, place, first_place, key, own, highest, delta, STAGES: gl.constexpr,
     TAIL: gl.constexpr, BT: gl.constexpr,
 ):  # fmt: skip
-    """grad with dz of the block before, and dz of a last block, the place-th of the ring, of which TAIL keys are seen."""
+    """grad with dz of the block before and of a last one, the place-th of the ring, of which TAIL keys are seen."""
     keys, values, full, empty = shared
     window, scale, zero, tile = sizes
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TAIL, 16])
@@ -345,7 +330,8 @@ def _query_consume(
         if last_place > first_place:
             _, grad, dz = _block(
                 logits, grad, dz, ring, sizes, last_place, last_place, first_place,
-                key + (last_place - first_place) * ROWS, own, highest, delta, query, upward, True, True, STAGES, BT, SPLIT,
+                key + (last_place - first_place) * ROWS, own, highest, delta, query, upward, True, True, STAGES, BT,
+                SPLIT,
             )  # fmt: skip
         if is_short:
             grad = _tail(

@@ -22,16 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hsa_ultralong.ops._gluon import begin_block
+from hsa_ultralong.ops._gluon import advance, begin_block, split
 from hsa_ultralong.ops.sliding_window.kernel_window_hopper_gradients import (
     ROWS,
     TILE,
-    advance,
     exp2,
     flag,
     sees,
     skip,
-    split,
     wait_full,
 )
 
