@@ -12,8 +12,8 @@ A row whose sum is not finite gets NaN as lse, and is formed again by kernel_win
 programs write one place: no atomics, and results repeat bit for bit.
 
 Grid: (programs,), any number of them. Needed: D = 64, G of 1, 2, 4, 8 or 16, 16-bit numbers, int32 documents, fewer
-than 2**31 rows, STAGES a power of two from 4 on, addresses at multiples of 16 bytes. Imports gluon, so it is imported only where
-it runs (hopper_window.py). Tests: tests/ops/test_window_hopper.py, on a CPU in a stand-in for the language.
+than 2**31 rows, STAGES a power of two from 4 on, addresses at multiples of 16 bytes. Imports gluon, so it is imported
+only where it runs (hopper_window.py). Tests: tests/ops/test_window_hopper.py, on a CPU in a stand-in for the language.
 """
 
 from __future__ import annotations

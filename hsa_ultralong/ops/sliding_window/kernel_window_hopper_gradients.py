@@ -249,6 +249,13 @@ def _highest(lse, first, kv_head, b, is_one, rows, num_queries, HKV, G: gl.const
 
 
 @gluon.jit
+def _keep(place, highest, delta, is_one):
+    """lse and delta of a tile's rows, one behind the other."""
+    gl.store(place, highest, mask=is_one)
+    gl.store(place + ROWS, delta, mask=is_one)
+
+
+@gluon.jit
 def _blocks_of(start, first, GROUPS: gl.constexpr, BT: gl.constexpr, num_queries, offset, window):
     """Keys and number of blocks of a unit's tiles, and which of the blocks the tile from `first` on sees; one without
     tokens takes the last, and writes nothing."""
@@ -281,6 +288,7 @@ def _query_consume(
     step, kv_head, b = split(gl.program_id(0), steps, HKV)
     by_step, by_head, by_b = split(gl.num_programs(0), steps, HKV)
     highest = _highest(lse, step * (GROUPS * BT) + GROUP * BT, kv_head, b, True, rows, num_queries, HKV, G)
+    ring = (keys, values, full, empty)
     turn = 0
     base = 0
     for number in range(gl.program_id(0), total, gl.num_programs(0)):
@@ -288,16 +296,15 @@ def _query_consume(
         first = start + GROUP * BT
         token = first + rows // G
         row = (b * num_queries + token) * (HKV * G) + kv_head * G + rows % G
-        own = token + offset
         low, union_stop, blocks, begin, stop = _blocks_of(start, first, GROUPS, BT, num_queries, offset, window)
         skip(full, empty, base, base + begin, STAGES)
         is_short = (TAIL > 0) & (stop == blocks) & (begin < stop - 1) & (union_stop - low <= (blocks - 1) * ROWS + TAIL)
-        place = base + begin
+        first_place = base + begin
         last_place = base + stop - gl.where(is_short, 2, 1)
         mbarrier.wait(loaded.index(GROUP), turn)
         query = queries.index(GROUP).load(operand)
-        stage = wait_full(full, place, STAGES)
-        logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        first_keys = keys.index(wait_full(full, first_place, STAGES)).permute((1, 0))
+        logits = warpgroup_mma(query, first_keys, nothing, use_acc=False, is_async=True)
         upward = upwards.index(GROUP).load(operand)
         result = results.index(GROUP).load(operand)
         mbarrier.arrive(taken.index(GROUP))
@@ -310,17 +317,15 @@ def _query_consume(
         delta = gl.convert_layout(delta, gl.SliceLayout(1, mma), assert_trivial=True)
         tile = (b * HKV + kv_head) * ((num_queries + BT - 1) // BT) + first // BT
         gl.store(deltas + row, delta, mask=token < num_queries)
-        gl.store(norms + 2 * ROWS * tile + rows, highest, mask=first < num_queries)
-        gl.store(norms + 2 * ROWS * tile + ROWS + rows, delta, mask=first < num_queries)
-        wait_full(full, gl.minimum(place + 1, last_place), STAGES)
+        _keep(norms + 2 * ROWS * tile + rows, highest, delta, first < num_queries)
+        wait_full(full, gl.minimum(first_place + 1, last_place), STAGES)
         logits = warpgroup_mma_wait(0, deps=(logits,))
-        ring = (keys, values, full, empty)
         sizes = (window, scale, zero, first + offset)
         key = low + begin * ROWS
-        first_place = place
+        own = token + offset
         logits, grad, dz = _block(
-            logits, nothing, nothing, ring, sizes, place, last_place, first_place, key, own, highest, delta, query,
-            upward, False, False, STAGES, BT, SPLIT,
+            logits, nothing, nothing, ring, sizes, first_place, last_place, first_place, key, own, highest, delta,
+            query, upward, False, False, STAGES, BT, SPLIT,
         )  # fmt: skip
         for place in range(first_place + 1, last_place):
             logits, grad, dz = _block(
@@ -348,9 +353,7 @@ def _query_consume(
         send(grad_q, [b, first, kv_head * G, 0], sent.index(GROUP), (grad * logit_scale).to(dtype), shape)
         if first < num_queries:
             flag(flags + tile * 4, grad)
-        highest = following_highest
-        kv_head = next_head
-        b = next_b
+        highest, kv_head, b = following_highest, next_head, next_b
         base += blocks
         turn ^= 1
     tma.store_wait(0)
