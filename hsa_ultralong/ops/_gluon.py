@@ -15,19 +15,3 @@ def begin_block(zero):
         "mov.u32 $0, $1; }",
         "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@gluon.jit
-def split(number, steps, heads):
-    """Number of a program's work among that of its row and key head, key head and row of the batch."""
-    other = number // steps
-    return number - other * steps, other % heads, other // heads
-
-
-@gluon.jit
-def advance(step, head, b, by_step, by_head, by_b, steps, heads):
-    """split of the sum of two numbers from that of each, without divisions."""
-    step += by_step
-    head += by_head + (step >= steps).to(gl.int32)
-    b += by_b + (head >= heads).to(gl.int32)
-    return gl.where(step >= steps, step - steps, step), gl.where(head >= heads, head - heads, head), b

@@ -21,10 +21,7 @@ import torch
 
 # seconds after which a wait counts as one without end; how late a copy may arrive
 _PATIENCE, _LATENESS = 30.0, 1e-3
-_SHARED = Path(__file__).parents[1] / "ops" / "_gluon.py"
-_IMPORTS = re.compile(
-    r"^from (triton\.experimental\S*|hsa_ultralong\.ops\._gluon) import (\([^)]*\)|[^(\n]*)\n", re.MULTILINE
-)
+_IMPORTS = re.compile(r"^from triton\.experimental\S* import (\([^)]*\)|[^(\n]*)\n", re.MULTILINE)
 # layouts of tensors, which have none here; numbers of a program are Python's
 _LAYOUTS = re.compile(r"\w+(\.reshape\([^()]*\))?\.type\.layout|(?<=\bb)\.to\(gl\.int64\)|(?<=\))\.to\(gl\.int32\)")
 
@@ -153,11 +150,10 @@ class GluonStandIn:
             "gluon": SimpleNamespace(jit=self._jit), "TensorDescriptor": Descriptor,
             "fence_async_shared": lambda: None, "warpgroup_mma": self._product, "warpgroup_mma_wait": self._wait,
         }  # fmt: skip
-        for path in (_SHARED, Path(file)):
-            text = _LAYOUTS.sub(lambda found: "None" if "layout" in found[0] else "", path.read_text("utf-8"))
-            # lines stay where they are: Triton's interpreter reads the file again
-            text = _IMPORTS.sub(lambda found: "\n" * found[0].count("\n"), text)
-            exec(compile(text, str(path), "exec"), self.names)
+        text = _LAYOUTS.sub(lambda found: "None" if "layout" in found[0] else "", Path(file).read_text("utf-8"))
+        # lines stay where they are: Triton's interpreter reads the file again
+        text = _IMPORTS.sub(lambda found: "\n" * found[0].count("\n"), text)
+        exec(compile(text, str(file), "exec"), self.names)
         self.names.update(functions)
 
     def _jit(self, function: Any = None, **_: Any) -> Any:
@@ -195,7 +191,7 @@ class GluonStandIn:
 def _barriers() -> SimpleNamespace:
     return SimpleNamespace(
         MBarrierLayout=lambda: None, init=lambda bar, count: bar.init(count),
-        expect=lambda bar, size: bar.change(1, size), arrive=lambda bar, pred=True: bar.change(1, 0) if pred else None,
+        expect=lambda bar, size: bar.change(1, size), arrive=lambda bar: bar.change(1, 0),
         wait=lambda bar, parity: bar.wait(int(parity)),
     )  # fmt: skip
 
@@ -254,7 +250,7 @@ def _language(owner: GluonStandIn) -> SimpleNamespace:
     layouts = ("SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout")
     return SimpleNamespace(
         **dict.fromkeys(layouts, lambda *_, **__: None), constexpr=lambda x: x, static_range=range,
-        float32=torch.float32, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
+        float32=torch.float32, int64=torch.int64, int32=torch.int32,
         arange=lambda first, stop, layout: torch.arange(first, stop),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), zeros_like=torch.zeros_like,
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),

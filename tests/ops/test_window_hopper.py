@@ -51,14 +51,7 @@ def raised(top, local, scale):
     return new, torch.exp2(top - new)
 
 
-def lifted(top, sums):
-    powers = sums.amax(1, keepdim=True).clamp(min=1).log2().floor().clamp(max=127)
-    powers = torch.where((sums.amax() > 2**8) & ~powers.isnan(), powers, 0.0)
-    return top + powers, torch.where(powers == 127, 0.0, torch.exp2(-powers)).expand_as(sums)
-
-
 ASSEMBLY = {
-    "_lift": lifted,
     "_exp2": torch.exp2,
     "_log2": torch.log2,
     "_reciprocal": torch.reciprocal,
@@ -111,39 +104,31 @@ def forward(q, k, v, *, window, query_segments=None, key_segments=None):
     return triton_window._forward(q, k, v, query_segments, key_segments, min(window, k.shape[1]), 0.125)
 
 
-def check(shape, dtype, slack=1e-6, **options):
+def check(shape, dtype, **options):
     inputs, places = operands(shape, dtype, **options)
     out, lse = forward(*inputs, **places)
     right, right_lse = truth(*inputs, **places)
     budget = sliding_window_attention(*inputs, **places, impl="reference")
     error, limit = ((x.double() - right).norm() for x in (out, budget))
-    assert error <= 2 * limit + slack * right.norm()
+    assert error <= 2 * limit + 1e-6 * right.norm()
     torch.testing.assert_close(lse.double(), right_lse, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "documents"), [(torch.bfloat16, False), (torch.float16, False), (torch.float16, True)]
-)
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_a_stand_in_it_is_the_windows_attention(stand_in, shape, dtype, documents):
-    check(SHAPES[shape], dtype, documents=documents)
+def test_in_a_stand_in_it_is_the_windows_attention(stand_in, shape, documents):
+    check(SHAPES[shape], torch.float16, documents=documents)
 
 
-# the last: so far apart that weights overflow before the reference is raised, and their rows are formed again; a row is
-# then a value of its own, which the reference does not round
-@pytest.mark.parametrize(
-    ("dtype", "sharpness"), [(torch.bfloat16, 10.0), (torch.float16, 10.0), (torch.bfloat16, 200.0)]
-)
-def test_in_a_ring_of_four_places_it_is_the_same(stand_in, monkeypatch, dtype, sharpness):
+def test_in_a_ring_of_two_places_it_is_the_same(stand_in, monkeypatch):
     # logits so far apart that references of weights are raised again and again
-    monkeypatch.setattr(stand_in, "OPTIONS", {**stand_in.OPTIONS, "STAGES": 4})
-    slack = 1e-6 if sharpness == 10 else 2**-9
-    check((1, 130 if sharpness == 10 else 20, 300, 8, 1, 200), dtype, slack, documents=False, sharpness=sharpness)
+    monkeypatch.setattr(stand_in, "OPTIONS", {**stand_in.OPTIONS, "STAGES": 2})
+    check((1, 130, 300, 8, 1, 200), torch.float16, documents=False, sharpness=10.0)
 
 
-def contain(shape, dtype, *, documents=True):
+def contain(shape, dtype):
     """What is not finite stays in the rows whose window holds it."""
-    (q, k, v), places = operands(shape, dtype, documents=documents)
+    (q, k, v), places = operands(shape, dtype, documents=True)
     expected = forward(q, k, v, **places)
     q, k, v = (part.clone() for part in (q, k, v))
     middle = k.shape[1] - q.shape[1] // 2
@@ -151,7 +136,7 @@ def contain(shape, dtype, *, documents=True):
     k[0, middle, 0, 5] = v[0, middle + 9, 0, 3] = float("nan")
     v[0, middle - 30, 0, 7] = float("inf")
     bad[0, [middle, middle + 9, middle - 30]] = True
-    mask = window_mask(q.shape[1], k.shape[1], places["window"], *(places.get(name) for name in NAMES[1:]), DEVICE)
+    mask = window_mask(q.shape[1], k.shape[1], *(places[name] for name in NAMES), DEVICE)
     met = (mask & bad[:, None]).any(-1)
     q[0, -1] = float("inf")
     met[0, -1] = True
@@ -165,7 +150,6 @@ def contain(shape, dtype, *, documents=True):
 
 def test_in_a_stand_in_what_is_not_finite_stays_in_its_rows(stand_in):
     contain((2, 40, 64, 2, 1, 12), torch.float16)
-    contain((2, 40, 64, 2, 1, 12), torch.bfloat16, documents=False)
 
 
 def test_only_a_hopper_card_and_what_fits_take_it(monkeypatch):
@@ -197,11 +181,9 @@ class TestOnHopper:
     def test_error_is_at_most_twice_that_of_the_reference(self, gluon_alone, shape, dtype, documents):
         check({**SHAPES, **LARGE}[shape], dtype, documents=documents)
 
-    @pytest.mark.parametrize("sharpness", [10.0, 200.0])
     @pytest.mark.parametrize("shape", ["of_training", "equal_heads"])
-    def test_references_of_weights_that_rise(self, gluon_alone, shape, sharpness):
-        slack = 1e-6 if sharpness == 10 else 2**-9
-        check(LARGE[shape], torch.bfloat16, slack, documents=False, sharpness=sharpness)
+    def test_references_of_weights_that_rise(self, gluon_alone, shape):
+        check(LARGE[shape], torch.bfloat16, documents=False, sharpness=10.0)
 
     @pytest.mark.parametrize("documents", [False, True])
     def test_repeats_are_bit_identical(self, gluon_alone, documents):
@@ -211,7 +193,6 @@ class TestOnHopper:
             for left, right in zip(forward(*inputs, **places), first, strict=True):
                 assert torch.equal(left, right)
 
-    @pytest.mark.parametrize("documents", [False, True])
     @pytest.mark.parametrize("shape", [(2, 60, 90, 4, 1, 20), (2, 1500, 2000, 8, 2, 300), (1, 900, 900, 1, 2, 64)])
-    def test_what_is_not_finite_stays_in_its_rows(self, gluon_alone, shape, documents):
-        contain(shape, torch.bfloat16, documents=documents)
+    def test_what_is_not_finite_stays_in_its_rows(self, gluon_alone, shape):
+        contain(shape, torch.bfloat16)

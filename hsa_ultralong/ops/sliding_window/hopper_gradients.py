@@ -25,8 +25,8 @@ IS_USED = True
 QUERY_UNITS = 128
 KEY_UNITS = 96
 # constants of the two kernels
-QUERY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240, "SPLIT": False}
-KEY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240, "EARLY": True, "AHEAD": True}
+QUERY_OPTIONS = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 240}
+KEY_OPTIONS = {"GROUPS": 2, "STAGES": 8, "REGISTERS": 240}
 # sizes that the last block of keys of a tile of dq may have besides a whole block's
 TAILS = (16, 32)
 # rows of a tile, keys of a block, head dimension

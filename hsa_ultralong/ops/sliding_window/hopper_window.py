@@ -17,7 +17,7 @@ from hsa_ultralong.ops.sliding_window.kernel_window_hopper import described, win
 from hsa_ultralong.ops.sliding_window.kernel_window_mend import mend_forward_kernel
 
 # groups of warps of a program (three), places of its ring, registers of a thread
-OPTIONS: dict[str, Any] = {"GROUPS": 3, "STAGES": 8, "REGISTERS": 160, "LATE": True}
+OPTIONS: dict[str, Any] = {"GROUPS": 3, "STAGES": 8, "REGISTERS": 160}
 # rows of lse that a program of the mending kernel looks at
 _MENDED_ROWS = 1024
 

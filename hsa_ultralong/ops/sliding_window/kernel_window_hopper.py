@@ -6,14 +6,13 @@ GROUPS groups of four warps owns 64 rows of a tile, whose queries stay in regist
 of 64 keys and values that any row of the tile sees into a ring of STAGES places that all groups read, and the queries
 of the next tile. Blocks begin at the first key of the tile's first row, so that of 64 neighbouring tokens only the
 first block and the last one or two are masked. What lies outside of a row of the batch arrives as zeros and is masked.
-LATE: no block's largest weight is looked for; the reference rises behind a block whose weights sum up to too much.
 
 A row whose sum is not finite gets NaN as lse, and is formed again by kernel_window_mend.py, which follows. No two
 programs write one place: no atomics, and results repeat bit for bit.
 
 Grid: (programs,), any number of them. Needed: D = 64, G of 1, 2, 4, 8 or 16, 16-bit numbers, int32 documents, fewer
-than 2**31 rows, STAGES a power of two from 4 on, addresses at multiples of 16 bytes. Imports gluon, so it is imported
-only where it runs (hopper_window.py). Tests: tests/ops/test_window_hopper.py, on a CPU in a stand-in for the language.
+than 2**31 rows, STAGES a power of two, addresses at multiples of 16 bytes. Imports gluon, so it is imported only where
+it runs (hopper_window.py). Tests: tests/ops/test_window_hopper.py, on a CPU in a stand-in for the language.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from hsa_ultralong.ops._gluon import advance, split
 
 _ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 _BOX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -99,28 +96,6 @@ def _raise(top, local, scale):
     )  # fmt: skip
 
 
-@gluon.jit
-def _lift(top, sums):
-    """_raise for weights that were used already, by their sums in a thread: higher by whole powers of two where a sum
-    of the warp exceeds 2**8, and by what everything so far shrinks. A sum without bound becomes NaN by that."""
-    return gl.inline_asm_elementwise(
-        """{ .reg .pred p; .reg .f32 a, b, c, d; .reg .s32 k;
-        setp.gt.f32 p, $6, 0f43800000; setp.gt.or.f32 p, $7, 0f43800000, p; vote.sync.any.pred p, p, 0xffffffff;
-        mov.f32 $0, $4; mov.f32 $1, $5; mov.f32 $2, 0f3F800000; mov.f32 $3, 0f3F800000;
-        @!p bra.uni same;
-        shfl.sync.bfly.b32 c, $6, 1, 31, 0xffffffff; shfl.sync.bfly.b32 d, $7, 1, 31, 0xffffffff;
-        max.f32 a, $6, c; max.f32 b, $7, d;
-        shfl.sync.bfly.b32 c, a, 2, 31, 0xffffffff; shfl.sync.bfly.b32 d, b, 2, 31, 0xffffffff;
-        max.f32 a, a, c; max.f32 b, b, d; max.f32 a, a, 0f3F800000; max.f32 b, b, 0f3F800000;
-        mov.b32 k, a; shr.u32 k, k, 23; sub.s32 k, k, 127; min.s32 k, k, 127; cvt.rn.f32.s32 c, k; add.f32 $0, $0, c;
-        sub.s32 k, 127, k; shl.b32 k, k, 23; mov.b32 $2, k;
-        mov.b32 k, b; shr.u32 k, k, 23; sub.s32 k, k, 127; min.s32 k, k, 127; cvt.rn.f32.s32 c, k; add.f32 $1, $1, c;
-        sub.s32 k, 127, k; shl.b32 k, k, 23; mov.b32 $3, k;
-        same: }""",
-        "=&f,=&f,=&f,=&f,f,f,f,f", [top, sums], dtype=(gl.float32, gl.float32), is_pure=True, pack=2,
-    )  # fmt: skip
-
-
 # multiplies 32 sums of a thread, unless all of the warp would be multiplied by 1; which of them are of its second row
 # follows from the layout of a product
 _SHRINK = gl.constexpr(
@@ -130,6 +105,21 @@ _SHRINK = gl.constexpr(
     + " same: }"
 )
 _SHRINK_OPERANDS = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32))
+
+
+@gluon.jit
+def _split(tile, steps, heads):
+    """Number of a tile among those of its row and key head, key head, row of the batch."""
+    return tile % steps, tile // steps % heads, tile // steps // heads
+
+
+@gluon.jit
+def _advance(step, head, b, by_step, by_head, by_b, steps, heads):
+    """_split of the sum of two tiles from that of each, without divisions."""
+    step += by_step
+    head += by_head + (step >= steps).to(gl.int32)
+    b += by_b + (head >= heads).to(gl.int32)
+    return gl.where(step >= steps, step - steps, step), gl.where(head >= heads, head - heads, head), b
 
 
 @gluon.jit
@@ -153,8 +143,8 @@ def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr
     count = 0
     turn = 0
     steps = gl.cdiv(sizes[0], GROUPS * tokens)
-    step, head, b = split(gl.program_id(0), steps, sizes[3])
-    by_step, by_head, by_b = split(gl.num_programs(0), steps, sizes[3])
+    step, head, b = _split(gl.program_id(0), steps, sizes[3])
+    by_step, by_head, by_b = _split(gl.num_programs(0), steps, sizes[3])
     for _ in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
         first, low, start, stop = _blocks(step, sizes, GROUPS * tokens)
         for group in gl.static_range(GROUPS):
@@ -174,45 +164,27 @@ def _produce(sources, shared, bars, sizes, G: gl.constexpr, GROUPS: gl.constexpr
             tma.async_copy_global_to_shared(v, [b, low + block * 64, head, 0], bar, to_v)
             count += 1
         turn ^= 1
-        step, head, b = advance(step, head, b, by_step, by_head, by_b, steps, sizes[3])
+        step, head, b = _advance(step, head, b, by_step, by_head, by_b, steps, sizes[3])
+
+
+@gluon.jit
+def _weigh(logits, top, total, scale, DTYPE: gl.constexpr):
+    """Weights of a block relative to a reference; that, the running sums of each thread (64, 4), and by what sums so
+    far shrink (64, 64)."""
+    layout: gl.constexpr = logits.type.layout
+    # a thread has two rows, and of each pairs of neighbouring columns
+    parts = logits.reshape([64, 8, 4, 2])
+    top, shrink = _raise(top, gl.max(gl.max(parts, 3), 1), scale)
+    p = _exp2(parts * scale - gl.expand_dims(gl.expand_dims(top, 1), 3))
+    total = total * shrink + gl.sum(gl.sum(p, 3), 1)
+    wide = gl.expand_dims(gl.expand_dims(shrink, 1), 3).broadcast_to([64, 8, 4, 2]).reshape([64, 64])
+    p = gl.convert_layout(p.reshape([64, 64]), layout, assert_trivial=True)
+    return p.to(DTYPE), top, total, gl.convert_layout(wide, layout, assert_trivial=True)
 
 
 @gluon.jit
 def _shrink(acc, shrink):
     return gl.inline_asm_elementwise(_SHRINK, _SHRINK_OPERANDS, [acc, shrink], dtype=gl.float32, is_pure=True, pack=32)
-
-
-@gluon.jit
-def _widen(shrink, layout: gl.constexpr):
-    """(64, 4), for each thread of a row, to (64, 64)."""
-    wide = gl.expand_dims(gl.expand_dims(shrink, 1), 3).broadcast_to([64, 8, 4, 2]).reshape([64, 64])
-    return gl.convert_layout(wide, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _weights(parts, top, scale, DTYPE: gl.constexpr, layout: gl.constexpr):
-    """Weights of a block relative to a reference, and what they sum up to in each thread (64, 4)."""
-    p = _exp2(parts * scale - gl.expand_dims(gl.expand_dims(top, 1), 3))
-    sums = gl.sum(gl.sum(p, 3), 1)
-    p = gl.convert_layout(p.reshape([64, 64]), layout, assert_trivial=True)
-    return p.to(DTYPE), sums
-
-
-@gluon.jit
-def _weigh(logits, top, total, sums, acc, scale, IS_LATE: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights of a block relative to a reference; that, the running sums of each thread (64, 4) and of this block
-    alone where that is not in them yet, and acc relative to the same. IS_LATE: the reference is there already."""
-    layout: gl.constexpr = logits.type.layout
-    # a thread has two rows, and of each pairs of neighbouring columns
-    parts = logits.reshape([64, 8, 4, 2])
-    if IS_LATE:
-        p, sums = _weights(parts, top, scale, DTYPE, layout)
-    else:
-        top, shrink = _raise(top, gl.max(gl.max(parts, 3), 1), scale)
-        p, added = _weights(parts, top, scale, DTYPE, layout)
-        total = total * shrink + added
-        acc = _shrink(acc, _widen(shrink, layout))
-    return p, top, total, sums, acc
 
 
 @gluon.jit
@@ -244,37 +216,27 @@ def _add(acc, p, values):
 
 @gluon.jit
 def _attend(
-    acc, top, total, sums, count, query, nothing, shared, bars, start, stop, begin, end, keys_of_0, place, segment,
-    key_segments, num_keys, scale, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr, IS_LATE: gl.constexpr,
-    STAGES: gl.constexpr,
+    acc, top, total, count, query, nothing, shared, bars, start, stop, keys_of_0, place, segment, key_segments,
+    num_keys, scale, MASKED: gl.constexpr, HAS_SEGMENTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Add blocks start .. stop, of which the first is the count-th of the ring, of the tile's blocks begin .. end of
-    the ring. The product of a block's values is under way until the logits of the next are there, and at the end."""
+    """Add blocks start .. stop, of which the first is the count-th of the ring. The product of a block's values is
+    under way until the logits of the next are there, and at the end."""
     _, _, keys, values = shared
-    layout: gl.constexpr = nothing.type.layout
     for block in range(start, stop):
         key = keys_of_0 + block * 64
         owner = _owners(key_segments, key, num_keys, HAS_SEGMENTS)
-        stage = count & (STAGES - 1)
+        stage = _wait_full(bars, count, STAGES)
         logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.arrive(bars[3].index((count - 2) & (STAGES - 1)), pred=count - 2 >= begin)
-        # the last one waits for its own block again
-        _wait_full(bars, gl.minimum(count + 1, end - 1), STAGES)
-        shrink = sums
-        if IS_LATE:
-            top, shrink = _lift(top, sums)
-            total = (total + sums) * shrink
         logits, acc = warpgroup_mma_wait(0, deps=(logits, acc))
-        if IS_LATE:
-            acc = _shrink(acc, _widen(shrink, layout))
+        _release(bars, count - 1, STAGES)
         if MASKED:
             logits = _where_ordered(logits, gl.expand_dims(key, 0), gl.expand_dims(place, 1))
         if HAS_SEGMENTS:
             logits = _where_equal(logits, gl.expand_dims(segment, 1), gl.expand_dims(owner, 0))
-        p, top, total, sums, acc = _weigh(logits, top, total, sums, acc, scale, IS_LATE, values.dtype)
-        acc = _add(acc, p, values.index(stage))
+        p, top, total, shrink = _weigh(logits, top, total, scale, values.dtype)
+        acc = _add(_shrink(acc, shrink), p, values.index(stage))
         count += 1
-    return acc, top, total, sums, count
+    return acc, top, total, count
 
 
 @gluon.jit
@@ -311,7 +273,7 @@ def _finish(acc, top, total, out, places, is_real, result, b, first, head):
 @gluon.jit
 def _consume(
     places, shared, bars, sizes, GROUP: gl.constexpr, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    HAS_SEGMENTS: gl.constexpr, LATE: gl.constexpr,
+    HAS_SEGMENTS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: out and lse of the GROUP-th 64 rows of every tile."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -321,8 +283,6 @@ def _consume(
     loaded, taken, _, _ = bars
     num_queries, num_keys, window, heads, tiles = sizes
     tokens: gl.constexpr = 64 // G
-    # a row whose first block is all another document's has no reference; weights in fp16 must not exceed 2**16
-    IS_LATE: gl.constexpr = LATE and not HAS_SEGMENTS and keys.dtype == gl.bfloat16
     rows = gl.arange(0, 64, gl.SliceLayout(1, mma))
     columns = gl.arange(0, 64, gl.SliceLayout(0, mma))
     nothing = gl.zeros((64, 64), gl.float32, mma)
@@ -333,8 +293,8 @@ def _consume(
     count = 0
     turn = 0
     steps = gl.cdiv(sizes[0], GROUPS * tokens)
-    step, head, b = split(gl.program_id(0), steps, sizes[3])
-    by_step, by_head, by_b = split(gl.num_programs(0), steps, sizes[3])
+    step, head, b = _split(gl.program_id(0), steps, sizes[3])
+    by_step, by_head, by_b = _split(gl.num_programs(0), steps, sizes[3])
     for _ in range(gl.program_id(0), tiles, gl.num_programs(0)):
         first, low, start, stop = _blocks(step, sizes, GROUPS * tokens)
         first += GROUP * tokens
@@ -361,11 +321,8 @@ def _consume(
         keys_of_0 = low + columns
         key = keys_of_0 + mine * 64
         owner = _owners(owners, key, num_keys, HAS_SEGMENTS)
-        begin = count
-        count += end - mine
-        stage = _wait_full(bars, begin, STAGES)
+        stage = _wait_full(bars, count, STAGES)
         logits = warpgroup_mma(query, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        _wait_full(bars, gl.minimum(begin + 1, count - 1), STAGES)
         logits = warpgroup_mma_wait(0, deps=(logits,))
         low_key = gl.maximum(place - window + 1, 0)
         logits = _where_ordered(logits, gl.expand_dims(low_key, 1), gl.expand_dims(key, 0))
@@ -373,29 +330,22 @@ def _consume(
             logits = _where_equal(logits, gl.expand_dims(segment, 1), gl.expand_dims(owner, 0))
         if first + offset < low + mine * 64 + 63:
             logits = _where_ordered(logits, gl.expand_dims(key, 0), gl.expand_dims(place, 1))
-        zeros = gl.zeros_like(lowest)
-        p, top, sums, _, _ = _weigh(logits, lowest, zeros, zeros, nothing, scale, False, values.dtype)
+        p, top, total, _ = _weigh(logits, lowest, gl.zeros_like(lowest), scale, values.dtype)
         acc = _add(nothing, p, values.index(stage))
-        total = zeros
-        if not IS_LATE:
-            total = sums
-        acc, top, total, sums, _ = _attend(
-            acc, top, total, sums, begin + 1, query, nothing, shared, bars, mine + 1, whole, begin, count,
-            keys_of_0, place, segment, owners, num_keys, scale, False, HAS_SEGMENTS, IS_LATE, STAGES,
+        acc, top, total, count = _attend(
+            acc, top, total, count + 1, query, nothing, shared, bars, mine + 1, whole, keys_of_0, place, segment,
+            owners, num_keys, scale, False, HAS_SEGMENTS, STAGES,
         )  # fmt: skip
-        acc, top, total, sums, _ = _attend(
-            acc, top, total, sums, begin + whole - mine, query, nothing, shared, bars, whole, end, begin, count,
-            keys_of_0, place, segment, owners, num_keys, scale, True, HAS_SEGMENTS, IS_LATE, STAGES,
+        acc, top, total, count = _attend(
+            acc, top, total, count, query, nothing, shared, bars, whole, end, keys_of_0, place, segment,
+            owners, num_keys, scale, True, HAS_SEGMENTS, STAGES,
         )  # fmt: skip
-        mbarrier.arrive(bars[3].index((count - 2) & (STAGES - 1)), pred=count - 2 >= begin)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _release(bars, count - 1, STAGES)
-        if IS_LATE:
-            total += sums
         count = _pass_by(bars, count, stop - end, STAGES)
         _finish(acc, top, total, out, lse + row, token < num_queries, results.index(GROUP), b, first, head * G)
         turn ^= 1
-        step, head, b = advance(step, head, b, by_step, by_head, by_b, steps, sizes[3])
+        step, head, b = _advance(step, head, b, by_step, by_head, by_b, steps, sizes[3])
     tma.store_wait(0)
 
 
@@ -403,7 +353,6 @@ def _consume(
 def window_forward_kernel(
     q, k, v, out, lse, query_segments, key_segments, num_queries, num_keys, window, HKV, tiles, scale,
     G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_SEGMENTS: gl.constexpr, REGISTERS: gl.constexpr,
-    LATE: gl.constexpr,
 ):  # fmt: skip
     """out and lse as kernel_window.forward_kernel; q, k, v and out are descriptors of boxes of 64 rows."""
     queries = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], _ROWS)
@@ -429,9 +378,9 @@ def window_forward_kernel(
     places = (out, lse, query_segments, key_segments, scale)
     gl.warp_specialize(
         [
-            (_consume, (places, shared, bars, sizes, 0, G, GROUPS, STAGES, HAS_SEGMENTS, LATE)),
-            (_consume, (places, shared, bars, sizes, 1, G, GROUPS, STAGES, HAS_SEGMENTS, LATE)),
-            (_consume, (places, shared, bars, sizes, 2, G, GROUPS, STAGES, HAS_SEGMENTS, LATE)),
+            (_consume, (places, shared, bars, sizes, 0, G, GROUPS, STAGES, HAS_SEGMENTS)),
+            (_consume, (places, shared, bars, sizes, 1, G, GROUPS, STAGES, HAS_SEGMENTS)),
+            (_consume, (places, shared, bars, sizes, 2, G, GROUPS, STAGES, HAS_SEGMENTS)),
             (_produce, ((q, k, v), shared, bars, sizes, G, GROUPS, STAGES)),
         ],
         [4, 4, 1],

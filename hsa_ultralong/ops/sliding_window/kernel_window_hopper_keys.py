@@ -5,8 +5,8 @@ of four warps owns a block; products are transposed, so that its keys are rows a
 come. One warp copies the tiles of q, dO, lse and delta that see any of the blocks, which the groups share, and the next
 blocks' keys; lse and delta of a tile lie one behind the other, as query_gradient_kernel wrote.
 
-What a tile adds to dv starts before its dz is formed, what it adds to dk with the products of the next tile. lse and
-delta are read a tile, or the exponentials, ahead: a load waits long beside the other group's products.
+What a tile adds is formed with the products of the next one. lse and delta are read a tile, or the exponentials, ahead:
+a load waits long beside the other group's products.
 Needed: as there, and STAGES a power of two from 4 on. Tested: as there.
 """
 
@@ -22,16 +22,45 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hsa_ultralong.ops._gluon import advance, begin_block, split
+from hsa_ultralong.ops._gluon import begin_block
 from hsa_ultralong.ops.sliding_window.kernel_window_hopper_gradients import (
     ROWS,
     TILE,
     exp2,
     flag,
     sees,
-    skip,
-    wait_full,
 )
+
+
+@gluon.jit
+def _wait_full(full, place, STAGES: gl.constexpr):
+    """Wait for the place-th tile of a ring; where it lies."""
+    stage = place & (STAGES - 1)
+    mbarrier.wait(full.index(stage), (place & STAGES) // STAGES)
+    return stage
+
+
+@gluon.jit
+def _skip(full, empty, first, stop, STAGES: gl.constexpr):
+    """Places of a ring that the other group alone reads."""
+    for place in range(first, stop):
+        mbarrier.arrive(empty.index(_wait_full(full, place, STAGES)))
+
+
+@gluon.jit
+def _split(number, steps, heads):
+    """Number of a program's work among that of its row and key head, key head and row of the batch."""
+    other = number // steps
+    return number - other * steps, other % heads, other // heads
+
+
+@gluon.jit
+def _advance(step, head, b, by_step, by_head, by_b, steps, heads):
+    """_split of the sum of two numbers from that of each, without divisions."""
+    step += by_step
+    head += by_head + (step >= steps).to(gl.int32)
+    b += by_b + (head >= heads).to(gl.int32)
+    return gl.where(step >= steps, step - steps, step), gl.where(head >= heads, head - heads, head), b
 
 
 @gluon.jit
@@ -55,8 +84,8 @@ def _key_produce(
     turn = 0
     place = 0
     steps = gl.cdiv(num_keys, GROUPS * ROWS)
-    step, kv_head, b = split(gl.program_id(0), steps, HKV)
-    by_step, by_head, by_b = split(gl.num_programs(0), steps, HKV)
+    step, kv_head, b = _split(gl.program_id(0), steps, HKV)
+    by_step, by_head, by_b = _split(gl.num_programs(0), steps, HKV)
     for _ in range(gl.program_id(0), total, gl.num_programs(0)):
         start = step * (GROUPS * ROWS)
         for group in gl.static_range(GROUPS):
@@ -81,7 +110,7 @@ def _key_produce(
             tma.async_copy_global_to_shared(norms, [first_row + i, 0], bar, rows.index(stage))
             place += 1
         turn ^= 1
-        step, kv_head, b = advance(step, kv_head, b, by_step, by_head, by_b, steps, HKV)
+        step, kv_head, b = _advance(step, kv_head, b, by_step, by_head, by_b, steps, HKV)
 
 
 @gluon.jit
@@ -115,7 +144,6 @@ def _operand(x, dtype: gl.constexpr):
 @gluon.jit
 def _sums(
     own_key, own_value, shared, sizes, place, begin, stop, key, nothing, G: gl.constexpr, STAGES: gl.constexpr,
-    EARLY: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """dk, not yet scaled, and dv of a block of keys from tiles begin .. stop, of which the first is the place-th of the
     ring."""
@@ -125,16 +153,15 @@ def _sums(
     columns: gl.constexpr = gl.SliceLayout(0, mma)
     BT: gl.constexpr = ROWS // G
     dtype: gl.constexpr = queries.dtype
-    stage = wait_full(full, place, STAGES)
+    stage = _wait_full(full, place, STAGES)
     highest = _norm(rows, stage, 0, columns)
     logits = warpgroup_mma(own_key, queries.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
     slope = warpgroup_mma(own_value, upwards.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    following = wait_full(full, gl.where(begin + 1 < stop, place + 1, place), STAGES)
+    following = _wait_full(full, gl.where(begin + 1 < stop, place + 1, place), STAGES)
     logits = warpgroup_mma_wait(1, deps=(logits,))
     delta = _norm(rows, stage, ROWS, columns)
     now_highest = highest
-    if AHEAD:
-        highest = _norm(rows, following, 0, columns)
+    highest = _norm(rows, following, 0, columns)
     p = _chances(logits, now_highest, begin * BT, key, offset, window, scale, BT, G)
     slope, p = warpgroup_mma_wait(0, deps=(slope, p))
     sum_k = nothing
@@ -142,27 +169,20 @@ def _sums(
     for i in range(begin + 1, stop):
         place += 1
         p_operand = _operand(p, dtype)
-        if EARLY:
-            sum_v = warpgroup_mma(p_operand, upwards.index(stage), sum_v, is_async=True)
-            begin_block(zero)
         dz = _operand(p * (slope - gl.expand_dims(delta, 0)), dtype)
-        if not EARLY:
-            sum_v = warpgroup_mma(p_operand, upwards.index(stage), sum_v, is_async=True)
+        sum_v = warpgroup_mma(p_operand, upwards.index(stage), sum_v, is_async=True)
         sum_k = warpgroup_mma(dz, queries.index(stage), sum_k, is_async=True)
         query = queries.index(following).permute((1, 0))
         upward = upwards.index(following).permute((1, 0))
         logits = warpgroup_mma(own_key, query, nothing, use_acc=False, is_async=True)
         slope = warpgroup_mma(own_value, upward, nothing, use_acc=False, is_async=True)
-        if not AHEAD:
-            highest = _norm(rows, following, 0, columns)
         # what was read a tile before; the last one waits for its own tile again
         mbarrier.arrive(empty.index((place - 2) & (STAGES - 1)), pred=i > begin + 1)
-        later = wait_full(full, gl.where(i + 1 < stop, place + 1, place), STAGES)
+        later = _wait_full(full, gl.where(i + 1 < stop, place + 1, place), STAGES)
         logits, sum_k, sum_v = warpgroup_mma_wait(1, deps=(logits, sum_k, sum_v))
         delta = _norm(rows, following, ROWS, columns)
         now_highest = highest
-        if AHEAD:
-            highest = _norm(rows, later, 0, columns)
+        highest = _norm(rows, later, 0, columns)
         stage = following
         following = later
         p = _chances(logits, now_highest, i * BT, key, offset, window, scale, BT, G)
@@ -179,8 +199,7 @@ def _sums(
 
 @gluon.jit
 def _key_consume(
-    shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
-    AHEAD: gl.constexpr,
+    shared, GROUP: gl.constexpr, GROUPS: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Four warps: dk and dv of block GROUP of every GROUPS neighbouring ones."""
     (
@@ -197,8 +216,8 @@ def _key_consume(
     turn = 0
     base = 0
     steps = gl.cdiv(num_keys, GROUPS * ROWS)
-    step, kv_head, b = split(gl.program_id(0), steps, HKV)
-    by_step, by_head, by_b = split(gl.num_programs(0), steps, HKV)
+    step, kv_head, b = _split(gl.program_id(0), steps, HKV)
+    by_step, by_head, by_b = _split(gl.num_programs(0), steps, HKV)
     for _ in range(gl.program_id(0), total, gl.num_programs(0)):
         start = step * (GROUPS * ROWS)
         key = start + GROUP * ROWS
@@ -210,15 +229,15 @@ def _key_consume(
         own_key = keys.index(GROUP).load(operand)
         own_value = values.index(GROUP).load(operand)
         mbarrier.arrive(taken.index(GROUP))
-        skip(full, empty, base, base + begin - first, STAGES)
+        _skip(full, empty, base, base + begin - first, STAGES)
         sum_k = nothing
         sum_v = nothing
         if begin < stop:
             sum_k, sum_v = _sums(
                 own_key, own_value, (queries, upwards, rows, full, empty), (offset, window, scale, zero),
-                base + begin - first, begin, stop, key, nothing, G, STAGES, EARLY, AHEAD,
+                base + begin - first, begin, stop, key, nothing, G, STAGES,
             )  # fmt: skip
-        skip(full, empty, base + stop - first, base + union_stop - first, STAGES)
+        _skip(full, empty, base + stop - first, base + union_stop - first, STAGES)
         at = [b, key, kv_head, 0]
         sent_k = sent.index(2 * GROUP)
         sent_v = sent.index(2 * GROUP + 1)
@@ -236,15 +255,14 @@ def _key_consume(
             flag(flags + ((b * HKV + kv_head) * blocks + key // ROWS) * 4, sum_k + sum_v)
         base += union_stop - first
         turn ^= 1
-        step, kv_head, b = advance(step, kv_head, b, by_step, by_head, by_b, steps, HKV)
+        step, kv_head, b = _advance(step, kv_head, b, by_step, by_head, by_b, steps, HKV)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_queries", "num_keys", "window", "total"])
 def key_gradient_kernel(
     q, k, v, grad_out, norms, grad_k, grad_v, flags, num_queries, num_keys, window, total, scale, logit_scale, HKV,
-    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, EARLY: gl.constexpr,
-    AHEAD: gl.constexpr,
+    G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk, dv and flags of blocks of 64 keys; q, k, v, grad_out, norms, grad_k and grad_v are descriptors."""
     dtype: gl.constexpr = q.dtype
@@ -274,8 +292,8 @@ def key_gradient_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_key_consume, (shared, 0, GROUPS, G, STAGES, EARLY, AHEAD)),
-            (_key_consume, (shared, 1, GROUPS, G, STAGES, EARLY, AHEAD)),
+            (_key_consume, (shared, 0, GROUPS, G, STAGES)),
+            (_key_consume, (shared, 1, GROUPS, G, STAGES)),
             (_key_produce, (
                 q, grad_out, norms, k, v, queries, upwards, rows, keys, values, loaded, taken, full, empty,
                 num_queries, num_keys, window, HKV, total, GROUPS, G, STAGES,
