@@ -76,8 +76,8 @@ class HopperGradients:
         self.problem, self.grad_out, self.out, self.lse = problem, grad_out, out, lse
         batch, heads = problem.batch, problem.kv_heads
         self.tiles = batch * heads * -(-problem.num_queries * problem.group // _SIZE)
-        units = batch * heads * -(-problem.num_keys // (KEY_OPTIONS["GROUPS"] * _SIZE))
-        self.takes_keys = units >= KEY_UNITS
+        self.key_units = batch * heads * -(-problem.num_keys // (KEY_OPTIONS["GROUPS"] * _SIZE))
+        self.takes_keys = self.key_units >= KEY_UNITS
         self.blocks = batch * heads * -(-problem.num_keys // _SIZE) if self.takes_keys else 0
         q, k = problem.q, problem.k
         self.grad_q, self.deltas = torch.empty_like(q), torch.empty_like(lse)
@@ -117,12 +117,12 @@ class HopperGradients:
         problem = self.problem
         plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
         norms = TensorDescriptor.from_tensor(self.norms, [1, 2 * _SIZE], plain)
-        units = -(-problem.num_keys // (KEY_OPTIONS["GROUPS"] * _SIZE))
         query, upward = self._rows(problem.q, self.grad_out)
-        key_gradient_kernel[(units, problem.kv_heads, problem.batch)](
+        num_queries, num_keys, window, scale = problem.sizes()
+        key_gradient_kernel[(min(self.key_units, num_processors(problem.q.device.index)),)](
             query, *self._columns(problem.k, problem.v), upward, norms, *self._columns(self.grad_k, self.grad_v),
-            self.flags[self.tiles :], *problem.sizes(), problem.scale, problem.kv_heads, **self.constants,
-            **KEY_OPTIONS,
+            self.flags[self.tiles :], num_queries, num_keys, window, self.key_units, scale, problem.scale,
+            problem.kv_heads, **self.constants, **KEY_OPTIONS,
         )  # fmt: skip
         return self.grad_k, self.grad_v
 
