@@ -4,15 +4,16 @@
     python scripts/publish.py runs/twins/run-* runs/twins/speed-* runs/twins/eval* -o results/twins --together --small
     python scripts/publish.py results/twins/run-hsa-0 -o runs/hsa-0
 
-Of a suite: summary.json (numbers with six digits), summary.md, and records.jsonl.xz without the places of chunks (ranks
-and weights stay, with six digits) and without questions and answers whose files are share-alike; scores by depth are
-left out of summary.json, as the records tell them. Of a training run: summary.json, config.json, log.jsonl.xz. With --together all runs go to two
-files in -o: runs.jsonl.xz, a line a run with its name as `run` and all these files but records, and records.jsonl.xz
-of all suites, each record with its `run`. A small file takes a whole block of a disk, and models that are asked the
-same take a third of the room. A run of these is named as if it were a folder there, and publishing it again makes one.
-With --small there is no summary.md; such a folder is published again with --small. All runs are looked at before any is
-copied. A published run that is there is replaced, any other folder is not. Two files that were not written whole are
-refused when they are read. docs/results.md says what is kept; tests/test_publish.py.
+Of a suite: summary.json (numbers with six digits), summary.md, and records.jsonl.xz without the places of chunks
+(ranks and weights stay, with six digits) and without questions and answers whose files are share-alike; scores by
+depth are left out of summary.json, as the records tell them. Of a training run: summary.json, config.json,
+log.jsonl.xz. With --together all runs go to two files in -o: runs.jsonl.xz, a line a run with its name as `run` and
+all these files but records, and records.jsonl.xz of all suites, each record with its `run`. A small file takes a whole
+block of a disk, and models that are asked the same take a third of the room. A run of these is named as if it were a
+folder there, and publishing it again makes one. With --small there is no summary.md; such a folder is published again
+with --small. All runs are looked at before any is copied. A published run that is there is replaced, any other folder
+is not. Two files that were not written whole are refused when they are read. docs/results.md says what is kept;
+tests/test_publish.py.
 """
 
 from __future__ import annotations

@@ -48,11 +48,11 @@ def test_places_and_share_alike_texts_are_left_out(tmp_path):
 
 def test_scores_by_depth_are_left_out_and_the_table_may_be(tmp_path):
     run = suite(tmp_path / "run", RECORD)
-    whole, part = ({"task": "a", "metric": "exact", "depth": depth} for depth in (None, 0.05))
+    whole, part = ({"task": "a", "metric": "exact", "depth": depth, "value": 2 / 3} for depth in (None, 0.05))
     (run / "summary.json").write_text(json.dumps({"meta": {}, "records": [whole, part]}))
     for options in ([], ["--small"]):
         assert publish.main([str(run), "-o", str(tmp_path / "out"), *options]) == 0
-        assert json.loads((tmp_path / "out/summary.json").read_text())["records"] == [whole]
+        assert json.loads((tmp_path / "out/summary.json").read_text())["records"] == [whole | {"value": 0.666667}]
         assert (tmp_path / "out/summary.md").exists() == (not options)
 
 
