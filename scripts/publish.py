@@ -91,6 +91,8 @@ def files_of(run: Path, is_small: bool = False) -> dict[str, Any]:
             for record in summary["records"]
             if record.get("depth") is None
         ]
+        if "pairs" in summary:
+            summary["pairs"] = [{key: _short(value) for key, value in pair.items()} for pair in summary["pairs"]]
         lines = [published(record) for record in lines]
     return {**files, kind: lines}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -65,7 +65,8 @@ def _normalize(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
 
 def _compile_norm(norm: nn.RMSNorm) -> None:
     """A norm that stands alone: torch.compile leaves out modules of torch itself, without a word."""
-    norm.forward = torch.compile(partial(_normalize, norm), dynamic=False)  # type: ignore[method-assign]
+    # a method, so that a copy of the norm has its own weight
+    norm.forward = MethodType(torch.compile(_normalize, dynamic=False), norm)  # type: ignore[method-assign]
 
 
 def uncompiled() -> AbstractContextManager[Any]:

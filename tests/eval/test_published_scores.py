@@ -306,7 +306,9 @@ def test_a_published_suite_keeps_its_records_which_give_its_summary():
         for record in kept[Path(run.name)]["records"]:
             if is_share(record["metric"]):
                 own = found[tuple(record[name] for name in ("task", "metric", "length", "depth"))]
-                assert [own[n] for n in ("samples", "value")] == [record["samples"], pytest.approx(record["value"])]
+                # published numbers have six digits
+                value = pytest.approx(record["value"], rel=1e-5)
+                assert [own[n] for n in ("samples", "value")] == [record["samples"], value]
 
 
 def smol_tables(title):

@@ -28,7 +28,7 @@ _MOST_AHEAD = 512
 # whether kernel_hopper.py scans many landmarks on Hopper; its shares, which are programs, one a multiprocessor; chunks
 # of a tile, of a copy, bytes of all tiles of a ring; dimensions of the landmarks and most K that it is meant for
 _STREAMS, _STREAM_SHARES, _STREAM_TILE, _STREAM_BOX, _STREAM_RING = True, 128, 64, 32, 192 * 1024
-_STREAM_DIMS, _STREAM_KEPT = (256, 512, 1024), 64
+_STREAM_DIMS, _STREAM_KEPT = (256, 512, 1024), 32
 # warps of its programs and of choose_kernel; the best candidates of a share that the first lists for the second
 _STREAM_WARPS, _CHOOSE_WARPS, _STREAM_LISTED = 4, 8, 4
 
@@ -251,7 +251,8 @@ class TopkPlan:
         is_narrow = shapes.dtypes[1] in (torch.bfloat16, torch.float16) and shapes.dtypes[2] is None
         if not (_STREAMS and is_narrow and self.dim in _STREAM_DIMS and self.keep <= _STREAM_KEPT):
             return False
-        is_long = _STREAM_SHARES * self.stream_tile[0] <= self.chunks < (2**31 - 2**20) // shapes.landmarks[0]
+        rows = max(shapes.landmarks[0], shapes.chunk_rows)
+        is_long = _STREAM_SHARES * self.stream_tile[0] <= self.chunks < (2**31 - 2**20) // rows
         is_plain = set(shapes.dtypes[3:]) == {torch.int32} and shapes.is_aligned
         # a bulk copy begins at a multiple of 16 bytes, also of the places of a later row
         is_plain = is_plain and (not self.constants["CHUNK_ROWS"] or self.chunks % 4 == 0)
