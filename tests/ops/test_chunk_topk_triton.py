@@ -217,17 +217,21 @@ def test_the_last_kernel_after_a_stream_equals_the_reference(monkeypatch, rows, 
 
 
 def test_which_scans_are_streams(monkeypatch):
-    def streams(chunks=16_384, dim=256, keep=32, dtype=torch.bfloat16, scales=None, kind=torch.int32, is_aligned=True):
-        sizes = torch.Size((1, 1, 1, dim)), torch.Size((1, chunks, 1, dim))
+    def streams(
+        chunks=16_384, dim=256, keep=32, dtype=torch.bfloat16, scales=None, kind=torch.int32, is_aligned=True, rows=1
+    ):  # fmt: skip
+        sizes = torch.Size((rows, 1, 1, dim)), torch.Size((1, chunks, 1, dim))
         dtypes = (torch.bfloat16, dtype, scales, *[kind] * 4)
         return plan.TopkPlan(
-            plan.TopkShapes(*sizes, 1, "past", dtypes, keep, torch.device("cpu"), is_aligned)
+            plan.TopkShapes(*sizes, rows, "past", dtypes, keep, torch.device("cpu"), is_aligned)
         ).takes_stream  # fmt: skip
 
     assert not streams()  # not on this machine
     monkeypatch.setattr(plan, "runs_hopper_kernels", lambda index: True)
-    assert streams() and streams(8192) and streams(4096, 1024, 64, torch.float16) and streams(1 << 21)
-    assert not streams(8191) and not streams(dim=128) and not streams(dim=384) and not streams(keep=65)
+    assert streams() and streams(8192) and streams(4096, 1024, 31, torch.float16) and streams(1 << 21)
+    assert not streams(8191) and not streams(dim=128) and not streams(dim=384) and not streams(keep=33)
+    # owners of several rows: where a row of them begins, and how far the last reaches
+    assert streams(9004, rows=2) and not streams(9001, rows=2) and streams(1 << 25) and not streams(1 << 25, rows=64)
     assert not streams(dtype=torch.float32) and not streams(dtype=torch.int8, scales=torch.bfloat16)
     assert not streams(kind=torch.int64) and not streams(is_aligned=False)
 
