@@ -7,16 +7,6 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def begin(OVERLAPS: gl.constexpr):
-    """As that of ops/_overlap.py."""
-    if OVERLAPS:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-            "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
 def begin_block(zero):
     """A branch that is never taken, so that what follows is not moved before: the assembler would wait for products at
     the front of a block, before what runs beside them."""

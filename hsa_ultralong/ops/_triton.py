@@ -82,7 +82,7 @@ _GLUON = (3, 6)
 
 @lru_cache(maxsize=1)
 def has_gluon() -> bool:
-    """Whether the installed Triton compiles the files kernel_hopper.py."""
+    """Whether the installed Triton compiles the kernel_*hopper*.py."""
     if not _is_installed():
         return False
     import triton

@@ -265,7 +265,7 @@ class TopkPlan:
 
         (tile, box), shares, kept = self.stream_tile, _STREAM_SHARES, max(16, next_power_of_two(self.keep))
         rows, queries = self._readers
-        tiles, limit, is_early = -(-self.chunks // tile), max(128, 4 * kept), starts_early(self.shapes.device.index)
+        tiles, limit, is_early = -(-self.chunks // tile), 4 * _STREAM_KEPT, starts_early(self.shapes.device.index)
         scan = PreparedLaunch(
             stream_scan_kernel, (shares, rows * self.heads, -(-queries // 16)), R=self.dim, BQ=16, TILE=tile,
             BOX=box, SHARES=shares, STAGES=_STREAM_RING // (2 * self.dim * tile), LISTED=_STREAM_LISTED,

@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hsa_ultralong.ops._gluon import begin
+from hsa_ultralong.ops._overlap import begin
 
 # the weight of a chunk that a token did not choose: a NaN that no weight is
 _UNCHOSEN = gl.constexpr(-1)
