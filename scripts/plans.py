@@ -5,7 +5,7 @@
     python scripts/queues.py start PLAN.json -o runs/q
 
 What needs a file that was not named is left out, and said. Minutes are what a job took or should take on one H100; it
-is stopped after half as many again and three. Begun again with another -o of queues.py, training and evaluation go on
+ends after half as many again and three. Begun again with another -o of queues.py, training and evaluation go on
 where they stopped. tests/test_plans.py.
 """
 
@@ -33,8 +33,8 @@ _FINDINGS = {
     "effective_length": 6, "warmup": 5, "window": 5, "positions": 5, "fusion": 9, "fusion_taught": 9, "parity": 5,
     "heads": 5,
 }  # fmt: skip
-# each job beside another adds such a part of its time, an estimate: by it 22 runs of findings, seven beside each other,
-# take 37 minutes of a card; they took 44 on H200s, most without CUDA graphs
+# each job beside another adds such a part of its time, an estimate: 22 runs of findings, seven beside each other, took
+# 44 minutes of an H200, not 37, few with graphs
 _PER_JOB_BESIDE = 0.1
 _FACTS = (
     "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multivalue,"

@@ -21,7 +21,7 @@ from hsa_ultralong.baselines.twins import twin_config
 from hsa_ultralong.bench.timing import MakeCapture
 from hsa_ultralong.models import HSAConfig, HSAForCausalLM, accounting
 
-PEAK_FLOPS = 989e12  # H200 and H100, dense bf16 (docs/results.md)
+PEAK_FLOPS = 989e12  # H200 and H100, dense bf16 (docs/results.md), of steps in fp8 too
 CHECKPOINTING = ("none", "full")
 # the model; a transformer of its window layers with full attention; one with as many layers and parameters as the model
 ATTENTIONS = ("hsa", "full", "full_rope")
@@ -35,7 +35,8 @@ _STEPS_BEFORE = 3
 @dataclass(frozen=True)
 class TrainingSettings:
     """contexts: tokens a row. batch_tokens: of an optimiser step (at least one row). micro_tokens: tokens of a forward
-    that are tried; the fastest counts. steps: timed, after two that are not."""
+    that are tried; the fastest counts. steps: timed, after two that are not. precision: of training, as `hsa train`
+    calls it, which `prepare` sets."""
 
     contexts: tuple[int, ...] = (8192, 16_384, 32_768, 131_072)
     batch_tokens: int = 131_072
@@ -43,6 +44,7 @@ class TrainingSettings:
     steps: int = 4
     checkpointing: str = "none"
     seed: int = 0
+    precision: str = "bf16"
 
 
 def full_attention_twin(config: HSAConfig, attention: str = "full") -> FullAttentionLM:
@@ -227,7 +229,8 @@ def training_records(
         )
         shared = {
             "preset": name, "attention": attention, "context": context, "gpus": 1,
-            "parallel": f"checkpointing {settings.checkpointing}" + (", CUDA graphs" if make_capture else ""),
+            "parallel": f"checkpointing {settings.checkpointing}" + (", CUDA graphs" if make_capture else "")
+            + (f", {settings.precision}" if settings.precision != "bf16" else ""),
             "micro_batch_rows": best[2],
         }  # fmt: skip
         on_record({"metric": "tokens_per_s", **shared, "value": best[0]})

@@ -56,6 +56,9 @@ def training(
             "--compile/--no-compile", help="torch.compile by layer.", show_default="on a GPU, not for --longest"
         ),
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of feed-forward blocks: bf16, or fp8 in all models (one process on a GPU).")
+    ] = "bf16",
     graphs: Annotated[bool, typer.Option("--graphs", help="By CUDA graphs; one process on a GPU.")] = False,
     steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Steps timed.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
@@ -79,6 +82,8 @@ def training(
 
       hsa bench training --contexts 8K --graphs
 
+      hsa bench training --contexts 8K --micro-tokens 128K --precision fp8
+
       hsa bench training --longest --caps 80GB,card --max-minutes 25
 
       hsa bench training --preset debug --contexts 256 --batch-tokens 1024 --micro-tokens 256,512 --device cpu
@@ -98,7 +103,9 @@ def training(
     results = _Results(output, hardware, place, seed)
     collect_as_usual()
     model, kinds = preset(preset_name), [kind.strip() for kind in attention.split(",")]
-    _require_graphs(graphs, model, place == "cuda" and not longest and not results.is_shared)
+    is_timed_alone = not longest and not results.is_shared
+    _require_graphs(graphs, model, place == "cuda" and is_timed_alone)
+    _require_precision(precision, place, is_timed_alone)
     saving = _saving(tile_tokens, offload, place, longest, results.is_shared)
     if longest:
         rows = _longest_settings(
@@ -106,7 +113,7 @@ def training(
         )  # fmt: skip
         _search_longest(model, preset_name, kinds, rows, place, results)
     else:
-        settings = _speed_settings(contexts, batch_tokens, micro_tokens, steps, checkpointing, seed)
+        settings = _speed_settings(contexts, batch_tokens, micro_tokens, steps, checkpointing, seed, precision)
         _measure_speed(model, preset_name, kinds, settings, spread, saving, use_compile, graphs, here, results)
     if results.is_first:
         _report_training(results.found, results.path, as_json)
@@ -119,6 +126,19 @@ def _require_graphs(graphs: bool, model: HSAConfig, has_place: bool) -> None:
         raise ValueError(
             "--graphs cannot hold a mixture of experts, which reads counts: leave it out, or name another --preset"
         )
+
+
+def _require_precision(precision: str, place: str, is_timed_alone: bool) -> None:
+    import torch
+
+    from hsa_ultralong.train.config import PRECISIONS
+    from hsa_ultralong.train.precision import require_precision
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision is one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if precision != "bf16" and not is_timed_alone:
+        raise ValueError(f"--precision {precision} is for timed steps of one process: leave it out")
+    require_precision(precision, torch.device(place))
 
 
 def _saving(tile_tokens: str, offload: bool, place: str, longest: bool, is_shared: bool) -> dict[str, Any]:
@@ -134,13 +154,13 @@ def _saving(tile_tokens: str, offload: bool, place: str, longest: bool, is_share
 
 
 def _speed_settings(
-    contexts: str, batch_tokens: str, micro_tokens: str, steps: int, checkpointing: str, seed: int
+    contexts: str, batch_tokens: str, micro_tokens: str, steps: int, checkpointing: str, seed: int, precision: str
 ) -> TrainingSettings:
     from hsa_ultralong.bench.training import TrainingSettings
 
     rows, micro = parse_sizes(contexts, "--contexts"), parse_sizes(micro_tokens, "--micro-tokens")
     tokens = parse_size(batch_tokens, "--batch-tokens")
-    return TrainingSettings(tuple(rows), tokens, tuple(micro), steps, checkpointing, seed)
+    return TrainingSettings(tuple(rows), tokens, tuple(micro), steps, checkpointing, seed, precision)
 
 
 class _Results:
@@ -196,8 +216,8 @@ def _measure_speed(
         return
     for kind in kinds:
         training_records(
-            model, name, kind, settings, device, results.keep, _preparation(use_compile), on_failure=results.say,
-            make_capture=CudaCapture if has_graphs else None,
+            model, name, kind, settings, device, results.keep, _preparation(use_compile, settings.precision),
+            on_failure=results.say, make_capture=CudaCapture if has_graphs else None,
         )  # fmt: skip
 
 
@@ -266,13 +286,15 @@ def _report_training(result: dict[str, Any], path: Path, as_json: bool) -> None:
     echo(f"Written: {path}" + (f" and {path.with_suffix('.png').name}" if has_figure else ""))
 
 
-def _preparation(use_compile: bool) -> Any:
+def _preparation(use_compile: bool, precision: str = "bf16") -> Any:
     """What the trainer does to a model before its first step (train/parallelize.py), for one process."""
     from hsa_ultralong.models import HSAForCausalLM
     from hsa_ultralong.train.activations import recompute_activations
     from hsa_ultralong.train.compilation import compile_layers
+    from hsa_ultralong.train.precision import set_precision
 
     def prepare(model: Any, checkpointing: str) -> None:
+        set_precision(model, precision)
         if isinstance(model, HSAForCausalLM):
             recompute_activations(model, checkpointing)
         if use_compile:

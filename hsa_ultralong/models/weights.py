@@ -26,9 +26,9 @@ _PLAIN = (nn.Embedding, nn.Identity, nn.Linear, nn.ModuleList, nn.RMSNorm)
 _TENSORS = (torch.Tensor, nn.Parameter)
 # what compiles, recomputes or shards a module without changing it keeps it there
 _SAME = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-# hooks of these packages move, watch or reparametrise tensors that are entries themselves
+# hooks of these packages move, watch or reparametrise tensors that are entries
 _KNOWN_HOOKS = ("accelerate.", "hsa_ultralong.", "torch.", "transformers.")
-# modes, and what bitsandbytes notes about the machine and the first input
+# modes, and notes of bitsandbytes
 _NO_SETTINGS = ("training", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
 # tensors up to this size are checked together
 _SMALL_BYTES = 1 << 20

@@ -6,9 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hsa_ultralong.ops.swiglu import swiglu_fp8
+
 
 class SwiGLU(nn.Module):
-    """x -> down(silu(gate(x)) * up(x)), bias-free, (..., M) -> (..., M)."""
+    """x -> down(silu(gate(x)) * up(x)), bias-free, (..., M) -> (..., M); with `trains_fp8`, where gradients are wanted,
+    by products of 8-bit floats (ops/swiglu)."""
+
+    trains_fp8 = False
 
     def __init__(self, *, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -18,7 +23,16 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
+            if self.trains_fp8:
+                return self._train_fp8(x)
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate = F.silu(self.gate_proj(x), inplace=True)  # nothing keeps it: saves two passes over memory
         gate *= self.up_proj(x)
         return self.down_proj(gate)
+
+    def _train_fp8(self, x: torch.Tensor) -> torch.Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        return swiglu_fp8(x.flatten(0, -2), *weights).view(x.shape)

@@ -4,6 +4,7 @@ from hsa_ultralong.ops.chunk_topk import ChunkVisibility, ScoredChunks, chunk_to
 from hsa_ultralong.ops.hsa import hsa_attention, joint_attention
 from hsa_ultralong.ops.linear_cross_entropy import linear_cross_entropy
 from hsa_ultralong.ops.sliding_window import sliding_window_attention
+from hsa_ultralong.ops.swiglu import swiglu_fp8
 
 __all__ = [
     "ChunkVisibility",
@@ -14,4 +15,5 @@ __all__ = [
     "joint_attention",
     "linear_cross_entropy",
     "sliding_window_attention",
+    "swiglu_fp8",
 ]

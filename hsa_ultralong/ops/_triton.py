@@ -143,6 +143,14 @@ def triton_runs_on(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and _is_installed() and torch.version.hip is None and _capability(tensor.device.index)[0] >= 8
 
 
+def fp8_runs_on(tensor: torch.Tensor) -> bool:
+    """Whether matrix products of 8-bit floats and Triton's conversions to them run for this tensor: Ada and newer."""
+    if not triton_runs_on(tensor):
+        return False
+    major, minor = _capability(tensor.device.index)
+    return major > 8 or (major == 8 and minor == 9)
+
+
 def require_triton(op: str, tensor: torch.Tensor) -> None:
     """Raise one clear RuntimeError where impl="triton" cannot run."""
     if not _is_installed():

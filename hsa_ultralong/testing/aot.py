@@ -161,6 +161,7 @@ def replaced_functions(card: Card) -> Iterator[None]:
         ("require_triton", lambda op, tensor: None),
         ("is_interpreted", lambda: False),
         ("triton_runs_on", lambda tensor: True),
+        ("fp8_runs_on", lambda tensor: card.capability >= 89),
         ("num_processors", lambda index=None: card.num_processors),
         ("shared_memory", lambda index=None: card.shared_bytes),
         ("starts_early", lambda index=None: card.capability >= 90),

@@ -15,11 +15,13 @@ from hsa_ultralong.baselines.triton_selected import block_attention_triton, sele
 from hsa_ultralong.ops import (
     ChunkVisibility,
     ScoredChunks,
+    _triton,
     chunk_topk,
     combine_topk,
     hsa_attention,
     joint_attention,
     sliding_window_attention,
+    swiglu_fp8,
 )
 from hsa_ultralong.ops.chunk_gather import ChunkBlocks, gather_chunks
 from hsa_ultralong.ops.chunk_topk.quantized import chunk_topk_quantized
@@ -154,6 +156,16 @@ def _run_gather(shape: Shape, payload: torch.dtype) -> None:
     gather_chunks(blocks, torch.zeros(shape.K, dtype=torch.int32), shape.dtype, impl="triton")
 
 
+def _run_swiglu(weight_dtype: torch.dtype) -> None:
+    x = _noise(64, 1024, dtype=torch.bfloat16)
+    # cards without 8-bit floats have no such kernels
+    if not _triton.fp8_runs_on(x):
+        return
+    gate, up, down = (_noise(*shape, dtype=weight_dtype) for shape in ((4096, 1024), (4096, 1024), (1024, 4096)))
+    out = swiglu_fp8(x, gate, up, down, impl="triton")
+    out.backward(torch.ones_like(out))
+
+
 def _with_shape(call: Callable[..., None], *arguments: object) -> Callable[[], None]:
     return lambda: call(*arguments)
 
@@ -201,6 +213,8 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
     # a library, and own chunks; two processes; three, and full coverage of a few
     for widths, topk in (((64, 64), 64), ((32, 32, 32), 32), ((32, 32, 32, 7), 32), ((256, 256), 256)):
         cases.append((f"combine_topk {widths}", _with_shape(_run_combine, widths, topk)))
+    for dtype in (torch.float32, torch.bfloat16) if is_complete else (torch.float32,):
+        cases.append((f"swiglu_fp8 {dtype}", _with_shape(_run_swiglu, dtype)))
     for payload in (torch.bfloat16, torch.int8, torch.float8_e4m3fn) if is_complete else (torch.int8,):
         cases.append((f"gather_chunks {payload}", _with_shape(_run_gather, SHAPES[0], payload)))
     return cases

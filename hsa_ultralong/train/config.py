@@ -22,6 +22,7 @@ _POOLS = ("", "attended", "compete")
 OPTIMIZERS = ("adamw", "muon")
 _ON_SPIKE = ("stop", "warn")
 _LORA_LAYERS = ("all", "upper")
+PRECISIONS = ("bf16", "fp8")
 
 
 @dataclass
@@ -238,6 +239,8 @@ class TrainConfig:
             as it is, to the bit, and with it the language within the window (train/freezing.py).
         router_warmup_steps: first steps of the run, in which tokens are spread over the experts of a mixture, less and
             less, so that none gets all while hidden states are still alike; 0 = none (train/stages.py).
+        precision: of products in training on a GPU: "bf16", or "fp8", which forms those of dense feed-forward blocks,
+            forward and backward, by 8-bit floats (ops/swiglu); weights, checkpoints and exports are the same.
         weight_decay: on matrices only. betas, clip_norm: AdamW and gradient clipping.
         parallel: how a step is spread over processes, and what it keeps in memory.
         checkpoint_minutes: wall-clock minutes between checkpoints. keep_checkpoints: older ones are deleted; 0 writes
@@ -270,6 +273,7 @@ class TrainConfig:
     freeze_memory: bool = False
     freeze_source: bool = False
     router_warmup_steps: int = 0
+    precision: str = "bf16"
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
@@ -300,7 +304,10 @@ class TrainConfig:
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        choices_of = (("optimizer", OPTIMIZERS), ("on_spike", _ON_SPIKE), ("lora_layers", _LORA_LAYERS))
+        choices_of = (
+            ("optimizer", OPTIMIZERS), ("on_spike", _ON_SPIKE), ("lora_layers", _LORA_LAYERS),
+            ("precision", PRECISIONS),
+        )  # fmt: skip
         for name, choices in choices_of:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
@@ -308,6 +315,8 @@ class TrainConfig:
             raise ValueError("old_rate goes with optimizer=adamw")
         if self.lora_layers != "all" and not self.lora_rank:
             raise ValueError(f"lora_layers={self.lora_layers} says where a low rank trains: set lora_rank too")
+        if self.lora_rank and self.precision != "bf16":
+            raise ValueError("lora_rank changes feed-forward blocks, whose products precision=fp8 takes: leave one out")
         if self.lora_rank and self.freeze_memory:
             raise ValueError("lora_rank trains the memory, freeze_memory does not: leave one out")
         if self.freeze_source and (self.lora_rank or self.freeze_memory):

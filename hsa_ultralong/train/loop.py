@@ -42,6 +42,7 @@ from hsa_ultralong.train.parallelize import (
     parallelize,
     synchronize_buffers,
 )
+from hsa_ultralong.train.precision import require_precision, set_precision
 from hsa_ultralong.train.run_folder import RunFolder, RunLog, write_settings
 from hsa_ultralong.train.schedule import learning_rate
 from hsa_ultralong.train.stages import (
@@ -106,6 +107,7 @@ class Trainer:
             wanted = self.preset.vocab_size
             raise ValueError(f"model.vocab_size={wanted} has no room for the {len(tokenizer)} tokens of the tokenizer")
         require_experts(config, self.preset)
+        require_precision(config.precision, self.device)
         require_graphs(config, self.preset, self.device, 1 if self.mesh is None else self.mesh.size())
         # on the device from the start: the host of 8 processes could not hold 8 large models
         with self.device:
@@ -115,6 +117,7 @@ class Trainer:
         self.model.to(self.device).train()
         self.losses = StepLoss(self.model, config, teacher, self.device, self.mesh)
         prepare_parameters(self.model, config)
+        set_precision(self.model, config.precision)
         use_compile = config.compile and self.device.type == "cuda"
         parallelize(self.model, self.mesh, config.parallel, use_compile=use_compile)
         self.optimizers = build_optimizers(self.model, config)

@@ -1,4 +1,4 @@
-"""A rival's folder: saved, loaded by transformers' Auto classes; what nobody reads is refused."""
+"""A rival's folder: saved, loaded by Auto classes; what none reads is refused."""
 
 import pytest
 import torch

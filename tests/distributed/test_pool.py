@@ -18,9 +18,9 @@ OPTIONS = ["default", "mixture_of_experts", "two_retrieval_heads", "full_coverag
 
 
 def pool_inputs(world):
-    """Rows of all ranks, two each: plain; with sources over the ranks; packed; packed with a source per document."""
+    """Rows of all ranks, two each: plain, over the ranks, packed, packed by document."""
     tokens = random_tokens(2 * world, 16, seed=5)
-    # the divisor of the whole pool, as a training step gives it
+    # the divisor of the whole pool
     plain = {"input_ids": tokens, "labels": tokens, "num_items_in_batch": 15 * 2 * world}
     segments = torch.zeros(2 * world, 16, dtype=torch.int32)
     segments[::2, 8:], segments[:, 14:] = 1, -1
@@ -44,7 +44,7 @@ def part_of(rank, world, inputs):
 
 
 def check_rows(rank, world):
-    """Both variants and all kinds of rows; evaluation and training take turns."""
+    """Both variants, all kinds of rows."""
     for i, options in enumerate(OPTIONS):
         for j, (pool, inputs) in enumerate(itertools.product(("attended", "compete"), pool_inputs(world))):
             if options != "default" and (i + j) % 3:

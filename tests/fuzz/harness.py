@@ -30,10 +30,10 @@ from typer.main import get_command
 from hsa_ultralong.cli.main import app
 from tests.fuzz.mutators import Mutation
 
-# of one command: against hangs, also on a machine that is many times slower
+# of one command on a slow machine
 SECONDS = 60
 MEMORY = 4 * 2**30
-# what may stand on standard error beside the one line of an error: notes and bars
+# what may stand on standard error beside the line of an error
 NOTES = ("WARNING ", "note: ", "memorising ", "compacting ", "merging ", "exporting ", "verifying ", "rebuilding ")
 
 
@@ -44,8 +44,8 @@ class Target:
     Attributes:
         name: in messages and seeds.
         make: builds the folder that mutants are copies of; called once.
-        mutations: ways to spoil a copy; each is as likely as it stands here.
-        commands: arguments of `hsa`, given the mutant's folder and a generator; run one after another on one mutant.
+        mutations: ways to spoil it, all as likely.
+        commands: arguments of `hsa`, given the mutant's folder and a generator; run in order on one mutant.
         exit_codes: beside 0 and 2, by the command's words, such as {"memory verify": 1}.
         calls: of the library, by their names, given the mutant's folder; they return, or raise a ValueError or OSError
             of one line. Run before the commands.

@@ -1,4 +1,4 @@
-"""Edits equal rebuilding and touch only the chunks that fact 6 names."""
+"""Edits equal rebuilding and touch no other chunks."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def changed(tokens, start, stop):
 
 
 def used(memory):
-    """Keys, values and landmarks of slots that hold a token."""
+    """What slots of tokens hold."""
     present = (torch.arange(memory.chunk_size) < memory.lengths[..., None]).flatten(1)
     return memory.k[present], memory.v[present], memory.landmarks
 

@@ -228,7 +228,7 @@ def test_what_changed_in_the_old_memory_since_a_killed_rebuild_is_read_again(pat
     result = rebuild(new, path)
     assert result.num_tokens_read == 14 + 4
     assert bits(path)[0] == bits(tmp_path / "fresh.hsa")[0]
-    # begun for another model, it is begun anew
+    # of another model: begun anew
     monkeypatch.setattr(rebuilding, "take_over", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rebuild(old, path)

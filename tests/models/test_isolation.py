@@ -1,4 +1,4 @@
-"""Isolated rows: packing changes neither the loss nor any gradient of their documents."""
+"""Packing isolated rows changes no gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def documents(lengths, seed):
 
 
 def pack(rows):
-    """Token ids, documents and labels (B, 24): documents start at chunks, the rest is padding without labels."""
+    """Token ids, documents and labels (B, 24): of whole chunks."""
     tokens = torch.full((len(rows), 24), 7)
     segments = torch.full((len(rows), 24), -1, dtype=torch.int32)
     labels = torch.full((len(rows), 24), -100)
@@ -33,7 +33,7 @@ def pack(rows):
 
 
 def alone(model, part):
-    """Summed loss of one document in a forward of its own."""
+    """Loss of one document."""
     return model(part[None], labels=part[None], use_cache=False, num_items_in_batch=1).loss
 
 

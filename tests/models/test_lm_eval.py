@@ -32,7 +32,7 @@ def prompt(tokenizer):
 
 def test_the_first_length_that_tools_look_for_is_one_that_cuts_nothing(nano):
     model, _ = nano
-    # the order of lm-eval 0.4.13: a nested text_config, then these, then the tokenizer's model_max_length
+    # lm-eval 0.4.13: a nested text_config, these, the tokenizer's model_max_length
     assert not getattr(model.config, "text_config", None)
     stated = [getattr(model.config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
     assert [value for value in stated if value is not None] == [LONGEST]
@@ -58,7 +58,7 @@ def test_generate_neither_warns_nor_stops_because_of_the_stated_length(caplog):
         assert not [record for record in caplog.records if "length" in record.getMessage()]
     finally:
         transformers_logging.disable_propagation()
-    # a small statement, of whoever made it, changes nothing either
+    # a small statement changes nothing either
     assert torch.equal(model.generate(tokens, max_new_tokens=20, do_sample=False, pad_token_id=0), found)
 
 

@@ -126,7 +126,7 @@ def saved_by_hand(model, path):
 
 
 def saved_after_registering(model, path):
-    # what transformers does to classes that it loaded with trust_remote_code
+    # what transformers does to classes of trust_remote_code
     HSAConfig.register_for_auto_class()
     HSAModel.register_for_auto_class(AutoModel)
     HSAForCausalLM.register_for_auto_class("AutoModelForCausalLM")

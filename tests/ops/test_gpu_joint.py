@@ -10,12 +10,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SIZE, DIM = 64, 64
-# tokens of a row that read few of the chunks, all of them, and by a retrieval head for each memory head
+# rows that read few chunks, all, by a retrieval head for each memory head
 CASES = {"sparse": (8, 1, 1), "coverage": (32, 1, 1), "per_head": (8, 2, 2), "shared_selection": (8, 2, 1)}
 
 
 def problem(name, seed=0, tokens=2000, batch=2, heads=4):
-    """Indices of visible chunks, then q, k, v, weights, and the gradients of output and mass."""
+    """Indices, q, k, v, weights, and the gradients of output and mass."""
     slots, kv_heads, retrieval_heads = CASES[name]
     generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -41,7 +41,7 @@ def attend(case, impl="auto", dtype=torch.bfloat16):
     q, k, v, weights = leaves
     out, mass = joint_attention(q, k, v, indices, weights, chunk_size=SIZE, causal=True, impl=impl)
     slopes = [x.to(y.dtype) for x, y in zip(upward, (out, mass), strict=True)]
-    # a token without chunks has no gradient of its mass, -inf
+    # without chunks the mass is -inf
     slopes[1] = slopes[1].masked_fill(mass == -torch.inf, 0.0)
     return [out.detach(), mass.detach(), *torch.autograd.grad((out, mass), leaves, slopes)]
 
@@ -85,5 +85,5 @@ def test_a_compiled_caller_reads_by_the_kernels():
         out, mass = function(*leaves)
         found.append([out.detach(), mass.detach(), *torch.autograd.grad(out, leaves, upward[0])])
     for plain, compiled in zip(*found, strict=True):
-        # the compiler takes logarithms of weights with other last digits
+        # the compiler's logarithms differ
         assert (plain.double() - compiled.double()).norm() <= 1e-2 * plain.double().norm()

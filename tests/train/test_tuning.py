@@ -1,4 +1,4 @@
-"""The source fine-tuned with the passage in its prompt: answers count, documents are apart, the best weights stay."""
+"""Tuning, passages in prompts: answers count, documents apart, the best stays."""
 
 import itertools
 import json

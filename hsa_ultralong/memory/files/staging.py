@@ -92,6 +92,6 @@ def check_columns(spec: MemorySpec, columns: Mapping[str, torch.Tensor]) -> int:
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The rows of a tensor (n, ...) as uint8 (n, row_bytes) on the host, without a copy where possible."""
+    """The rows of a tensor (n, ...) as uint8 (n, row_bytes) on the host, uncopied where possible."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return flat.numpy().reshape(tensor.shape[0], -1) if tensor.shape[0] else np.empty((0, 0), dtype=np.uint8)

@@ -24,14 +24,14 @@ import triton.language as tl
 from hsa_ultralong.ops._launch import PreparedLaunch
 from hsa_ultralong.ops._overlap import begin
 
-# keys larger than any real one: empty slots sort behind everything
+# larger than any: empty slots come last
 _LAST_32 = tl.constexpr(2**31 - 1)
 _LAST_64 = tl.constexpr(2**62)
-# slots of a token that are sorted at least: fewer, as a short prompt's own chunks make them, need no form of their own
+# slots of a token that are sorted at least: fewer have no form of their own
 FEWEST_SLOTS = 16
 # keys that one program of the counting sort takes, as few as there are chunks: fewer are sorted faster, but every
-# program writes a count for every chunk. Counts per pair, and pairs, beyond which a plain sort is used instead: it has
-# more launches and less work, so it wins where the card decides (docs/kernels.md)
+# program writes a count for every chunk. Counts per pair, and pairs, beyond which a plain sort serves: it has
+# more launches, less work (docs/kernels.md)
 _COUNTED_KEYS = (512, 2048)
 _COUNTED_SHARE = 4
 _COUNTED_PAIRS = 1 << 18
