@@ -25,7 +25,7 @@ PAGES = {
     "hsa_ultralong/eval/tasks/README.md": "evaluation-tasks.md",
     **{
         f"hsa_ultralong/ops/{name}/README.md": f"operators/{name}.md"
-        for name in ("hsa", "chunk_topk", "chunk_gather", "sliding_window", "linear_cross_entropy")
+        for name in ("hsa", "chunk_topk", "chunk_gather", "sliding_window", "linear_cross_entropy", "swiglu")
     },
 }
 # page -> title and the objects that it documents
@@ -80,7 +80,7 @@ API = {
             f"hsa_ultralong.ops.{name}"
             for name in (
                 *("hsa_attention", "chunk_topk", "combine_topk", "ScoredChunks", "ChunkVisibility"),
-                *("sliding_window_attention", "linear_cross_entropy"),
+                *("sliding_window_attention", "linear_cross_entropy", "swiglu_fp8"),
             )
         ],
     ),

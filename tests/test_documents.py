@@ -20,7 +20,7 @@ import typer
 from hsa_ultralong.cli.main import app, main
 
 ROOT = Path(__file__).resolve().parents[1]
-OPERATORS = ("hsa", "chunk_topk", "sliding_window", "linear_cross_entropy")
+OPERATORS = ("hsa", "chunk_topk", "sliding_window", "linear_cross_entropy", "swiglu")
 LINKED = [
     *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("hsa_ultralong/**/*.md")),
     *sorted(ROOT.glob("checkpoints/*/*.md")), *sorted(ROOT.glob("examples/**/*.md")),

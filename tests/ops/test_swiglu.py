@@ -122,7 +122,7 @@ def test_frozen_inputs_get_no_gradients():
 
 
 def test_no_rows_are_no_work():
-    inputs = operands(0)
+    inputs = operands(0, dtype=torch.bfloat16)
     for impl in ("reference", "triton"):
         assert swiglu_fp8(*inputs, impl=impl).shape == (0, WIDTH)
 
@@ -179,7 +179,7 @@ def test_on_a_gpu_kernels_round_as_the_reference_and_repeat_bit_for_bit():
     first = run(lambda *parts: swiglu_fp8(*parts, impl="triton"), inputs)
     reference = run(lambda *parts: swiglu_fp8(*parts, impl="reference"), inputs)
     for mine, theirs in zip(errors(first, expected), errors(reference, expected), strict=True):
-        assert mine < 1.02 * theirs < 0.08
+        assert mine < 1.02 * theirs < 0.1
     for _ in range(20):
         again = run(lambda *parts: swiglu_fp8(*parts, impl="triton"), inputs)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

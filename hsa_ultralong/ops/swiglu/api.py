@@ -30,7 +30,8 @@ def swiglu_fp8(
 
     Args:
         x: (N, M). gate, up: (F, M). down: (M, F); any float, M and F multiples of 16.
-        impl: "auto", "triton" (compute capability 8.9 or newer) or "reference" (products of the rounded numbers).
+        impl: "auto", "triton" (x in bf16, compute capability 8.9 or newer) or "reference" (products of the rounded
+            numbers); "auto" is "triton" where that runs.
 
     Returns:
         (N, M) in the dtype of x. Gradients of the weights come in their dtype, without rounding to that of x between.
@@ -43,7 +44,7 @@ def swiglu_fp8(
         require_shape(name, weight, expected)
     if (reason := refuse_fp8(width, size)) is not None:
         raise ValueError(f"swiglu_fp8: {reason}")
-    auto = "triton" if fp8_runs_on(x) else "reference"
+    auto = "triton" if x.dtype == torch.bfloat16 and fp8_runs_on(x) else "reference"
     if choose_impl("swiglu_fp8", impl, ("reference", "triton"), auto) == "reference":
         return swiglu_fp8_reference(x, gate, up, down)
     from hsa_ultralong.ops.swiglu.triton_swiglu import swiglu_fp8_triton  # imports triton
