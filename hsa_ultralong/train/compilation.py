@@ -42,7 +42,7 @@ def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -
         layer.compile(dynamic=False)
     for layer in model.model.chunk_encoder.layers:
         layer.compile(dynamic=False)
-    _compile_methods(model.model.chunk_encoder, "outputs")
+    _compile_methods(model.model.chunk_encoder, "inputs", "outputs")
     _compile_norm(model.model.norm)
     for group in model.model.upper_groups():
         hsa_layer: Any = group.hsa_layer
