@@ -276,7 +276,7 @@ def _preparation(use_compile: bool) -> Any:
         if isinstance(model, HSAForCausalLM):
             recompute_activations(model, checkpointing)
         if use_compile:
-            compile_layers(model)
+            compile_layers(model, joins=checkpointing != "full")
 
     return prepare
 

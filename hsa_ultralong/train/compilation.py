@@ -16,8 +16,12 @@ from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.moe import MixtureOfExperts
 
 
-def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -> None:
-    """Compile the pointwise-heavy parts in place; attention over the memory keeps its own compiled kernels."""
+def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM, *, joins: bool = True) -> None:
+    """Compile the pointwise-heavy parts in place; attention over the memory keeps its own compiled kernels.
+
+    joins: all that a group does before it searches is one part (UpperGroup.ask). Without it nothing of an HSA layer
+    runs outside the layer: for layers that run again in the backward, which so keep less.
+    """
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     if isinstance(model, FullAttentionLM):
         for layer in model.layers:
@@ -50,6 +54,9 @@ def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -
         _compile_methods(hsa_layer, "attend_window", "feed_forward")
         _compile_methods(hsa_layer.hsa, "queries", "output")
         _compile_methods(group.retriever, "queries")
+        if joins:
+            _compile_methods(group, "ask")
+            group.asks_at_once = True
         for layer in group.layers:
             layer.compile(dynamic=False)
 
