@@ -137,12 +137,18 @@ class ChunkEncoder(nn.Module):
         self, hidden: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `forward`, but for the centre: landmarks (B, C, Hr, R) in fp32, normalised if the model does so."""
-        batch, num_chunks, size = hidden.shape[:3]
+        size, dtype, device = hidden.shape[2], hidden.dtype, hidden.device
+        rotary = rotary_table(size + 1, self.head_dim, self.rope_theta, device, dtype, self.rope_scaling)
+        return self.run(hidden, lengths, rotary)
+
+    def run(
+        self, hidden: torch.Tensor, lengths: torch.Tensor | None, rotary: RotaryTable
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `project` returns, as one part that may be compiled."""
         x, present = self.inputs(hidden, lengths)
-        rotary = rotary_table(size + 1, self.head_dim, self.rope_theta, x.device, x.dtype, self.rope_scaling)
         for layer in self.layers:
             x = layer(x, rotary, None if present is None else present[:, None, None])
-        return self.outputs(x, present, batch, num_chunks)
+        return self.outputs(x, present, *hidden.shape[:2])
 
     def inputs(self, hidden: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the layers read, (B*C, S + 1, M), and where a token stands, (B*C, S + 1) bool, or None: everywhere."""
