@@ -312,7 +312,7 @@ def test_the_loops_over_lower_layers_and_upper_groups_stand_once():
     assert {file: functions for file, functions in found.items() if functions} == {
         "models/stack.py": ["run_lower", "run_upper"],
         "nn/upper_group.py": ["forward"],  # the layers of one group
-        "nn/chunk_encoder.py": ["project"],
+        "nn/chunk_encoder.py": ["run"],
         "baselines/full_attention.py": ["forward"],
         "baselines/modeling.py": ["_run"],
     }

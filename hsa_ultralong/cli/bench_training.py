@@ -298,7 +298,7 @@ def _preparation(use_compile: bool, precision: str = "bf16") -> Any:
         if isinstance(model, HSAForCausalLM):
             recompute_activations(model, checkpointing)
         if use_compile:
-            compile_layers(model)
+            compile_layers(model, joins=checkpointing != "full")
 
     return prepare
 

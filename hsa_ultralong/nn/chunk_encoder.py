@@ -62,9 +62,11 @@ class EncoderLayer(nn.Module):
         k = self.k_norm(self.k_proj(normed).view(heads))
         v = self.v_proj(normed).view(heads)
         q, k = (apply_rotary(part, rotary).to(v.dtype) for part in (q, k))
-        k, v = (part.unsqueeze(3).expand(-1, -1, -1, self.group, -1).flatten(2, 3) for part in (k, v))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-        x = x + self.o_proj(out.transpose(1, 2).flatten(-2))
+        # the queries that share keys as rows of one head: no order among tokens counts, and nothing is repeated
+        q = q.unflatten(2, (-1, self.group)).transpose(1, 2).flatten(2, 3)  # (N, Hkv, (S + 1) * G, D)
+        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        out = out.unflatten(2, (-1, self.group)).transpose(1, 2)  # (N, S + 1, Hkv, G, D)
+        x = x + self.o_proj(out.flatten(2))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -135,23 +137,35 @@ class ChunkEncoder(nn.Module):
         self, hidden: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `forward`, but for the centre: landmarks (B, C, Hr, R) in fp32, normalised if the model does so."""
+        size, dtype, device = hidden.shape[2], hidden.dtype, hidden.device
+        rotary = rotary_table(size + 1, self.head_dim, self.rope_theta, device, dtype, self.rope_scaling)
+        return self.run(hidden, lengths, rotary)
+
+    def run(
+        self, hidden: torch.Tensor, lengths: torch.Tensor | None, rotary: RotaryTable
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `project` returns, as one part that may be compiled."""
+        x, present = self.inputs(hidden, lengths)
+        for layer in self.layers:
+            x = layer(x, rotary, None if present is None else present[:, None, None])
+        return self.outputs(x, present, *hidden.shape[:2])
+
+    def inputs(self, hidden: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the layers read, (B*C, S + 1, M), and where a token stands, (B*C, S + 1) bool, or None: everywhere."""
         width = len(self.cls)
         if hidden.shape[-1] != width:
             hidden = hidden[..., :width] + hidden[..., width:]
-        batch, num_chunks, size = hidden.shape[:3]
-        x = hidden.flatten(0, 1)  # (N, S, M)
+        size = hidden.shape[2]
+        # by way of rows, so that the gradient comes whole: a slice of the layers' would be copied by slower kernels
+        x = hidden.flatten(0, 2).unflatten(0, (-1, size))  # (N, S, M)
         cls = self.cls.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat((x, cls), dim=1)  # (N, S + 1, M)
-        present = None
-        if lengths is not None:
-            slots = torch.arange(size + 1, device=x.device)
-            present = (slots < lengths.reshape(-1, 1)) | (slots == size)  # (N, S + 1)
-            # slots without a token may hold anything, and a masked key still meets a weight of zero
-            x = torch.where(present[..., None], x, 0.0)
-        rotary = rotary_table(size + 1, self.head_dim, self.rope_theta, x.device, x.dtype, self.rope_scaling)
-        for layer in self.layers:
-            x = layer(x, rotary, None if present is None else present[:, None, None])
-        return self.outputs(x, present, batch, num_chunks)
+        if lengths is None:
+            return x, None
+        slots = torch.arange(size + 1, device=x.device)
+        present = (slots < lengths.reshape(-1, 1)) | (slots == size)  # (N, S + 1)
+        # slots without a token may hold anything, and a masked key still meets a weight of zero
+        return torch.where(present[..., None], x, 0.0), present
 
     def outputs(
         self, x: torch.Tensor, present: torch.Tensor | None, batch: int, num_chunks: int

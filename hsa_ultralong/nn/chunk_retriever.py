@@ -97,15 +97,16 @@ class ChunkRetriever(nn.Module):
         topk: int,
         noise_seed: int | torch.Tensor | None = None,
         noise_start: int = 0,
+        queries: torch.Tensor | None = None,
     ) -> Retrieval:
         """x (B, T, M), tokens from noise_start on of their rows; views in order of age; noise is added only in training
-        of a model configured for it."""
+        of a model configured for it. queries: those of x, where they are made already."""
         if not views:
             return Retrieval.empty(x, self.num_retrieval_heads)
         use_noise = self.training and self.gumbel_noise and noise_seed is not None
         return self.select(
-            self.queries(x), self.factor(), views, topk=topk, noise_seed=noise_seed if use_noise else None,
-            noise_start=noise_start,
+            self.queries(x) if queries is None else queries, self.factor(), views, topk=topk,
+            noise_seed=noise_seed if use_noise else None, noise_start=noise_start,
         )  # fmt: skip
 
     def select(

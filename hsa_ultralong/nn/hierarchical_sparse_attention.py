@@ -50,7 +50,9 @@ class HierarchicalSparseAttention(nn.Module):
 
     def output(self, read: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What was read, (B, T, Hq, D) -> (B, T, M)."""
-        return self.o_proj(read.flatten(-2).to(dtype))
+        read = read.flatten(-2)
+        # autocast casts by itself; to fp32 and back would be a copy
+        return self.o_proj(read if torch.is_autocast_enabled(read.device.type) else read.to(dtype))
 
     def read(self, q: torch.Tensor, retrieval: Retrieval, views: Sequence[MemoryView]) -> torch.Tensor:
         """Attention of queries (B, T, Hq, D) inside the retrieved chunks of all memories, of the same shape."""
@@ -95,8 +97,14 @@ class HSALayer(nn.Module):
         rotary: RotaryTable,
         segments: torch.Tensor | None = None,
         state: WindowState | None = None,
+        queries: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Without views no chunk exists yet, and the HSA output is exactly 0 (fact 1)."""
+        """Without views no chunk exists yet, and the HSA output is exactly 0 (fact 1).
+
+        queries: of HSA (B, T, Hq, D), where a group has made them already (UpperGroup.ask); x is past its window then.
+        """
+        if queries is not None:
+            return self.feed_forward(x, self.hsa.output(self.hsa.read(queries, retrieval, views), x.dtype))
         x = self.attend_window(x, rotary, segments, state)
         read = self.hsa(self.hsa_norm(x), retrieval, views) if views else torch.zeros_like(x)
         return self.feed_forward(x, read)

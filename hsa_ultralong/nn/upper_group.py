@@ -47,6 +47,8 @@ class UpperGroup(nn.Module):
     def __init__(self, retriever: ChunkRetriever, hsa_layer: HSALayer, layers: list[DecoderLayer]) -> None:
         super().__init__()
         self.retriever, self.hsa_layer, self.layers = retriever, hsa_layer, nn.ModuleList(layers)
+        # set where `ask` is compiled (train/compilation.py)
+        self.asks_at_once = False
 
     @property
     def num_layers(self) -> int:
@@ -68,10 +70,28 @@ class UpperGroup(nn.Module):
         """(B, T, M) -> (B, T, M). states: the windows of its layers; collect: all their outputs are wanted."""
         first, *rest = states or [None] * self.num_layers
         noise = {"noise_seed": noise_seed, "noise_start": noise_start}
-        retrieval = parts.retrieve(self.retriever, x, views, topk=topk, **noise)
-        x = parts.read(self.hsa_layer, x, retrieval, views, rotary, segments, first)
+        if self.asks_at_once and views and parts is MODULES:
+            queries, past_window, asked = self.ask(x, rotary, segments, first)
+            retrieval = self.retriever(x, views, topk=topk, queries=queries, **noise)
+            x = self.hsa_layer(past_window, retrieval, views, rotary, segments, first, asked)
+        else:
+            retrieval = parts.retrieve(self.retriever, x, views, topk=topk, **noise)
+            x = parts.read(self.hsa_layer, x, retrieval, views, rotary, segments, first)
         outputs = [x]
         for layer, state in zip(self.layers, rest, strict=True):
             x = parts.layer(layer, x, rotary, segments, state)
             outputs = [*outputs, x] if collect else [x]
         return GroupOutput(tuple(outputs), retrieval)
+
+    def ask(
+        self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None, state: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All that a group does before it searches, as one part that compiles well: x (B, T, M) is read once, and the
+        gradients that its readers give it are added where they are made.
+
+        Returns:
+            queries of retrieval (B, T, Hr, R), x after the HSA layer's window (B, T, M), queries of HSA (B, T, Hq, D).
+        """
+        layer = self.hsa_layer
+        past_window = layer.attend_window(x, rotary, segments, state)
+        return self.retriever.queries(x), past_window, layer.hsa.queries(layer.hsa_norm(past_window))

@@ -16,8 +16,15 @@ from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.moe import MixtureOfExperts
 
 
-def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -> None:
-    """Compile the pointwise-heavy parts in place; attention over the memory keeps its own compiled kernels."""
+def compile_layers(
+    model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM, *, joins: bool = True, is_cut: bool = False
+) -> None:
+    """Compile the pointwise-heavy parts in place; attention over the memory keeps its own compiled kernels.
+
+    joins: all that a group does before it searches is one part (UpperGroup.ask). Without it nothing of an HSA layer
+    runs outside the layer: for layers that run again in the backward, which so keep less. is_cut: FSDP gathers the
+    weights of a layer when it is called, which no graph of several layers can hold.
+    """
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     if isinstance(model, FullAttentionLM):
         for layer in model.layers:
@@ -40,9 +47,11 @@ def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -
             mixture.shared.compile(dynamic=False)
     for layer in model.model.lower_layers:
         layer.compile(dynamic=False)
-    for layer in model.model.chunk_encoder.layers:
-        layer.compile(dynamic=False)
-    _compile_methods(model.model.chunk_encoder, "outputs")
+    encoder = model.model.chunk_encoder
+    if is_cut:
+        for layer in encoder.layers:
+            layer.compile(dynamic=False)
+    _compile_methods(encoder, *(("inputs", "outputs") if is_cut else ("run",)))
     _compile_norm(model.model.norm)
     for group in model.model.upper_groups():
         hsa_layer: Any = group.hsa_layer
@@ -50,6 +59,9 @@ def compile_layers(model: HSAForCausalLM | RivalForCausalLM | FullAttentionLM) -
         _compile_methods(hsa_layer, "attend_window", "feed_forward")
         _compile_methods(hsa_layer.hsa, "queries", "output")
         _compile_methods(group.retriever, "queries")
+        if joins:
+            _compile_methods(group, "ask")
+            group.asks_at_once = True
         for layer in group.layers:
             layer.compile(dynamic=False)
 

@@ -45,7 +45,7 @@ def parallelize(model: Trained, mesh: DeviceMesh | None, config: ParallelConfig,
         tile_mlps(model, config.mlp_tile_tokens)
     recompute_activations(model, config.activation_checkpointing, config.checkpointing_tokens)
     if use_compile:
-        compile_layers(model)
+        compile_layers(model, joins=config.activation_checkpointing != "full", is_cut=mesh is not None)
     if mesh is None:
         return
     if not isinstance(model, HSAForCausalLM):

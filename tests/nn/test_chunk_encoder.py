@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hsa_ultralong.nn.chunk_encoder import rms_normalize
+from hsa_ultralong.nn.rotary import apply_rotary, rotary_table
 from hsa_ultralong.ops import ChunkVisibility, chunk_topk
 from hsa_ultralong.testing.factories import random_tensor, tiny_model
 
@@ -76,6 +77,30 @@ def test_full_lengths_equal_no_lengths(options):
     hidden = random_tensor(2, 3, 4, 16)
     for left, right in zip(module(hidden), module(hidden, torch.full((2, 3), 4, dtype=torch.int32))):
         torch.testing.assert_close(right, left, **EXACT)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 1), (4, 4), (6, 3)])
+@pytest.mark.parametrize("is_masked", [False, True])
+@torch.no_grad()
+def test_every_query_head_reads_the_keys_of_its_group(heads, kv_heads, is_masked):
+    """The layer beside its formula, head by head."""
+    layer = encoder(num_attention_heads=heads, num_key_value_heads=kv_heads, num_memory_heads=1).layers[0]
+    x, rotary = random_tensor(3, 5, 16), rotary_table(5, 4, 1e4, torch.device("cpu"), torch.float64)
+    present = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 1, 1, 0, 1]]).bool()
+    normed, outputs = layer.input_norm(x), []
+    q = apply_rotary(layer.q_norm(layer.q_proj(normed).unflatten(-1, (heads, 4))), rotary)
+    k = apply_rotary(layer.k_norm(layer.k_proj(normed).unflatten(-1, (kv_heads, 4))), rotary)
+    v = layer.v_proj(normed).unflatten(-1, (kv_heads, 4))
+    for head in range(heads):
+        shared = head // (heads // kv_heads)
+        scores = q[:, :, head] @ k[:, :, shared].mT / 2  # (N, S + 1, S + 1)
+        if is_masked:
+            scores = scores.masked_fill(~present[:, None], -torch.inf)
+        outputs.append(scores.softmax(-1) @ v[:, :, shared])
+    expected = x + layer.o_proj(torch.cat(outputs, -1))
+    expected = expected + layer.mlp(layer.mlp_norm(expected))
+    found = layer(x, rotary, present[:, None, None] if is_masked else None)
+    torch.testing.assert_close(found, expected, **EXACT)
 
 
 @torch.no_grad()

@@ -215,7 +215,9 @@ def test_a_chunk_of_another_row_or_still_open_is_seen_as_it_should_be(taught, ba
 def test_alignment_which_runs_retrieval_once_more_is_not_told_twice(taught, batch):
     _, losses = taught
     plain, aligned = (step(losses, batch, divergence=1.0, align_retrieval=weight) for weight in (0.0, 0.1))
-    assert plain["evidence_loss"] == aligned["evidence_loss"] and aligned["retrieval_error"] > 0
+    # the landmarks' centre moves from one step to the next, which changes scores in their last digit
+    assert plain["evidence_loss"] == pytest.approx(aligned["evidence_loss"], rel=1e-6)
+    assert aligned["retrieval_error"] > 0
 
 
 @pytest.mark.parametrize("divergence", [0.0, 1.0])
