@@ -156,12 +156,12 @@ def _run_gather(shape: Shape, payload: torch.dtype) -> None:
     gather_chunks(blocks, torch.zeros(shape.K, dtype=torch.int32), shape.dtype, impl="triton")
 
 
-def _run_swiglu(weight_dtype: torch.dtype) -> None:
-    x = _noise(64, 1024, dtype=torch.bfloat16)
+def _run_swiglu(weight_dtype: torch.dtype, width: int, size: int) -> None:
+    x = _noise(64, width, dtype=torch.bfloat16)
     # cards without 8-bit floats have no such kernels
     if not _triton.fp8_runs_on(x):
         return
-    gate, up, down = (_noise(*shape, dtype=weight_dtype) for shape in ((4096, 1024), (4096, 1024), (1024, 4096)))
+    gate, up, down = (_noise(*shape, dtype=weight_dtype) for shape in ((size, width), (size, width), (width, size)))
     out = swiglu_fp8(x, gate, up, down, impl="triton")
     out.backward(torch.ones_like(out))
 
@@ -213,8 +213,8 @@ def operator_cases(is_complete: bool = False) -> list[tuple[str, Callable[[], No
     # a library, and own chunks; two processes; three, and full coverage of a few
     for widths, topk in (((64, 64), 64), ((32, 32, 32), 32), ((32, 32, 32, 7), 32), ((256, 256), 256)):
         cases.append((f"combine_topk {widths}", _with_shape(_run_combine, widths, topk)))
-    for dtype in (torch.float32, torch.bfloat16) if is_complete else (torch.float32,):
-        cases.append((f"swiglu_fp8 {dtype}", _with_shape(_run_swiglu, dtype)))
+    for dtype, size in ((torch.float32, 4096), (torch.bfloat16, 16_384)) if is_complete else ((torch.float32, 4096),):
+        cases.append((f"swiglu_fp8 F={size} {dtype}", _with_shape(_run_swiglu, dtype, 1024, size)))
     for payload in (torch.bfloat16, torch.int8, torch.float8_e4m3fn) if is_complete else (torch.int8,):
         cases.append((f"gather_chunks {payload}", _with_shape(_run_gather, SHAPES[0], payload)))
     return cases

@@ -1,6 +1,7 @@
 """What a training step keeps between forward and backward: recomputed layers, tiled feed-forward blocks, host memory.
 
-Applied to the modules of a model from outside; names in its state_dict stay as they are. All of it is exact. Called by
+Applied to the modules of a model from outside; names in its state_dict stay as they are. All of it is exact (tiles of
+blocks in fp8 up to their scales). Called by
 parallelize.py; tests/train/test_activations.py.
 """
 

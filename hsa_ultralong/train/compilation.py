@@ -14,6 +14,7 @@ from torch import nn
 from hsa_ultralong.baselines import FullAttentionLM, RivalForCausalLM
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.moe import MixtureOfExperts
+from hsa_ultralong.nn.upper_group import UpperGroup
 
 
 def compile_layers(
@@ -55,13 +56,12 @@ def compile_layers(
     _compile_norm(model.model.norm)
     for group in model.model.upper_groups():
         hsa_layer: Any = group.hsa_layer
+        if joins:
+            _compile_ask(group)
         _compile_norm(hsa_layer.hsa_norm)
         _compile_methods(hsa_layer, "attend_window", "feed_forward")
         _compile_methods(hsa_layer.hsa, "queries", "output")
         _compile_methods(group.retriever, "queries")
-        if joins:
-            _compile_methods(group, "ask")
-            group.asks_at_once = True
         for layer in group.layers:
             layer.compile(dynamic=False)
 
@@ -69,6 +69,19 @@ def compile_layers(
 def _compile_methods(part: nn.Module, *names: str) -> None:
     for name in names:
         setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+
+
+def _compile_ask(group: UpperGroup) -> None:
+    """UpperGroup.ask as one graph; called before its parts are compiled, as a graph would end at each of them."""
+    layer = group.hsa_layer
+    attend_window, asked, queries = layer.attend_window, layer.hsa.queries, group.retriever.queries
+
+    def ask(x: torch.Tensor, *window: Any) -> Any:
+        past_window = attend_window(x, *window)
+        return queries(x), past_window, asked(_normalize(layer.hsa_norm, past_window))
+
+    setattr(group, "ask", torch.compile(ask, dynamic=False))  # noqa: B010
+    group.asks_at_once = True
 
 
 def _normalize(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:

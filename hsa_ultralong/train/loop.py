@@ -42,7 +42,7 @@ from hsa_ultralong.train.parallelize import (
     parallelize,
     synchronize_buffers,
 )
-from hsa_ultralong.train.precision import require_precision, set_precision
+from hsa_ultralong.train.precision import require_blocks, require_precision, set_precision
 from hsa_ultralong.train.run_folder import RunFolder, RunLog, write_settings
 from hsa_ultralong.train.schedule import learning_rate
 from hsa_ultralong.train.stages import (
@@ -108,6 +108,7 @@ class Trainer:
             raise ValueError(f"model.vocab_size={wanted} has no room for the {len(tokenizer)} tokens of the tokenizer")
         require_experts(config, self.preset)
         require_precision(config.precision, self.device)
+        require_blocks(config.precision, self.preset)
         require_graphs(config, self.preset, self.device, 1 if self.mesh is None else self.mesh.size())
         # on the device from the start: the host of 8 processes could not hold 8 large models
         with self.device:

@@ -134,8 +134,8 @@ def _shard(model: HSAForCausalLM, mesh: DeviceMesh, config: ParallelConfig, apar
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    # what makes `gathered` see the root as FSDP's root
-    model.meet = lambda: None  # type: ignore[assignment]
+    # what makes `gathered` see the root as FSDP's root; on a card FSDP moves what it is called with: something must be
+    model.meet = lambda nothing: nothing  # type: ignore[assignment]
     register_fsdp_forward_method(model, "meet")
 
 
@@ -165,7 +165,7 @@ def gathered(model: Trained) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
-    model.meet()
+    model.meet(None)
     model.unshard()
     model.set_reshard_after_backward(False, recurse=False)
     try:

@@ -18,6 +18,7 @@ from hsa_ultralong.baselines.twins import rival_parameters
 from hsa_ultralong.models import HSAConfig, accounting
 from hsa_ultralong.models.presets import replace_options
 from hsa_ultralong.train.config import FULL_COVERAGE, StageConfig, TrainConfig
+from hsa_ultralong.train.precision import require_blocks
 from hsa_ultralong.train.twins import rival_of
 
 ASSUMED_PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 (docs/results.md)
@@ -81,11 +82,12 @@ def plan_run(config: TrainConfig, vocab_size: int | None = None) -> list[StagePl
         vocab_size: of the tokenizer; default the preset's.
 
     Raises:
-        ValueError: if a step's rows cannot be shared out over the GPUs.
+        ValueError: if a step's rows cannot be shared out over the GPUs, or the model cannot train in the precision.
     """
     model = config.shape()
     if vocab_size is not None:
         model = replace_options(model, {"vocab_size": vocab_size})
+    require_blocks(config.precision, model)
     rival = rival_of(config, model)
     if rival is not None:
         return [_plan_twin(config, stage, model, rival) for stage in config.stages]

@@ -113,18 +113,43 @@ def test_kernels_do_what_the_reference_does(rows, width, size, weight_dtype):
         assert bool((is_near | ((mine == theirs / 2) & (DEVICE == "cpu"))).all())
 
 
-def test_frozen_inputs_get_no_gradients():
-    inputs = operands()
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_frozen_inputs_get_no_gradients_and_the_others_theirs(impl):
+    inputs = operands(17, dtype=torch.bfloat16)
+    everything = run(lambda *parts: swiglu_fp8(*parts, impl=impl), inputs)[1:]
+    upward = 1e-4 * random_tensor(17, WIDTH, seed=9).to(inputs[0])
     for frozen in ([0], [1, 2, 3], [2]):
         leaves = [part.clone().requires_grad_(place not in frozen) for place, part in enumerate(inputs)]
-        swiglu_fp8(*leaves).sum().backward()
+        swiglu_fp8(*leaves, impl=impl).backward(upward)
         assert [place for place, leaf in enumerate(leaves) if leaf.grad is None] == frozen
+        for leaf, expected in zip(leaves, everything, strict=True):
+            assert leaf.grad is None or torch.equal(leaf.grad, expected)
+    # in fp32, not rounded to the dtype of x
+    assert all(bool((grad != grad.bfloat16().float()).any()) for grad in everything[1:])
 
 
-def test_no_rows_are_no_work():
-    inputs = operands(0, dtype=torch.bfloat16)
-    for impl in ("reference", "triton"):
-        assert swiglu_fp8(*inputs, impl=impl).shape == (0, WIDTH)
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_no_rows_are_zeros_and_so_are_their_gradients(impl):
+    out, *gradients = run(lambda *parts: swiglu_fp8(*parts, impl=impl), operands(0, dtype=torch.bfloat16))
+    assert out.shape == (0, WIDTH) and gradients[0].shape == (0, WIDTH)
+    assert all(gradient.shape and not gradient.any() for gradient in gradients)
+
+
+class _Undefined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_an_undefined_gradient_is_none(impl):
+    leaves = [part.requires_grad_() for part in operands(3, dtype=torch.bfloat16)]
+    _Undefined.apply(swiglu_fp8(*leaves, impl=impl)).sum().backward()
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves)
 
 
 def test_what_it_does_not_take_is_refused():
@@ -138,9 +163,13 @@ def test_what_it_does_not_take_is_refused():
         swiglu_fp8(torch.empty(1, 16, device="meta"), wide, wide, wide.t())
     with pytest.raises(ValueError, match="impl='torch' is not available"):
         swiglu_fp8(x, gate, up, down, impl="torch")
-    out = swiglu_fp8(x.requires_grad_(), gate, up, down, impl="reference")
-    with pytest.raises(RuntimeError, match="first derivatives only"):
-        torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="down must have shape"):
+        swiglu_fp8(x, gate, up, down[0])
+    for impl in ("reference", "triton"):
+        leaf = x.to(torch.bfloat16).requires_grad_()
+        out = swiglu_fp8(leaf, gate, up, down, impl=impl)
+        with pytest.raises(RuntimeError, match=r"first derivatives only.* precision=bf16"):
+            torch.autograd.grad(out.sum(), leaf, create_graph=True)
 
 
 def test_a_compiled_block_holds_the_operators_and_gives_the_same(monkeypatch):

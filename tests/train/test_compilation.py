@@ -81,3 +81,21 @@ def test_a_group_that_asks_at_once_continues_a_cache():
     first = model(ids[:, :17], use_cache=True)
     rest = model(ids[:, 17:], past_key_values=first.past_key_values).logits
     torch.testing.assert_close(torch.cat((first.logits, rest), 1), whole, rtol=1e-10, atol=1e-10)
+
+
+def test_what_a_group_asks_and_the_encoder_are_a_graph_each(monkeypatch):
+    whole = []
+
+    def compile_whole(function=None, **options):
+        is_whole = getattr(function, "__name__", "") in ("ask", "run")
+        whole.extend([function] * is_whole)
+        return real(function, **{**options, "backend": "eager", "fullgraph": is_whole})
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.wraps(real)(compile_whole))
+    # without a window, which ends a graph on a CPU
+    model = tiny_model(hsa_sliding_window=0).train()
+    parallelize(model, None, ParallelConfig(), use_compile=True)
+    ids = random_tokens(2, 48, seed=1)
+    model(ids, labels=ids).loss.backward()
+    assert len(whole) == 1 + len(model.model.upper_groups())

@@ -9,12 +9,14 @@ from typer.testing import CliRunner
 
 from hsa_ultralong.baselines import FullAttentionLM
 from hsa_ultralong.bench.training import full_attention_twin
+from hsa_ultralong.cli.bench_training import _preparation
 from hsa_ultralong.cli.main import app
 from hsa_ultralong.models.presets import preset
 from hsa_ultralong.nn.mlp import SwiGLU
 from hsa_ultralong.testing.factories import random_tokens, tiny_model
-from hsa_ultralong.train import TrainConfig
+from hsa_ultralong.train import TrainConfig, loop
 from hsa_ultralong.train.precision import require_precision, set_precision
+from hsa_ultralong.train.segmented import segmented_loss_backward
 
 
 def losses(model, steps=12):
@@ -45,13 +47,42 @@ def test_a_model_and_a_twin_learn_as_by_exact_products_and_their_weights_are_ord
         assert not torch.equal(after, before)
 
 
-def test_without_gradients_a_block_is_what_it_was():
-    block = SwiGLU(hidden_size=16, intermediate_size=32)
+def test_in_evaluation_a_block_is_what_it_was_and_in_training_rounded_without_gradients_too():
+    block = SwiGLU(hidden_size=16, intermediate_size=32).eval()
     x = torch.randn(2, 3, 16)
+    before = block(x)
+    set_precision(block, "fp8")
+    assert torch.equal(block(x), before)
+    rounded = block.train()(x)
     with torch.no_grad():
-        before = block(x)
-        set_precision(block, "fp8")
-        assert torch.equal(block(x), before)
+        assert torch.equal(block(x), rounded) and not torch.equal(rounded, before)
+        assert block(x[0, 0]).shape == (16,)
+
+
+def test_rows_in_pieces_train_as_whole_rows():
+    torch.manual_seed(0)
+    whole = tiny_model(hidden_size=32, intermediate_size=64, encoder_intermediate_size=64).float().train()
+    set_precision(whole, "fp8")
+    pieces, ids = copy.deepcopy(whole), random_tokens(2, 48, seed=1)
+    loss = whole(ids, labels=ids).loss
+    loss.backward()
+    found = segmented_loss_backward(pieces, {"input_ids": ids, "labels": ids}, 8)
+    torch.testing.assert_close(torch.as_tensor(found), loss.detach(), rtol=1e-4, atol=0)
+    for one, other in zip(pieces.parameters(), whole.parameters(), strict=True):
+        assert float((one.grad - other.grad).norm()) <= 1e-3 * float(other.grad.norm()) + 1e-6
+
+
+def test_the_trainer_and_the_benchmark_set_it(tiny_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "require_precision", lambda precision, device: None)
+    for precision in ("bf16", "fp8"):
+        config = tiny_runs.config(tiny_runs.stage("first"), precision=precision)
+        config.model = {**config.model, "hidden_size": 32, "intermediate_size": 64, "encoder_intermediate_size": 64}
+        trainer = tiny_runs.trainer(tmp_path / precision, config)
+        blocks = [part for part in trainer.model.modules() if isinstance(part, SwiGLU)]
+        assert blocks and {part.trains_fp8 for part in blocks} == {precision == "fp8"}
+        block = SwiGLU(hidden_size=16, intermediate_size=32)
+        _preparation(False, precision)(block, "none")
+        assert block.trains_fp8 == (precision == "fp8")
 
 
 def test_blocks_that_cannot_are_refused():
@@ -74,6 +105,8 @@ def test_runs_that_cannot_are_refused_in_one_line(tmp_path, shards_folder):
         with pytest.raises(ValueError, match=r"compute capability 8.9 or newer, got cpu: use precision=bf16"):
             require_precision("fp8", torch.device("cpu"))
     run = tmp_path / "run"
+    result = CliRunner().invoke(app, ["train", "moe_8b_a1b", "--set", "precision=fp8", "--dry-run"])
+    assert result.exit_code == 2 and "not for experts: use precision=bf16" in result.output
     command = ["train", "debug", "--data", str(shards_folder[0]), "-o", str(run), "--device", "cpu"]
     result = CliRunner().invoke(app, [*command, "--set", "precision=fp8"])
     assert result.exit_code == 2 and "use precision=bf16" in result.output and not run.exists()

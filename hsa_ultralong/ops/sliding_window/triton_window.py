@@ -222,7 +222,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor, *grad_lse: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: torch.Tensor | None, *grad_lse: Any) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 7
     if not torch.compiler.is_compiling():
         refuse_second_derivatives("sliding_window_attention", "triton", "torch")
     gradients = _gradient_operator(*ctx.saved_tensors, grad_out, *ctx.options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from hsa_ultralong.ops._common import choose_impl, require_shape
 from hsa_ultralong.ops._triton import fp8_runs_on
@@ -26,7 +27,7 @@ def refuse_fp8(width: int, intermediate_size: int) -> str | None:
 def swiglu_fp8(
     x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, *, impl: str = "auto"
 ) -> torch.Tensor:
-    """(silu(x gate^T) * (x up^T)) down^T, every product, backward too, of e4m3 numbers with one scale a row.
+    """(silu(x gate^T) * (x up^T)) down^T, every product, backward too, of e4m3 numbers (README.md).
 
     Args:
         x: (N, M). gate, up: (F, M). down: (M, F); any float, M and F multiples of 16.
@@ -39,11 +40,15 @@ def swiglu_fp8(
     Raises:
         ValueError: on shapes that do not fit, or an unknown impl. RuntimeError: impl="triton" cannot run here.
     """
+    require_shape("down", down, (None, None))
     width, size = down.shape
     for name, weight, expected in (("x", x, (None, width)), ("gate", gate, (size, width)), ("up", up, (size, width))):
         require_shape(name, weight, expected)
     if (reason := refuse_fp8(width, size)) is not None:
         raise ValueError(f"swiglu_fp8: {reason}")
+    if not len(x):
+        # zeros, whose gradients are zeros
+        return F.linear(F.linear(x, gate.to(x.dtype)) * F.linear(x, up.to(x.dtype)), down.to(x.dtype))
     auto = "triton" if x.dtype == torch.bfloat16 and fp8_runs_on(x) else "reference"
     if choose_impl("swiglu_fp8", impl, ("reference", "triton"), auto) == "reference":
         return swiglu_fp8_reference(x, gate, up, down)

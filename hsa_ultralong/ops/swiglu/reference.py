@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from hsa_ultralong.ops._common import accumulation_dtype, refuse_second_derivatives, without_autocast
+from hsa_ultralong.ops._common import accumulation_dtype, without_autocast
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -88,6 +88,14 @@ def backward(
     return grad_x, grad_gate, grad_up, steps.product(steps.transpose(grad_rows), steps.transpose(hidden), dtype)
 
 
+def refuse_second_derivatives() -> None:
+    """Raises: RuntimeError: the backward is to be differentiated (create_graph=True)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "swiglu_fp8 has first derivatives only, and create_graph=True needs second ones: train with precision=bf16"
+        )
+
+
 def scales_of(x: torch.Tensor) -> torch.Tensor:
     """The scale of every row of (N, K), (N, 1)."""
     largest = x.abs().amax(-1, keepdim=True).float().nan_to_num(nan=0.0, posinf=torch.inf).clamp_min(SMALLEST)
@@ -133,7 +141,7 @@ class _Reference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        refuse_second_derivatives("swiglu_fp8", "reference", "a SwiGLU block in bf16")
+        refuse_second_derivatives()
         saved = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad
         found = backward(TorchSteps(), saved[3:], saved[:3], grads[0].contiguous(), needs_x, any(needs))

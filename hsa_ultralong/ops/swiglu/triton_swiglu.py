@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.nn.functional import ScalingType, scaled_mm
 
-from hsa_ultralong.ops._common import refuse_second_derivatives
 from hsa_ultralong.ops._triton import (
     check_compiled,
     fp8_runs_on,
@@ -18,7 +17,7 @@ from hsa_ultralong.ops._triton import (
     require_triton,
 )
 from hsa_ultralong.ops.swiglu import kernel_swiglu
-from hsa_ultralong.ops.swiglu.reference import FP8, Scaled, TorchSteps, backward, forward
+from hsa_ultralong.ops.swiglu.reference import FP8, Scaled, TorchSteps, backward, forward, refuse_second_derivatives
 
 # rows and columns of a tile that is transposed
 _TILE = (128, 128)
@@ -143,9 +142,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: torch.Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    if grad_out is None:
+        return None, None, None, None
     if not torch.compiler.is_compiling():
-        refuse_second_derivatives("swiglu_fp8", "triton", "a SwiGLU block in bf16")
+        refuse_second_derivatives()
     saved = ctx.saved_tensors
     needs_x, *needs = ctx.needs_input_grad
     found = _gradient_operator(grad_out, *saved[:3], list(saved[3:]), needs_x, any(needs))
@@ -163,7 +164,5 @@ def swiglu_fp8_triton(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, dow
         raise RuntimeError('swiglu_fp8: impl="triton" needs compute capability 8.9 or newer; use impl="reference"')
     if x.is_cuda and x.dtype != torch.bfloat16:
         raise ValueError(f'swiglu_fp8: impl="triton" takes x in bf16, got {x.dtype}; use impl="reference"')
-    if not len(x):
-        return x.new_zeros(x.shape)
     out: torch.Tensor = _operator(x, gate, up, down)[0]
     return out
