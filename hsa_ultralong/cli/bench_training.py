@@ -42,9 +42,7 @@ def training(
     max_minutes: Annotated[
         float, typer.Option(min=0, max=1e9, callback=finite, help="For --longest: begin no trial that ends later.")
     ] = 1e9,
-    start: Annotated[
-        str | None, typer.Option("--from", help="For --longest: first row to try.", show_default="8K")
-    ] = None,
+    start: Annotated[str | None, typer.Option("--from", help="For --longest: first row.", show_default="8K")] = None,
     spread: Annotated[
         str, typer.Option(help="Under torchrun: shard, replicate, context, pool, each also with -fp32 weights.")
     ] = "shard,context",
@@ -52,13 +50,9 @@ def training(
     offload: Annotated[bool, typer.Option("--offload", help="Of --spread: activations wait on the host.")] = False,
     compile_layers: Annotated[
         bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="torch.compile by layer.", show_default="on a GPU, not for --longest"
-        ),
+        typer.Option("--compile/--no-compile", help="By layer.", show_default="on a GPU, not for --longest"),
     ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Of feed-forward blocks: bf16, or fp8 in all models (one process on a GPU).")
-    ] = "bf16",
+    precision: Annotated[str, typer.Option(help="Of feed-forward blocks: bf16, or fp8 on a GPU.")] = "bf16",
     graphs: Annotated[bool, typer.Option("--graphs", help="By CUDA graphs; one process on a GPU.")] = False,
     steps: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Steps timed.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
@@ -79,8 +73,6 @@ def training(
     Examples:
 
       hsa bench training --contexts 8K,128K
-
-      hsa bench training --contexts 8K --graphs
 
       hsa bench training --contexts 8K --micro-tokens 128K --precision fp8
 

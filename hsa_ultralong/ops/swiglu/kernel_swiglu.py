@@ -1,7 +1,7 @@
 """Triton kernels that round rows to 8-bit floats: any rows, those of a SwiGLU and of its gradient, and transposed ones.
 
 A program holds a whole row, so its scale is known before a number is written. Launched by triton_swiglu.py; what they
-compute: reference.py.
+compute: steps.py.
 """
 
 from __future__ import annotations

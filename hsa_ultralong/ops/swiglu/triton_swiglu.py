@@ -17,7 +17,7 @@ from hsa_ultralong.ops._triton import (
     require_triton,
 )
 from hsa_ultralong.ops.swiglu import kernel_swiglu
-from hsa_ultralong.ops.swiglu.reference import FP8, Scaled, TorchSteps, backward, forward, refuse_second_derivatives
+from hsa_ultralong.ops.swiglu.steps import FP8, Scaled, backward, forward, product_of_rounded, refuse_second_derivatives
 
 # rows and columns of a tile that is transposed
 _TILE = (128, 128)
@@ -28,7 +28,7 @@ def _warps(size: int) -> int:
 
 
 class TritonSteps:
-    """See reference.Steps."""
+    """See steps.Steps."""
 
     def quantize(self, x: torch.Tensor) -> Scaled:
         x = x.contiguous()
@@ -70,7 +70,7 @@ class TritonSteps:
 
     def product(self, a: Scaled, b: Scaled, dtype: torch.dtype, *, is_fast: bool = False) -> torch.Tensor:
         if not a.values.is_cuda:  # interpreted
-            return TorchSteps().product(a, b, dtype)
+            return product_of_rounded(a, b, dtype)
         # a scale for every row: those of a transposed matrix are all the same
         scales = a.scales, ScalingType.RowWise, b.scales.t(), ScalingType.RowWise
         found: torch.Tensor
