@@ -34,7 +34,7 @@ _FINDINGS = {
     "heads": 5,
 }  # fmt: skip
 # each job beside another adds such a part of its time, an estimate: 22 runs of findings, seven beside each other, took
-# 44 minutes of an H200 (plan 37), few by graphs
+# 44 minutes of an H200, 37 planned, few by graphs
 _PER_JOB_BESIDE = 0.1
 _FACTS = (
     "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multivalue,"

@@ -154,7 +154,8 @@ def _draw_speed(axes: Axes, records: list[dict[str, Any]]) -> None:
     axes.set_xlabel("tokens a row")
     axes.set_ylabel("tokens trained per second")
     axes.grid(True, alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
+    # below: many ways to train would lie on the curves
+    axes.legend(fontsize=7, frameon=False, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def _draw_longest(axes: Axes, records: list[dict[str, Any]]) -> None:

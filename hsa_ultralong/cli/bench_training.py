@@ -49,8 +49,7 @@ def training(
     tile_tokens: Annotated[str, typer.Option(help="Of --spread: tokens of a feed-forward tile; 0: whole.")] = "0",
     offload: Annotated[bool, typer.Option("--offload", help="Of --spread: activations wait on the host.")] = False,
     compile_layers: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="By layer.", show_default="on a GPU, not for --longest"),
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile.", show_default="GPU, not --longest")
     ] = None,
     precision: Annotated[str, typer.Option(help="Of feed-forward blocks: bf16, or fp8 on a GPU.")] = "bf16",
     graphs: Annotated[bool, typer.Option("--graphs", help="By CUDA graphs; one process on a GPU.")] = False,
@@ -76,6 +75,8 @@ def training(
 
       hsa bench training --contexts 8K --micro-tokens 128K --precision fp8
 
+      hsa bench training --contexts 8K --graphs
+
       hsa bench training --longest --caps 80GB,card --max-minutes 25
 
       hsa bench training --preset debug --contexts 256 --batch-tokens 1024 --micro-tokens 256,512 --device cpu
@@ -97,7 +98,7 @@ def training(
     model, kinds = preset(preset_name), [kind.strip() for kind in attention.split(",")]
     is_timed_alone = not longest and not results.is_shared
     _require_graphs(graphs, model, place == "cuda" and is_timed_alone)
-    _require_precision(precision, place, is_timed_alone)
+    _require_precision(precision, model, place, is_timed_alone)
     saving = _saving(tile_tokens, offload, place, longest, results.is_shared)
     if longest:
         rows = _longest_settings(
@@ -120,16 +121,17 @@ def _require_graphs(graphs: bool, model: HSAConfig, has_place: bool) -> None:
         )
 
 
-def _require_precision(precision: str, place: str, is_timed_alone: bool) -> None:
+def _require_precision(precision: str, model: HSAConfig, place: str, is_timed_alone: bool) -> None:
     import torch
 
     from hsa_ultralong.train.config import PRECISIONS
-    from hsa_ultralong.train.precision import require_precision
+    from hsa_ultralong.train.precision import require_blocks, require_precision
 
     if precision not in PRECISIONS:
         raise ValueError(f"--precision is one of {', '.join(PRECISIONS)}; got {precision!r}")
     if precision != "bf16" and not is_timed_alone:
         raise ValueError(f"--precision {precision} is for timed steps of one process: leave it out")
+    require_blocks(precision, model)
     require_precision(precision, torch.device(place))
 
 

@@ -101,7 +101,7 @@ class HSALayer(nn.Module):
     ) -> torch.Tensor:
         """Without views no chunk exists yet, and the HSA output is exactly 0 (fact 1).
 
-        queries: of HSA (B, T, Hq, D), where a group has made them already (UpperGroup.ask); x is past its window then.
+        queries: of HSA (B, T, Hq, D), where a group has made them already (`asking`); x is past its window then.
         """
         if queries is not None:
             return self.feed_forward(x, self.hsa.output(self.hsa.read(queries, retrieval, views), x.dtype))

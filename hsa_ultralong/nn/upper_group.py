@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hsa_ultralong.nn.chunk_retriever import ChunkRetriever, Retrieval
@@ -13,6 +14,8 @@ from hsa_ultralong.nn.decoder_layer import DecoderLayer
 from hsa_ultralong.nn.hierarchical_sparse_attention import HSALayer
 from hsa_ultralong.nn.rotary import RotaryTable
 from hsa_ultralong.nn.views import MemoryView
+
+Ask = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class GroupOutput(NamedTuple):
@@ -47,8 +50,8 @@ class UpperGroup(nn.Module):
     def __init__(self, retriever: ChunkRetriever, hsa_layer: HSALayer, layers: list[DecoderLayer]) -> None:
         super().__init__()
         self.retriever, self.hsa_layer, self.layers = retriever, hsa_layer, nn.ModuleList(layers)
-        # set where `ask` is compiled (train/compilation.py)
-        self.asks_at_once = False
+        # `asking` of this group where it is compiled (train/compilation.py)
+        self.ask: Ask | None = None
 
     @property
     def num_layers(self) -> int:
@@ -70,7 +73,7 @@ class UpperGroup(nn.Module):
         """(B, T, M) -> (B, T, M). states: the windows of its layers; collect: all their outputs are wanted."""
         first, *rest = states or [None] * self.num_layers
         noise = {"noise_seed": noise_seed, "noise_start": noise_start}
-        if self.asks_at_once and views and parts is MODULES:
+        if self.ask is not None and views and parts is MODULES:
             queries, past_window, asked = self.ask(x, rotary, segments, first)
             retrieval = self.retriever(x, views, topk=topk, queries=queries, **noise)
             x = self.hsa_layer(past_window, retrieval, views, rotary, segments, first, asked)
@@ -83,15 +86,23 @@ class UpperGroup(nn.Module):
             outputs = [*outputs, x] if collect else [x]
         return GroupOutput(tuple(outputs), retrieval)
 
-    def ask(
-        self, x: torch.Tensor, rotary: RotaryTable, segments: torch.Tensor | None, state: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All that a group does before it searches, as one part that compiles well: x (B, T, M) is read once, and the
-        gradients that its readers give it are added where they are made.
 
-        Returns:
-            queries of retrieval (B, T, Hr, R), x after the HSA layer's window (B, T, M), queries of HSA (B, T, Hq, D).
-        """
-        layer = self.hsa_layer
-        past_window = layer.attend_window(x, rotary, segments, state)
-        return self.retriever.queries(x), past_window, layer.hsa.queries(layer.hsa_norm(past_window))
+def asking(group: UpperGroup) -> Ask:
+    """All that a group does before it searches, as one function to compile: x (B, T, M) is read once, and the gradients
+    that its readers give it are added where they are made.
+
+    It keeps the parts as they are now: made before they are compiled, as a graph would end at a norm that is.
+
+    Returns:
+        A function of x and what `HSALayer.attend_window` takes, that gives queries of retrieval (B, T, Hr, R), x after
+        the HSA layer's window (B, T, M), and queries of HSA (B, T, Hq, D).
+    """
+    layer, norm = group.hsa_layer, group.hsa_layer.hsa_norm
+    attend_window, asked, queries = layer.attend_window, layer.hsa.queries, group.retriever.queries
+
+    def ask(x: torch.Tensor, *window: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        past_window = attend_window(x, *window)
+        normed = F.rms_norm(past_window, norm.normalized_shape, norm.weight, norm.eps)
+        return queries(x), past_window, asked(normed)
+
+    return ask

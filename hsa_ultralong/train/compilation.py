@@ -14,7 +14,7 @@ from torch import nn
 from hsa_ultralong.baselines import FullAttentionLM, RivalForCausalLM
 from hsa_ultralong.models import HSAForCausalLM
 from hsa_ultralong.nn.moe import MixtureOfExperts
-from hsa_ultralong.nn.upper_group import UpperGroup
+from hsa_ultralong.nn.upper_group import asking
 
 
 def compile_layers(
@@ -22,9 +22,9 @@ def compile_layers(
 ) -> None:
     """Compile the pointwise-heavy parts in place; attention over the memory keeps its own compiled kernels.
 
-    joins: all that a group does before it searches is one part (UpperGroup.ask). Without it nothing of an HSA layer
-    runs outside the layer: for layers that run again in the backward, which so keep less. is_cut: FSDP gathers the
-    weights of a layer when it is called, which no graph of several layers can hold.
+    joins: all that a group does before it searches is one part (`asking`). Without it nothing of an HSA layer runs
+    outside the layer: for layers that run again in the backward, which so keep less. is_cut: FSDP gathers the weights
+    of a layer when it is called, which no graph of several layers can hold.
     """
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     if isinstance(model, FullAttentionLM):
@@ -57,7 +57,7 @@ def compile_layers(
     for group in model.model.upper_groups():
         hsa_layer: Any = group.hsa_layer
         if joins:
-            _compile_ask(group)
+            group.ask = torch.compile(asking(group), dynamic=False)
         _compile_norm(hsa_layer.hsa_norm)
         _compile_methods(hsa_layer, "attend_window", "feed_forward")
         _compile_methods(hsa_layer.hsa, "queries", "output")
@@ -69,19 +69,6 @@ def compile_layers(
 def _compile_methods(part: nn.Module, *names: str) -> None:
     for name in names:
         setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
-
-
-def _compile_ask(group: UpperGroup) -> None:
-    """UpperGroup.ask as one graph; called before its parts are compiled, as a graph would end at each of them."""
-    layer = group.hsa_layer
-    attend_window, asked, queries = layer.attend_window, layer.hsa.queries, group.retriever.queries
-
-    def ask(x: torch.Tensor, *window: Any) -> Any:
-        past_window = attend_window(x, *window)
-        return queries(x), past_window, asked(_normalize(layer.hsa_norm, past_window))
-
-    setattr(group, "ask", torch.compile(ask, dynamic=False))  # noqa: B010
-    group.asks_at_once = True
 
 
 def _normalize(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:

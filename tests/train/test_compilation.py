@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 
+from hsa_ultralong.nn.upper_group import asking
 from hsa_ultralong.testing.factories import MODEL_OPTIONS, random_tokens, tiny_model
 from hsa_ultralong.train import ParallelConfig
 from hsa_ultralong.train.compilation import compile_layers
@@ -38,7 +39,7 @@ def test_compiled_parts_give_the_same_loss_and_gradients(monkeypatch, recomputed
     # the parts of an upper group around retrieval and reading, too
     assert len(traced) >= len(compiled.model.lower_layers) + 6 * len(groups)
     # what a layer that runs again would not keep stays in the layer
-    assert {group.asks_at_once for group in groups} == {recomputed == "none"}
+    assert {group.ask is not None for group in groups} == {recomputed == "none"}
     ids = random_tokens(2, 48, seed=1)
     found = []
     for model in (plain, compiled):
@@ -56,7 +57,7 @@ def test_a_group_that_asks_at_once_gives_the_same_and_its_parts_are_called_as_be
     joined = copy.deepcopy(plain)
     called = []
     for group in joined.model.upper_groups():
-        group.asks_at_once = True
+        group.ask = asking(group)
         for part in (group.retriever, group.hsa_layer):
             part.register_forward_hook(lambda part, args, out: called.append((type(part), args[0].shape)))
     ids = random_tokens(2, 48, seed=1)
@@ -77,7 +78,7 @@ def test_a_group_that_asks_at_once_continues_a_cache():
     model, ids = tiny_model().eval(), random_tokens(1, 30, seed=2)
     whole = model(ids).logits
     for group in model.model.upper_groups():
-        group.asks_at_once = True
+        group.ask = asking(group)
     first = model(ids[:, :17], use_cache=True)
     rest = model(ids[:, 17:], past_key_values=first.past_key_values).logits
     torch.testing.assert_close(torch.cat((first.logits, rest), 1), whole, rtol=1e-10, atol=1e-10)

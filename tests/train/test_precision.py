@@ -80,6 +80,14 @@ def test_the_trainer_and_the_benchmark_set_it(tiny_runs, tmp_path, monkeypatch):
         trainer = tiny_runs.trainer(tmp_path / precision, config)
         blocks = [part for part in trainer.model.modules() if isinstance(part, SwiGLU)]
         assert blocks and {part.trains_fp8 for part in blocks} == {precision == "fp8"}
+        trainer.train()
+        # goes on with the checkpoint of the other one
+        config = tiny_runs.config(
+            *config.stages, tiny_runs.stage("second"), precision={"bf16": "fp8"}.get(precision, "bf16")
+        )
+        config.model = trainer.config.model
+        other = tiny_runs.trainer(tmp_path / precision, config)
+        assert other.global_step == trainer.global_step > 0 and other.train()
         block = SwiGLU(hidden_size=16, intermediate_size=32)
         _preparation(False, precision)(block, "none")
         assert block.trains_fp8 == (precision == "fp8")
@@ -116,6 +124,7 @@ def test_runs_that_cannot_are_refused_in_one_line(tmp_path, shards_folder):
     ("options", "reason"),
     [
         (["--precision", "fp8"], "needs an NVIDIA GPU of compute capability 8.9"),
+        (["--precision", "fp8", "--preset", "moe_8b_a1b"], "not for experts: use precision=bf16"),
         (["--precision", "int8"], "--precision is one of bf16, fp8"),
         (["--precision", "fp8", "--longest", "--max-tokens", "512"], "for timed steps of one process"),
     ],

@@ -46,11 +46,12 @@ def swiglu_fp8(
         require_shape(name, weight, expected)
     if (reason := refuse_fp8(width, size)) is not None:
         raise ValueError(f"swiglu_fp8: {reason}")
+    auto = "triton" if x.dtype == torch.bfloat16 and fp8_runs_on(x) else "reference"
+    name = choose_impl("swiglu_fp8", impl, ("reference", "triton"), auto)
     if not len(x):
         # zeros, whose gradients are zeros
         return F.linear(F.linear(x, gate.to(x.dtype)) * F.linear(x, up.to(x.dtype)), down.to(x.dtype))
-    auto = "triton" if x.dtype == torch.bfloat16 and fp8_runs_on(x) else "reference"
-    if choose_impl("swiglu_fp8", impl, ("reference", "triton"), auto) == "reference":
+    if name == "reference":
         return swiglu_fp8_reference(x, gate, up, down)
     from hsa_ultralong.ops.swiglu.triton_swiglu import swiglu_fp8_triton  # imports triton
 
